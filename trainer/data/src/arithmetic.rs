@@ -1,0 +1,184 @@
+//! The demonstration's task: generated word problems about how many things one person has, with a letter before each
+//! sentence so that a chain of thought can walk them.
+//!
+//! Easy: 1 or 2 steps, one-digit numbers. Medium: 2 steps, two-digit numbers, sometimes a sentence about someone else.
+//! Hard: 3 or 4 steps, two-digit numbers, factors up to 6, results up to 999, always a sentence about someone else.
+
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::json;
+
+use crate::records::Problem;
+
+/// Names in the problems.
+pub const NAMES: [&str; 8] = ["Ann", "Ben", "Dan", "Eve", "Kim", "Max", "Sue", "Tom"];
+/// Things in the problems.
+pub const ITEMS: [&str; 8] = ["apples", "books", "cards", "coins", "cups", "pens", "shells", "stamps"];
+const GAINS: [&str; 3] = ["buys", "finds", "gets"];
+const LOSSES: [&str; 3] = ["gives", "loses", "sells"];
+
+/// How hard a problem is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Level {
+    /// 1 or 2 steps, one-digit numbers.
+    Easy,
+    /// 2 steps, two-digit numbers.
+    Medium,
+    /// 3 or 4 steps, a factor, a distractor.
+    Hard,
+}
+
+impl Level {
+    /// All levels.
+    pub const ALL: [Self; 3] = [Self::Easy, Self::Medium, Self::Hard];
+
+    /// As in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Easy => "easy",
+            Self::Medium => "medium",
+            Self::Hard => "hard",
+        }
+    }
+}
+
+/// What one sentence does to the count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// The first count.
+    Start(u32),
+    /// More.
+    Add(u32),
+    /// Fewer.
+    Subtract(u32),
+    /// Times as many.
+    Multiply(u32),
+    /// About someone else.
+    Distractor,
+}
+
+/// A generated problem with what its sentences mean.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WordProblem {
+    /// How hard.
+    pub level: Level,
+    /// One entry per sentence.
+    pub steps: Vec<Step>,
+    /// The text.
+    pub text: String,
+    /// The count at the end.
+    pub answer: u32,
+}
+
+impl WordProblem {
+    /// As a record.
+    pub fn record(&self, source: &str) -> Problem {
+        let mut problem = Problem::new(self.text.clone(), Some(self.answer.to_string()), source);
+        problem.metadata.insert("level".to_owned(), json!(self.level.name()));
+        problem
+    }
+}
+
+/// A problem of `level` from `rng`.
+pub fn generate(level: Level, rng: &mut impl Rng) -> WordProblem {
+    loop {
+        if let Some(problem) = attempt(level, rng) {
+            return problem;
+        }
+    }
+}
+
+/// `count` different problems, levels in turn, none of which `taken` contains.
+pub fn distinct(count: usize, seed: u64, taken: &std::collections::HashSet<String>) -> Vec<WordProblem> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut seen = taken.clone();
+    let mut problems = Vec::with_capacity(count);
+    while problems.len() < count {
+        let problem = generate(Level::ALL[problems.len() % 3], &mut rng);
+        if seen.insert(problem.text.clone()) {
+            problems.push(problem);
+        }
+    }
+    problems
+}
+
+fn attempt(level: Level, rng: &mut impl Rng) -> Option<WordProblem> {
+    let (count, largest, distractor) = match level {
+        Level::Easy => (rng.random_range(1..=2), 9, false),
+        Level::Medium => (2, 99, rng.random_bool(0.3)),
+        Level::Hard => (rng.random_range(3..=4), 99, true),
+    };
+    let smallest = if level == Level::Easy { 1 } else { 10 };
+    let mut value = rng.random_range(smallest..=largest);
+    let mut steps = vec![Step::Start(value)];
+    let factor_at = (level == Level::Hard).then(|| rng.random_range(1..=count));
+    for step in 1..=count {
+        let operand = rng.random_range(smallest..=largest);
+        let next = if factor_at == Some(step) {
+            Step::Multiply(rng.random_range(2..=6))
+        } else if rng.random_bool(0.5) {
+            Step::Add(operand)
+        } else {
+            Step::Subtract(operand)
+        };
+        value = match next {
+            Step::Add(n) => value + n,
+            Step::Subtract(n) => value.checked_sub(n)?,
+            Step::Multiply(n) => value * n,
+            Step::Start(_) | Step::Distractor => value,
+        };
+        if value == 0 || value > 999 {
+            return None;
+        }
+        steps.push(next);
+    }
+    if distractor {
+        steps.insert(rng.random_range(1..=steps.len()), Step::Distractor);
+    }
+    let pick = |list: &[&'static str], rng: &mut _| list.choose(rng).copied();
+    let (name, item) = (pick(&NAMES, rng)?, pick(&ITEMS, rng)?);
+    let other = NAMES.iter().filter(|n| **n != name).collect::<Vec<_>>().choose(rng).copied()?;
+    let mut text = String::new();
+    for (letter, step) in ('A'..).zip(&steps) {
+        let sentence = match step {
+            Step::Start(n) => format!("{name} has {n} {item}."),
+            Step::Add(n) => format!("{name} {} {n} more.", pick(&GAINS, rng)?),
+            Step::Subtract(n) => format!("{name} {} {n} away.", pick(&LOSSES, rng)?),
+            Step::Multiply(n) => format!("{name} has {n} times as many now."),
+            Step::Distractor => format!("{other} has {} {item}.", rng.random_range(smallest..=largest)),
+        };
+        text.push_str(&format!("{letter} {sentence} "));
+    }
+    text.push_str(&format!("How many {item} has {name}?"));
+    Some(WordProblem { level, steps, text, answer: value })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_follow_from_the_steps() {
+        for problem in distinct(300, 5, &std::collections::HashSet::new()) {
+            let value = problem.steps.iter().fold(0u32, |value, step| match step {
+                Step::Start(n) => *n,
+                Step::Add(n) => value + n,
+                Step::Subtract(n) => value - n,
+                Step::Multiply(n) => value * n,
+                Step::Distractor => value,
+            });
+            assert_eq!(value, problem.answer, "{}", problem.text);
+            assert!((1..=999).contains(&value));
+            let letters = problem.text.matches(". ").count();
+            assert_eq!(letters, problem.steps.len(), "{}", problem.text);
+        }
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_problems() {
+        let none = std::collections::HashSet::new();
+        assert_eq!(distinct(50, 1, &none), distinct(50, 1, &none));
+        assert_ne!(distinct(50, 1, &none), distinct(50, 2, &none));
+    }
+}

@@ -1,0 +1,13 @@
+//! Records of a distillation run and what is done with them without a model: reading sources, journalling calls,
+//! removing duplicates and test problems, choosing what a given student can learn.
+//!
+//! Deliberately absent: tensors, servers, teachers.
+#![forbid(unsafe_code)]
+
+pub mod arithmetic;
+pub mod decontaminate;
+pub mod dedup;
+pub mod journal;
+pub mod jsonl;
+pub mod records;
+pub mod sampler;

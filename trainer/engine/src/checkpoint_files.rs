@@ -1,0 +1,54 @@
+//! Writes a model folder that Hugging Face transformers, vLLM and this engine load.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+use potstill_shared::durable::{DurableError, write_file};
+use serde_json::json;
+
+use crate::error::EngineError;
+use crate::loader::LoadedModel;
+
+/// Writes `config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` and
+/// `model.safetensors` (in `dtype`) into an existing folder. Publish the folder with `durable::publish_folder`.
+pub fn write_model(folder: &Path, model: &LoadedModel, dtype: DType) -> Result<(), EngineError> {
+    let json = |name: &str, value: serde_json::Value| -> Result<(), DurableError> {
+        write_file(&folder.join(name), format!("{value:#}\n").as_bytes())
+    };
+    let mut config = model.config.to_json();
+    config["torch_dtype"] = json!(match dtype {
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+        _ => "float32",
+    });
+    json("config.json", config)?;
+    json("generation_config.json", json!({ "eos_token_id": model.config.eos, "bos_token_id": model.config.bos }))?;
+    write_file(&folder.join("tokenizer.json"), model.tokenizer.to_json()?.as_bytes())?;
+    let bos = Some(model.template.bos()).filter(|text| !text.is_empty());
+    json(
+        "tokenizer_config.json",
+        json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": bos,
+            "eos_token": model.template.eos(),
+            "model_max_length": model.config.max_positions,
+            "chat_template": model.template.source(),
+        }),
+    )?;
+    write_file(&folder.join("chat_template.jinja"), model.template.source().as_bytes())?;
+    let tensors: HashMap<String, Tensor> = model
+        .weights
+        .iter()
+        .map(|(name, tensor)| Ok((name.clone(), tensor.to_dtype(dtype)?.to_device(&candle_core::Device::Cpu)?)))
+        .collect::<Result<_, EngineError>>()?;
+    write_tensors(&folder.join("model.safetensors"), &tensors)
+}
+
+/// Writes tensors as one safetensors file with the `format` mark that transformers asks for.
+pub fn write_tensors(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<(), EngineError> {
+    let mark = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let bytes = safetensors::serialize(tensors, Some(mark))
+        .map_err(|error| EngineError::malformed(path, error.to_string()))?;
+    Ok(write_file(path, &bytes)?)
+}

@@ -1,0 +1,330 @@
+//! The shape of a decoder, as `config.json` (Hugging Face) or GGUF metadata gives it.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::error::EngineError;
+use crate::ops::attention::Heads;
+
+/// The decoder families with a definition here. They share one block; what differs is in the methods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// Qwen2, Qwen2.5 and what was distilled into them: biases on q, k, v.
+    Qwen2,
+    /// Qwen3: RMSNorm on the heads of q and k, no biases.
+    Qwen3,
+    /// Llama 2, Llama 3, SmolLM2 and kin.
+    Llama,
+}
+
+impl Family {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Qwen2, Self::Qwen3, Self::Llama];
+
+    /// `model_type` in `config.json`, `general.architecture` in GGUF.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::Llama => "llama",
+        }
+    }
+
+    /// Class name in `architectures`.
+    pub fn architecture(self) -> &'static str {
+        match self {
+            Self::Qwen2 => "Qwen2ForCausalLM",
+            Self::Qwen3 => "Qwen3ForCausalLM",
+            Self::Llama => "LlamaForCausalLM",
+        }
+    }
+
+    /// Finds a family by `model_type`.
+    pub fn parse(name: &str, path: &Path) -> Result<Self, EngineError> {
+        Self::ALL.into_iter().find(|family| family.name() == name).ok_or_else(|| {
+            EngineError::UnknownArchitecture {
+                path: path.to_owned(),
+                found: name.to_owned(),
+                supported: Self::ALL.map(|family| format!("`{}`", family.name())).join(", "),
+            }
+        })
+    }
+}
+
+/// Stretching of the rotary frequencies for long contexts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "rope_type", rename_all = "lowercase")]
+pub enum RopeScaling {
+    /// All frequencies divided by `factor`.
+    Linear {
+        /// The divisor.
+        factor: f32,
+    },
+    /// Llama 3: low frequencies divided by `factor`, high ones kept, a ramp between.
+    Llama3 {
+        /// The divisor of low frequencies.
+        factor: f32,
+        /// Wavelengths above `original / low_freq_factor` are low frequencies.
+        low_freq_factor: f32,
+        /// Wavelengths below `original / high_freq_factor` are high frequencies.
+        high_freq_factor: f32,
+        /// Context length before stretching.
+        original_max_position_embeddings: f32,
+    },
+}
+
+/// The shape of a decoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// Which family.
+    pub family: Family,
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Blocks.
+    pub layers: usize,
+    /// Attention heads.
+    pub heads: Heads,
+    /// Longest context.
+    pub max_positions: usize,
+    /// Epsilon of RMSNorm.
+    pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f32,
+    /// Stretching of the rotary frequencies.
+    pub rope_scaling: Option<RopeScaling>,
+    /// The output layer is the embedding.
+    pub tied: bool,
+    /// Biases on q, k and v.
+    pub qkv_bias: bool,
+    /// Tokens that end a turn.
+    pub eos: Vec<u32>,
+    /// Token that begins a text.
+    pub bos: Option<u32>,
+}
+
+#[derive(Deserialize)]
+struct HfConfig {
+    model_type: String,
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    #[serde(default = "default_positions")]
+    max_position_embeddings: usize,
+    #[serde(default = "default_eps")]
+    rms_norm_eps: f64,
+    rope_theta: Option<f32>,
+    rope_scaling: Option<Value>,
+    rope_parameters: Option<Value>,
+    tie_word_embeddings: Option<bool>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    use_sliding_window: Option<bool>,
+    #[serde(default)]
+    eos_token_id: Option<OneOrMany>,
+    #[serde(default)]
+    bos_token_id: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+pub(crate) enum OneOrMany {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+impl OneOrMany {
+    pub(crate) fn into_vec(self) -> Vec<u32> {
+        match self {
+            Self::One(id) => vec![id],
+            Self::Many(ids) => ids,
+        }
+    }
+}
+
+fn default_positions() -> usize {
+    2048
+}
+
+fn default_eps() -> f64 {
+    1e-6
+}
+
+impl ModelConfig {
+    /// Reads the text of a `config.json`; `path` only names it in errors.
+    pub fn from_json(text: &str, path: &Path) -> Result<Self, EngineError> {
+        let malformed = |problem: String| EngineError::malformed(path, problem);
+        let value: Value = serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
+        let model_type = value.get("model_type").and_then(Value::as_str).unwrap_or_default();
+        let family = Family::parse(model_type, path)?;
+        let hf: HfConfig = serde_json::from_value(value).map_err(|error| malformed(error.to_string()))?;
+        debug_assert_eq!(hf.model_type, family.name());
+        if hf.use_sliding_window == Some(true) {
+            return Err(malformed("`use_sliding_window` is true; only full attention is supported".to_owned()));
+        }
+        if hf.mlp_bias == Some(true) || (family == Family::Llama && hf.attention_bias == Some(true)) {
+            return Err(malformed("`mlp_bias` and Llama's `attention_bias` are not supported".to_owned()));
+        }
+        let parameters = hf.rope_parameters.as_ref();
+        let theta = parameters
+            .and_then(|rope| rope.get("rope_theta")?.as_f64())
+            .map(|theta| theta as f32)
+            .or(hf.rope_theta)
+            .unwrap_or(10_000.0);
+        let rope_scaling =
+            parse_scaling(hf.rope_scaling.as_ref().filter(|v| !v.is_null()).or(parameters), path)?;
+        let config = Self {
+            family,
+            vocab_size: hf.vocab_size,
+            hidden_size: hf.hidden_size,
+            intermediate_size: hf.intermediate_size,
+            layers: hf.num_hidden_layers,
+            heads: Heads {
+                query: hf.num_attention_heads,
+                kv: hf.num_key_value_heads.unwrap_or(hf.num_attention_heads),
+                dim: hf.head_dim.unwrap_or(hf.hidden_size / hf.num_attention_heads.max(1)),
+            },
+            max_positions: hf.max_position_embeddings,
+            rms_norm_eps: hf.rms_norm_eps,
+            rope_theta: theta,
+            rope_scaling,
+            tied: hf.tie_word_embeddings.unwrap_or(false),
+            qkv_bias: family == Family::Qwen2,
+            eos: hf.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
+            bos: hf.bos_token_id,
+        };
+        config.check(path)?;
+        Ok(config)
+    }
+
+    /// Refuses shapes that cannot be.
+    pub fn check(&self, path: &Path) -> Result<(), EngineError> {
+        let heads = self.heads;
+        let problem = if heads.kv == 0 || !heads.query.is_multiple_of(heads.kv) {
+            format!("{} query heads are not a multiple of {} key heads", heads.query, heads.kv)
+        } else if heads.dim == 0 || !heads.dim.is_multiple_of(2) {
+            format!("head size {} is not even", heads.dim)
+        } else if [self.vocab_size, self.hidden_size, self.intermediate_size, self.layers, self.max_positions]
+            .contains(&0)
+        {
+            "a size is zero".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(EngineError::malformed(path, problem))
+    }
+
+    /// As `config.json`, readable by Hugging Face transformers.
+    pub fn to_json(&self) -> Value {
+        let mut value = json!({
+            "architectures": [self.family.architecture()],
+            "model_type": self.family.name(),
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads.query,
+            "num_key_value_heads": self.heads.kv,
+            "head_dim": self.heads.dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": self.rope_scaling,
+            "tie_word_embeddings": self.tied,
+            "use_sliding_window": false,
+            "torch_dtype": "float32",
+            "eos_token_id": self.eos,
+        });
+        if let Some(bos) = self.bos {
+            value["bos_token_id"] = json!(bos);
+        }
+        value
+    }
+
+    /// One inverse frequency per pair of a head's elements.
+    pub fn inverse_frequencies(&self) -> Vec<f32> {
+        let dim = self.heads.dim;
+        (0..dim / 2)
+            .map(|i| {
+                let frequency = 1.0 / self.rope_theta.powf(2.0 * i as f32 / dim as f32);
+                match &self.rope_scaling {
+                    None => frequency,
+                    Some(RopeScaling::Linear { factor }) => frequency / factor,
+                    Some(RopeScaling::Llama3 {
+                        factor,
+                        low_freq_factor,
+                        high_freq_factor,
+                        original_max_position_embeddings,
+                    }) => {
+                        let turns = original_max_position_embeddings * frequency / std::f32::consts::TAU;
+                        let ramp =
+                            ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                        frequency * (ramp + (1.0 - ramp) / factor)
+                    }
+                }
+            })
+            .collect()
+    }
+
+    /// Every tensor of the model with its shape, in file order, by Hugging Face names.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (d, ff) = (self.hidden_size, self.intermediate_size);
+        let (qw, kw, dim) = (self.heads.query * self.heads.dim, self.heads.kv * self.heads.dim, self.heads.dim);
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, d])];
+        for layer in 0..self.layers {
+            let mut add = |name: &str, shape: &[usize]| {
+                tensors.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+            };
+            add("input_layernorm.weight", &[d]);
+            for (name, width) in [("q", qw), ("k", kw), ("v", kw)] {
+                add(&format!("self_attn.{name}_proj.weight"), &[width, d]);
+                if self.qkv_bias {
+                    add(&format!("self_attn.{name}_proj.bias"), &[width]);
+                }
+            }
+            if self.family == Family::Qwen3 {
+                add("self_attn.q_norm.weight", &[dim]);
+                add("self_attn.k_norm.weight", &[dim]);
+            }
+            add("self_attn.o_proj.weight", &[d, qw]);
+            add("post_attention_layernorm.weight", &[d]);
+            add("mlp.gate_proj.weight", &[ff, d]);
+            add("mlp.up_proj.weight", &[ff, d]);
+            add("mlp.down_proj.weight", &[d, ff]);
+        }
+        tensors.push(("model.norm.weight".to_owned(), vec![d]));
+        if !self.tied {
+            tensors.push(("lm_head.weight".to_owned(), vec![self.vocab_size, d]));
+        }
+        tensors
+    }
+
+    /// Number of weights.
+    pub fn parameters(&self) -> usize {
+        self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    }
+}
+
+fn parse_scaling(value: Option<&Value>, path: &Path) -> Result<Option<RopeScaling>, EngineError> {
+    let Some(value) = value else { return Ok(None) };
+    let kind = value.get("rope_type").or_else(|| value.get("type")).and_then(Value::as_str).unwrap_or("default");
+    if kind == "default" {
+        return Ok(None);
+    }
+    let mut tagged = value.clone();
+    tagged["rope_type"] = json!(kind);
+    serde_json::from_value(tagged).map(Some).map_err(|error| {
+        EngineError::malformed(path, format!("rope scaling `{kind}`: {error}; supported are `linear` and `llama3`"))
+    })
+}

@@ -1,0 +1,325 @@
+//! GGUF files: configuration, tensors (dequantised) and tokenizer from the metadata.
+//!
+//! llama.cpp's conversion permutes the rows of q and k for `llama`, since it rotates neighbouring elements; here they are
+//! permuted back to Hugging Face's half-split order. Quantised products are not used yet: weights become f32 when loaded.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::{Device, Tensor};
+use tokenizers::models::bpe::BPE;
+use tokenizers::normalizers::{NFC, Prepend, Replace, Sequence as NormalizerSequence};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior};
+
+use crate::config::{Family, ModelConfig, RopeScaling};
+use crate::error::EngineError;
+use crate::ops::attention::Heads;
+use crate::tokenizer::Tokenizer;
+
+/// An opened GGUF file.
+pub struct Gguf {
+    path: std::path::PathBuf,
+    reader: BufReader<File>,
+    content: Content,
+}
+
+impl Gguf {
+    /// Reads header and metadata.
+    pub fn open(path: &Path) -> Result<Self, EngineError> {
+        let file =
+            File::open(path).map_err(|source| EngineError::Read { path: path.to_owned(), source })?;
+        let mut reader = BufReader::with_capacity(1 << 20, file);
+        let content = Content::read(&mut reader)
+            .map_err(|error| EngineError::malformed(path, format!("not a readable GGUF file: {error}")))?;
+        Ok(Self { path: path.to_owned(), reader, content })
+    }
+
+    fn malformed(&self, problem: impl Into<String>) -> EngineError {
+        EngineError::malformed(&self.path, problem)
+    }
+
+    fn integer(&self, key: &str) -> Option<u64> {
+        let value = self.content.metadata.get(key)?;
+        match value {
+            Value::I32(v) => u64::try_from(*v).ok(),
+            Value::I64(v) => u64::try_from(*v).ok(),
+            other => other.to_u64().ok().or_else(|| other.to_u32().ok().map(u64::from)),
+        }
+    }
+
+    fn number(&self, key: &str) -> Option<f32> {
+        self.content.metadata.get(key)?.to_f32().ok()
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        self.content.metadata.get(key)?.to_string().ok().map(String::as_str)
+    }
+
+    fn flag(&self, key: &str) -> Option<bool> {
+        self.content.metadata.get(key)?.to_bool().ok()
+    }
+
+    fn texts(&self, key: &str) -> Result<Vec<String>, EngineError> {
+        let missing = || self.malformed(format!("metadata `{key}` is missing or no list of strings"));
+        let list = self.content.metadata.get(key).and_then(|v| v.to_vec().ok()).ok_or_else(missing)?;
+        list.iter().map(|v| v.to_string().cloned().map_err(|_| missing())).collect()
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> Result<ModelConfig, EngineError> {
+        let name = self.text("general.architecture").unwrap_or_default();
+        let family = Family::parse(name, &self.path)?;
+        let need = |key: &str| -> Result<usize, EngineError> {
+            self.integer(&format!("{name}.{key}"))
+                .map(|value| value as usize)
+                .ok_or_else(|| self.malformed(format!("metadata `{name}.{key}` is missing")))
+        };
+        let hidden_size = need("embedding_length")?;
+        let query = need("attention.head_count")?;
+        let kv = need("attention.head_count_kv").unwrap_or(query);
+        let dim = need("attention.key_length").unwrap_or(hidden_size / query.max(1));
+        let rope_scaling = match self.text(&format!("{name}.rope.scaling.type")) {
+            None | Some("none") => None,
+            Some("linear") => Some(RopeScaling::Linear {
+                factor: self.number(&format!("{name}.rope.scaling.factor")).unwrap_or(1.0),
+            }),
+            Some(other) => return Err(self.malformed(format!("rope scaling `{other}` is not supported"))),
+        };
+        if self.content.tensor_infos.contains_key("rope_freqs.weight") {
+            return Err(self.malformed("`rope_freqs.weight` (Llama 3.1 scaling) is not supported in GGUF; use the safetensors folder"));
+        }
+        let vocab_size = match self.content.tensor_infos.get("token_embd.weight") {
+            Some(info) => info.shape.dims().first().copied().unwrap_or_default(),
+            None => {
+                return Err(EngineError::MissingTensor {
+                    name: "token_embd.weight".to_owned(),
+                    expected: vec![0, hidden_size],
+                });
+            }
+        };
+        let config = ModelConfig {
+            family,
+            vocab_size,
+            hidden_size,
+            intermediate_size: need("feed_forward_length")?,
+            layers: need("block_count")?,
+            heads: Heads { query, kv, dim },
+            max_positions: need("context_length")?,
+            rms_norm_eps: f64::from(
+                self.number(&format!("{name}.attention.layer_norm_rms_epsilon")).unwrap_or(1e-6),
+            ),
+            rope_theta: self.number(&format!("{name}.rope.freq_base")).unwrap_or(10_000.0),
+            rope_scaling,
+            tied: !self.content.tensor_infos.contains_key("output.weight"),
+            qkv_bias: family == Family::Qwen2,
+            eos: self.integer("tokenizer.ggml.eos_token_id").map(|id| id as u32).into_iter().collect(),
+            bos: self.integer("tokenizer.ggml.bos_token_id").map(|id| id as u32),
+        };
+        config.check(&self.path)?;
+        Ok(config)
+    }
+
+    /// All tensors as f32 under Hugging Face names.
+    pub fn tensors(&mut self, config: &ModelConfig) -> Result<BTreeMap<String, Tensor>, EngineError> {
+        let mut tensors = BTreeMap::new();
+        let names: Vec<String> = self.content.tensor_infos.keys().cloned().collect();
+        for name in names {
+            let quantised = self
+                .content
+                .tensor(&mut self.reader, &name, &Device::Cpu)
+                .map_err(|error| EngineError::malformed(&self.path, format!("tensor `{name}`: {error}")))?;
+            let mut tensor = quantised.dequantize(&Device::Cpu)?;
+            let Some(hf_name) = hugging_face_name(&name) else { continue };
+            if config.family == Family::Llama {
+                for (part, heads) in [("q_proj", config.heads.query), ("k_proj", config.heads.kv)] {
+                    if hf_name.contains(part) {
+                        tensor = unpermute(&tensor, heads)?;
+                    }
+                }
+            }
+            tensors.insert(hf_name, tensor);
+        }
+        Ok(tensors)
+    }
+
+    /// The chat template of the metadata.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.text("tokenizer.chat_template")
+    }
+
+    /// Builds the tokenizer that the metadata describe: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`).
+    pub fn tokenizer(&self) -> Result<Tokenizer, EngineError> {
+        let tokens = self.texts("tokenizer.ggml.tokens")?;
+        let vocabulary: tokenizers::models::bpe::Vocab =
+            tokens.iter().enumerate().map(|(id, token)| (token.clone(), id as u32)).collect();
+        let kind = self.text("tokenizer.ggml.model").unwrap_or_default();
+        let failed = |error: tokenizers::Error| self.malformed(format!("tokenizer: {error}"));
+        let mut inner = match kind {
+            "gpt2" => {
+                let merges = self
+                    .texts("tokenizer.ggml.merges")?
+                    .into_iter()
+                    .map(|merge| match merge.split_once(' ') {
+                        Some((a, b)) => Ok((a.to_owned(), b.to_owned())),
+                        None => Err(self.malformed(format!("merge `{merge}` is not two tokens"))),
+                    })
+                    .collect::<Result<Vec<_>, _>>()?;
+                let pre = self.text("tokenizer.ggml.pre").unwrap_or("default");
+                let ignore_merges = pre == "llama-bpe";
+                let model = BPE::builder()
+                    .vocab_and_merges(vocabulary, merges)
+                    .ignore_merges(ignore_merges)
+                    .build()
+                    .map_err(failed)?;
+                let mut inner = tokenizers::Tokenizer::new(model);
+                if pre == "qwen2" {
+                    inner.with_normalizer(Some(NFC)).map_err(failed)?;
+                }
+                inner.with_pre_tokenizer(Some(self.pre_tokenizer(pre)?));
+                inner.with_decoder(Some(ByteLevel::new(false, true, true)));
+                inner
+            }
+            "llama" => {
+                let merges = sentencepiece_merges(&tokens, &self.scores(tokens.len())?);
+                let model = BPE::builder()
+                    .vocab_and_merges(vocabulary, merges)
+                    .unk_token("<unk>".to_owned())
+                    .fuse_unk(true)
+                    .byte_fallback(true)
+                    .build()
+                    .map_err(failed)?;
+                let mut inner = tokenizers::Tokenizer::new(model);
+                let space = Replace::new(" ", "▁").map_err(failed)?;
+                let mut normalizers: Vec<tokenizers::NormalizerWrapper> = vec![space.into()];
+                if self.flag("tokenizer.ggml.add_space_prefix") != Some(false) {
+                    normalizers.insert(0, Prepend::new("▁".to_owned()).into());
+                }
+                inner.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(failed)?;
+                inner.with_decoder(Some(tokenizers::decoders::sequence::Sequence::new(vec![
+                    Replace::new("▁", " ").map_err(failed)?.into(),
+                    tokenizers::decoders::byte_fallback::ByteFallback::new().into(),
+                    tokenizers::decoders::fuse::Fuse::new().into(),
+                ])));
+                inner
+            }
+            other => {
+                return Err(self.malformed(format!(
+                    "tokenizer model `{other}` is not supported; supported are `gpt2` and `llama`"
+                )));
+            }
+        };
+        // llama.cpp's token types: 3 is a control token, 4 was added by the user.
+        if let Some(types) = self.content.metadata.get("tokenizer.ggml.token_type").and_then(|v| v.to_vec().ok()) {
+            let added: Vec<AddedToken> = tokens
+                .iter()
+                .zip(types)
+                .filter_map(|(token, kind)| match kind {
+                    Value::I32(3) | Value::U32(3) => Some(AddedToken::from(token.clone(), true)),
+                    Value::I32(4) | Value::U32(4) => Some(AddedToken::from(token.clone(), false).normalized(false)),
+                    _ => None,
+                })
+                .collect();
+            inner.add_tokens(added).map_err(failed)?;
+        }
+        Tokenizer::new(inner)
+    }
+
+    /// The splitting that came before BPE when the tokenizer was trained, by llama.cpp's names.
+    fn pre_tokenizer(&self, pre: &str) -> Result<PreTokenizerWrapper, EngineError> {
+        const WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|";
+        const REST: &str = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+        let split = |digits: &str| -> Result<PreTokenizerWrapper, EngineError> {
+            Split::new(
+                SplitPattern::Regex(format!("{WORDS}{digits}{REST}")),
+                SplitDelimiterBehavior::Isolated,
+                false,
+            )
+            .map(Into::into)
+            .map_err(|error| self.malformed(format!("tokenizer: {error}")))
+        };
+        let bytes_only: PreTokenizerWrapper = ByteLevel::new(false, false, false).into();
+        let gpt2: PreTokenizerWrapper = ByteLevel::new(false, true, true).into();
+        Ok(match pre {
+            "qwen2" | "deepseek-r1-qwen" => Sequence::new(vec![split(r"\p{N}")?, bytes_only]).into(),
+            "llama-bpe" | "llama3" | "smaug-bpe" => {
+                Sequence::new(vec![split(r"\p{N}{1,3}")?, bytes_only]).into()
+            }
+            "smollm" => Sequence::new(vec![Digits::new(true).into(), gpt2]).into(),
+            "default" | "gpt-2" => gpt2,
+            other => {
+                return Err(self.malformed(format!(
+                    "pre-tokenizer `{other}` is not supported; supported are `qwen2`, `deepseek-r1-qwen`, `llama-bpe`, `smollm`, `gpt-2`"
+                )));
+            }
+        })
+    }
+
+    fn scores(&self, count: usize) -> Result<Vec<f32>, EngineError> {
+        let list = self.content.metadata.get("tokenizer.ggml.scores").and_then(|v| v.to_vec().ok());
+        let scores: Vec<f32> =
+            list.into_iter().flatten().map(|score| score.to_f32().unwrap_or_default()).collect();
+        if scores.len() == count {
+            Ok(scores)
+        } else {
+            Err(self.malformed(format!("{} scores for {count} tokens", scores.len())))
+        }
+    }
+}
+
+/// SentencePiece merges the pair whose result has the best score; BPE wants the same as a ranked list of pairs.
+fn sentencepiece_merges(tokens: &[String], scores: &[f32]) -> Vec<(String, String)> {
+    let known: std::collections::HashMap<&str, usize> =
+        tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
+    let mut ranked = Vec::new();
+    for (id, token) in tokens.iter().enumerate() {
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            if let (Some(&l), Some(&r)) = (known.get(left), known.get(right)) {
+                ranked.push((scores[id], l, r));
+            }
+        }
+    }
+    ranked.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)).then(a.2.cmp(&b.2)));
+    ranked.into_iter().map(|(_, l, r)| (tokens[l].clone(), tokens[r].clone())).collect()
+}
+
+fn hugging_face_name(name: &str) -> Option<String> {
+    Some(match name {
+        "token_embd.weight" => "model.embed_tokens.weight".to_owned(),
+        "output_norm.weight" => "model.norm.weight".to_owned(),
+        "output.weight" => "lm_head.weight".to_owned(),
+        _ => {
+            let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
+            let (part, kind) = rest.rsplit_once('.')?;
+            let part = match part {
+                "attn_norm" => "input_layernorm",
+                "attn_q" => "self_attn.q_proj",
+                "attn_k" => "self_attn.k_proj",
+                "attn_v" => "self_attn.v_proj",
+                "attn_q_norm" => "self_attn.q_norm",
+                "attn_k_norm" => "self_attn.k_norm",
+                "attn_output" => "self_attn.o_proj",
+                "ffn_norm" => "post_attention_layernorm",
+                "ffn_gate" => "mlp.gate_proj",
+                "ffn_up" => "mlp.up_proj",
+                "ffn_down" => "mlp.down_proj",
+                _ => return None,
+            };
+            format!("model.layers.{layer}.{part}.{kind}")
+        }
+    })
+}
+
+/// Rows `[head][pair][half]` back to `[head][half][pair]`.
+fn unpermute(tensor: &Tensor, heads: usize) -> Result<Tensor, EngineError> {
+    let (rows, columns) = tensor.dims2()?;
+    let half = rows / heads / 2;
+    Ok(tensor.reshape((heads, half, 2, columns))?.transpose(1, 2)?.contiguous()?.reshape((rows, columns))?)
+}

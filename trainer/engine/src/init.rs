@@ -1,0 +1,45 @@
+//! Fresh weights: normal with deviation 0.02, output projections scaled down by `sqrt(2 layers)` (GPT-2), norms one,
+//! biases zero. The same seed gives the same weights on every machine.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::config::ModelConfig;
+use crate::error::EngineError;
+use crate::weights::Weights;
+
+/// Weights for `config` from `seed`.
+pub fn random(config: &ModelConfig, seed: u64) -> Result<Weights, EngineError> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut tensors = BTreeMap::new();
+    for (name, shape) in config.tensors() {
+        let count = shape.iter().product();
+        let values: Vec<f32> = if name.ends_with("norm.weight") {
+            vec![1.0; count]
+        } else if name.ends_with("bias") {
+            vec![0.0; count]
+        } else {
+            let output = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+            let deviation = if output { 0.02 / (2.0 * config.layers as f32).sqrt() } else { 0.02 };
+            normals(&mut rng, count, deviation)
+        };
+        tensors.insert(name, Tensor::from_vec(values, shape, &Device::Cpu)?);
+    }
+    Weights::new(tensors, config)
+}
+
+/// Box and Muller's transform: two uniforms give two normals.
+fn normals(rng: &mut ChaCha8Rng, count: usize, deviation: f32) -> Vec<f32> {
+    let mut values = Vec::with_capacity(count + 1);
+    while values.len() < count {
+        let radius = (-2.0 * (1.0 - rng.random::<f32>()).ln()).sqrt() * deviation;
+        let angle = std::f32::consts::TAU * rng.random::<f32>();
+        values.push(radius * angle.cos());
+        values.push(radius * angle.sin());
+    }
+    values.truncate(count);
+    values
+}

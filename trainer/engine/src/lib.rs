@@ -1,0 +1,24 @@
+//! The tensor half of Potstill: kernels with their backward pass, ONE model definition for training and serving,
+//! weights from safetensors folders and GGUF files, KV cache, sampler, tokenizer, chat template and the step loop that
+//! decodes many requests together.
+//!
+//! Architecture invariants: no HTTP and no pipeline records here; `unsafe` only in the kernels under [`ops`].
+
+pub mod batch;
+pub mod cache;
+pub mod checkpoint_files;
+pub mod config;
+pub mod device;
+pub mod error;
+pub mod gguf;
+pub mod init;
+pub mod loader;
+pub mod model;
+pub mod ops;
+pub mod sampler;
+pub mod scheduler;
+pub mod template;
+pub mod tokenizer;
+pub mod weights;
+
+pub use error::EngineError;

@@ -1,0 +1,180 @@
+//! Loads a model from a Hugging Face folder (`config.json`, `tokenizer.json`, `*.safetensors`) or a GGUF file.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::config::{ModelConfig, OneOrMany};
+use crate::error::EngineError;
+use crate::gguf::Gguf;
+use crate::template::ChatTemplate;
+use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
+
+/// A model with all that belongs to it.
+#[derive(Clone)]
+pub struct LoadedModel {
+    /// Its shape; `eos` holds every token that ends a turn.
+    pub config: ModelConfig,
+    /// Its tensors.
+    pub weights: Weights,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its chat template.
+    pub template: Arc<ChatTemplate>,
+}
+
+/// Loads `path` and brings the weights to `device` and `dtype`.
+pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<LoadedModel, EngineError> {
+    let model = if path.is_dir() {
+        from_folder(path)?
+    } else if path.extension().is_some_and(|extension| extension == "gguf") {
+        from_gguf(path)?
+    } else {
+        return Err(EngineError::malformed(path, "neither a model folder nor a `.gguf` file"));
+    };
+    Ok(LoadedModel { weights: model.weights.to(device, dtype)?, ..model })
+}
+
+fn read(path: &Path) -> Result<String, EngineError> {
+    std::fs::read_to_string(path).map_err(|source| EngineError::Read { path: path.to_owned(), source })
+}
+
+fn read_if_there(path: &Path) -> Result<Option<String>, EngineError> {
+    if path.exists() { read(path).map(Some) } else { Ok(None) }
+}
+
+#[derive(Default, Deserialize)]
+struct TokenizerConfig {
+    chat_template: Option<Value>,
+    bos_token: Option<Value>,
+    eos_token: Option<Value>,
+}
+
+#[derive(Default, Deserialize)]
+struct GenerationConfig {
+    eos_token_id: Option<OneOrMany>,
+}
+
+/// A special token is a string or an object with `content`.
+fn token_text(value: Option<&Value>) -> Option<String> {
+    let value = value?;
+    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
+}
+
+fn parse<T: for<'de> Deserialize<'de>>(text: &str, path: &Path) -> Result<T, EngineError> {
+    serde_json::from_str(text).map_err(|error| EngineError::malformed(path, error.to_string()))
+}
+
+fn from_folder(folder: &Path) -> Result<LoadedModel, EngineError> {
+    let config_path = folder.join("config.json");
+    let mut config = ModelConfig::from_json(&read(&config_path)?, &config_path)?;
+    let tokenizer_path = folder.join("tokenizer.json");
+    let tokenizer = Tokenizer::from_json(&read(&tokenizer_path)?, &tokenizer_path)?;
+    if tokenizer.len() > config.vocab_size {
+        return Err(EngineError::malformed(
+            tokenizer_path,
+            format!("{} tokens, but the embedding has {} rows", tokenizer.len(), config.vocab_size),
+        ));
+    }
+    let path = folder.join("tokenizer_config.json");
+    let names: TokenizerConfig = match read_if_there(&path)? {
+        Some(text) => parse(&text, &path)?,
+        None => TokenizerConfig::default(),
+    };
+    let path = folder.join("generation_config.json");
+    let generation: GenerationConfig = match read_if_there(&path)? {
+        Some(text) => parse(&text, &path)?,
+        None => GenerationConfig::default(),
+    };
+    let eos_text = token_text(names.eos_token.as_ref());
+    add_eos(&mut config, generation.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default());
+    add_eos(&mut config, eos_text.as_deref().and_then(|text| tokenizer.id(text)).into_iter().collect());
+    let source = read_if_there(&folder.join("chat_template.jinja"))?.or_else(|| match names.chat_template {
+        Some(Value::String(text)) => Some(text),
+        // Several named templates: the one called `default`.
+        Some(Value::Array(list)) => list
+            .iter()
+            .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
+            .and_then(|entry| entry.get("template")?.as_str().map(str::to_owned)),
+        _ => None,
+    });
+    let bos_text = token_text(names.bos_token.as_ref());
+    let template = template(source.as_deref(), bos_text, eos_text, &tokenizer, &config)?;
+    let weights = Weights::new(read_safetensors(folder)?, &config)?;
+    Ok(LoadedModel { config, weights, tokenizer, template })
+}
+
+fn from_gguf(path: &Path) -> Result<LoadedModel, EngineError> {
+    let mut gguf = Gguf::open(path)?;
+    let mut config = gguf.config()?;
+    let tokenizer = gguf.tokenizer()?;
+    // Chat models end a turn with these, whatever the file calls its end of text.
+    let turn_ends = ["<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>"];
+    add_eos(&mut config, turn_ends.iter().filter_map(|token| tokenizer.id(token)).collect());
+    let source = gguf.chat_template().map(str::to_owned);
+    let text_of = |id: Option<u32>| id.and_then(|id| tokenizer.token(id));
+    let (bos, eos) = (text_of(config.bos), text_of(config.eos.first().copied()));
+    let template = template(source.as_deref(), bos, eos, &tokenizer, &config)?;
+    let weights = Weights::new(gguf.tensors(&config)?, &config)?;
+    Ok(LoadedModel { config, weights, tokenizer, template })
+}
+
+fn add_eos(config: &mut ModelConfig, ids: Vec<u32>) {
+    for id in ids {
+        if !config.eos.contains(&id) {
+            config.eos.push(id);
+        }
+    }
+}
+
+fn template(
+    source: Option<&str>,
+    bos: Option<String>,
+    eos: Option<String>,
+    tokenizer: &Tokenizer,
+    config: &ModelConfig,
+) -> Result<Arc<ChatTemplate>, EngineError> {
+    let text_of = |id: Option<u32>| id.and_then(|id| tokenizer.token(id)).unwrap_or_default();
+    let bos = bos.unwrap_or_else(|| text_of(config.bos));
+    let eos = eos.unwrap_or_else(|| text_of(config.eos.first().copied()));
+    Ok(Arc::new(match source {
+        Some(source) => ChatTemplate::new(source, &bos, &eos)?,
+        None => ChatTemplate::chatml()?,
+    }))
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// All tensors of a folder: one `model.safetensors`, or the shards that the index names.
+fn read_safetensors(folder: &Path) -> Result<BTreeMap<String, Tensor>, EngineError> {
+    let index_path = folder.join("model.safetensors.index.json");
+    let mut files: Vec<PathBuf> = match read_if_there(&index_path)? {
+        None => vec![folder.join("model.safetensors")],
+        Some(text) => {
+            let index: Index = parse(&text, &index_path)?;
+            let mut names: Vec<String> = index.weight_map.into_values().collect();
+            names.sort();
+            names.dedup();
+            if let Some(name) = names.iter().find(|name| name.contains(['/', '\\'])) {
+                return Err(EngineError::malformed(index_path, format!("shard `{name}` lies outside the folder")));
+            }
+            names.iter().map(|name| folder.join(name)).collect()
+        }
+    };
+    let mut tensors = BTreeMap::new();
+    for path in files.drain(..) {
+        let bytes = std::fs::read(&path).map_err(|source| EngineError::Read { path: path.clone(), source })?;
+        let shard = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
+            .map_err(|error| EngineError::malformed(&path, format!("not a readable safetensors file: {error}")))?;
+        tensors.extend(shard);
+    }
+    Ok(tensors)
+}

@@ -1,0 +1,226 @@
+//! The decoder, once for training and serving: embedding, blocks of attention and SwiGLU with RMSNorm before each,
+//! a last norm, the output layer. Tensor names are Hugging Face's, so this file reads beside `modeling_qwen2.py`.
+//!
+//! Without caches every segment attends to its own rows (training, packed rows stay apart); with caches each segment
+//! continues one sequence (decoding).
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use crate::batch::Batch;
+use crate::cache::KvCache;
+use crate::config::{Family, ModelConfig};
+use crate::error::EngineError;
+use crate::ops::attention::{Heads, Segment, attention};
+use crate::ops::rms_norm::rms_norm;
+use crate::ops::rope::Rotary;
+use crate::ops::swiglu::swiglu;
+use crate::ops::{fused, with_values};
+use crate::weights::Weights;
+
+/// A causal language model.
+pub struct CausalLm {
+    config: ModelConfig,
+    embedding: Tensor,
+    blocks: Vec<Block>,
+    norm: Tensor,
+    head: Tensor,
+    inverse_frequencies: Vec<f32>,
+}
+
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor, EngineError> {
+        let y = x.matmul(&self.weight.t()?)?;
+        Ok(match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+}
+
+struct Block {
+    input_norm: Tensor,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    /// RMSNorm weights of the heads of q and k (Qwen3).
+    qk_norm: Option<(Tensor, Tensor)>,
+    o: Linear,
+    post_attention_norm: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+/// What attends to what in one forward pass.
+enum Attend<'a, 'b> {
+    OwnRows(&'a Arc<Vec<Segment>>),
+    Cached(&'a [Segment], &'a mut [&'b mut KvCache]),
+}
+
+impl CausalLm {
+    /// Builds the model over `weights`, sharing their storage.
+    pub fn new(config: &ModelConfig, weights: &Weights) -> Result<Self, EngineError> {
+        let embedding = weights.get("model.embed_tokens.weight")?;
+        let head = if config.tied { embedding.clone() } else { weights.get("lm_head.weight")? };
+        let blocks =
+            (0..config.layers).map(|layer| Block::new(config, weights, layer)).collect::<Result<_, _>>()?;
+        Ok(Self {
+            config: config.clone(),
+            embedding,
+            blocks,
+            norm: weights.get("model.norm.weight")?,
+            head,
+            inverse_frequencies: config.inverse_frequencies(),
+        })
+    }
+
+    /// The shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The output layer's weight, `[vocabulary, hidden]`.
+    pub fn head(&self) -> &Tensor {
+        &self.head
+    }
+
+    /// Hidden states after the last norm, `[rows, hidden]`; every segment starts a sequence.
+    pub fn hidden(&self, batch: &Batch) -> Result<Tensor, EngineError> {
+        self.run(batch, Attend::OwnRows(&batch.segments))
+    }
+
+    /// The same, each segment continuing the sequence in its cache (one cache per segment, in order).
+    pub fn hidden_cached(&self, batch: &Batch, caches: &mut [&mut KvCache]) -> Result<Tensor, EngineError> {
+        let hidden = self.run(batch, Attend::Cached(&batch.segments, caches))?;
+        for (cache, segment) in caches.iter_mut().zip(batch.segments.iter()) {
+            cache.advance(segment.len);
+        }
+        Ok(hidden)
+    }
+
+    /// Logits `[rows, vocabulary]` of hidden states.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
+        Ok(hidden.matmul(&self.head.t()?)?)
+    }
+
+    fn run(&self, batch: &Batch, mut attend: Attend<'_, '_>) -> Result<Tensor, EngineError> {
+        let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), self.embedding.device())?;
+        let rotary = Rotary::new(&batch.positions, &self.inverse_frequencies);
+        let mut x = self.embedding.index_select(&tokens, 0)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            x = block.forward(&x, layer, &self.config, &rotary, &mut attend)?;
+        }
+        Ok(rms_norm(&x, &self.norm, self.config.rms_norm_eps)?)
+    }
+}
+
+impl Block {
+    fn new(config: &ModelConfig, weights: &Weights, layer: usize) -> Result<Self, EngineError> {
+        let get = |name: &str| weights.get(&format!("model.layers.{layer}.{name}"));
+        let projection = |name: &str, bias: bool| -> Result<Linear, EngineError> {
+            Ok(Linear {
+                weight: get(&format!("{name}.weight"))?,
+                bias: if bias { Some(get(&format!("{name}.bias"))?) } else { None },
+            })
+        };
+        Ok(Self {
+            input_norm: get("input_layernorm.weight")?,
+            q: projection("self_attn.q_proj", config.qkv_bias)?,
+            k: projection("self_attn.k_proj", config.qkv_bias)?,
+            v: projection("self_attn.v_proj", config.qkv_bias)?,
+            qk_norm: match config.family {
+                Family::Qwen3 => Some((get("self_attn.q_norm.weight")?, get("self_attn.k_norm.weight")?)),
+                Family::Qwen2 | Family::Llama => None,
+            },
+            o: projection("self_attn.o_proj", false)?,
+            post_attention_norm: get("post_attention_layernorm.weight")?,
+            gate: projection("mlp.gate_proj", false)?,
+            up: projection("mlp.up_proj", false)?,
+            down: projection("mlp.down_proj", false)?,
+        })
+    }
+
+    fn forward(
+        &self,
+        x: &Tensor,
+        layer: usize,
+        config: &ModelConfig,
+        rotary: &Rotary,
+        attend: &mut Attend<'_, '_>,
+    ) -> Result<Tensor, EngineError> {
+        let eps = config.rms_norm_eps;
+        let normed = rms_norm(x, &self.input_norm, eps)?;
+        let (mut q, mut k, v) =
+            (self.q.forward(&normed)?, self.k.forward(&normed)?, self.v.forward(&normed)?);
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
+            q = norm_heads(&q, q_norm, eps)?;
+            k = norm_heads(&k, k_norm, eps)?;
+        }
+        let (q, k) = (rotary.apply(&q)?, rotary.apply(&k)?);
+        let attended = match attend {
+            Attend::OwnRows(segments) => attention(&q, &k, &v, config.heads, segments)?,
+            Attend::Cached(segments, caches) => {
+                attend_cached(&q, &k, &v, layer, config.heads, segments, caches)?
+            }
+        };
+        let x = (x + self.o.forward(&attended)?)?;
+        let normed = rms_norm(&x, &self.post_attention_norm, eps)?;
+        let inner = swiglu(&self.gate.forward(&normed)?, &self.up.forward(&normed)?)?;
+        Ok((x + self.down.forward(&inner)?)?)
+    }
+}
+
+fn norm_heads(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
+    let (rows, width) = x.dims2()?;
+    let dim = weight.dim(0)?;
+    let heads = x.reshape((rows * (width / dim), dim))?;
+    Ok(rms_norm(&heads, weight, eps)?.reshape((rows, width))?)
+}
+
+fn attend_cached(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    layer: usize,
+    heads: Heads,
+    segments: &[Segment],
+    caches: &mut [&mut KvCache],
+) -> Result<Tensor, EngineError> {
+    if !fused(q) {
+        let mut parts = Vec::with_capacity(segments.len());
+        for (s, cache) in segments.iter().zip(caches.iter_mut()) {
+            let rows = |t: &Tensor| t.narrow(0, s.start, s.len);
+            parts.push(cache.attend_device(layer, &rows(q)?, &rows(k)?, &rows(v)?, heads)?);
+        }
+        return Ok(Tensor::cat(&parts, 0)?);
+    }
+    let (qw, kw) = (heads.query * heads.dim, heads.kv * heads.dim);
+    let out = with_values([q, k, v], |[q, k, v]| {
+        let mut out = vec![0f32; q.len()];
+        let mut rest = out.as_mut_slice();
+        let mut rows_of = Vec::with_capacity(segments.len());
+        for s in segments {
+            let (rows, tail) = rest.split_at_mut(s.len * qw);
+            rows_of.push(rows);
+            rest = tail;
+        }
+        segments
+            .par_iter()
+            .zip(caches.par_iter_mut())
+            .zip(rows_of)
+            .try_for_each(|((s, cache), out)| {
+                let (qr, kr) = (s.start * qw..(s.start + s.len) * qw, s.start * kw..(s.start + s.len) * kw);
+                cache.attend_host(layer, [&q[qr], &k[kr.clone()], &v[kr]], heads, out)
+            })
+            .map(|()| out)
+    })??;
+    Ok(Tensor::from_vec(out, q.shape(), q.device())?)
+}

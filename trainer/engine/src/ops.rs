@@ -1,0 +1,86 @@
+//! Operations of a decoder with their backward pass.
+//!
+//! Each has a fused CPU form (f32) and a plain twin made of stock differentiable tensor operations. The plain form runs
+//! on every other device and type, and is the reference that the tests hold the fused form against. candle's own fused
+//! norm, rotary and softmax are not used: they drop gradients without a word.
+
+pub mod attention;
+pub mod cross_entropy;
+pub mod exp;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
+
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
+
+/// Rows that one parallel task takes in row-wise kernels.
+pub(crate) const ROWS_PER_TASK: usize = 128;
+
+/// Whether the fused CPU form applies.
+pub fn fused(x: &Tensor) -> bool {
+    x.device().is_cpu() && x.dtype() == DType::F32
+}
+
+/// The contiguous f32 values behind a storage and its layout.
+pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let all = storage.as_slice::<f32>()?;
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&all[start..end]),
+        None => candle_core::bail!("a fused operation needs contiguous input"),
+    }
+}
+
+/// Runs `f` over the values of contiguous CPU tensors without copying them.
+pub fn with_values<const N: usize, R>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[f32]; N]) -> R,
+) -> Result<R> {
+    let contiguous = tensors.map(Tensor::contiguous);
+    let mut owned = Vec::with_capacity(N);
+    for tensor in contiguous {
+        owned.push(tensor?);
+    }
+    let guards: Vec<_> = owned.iter().map(Tensor::storage_and_layout).collect();
+    let mut slices: [&[f32]; N] = [&[]; N];
+    for (slot, (storage, layout)) in slices.iter_mut().zip(&guards) {
+        match &**storage {
+            Storage::Cpu(cpu) => *slot = values(cpu, layout)?,
+            _ => candle_core::bail!("a fused operation needs a CPU tensor"),
+        }
+    }
+    Ok(f(slices))
+}
+
+/// Sum of products in 16 lanes, so that the compiler may vectorise it; the order of additions is fixed.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
+    let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for i in 0..16 {
+            lanes[i] = a[i].mul_add(b[i], lanes[i]);
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
+/// Sum in 16 lanes.
+#[inline(always)]
+pub(crate) fn sum(values: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let chunks = values.chunks_exact(16);
+    let tail: f32 = chunks.remainder().iter().sum();
+    for chunk in chunks {
+        for i in 0..16 {
+            lanes[i] += chunk[i];
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
+/// Largest value.
+#[inline(always)]
+pub(crate) fn max(values: &[f32]) -> f32 {
+    values.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+}

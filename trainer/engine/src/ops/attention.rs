@@ -1,0 +1,382 @@
+//! Causal grouped-query attention over a ragged batch.
+//!
+//! Rows of all sequences lie one after the other; a [`Segment`] says which rows belong together and how many keys of the
+//! same sequence were computed before. Training and decoding use the same tile kernel: scores of 64 query rows at a time,
+//! probabilities recomputed in the backward pass, so memory is `O(rows)` and never `O(rows²)`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::exp::exp;
+use super::{dot, fused, max, sum, values, with_values};
+
+/// Query rows per tile.
+const TILE: usize = 64;
+/// Up to this many rows plain dot products beat the packing of a matrix product.
+const FEW_ROWS: usize = 4;
+
+/// Rows `start .. start + len` of the batch are tokens `past .. past + len` of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// First row in the batch.
+    pub start: usize,
+    /// Rows in the batch.
+    pub len: usize,
+    /// Tokens of the sequence that are in its cache already.
+    pub past: usize,
+}
+
+/// Head counts and size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub query: usize,
+    /// Key and value heads; divides `query`.
+    pub kv: usize,
+    /// Size of one head.
+    pub dim: usize,
+}
+
+impl Heads {
+    fn scale(self) -> f32 {
+        1.0 / (self.dim as f32).sqrt()
+    }
+
+    fn query_width(self) -> usize {
+        self.query * self.dim
+    }
+
+    fn kv_width(self) -> usize {
+        self.kv * self.dim
+    }
+
+    /// Query heads that read key head `kv`.
+    fn group(self, kv: usize) -> Range<usize> {
+        let size = self.query / self.kv;
+        kv * size..(kv + 1) * size
+    }
+}
+
+/// Attention of every segment over its own rows (`past` = 0), with backward. `q`: `[rows, query * dim]`, `k`, `v`:
+/// `[rows, kv * dim]`, result as `q`.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &Arc<Vec<Segment>>) -> Result<Tensor> {
+    if fused(q) {
+        let op = Attention { heads, segments: Arc::clone(segments) };
+        q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+    } else {
+        let parts: Result<Vec<_>> = segments
+            .iter()
+            .map(|s| {
+                let rows = |t: &Tensor| t.narrow(0, s.start, s.len);
+                plain(&rows(q)?, &rows(k)?, &rows(v)?, heads, 0)
+            })
+            .collect();
+        Tensor::cat(&parts?, 0)
+    }
+}
+
+/// The plain twin for one sequence: `q` holds the rows after the first `past` keys.
+pub fn plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, past: usize) -> Result<Tensor> {
+    let (rows, keys) = (q.dim(0)?, k.dim(0)?);
+    let group = heads.query / heads.kv;
+    // [kv, group * rows, dim] against [kv, keys, dim]: grouped queries without repeating keys.
+    let q = q.reshape((rows, heads.kv, group, heads.dim))?.permute((1, 2, 0, 3))?.contiguous()?;
+    let q = q.reshape((heads.kv, group * rows, heads.dim))?;
+    let k = k.reshape((keys, heads.kv, heads.dim))?.transpose(0, 1)?.contiguous()?;
+    let v = v.reshape((keys, heads.kv, heads.dim))?.transpose(0, 1)?.contiguous()?;
+    let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * f64::from(heads.scale()))?;
+    let mask: Vec<f32> = (0..rows)
+        .flat_map(|row| (0..keys).map(move |key| if key <= past + row { 0.0 } else { f32::NEG_INFINITY }))
+        .collect();
+    let mask = Tensor::from_vec(mask, (1, 1, rows, keys), q.device())?;
+    let scores = scores.to_dtype(DType::F32)?.reshape((heads.kv, group, rows, keys))?.broadcast_add(&mask)?;
+    let exps = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    let probs = exps.broadcast_div(&exps.sum_keepdim(D::Minus1)?)?.to_dtype(v.dtype())?;
+    let out = probs.reshape((heads.kv, group * rows, keys))?.matmul(&v)?;
+    let out = out.reshape((heads.kv, group, rows, heads.dim))?.permute((2, 0, 1, 3))?.contiguous()?;
+    out.reshape((rows, heads.query_width()))
+}
+
+/// Attention of one segment's query rows over keys and values that lie in its cache (its own rows included).
+/// `q` and `out` are the segment's rows; `k` and `v` hold `past + rows` rows. Runs on the calling thread.
+pub fn cached(q: &[f32], k: &[f32], v: &[f32], heads: Heads, past: usize, out: &mut [f32]) {
+    let (qw, kw) = (heads.query_width(), heads.kv_width());
+    let rows = q.len() / qw;
+    let mut scores = Vec::new();
+    for kv in 0..heads.kv {
+        for head in heads.group(kv) {
+            for first in (0..rows).step_by(TILE) {
+                let tile = TILE.min(rows - first);
+                let keys = past + first + tile;
+                let (q0, k0) = (first * qw + head * heads.dim, kv * heads.dim);
+                probabilities(&q[q0..], qw, &k[k0..], kw, heads, tile, keys, &mut scores);
+                let out = &mut out[q0..];
+                weighted_sum(&scores, &v[k0..], kw, heads.dim, tile, keys, out, qw);
+            }
+        }
+    }
+}
+
+/// Causal softmax of `tile` query rows over `keys` keys, the last query row seeing all of them: fills `scores`,
+/// `[tile, keys]`, zero above the diagonal.
+#[expect(clippy::too_many_arguments, reason = "a kernel: two strided matrices and their sizes")]
+fn probabilities(
+    q: &[f32],
+    q_stride: usize,
+    k: &[f32],
+    k_stride: usize,
+    heads: Heads,
+    tile: usize,
+    keys: usize,
+    scores: &mut Vec<f32>,
+) {
+    scores.clear();
+    scores.resize(tile * keys, 0.0);
+    if tile <= FEW_ROWS {
+        for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
+            let q = &q[row * q_stride..row * q_stride + heads.dim];
+            for (key, score) in scores.iter_mut().enumerate() {
+                *score = heads.scale() * dot(q, &k[key * k_stride..key * k_stride + heads.dim]);
+            }
+        }
+    } else {
+        let product = Product { m: tile, n: keys, k: heads.dim, scale: heads.scale(), add: false };
+        product.run(scores, (keys, 1), q, (q_stride, 1), k, (1, k_stride));
+    }
+    for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
+        let (seen, unseen) = scores.split_at_mut(keys - tile + row + 1);
+        let max = max(seen);
+        seen.iter_mut().for_each(|score| *score = exp(*score - max));
+        let inverse = 1.0 / sum(seen);
+        seen.iter_mut().for_each(|score| *score *= inverse);
+        unseen.fill(0.0);
+    }
+}
+
+/// `out[row] = Σ scores[row][key] * v[key]`.
+#[expect(clippy::too_many_arguments, reason = "a kernel: three strided matrices and their sizes")]
+fn weighted_sum(
+    scores: &[f32],
+    v: &[f32],
+    v_stride: usize,
+    dim: usize,
+    tile: usize,
+    keys: usize,
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    if tile <= FEW_ROWS {
+        for (row, scores) in scores.chunks_exact(keys).enumerate() {
+            let out = &mut out[row * out_stride..row * out_stride + dim];
+            out.fill(0.0);
+            for (key, &score) in scores.iter().enumerate() {
+                let v = &v[key * v_stride..key * v_stride + dim];
+                out.iter_mut().zip(v).for_each(|(out, v)| *out = score.mul_add(*v, *out));
+            }
+        }
+    } else {
+        let product = Product { m: tile, n: dim, k: keys, scale: 1.0, add: false };
+        product.run(out, (out_stride, 1), scores, (keys, 1), v, (v_stride, 1));
+    }
+}
+
+/// `dst = scale * lhs * rhs (+ dst)` for `[m, k] x [k, n]`, each with (row, column) strides.
+struct Product {
+    m: usize,
+    n: usize,
+    k: usize,
+    scale: f32,
+    add: bool,
+}
+
+impl Product {
+    fn run(
+        &self,
+        dst: &mut [f32],
+        dst_strides: (usize, usize),
+        lhs: &[f32],
+        lhs_strides: (usize, usize),
+        rhs: &[f32],
+        rhs_strides: (usize, usize),
+    ) {
+        let last = |rows: usize, columns: usize, strides: (usize, usize)| {
+            (rows - 1) * strides.0 + (columns - 1) * strides.1
+        };
+        assert!(last(self.m, self.n, dst_strides) < dst.len(), "product: destination too small");
+        assert!(last(self.m, self.k, lhs_strides) < lhs.len(), "product: left side too small");
+        assert!(last(self.k, self.n, rhs_strides) < rhs.len(), "product: right side too small");
+        #[expect(unsafe_code, reason = "gemm takes raw pointers")]
+        // SAFETY: the largest offset that each matrix touches was just checked against its slice, strides are
+        // non-negative, and `dst` is borrowed mutably, so it overlaps neither input.
+        unsafe {
+            gemm::gemm(
+                self.m,
+                self.n,
+                self.k,
+                dst.as_mut_ptr(),
+                dst_strides.1 as isize,
+                dst_strides.0 as isize,
+                self.add,
+                lhs.as_ptr(),
+                lhs_strides.1 as isize,
+                lhs_strides.0 as isize,
+                rhs.as_ptr(),
+                rhs_strides.1 as isize,
+                rhs_strides.0 as isize,
+                if self.add { 1.0 } else { 0.0 },
+                self.scale,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
+    }
+}
+
+struct Attention {
+    heads: Heads,
+    segments: Arc<Vec<Segment>>,
+}
+
+/// Cuts `data` into the rows of each segment; segments are in order and cover all rows.
+fn by_segment<'a>(data: &'a mut [f32], segments: &[Segment], width: usize) -> Vec<&'a mut [f32]> {
+    let mut rest = data;
+    let mut parts = Vec::with_capacity(segments.len());
+    for segment in segments {
+        let (part, tail) = std::mem::take(&mut rest).split_at_mut(segment.len * width);
+        parts.push(part);
+        rest = tail;
+    }
+    parts
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (q, k, v) = (values(s1, l1)?, values(s2, l2)?, values(s3, l3)?);
+        let (qw, kw) = (self.heads.query_width(), self.heads.kv_width());
+        let mut out = vec![0f32; q.len()];
+        by_segment(&mut out, &self.segments, qw).into_par_iter().zip(self.segments.par_iter()).for_each(
+            |(out, s)| {
+                let rows = |data: &'_ [f32], width: usize| -> Range<usize> {
+                    debug_assert!((s.start + s.len) * width <= data.len());
+                    s.start * width..(s.start + s.len) * width
+                };
+                cached(&q[rows(q, qw)], &k[rows(k, kw)], &v[rows(v, kw)], self.heads, 0, out);
+            },
+        );
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (qw, kw) = (self.heads.query_width(), self.heads.kv_width());
+        let (dq, dk, dv) = with_values([q, k, v, grad], |[qd, kd, vd, gd]| {
+            let (mut dq, mut dk, mut dv) = (vec![0f32; qd.len()], vec![0f32; kd.len()], vec![0f32; vd.len()]);
+            by_segment(&mut dq, &self.segments, qw)
+                .into_par_iter()
+                .zip(by_segment(&mut dk, &self.segments, kw))
+                .zip(by_segment(&mut dv, &self.segments, kw))
+                .zip(self.segments.par_iter())
+                .for_each(|(((dq, dk), dv), s)| {
+                    let (qr, kr) = (s.start * qw..(s.start + s.len) * qw, s.start * kw..(s.start + s.len) * kw);
+                    let inputs = [&qd[qr.clone()], &kd[kr.clone()], &vd[kr], &gd[qr]];
+                    self.segment_backward(s.len, inputs, dq, dk, dv);
+                });
+            (dq, dk, dv)
+        })?;
+        Ok((
+            Some(Tensor::from_vec(dq, q.shape(), q.device())?),
+            Some(Tensor::from_vec(dk, k.shape(), q.device())?),
+            Some(Tensor::from_vec(dv, v.shape(), q.device())?),
+        ))
+    }
+}
+
+impl Attention {
+    /// With `P` the probabilities and `g` the gradient of the output: `dV = Pᵀ g`, `dP = g Vᵀ`,
+    /// `dS = P ∘ (dP - rowsum(P ∘ dP))`, `dQ = scale dS K`, `dK = scale dSᵀ Q`.
+    fn segment_backward(
+        &self,
+        rows: usize,
+        [q, k, v, g]: [&[f32]; 4],
+        dq: &mut [f32],
+        dk: &mut [f32],
+        dv: &mut [f32],
+    ) {
+        let heads = self.heads;
+        let (qw, kw, dim) = (heads.query_width(), heads.kv_width(), heads.dim);
+        let (mut probs, mut dprobs) = (Vec::new(), Vec::new());
+        for kv in 0..heads.kv {
+            let k0 = kv * dim;
+            for head in heads.group(kv) {
+                for first in (0..rows).step_by(TILE) {
+                    let tile = TILE.min(rows - first);
+                    let keys = first + tile;
+                    let q0 = first * qw + head * dim;
+                    probabilities(&q[q0..], qw, &k[k0..], kw, heads, tile, keys, &mut probs);
+                    let product = |m, n, k, scale, add| Product { m, n, k, scale, add };
+                    product(keys, dim, tile, 1.0, true).run(
+                        &mut dv[k0..],
+                        (kw, 1),
+                        &probs,
+                        (1, keys),
+                        &g[q0..],
+                        (qw, 1),
+                    );
+                    dprobs.clear();
+                    dprobs.resize(tile * keys, 0.0);
+                    product(tile, keys, dim, 1.0, false).run(
+                        &mut dprobs,
+                        (keys, 1),
+                        &g[q0..],
+                        (qw, 1),
+                        &v[k0..],
+                        (1, kw),
+                    );
+                    for (p, dp) in probs.chunks_exact(keys).zip(dprobs.chunks_exact_mut(keys)) {
+                        let row_sum = dot(p, dp);
+                        dp.iter_mut().zip(p).for_each(|(dp, p)| *dp = p * (*dp - row_sum));
+                    }
+                    product(tile, dim, keys, heads.scale(), false).run(
+                        &mut dq[q0..],
+                        (qw, 1),
+                        &dprobs,
+                        (keys, 1),
+                        &k[k0..],
+                        (kw, 1),
+                    );
+                    product(keys, dim, tile, heads.scale(), true).run(
+                        &mut dk[k0..],
+                        (kw, 1),
+                        &dprobs,
+                        (1, keys),
+                        &q[q0..],
+                        (qw, 1),
+                    );
+                }
+            }
+        }
+    }
+}

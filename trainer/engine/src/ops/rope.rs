@@ -1,0 +1,109 @@
+//! Rotary position embedding (Su et al. 2021) in Hugging Face's half-split layout: element `i` of a head pairs with
+//! element `i + dim/2`.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::{ROWS_PER_TASK, fused, values, with_values};
+
+/// Cosines and sines for the rows of one batch: `[rows, dim / 2]` each.
+#[derive(Clone)]
+pub struct Rotary {
+    cos: Arc<Vec<f32>>,
+    sin: Arc<Vec<f32>>,
+    half: usize,
+}
+
+impl Rotary {
+    /// For rows at `positions`, with one inverse frequency per pair.
+    pub fn new(positions: &[u32], inverse_frequencies: &[f32]) -> Self {
+        let half = inverse_frequencies.len();
+        let (mut cos, mut sin) =
+            (Vec::with_capacity(positions.len() * half), Vec::with_capacity(positions.len() * half));
+        for &position in positions {
+            for &frequency in inverse_frequencies {
+                let (s, c) = (position as f32 * frequency).sin_cos();
+                cos.push(c);
+                sin.push(s);
+            }
+        }
+        Self { cos: Arc::new(cos), sin: Arc::new(sin), half }
+    }
+
+    /// Rotates every head of `x`: `[rows, heads * dim]`.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        if fused(x) {
+            x.contiguous()?.apply_op1(Rotate { rotary: self.clone(), sign: 1.0 })
+        } else {
+            self.plain(x)
+        }
+    }
+
+    /// The plain twin.
+    pub fn plain(&self, x: &Tensor) -> Result<Tensor> {
+        let (rows, width) = x.dims2()?;
+        let heads = width / (2 * self.half);
+        let table = |values: &Vec<f32>| {
+            Tensor::from_slice(values, (rows, 1, self.half), x.device())?.to_dtype(x.dtype())
+        };
+        let (cos, sin) = (table(&self.cos)?, table(&self.sin)?);
+        let x = x.reshape((rows, heads, 2 * self.half))?;
+        let (a, b) = (x.narrow(D::Minus1, 0, self.half)?, x.narrow(D::Minus1, self.half, self.half)?);
+        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        Tensor::cat(&[first, second], D::Minus1)?.reshape((rows, width))
+    }
+}
+
+struct Rotate {
+    rotary: Rotary,
+    /// -1 turns back, which is the gradient.
+    sign: f32,
+}
+
+impl Rotate {
+    fn run(&self, x: &[f32], width: usize) -> Vec<f32> {
+        let half = self.rotary.half;
+        let mut out = vec![0f32; x.len()];
+        out.par_chunks_mut(width * ROWS_PER_TASK).zip(x.par_chunks(width * ROWS_PER_TASK)).enumerate().for_each(
+            |(task, (out, x))| {
+                for (row, (out, x)) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
+                    let at = (task * ROWS_PER_TASK + row) * half;
+                    let (cos, sin) = (&self.rotary.cos[at..at + half], &self.rotary.sin[at..at + half]);
+                    for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                        let ((oa, ob), (a, b)) = (out.split_at_mut(half), x.split_at(half));
+                        for i in 0..half {
+                            let s = sin[i] * self.sign;
+                            oa[i] = a[i] * cos[i] - b[i] * s;
+                            ob[i] = b[i] * cos[i] + a[i] * s;
+                        }
+                    }
+                }
+            },
+        );
+        out
+    }
+}
+
+impl CustomOp1 for Rotate {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, width) = layout.shape().dims2()?;
+        if rows * self.rotary.half != self.rotary.cos.len() {
+            candle_core::bail!("rope: {rows} rows, but tables for {}", self.rotary.cos.len() / self.rotary.half);
+        }
+        Ok((CpuStorage::F32(self.run(values(storage, layout)?, width)), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let width = x.dim(1)?;
+        let back = Rotate { rotary: self.rotary.clone(), sign: -self.sign };
+        let dx = with_values([grad], |[grad]| back.run(grad, width))?;
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}

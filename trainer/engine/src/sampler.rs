@@ -1,0 +1,231 @@
+//! Picks the next token from logits. Pure: the random stream is passed in, so the same seed and logits give the same
+//! token. Order as in the usual engines: penalties, temperature, top-k, top-p, min-p.
+
+use std::collections::HashMap;
+
+use rand::Rng;
+
+use crate::error::EngineError;
+
+/// Sampling parameters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Keep the most likely tokens up to this mass; 1 keeps all.
+    pub top_p: f32,
+    /// Keep the k most likely; 0 keeps all.
+    pub top_k: usize,
+    /// Keep tokens at least this fraction as likely as the best; 0 keeps all.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens in prompt or completion; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted once for tokens of the completion; 0 is off.
+    pub presence_penalty: f32,
+    /// Subtracted per occurrence for tokens of the completion; 0 is off.
+    pub frequency_penalty: f32,
+    /// Seed of the random stream.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            seed: 0,
+        }
+    }
+}
+
+impl Sampling {
+    /// Refuses values out of range.
+    pub fn check(&self) -> Result<(), EngineError> {
+        let wrong = |name, expected, found: f32| EngineError::Parameter { name, expected, found: found.to_string() };
+        if !(0.0..=100.0).contains(&self.temperature) {
+            return Err(wrong("temperature", "between 0 and 100", self.temperature));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(wrong("top_p", "above 0 and at most 1", self.top_p));
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            return Err(wrong("min_p", "between 0 and 1", self.min_p));
+        }
+        if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
+            return Err(wrong("repetition_penalty", "above 0", self.repetition_penalty));
+        }
+        for (name, value) in
+            [("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)]
+        {
+            if !(-2.0..=2.0).contains(&value) {
+                return Err(wrong(name, "between -2 and 2", value));
+            }
+        }
+        Ok(())
+    }
+
+    /// Picks a token. `prompt` and `completion` feed the penalties.
+    pub fn pick(&self, logits: &mut [f32], prompt: &[u32], completion: &[u32], rng: &mut impl Rng) -> u32 {
+        self.penalise(logits, prompt, completion);
+        if self.temperature == 0.0 {
+            return argmax(logits);
+        }
+        let mut order = candidates(logits, self.top_k);
+        let inverse = 1.0 / self.temperature;
+        let max = logits[order[0] as usize];
+        let mut weights: Vec<f32> =
+            order.iter().map(|&id| ((logits[id as usize] - max) * inverse).exp()).collect();
+        let total: f32 = weights.iter().sum();
+        let mut keep = weights.len();
+        if self.top_p < 1.0 {
+            let mut mass = 0.0;
+            keep = weights
+                .iter()
+                .position(|weight| {
+                    mass += weight;
+                    mass >= self.top_p * total
+                })
+                .map_or(keep, |at| at + 1);
+        }
+        if self.min_p > 0.0 {
+            // The best weight is 1.
+            keep = keep.min(weights.iter().take_while(|&&weight| weight >= self.min_p).count().max(1));
+        }
+        order.truncate(keep);
+        weights.truncate(keep);
+        let mut left = rng.random::<f32>() * weights.iter().sum::<f32>();
+        for (&id, weight) in order.iter().zip(&weights) {
+            left -= weight;
+            if left <= 0.0 {
+                return id;
+            }
+        }
+        order[keep - 1]
+    }
+
+    fn penalise(&self, logits: &mut [f32], prompt: &[u32], completion: &[u32]) {
+        #[expect(clippy::float_cmp, reason = "1 and 0 are the exact values for off")]
+        let (repeats, counts) = (
+            self.repetition_penalty != 1.0,
+            self.presence_penalty != 0.0 || self.frequency_penalty != 0.0,
+        );
+        if repeats {
+            let seen: std::collections::HashSet<_> = prompt.iter().chain(completion).collect();
+            for &id in seen {
+                if let Some(logit) = logits.get_mut(id as usize) {
+                    *logit = if *logit > 0.0 {
+                        *logit / self.repetition_penalty
+                    } else {
+                        *logit * self.repetition_penalty
+                    };
+                }
+            }
+        }
+        if counts {
+            let mut times: HashMap<u32, f32> = HashMap::new();
+            for &id in completion {
+                *times.entry(id).or_default() += 1.0;
+            }
+            for (id, times) in times {
+                if let Some(logit) = logits.get_mut(id as usize) {
+                    *logit -= self.presence_penalty + self.frequency_penalty * times;
+                }
+            }
+        }
+    }
+}
+
+/// The most likely token; the lowest id among equals. NaN never wins.
+pub fn argmax(logits: &[f32]) -> u32 {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (id, &logit) in logits.iter().enumerate() {
+        if logit > best.1 {
+            best = (id, logit);
+        }
+    }
+    best.0 as u32
+}
+
+/// Ids by falling logit, the first `k` only when `k` > 0.
+fn candidates(logits: &[f32], k: usize) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..logits.len() as u32).filter(|&id| !logits[id as usize].is_nan()).collect();
+    if order.is_empty() {
+        return vec![0];
+    }
+    let falling = |a: &u32, b: &u32| {
+        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
+    };
+    if k > 0 && k < order.len() {
+        order.select_nth_unstable_by(k - 1, falling);
+        order.truncate(k);
+    }
+    order.sort_unstable_by(falling);
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    fn logits() -> impl Strategy<Value = Vec<f32>> {
+        prop::collection::vec(-10.0f32..10.0, 2..40)
+    }
+
+    proptest! {
+        #[test]
+        fn greedy_is_the_best(mut logits in logits(), seed: u64) {
+            let best = logits.iter().copied().fold(f32::MIN, f32::max);
+            let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
+            let id = greedy.pick(&mut logits, &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
+            prop_assert_eq!(logits[id as usize], best);
+        }
+
+        #[test]
+        fn filters_keep_only_what_they_promise(mut logits in logits(), k in 1usize..5, seed: u64) {
+            let mut sorted = logits.clone();
+            sorted.sort_by(|a, b| b.total_cmp(a));
+            let sampling = Sampling { top_k: k, ..Sampling::default() };
+            let id = sampling.pick(&mut logits, &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
+            prop_assert!(logits[id as usize] >= sorted[k.min(sorted.len()) - 1]);
+            let tiny = Sampling { top_p: 1e-6, ..Sampling::default() };
+            let id = tiny.pick(&mut logits, &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
+            prop_assert_eq!(logits[id as usize], sorted[0]);
+            let min_p = Sampling { min_p: 0.5, ..Sampling::default() };
+            let id = min_p.pick(&mut logits, &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
+            prop_assert!(logits[id as usize] >= sorted[0] + 0.5f32.ln() - 1e-4);
+        }
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax() {
+        let base = [0.0f32, 1.0, 2.0];
+        let total: f32 = base.iter().map(|x| x.exp()).sum();
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let mut counts = [0u32; 3];
+        for _ in 0..20_000 {
+            counts[Sampling::default().pick(&mut base.clone(), &[], &[], &mut rng) as usize] += 1;
+        }
+        for (count, logit) in counts.iter().zip(base) {
+            let expected = logit.exp() / total;
+            assert!((*count as f32 / 20_000.0 - expected).abs() < 0.015);
+        }
+    }
+
+    #[test]
+    fn penalties_push_down() {
+        let sampling = Sampling { temperature: 0.0, repetition_penalty: 4.0, ..Sampling::default() };
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        assert_eq!(sampling.pick(&mut [2.0, 1.0], &[0], &[], &mut rng), 1);
+        let sampling = Sampling { temperature: 0.0, frequency_penalty: 1.0, ..Sampling::default() };
+        assert_eq!(sampling.pick(&mut [2.0, 1.0], &[0], &[0, 0], &mut rng), 1);
+    }
+}

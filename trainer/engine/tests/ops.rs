@@ -1,0 +1,107 @@
+//! Every fused operation against its plain twin: values and gradients, on random shapes.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor, Var};
+use potstill_engine::ops::attention::{Heads, Segment, attention, plain as plain_attention};
+use potstill_engine::ops::cross_entropy::{linear_cross_entropy, plain as plain_cross_entropy};
+use potstill_engine::ops::rms_norm::{plain as plain_rms_norm, rms_norm};
+use potstill_engine::ops::rope::Rotary;
+use potstill_engine::ops::swiglu::{plain as plain_swiglu, swiglu};
+use proptest::prelude::*;
+
+fn random(shape: &[usize], seed: u64) -> Var {
+    use rand::{Rng, SeedableRng};
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-2.0..2.0)).collect();
+    Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu).unwrap()).unwrap()
+}
+
+/// Compares values and the gradients of a random weighting of the output.
+fn same(inputs: &[&Var], fused: &Tensor, plain: &Tensor) {
+    close("value", fused, plain);
+    let weighting = random(fused.dims(), 99);
+    let gradients = |out: &Tensor| (out * weighting.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+    let (ours, reference) = (gradients(fused), gradients(plain));
+    for (i, input) in inputs.iter().enumerate() {
+        close(&format!("gradient {i}"), ours.get(input).unwrap(), reference.get(input).unwrap());
+    }
+}
+
+fn close(what: &str, a: &Tensor, b: &Tensor) {
+    assert_eq!(a.dims(), b.dims(), "{what}");
+    let largest = |t: &Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    let (difference, size) = (largest(&(a - b).unwrap()), largest(b).max(1.0));
+    assert!(difference <= 2e-5 * size, "{what} differs by {difference} at size {size}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn rms_norm_agrees(rows in 1usize..300, d in 1usize..70, seed: u64) {
+        let (x, w) = (random(&[rows, d], seed), random(&[d], seed ^ 1));
+        same(&[&x, &w], &rms_norm(&x, &w, 1e-6).unwrap(), &plain_rms_norm(&x, &w, 1e-6).unwrap());
+    }
+
+    #[test]
+    fn swiglu_agrees(rows in 1usize..300, d in 1usize..70, seed: u64) {
+        let (gate, up) = (random(&[rows, d], seed), random(&[rows, d], seed ^ 1));
+        same(&[&gate, &up], &swiglu(&gate, &up).unwrap(), &plain_swiglu(&gate, &up).unwrap());
+    }
+
+    #[test]
+    fn rope_agrees(rows in 1usize..200, heads in 1usize..5, half in 1usize..20, seed: u64) {
+        let x = random(&[rows, heads * half * 2], seed);
+        let positions: Vec<u32> = (0..rows as u32).map(|i| i * 7 % 101).collect();
+        let frequencies: Vec<f32> = (0..half).map(|i| 1.0 / (1.0 + i as f32)).collect();
+        let rotary = Rotary::new(&positions, &frequencies);
+        same(&[&x], &rotary.apply(&x).unwrap(), &rotary.plain(&x).unwrap());
+    }
+
+    #[test]
+    fn attention_agrees(lengths in prop::collection::vec(1usize..150, 1..4), kv in 1usize..4, group in 1usize..4, half in 1usize..12, seed: u64) {
+        let heads = Heads { query: kv * group, kv, dim: half * 2 };
+        let rows: usize = lengths.iter().sum();
+        let mut start = 0;
+        let segments: Vec<Segment> = lengths.iter().map(|&len| {
+            let segment = Segment { start, len, past: 0 };
+            start += len;
+            segment
+        }).collect();
+        let q = random(&[rows, heads.query * heads.dim], seed);
+        let (k, v) = (random(&[rows, kv * heads.dim], seed ^ 1), random(&[rows, kv * heads.dim], seed ^ 2));
+        let fused = attention(&q, &k, &v, heads, &Arc::new(segments.clone())).unwrap();
+        let parts: Vec<Tensor> = segments.iter().map(|s| {
+            let rows = |t: &Var| t.as_tensor().narrow(0, s.start, s.len).unwrap();
+            plain_attention(&rows(&q), &rows(&k), &rows(&v), heads, 0).unwrap()
+        }).collect();
+        same(&[&q, &k, &v], &fused, &Tensor::cat(&parts, 0).unwrap());
+    }
+
+    #[test]
+    fn cross_entropy_agrees(rows in 1usize..100, d in 1usize..40, vocabulary in 2usize..90, seed: u64) {
+        let (h, w) = (random(&[rows, d], seed), random(&[vocabulary, d], seed ^ 1));
+        let targets: Vec<u32> = (0..rows).map(|i| ((seed as usize).wrapping_add(i * 31) % vocabulary) as u32).collect();
+        same(
+            &[&h, &w],
+            &linear_cross_entropy(&h, &w, &targets, rows as f64).unwrap(),
+            &plain_cross_entropy(&h, &w, &targets, rows as f64).unwrap(),
+        );
+    }
+}
+
+#[test]
+fn the_loss_of_many_chunks_is_the_loss_of_one() {
+    // 8 Mi values per chunk: 60,000 x 300 takes several.
+    let (h, w) = (random(&[300, 8], 1), random(&[60_000, 8], 2));
+    let targets: Vec<u32> = (0..300).map(|i| i * 197 % 60_000).collect();
+    let fused = linear_cross_entropy(&h, &w, &targets, 300.0).unwrap();
+    close("value", &fused, &plain_cross_entropy(&h, &w, &targets, 300.0).unwrap());
+}
+
+#[test]
+fn a_target_outside_the_vocabulary_is_refused() {
+    let (h, w) = (random(&[2, 4], 1), random(&[3, 4], 2));
+    assert!(linear_cross_entropy(&h, &w, &[0, 3], 2.0).unwrap_err().to_string().contains("target 3"));
+}

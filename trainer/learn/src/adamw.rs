@@ -1,0 +1,248 @@
+//! AdamW (Loshchilov and Hutter 2019) with f32 moments, updated in place:
+//! `m = β1 m + (1-β1) g`, `v = β2 v + (1-β2) g²`, `θ -= lr (m̂ / (√v̂ + ε) + decay θ)`.
+//!
+//! Decay applies to matrices only, not to norms and biases. Gradients are clipped by their global norm on the way in.
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
+use potstill_engine::ops::{fused, with_values};
+use rayon::prelude::*;
+
+use crate::error::LearnError;
+
+const CHUNK: usize = 1 << 14;
+
+/// Constants of the optimiser.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWConfig {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Keeps the division finite.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Largest global norm of the gradients.
+    pub max_grad_norm: f64,
+}
+
+struct Slot {
+    variable: Var,
+    m: Tensor,
+    v: Tensor,
+    decays: bool,
+}
+
+/// The optimiser and its moments.
+pub struct AdamW {
+    config: AdamWConfig,
+    slots: BTreeMap<String, Slot>,
+    step: usize,
+}
+
+impl AdamW {
+    /// Fresh moments for `variables`.
+    pub fn new(variables: BTreeMap<String, Var>, config: AdamWConfig) -> Result<Self, LearnError> {
+        let slots = variables
+            .into_iter()
+            .map(|(name, variable)| {
+                let (m, v) = (variable.zeros_like()?, variable.zeros_like()?);
+                let decays = variable.rank() > 1;
+                Ok((name, Slot { variable, m, v, decays }))
+            })
+            .collect::<Result<_, LearnError>>()?;
+        Ok(Self { config, slots, step: 0 })
+    }
+
+    /// Forgets the moments, as a new curriculum phase asks for.
+    pub fn reset(&mut self) -> Result<(), LearnError> {
+        for slot in self.slots.values_mut() {
+            (slot.m, slot.v) = (slot.variable.zeros_like()?, slot.variable.zeros_like()?);
+        }
+        self.step = 0;
+        Ok(())
+    }
+
+    /// Euclidean norm over all gradients. Every variable must have one.
+    pub fn gradient_norm(&self, gradients: &GradStore) -> Result<f64, LearnError> {
+        let mut total = 0f64;
+        for (name, slot) in &self.slots {
+            let gradient =
+                gradients.get(&slot.variable).ok_or_else(|| LearnError::NoGradient(name.clone()))?;
+            total += if fused(gradient) {
+                with_values([gradient], |[values]| {
+                    let parts: Vec<f64> = values
+                        .par_chunks(CHUNK)
+                        .map(|chunk| chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum())
+                        .collect();
+                    parts.iter().sum::<f64>()
+                })?
+            } else {
+                f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?)
+            };
+        }
+        Ok(total.sqrt())
+    }
+
+    /// One step at rate `lr`; `norm` is what [`AdamW::gradient_norm`] returned.
+    pub fn step(&mut self, gradients: &GradStore, norm: f64, lr: f64) -> Result<(), LearnError> {
+        self.step += 1;
+        let clip = (self.config.max_grad_norm / (norm + 1e-6)).min(1.0);
+        let (beta1, beta2) = (self.config.beta1, self.config.beta2);
+        let correction1 = 1.0 - beta1.powi(self.step as i32);
+        let correction2 = 1.0 - beta2.powi(self.step as i32);
+        for (name, slot) in &mut self.slots {
+            let gradient =
+                gradients.get(&slot.variable).ok_or_else(|| LearnError::NoGradient(name.clone()))?;
+            let decay = if slot.decays { lr * self.config.weight_decay } else { 0.0 };
+            if fused(gradient) {
+                let gradient = gradient.contiguous()?;
+                let moment = |beta: f64, squared| Moment { beta: beta as f32, clip: clip as f32, squared };
+                slot.m.inplace_op2(&gradient, &moment(beta1, false))?;
+                slot.v.inplace_op2(&gradient, &moment(beta2, true))?;
+                let update = Update {
+                    rate: (lr / correction1) as f32,
+                    inverse_correction2: (1.0 / correction2) as f32,
+                    eps: self.config.eps as f32,
+                    keep: (1.0 - decay) as f32,
+                };
+                slot.variable.as_tensor().inplace_op3(&slot.m, &slot.v, &update)?;
+            } else {
+                let gradient = (gradient * clip)?;
+                slot.m = ((&slot.m * beta1)? + (&gradient * (1.0 - beta1))?)?;
+                slot.v = ((&slot.v * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+                let root = ((&slot.v / correction2)?.sqrt()? + self.config.eps)?;
+                let update = ((&slot.m / root)? * (lr / correction1))?;
+                slot.variable.set(&((slot.variable.as_tensor() * (1.0 - decay))? - update)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moments as tensors `m.NAME` and `v.NAME`, and the step count.
+    pub fn state(&self) -> (HashMap<String, Tensor>, usize) {
+        let mut state = HashMap::new();
+        for (name, slot) in &self.slots {
+            state.insert(format!("m.{name}"), slot.m.clone());
+            state.insert(format!("v.{name}"), slot.v.clone());
+        }
+        (state, self.step)
+    }
+
+    /// Puts back what [`AdamW::state`] gave.
+    pub fn restore(&mut self, mut state: HashMap<String, Tensor>, step: usize) -> Result<(), LearnError> {
+        for (name, slot) in &mut self.slots {
+            for (prefix, moment) in [("m", &mut slot.m), ("v", &mut slot.v)] {
+                let key = format!("{prefix}.{name}");
+                let tensor = state
+                    .remove(&key)
+                    .filter(|tensor| tensor.dims() == moment.dims())
+                    .ok_or_else(|| LearnError::Data(format!("optimiser state `{key}` is missing or misshapen")))?;
+                *moment = tensor.to_device(moment.device())?;
+            }
+        }
+        self.step = step;
+        Ok(())
+    }
+}
+
+/// `m = β m + (1-β) clip·g`, or the same with the square.
+struct Moment {
+    beta: f32,
+    clip: f32,
+    squared: bool,
+}
+
+fn both<'a>(s1: &'a mut CpuStorage, s2: &'a CpuStorage) -> candle_core::Result<(&'a mut [f32], &'a [f32])> {
+    match (s1, s2) {
+        (CpuStorage::F32(a), CpuStorage::F32(b)) if a.len() == b.len() => Ok((a, b)),
+        _ => candle_core::bail!("the optimiser needs f32 tensors of equal size"),
+    }
+}
+
+impl InplaceOp2 for Moment {
+    fn name(&self) -> &'static str {
+        "adamw-moment"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, _: &Layout, s2: &CpuStorage, _: &Layout) -> candle_core::Result<()> {
+        let (moment, gradient) = both(s1, s2)?;
+        let (beta, fresh) = (self.beta, 1.0 - self.beta);
+        moment.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK)).for_each(|(moment, gradient)| {
+            for (m, g) in moment.iter_mut().zip(gradient) {
+                let g = g * self.clip;
+                *m = beta * *m + fresh * if self.squared { g * g } else { g };
+            }
+        });
+        Ok(())
+    }
+}
+
+struct Update {
+    rate: f32,
+    inverse_correction2: f32,
+    eps: f32,
+    keep: f32,
+}
+
+impl InplaceOp3 for Update {
+    fn name(&self) -> &'static str {
+        "adamw-update"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &mut CpuStorage,
+        _: &Layout,
+        s2: &CpuStorage,
+        _: &Layout,
+        s3: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<()> {
+        let v = s3.as_slice::<f32>()?;
+        let (theta, m) = both(s1, s2)?;
+        theta.par_chunks_mut(CHUNK).zip(m.par_chunks(CHUNK)).zip(v.par_chunks(CHUNK)).for_each(
+            |((theta, m), v)| {
+                for ((theta, m), v) in theta.iter_mut().zip(m).zip(v) {
+                    let root = (v * self.inverse_correction2).sqrt() + self.eps;
+                    *theta = self.keep * *theta - self.rate * m / root;
+                }
+            },
+        );
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    /// The update written out for one scalar, in f64.
+    #[test]
+    fn agrees_with_the_formula() {
+        let config = AdamWConfig { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 0.5 };
+        let variable = Var::from_tensor(&Tensor::new(&[[2.0f32]], &Device::Cpu).unwrap()).unwrap();
+        let mut optimiser =
+            AdamW::new(BTreeMap::from([("w".to_owned(), variable.clone())]), config).unwrap();
+        let (mut theta, mut m, mut v) = (2.0f64, 0.0f64, 0.0f64);
+        for step in 1..=5 {
+            let loss = (variable.as_tensor().sqr().unwrap() * 1.5).unwrap().sum_all().unwrap();
+            let gradients = loss.backward().unwrap();
+            let norm = optimiser.gradient_norm(&gradients).unwrap();
+            assert!((norm - 3.0 * theta.abs()).abs() < 1e-4);
+            optimiser.step(&gradients, norm, 0.1).unwrap();
+            let g = 3.0 * theta * (0.5 / (norm + 1e-6)).min(1.0);
+            m = 0.9 * m + 0.1 * g;
+            v = 0.99 * v + 0.01 * g * g;
+            let (mh, vh) = (m / (1.0 - 0.9f64.powi(step)), v / (1.0 - 0.99f64.powi(step)));
+            theta = theta * (1.0 - 0.1 * 0.1) - 0.1 * mh / (vh.sqrt() + 1e-8);
+            let got = f64::from(variable.to_vec2::<f32>().unwrap()[0][0]);
+            assert!((got - theta).abs() < 1e-5, "step {step}: {got} against {theta}");
+        }
+    }
+}

@@ -1,0 +1,18 @@
+//! Training over the engine's one model definition: supervised fine-tuning with a curriculum, AdamW, schedules,
+//! checkpoints that resume bit for bit.
+//!
+//! Each algorithm is a function in one file, read from top to bottom. Deliberately absent: a Trainer class, HTTP, and
+//! any knowledge of where the examples came from.
+#![forbid(unsafe_code)]
+
+pub mod adamw;
+pub mod checkpoint;
+pub mod curriculum;
+pub mod error;
+pub mod examples;
+pub mod packing;
+pub mod schedule;
+pub mod sft;
+pub mod tensorboard;
+
+pub use error::LearnError;
