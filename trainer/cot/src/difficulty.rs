@@ -1,0 +1,101 @@
+//! Difficulty scorer: is the trace too terse, fitting or too convoluted for the student? An unreadable answer is asked
+//! again twice, then the trace counts as unscored.
+
+use potstill_data::records::{Cot, Difficulty};
+
+use crate::executor::{Outcome, Stage, StageError};
+use crate::prompts::{Prompts, Role};
+use crate::teacher::{AskError, Question, Teachers};
+
+/// A model that answers short questions about traces.
+#[derive(Clone)]
+pub struct Judge {
+    /// Model behind the gateway.
+    pub model: String,
+    /// Limit on new tokens.
+    pub max_tokens: u32,
+    /// How often an unreadable answer is asked again.
+    pub reasks: u32,
+    /// Through what.
+    pub calls: Teachers,
+    /// With which prompts.
+    pub prompts: Prompts,
+}
+
+impl Judge {
+    /// Asks `role`'s question about `cot`; `None` when no answer was readable.
+    pub async fn ask<T>(
+        &self,
+        stage: &'static str,
+        role: Role,
+        cot: &Cot,
+        read: impl Fn(&str) -> Option<T>,
+    ) -> Result<Option<T>, StageError> {
+        let stop = |problem| StageError { stage, problem };
+        let question = Question {
+            stage,
+            model: self.model.clone(),
+            prompt: self.prompts.for_cot(role, cot).map_err(stop)?,
+            temperature: 0.0,
+            top_p: 1.0,
+            max_tokens: self.max_tokens,
+            seed: 0,
+            revision: None,
+        };
+        match self.calls.ask_for(&question, self.reasks, read).await {
+            Ok(value) => Ok(value),
+            Err(AskError::Run(error)) => Err(error),
+            Err(AskError::Row(reason)) => {
+                tracing::warn!(trace = %cot.id, stage, reason, "a judge gave no answer");
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// The last word of an answer that is one of `words`, case aside.
+pub fn last_word<T: Copy>(answer: &str, words: &[(&str, T)]) -> Option<T> {
+    answer
+        .split(|c: char| !c.is_alphanumeric())
+        .rev()
+        .find_map(|word| words.iter().find(|(name, _)| name.eq_ignore_ascii_case(word)).map(|(_, value)| *value))
+}
+
+/// The stage.
+pub struct Grade {
+    /// Who grades.
+    pub judge: Judge,
+}
+
+impl Stage for Grade {
+    type In = Cot;
+    type Out = Cot;
+
+    fn name(&self) -> &'static str {
+        "difficulty"
+    }
+
+    async fn process(&self, mut cot: Cot) -> Result<Outcome<Cot>, StageError> {
+        if cot.finish_reason != "stop" {
+            return Ok(Outcome::Drop("truncated"));
+        }
+        let words = [("easy", Difficulty::Easy), ("medium", Difficulty::Medium), ("hard", Difficulty::Hard)];
+        let read = |answer: &str| last_word(answer, &words);
+        let grade = self.judge.ask("difficulty", Role::Difficulty, &cot, read).await?;
+        cot.difficulty = Some(grade.unwrap_or(Difficulty::Unscored));
+        Ok(Outcome::Keep(vec![cot]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_word_counts() {
+        let words = [("easy", 1), ("hard", 3)];
+        assert_eq!(last_word("Not hard at all: Easy.", &words), Some(1));
+        assert_eq!(last_word("uneasy", &words), None);
+        assert_eq!(last_word("", &words), None);
+    }
+}

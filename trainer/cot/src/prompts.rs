@@ -1,0 +1,147 @@
+//! The prompts: Jinja files that a recipe can replace. The hash of each stands in every record that it produced.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use minijinja::{Environment, context};
+use potstill_data::records::{Cot, Problem};
+use potstill_shared::id::ContentId;
+
+/// What a prompt is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Solve a problem.
+    Generate,
+    /// Grade a trace for the student.
+    Difficulty,
+    /// Make a terse trace longer.
+    Extend,
+    /// Make a convoluted trace simpler.
+    Simplify,
+    /// Judge whether a trace is right.
+    Verify,
+    /// Reasoning Verbosity.
+    Rv,
+    /// Cognitive Difficulty.
+    Cd,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Generate, Self::Difficulty, Self::Extend, Self::Simplify, Self::Verify, Self::Rv, Self::Cd];
+
+    /// File name without `.jinja`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Generate => "generate",
+            Self::Difficulty => "difficulty",
+            Self::Extend => "extend",
+            Self::Simplify => "simplify",
+            Self::Verify => "verify",
+            Self::Rv => "rv",
+            Self::Cd => "cd",
+        }
+    }
+
+    fn default_source(self) -> &'static str {
+        match self {
+            Self::Generate => include_str!("../prompts/generate.jinja"),
+            Self::Difficulty => include_str!("../prompts/difficulty.jinja"),
+            Self::Extend => include_str!("../prompts/extend.jinja"),
+            Self::Simplify => include_str!("../prompts/simplify.jinja"),
+            Self::Verify => include_str!("../prompts/verify.jinja"),
+            Self::Rv => include_str!("../prompts/rv.jinja"),
+            Self::Cd => include_str!("../prompts/cd.jinja"),
+        }
+    }
+}
+
+/// Why the prompts cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("prompt `{path}`: {problem}")]
+pub struct PromptError {
+    /// The file, or the role where it is built in.
+    pub path: PathBuf,
+    /// What is wrong.
+    pub problem: String,
+}
+
+/// All prompts of a run.
+#[derive(Clone)]
+pub struct Prompts {
+    environment: Arc<Environment<'static>>,
+    hashes: Arc<Vec<ContentId>>,
+}
+
+impl Prompts {
+    /// The built-in prompts, replaced by the files `ROLE.jinja` of `folder` that exist.
+    pub fn load(folder: Option<&Path>) -> Result<Self, PromptError> {
+        let mut environment = Environment::new();
+        environment.set_fuel(Some(1_000_000));
+        let mut hashes = Vec::new();
+        for role in Role::ALL {
+            let path = folder.map(|folder| folder.join(format!("{}.jinja", role.name())));
+            let (source, path) = match path.filter(|path| path.exists()) {
+                None => (role.default_source().to_owned(), PathBuf::from(role.name())),
+                Some(path) => (
+                    std::fs::read_to_string(&path)
+                        .map_err(|error| PromptError { path: path.clone(), problem: error.to_string() })?,
+                    path,
+                ),
+            };
+            let wrong = |problem: String| PromptError { path: path.clone(), problem };
+            if !source.contains("problem") {
+                return Err(wrong("does not use `{{ problem }}`".to_owned()));
+            }
+            hashes.push(ContentId::of(&["prompt", &source]));
+            environment
+                .add_template_owned(role.name(), source.trim_end().to_owned())
+                .map_err(|error| wrong(error.to_string()))?;
+        }
+        Ok(Self { environment: Arc::new(environment), hashes: Arc::new(hashes) })
+    }
+
+    /// Hash of a prompt's source.
+    pub fn hash(&self, role: Role) -> ContentId {
+        self.hashes[Role::ALL.iter().position(|other| *other == role).unwrap_or_default()].clone()
+    }
+
+    fn render(&self, role: Role, problem: &Problem, completion: &str) -> Result<String, String> {
+        self.environment
+            .get_template(role.name())
+            .and_then(|template| {
+                template.render(context! {
+                    problem => problem.problem.as_str(),
+                    answer => problem.answer.as_deref(),
+                    completion => completion,
+                })
+            })
+            .map_err(|error| format!("prompt `{}`: {error}", role.name()))
+    }
+
+    /// The prompt that asks for a solution.
+    pub fn for_problem(&self, problem: &Problem) -> Result<String, String> {
+        self.render(Role::Generate, problem, "")
+    }
+
+    /// The prompt that asks about a trace.
+    pub fn for_cot(&self, role: Role, cot: &Cot) -> Result<String, String> {
+        self.render(role, &cot.problem, &cot.completion())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn built_in_prompts_render() {
+        let prompts = Prompts::load(None).unwrap();
+        let problem = Problem::new("1 + 1?", Some("2".into()), "s");
+        assert!(prompts.for_problem(&problem).unwrap().contains("1 + 1?"));
+        for role in Role::ALL {
+            assert!(prompts.render(role, &problem, "trace").unwrap().contains("1 + 1?"));
+        }
+    }
+}

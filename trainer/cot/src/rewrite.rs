@@ -1,0 +1,95 @@
+//! Re-writer: easy traces are extended, hard ones simplified, in one pass. The original travels along, because a rewrite
+//! that turns out less right than its source is never kept.
+
+use potstill_data::records::{Cot, Difficulty};
+use serde::{Deserialize, Serialize};
+
+use crate::executor::{Outcome, Stage, StageError};
+use crate::generate::read_completion;
+use crate::prompts::{Prompts, Role};
+use crate::teacher::{AskError, Question, Teachers};
+
+/// A trace and, when it is a rewrite, what it was rewritten from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Candidate {
+    /// The trace to verify.
+    pub cot: Cot,
+    /// Its source.
+    pub original: Option<Cot>,
+}
+
+/// The stage.
+pub struct Rewrite {
+    /// Model behind the gateway; without one every trace goes on as it is.
+    pub model: Option<String>,
+    /// Sampling temperature.
+    pub temperature: f64,
+    /// Limit on new tokens.
+    pub max_tokens: u32,
+    /// Through what.
+    pub calls: Teachers,
+    /// With which prompts.
+    pub prompts: Prompts,
+}
+
+/// What a grade asks for.
+fn role(difficulty: Option<Difficulty>) -> Option<Role> {
+    match difficulty? {
+        Difficulty::Easy => Some(Role::Extend),
+        Difficulty::Hard => Some(Role::Simplify),
+        Difficulty::Medium | Difficulty::Unscored => None,
+    }
+}
+
+impl Stage for Rewrite {
+    type In = Cot;
+    type Out = Candidate;
+
+    fn name(&self) -> &'static str {
+        "rewrite"
+    }
+
+    async fn process(&self, cot: Cot) -> Result<Outcome<Candidate>, StageError> {
+        let unchanged = |cot| Ok(Outcome::Keep(vec![Candidate { cot, original: None }]));
+        let (Some(model), Some(role)) = (&self.model, role(cot.difficulty)) else { return unchanged(cot) };
+        let stop = |problem| StageError { stage: "rewrite", problem };
+        let question = Question {
+            stage: "rewrite",
+            model: model.clone(),
+            prompt: self.prompts.for_cot(role, &cot).map_err(stop)?,
+            temperature: self.temperature,
+            top_p: 0.95,
+            max_tokens: self.max_tokens,
+            seed: (cot.id.seed() >> 2) as i64,
+            revision: None,
+        };
+        let entry = match self.calls.ask(&question).await {
+            Ok(entry) => entry,
+            Err(AskError::Run(error)) => return Err(error),
+            Err(AskError::Row(reason)) => {
+                tracing::warn!(trace = %cot.id, reason, "a trace was not rewritten; the original goes on");
+                return unchanged(cot);
+            }
+        };
+        let (thinking, answer) = read_completion(&entry);
+        let Some(thinking) = thinking.filter(|text| !text.is_empty() && entry.finish_reason == "stop") else {
+            return unchanged(cot);
+        };
+        if thinking == cot.thinking {
+            // Nothing to simplify: it stays a hard trace.
+            return unchanged(cot);
+        }
+        let mut rewritten = cot.clone();
+        rewritten.id = Cot::content_id(&cot.problem, &thinking, &answer);
+        rewritten.thinking = thinking;
+        rewritten.answer = answer;
+        rewritten.parent = Some(cot.id.clone());
+        rewritten.origin.teacher.clone_from(model);
+        rewritten.origin.prompt_hash = self.prompts.hash(role);
+        rewritten.origin.temperature = self.temperature;
+        rewritten.origin.seed = question.seed;
+        rewritten.completion_tokens = entry.completion_tokens;
+        rewritten.difficulty = Some(Difficulty::Medium);
+        Ok(Outcome::Keep(vec![Candidate { cot: rewritten, original: Some(cot) }]))
+    }
+}

@@ -1,0 +1,189 @@
+//! The command line: one variant per subcommand, behaviour elsewhere.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Parser, Subcommand};
+
+use crate::demo::{DemoArguments, demo};
+use crate::pipeline::{Run, STAGES};
+use crate::progress::Progress;
+use crate::recipe::Recipe;
+use crate::report::Report;
+use crate::serve::{ServeArguments, serve};
+
+/// Distil reasoning models: teachers write chains of thought, students learn from them, everyone is served through one
+/// OpenAI-compatible API.
+#[derive(Parser)]
+#[command(name = "potstill", version)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Where a run reads and writes.
+#[derive(clap::Args)]
+struct RunArguments {
+    /// The TOML recipe.
+    recipe: PathBuf,
+    /// Run folder; `runs/NAME` if left out. Start the same command again to resume.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Port of the local gateway on 127.0.0.1; any free one if left out.
+    #[arg(long, default_value_t = 0)]
+    port: u16,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The whole thing on embedded defaults: teacher, gateway, chains of thought, students, figures.
+    Demo(DemoArguments),
+    /// Run a recipe from problems to figures.
+    Run {
+        #[command(flatten)]
+        run: RunArguments,
+        /// Keep the student served behind the local gateway at the end.
+        #[arg(long)]
+        serve: bool,
+        /// Print the report as JSON on standard output.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Serve a model folder or GGUF file as an OpenAI-compatible node.
+    Serve(ServeArguments),
+    /// Check a recipe and say what is wrong with it.
+    Check {
+        /// The TOML recipe.
+        recipe: PathBuf,
+    },
+    /// Stage: read sources, drop copies and test problems.
+    Collect(RunArguments),
+    /// Stage: teachers write chains of thought.
+    Generate(RunArguments),
+    /// Stage: grade traces for the student.
+    Difficulty(RunArguments),
+    /// Stage: extend easy traces, simplify hard ones.
+    Rewrite(RunArguments),
+    /// Stage: drop wrong traces.
+    Verify(RunArguments),
+    /// Stage: score RV and CD.
+    Score(RunArguments),
+    /// Stage: choose what the student can learn.
+    Sample(RunArguments),
+    /// Stage: train the students.
+    Sft(RunArguments),
+    /// Stage: write the students as model folders.
+    Export(RunArguments),
+    /// Stage: test the students on held-out problems.
+    Evaluate(RunArguments),
+    /// Stage: write the model cards.
+    Card(RunArguments),
+}
+
+/// Runs the command of this process.
+pub fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    potstill_shared::telemetry::init_logs(false);
+    tokio::runtime::Runtime::new()?.block_on(dispatch(arguments.command))
+}
+
+async fn dispatch(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Demo(arguments) => demo(arguments).await,
+        Command::Run { run, serve, json } => {
+            let recipe = Recipe::read(&run.recipe)?;
+            let out = folder(&run, &recipe);
+            whole(recipe, &run.recipe, &out, run.port, End { serve, json }).await
+        }
+        Command::Serve(arguments) => serve(arguments).await,
+        Command::Check { recipe } => {
+            let checked = Recipe::read(&recipe)?;
+            say(&format!("`{}` is fine: run `{}`", recipe.display(), checked.name));
+            Ok(())
+        }
+        Command::Collect(run) => stage("collect", run).await,
+        Command::Generate(run) => stage("generate", run).await,
+        Command::Difficulty(run) => stage("difficulty", run).await,
+        Command::Rewrite(run) => stage("rewrite", run).await,
+        Command::Verify(run) => stage("verify", run).await,
+        Command::Score(run) => stage("score", run).await,
+        Command::Sample(run) => stage("sample", run).await,
+        Command::Sft(run) => stage("sft", run).await,
+        Command::Export(run) => stage("export", run).await,
+        Command::Evaluate(run) => stage("evaluate", run).await,
+        Command::Card(run) => stage("card", run).await,
+    }
+}
+
+fn folder(run: &RunArguments, recipe: &Recipe) -> PathBuf {
+    run.out.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.name))
+}
+
+async fn stage(name: &str, arguments: RunArguments) -> anyhow::Result<()> {
+    debug_assert!(STAGES.contains(&name));
+    let recipe = Recipe::read(&arguments.recipe)?;
+    let out = folder(&arguments, &recipe);
+    let run = Run::start(recipe, &arguments.recipe, &out, arguments.port, Progress::new()).await?;
+    let result = run.stage(name).await;
+    run.stop().await;
+    result
+}
+
+/// What happens after the report.
+pub(crate) struct End {
+    /// Serve on.
+    pub(crate) serve: bool,
+    /// Print the report as JSON.
+    pub(crate) json: bool,
+}
+
+/// A whole run, with its report and, where asked for, the student served to the end.
+pub(crate) async fn whole(recipe: Recipe, path: &Path, out: &Path, port: u16, end: End) -> anyhow::Result<()> {
+    let progress = Progress::new();
+    let run = Run::start(recipe, path, out, port, progress.clone()).await?;
+    let finished = run.all().await;
+    let report = match finished {
+        Ok(report) => report,
+        Err(error) => {
+            run.stop().await;
+            return Err(error.context(format!("the run stopped; the same command resumes it from `{}`", out.display())));
+        }
+    };
+    show(&report, out, &end)?;
+    if end.serve {
+        let model = run.serve_student()?;
+        progress.say(clients(&run.url(), &model));
+        tokio::signal::ctrl_c().await?;
+        progress.say("stopping");
+    }
+    run.stop().await;
+    Ok(())
+}
+
+fn show(report: &Report, out: &Path, end: &End) -> anyhow::Result<()> {
+    if end.json {
+        say(&serde_json::to_string_pretty(report)?);
+    } else if !report.students.is_empty() {
+        say(&format!("\n{}\n", report.table()));
+        say(&format!("report   {}", out.join("report.html").display()));
+        say(&format!("students {}", out.join("models").display()));
+        say(&format!("time     {:.0} s on {} cores", report.wall_seconds, report.cores));
+    }
+    Ok(())
+}
+
+/// How to talk to the student.
+fn clients(url: &str, model: &str) -> String {
+    let problem = "A Dan has 58 cards. B Dan buys 67 more. C Eve has 7 cards. How many cards has Dan?";
+    format!(
+        "the student `{model}` is served at {url} until you press Ctrl-C. Talk to it:\n\n\
+         curl {url}/chat/completions -H 'content-type: application/json' -d '{{\"model\": \"{model}\", \"temperature\": 0, \
+         \"messages\": [{{\"role\": \"user\", \"content\": \"{problem}\"}}]}}'\n\n\
+         python3 -c \"from openai import OpenAI; print(OpenAI(base_url='{url}', api_key='none').chat.completions.create(\
+         model='{model}', temperature=0, messages=[{{'role': 'user', 'content': '{problem}'}}]).choices[0].message)\"\n"
+    )
+}
+
+#[expect(clippy::print_stdout, reason = "results are what stdout is for")]
+fn say(text: &str) {
+    println!("{text}");
+}

@@ -1,0 +1,91 @@
+//! `potstill demo`: the whole pipeline, offline, on defaults that are built into the program. The teacher is a small model
+//! that this project's own trainer trained (`trainer/recipes/demo-teacher.toml`); its students learn from what it writes
+//! through the gateway.
+
+pub mod roles;
+pub mod tokenizer;
+
+use std::path::{Path, PathBuf};
+
+use potstill_shared::durable::{DurableError, create_folder, write_file};
+
+use crate::cli::{End, whole};
+use crate::recipe::Recipe;
+
+/// Options of the demonstration.
+#[derive(Debug, Clone, clap::Args)]
+pub struct DemoArguments {
+    /// Run folder. Start the same command again to resume a run that was stopped.
+    #[arg(long, default_value = "demo-run")]
+    pub out: PathBuf,
+    /// Fewer problems and steps: about a minute.
+    #[arg(long)]
+    pub quick: bool,
+    /// Print the report as JSON on standard output.
+    #[arg(long)]
+    pub json: bool,
+    /// End after the report instead of serving the student.
+    #[arg(long)]
+    pub exit: bool,
+    /// Port of the gateway on 127.0.0.1; any free one when it is taken.
+    #[arg(long, default_value_t = 8080)]
+    pub port: u16,
+}
+
+/// Files that are built in, by their place in the run folder.
+const FILES: [(&str, &[u8]); 14] = [
+    ("demo.toml", include_bytes!("../recipes/demo.toml")),
+    ("demo-prompts/generate.jinja", include_bytes!("../recipes/demo-prompts/generate.jinja")),
+    ("demo-prompts/difficulty.jinja", include_bytes!("../recipes/demo-prompts/difficulty.jinja")),
+    ("demo-prompts/extend.jinja", include_bytes!("../recipes/demo-prompts/extend.jinja")),
+    ("demo-prompts/simplify.jinja", include_bytes!("../recipes/demo-prompts/simplify.jinja")),
+    ("demo-prompts/verify.jinja", include_bytes!("../recipes/demo-prompts/verify.jinja")),
+    ("demo-prompts/rv.jinja", include_bytes!("../recipes/demo-prompts/rv.jinja")),
+    ("demo-prompts/cd.jinja", include_bytes!("../recipes/demo-prompts/cd.jinja")),
+    ("demo-teacher/config.json", include_bytes!("../recipes/demo-teacher/config.json")),
+    ("demo-teacher/generation_config.json", include_bytes!("../recipes/demo-teacher/generation_config.json")),
+    ("demo-teacher/tokenizer.json", include_bytes!("../recipes/demo-teacher/tokenizer.json")),
+    ("demo-teacher/tokenizer_config.json", include_bytes!("../recipes/demo-teacher/tokenizer_config.json")),
+    ("demo-teacher/chat_template.jinja", include_bytes!("../recipes/demo-teacher/chat_template.jinja")),
+    ("demo-teacher/model.safetensors", include_bytes!("../recipes/demo-teacher/model.safetensors")),
+];
+
+/// Runs the demonstration.
+pub async fn demo(arguments: DemoArguments) -> anyhow::Result<()> {
+    let assets = arguments.out.join("assets");
+    unpack(&assets)?;
+    let path = assets.join("demo.toml");
+    let mut recipe = Recipe::read(&path)?;
+    if arguments.quick {
+        shorten(&mut recipe);
+    }
+    let end = End { serve: !arguments.exit, json: arguments.json };
+    whole(recipe, &path, &arguments.out, arguments.port, end).await
+}
+
+fn unpack(folder: &Path) -> Result<(), DurableError> {
+    for (name, bytes) in FILES {
+        let path = folder.join(name);
+        if std::fs::read(&path).is_ok_and(|there| there == bytes) {
+            continue;
+        }
+        create_folder(path.parent().unwrap_or(folder))?;
+        write_file(&path, bytes)?;
+    }
+    Ok(())
+}
+
+/// The same code on less work. The run has another name, so that it never resumes a long one.
+fn shorten(recipe: &mut Recipe) {
+    recipe.name.push_str("-quick");
+    if let Some(builtin) = recipe.collect.as_mut().and_then(|section| section.builtin.as_mut()) {
+        builtin.problems /= 3;
+    }
+    if let Some(evaluate) = &mut recipe.evaluate {
+        evaluate.samples = 2;
+        if let Some(builtin) = &mut evaluate.builtin {
+            builtin.problems /= 3;
+        }
+    }
+    recipe.sft.run.max_steps = 300;
+}

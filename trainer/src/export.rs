@@ -1,0 +1,40 @@
+//! Export: a Hugging Face folder that this engine, transformers and vLLM load, made whole by one rename.
+
+use std::path::Path;
+
+use candle_core::DType;
+use potstill_engine::checkpoint_files::write_model;
+use potstill_engine::loader::LoadedModel;
+use potstill_shared::durable::{DurableError, publish_folder, write_file};
+use potstill_shared::id::ContentId;
+
+use crate::recipe::ExportType;
+
+impl ExportType {
+    /// As candle names it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+        }
+    }
+}
+
+/// Writes `model` to `folder` with its card. A folder with the same weights is left as it is.
+pub fn export(folder: &Path, model: &LoadedModel, dtype: ExportType, card: &str) -> anyhow::Result<()> {
+    publish_folder::<anyhow::Error>(folder, |folder| {
+        write_model(folder, model, dtype.dtype())?;
+        Ok(write_file(&folder.join("README.md"), card.as_bytes())?)
+    })
+}
+
+/// Replaces the model card of an exported folder.
+pub fn write_card(folder: &Path, card: &str) -> Result<(), DurableError> {
+    write_file(&folder.join("README.md"), card.as_bytes())
+}
+
+/// Identifies the weights of an exported folder.
+pub fn revision(folder: &Path) -> anyhow::Result<String> {
+    Ok(ContentId::of_bytes(&std::fs::read(folder.join("model.safetensors"))?).to_string())
+}

@@ -1,0 +1,19 @@
+//! The trainer half's command line and what joins the libraries: recipes, runs, evaluation, export, the serving node and
+//! the demonstration.
+//!
+//! The trainer reaches every model over HTTP, through the gateway; [`local`] starts one in-process when there is none.
+#![forbid(unsafe_code)]
+
+pub mod card;
+pub mod cli;
+pub mod demo;
+pub mod evaluate;
+pub mod export;
+pub mod local;
+pub mod pipeline;
+pub mod progress;
+pub mod recipe;
+pub mod report;
+pub mod run;
+pub mod serve;
+pub mod students;

@@ -1,0 +1,100 @@
+//! Local mode: a gateway in this process, on a loopback port, with node processes of this same program behind it. The
+//! only file that names the gateway crate; the traffic is HTTP all the same.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use potstill_gateway::Gateway;
+use potstill_gateway::config::{Config, PoolConfig, ProcessConfig};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use crate::recipe::LocalModel;
+
+/// A running local gateway.
+pub struct LocalGateway {
+    gateway: Gateway,
+    address: SocketAddr,
+    logs: PathBuf,
+    stop: Option<oneshot::Sender<()>>,
+    task: Option<JoinHandle<()>>,
+}
+
+impl LocalGateway {
+    /// Starts it on `port` of the loopback address, or on any free port when that one is taken or 0.
+    pub async fn start(port: u16, logs: &Path) -> anyhow::Result<Self> {
+        let loopback = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        let listener = match TcpListener::bind(loopback(port)).await {
+            Ok(listener) => listener,
+            Err(_) if port != 0 => TcpListener::bind(loopback(0)).await?,
+            Err(error) => return Err(error).context("cannot listen on the loopback address"),
+        };
+        let address = listener.local_addr()?;
+        let mut config = Config::new(address);
+        config.drain_seconds = 5;
+        let gateway = Gateway::build(config)?;
+        let (stop, stopped) = oneshot::channel::<()>();
+        let serving = gateway.clone();
+        let task = tokio::spawn(async move {
+            let stopped = async {
+                let _stopped_or_dropped = stopped.await;
+            };
+            serving.serve(listener, stopped).await;
+        });
+        Ok(Self { gateway, address, logs: logs.to_owned(), stop: Some(stop), task: Some(task) })
+    }
+
+    /// Base URL for clients.
+    pub fn url(&self) -> String {
+        format!("http://{}/v1", self.address)
+    }
+
+    /// Serves a model with node processes of this program, as many as the demand asks for.
+    pub fn add_model(&self, model: &LocalModel) -> anyhow::Result<()> {
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let slots = model.slots.to_string();
+        let command = [
+            text(&program).as_str(),
+            "serve",
+            "--model",
+            &text(&model.path),
+            "--name",
+            &model.model,
+            "--port",
+            "{port}",
+            "--threads",
+            &model.threads.to_string(),
+            "--max-running",
+            &slots,
+            "--exit-with-parent",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        let mut pool = PoolConfig::new(&model.model);
+        pool.process = Some(ProcessConfig {
+            command,
+            log_folder: Some(self.logs.clone()),
+            min: model.min,
+            max: model.max,
+            slots: model.slots,
+            scale_down_ms: 5_000,
+            tick_ms: 100,
+            start_ms: 300_000,
+        });
+        self.gateway.add_pool(pool);
+        Ok(())
+    }
+
+    /// Drains, stops the nodes, and returns when all is gone.
+    pub async fn stop(mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _already_stopped = stop.send(());
+        }
+        if let Some(task) = self.task.take() {
+            let _panicked = task.await;
+        }
+    }
+}

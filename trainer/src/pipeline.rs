@@ -1,0 +1,621 @@
+//! The pipeline on one screen: collect -> generate -> difficulty -> rewrite -> verify -> score -> sample -> train ->
+//! export -> evaluate -> card -> report. [`Run::all`] streams records from stage to stage; [`Run::stage`] runs one of
+//! them over the file that the stage before it left.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use anyhow::Context;
+use potstill_cot::difficulty::{Grade, Judge};
+use potstill_cot::executor::{Counts, Stage, Summary, feed, run, tee};
+use potstill_cot::generate::Generate;
+use potstill_cot::prompts::Prompts;
+use potstill_cot::rewrite::{Candidate, Rewrite};
+use potstill_cot::rv_cd::Score;
+use potstill_cot::teacher::{Patience, Teachers};
+use potstill_cot::verify::Verify;
+use potstill_data::journal::Journal;
+use potstill_data::jsonl::{read_problems, write_records};
+use potstill_data::records::{Cot, Problem};
+use potstill_data::{arithmetic, decontaminate, dedup, sampler};
+use potstill_shared::client::{Client, Endpoint};
+use potstill_shared::redact::Redacted;
+use tokio::sync::mpsc;
+
+use crate::evaluate::{Evaluate, Sample, metrics};
+use crate::local::LocalGateway;
+use crate::progress::Progress;
+use crate::recipe::{Baseline, Builtin, JudgeSection, LocalModel, Recipe};
+use crate::report::{Report, StudentFigures};
+use crate::run::RunFolder;
+use crate::students::{Lessons, Plan, base, prompt};
+use crate::{card, export, report};
+
+/// Stages that run alone, in order.
+pub const STAGES: [&str; 11] = [
+    "collect", "generate", "difficulty", "rewrite", "verify", "score", "sample", "sft", "export", "evaluate", "card",
+];
+
+/// A student variant: what it is trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// Not trained.
+    Raw,
+    /// Final answers only.
+    AnswersOnly,
+    /// Chains of thought.
+    Distilled,
+}
+
+impl Variant {
+    /// As in reports and file names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::AnswersOnly => "answers_only",
+            Self::Distilled => "distilled",
+        }
+    }
+}
+
+/// A run that is under way.
+pub struct Run {
+    recipe: Arc<Recipe>,
+    folder: RunFolder,
+    progress: Progress,
+    local: LocalGateway,
+    teachers: Teachers,
+    /// The same journal, but the local gateway, where the students are.
+    students: Teachers,
+    prompts: Prompts,
+    started: Instant,
+}
+
+impl Run {
+    /// Opens the run folder and starts what the recipe needs. Every model is asked for before the first call.
+    pub async fn start(
+        recipe: Recipe,
+        recipe_path: &Path,
+        out: &Path,
+        port: u16,
+        progress: Progress,
+    ) -> anyhow::Result<Self> {
+        let started = Instant::now();
+        let folder = RunFolder::open(out, recipe_path, &recipe.name)?;
+        let prompts = Prompts::load(recipe.prompts.as_deref())?;
+        let journal = Arc::new(Journal::open(&out.join("journal.log"))?);
+        if !journal.is_empty() {
+            progress.say(format!("resuming: the journal holds {} answers", journal.len()));
+        }
+        let local = LocalGateway::start(port, &out.join("logs")).await?;
+        for model in &recipe.local {
+            local.add_model(model)?;
+        }
+        let loopback = Client::new(Endpoint::new(local.url()))?;
+        let remote = match &recipe.gateway {
+            None => loopback.clone(),
+            Some(section) => {
+                let mut endpoint = Endpoint::new(section.url.as_str());
+                let key = section.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok());
+                endpoint.api_key = key.map(Redacted::new);
+                Client::new(endpoint)?
+            }
+        };
+        // A remote teacher thinks for minutes: its answer is read as a stream, so that silence is noticed.
+        let patience = Patience { stream: recipe.gateway.is_some(), ..Patience::default() };
+        let wanted = recipe.models();
+        if !wanted.is_empty() {
+            let served = remote.models().await.with_context(|| format!("cannot list the models of `{}`", remote.endpoint().url))?;
+            for (key, model) in wanted {
+                anyhow::ensure!(
+                    served.iter().any(|name| name == model),
+                    "`{key}`: `{}` does not serve `{model}`; it serves {}",
+                    remote.endpoint().url,
+                    served.join(", ")
+                );
+            }
+        }
+        let teachers = Teachers::new(remote, Arc::clone(&journal), patience);
+        let local_patience = Patience { stream: false, ..Patience::default() };
+        let students = Teachers::new(loopback, journal, local_patience);
+        Ok(Self { recipe: Arc::new(recipe), folder, progress, local, teachers, students, prompts, started })
+    }
+
+    /// The whole pipeline.
+    pub async fn all(&self) -> anyhow::Result<Report> {
+        let traces = if self.recipe.collect.is_some() {
+            let problems = self.collect()?;
+            let scored = self.chains_of_thought(problems).await?;
+            self.sample(scored)?
+        } else {
+            Vec::new()
+        };
+        self.train(&traces).await?;
+        self.export(&traces).await?;
+        let figures = self.evaluate().await?;
+        self.cards(&figures)?;
+        let report = self.report(figures);
+        report::write(self.folder.path(), &report)?;
+        Ok(report)
+    }
+
+    /// One stage alone, over the file of the stage before it.
+    pub async fn stage(&self, name: &str) -> anyhow::Result<()> {
+        match name {
+            "collect" => drop(self.collect()?),
+            "generate" => drop(self.alone(self.generator()?, self.folder.read_stage("collect")?, |c: &Cot| c.id.clone()).await?),
+            "difficulty" => drop(self.alone(self.grader()?, self.folder.read_stage("generate")?, |c: &Cot| c.id.clone()).await?),
+            "rewrite" => {
+                let input = self.folder.read_stage("difficulty")?;
+                drop(self.alone(self.rewriter(), input, |c: &Candidate| c.cot.id.clone()).await?);
+            }
+            "verify" => drop(self.alone(self.verifier(), self.folder.read_stage("rewrite")?, |c: &Cot| c.id.clone()).await?),
+            "score" => drop(self.alone(self.scorer()?, self.folder.read_stage("verify")?, |c: &Cot| c.id.clone()).await?),
+            "sample" => drop(self.sample(self.folder.read_stage("score")?)?),
+            "sft" => self.train(&self.sampled()?).await?,
+            "export" => self.export(&self.sampled()?).await?,
+            "evaluate" => {
+                let figures = self.evaluate().await?;
+                report::write(self.folder.path(), &self.report(figures))?;
+            }
+            "card" => self.cards(&report::read(self.folder.path())?.students)?,
+            other => anyhow::bail!("unknown stage `{other}`; known are {}", STAGES.join(", ")),
+        }
+        Ok(())
+    }
+
+    /// Base URL of the local gateway, where the students are.
+    pub fn url(&self) -> String {
+        self.local.url()
+    }
+
+    /// Puts the distilled student behind the gateway.
+    pub fn serve_student(&self) -> anyhow::Result<String> {
+        self.serve_variant(Variant::Distilled, 1)
+    }
+
+    /// Stops the gateway and its nodes.
+    pub async fn stop(self) {
+        self.local.stop().await;
+    }
+
+    // ---- problems ----
+
+    fn collect(&self) -> anyhow::Result<Vec<Problem>> {
+        let section = self.recipe.collect.as_ref().context("the recipe has no `collect`")?;
+        let held_out = self.held_out()?;
+        let mut problems = Vec::new();
+        let mut quarantined = Vec::new();
+        for source in &section.sources {
+            let (good, bad) = read_problems(source)?;
+            problems.extend(good);
+            quarantined.extend(bad);
+        }
+        if let Some(builtin) = &section.builtin {
+            let taken = held_out.iter().map(|problem| problem.problem.clone()).collect();
+            problems.extend(generated(builtin, &taken));
+        }
+        let taken = problems.len() + quarantined.len();
+        if !quarantined.is_empty() {
+            let path = self.folder.path().join("quarantine.jsonl");
+            write_records(&path, &quarantined)?;
+            let count = quarantined.len();
+            self.progress.say(format!("{count} lines could not be read; see `{}`", path.display()));
+        }
+        let (problems, copies) = dedup::exact(problems);
+        // Generated problems differ from the held-out ones by construction; their few sentence patterns would all count
+        // as shared runs of words.
+        let (mut problems, contaminated) = if section.builtin.is_some() {
+            (problems, Vec::new())
+        } else {
+            decontaminate::decontaminate(problems, &held_out)
+        };
+        for hit in &contaminated {
+            tracing::warn!(problem = hit.problem, evaluation = hit.evaluation, "dropped: overlaps an evaluation problem");
+        }
+        problems.sort_by(|a, b| a.id.cmp(&b.id));
+        let mut summary = Summary { taken, kept: problems.len(), ..Summary::default() };
+        for (reason, count) in
+            [("quarantined", quarantined.len()), ("duplicate", copies.len()), ("contaminated", contaminated.len())]
+        {
+            if count > 0 {
+                summary.dropped.insert(reason.to_owned(), count);
+            }
+        }
+        self.folder.write_stage("collect", &problems, summary)?;
+        self.progress.say(format!(
+            "collect: {taken} in, {} kept ({} quarantined, {} duplicate, {} contaminated)",
+            problems.len(),
+            quarantined.len(),
+            copies.len(),
+            contaminated.len()
+        ));
+        anyhow::ensure!(!problems.is_empty(), "no problem is left to work on");
+        Ok(problems)
+    }
+
+    fn held_out(&self) -> anyhow::Result<Vec<Problem>> {
+        let Some(section) = &self.recipe.evaluate else { return Ok(Vec::new()) };
+        let mut problems = Vec::new();
+        for source in &section.sources {
+            problems.extend(read_problems(source)?.0);
+        }
+        if let Some(builtin) = &section.builtin {
+            problems.extend(generated(builtin, &std::collections::HashSet::new()));
+        }
+        Ok(problems)
+    }
+
+    // ---- chains of thought ----
+
+    fn generator(&self) -> anyhow::Result<Generate> {
+        let section = self.recipe.generate.as_ref().context("the recipe has no `generate`")?;
+        Ok(Generate {
+            teachers: section.teachers.clone(),
+            calls: self.teachers.clone(),
+            prompts: self.prompts.clone(),
+            seed: self.recipe.seed,
+        })
+    }
+
+    fn judge(&self, section: &JudgeSection) -> Judge {
+        Judge {
+            model: section.model.clone(),
+            max_tokens: section.max_tokens,
+            reasks: section.reasks,
+            calls: self.teachers.clone(),
+            prompts: self.prompts.clone(),
+        }
+    }
+
+    fn grader(&self) -> anyhow::Result<Grade> {
+        let section = self.recipe.difficulty.as_ref().context("the recipe has no `difficulty`")?;
+        Ok(Grade { judge: self.judge(section) })
+    }
+
+    fn rewriter(&self) -> Rewrite {
+        let section = self.recipe.rewrite.as_ref();
+        Rewrite {
+            model: section.map(|section| section.model.clone()),
+            temperature: section.map_or(0.0, |section| section.temperature),
+            max_tokens: section.map_or(0, |section| section.max_tokens),
+            calls: self.teachers.clone(),
+            prompts: self.prompts.clone(),
+        }
+    }
+
+    fn verifier(&self) -> Verify {
+        Verify { judge: self.recipe.verify.as_ref().map(|section| self.judge(section)) }
+    }
+
+    fn scorer(&self) -> anyhow::Result<Score> {
+        let section = self.recipe.score.as_ref().context("the recipe has no `score`")?;
+        Ok(Score { judge: self.judge(section) })
+    }
+
+    /// All CoT stages at once: a trace is graded while others are still being written.
+    async fn chains_of_thought(&self, problems: Vec<Problem>) -> anyhow::Result<Vec<Cot>> {
+        let total = problems.len() as u64;
+        let mut chain = Chain::new(self.recipe.concurrency);
+        let generated = chain.link(self.generator()?, feed(problems), |c: &Cot| c.id.clone());
+        let graded = match self.recipe.difficulty {
+            Some(_) => chain.link(self.grader()?, generated, |c: &Cot| c.id.clone()),
+            None => generated,
+        };
+        let rewritten = chain.link(self.rewriter(), graded, |c: &Candidate| c.cot.id.clone());
+        let verified = chain.link(self.verifier(), rewritten, |c: &Cot| c.id.clone());
+        let mut last = match self.recipe.score {
+            Some(_) => chain.link(self.scorer()?, verified, |c: &Cot| c.id.clone()),
+            None => verified,
+        };
+        let mut scored = Vec::new();
+        let drained = async {
+            while let Some(trace) = last.recv().await {
+                scored.push(trace);
+            }
+        };
+        self.progress.watch(&chain.counts(), total, drained).await;
+        chain.finish(&self.folder).await?;
+        scored.sort_by(|a, b| a.id.cmp(&b.id));
+        // Two traces of one problem may have become the same text by rewriting.
+        scored.dedup_by(|a, b| a.id == b.id);
+        if self.recipe.score.is_none() {
+            let summary = Summary { taken: scored.len(), kept: scored.len(), ..Summary::default() };
+            self.folder.write_stage("score", &scored, summary)?;
+        }
+        Ok(scored)
+    }
+
+    async fn alone<S: Stage, K: Ord>(
+        &self,
+        stage: S,
+        input: Vec<S::In>,
+        key: impl Fn(&S::Out) -> K,
+    ) -> anyhow::Result<Vec<S::Out>>
+    where
+        S::Out: serde::Serialize,
+    {
+        let name = stage.name();
+        let (counts, total) = (Arc::new(Counts::default()), input.len() as u64);
+        let (mut output, handle) = run(stage, feed(input), self.recipe.concurrency, Arc::clone(&counts));
+        let mut records = Vec::new();
+        let drained = async {
+            while let Some(record) = output.recv().await {
+                records.push(record);
+            }
+        };
+        self.progress.watch(&[(name, Arc::clone(&counts))], total, drained).await;
+        handle.await??;
+        records.sort_by_key(key);
+        self.folder.write_stage(name, &records, counts.summary())?;
+        Ok(records)
+    }
+
+    fn sample(&self, scored: Vec<Cot>) -> anyhow::Result<Vec<Cot>> {
+        let taken = scored.len();
+        let policy = sampler::SamplePolicy { seed: self.recipe.seed, ..self.recipe.sample };
+        let chosen: Vec<Cot> =
+            sampler::choose(&scored, &policy).into_iter().map(|index| scored[index].clone()).collect();
+        let mut summary = Summary { taken, kept: chosen.len(), ..Summary::default() };
+        if taken > chosen.len() {
+            summary.dropped.insert("not_drawn".to_owned(), taken - chosen.len());
+        }
+        self.folder.write_stage("sample", &chosen, summary)?;
+        self.progress.say(format!("sample: {taken} in, {} kept", chosen.len()));
+        anyhow::ensure!(!chosen.is_empty(), "no trace is left to train on");
+        Ok(chosen)
+    }
+
+    fn sampled(&self) -> anyhow::Result<Vec<Cot>> {
+        if self.recipe.sft.conversations.is_some() { Ok(Vec::new()) } else { self.folder.read_stage("sample") }
+    }
+
+    // ---- students ----
+
+    fn variants(&self) -> Vec<Variant> {
+        let compared = self.recipe.evaluate.iter().flat_map(|section| &section.compare);
+        let mut variants: Vec<Variant> = compared
+            .map(|baseline| match baseline {
+                Baseline::Raw => Variant::Raw,
+                Baseline::AnswersOnly => Variant::AnswersOnly,
+            })
+            .collect();
+        variants.push(Variant::Distilled);
+        variants
+    }
+
+    fn student_name(&self, variant: Variant) -> String {
+        let name = &self.recipe.student.name;
+        match variant {
+            Variant::Raw => format!("{name}-raw"),
+            Variant::AnswersOnly => format!("{name}-answers-only"),
+            Variant::Distilled => name.clone(),
+        }
+    }
+
+    /// Trains every variant; a variant that was trained before comes back from its last checkpoint at once.
+    async fn train(&self, traces: &[Cot]) -> anyhow::Result<()> {
+        self.each_trained(traces, |_, _, _| Ok(())).await
+    }
+
+    /// Writes every variant as a model folder.
+    async fn export(&self, traces: &[Cot]) -> anyhow::Result<()> {
+        let (models, recipe, progress) =
+            (self.folder.path().join("models"), Arc::clone(&self.recipe), self.progress.clone());
+        potstill_shared::durable::create_folder(&models)?;
+        let names: Vec<(Variant, String)> = self.variants().into_iter().map(|v| (v, self.student_name(v))).collect();
+        self.each_trained(traces, move |variant, model, report| {
+            let name = &names.iter().find(|(other, _)| *other == variant).context("an unknown variant")?.1;
+            let folder = models.join(name);
+            let text = card::text(&recipe, name, variant, model, report, None);
+            export::export(&folder, model, recipe.student.export, &text)?;
+            progress.say(format!("exported `{}`", folder.display()));
+            Ok(())
+        })
+        .await
+    }
+
+    /// Hands every variant, trained, to `use_it`. Training keeps the processor busy, so it has a thread of its own.
+    async fn each_trained(
+        &self,
+        traces: &[Cot],
+        use_it: impl Fn(Variant, &potstill_engine::loader::LoadedModel, Option<&potstill_learn::sft::SftReport>) -> anyhow::Result<()>
+        + Send
+        + 'static,
+    ) -> anyhow::Result<()> {
+        let (recipe, progress) = (Arc::clone(&self.recipe), self.progress.clone());
+        let (variants, folder, traces) = (self.variants(), self.folder.path().join("train"), traces.to_vec());
+        let held_out: Vec<String> = self.held_out()?.into_iter().map(|problem| problem.problem).collect();
+        tokio::task::spawn_blocking(move || {
+            let model = base(&recipe)?;
+            let lessons = match &recipe.sft.conversations {
+                Some(section) => Lessons::conversations(section, &held_out)?,
+                None => Lessons::chains_of_thought(&recipe, &traces),
+            };
+            let plan = Plan::new(&recipe, &model, &lessons)?;
+            for variant in variants {
+                if variant == Variant::Raw {
+                    use_it(variant, &model, None)?;
+                    continue;
+                }
+                let name = variant.name();
+                let answers;
+                let plan = if variant == Variant::AnswersOnly {
+                    let lessons = Lessons::answers_only(&recipe, &traces);
+                    answers = Plan::new(&recipe, &model, &lessons)?.stretched_to(plan.tokens());
+                    &answers
+                } else {
+                    &plan
+                };
+                let (trained, report) = plan.train(&recipe, &model, &folder.join(name), name, &progress)?;
+                use_it(variant, &trained, Some(&report))?;
+            }
+            Ok(())
+        })
+        .await?
+    }
+
+    fn serve_variant(&self, variant: Variant, min: usize) -> anyhow::Result<String> {
+        let model = self.student_name(variant);
+        let path = self.folder.path().join("models").join(&model);
+        anyhow::ensure!(path.exists(), "`{}` does not exist; run `potstill export` first", path.display());
+        let threads = self.recipe.student.threads;
+        self.local.add_model(&LocalModel { model: model.clone(), path, min, max: 1, slots: 64, threads })?;
+        Ok(model)
+    }
+
+    // ---- figures ----
+
+    async fn evaluate(&self) -> anyhow::Result<Vec<StudentFigures>> {
+        let Some(section) = &self.recipe.evaluate else { return Ok(Vec::new()) };
+        let held_out = self.held_out()?;
+        let mut all = Vec::new();
+        for variant in self.variants() {
+            let model = self.serve_variant(variant, 0)?;
+            let stage = Evaluate {
+                revision: export::revision(&self.folder.path().join("models").join(&model))?,
+                model,
+                calls: self.students.clone(),
+                settings: section.clone(),
+                prompt: prompt(&self.recipe, "{{ problem }}"),
+            };
+            let name = format!("evaluate-{}", variant.name());
+            let counts = Arc::new(Counts::default());
+            let (mut output, handle) =
+                run(stage, feed(held_out.clone()), self.recipe.concurrency, Arc::clone(&counts));
+            let mut samples: Vec<Sample> = Vec::new();
+            let drained = async {
+                while let Some(sample) = output.recv().await {
+                    samples.push(sample);
+                }
+            };
+            self.progress.watch(&[("evaluate", Arc::clone(&counts))], held_out.len() as u64, drained).await;
+            handle.await??;
+            samples.sort_by(|a, b| (&a.problem, a.sample).cmp(&(&b.problem, b.sample)));
+            self.folder.write_stage(&name, &samples, counts.summary())?;
+            let figures = metrics::figures(&samples);
+            self.progress.say(format!(
+                "`{}`: {:.1} % [{:.1}, {:.1}] of {} problems x {}",
+                variant.name(),
+                figures.accuracy,
+                figures.ci_low,
+                figures.ci_high,
+                figures.problems,
+                figures.samples
+            ));
+            all.push(StudentFigures::new(variant.name(), figures));
+        }
+        Ok(all)
+    }
+
+    fn cards(&self, figures: &[StudentFigures]) -> anyhow::Result<()> {
+        for variant in self.variants() {
+            let name = self.student_name(variant);
+            let folder = self.folder.path().join("models").join(&name);
+            let model = potstill_engine::loader::load(
+                &folder,
+                &candle_core::Device::Cpu,
+                candle_core::DType::F32,
+            )?;
+            let figures = figures.iter().find(|figures| figures.name == variant.name());
+            let log = self.folder.path().join("train").join(variant.name()).join("trainer_state.json");
+            let report = card::training_of(&log);
+            export::write_card(&folder, &card::text(&self.recipe, &name, variant, &model, report.as_ref(), figures))?;
+        }
+        Ok(())
+    }
+
+    fn report(&self, students: Vec<StudentFigures>) -> Report {
+        Report::new(
+            &self.recipe.name,
+            students,
+            self.folder.manifest(),
+            self.teachers.spent(),
+            self.started.elapsed().as_secs_f64(),
+        )
+    }
+}
+
+/// Problems from a generator; none of them is in `taken`.
+fn generated(builtin: &Builtin, taken: &std::collections::HashSet<String>) -> Vec<Problem> {
+    let problems = arithmetic::distinct(builtin.problems, builtin.seed, taken);
+    let keep_every = if builtin.without_answer > 0.0 { (1.0 / builtin.without_answer).round() as usize } else { usize::MAX };
+    problems
+        .iter()
+        .enumerate()
+        .map(|(index, problem)| {
+            let mut record = problem.record(&format!("arithmetic:{}:{index}", builtin.seed));
+            if (index + 1).is_multiple_of(keep_every) {
+                record.answer = None;
+            }
+            record
+        })
+        .collect()
+}
+
+/// Stages joined by channels, each with its counts and a copy of what it gave.
+struct Chain {
+    concurrency: usize,
+    links: Vec<Link>,
+}
+
+type Written = Box<dyn FnOnce(&RunFolder, Summary) -> anyhow::Result<()> + Send>;
+
+struct Link {
+    name: &'static str,
+    counts: Arc<Counts>,
+    handle: tokio::task::JoinHandle<Result<(), potstill_cot::StageError>>,
+    write: Written,
+}
+
+impl Chain {
+    fn new(concurrency: usize) -> Self {
+        Self { concurrency, links: Vec::new() }
+    }
+
+    fn link<S: Stage, K: Ord + 'static>(
+        &mut self,
+        stage: S,
+        input: mpsc::Receiver<S::In>,
+        key: impl Fn(&S::Out) -> K + Send + 'static,
+    ) -> mpsc::Receiver<S::Out>
+    where
+        S::Out: serde::Serialize,
+    {
+        let (name, counts) = (stage.name(), Arc::new(Counts::default()));
+        let (output, handle) = run(stage, input, self.concurrency, Arc::clone(&counts));
+        let records: Arc<Mutex<Vec<S::Out>>> = Arc::default();
+        let copied = tee(output, Arc::clone(&records));
+        let write: Written = Box::new(move |folder, summary| {
+            let mut records = std::mem::take(&mut *records.lock().unwrap_or_else(PoisonError::into_inner));
+            records.sort_by_key(key);
+            folder.write_stage(name, &records, summary)
+        });
+        self.links.push(Link { name, counts, handle, write });
+        copied
+    }
+
+    fn counts(&self) -> Vec<(&'static str, Arc<Counts>)> {
+        self.links.iter().map(|link| (link.name, Arc::clone(&link.counts))).collect()
+    }
+
+    /// Ends with the first stage that failed; else writes all stage files.
+    async fn finish(self, folder: &RunFolder) -> anyhow::Result<()> {
+        let mut done = Vec::new();
+        let mut first_error = None;
+        for link in self.links {
+            match link.handle.await? {
+                Ok(()) => done.push((link.counts, link.write)),
+                Err(error) => first_error = first_error.or(Some(error)),
+            }
+        }
+        if let Some(error) = first_error {
+            return Err(error.into());
+        }
+        for (counts, write) in done {
+            write(folder, counts.summary())?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,135 @@
+//! What a run shows: bars on a terminal, plain lines elsewhere. Everything goes to stderr, so that stdout holds nothing
+//! but results.
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use potstill_cot::executor::Counts;
+
+/// Time between two plain lines about the same thing.
+const PLAIN_EVERY: Duration = Duration::from_secs(10);
+
+/// Shows progress; cheap to clone.
+#[derive(Clone)]
+pub struct Progress {
+    bars: Option<MultiProgress>,
+    started: Instant,
+}
+
+/// One line of it: a stage, a training phase.
+pub struct Line {
+    bar: Option<ProgressBar>,
+    name: String,
+    started: Instant,
+    last_plain: Mutex<Instant>,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Progress {
+    /// Bars when stderr is a terminal.
+    pub fn new() -> Self {
+        let bars = std::io::stderr().is_terminal().then(MultiProgress::new);
+        Self { bars, started: Instant::now() }
+    }
+
+    /// A sentence about the run.
+    pub fn say(&self, text: impl AsRef<str>) {
+        let line = format!("[{:>6.1} s] {}", self.started.elapsed().as_secs_f64(), text.as_ref());
+        match &self.bars {
+            Some(bars) => {
+                let _no_terminal = bars.println(line);
+            }
+            None => print(&line),
+        }
+    }
+
+    /// A line for something with `total` steps; 0 when the number is not known.
+    pub fn line(&self, name: &str, total: u64) -> Line {
+        let bar = self.bars.as_ref().map(|bars| {
+            let bar = bars.add(ProgressBar::new(total));
+            let template = if total > 0 {
+                "{prefix:<12} [{bar:28}] {pos:>6}/{len:<6} {elapsed_precise} {msg}"
+            } else {
+                "{prefix:<12} {pos:>6} {elapsed_precise} {msg}"
+            };
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style.progress_chars("=> "));
+            }
+            bar.set_prefix(name.to_owned());
+            bar
+        });
+        let now = Instant::now();
+        Line { bar, name: name.to_owned(), started: now, last_plain: Mutex::new(now) }
+    }
+
+    /// Shows the counts of stages until `done` resolves.
+    pub async fn watch(&self, stages: &[(&'static str, Arc<Counts>)], total: u64, done: impl Future<Output = ()>) {
+        let lines: Vec<Line> = stages.iter().map(|(name, _)| self.line(name, if stages.len() == 1 { total } else { 0 })).collect();
+        let mut ticks = tokio::time::interval(Duration::from_millis(200));
+        tokio::pin!(done);
+        loop {
+            let over = tokio::select! {
+                () = &mut done => true,
+                _ = ticks.tick() => false,
+            };
+            for (line, (_, counts)) in lines.iter().zip(stages) {
+                let summary = counts.summary();
+                let dropped: usize = summary.dropped.values().sum();
+                let position = counts.done.load(Ordering::Relaxed) as u64;
+                line.update(position, &format!("{} in, {} kept, {dropped} dropped", summary.taken, summary.kept));
+            }
+            if over {
+                for (line, (name, counts)) in lines.iter().zip(stages) {
+                    let summary = counts.summary();
+                    let reasons: Vec<String> =
+                        summary.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
+                    let reasons = if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join(", ")) };
+                    line.clear();
+                    self.say(format!("{name}: {} in, {} kept{reasons}", summary.taken, summary.kept));
+                }
+                return;
+            }
+        }
+    }
+}
+
+impl Line {
+    /// Where it stands.
+    pub fn update(&self, position: u64, message: &str) {
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(position);
+                bar.set_message(message.to_owned());
+            }
+            None => {
+                let mut last = self.last_plain.lock().unwrap_or_else(PoisonError::into_inner);
+                if last.elapsed() >= PLAIN_EVERY {
+                    *last = Instant::now();
+                    print(&format!("  {} after {:.0} s: {message}", self.name, self.started.elapsed().as_secs_f64()));
+                }
+            }
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "progress is what stderr is for")]
+fn print(line: &str) {
+    eprintln!("{line}");
+}

@@ -1,0 +1,642 @@
+//! A recipe: one TOML file that describes a whole run. It is checked as a whole before the first token is paid for;
+//! every problem is reported with file, key, and what was expected. Paths are relative to the recipe's folder.
+
+use std::path::{Path, PathBuf};
+
+use potstill_cot::generate::TeacherConfig;
+use potstill_data::jsonl::Source;
+use potstill_data::sampler::SamplePolicy;
+use potstill_engine::config::Family;
+use potstill_learn::sft::SftConfig;
+use serde::{Deserialize, Serialize};
+
+/// A checked recipe.
+#[derive(Debug, Clone, Serialize)]
+pub struct Recipe {
+    /// Name of the run.
+    pub name: String,
+    /// Seed of everything that is drawn.
+    pub seed: u64,
+    /// Calls in flight per stage.
+    pub concurrency: usize,
+    /// The gateway in front of the teachers; without it a local one is started.
+    pub gateway: Option<GatewaySection>,
+    /// Teachers that the local gateway runs itself.
+    pub local: Vec<LocalModel>,
+    /// Folder with prompts that replace the built-in ones.
+    pub prompts: Option<PathBuf>,
+    /// Where problems come from.
+    pub collect: Option<CollectSection>,
+    /// Who writes chains of thought.
+    pub generate: Option<GenerateSection>,
+    /// Who grades them for the student.
+    pub difficulty: Option<JudgeSection>,
+    /// Who rewrites them.
+    pub rewrite: Option<RewriteSection>,
+    /// Who judges where rules cannot.
+    pub verify: Option<JudgeSection>,
+    /// Who scores RV and CD.
+    pub score: Option<JudgeSection>,
+    /// What the student can take.
+    pub sample: SamplePolicy,
+    /// The student.
+    pub student: StudentSection,
+    /// How it is trained.
+    pub sft: SftSection,
+    /// How it is tested.
+    pub evaluate: Option<EvaluateSection>,
+}
+
+/// An endpoint that serves the teachers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewaySection {
+    /// Base URL that ends in `/v1`.
+    pub url: String,
+    /// Environment variable that holds the key. Keys themselves never stand in a recipe.
+    pub api_key_env: Option<String>,
+}
+
+/// A model that the local gateway serves with node processes of its own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LocalModel {
+    /// Name behind the gateway.
+    pub model: String,
+    /// Model folder or `.gguf` file.
+    pub path: PathBuf,
+    /// Fewest nodes.
+    #[serde(default)]
+    pub min: usize,
+    /// Most nodes.
+    #[serde(default = "one")]
+    pub max: usize,
+    /// Requests that a node decodes together.
+    #[serde(default = "default_slots")]
+    pub slots: usize,
+    /// Threads per node.
+    #[serde(default = "one")]
+    pub threads: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn default_slots() -> usize {
+    32
+}
+
+/// Problems that this program makes itself.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Builtin {
+    /// Only `arithmetic` so far.
+    pub task: BuiltinTask,
+    /// How many.
+    pub problems: usize,
+    /// Seed of the generator.
+    pub seed: u64,
+    /// Share of the problems whose answer is withheld, so that only the judge can decide; 0 to 1.
+    #[serde(default)]
+    pub without_answer: f64,
+}
+
+/// Tasks with a generator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BuiltinTask {
+    /// Multi-step arithmetic word problems.
+    Arithmetic,
+}
+
+/// Where problems come from.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CollectSection {
+    /// Files.
+    #[serde(default)]
+    pub sources: Vec<Source>,
+    /// Generated problems.
+    pub builtin: Option<Builtin>,
+}
+
+/// Who writes chains of thought.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GenerateSection {
+    /// The teachers.
+    pub teachers: Vec<TeacherConfig>,
+}
+
+/// A model that answers short questions.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JudgeSection {
+    /// The model.
+    pub model: String,
+    /// Limit on new tokens; a reasoning judge thinks first.
+    #[serde(default = "default_judge_tokens")]
+    pub max_tokens: u32,
+    /// How often an unreadable answer is asked again.
+    #[serde(default = "default_reasks")]
+    pub reasks: u32,
+}
+
+fn default_judge_tokens() -> u32 {
+    8192
+}
+
+fn default_reasks() -> u32 {
+    2
+}
+
+/// Who rewrites.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RewriteSection {
+    /// The model.
+    pub model: String,
+    /// Sampling temperature.
+    #[serde(default = "default_rewrite_temperature")]
+    pub temperature: f64,
+    /// Limit on new tokens.
+    #[serde(default = "default_rewrite_tokens")]
+    pub max_tokens: u32,
+}
+
+fn default_rewrite_temperature() -> f64 {
+    0.6
+}
+
+fn default_rewrite_tokens() -> u32 {
+    32_768
+}
+
+/// The student: an existing model, or a fresh one of a given shape.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StudentSection {
+    /// Name behind the gateway.
+    pub name: String,
+    /// Model folder or `.gguf` file to start from.
+    pub base: Option<PathBuf>,
+    /// Shape of a fresh student.
+    pub init: Option<InitSection>,
+    /// What the student is asked; `{{ problem }}` stands for the problem.
+    #[serde(default = "default_prompt")]
+    pub prompt: String,
+    /// Number format of the exported weights.
+    #[serde(default)]
+    pub export: ExportType,
+    /// Threads of the node that serves it.
+    #[serde(default = "one")]
+    pub threads: usize,
+}
+
+fn default_prompt() -> String {
+    "{{ problem }}".to_owned()
+}
+
+/// Number formats of exported weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExportType {
+    /// 32 bits.
+    F32,
+    /// 16 bits, bfloat.
+    #[default]
+    Bf16,
+    /// 16 bits, IEEE.
+    F16,
+}
+
+/// Shape of a fresh student.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InitSection {
+    /// Decoder family.
+    pub family: Family,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Blocks.
+    pub layers: usize,
+    /// Attention heads; the head size is `hidden_size / heads`.
+    pub heads: usize,
+    /// Key and value heads; as many as `heads` if left out.
+    pub kv_heads: Option<usize>,
+    /// Longest context.
+    pub max_positions: usize,
+    /// `arithmetic`: the demonstration's own tokenizer.
+    pub tokenizer: BuiltinTask,
+}
+
+/// How the student is trained.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SftSection {
+    /// Peak learning rate of the first phase.
+    pub learning_rate: f64,
+    /// Conversations to train on instead of the sampled traces.
+    pub conversations: Option<Conversations>,
+    /// Medium first, then hard.
+    #[serde(default)]
+    pub curriculum: CurriculumSection,
+    /// Steps, optimiser, checkpoints.
+    #[serde(default)]
+    pub run: SftConfig,
+}
+
+/// Conversations that do not come from this run's teachers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Conversations {
+    /// JSONL with `messages` in each row.
+    pub path: Option<PathBuf>,
+    /// Rows that teach all teacher roles of a task.
+    pub builtin: Option<Builtin>,
+}
+
+/// The two phases.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CurriculumSection {
+    /// Epochs over the medium traces.
+    pub medium_epochs: f64,
+    /// Epochs over the hard ones and what is replayed.
+    pub hard_epochs: f64,
+    /// Share of the medium traces that the hard phase replays.
+    pub replay: f64,
+    /// Rate of the hard phase as a share of the first.
+    pub hard_rate: f64,
+}
+
+impl Default for CurriculumSection {
+    fn default() -> Self {
+        Self { medium_epochs: 3.0, hard_epochs: 1.0, replay: 0.2, hard_rate: 0.5 }
+    }
+}
+
+/// How students are tested.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvaluateSection {
+    /// Held-out files.
+    #[serde(default)]
+    pub sources: Vec<Source>,
+    /// Held-out generated problems.
+    pub builtin: Option<Builtin>,
+    /// Completions per problem.
+    #[serde(default = "default_samples")]
+    pub samples: u32,
+    /// Sampling temperature.
+    #[serde(default = "default_temperature")]
+    pub temperature: f64,
+    /// Nucleus sampling.
+    #[serde(default = "default_top_p")]
+    pub top_p: f64,
+    /// Limit on new tokens.
+    #[serde(default = "default_eval_tokens")]
+    pub max_tokens: u32,
+    /// Students to train and test besides the distilled one.
+    #[serde(default)]
+    pub compare: Vec<Baseline>,
+}
+
+fn default_samples() -> u32 {
+    4
+}
+
+fn default_temperature() -> f64 {
+    0.6
+}
+
+fn default_top_p() -> f64 {
+    0.95
+}
+
+fn default_eval_tokens() -> u32 {
+    4096
+}
+
+/// What the distilled student is compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Baseline {
+    /// The student before training.
+    Raw,
+    /// The same student trained on final answers only, for as many tokens.
+    AnswersOnly,
+}
+
+/// What is wrong with a recipe, all of it.
+#[derive(Debug, thiserror::Error)]
+#[error("recipe `{path}` has {} problem(s):\n  {}", problems.len(), problems.join("\n  "))]
+pub struct RecipeError {
+    /// The file.
+    pub path: PathBuf,
+    /// One line each: key and what was expected.
+    pub problems: Vec<String>,
+}
+
+/// Reads sections one by one, so that a mistake in one does not hide those in others.
+struct Sections {
+    table: toml::Table,
+    problems: Vec<String>,
+}
+
+impl Sections {
+    fn take<T: for<'de> Deserialize<'de>>(&mut self, key: &str) -> Option<T> {
+        let value = self.table.remove(key)?;
+        match serde_path_to_error::deserialize(value) {
+            Ok(section) => Some(section),
+            Err(error) => {
+                let inner = match error.path().to_string().as_str() {
+                    "." => String::new(),
+                    path => format!(".{path}"),
+                };
+                self.problems.push(format!("`{key}{inner}`: {}", error.inner().message()));
+                None
+            }
+        }
+    }
+
+    fn need<T: for<'de> Deserialize<'de>>(&mut self, key: &str) -> Option<T> {
+        if !self.table.contains_key(key) {
+            self.problems.push(format!("`{key}` is missing"));
+        }
+        self.take(key)
+    }
+}
+
+impl Recipe {
+    /// Reads and checks a recipe.
+    pub fn read(path: &Path) -> Result<Self, RecipeError> {
+        let refused = |problems| RecipeError { path: path.to_owned(), problems };
+        let text = std::fs::read_to_string(path).map_err(|error| refused(vec![error.to_string()]))?;
+        let table = text.parse::<toml::Table>().map_err(|error| refused(vec![error.to_string()]))?;
+        let mut sections = Sections { table, problems: Vec::new() };
+        let s = &mut sections;
+        let (name, student, sft) = (s.need::<String>("name"), s.need("student"), s.need("sft"));
+        let optional = (
+            s.take("seed").unwrap_or(0),
+            s.take("concurrency").unwrap_or(64),
+            s.take("gateway"),
+            s.take("local").unwrap_or_default(),
+            s.take("prompts"),
+            s.take("collect"),
+            s.take("generate"),
+            s.take("difficulty"),
+            s.take("rewrite"),
+            s.take("verify"),
+            s.take("score"),
+        );
+        let (sample, evaluate) = (s.take("sample").unwrap_or_default(), s.take("evaluate"));
+        for key in s.table.keys() {
+            s.problems.push(format!(
+                "`{key}` is not known; known are name, seed, concurrency, gateway, local, prompts, collect, generate, \
+                 difficulty, rewrite, verify, score, sample, student, sft, evaluate"
+            ));
+        }
+        let (Some(name), Some(student), Some(sft)) = (name, student, sft) else {
+            return Err(refused(sections.problems));
+        };
+        let (seed, concurrency, gateway, local, prompts, collect, generate, difficulty, rewrite, verify, score) = optional;
+        let mut recipe = Self {
+            name,
+            seed,
+            concurrency,
+            gateway,
+            local,
+            prompts,
+            collect,
+            generate,
+            difficulty,
+            rewrite,
+            verify,
+            score,
+            sample,
+            student,
+            sft,
+            evaluate,
+        };
+        recipe.resolve(path.parent().unwrap_or(Path::new(".")));
+        sections.problems.extend(recipe.problems());
+        if sections.problems.is_empty() { Ok(recipe) } else { Err(refused(sections.problems)) }
+    }
+
+    /// Makes all paths relative to the recipe's folder.
+    fn resolve(&mut self, folder: &Path) {
+        let fix = |path: &mut PathBuf| *path = folder.join(&*path);
+        self.prompts.iter_mut().for_each(fix);
+        self.local.iter_mut().for_each(|model| fix(&mut model.path));
+        self.student.base.iter_mut().for_each(fix);
+        if let Some(conversations) = &mut self.sft.conversations {
+            conversations.path.iter_mut().for_each(fix);
+        }
+        let collected = self.collect.iter_mut().flat_map(|section| &mut section.sources);
+        let tested = self.evaluate.iter_mut().flat_map(|section| &mut section.sources);
+        collected.chain(tested).for_each(|source| fix(&mut source.path));
+    }
+
+    /// Everything that is wrong beyond types.
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut need = |fine: bool, problem: String| {
+            if !fine {
+                problems.push(problem);
+            }
+        };
+        let name_fits = |name: &str| {
+            let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+            !name.is_empty() && name.len() <= 96 && name.chars().all(allowed) && !name.starts_with(['.', '-'])
+        };
+        need(name_fits(&self.name), format!("`name`: `{}` must be letters, digits, `.`, `_`, `-`, at most 96", self.name));
+        need(
+            name_fits(&self.student.name),
+            format!("`student.name`: `{}` must be letters, digits, `.`, `_`, `-`, at most 96", self.student.name),
+        );
+        need((1..=4096).contains(&self.concurrency), format!("`concurrency` must be 1 to 4096, not {}", self.concurrency));
+        need(
+            self.student.base.is_some() != self.student.init.is_some(),
+            "`student` needs either `base` (a model to start from) or `init` (the shape of a fresh one)".to_owned(),
+        );
+        need(
+            self.student.prompt.contains("{{ problem }}"),
+            "`student.prompt` must contain `{{ problem }}`".to_owned(),
+        );
+        if let Some(init) = &self.student.init {
+            need(
+                init.heads > 0 && init.hidden_size.is_multiple_of(init.heads.max(1)),
+                format!("`student.init`: {} heads must divide hidden_size {}", init.heads, init.hidden_size),
+            );
+        }
+        let rate = self.sft.learning_rate;
+        need(rate > 0.0 && rate < 1.0, format!("`sft.learning_rate` must be above 0 and below 1, not {rate}"));
+        need(
+            self.sft.run.batch_tokens > 0 && self.sft.run.micro_batch_tokens > 0,
+            "`sft.run.batch_tokens` and `sft.run.micro_batch_tokens` must be at least 1".to_owned(),
+        );
+        let pipeline = self.collect.is_some() || self.generate.is_some();
+        if pipeline {
+            need(self.collect.is_some(), "`collect` is missing: where do the problems come from?".to_owned());
+            need(self.generate.is_some(), "`generate` is missing: who writes the chains of thought?".to_owned());
+        } else {
+            need(
+                self.sft.conversations.is_some(),
+                "nothing to train on: give `collect` and `generate`, or `sft.conversations`".to_owned(),
+            );
+        }
+        if let Some(collect) = &self.collect {
+            need(
+                !collect.sources.is_empty() || collect.builtin.is_some(),
+                "`collect` needs `sources` or `builtin`".to_owned(),
+            );
+        }
+        let known: Vec<&str> = self.local.iter().map(|model| model.model.as_str()).collect();
+        for (key, model) in self.models() {
+            // What a remote gateway serves is asked for when the run starts, before the first call.
+            need(
+                self.gateway.is_some() || known.contains(&model),
+                format!("`{key}`: no `local` model is called `{model}`, and no `gateway.url` is given"),
+            );
+        }
+        if let Some(generate) = &self.generate {
+            need(!generate.teachers.is_empty(), "`generate.teachers` is empty".to_owned());
+            for (i, teacher) in generate.teachers.iter().enumerate() {
+                let key = format!("generate.teachers[{i}]");
+                need(
+                    !teacher.temperatures.is_empty() && teacher.temperatures.iter().all(|t| (0.0..=2.0).contains(t)),
+                    format!("`{key}.temperatures` must hold values from 0 to 2"),
+                );
+                need(teacher.samples > 0, format!("`{key}.samples` must be at least 1"));
+                need(
+                    teacher.top_p > 0.0 && teacher.top_p <= 1.0,
+                    format!("`{key}.top_p` must be above 0 and at most 1, not {}", teacher.top_p),
+                );
+            }
+        }
+        if let Some(gateway) = &self.gateway {
+            need(
+                gateway.url.starts_with("http://") && gateway.url.trim_end_matches('/').ends_with("/v1"),
+                format!("`gateway.url` must look like `http://host:port/v1`, not `{}`", gateway.url),
+            );
+            if let Some(variable) = &gateway.api_key_env {
+                need(
+                    std::env::var(variable).is_ok(),
+                    format!("`gateway.api_key_env`: environment variable `{variable}` is not set"),
+                );
+            }
+        }
+        if let Some(evaluate) = &self.evaluate {
+            need(
+                !evaluate.sources.is_empty() || evaluate.builtin.is_some(),
+                "`evaluate` needs `sources` or `builtin`".to_owned(),
+            );
+            need((1..=1024).contains(&evaluate.samples), "`evaluate.samples` must be 1 to 1024".to_owned());
+        }
+        for (key, path) in self.files() {
+            need(path.exists(), format!("`{key}`: `{}` does not exist", path.display()));
+        }
+        problems
+    }
+
+    /// Every model that is called, with its key.
+    pub fn models(&self) -> Vec<(String, &str)> {
+        let mut models = Vec::new();
+        for (i, teacher) in self.generate.iter().flat_map(|section| &section.teachers).enumerate() {
+            models.push((format!("generate.teachers[{i}].model"), teacher.model.as_str()));
+        }
+        for (key, judge) in [("difficulty", &self.difficulty), ("verify", &self.verify), ("score", &self.score)] {
+            models.extend(judge.iter().map(|judge| (format!("{key}.model"), judge.model.as_str())));
+        }
+        models.extend(self.rewrite.iter().map(|section| ("rewrite.model".to_owned(), section.model.as_str())));
+        models
+    }
+
+    /// Every file that must be there, with its key.
+    fn files(&self) -> Vec<(String, &Path)> {
+        let mut files: Vec<(String, &Path)> = Vec::new();
+        files.extend(self.prompts.iter().map(|path| ("prompts".to_owned(), path.as_path())));
+        files.extend(self.local.iter().enumerate().map(|(i, m)| (format!("local[{i}].path"), m.path.as_path())));
+        files.extend(self.student.base.iter().map(|path| ("student.base".to_owned(), path.as_path())));
+        for (key, sources) in [
+            ("collect", self.collect.as_ref().map(|section| &section.sources)),
+            ("evaluate", self.evaluate.as_ref().map(|section| &section.sources)),
+        ] {
+            let sources = sources.into_iter().flatten().enumerate();
+            files.extend(sources.map(|(i, source)| (format!("{key}.sources[{i}].path"), source.path.as_path())));
+        }
+        let path = self.sft.conversations.as_ref().and_then(|section| section.path.as_deref());
+        files.extend(path.map(|path| ("sft.conversations.path".to_owned(), path)));
+        files
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Recipe, RecipeError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("recipe.toml");
+        potstill_shared::durable::write_file(&path, text.as_bytes()).unwrap();
+        Recipe::read(&path)
+    }
+
+    #[test]
+    fn all_problems_are_found_at_once() {
+        let error = read(
+            r#"
+            name = "a b"
+            colect = {}
+            [gateway]
+            url = "ftp://x"
+            [collect]
+            sources = [{ path = "missing.jsonl" }]
+            [generate]
+            teachers = [{ model = "r1", temperature = [0.6] }]
+            [student]
+            name = "s"
+            [sft]
+            learning_rate = 5
+            [score]
+            model = 3
+            "#,
+        )
+        .unwrap_err();
+        for part in [
+            "`name`: `a b`",
+            "`colect` is not known",
+            "`gateway.url` must look like",
+            "`collect.sources[0].path`",
+            "`generate.teachers[0].temperature`: unknown field",
+            "`student` needs either `base`",
+            "`sft.learning_rate` must be",
+            "`score.model`: invalid type",
+        ] {
+            assert!(error.problems.iter().any(|problem| problem.contains(part)), "{part} not in:\n{error}");
+        }
+    }
+
+    #[test]
+    fn shipped_recipes_are_fine() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+        let mut seen = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "toml") {
+                let checked = Recipe::read(&path);
+                // Recipes for data and models that a user brings may lack just these.
+                let missing = |problem: &String| problem.contains("does not exist") || problem.contains("is not set");
+                if let Err(error) = checked {
+                    assert!(error.problems.iter().all(missing), "{error}");
+                }
+                seen += 1;
+            }
+        }
+        assert!(seen >= 2);
+    }
+}

@@ -1,0 +1,150 @@
+//! The report of a run: `report.json` for programs, `report.html` for people, a table for the terminal.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use anyhow::Context;
+use minijinja::value::Serde;
+use minijinja::{Environment, context};
+use potstill_cot::teacher::Spent;
+use potstill_shared::durable::write_file;
+use serde::{Deserialize, Serialize};
+
+use crate::evaluate::metrics::Figures;
+use crate::run::Manifest;
+
+/// Figures of one student; accuracies in percent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StudentFigures {
+    /// `raw`, `answers_only` or `distilled`.
+    pub name: String,
+    /// Mean accuracy.
+    pub accuracy: f64,
+    /// Lower end of its 95 % interval.
+    pub ci_low: f64,
+    /// Upper end.
+    pub ci_high: f64,
+    /// pass@k by k.
+    pub pass_at_k: BTreeMap<u32, f64>,
+    /// Mean tokens of a completion by level of the problem.
+    pub mean_cot_tokens: BTreeMap<String, f64>,
+    /// All figures.
+    pub details: Figures,
+}
+
+impl StudentFigures {
+    /// Names the figures.
+    pub fn new(name: &str, figures: Figures) -> Self {
+        Self {
+            name: name.to_owned(),
+            accuracy: figures.accuracy,
+            ci_low: figures.ci_low,
+            ci_high: figures.ci_high,
+            pass_at_k: figures.pass_at_k.clone(),
+            mean_cot_tokens: figures.mean_tokens_by_level.clone(),
+            details: figures,
+        }
+    }
+}
+
+/// What was spent on teachers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpentFigures {
+    /// Calls that were answered.
+    pub calls: u64,
+    /// Questions answered from the journal.
+    pub remembered: u64,
+    /// Calls that failed and were tried again.
+    pub retries: u64,
+    /// Tokens of prompts.
+    pub prompt_tokens: u64,
+    /// Tokens written.
+    pub completion_tokens: u64,
+}
+
+/// The report of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Name of the recipe.
+    pub name: String,
+    /// The students, the distilled one last.
+    pub students: Vec<StudentFigures>,
+    /// Counts by stage.
+    pub manifest: Manifest,
+    /// Teacher calls of this process; what an earlier one had bought is `remembered`.
+    pub teachers: SpentFigures,
+    /// Seconds that this process took.
+    pub wall_seconds: f64,
+    /// Cores that this process may use.
+    pub cores: usize,
+}
+
+impl Report {
+    /// Puts a report together.
+    pub fn new(name: &str, students: Vec<StudentFigures>, manifest: Manifest, spent: &Spent, seconds: f64) -> Self {
+        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        Self {
+            name: name.to_owned(),
+            students,
+            manifest,
+            teachers: SpentFigures {
+                calls: read(&spent.calls),
+                remembered: read(&spent.remembered),
+                retries: read(&spent.retries),
+                prompt_tokens: read(&spent.prompt_tokens),
+                completion_tokens: read(&spent.completion_tokens),
+            },
+            wall_seconds: seconds,
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+
+    /// The students as a table for a terminal.
+    pub fn table(&self) -> String {
+        let levels: std::collections::BTreeSet<&String> =
+            self.students.iter().flat_map(|student| student.mean_cot_tokens.keys()).collect();
+        let mut levels: Vec<&String> = levels.into_iter().collect();
+        levels.sort_by_key(|level| ["easy", "medium", "hard"].iter().position(|name| name == level));
+        let best_k = self.students.iter().filter_map(|s| s.pass_at_k.keys().max()).max().copied().unwrap_or(1);
+        let mut text = format!("{:<14} {:>9} {:>15} {:>8}", "student", "accuracy", "95 % interval", format!("pass@{best_k}"));
+        for level in &levels {
+            text.push_str(&format!(" {:>8} {:>7}", level, "tokens"));
+        }
+        for student in &self.students {
+            text.push_str(&format!(
+                "\n{:<14} {:>7.1} % {:>15} {:>6.1} %",
+                student.name,
+                student.accuracy,
+                format!("{:.1} to {:.1}", student.ci_low, student.ci_high),
+                student.pass_at_k.get(&best_k).copied().unwrap_or_default()
+            ));
+            for level in &levels {
+                let accuracy = student.details.accuracy_by_level.get(*level).copied().unwrap_or_default();
+                let tokens = student.mean_cot_tokens.get(*level).copied().unwrap_or_default();
+                text.push_str(&format!(" {accuracy:>6.1} % {tokens:>7.0}"));
+            }
+        }
+        text
+    }
+}
+
+/// Writes `report.json` and `report.html` into a run folder.
+pub fn write(folder: &Path, report: &Report) -> anyhow::Result<()> {
+    let json = serde_json::to_string_pretty(report)?;
+    write_file(&folder.join("report.json"), format!("{json}\n").as_bytes())?;
+    let mut environment = Environment::new();
+    environment.add_template("report.html", include_str!("report.html.jinja"))?;
+    let html = environment.get_template("report.html")?.render(context! {
+        report => minijinja::Value::from(Serde(report)),
+    })?;
+    Ok(write_file(&folder.join("report.html"), html.as_bytes())?)
+}
+
+/// Reads the report of a run folder.
+pub fn read(folder: &Path) -> anyhow::Result<Report> {
+    let path = folder.join("report.json");
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("cannot read `{}`; run `potstill evaluate` first", path.display()))?;
+    Ok(serde_json::from_str(&text)?)
+}

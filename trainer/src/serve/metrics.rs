@@ -1,0 +1,62 @@
+//! Every metric of a node, declared once. The engine keeps its own counters; they are read when asked for.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use potstill_engine::scheduler::Stats;
+use prometheus::{Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
+
+pub(crate) struct NodeMetrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    duration: HistogramVec,
+    state: IntGaugeVec,
+}
+
+impl NodeMetrics {
+    pub(crate) fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let requests = IntCounterVec::new(
+            Opts::new("potstill_node_requests_total", "Completions by model and end (stop, length, failed)"),
+            &["model", "end"],
+        )?;
+        let duration = HistogramVec::new(
+            HistogramOpts::new("potstill_node_request_duration_seconds", "Submission to the last token")
+                .buckets(vec![0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0, 600.0, 1800.0]),
+            &["model"],
+        )?;
+        let state = IntGaugeVec::new(
+            Opts::new(
+                "potstill_node_engine",
+                "Engine: running and waiting requests; prompt tokens, completion tokens and steps since the start",
+            ),
+            &["model", "what"],
+        )?;
+        registry.register(Box::new(requests.clone()))?;
+        registry.register(Box::new(duration.clone()))?;
+        registry.register(Box::new(state.clone()))?;
+        Ok(Self { registry, requests, duration, state })
+    }
+
+    pub(crate) fn finished(&self, model: &str, end: &str, took: Duration) {
+        self.requests.with_label_values(&[model, end]).inc();
+        self.duration.with_label_values(&[model]).observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn render(&self, model: &str, stats: &Stats) -> String {
+        for (what, value) in [
+            ("running", stats.running.load(Ordering::Relaxed) as i64),
+            ("waiting", stats.waiting.load(Ordering::Relaxed) as i64),
+            ("prompt_tokens", stats.prompt_tokens.load(Ordering::Relaxed) as i64),
+            ("completion_tokens", stats.completion_tokens.load(Ordering::Relaxed) as i64),
+            ("steps", stats.steps.load(Ordering::Relaxed) as i64),
+        ] {
+            self.state.with_label_values(&[model, what]).set(value);
+        }
+        let mut text = Vec::new();
+        match TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+            Ok(()) => String::from_utf8_lossy(&text).into_owned(),
+            Err(error) => format!("# {error}\n"),
+        }
+    }
+}

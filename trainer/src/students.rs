@@ -1,0 +1,204 @@
+//! Students: their starting point, what each variant is trained on, and the training itself.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use candle_core::{DType, Device};
+use potstill_data::records::{Cot, Difficulty};
+use potstill_engine::config::ModelConfig;
+use potstill_engine::init;
+use potstill_engine::loader::{LoadedModel, load};
+use potstill_engine::ops::attention::Heads;
+use potstill_learn::curriculum::{Curriculum, Phase, phases};
+use potstill_learn::examples::{Example, encode};
+use potstill_learn::sft::{SftReport, sft};
+use serde_json::{Value, json};
+
+use crate::demo::{roles, tokenizer};
+use crate::progress::Progress;
+use crate::recipe::{Conversations, Recipe};
+
+/// The student before training.
+pub fn base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
+    if let Some(path) = &recipe.student.base {
+        return load(path, &Device::Cpu, DType::F32)
+            .with_context(|| format!("cannot load the student's base `{}`", path.display()));
+    }
+    let init = recipe.student.init.as_ref().context("the recipe's student has neither `base` nor `init`")?;
+    let tokenizer = tokenizer::tokenizer()?;
+    let end = tokenizer.id(tokenizer::END).context("the tokenizer has no end token")?;
+    let config = ModelConfig {
+        family: init.family,
+        vocab_size: tokenizer.len(),
+        hidden_size: init.hidden_size,
+        intermediate_size: init.intermediate_size,
+        layers: init.layers,
+        heads: Heads {
+            query: init.heads,
+            kv: init.kv_heads.unwrap_or(init.heads),
+            dim: init.hidden_size / init.heads.max(1),
+        },
+        max_positions: init.max_positions,
+        rms_norm_eps: 1e-6,
+        rope_theta: 10_000.0,
+        rope_scaling: None,
+        tied: true,
+        qkv_bias: init.family == potstill_engine::config::Family::Qwen2,
+        eos: vec![end],
+        bos: None,
+    };
+    config.check(Path::new("student.init"))?;
+    let weights = init::random(&config, recipe.seed)?;
+    Ok(LoadedModel { config, weights, tokenizer, template: Arc::new(tokenizer::template()?) })
+}
+
+/// What a student is trained on: conversations with the difficulty of each.
+pub struct Lessons {
+    /// Conversations.
+    pub messages: Vec<Vec<Value>>,
+    /// As many difficulties.
+    pub difficulties: Vec<Difficulty>,
+}
+
+impl Lessons {
+    /// The teachers' chains of thought with their answers.
+    pub fn chains_of_thought(recipe: &Recipe, traces: &[Cot]) -> Self {
+        Self::from_traces(recipe, traces.iter(), Cot::completion)
+    }
+
+    /// The final answers of the same traces alone, each problem once.
+    pub fn answers_only(recipe: &Recipe, traces: &[Cot]) -> Self {
+        let mut seen = std::collections::HashSet::new();
+        let once = traces.iter().filter(|trace| seen.insert(trace.problem.id.clone()));
+        Self::from_traces(recipe, once, |trace| trace.answer.clone())
+    }
+
+    fn from_traces<'a>(
+        recipe: &Recipe,
+        traces: impl Iterator<Item = &'a Cot>,
+        completion: impl Fn(&Cot) -> String,
+    ) -> Self {
+        let (mut messages, mut difficulties) = (Vec::new(), Vec::new());
+        for trace in traces {
+            let prompt = prompt(recipe, &trace.problem.problem);
+            messages.push(vec![
+                json!({"role": "user", "content": prompt}),
+                json!({"role": "assistant", "content": completion(trace)}),
+            ]);
+            difficulties.push(trace.difficulty.unwrap_or(Difficulty::Unscored));
+        }
+        Self { messages, difficulties }
+    }
+
+    /// Conversations that do not come from this run's teachers; all count as medium.
+    pub fn conversations(section: &Conversations, held_out: &[String]) -> anyhow::Result<Self> {
+        let mut messages: Vec<Vec<Value>> = Vec::new();
+        if let Some(builtin) = &section.builtin {
+            let held_out = held_out.iter().cloned().collect();
+            messages.extend(roles::conversations(builtin.problems, builtin.seed, &held_out));
+        }
+        if let Some(path) = &section.path {
+            let rows: Vec<Value> = potstill_data::jsonl::read_records(path)?;
+            for (line, row) in rows.into_iter().enumerate() {
+                let list = row.get("messages").and_then(Value::as_array).cloned();
+                messages.push(list.with_context(|| {
+                    format!("`{}` line {}: `messages` is missing or no list", path.display(), line + 1)
+                })?);
+            }
+        }
+        let difficulties = vec![Difficulty::Medium; messages.len()];
+        Ok(Self { messages, difficulties })
+    }
+}
+
+/// What the student is asked.
+pub fn prompt(recipe: &Recipe, problem: &str) -> String {
+    recipe.student.prompt.replace("{{ problem }}", problem)
+}
+
+/// Encoded lessons with their phases.
+pub struct Plan {
+    examples: Vec<Example>,
+    phases: Vec<Phase>,
+}
+
+impl Plan {
+    /// Encodes the lessons and lays out the curriculum.
+    pub fn new(recipe: &Recipe, model: &LoadedModel, lessons: &Lessons) -> anyhow::Result<Self> {
+        let examples = lessons.messages.iter().map(|messages| encode(model, messages)).collect::<Result<Vec<_>, _>>()?;
+        let section = &recipe.sft.curriculum;
+        let curriculum = Curriculum {
+            medium_epochs: section.medium_epochs,
+            hard_epochs: section.hard_epochs,
+            replay: section.replay,
+            hard_rate: section.hard_rate,
+        };
+        let phases = phases(&lessons.difficulties, curriculum, recipe.sft.learning_rate, recipe.seed);
+        Ok(Self { examples, phases })
+    }
+
+    /// Tokens that the whole training reads.
+    pub fn tokens(&self) -> f64 {
+        self.phases
+            .iter()
+            .map(|phase| {
+                let once: usize = phase.examples.iter().map(|&index| self.examples[index].tokens.len()).sum();
+                phase.epochs * once as f64
+            })
+            .sum()
+    }
+
+    /// Stretches the epochs so that the training reads `tokens`: variants are compared at equal cost.
+    pub fn stretched_to(mut self, tokens: f64) -> Self {
+        let factor = tokens / self.tokens().max(1.0);
+        self.phases.iter_mut().for_each(|phase| phase.epochs *= factor);
+        self
+    }
+
+    /// Trains. `folder` gets checkpoints and logs; a run that is started again goes on from there.
+    pub fn train(
+        &self,
+        recipe: &Recipe,
+        model: &LoadedModel,
+        folder: &Path,
+        name: &str,
+        progress: &Progress,
+    ) -> anyhow::Result<(LoadedModel, SftReport)> {
+        let mut config = recipe.sft.run.clone();
+        config.seed = recipe.seed;
+        let started = std::time::Instant::now();
+        let mut tokens = 0;
+        let mut line = None;
+        let mut phase = String::new();
+        let trained = sft(model, &self.examples, &self.phases, &config, folder, &mut |now| {
+            tokens += now.tokens;
+            if phase != now.phase {
+                phase = now.phase.to_owned();
+                line = Some(progress.line(&format!("{name}/{phase}"), now.steps as u64));
+            }
+            if let Some(line) = &line {
+                let speed = tokens as f64 / started.elapsed().as_secs_f64();
+                line.update(
+                    now.step as u64,
+                    &format!("step {}/{}, loss {:.4}, {speed:.0} tokens/s", now.step, now.steps, now.loss),
+                );
+                if now.step == now.steps {
+                    line.clear();
+                }
+            }
+            true
+        })?;
+        let (_, report) = &trained;
+        progress.say(format!(
+            "trained `{name}`: {} steps over {} examples ({} too long), last loss {:.4}, {:.0} s{}",
+            report.steps,
+            report.examples,
+            report.too_long,
+            report.final_loss,
+            started.elapsed().as_secs_f64(),
+            if report.resumed_from > 0 { format!(", resumed at step {}", report.resumed_from) } else { String::new() }
+        ));
+        Ok(trained)
+    }
+}
