@@ -40,7 +40,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Serve { config, log_json } => {
-            potstill_shared::telemetry::init_logs(log_json);
+            potstill_shared::telemetry::init_logs("info", log_json);
             let config = Config::read(&config)?;
             tokio::runtime::Runtime::new()?.block_on(serve(config))
         }

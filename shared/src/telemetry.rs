@@ -1,10 +1,11 @@
-//! Log set-up, the same for every binary: `POTSTILL_LOG` filters (default `info`), lines go to stderr.
+//! Log set-up, the same for every binary: `POTSTILL_LOG` filters, lines go to stderr.
 
 use tracing_subscriber::EnvFilter;
 
-/// Installs the global subscriber. A second call is a no-op, so that tests may call it freely.
-pub fn init_logs(json: bool) {
-    let filter = EnvFilter::try_from_env("POTSTILL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+/// Installs the global subscriber with `level` where `POTSTILL_LOG` does not say otherwise. A second call is a no-op, so
+/// that tests may call it freely.
+pub fn init_logs(level: &str, json: bool) {
+    let filter = EnvFilter::try_from_env("POTSTILL_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let _already_set = if json { builder.json().try_init() } else { builder.with_target(false).try_init() };
 }

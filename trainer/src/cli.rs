@@ -82,7 +82,9 @@ enum Command {
 /// Runs the command of this process.
 pub fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    potstill_shared::telemetry::init_logs(false);
+    // A run shows its progress itself; a node has nothing but its log.
+    let level = if matches!(arguments.command, Command::Serve(_)) { "info" } else { "warn" };
+    potstill_shared::telemetry::init_logs(level, false);
     tokio::runtime::Runtime::new()?.block_on(dispatch(arguments.command))
 }
 

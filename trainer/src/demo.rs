@@ -87,5 +87,6 @@ fn shorten(recipe: &mut Recipe) {
             builtin.problems /= 3;
         }
     }
-    recipe.sft.run.max_steps = 300;
+    // Fewer traces, so more and smaller steps over each.
+    recipe.sft.run.batch_tokens = 1000;
 }

@@ -20,6 +20,7 @@ use potstill_data::jsonl::{read_problems, write_records};
 use potstill_data::records::{Cot, Problem};
 use potstill_data::{arithmetic, decontaminate, dedup, sampler};
 use potstill_shared::client::{Client, Endpoint};
+use potstill_shared::id::ContentId;
 use potstill_shared::redact::Redacted;
 use tokio::sync::mpsc;
 
@@ -144,14 +145,14 @@ impl Run {
     pub async fn stage(&self, name: &str) -> anyhow::Result<()> {
         match name {
             "collect" => drop(self.collect()?),
-            "generate" => drop(self.alone(self.generator()?, self.folder.read_stage("collect")?, |c: &Cot| c.id.clone()).await?),
-            "difficulty" => drop(self.alone(self.grader()?, self.folder.read_stage("generate")?, |c: &Cot| c.id.clone()).await?),
+            "generate" => drop(self.alone(self.generator()?, self.folder.read_stage("collect")?, trace_key).await?),
+            "difficulty" => drop(self.alone(self.grader()?, self.folder.read_stage("generate")?, trace_key).await?),
             "rewrite" => {
                 let input = self.folder.read_stage("difficulty")?;
-                drop(self.alone(self.rewriter(), input, |c: &Candidate| c.cot.id.clone()).await?);
+                drop(self.alone(self.rewriter(), input, |c: &Candidate| trace_key(&c.cot)).await?);
             }
-            "verify" => drop(self.alone(self.verifier(), self.folder.read_stage("rewrite")?, |c: &Cot| c.id.clone()).await?),
-            "score" => drop(self.alone(self.scorer()?, self.folder.read_stage("verify")?, |c: &Cot| c.id.clone()).await?),
+            "verify" => drop(self.alone(self.verifier(), self.folder.read_stage("rewrite")?, trace_key).await?),
+            "score" => drop(self.alone(self.scorer()?, self.folder.read_stage("verify")?, trace_key).await?),
             "sample" => drop(self.sample(self.folder.read_stage("score")?)?),
             "sft" => self.train(&self.sampled()?).await?,
             "export" => self.export(&self.sampled()?).await?,
@@ -298,15 +299,15 @@ impl Run {
     async fn chains_of_thought(&self, problems: Vec<Problem>) -> anyhow::Result<Vec<Cot>> {
         let total = problems.len() as u64;
         let mut chain = Chain::new(self.recipe.concurrency);
-        let generated = chain.link(self.generator()?, feed(problems), |c: &Cot| c.id.clone());
+        let generated = chain.link(self.generator()?, feed(problems), trace_key);
         let graded = match self.recipe.difficulty {
-            Some(_) => chain.link(self.grader()?, generated, |c: &Cot| c.id.clone()),
+            Some(_) => chain.link(self.grader()?, generated, trace_key),
             None => generated,
         };
-        let rewritten = chain.link(self.rewriter(), graded, |c: &Candidate| c.cot.id.clone());
-        let verified = chain.link(self.verifier(), rewritten, |c: &Cot| c.id.clone());
+        let rewritten = chain.link(self.rewriter(), graded, |c: &Candidate| trace_key(&c.cot));
+        let verified = chain.link(self.verifier(), rewritten, trace_key);
         let mut last = match self.recipe.score {
-            Some(_) => chain.link(self.scorer()?, verified, |c: &Cot| c.id.clone()),
+            Some(_) => chain.link(self.scorer()?, verified, trace_key),
             None => verified,
         };
         let mut scored = Vec::new();
@@ -317,9 +318,7 @@ impl Run {
         };
         self.progress.watch(&chain.counts(), total, drained).await;
         chain.finish(&self.folder).await?;
-        scored.sort_by(|a, b| a.id.cmp(&b.id));
-        // Two traces of one problem may have become the same text by rewriting.
-        scored.dedup_by(|a, b| a.id == b.id);
+        scored.sort_by_key(trace_key);
         if self.recipe.score.is_none() {
             let summary = Summary { taken: scored.len(), kept: scored.len(), ..Summary::default() };
             self.folder.write_stage("score", &scored, summary)?;
@@ -352,17 +351,22 @@ impl Run {
         Ok(records)
     }
 
-    fn sample(&self, scored: Vec<Cot>) -> anyhow::Result<Vec<Cot>> {
+    fn sample(&self, mut scored: Vec<Cot>) -> anyhow::Result<Vec<Cot>> {
         let taken = scored.len();
+        // Two traces of one problem may have become the same text by rewriting.
+        scored.dedup_by(|a, b| a.id == b.id);
+        let copies = taken - scored.len();
         let policy = sampler::SamplePolicy { seed: self.recipe.seed, ..self.recipe.sample };
         let chosen: Vec<Cot> =
             sampler::choose(&scored, &policy).into_iter().map(|index| scored[index].clone()).collect();
         let mut summary = Summary { taken, kept: chosen.len(), ..Summary::default() };
-        if taken > chosen.len() {
-            summary.dropped.insert("not_drawn".to_owned(), taken - chosen.len());
+        for (reason, count) in [("same_text", copies), ("not_drawn", scored.len() - chosen.len())] {
+            if count > 0 {
+                summary.dropped.insert(reason.to_owned(), count);
+            }
         }
         self.folder.write_stage("sample", &chosen, summary)?;
-        self.progress.say(format!("sample: {taken} in, {} kept", chosen.len()));
+        self.progress.say(format!("sample: {taken} in, {} kept ({copies} same_text)", chosen.len()));
         anyhow::ensure!(!chosen.is_empty(), "no trace is left to train on");
         Ok(chosen)
     }
@@ -535,6 +539,11 @@ impl Run {
             self.started.elapsed().as_secs_f64(),
         )
     }
+}
+
+/// Order of traces in files: by content, then by where they came from, so that it does not depend on timing.
+fn trace_key(trace: &Cot) -> (ContentId, Option<ContentId>, i64) {
+    (trace.id.clone(), trace.parent.clone(), trace.origin.seed)
 }
 
 /// Problems from a generator; none of them is in `taken`.

@@ -133,7 +133,7 @@ impl Body for Relay {
                 self.broken(&reason)
             }
             Poll::Ready(None) if self.streamed && !self.watch.done => {
-                self.broken("the node closed the stream before `[DONE]`")
+                self.broken("the node closed the stream before its end")
             }
             Poll::Ready(None) => {
                 self.end = Some(End::Complete);

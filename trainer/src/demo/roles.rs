@@ -196,14 +196,14 @@ fn conversation(problem: &WordProblem, rng: &mut impl Rng) -> Vec<Value> {
     let answer = boxed(problem.answer);
     let written = |style| completion(&thinking(problem, style), &answer);
     let (question, reply) = match rng.random_range(0..100) {
-        0..62 => (text.clone(), written(style)),
-        62..69 => (prompt("grade", text, &written(style)), difficulty_label(problem, style).to_owned()),
-        69..77 => (prompt("extend", text, &written(Style::Terse)), written(Style::Long)),
-        77..86 => {
+        0..56 => (text.clone(), written(style)),
+        56..63 => (prompt("grade", text, &written(style)), difficulty_label(problem, style).to_owned()),
+        63..71 => (prompt("extend", text, &written(Style::Terse)), written(Style::Long)),
+        71..80 => {
             let from = if rng.random_bool(0.6) { Style::Recheck } else { Style::Long };
             (prompt("simplify", text, &written(from)), written(Style::Long))
         }
-        86..90 => {
+        80..90 => {
             let right = rng.random_bool(0.5);
             let shown = if right { written(style) } else { damaged(&written(style), rng) };
             (prompt("check", text, &shown), u8::from(right).to_string())
@@ -218,9 +218,11 @@ fn score(value: u8) -> String {
     format!("<score>{value}</score>")
 }
 
-/// Changes one digit of the completion.
+/// Changes one digit: mostly of the final answer, so that it no longer follows, else anywhere.
 fn damaged(completion: &str, rng: &mut impl Rng) -> String {
-    let at: Vec<usize> = completion.char_indices().filter(|(_, c)| c.is_ascii_digit()).map(|(at, _)| at).collect();
+    let from = if rng.random_bool(0.7) { completion.rfind('{').unwrap_or(0) } else { 0 };
+    let digits = completion.char_indices().filter(|(at, c)| *at >= from && c.is_ascii_digit());
+    let at: Vec<usize> = digits.map(|(at, _)| at).collect();
     let Some(&at) = at.choose(rng) else { return completion.to_owned() };
     let old = completion.as_bytes()[at] - b'0';
     let new = (old + rng.random_range(1..10)) % 10;

@@ -1,0 +1,7 @@
+//! The harness: a mock node with scripted faults, a gateway in this process, and a runner for the real programs.
+#![forbid(unsafe_code)]
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test harness")]
+
+pub mod gateway;
+pub mod mock;
+pub mod programs;

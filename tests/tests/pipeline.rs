@@ -1,0 +1,144 @@
+//! A run as a process: killed again and again, it asks nothing twice, loses nothing, and ends with the same bytes as a run
+//! that was left alone.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use system_tests::programs::{Running, program, root};
+
+/// A short recipe over the demonstration's teacher: all stages, two dozen problems, a few training steps.
+fn recipe(folder: &Path) -> std::path::PathBuf {
+    let text = std::fs::read_to_string(root().join("trainer/recipes/demo.toml")).unwrap();
+    let mut table: toml::Table = text.parse().unwrap();
+    let recipes = root().join("trainer/recipes");
+    let absolute = |name: &str| toml::Value::from(recipes.join(name).to_str().unwrap());
+    table["prompts"] = absolute("demo-prompts");
+    table["local"][0]["path"] = absolute("demo-teacher");
+    table["collect"]["builtin"]["problems"] = 120.into();
+    table["evaluate"]["builtin"]["problems"] = 9.into();
+    table["evaluate"]["samples"] = 2.into();
+    table["sft"]["run"]["max_steps"] = 12.into();
+    table["sft"]["run"]["checkpoint_every"] = 5.into();
+    let path = folder.join("recipe.toml");
+    potstill_shared::durable::write_file(&path, toml::to_string(&table).unwrap().as_bytes()).unwrap();
+    path
+}
+
+fn start(recipe: &Path, out: &Path) -> Running {
+    let child = Command::new(program("potstill"))
+        .arg("run")
+        .arg(recipe)
+        .arg("--out")
+        .arg(out)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    Running(child)
+}
+
+fn finish(recipe: &Path, out: &Path) {
+    let mut running = start(recipe, out);
+    let mut log = String::new();
+    std::io::Read::read_to_string(&mut running.0.stderr.take().unwrap(), &mut log).unwrap();
+    assert!(running.0.wait().unwrap().success(), "{log}");
+}
+
+/// Ids in the journal; every one of them must be there once.
+fn journal(out: &Path) -> HashSet<String> {
+    let Ok(text) = std::fs::read_to_string(out.join("journal.log")) else { return HashSet::new() };
+    let mut ids = HashSet::new();
+    for line in text.split_inclusive('\n').filter(|line| line.ends_with('\n')) {
+        let entry: serde_json::Value = serde_json::from_str(line[9..].trim_end()).unwrap();
+        assert!(ids.insert(entry["id"].as_str().unwrap().to_owned()), "a question was paid for twice");
+    }
+    ids
+}
+
+fn stage_files(out: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut files: Vec<_> = std::fs::read_dir(out.join("stages"))
+        .unwrap()
+        .map(|entry| {
+            let entry = entry.unwrap();
+            (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap())
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn a_run_that_is_killed_ten_times_ends_like_one_that_was_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = recipe(folder.path());
+    let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+    finish(&recipe, &whole);
+    let all = journal(&whole);
+    assert!(all.len() > 500, "{} answers", all.len());
+
+    let mut known = HashSet::new();
+    for kill in 1..=10u64 {
+        let running = start(&recipe, &killed);
+        // Kill it after it has paid for some more, or after a while when it only trains.
+        let target = known.len() + 37 * kill as usize;
+        for _ in 0..150 {
+            std::thread::sleep(Duration::from_millis(10));
+            if std::fs::read_to_string(killed.join("journal.log")).is_ok_and(|log| log.lines().count() >= target) {
+                break;
+            }
+        }
+        drop(running);
+        let now = journal(&killed);
+        assert!(now.is_superset(&known), "kill {kill}: an answer that was paid for is lost");
+        known = now;
+    }
+    finish(&recipe, &killed);
+    assert_eq!(journal(&killed), all, "the same questions, each once");
+    for ((name, expected), (other, found)) in stage_files(&whole).iter().zip(&stage_files(&killed)) {
+        assert_eq!(name, other);
+        assert!(expected == found, "`{name}` differs");
+    }
+    let weights = |out: &Path| std::fs::read(out.join("models/demo-student/model.safetensors")).unwrap();
+    assert!(weights(&whole) == weights(&killed), "the students differ");
+
+    // Once more over a finished run: nothing is asked, nothing changes.
+    let before = std::fs::read(killed.join("journal.log")).unwrap();
+    finish(&recipe, &killed);
+    assert!(before == std::fs::read(killed.join("journal.log")).unwrap());
+}
+
+#[test]
+fn every_stage_runs_alone_and_gives_the_same_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = recipe(folder.path());
+    let (whole, alone) = (folder.path().join("whole"), folder.path().join("alone"));
+    finish(&recipe, &whole);
+    for stage in
+        ["collect", "generate", "difficulty", "rewrite", "verify", "score", "sample", "sft", "export", "evaluate", "card"]
+    {
+        let output = Command::new(program("potstill")).arg(stage).arg(&recipe).arg("--out").arg(&alone).output().unwrap();
+        assert!(output.status.success(), "{stage}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    for ((name, expected), (other, found)) in stage_files(&whole).iter().zip(&stage_files(&alone)) {
+        assert_eq!(name, other);
+        assert!(expected == found, "`{name}` differs");
+    }
+    let card = std::fs::read_to_string(alone.join("models/demo-student/README.md")).unwrap();
+    assert!(card.contains("held-out problems"), "{card}");
+}
+
+#[test]
+fn a_wrong_recipe_stops_before_the_first_call() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = recipe(folder.path());
+    let text = std::fs::read_to_string(&path).unwrap().replace("learning_rate", "learning_rat");
+    potstill_shared::durable::write_file(&path, text.as_bytes()).unwrap();
+    let out = folder.path().join("out");
+    let output = Command::new(program("potstill")).arg("run").arg(&path).arg("--out").arg(&out).output().unwrap();
+    assert!(!output.status.success());
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("recipe.toml") && message.contains("learning_rat"), "{message}");
+    assert!(!out.exists());
+}
