@@ -276,10 +276,14 @@ impl Config {
             match (&key.hash, &key.env) {
                 (Some(hash), None) if hash.len() == 64 && hash.bytes().all(|b| b.is_ascii_hexdigit()) => {}
                 (Some(_), None) => {
-                    problems.push(format!("{place}: `hash` must be the 64 digits that `potstill-gateway key` prints"));
+                    problems.push(format!(
+                        "{place}: `hash` must be the 64 digits that `potstill-gateway key` prints"
+                    ));
                 }
                 (None, Some(variable)) if std::env::var(variable).is_ok_and(|key| !key.is_empty()) => {}
-                (None, Some(variable)) => problems.push(format!("{place}: environment variable `{variable}` is not set")),
+                (None, Some(variable)) => {
+                    problems.push(format!("{place}: environment variable `{variable}` is not set"))
+                }
                 _ => problems.push(format!("{place}: give either `hash` or `env`")),
             }
             if key.requests_per_minute == Some(0) {
@@ -319,7 +323,9 @@ impl PoolConfig {
             if node.slots == 0 {
                 problems.push(format!("node `{}`: `slots` must be at least 1", node.url));
             }
-            if let Some(variable) = node.api_key_env.as_ref().filter(|variable| std::env::var(variable).is_err()) {
+            if let Some(variable) =
+                node.api_key_env.as_ref().filter(|variable| std::env::var(variable).is_err())
+            {
                 problems.push(format!("node `{}`: environment variable `{variable}` is not set", node.url));
             }
         }
@@ -361,8 +367,7 @@ mod tests {
 
     #[test]
     fn a_small_configuration_is_enough() {
-        let config =
-            read("[[pools]]\nmodel = \"m\"\nnodes = [{url = \"http://127.0.0.1:9000\"}]").unwrap();
+        let config = read("[[pools]]\nmodel = \"m\"\nnodes = [{url = \"http://127.0.0.1:9000\"}]").unwrap();
         assert_eq!(config.pools[0].nodes[0].slots, 8);
     }
 }

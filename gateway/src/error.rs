@@ -104,7 +104,9 @@ impl GatewayError {
             Self::ModelNotFound { .. } | Self::NotFound { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::RateLimited { .. } | Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::WaitTooLong { .. } | Self::NoNode { .. } | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
+            Self::WaitTooLong { .. } | Self::NoNode { .. } | Self::Draining => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::NodeFailed { .. } => StatusCode::BAD_GATEWAY,
             Self::NodeTimeout => StatusCode::GATEWAY_TIMEOUT,
         }
@@ -133,7 +135,9 @@ impl GatewayError {
 
     fn retry_after(&self) -> Option<u64> {
         match self {
-            Self::RateLimited { retry_after } | Self::QueueFull { retry_after, .. } => Some((*retry_after).clamp(1, 60)),
+            Self::RateLimited { retry_after } | Self::QueueFull { retry_after, .. } => {
+                Some((*retry_after).clamp(1, 60))
+            }
             Self::WaitTooLong { .. } | Self::NoNode { .. } => Some(5),
             Self::Draining => Some(1),
             _ => None,

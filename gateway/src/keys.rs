@@ -43,7 +43,9 @@ impl Keys {
         for config in configs {
             let hash = match (&config.hash, &config.env) {
                 (Some(hash), _) => blake3::Hash::from_hex(hash).ok(),
-                (None, Some(variable)) => std::env::var(variable).ok().map(|key| blake3::hash(key.as_bytes())),
+                (None, Some(variable)) => {
+                    std::env::var(variable).ok().map(|key| blake3::hash(key.as_bytes()))
+                }
                 (None, None) => None,
             };
             let Some(hash) = hash else {

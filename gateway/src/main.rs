@@ -68,8 +68,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     if config.keys.is_empty() && !config.listen.ip().is_loopback() {
         tracing::warn!("no keys are configured: everyone who reaches {} is let in", config.listen);
     }
-    let listener =
-        TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on `{}`", config.listen))?;
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on `{}`", config.listen))?;
     tracing::info!(address = %listener.local_addr()?, pools = config.pools.len(), "listening");
     let gateway = Gateway::build(config)?;
     let mut terminate = signal(SignalKind::terminate())?;

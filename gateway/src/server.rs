@@ -66,7 +66,10 @@ pub async fn serve(
     connections.close();
     let grace = Duration::from_secs(config.drain_seconds);
     if tokio::time::timeout(grace, connections.wait()).await.is_err() {
-        tracing::warn!(open = connections.len(), "the grace is over; closing the connections that are still open");
+        tracing::warn!(
+            open = connections.len(),
+            "the grace is over; closing the connections that are still open"
+        );
         abort.cancel();
         connections.wait().await;
     }

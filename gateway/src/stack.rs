@@ -41,7 +41,12 @@ pub(crate) async fn generate(State(shared): State<Arc<Shared>>, request: Request
         Ok(response) => response,
         Err(error) => {
             shared.metrics.refused.with_label_values(&[error.code()]).inc();
-            tracing::info!(request = request_id, status = error.status().as_u16(), reason = error.code(), "refused");
+            tracing::info!(
+                request = request_id,
+                status = error.status().as_u16(),
+                reason = error.code(),
+                "refused"
+            );
             error.into_response()
         }
     };
@@ -62,7 +67,8 @@ async fn serve(
     }
     let (mut parts, body) = request.into_parts();
     let key = shared.keys.authenticate(&parts.headers)?;
-    let body = read_body(body, shared.config.limits.body_bytes, ms(shared.config.limits.body_idle_ms)).await?;
+    let body =
+        read_body(body, shared.config.limits.body_bytes, ms(shared.config.limits.body_idle_ms)).await?;
     let head = parse(&body)?;
     shared.keys.admit(&key)?;
     if !key.allows(&head.model) {
@@ -218,8 +224,15 @@ fn parse(body: &[u8]) -> Result<Head, GatewayError> {
     let Some(model) = fields.model.filter(|model| !model.is_empty()) else {
         return Err(invalid("`model` is missing".to_owned(), Some("model"), "missing_required_parameter"));
     };
-    if fields.messages.is_some_and(|messages| messages.get().trim_matches(['[', ']', ' ', '\n', '\t']).is_empty()) {
-        return Err(invalid("`messages` must hold at least one message".to_owned(), Some("messages"), "invalid_value"));
+    if fields
+        .messages
+        .is_some_and(|messages| messages.get().trim_matches(['[', ']', ' ', '\n', '\t']).is_empty())
+    {
+        return Err(invalid(
+            "`messages` must hold at least one message".to_owned(),
+            Some("messages"),
+            "invalid_value",
+        ));
     }
     Ok(Head {
         model,
@@ -234,7 +247,9 @@ mod tests {
 
     #[test]
     fn only_what_is_needed_is_read() {
-        let head = parse(br#"{"model":"m","stream":true,"messages":[{"x":1}],"max_tokens":5,"other":{"a":[1]}}"#).unwrap();
+        let head =
+            parse(br#"{"model":"m","stream":true,"messages":[{"x":1}],"max_tokens":5,"other":{"a":[1]}}"#)
+                .unwrap();
         assert_eq!((head.model.as_str(), head.stream, head.token_limit), ("m", true, Some(5)));
     }
 

@@ -68,9 +68,16 @@ impl Metrics {
                 &["model", "status", "end"],
             )?,
             duration: histogram("potstill_gateway_request_duration_seconds", "Request to end of the answer")?,
-            first_byte: histogram("potstill_gateway_first_byte_seconds", "Request to the node's response head")?,
+            first_byte: histogram(
+                "potstill_gateway_first_byte_seconds",
+                "Request to the node's response head",
+            )?,
             queue_wait: histogram("potstill_gateway_queue_wait_seconds", "Wait for a slot")?,
-            tokens: counter("potstill_gateway_tokens_total", "Tokens by model and direction", &["model", "direction"])?,
+            tokens: counter(
+                "potstill_gateway_tokens_total",
+                "Tokens by model and direction",
+                &["model", "direction"],
+            )?,
             refused: counter("potstill_gateway_refused_total", "Requests refused, by reason", &["reason"])?,
             retries: counter("potstill_gateway_retries_total", "Requests sent to a second node", &["model"])?,
             cut_streams: counter("potstill_gateway_cut_streams_total", "Answers that broke off", &["model"])?,
@@ -81,7 +88,11 @@ impl Metrics {
             )?,
             nodes: gauge("potstill_gateway_nodes", "Nodes by state", &["model", "state"])?,
             in_flight: gauge("potstill_gateway_in_flight_requests", "Requests on nodes", &["model"])?,
-            in_flight_tokens: gauge("potstill_gateway_in_flight_tokens", "Their estimated tokens", &["model"])?,
+            in_flight_tokens: gauge(
+                "potstill_gateway_in_flight_tokens",
+                "Their estimated tokens",
+                &["model"],
+            )?,
             queued: gauge("potstill_gateway_queued_requests", "Requests waiting for a slot", &["model"])?,
             registry,
         }))

@@ -36,7 +36,11 @@ pub struct Splitter {
 impl Splitter {
     /// `inside`: the prompt has opened the thinking already.
     pub fn new(inside: bool) -> Self {
-        Self { state: if inside { State::Thinking } else { State::Start }, held: String::new(), opened: inside }
+        Self {
+            state: if inside { State::Thinking } else { State::Start },
+            held: String::new(),
+            opened: inside,
+        }
     }
 
     /// Takes the next chunk and returns what is certain by now.

@@ -90,7 +90,10 @@ impl TestGateway {
     /// Stops it; `wait` bounds how long that may take.
     pub async fn stop(mut self, wait: Duration) {
         drop(self.stop.take());
-        tokio::time::timeout(wait, self.task.take().unwrap()).await.expect("the gateway did not stop").unwrap();
+        tokio::time::timeout(wait, self.task.take().unwrap())
+            .await
+            .expect("the gateway did not stop")
+            .unwrap();
     }
 
     /// Tells it to stop without waiting.
@@ -100,6 +103,9 @@ impl TestGateway {
 
     /// Waits until it has stopped.
     pub async fn stopped(&mut self, wait: Duration) {
-        tokio::time::timeout(wait, self.task.take().unwrap()).await.expect("the gateway did not stop").unwrap();
+        tokio::time::timeout(wait, self.task.take().unwrap())
+            .await
+            .expect("the gateway did not stop")
+            .unwrap();
     }
 }

@@ -213,7 +213,8 @@ async fn chat(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes
         Behaviour::Status(status) => (
             StatusCode::from_u16(status).unwrap(),
             [("content-type", "application/json")],
-            json!({"error": {"message": "scripted", "type": "t", "param": null, "code": "scripted"}}).to_string(),
+            json!({"error": {"message": "scripted", "type": "t", "param": null, "code": "scripted"}})
+                .to_string(),
         )
             .into_response(),
         Behaviour::Stream(chunks, pause) => events(shared, writing, chunks, pause, End::Well),

@@ -26,7 +26,17 @@ pub fn program(name: &str) -> PathBuf {
             name => name,
         };
         let status = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--profile", profile, "-p", "potstill-trainer", "-p", "potstill-gateway", "--bins"])
+            .args([
+                "build",
+                "--quiet",
+                "--profile",
+                profile,
+                "-p",
+                "potstill-trainer",
+                "-p",
+                "potstill-gateway",
+                "--bins",
+            ])
             .current_dir(root())
             .status()
             .unwrap();

@@ -17,7 +17,8 @@ async fn a_plain_answer_passes_through_with_unknown_fields() {
     let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
     let body = json!({"model": "m", "messages": [{"role": "user", "content": "hi", "name": "bob"}], "top_k": 5,
         "chat_template_kwargs": {"enable_thinking": false}});
-    let request = gateway.client.post(gateway.url("/v1/chat/completions")).json(&body).header("x-request-id", "mine");
+    let request =
+        gateway.client.post(gateway.url("/v1/chat/completions")).json(&body).header("x-request-id", "mine");
     let response = request.send().await.unwrap();
     assert_eq!(response.headers()["x-request-id"], "mine");
     let answer: serde_json::Value = response.json().await.unwrap();
@@ -39,7 +40,8 @@ async fn a_stream_passes_through_byte_for_byte() {
     let mock = Mock::start(Behaviour::Stream(20, Duration::from_millis(2))).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
     let text = gateway.chat(true).send().await.unwrap().text().await.unwrap();
-    let mut expected: Vec<u8> = (0..20).flat_map(|i| system_tests::mock::chunk(&format!("t{i} "), None)).collect();
+    let mut expected: Vec<u8> =
+        (0..20).flat_map(|i| system_tests::mock::chunk(&format!("t{i} "), None)).collect();
     expected.extend_from_slice(&system_tests::mock::chunk("", Some("stop")));
     expected.extend_from_slice(b"data: [DONE]\n\n");
     assert_eq!(text.as_bytes(), expected);
@@ -128,7 +130,8 @@ async fn a_slow_reader_holds_back_its_node() {
     let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
     let mut socket = tokio::net::TcpStream::connect(gateway.address()).await.unwrap();
     let body = r#"{"model":"m","stream":true,"messages":[{"role":"user","content":"x"}]}"#;
-    let head = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    let head =
+        format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
     socket.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
     mock.busy(1).await;
     // Reads nothing: the node must come to a stand within what socket buffers hold. That nothing happens any more is no
@@ -155,7 +158,10 @@ async fn a_dead_node_costs_one_retry_and_no_answer() {
     pool.health.interval_ms = 60_000;
     let gateway = TestGateway::start(config(pool)).await;
     dead.stop();
-    until("it refuses connections", || std::net::TcpStream::connect(dead.url().trim_start_matches("http://")).is_err()).await;
+    until("it refuses connections", || {
+        std::net::TcpStream::connect(dead.url().trim_start_matches("http://")).is_err()
+    })
+    .await;
     for _ in 0..20 {
         assert_eq!(TestGateway::json(gateway.chat(false)).await.0, 200);
     }
@@ -176,7 +182,11 @@ async fn a_busy_node_is_left_for_another_and_the_last_answer_passes() {
     let refusing = Mock::start(Behaviour::Status(400)).await;
     let gateway = TestGateway::start(config(pool(&[&refusing], 4))).await;
     let (status, body) = TestGateway::json(gateway.chat(false)).await;
-    assert_eq!((status, body["error"]["code"].as_str()), (400, Some("scripted")), "a node's own error passes unchanged");
+    assert_eq!(
+        (status, body["error"]["code"].as_str()),
+        (400, Some("scripted")),
+        "a node's own error passes unchanged"
+    );
     assert_eq!(refusing.asked(), 1);
 }
 
@@ -296,7 +306,11 @@ async fn silent_and_slow_connections_are_closed() {
     configuration.limits.head_ms = 100;
     configuration.limits.body_idle_ms = 100;
     let gateway = TestGateway::start(configuration).await;
-    for sent in ["", "POST /v1/chat/completions HT", "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{"] {
+    for sent in [
+        "",
+        "POST /v1/chat/completions HT",
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{",
+    ] {
         let address = gateway.address();
         let answer = tokio::task::spawn_blocking(move || {
             let mut socket = std::net::TcpStream::connect(address).unwrap();

@@ -1,4 +1,5 @@
 //! `potstill serve` as a process, asked over HTTP: the demonstration's teacher is a real model.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::time::Duration;
 
@@ -21,7 +22,8 @@ async fn post(url: &str, body: Value) -> (u16, Value) {
 }
 
 fn chat(extra: Value) -> Value {
-    let mut body = json!({"model": "teacher", "temperature": 0, "messages": [{"role": "user", "content": PROBLEM}]});
+    let mut body =
+        json!({"model": "teacher", "temperature": 0, "messages": [{"role": "user", "content": PROBLEM}]});
     body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
     body
 }
@@ -101,12 +103,17 @@ async fn wrong_requests_get_clear_errors() {
     for (body, status, code, word) in [
         (chat(json!({"model": "other"})), 404, "model_not_found", "`other`"),
         (chat(json!({"messages": []})), 400, "invalid_value", "messages"),
-        (chat(json!({"max_tokens": 5000})), 400, "context_length_exceeded", "maximum context length is 1024 tokens"),
+        (
+            chat(json!({"max_tokens": 5000})),
+            400,
+            "context_length_exceeded",
+            "maximum context length is 1024 tokens",
+        ),
         (chat(json!({"temperature": -1})), 400, "invalid_value", "temperature"),
         (chat(json!({"top_p": 0})), 400, "invalid_value", "top_p"),
         (chat(json!({"n": 0})), 400, "invalid_value", "`n`"),
         (chat(json!({"max_tokens": 0})), 400, "invalid_value", "max_tokens"),
-        (chat(json!({"messages": "hi"})), 400, "invalid_json", "messages"),
+        (chat(json!({"messages": "hi"})), 400, "invalid_json", "expected a sequence"),
     ] {
         let (found, answer) = post(&chat_url, body.clone()).await;
         assert_eq!((found, answer["error"]["code"].as_str()), (status, Some(code)), "{body} gave {answer}");
@@ -123,7 +130,9 @@ async fn a_full_node_answers_429_and_a_client_that_leaves_frees_it() {
     let (_running, url) = serve_teacher(&["--max-running", "1", "--max-waiting", "1"]).await;
     let chat_url = format!("{url}/v1/chat/completions");
     // Never stops by itself: the end token is out of reach at this penalty's other side.
-    let endless = chat(json!({"stream": true, "temperature": 2.0, "top_k": 1, "max_tokens": 900, "repetition_penalty": 5.0}));
+    let endless = chat(
+        json!({"stream": true, "temperature": 2.0, "top_k": 1, "max_tokens": 900, "repetition_penalty": 5.0}),
+    );
     let mut held = Vec::new();
     let refused = loop {
         let response = http().post(&chat_url).json(&endless).send().await.unwrap();
@@ -166,11 +175,13 @@ async fn requests_decoded_together_give_what_they_give_alone() {
     let chat_url = format!("{url}/v1/chat/completions");
     let bodies: Vec<Value> = (0..24)
         .map(|i| {
-            let problem = format!("A Tom has {} pens. B Tom loses {} away. How many pens has Tom?", 30 + i, 10 + i / 2);
+            let problem =
+                format!("A Tom has {} pens. B Tom loses {} away. How many pens has Tom?", 30 + i, 10 + i / 2);
             chat(json!({"messages": [{"role": "user", "content": problem}]}))
         })
         .collect();
-    let together: Vec<_> = bodies.iter().map(|body| tokio::spawn(post_owned(chat_url.clone(), body.clone()))).collect();
+    let together: Vec<_> =
+        bodies.iter().map(|body| tokio::spawn(post_owned(chat_url.clone(), body.clone()))).collect();
     let mut answers = Vec::new();
     for answer in together {
         answers.push(answer.await.unwrap());

@@ -1,5 +1,6 @@
 //! A run as a process: killed again and again, it asks nothing twice, loses nothing, and ends with the same bytes as a run
 //! that was left alone.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -85,7 +86,9 @@ fn a_run_that_is_killed_ten_times_ends_like_one_that_was_not() {
         let target = known.len() + 37 * kill as usize;
         for _ in 0..150 {
             std::thread::sleep(Duration::from_millis(10));
-            if std::fs::read_to_string(killed.join("journal.log")).is_ok_and(|log| log.lines().count() >= target) {
+            if std::fs::read_to_string(killed.join("journal.log"))
+                .is_ok_and(|log| log.lines().count() >= target)
+            {
                 break;
             }
         }
@@ -115,10 +118,26 @@ fn every_stage_runs_alone_and_gives_the_same_files() {
     let recipe = recipe(folder.path());
     let (whole, alone) = (folder.path().join("whole"), folder.path().join("alone"));
     finish(&recipe, &whole);
-    for stage in
-        ["collect", "generate", "difficulty", "rewrite", "verify", "score", "sample", "sft", "export", "evaluate", "card"]
-    {
-        let output = Command::new(program("potstill")).arg(stage).arg(&recipe).arg("--out").arg(&alone).output().unwrap();
+    for stage in [
+        "collect",
+        "generate",
+        "difficulty",
+        "rewrite",
+        "verify",
+        "score",
+        "sample",
+        "sft",
+        "export",
+        "evaluate",
+        "card",
+    ] {
+        let output = Command::new(program("potstill"))
+            .arg(stage)
+            .arg(&recipe)
+            .arg("--out")
+            .arg(&alone)
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{stage}: {}", String::from_utf8_lossy(&output.stderr));
     }
     for ((name, expected), (other, found)) in stage_files(&whole).iter().zip(&stage_files(&alone)) {
@@ -136,7 +155,8 @@ fn a_wrong_recipe_stops_before_the_first_call() {
     let text = std::fs::read_to_string(&path).unwrap().replace("learning_rate", "learning_rat");
     potstill_shared::durable::write_file(&path, text.as_bytes()).unwrap();
     let out = folder.path().join("out");
-    let output = Command::new(program("potstill")).arg("run").arg(&path).arg("--out").arg(&out).output().unwrap();
+    let output =
+        Command::new(program("potstill")).arg("run").arg(&path).arg("--out").arg(&out).output().unwrap();
     assert!(!output.status.success());
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(message.contains("recipe.toml") && message.contains("learning_rat"), "{message}");

@@ -139,7 +139,13 @@ pub(crate) struct End {
 }
 
 /// A whole run, with its report and, where asked for, the student served to the end.
-pub(crate) async fn whole(recipe: Recipe, path: &Path, out: &Path, port: u16, end: End) -> anyhow::Result<()> {
+pub(crate) async fn whole(
+    recipe: Recipe,
+    path: &Path,
+    out: &Path,
+    port: u16,
+    end: End,
+) -> anyhow::Result<()> {
     let progress = Progress::new();
     let run = Run::start(recipe, path, out, port, progress.clone()).await?;
     let finished = run.all().await;
@@ -147,7 +153,8 @@ pub(crate) async fn whole(recipe: Recipe, path: &Path, out: &Path, port: u16, en
         Ok(report) => report,
         Err(error) => {
             run.stop().await;
-            return Err(error.context(format!("the run stopped; the same command resumes it from `{}`", out.display())));
+            return Err(error
+                .context(format!("the run stopped; the same command resumes it from `{}`", out.display())));
         }
     };
     show(&report, out, &end)?;

@@ -2,13 +2,15 @@
 //! export -> evaluate -> card -> report. [`Run::all`] streams records from stage to stage; [`Run::stage`] runs one of
 //! them over the file that the stage before it left.
 
+mod chain;
+
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
 use potstill_cot::difficulty::{Grade, Judge};
-use potstill_cot::executor::{Counts, Stage, Summary, feed, run, tee};
+use potstill_cot::executor::{Counts, Stage, Summary, feed, run};
 use potstill_cot::generate::Generate;
 use potstill_cot::prompts::Prompts;
 use potstill_cot::rewrite::{Candidate, Rewrite};
@@ -22,8 +24,8 @@ use potstill_data::{arithmetic, decontaminate, dedup, sampler};
 use potstill_shared::client::{Client, Endpoint};
 use potstill_shared::id::ContentId;
 use potstill_shared::redact::Redacted;
-use tokio::sync::mpsc;
 
+use self::chain::Chain;
 use crate::evaluate::{Evaluate, Sample, metrics};
 use crate::local::LocalGateway;
 use crate::progress::Progress;
@@ -35,7 +37,17 @@ use crate::{card, export, report};
 
 /// Stages that run alone, in order.
 pub const STAGES: [&str; 11] = [
-    "collect", "generate", "difficulty", "rewrite", "verify", "score", "sample", "sft", "export", "evaluate", "card",
+    "collect",
+    "generate",
+    "difficulty",
+    "rewrite",
+    "verify",
+    "score",
+    "sample",
+    "sft",
+    "export",
+    "evaluate",
+    "card",
 ];
 
 /// A student variant: what it is trained on.
@@ -107,7 +119,10 @@ impl Run {
         let patience = Patience { stream: recipe.gateway.is_some(), ..Patience::default() };
         let wanted = recipe.models();
         if !wanted.is_empty() {
-            let served = remote.models().await.with_context(|| format!("cannot list the models of `{}`", remote.endpoint().url))?;
+            let served = remote
+                .models()
+                .await
+                .with_context(|| format!("cannot list the models of `{}`", remote.endpoint().url))?;
             for (key, model) in wanted {
                 anyhow::ensure!(
                     served.iter().any(|name| name == model),
@@ -145,13 +160,19 @@ impl Run {
     pub async fn stage(&self, name: &str) -> anyhow::Result<()> {
         match name {
             "collect" => drop(self.collect()?),
-            "generate" => drop(self.alone(self.generator()?, self.folder.read_stage("collect")?, trace_key).await?),
-            "difficulty" => drop(self.alone(self.grader()?, self.folder.read_stage("generate")?, trace_key).await?),
+            "generate" => {
+                drop(self.alone(self.generator()?, self.folder.read_stage("collect")?, trace_key).await?)
+            }
+            "difficulty" => {
+                drop(self.alone(self.grader()?, self.folder.read_stage("generate")?, trace_key).await?)
+            }
             "rewrite" => {
                 let input = self.folder.read_stage("difficulty")?;
                 drop(self.alone(self.rewriter(), input, |c: &Candidate| trace_key(&c.cot)).await?);
             }
-            "verify" => drop(self.alone(self.verifier(), self.folder.read_stage("rewrite")?, trace_key).await?),
+            "verify" => {
+                drop(self.alone(self.verifier(), self.folder.read_stage("rewrite")?, trace_key).await?)
+            }
             "score" => drop(self.alone(self.scorer()?, self.folder.read_stage("verify")?, trace_key).await?),
             "sample" => drop(self.sample(self.folder.read_stage("score")?)?),
             "sft" => self.train(&self.sampled()?).await?,
@@ -213,13 +234,19 @@ impl Run {
             decontaminate::decontaminate(problems, &held_out)
         };
         for hit in &contaminated {
-            tracing::warn!(problem = hit.problem, evaluation = hit.evaluation, "dropped: overlaps an evaluation problem");
+            tracing::warn!(
+                problem = hit.problem,
+                evaluation = hit.evaluation,
+                "dropped: overlaps an evaluation problem"
+            );
         }
         problems.sort_by(|a, b| a.id.cmp(&b.id));
         let mut summary = Summary { taken, kept: problems.len(), ..Summary::default() };
-        for (reason, count) in
-            [("quarantined", quarantined.len()), ("duplicate", copies.len()), ("contaminated", contaminated.len())]
-        {
+        for (reason, count) in [
+            ("quarantined", quarantined.len()),
+            ("duplicate", copies.len()),
+            ("contaminated", contaminated.len()),
+        ] {
             if count > 0 {
                 summary.dropped.insert(reason.to_owned(), count);
             }
@@ -372,7 +399,11 @@ impl Run {
     }
 
     fn sampled(&self) -> anyhow::Result<Vec<Cot>> {
-        if self.recipe.sft.conversations.is_some() { Ok(Vec::new()) } else { self.folder.read_stage("sample") }
+        if self.recipe.sft.conversations.is_some() {
+            Ok(Vec::new())
+        } else {
+            self.folder.read_stage("sample")
+        }
     }
 
     // ---- students ----
@@ -408,7 +439,8 @@ impl Run {
         let (models, recipe, progress) =
             (self.folder.path().join("models"), Arc::clone(&self.recipe), self.progress.clone());
         potstill_shared::durable::create_folder(&models)?;
-        let names: Vec<(Variant, String)> = self.variants().into_iter().map(|v| (v, self.student_name(v))).collect();
+        let names: Vec<(Variant, String)> =
+            self.variants().into_iter().map(|v| (v, self.student_name(v))).collect();
         self.each_trained(traces, move |variant, model, report| {
             let name = &names.iter().find(|(other, _)| *other == variant).context("an unknown variant")?.1;
             let folder = models.join(name);
@@ -424,7 +456,11 @@ impl Run {
     async fn each_trained(
         &self,
         traces: &[Cot],
-        use_it: impl Fn(Variant, &potstill_engine::loader::LoadedModel, Option<&potstill_learn::sft::SftReport>) -> anyhow::Result<()>
+        use_it: impl Fn(
+            Variant,
+            &potstill_engine::loader::LoadedModel,
+            Option<&potstill_learn::sft::SftReport>,
+        ) -> anyhow::Result<()>
         + Send
         + 'static,
     ) -> anyhow::Result<()> {
@@ -517,15 +553,15 @@ impl Run {
         for variant in self.variants() {
             let name = self.student_name(variant);
             let folder = self.folder.path().join("models").join(&name);
-            let model = potstill_engine::loader::load(
-                &folder,
-                &candle_core::Device::Cpu,
-                candle_core::DType::F32,
-            )?;
+            let model =
+                potstill_engine::loader::load(&folder, &candle_core::Device::Cpu, candle_core::DType::F32)?;
             let figures = figures.iter().find(|figures| figures.name == variant.name());
             let log = self.folder.path().join("train").join(variant.name()).join("trainer_state.json");
             let report = card::training_of(&log);
-            export::write_card(&folder, &card::text(&self.recipe, &name, variant, &model, report.as_ref(), figures))?;
+            export::write_card(
+                &folder,
+                &card::text(&self.recipe, &name, variant, &model, report.as_ref(), figures),
+            )?;
         }
         Ok(())
     }
@@ -549,7 +585,11 @@ fn trace_key(trace: &Cot) -> (ContentId, Option<ContentId>, i64) {
 /// Problems from a generator; none of them is in `taken`.
 fn generated(builtin: &Builtin, taken: &std::collections::HashSet<String>) -> Vec<Problem> {
     let problems = arithmetic::distinct(builtin.problems, builtin.seed, taken);
-    let keep_every = if builtin.without_answer > 0.0 { (1.0 / builtin.without_answer).round() as usize } else { usize::MAX };
+    let keep_every = if builtin.without_answer > 0.0 {
+        (1.0 / builtin.without_answer).round() as usize
+    } else {
+        usize::MAX
+    };
     problems
         .iter()
         .enumerate()
@@ -561,70 +601,4 @@ fn generated(builtin: &Builtin, taken: &std::collections::HashSet<String>) -> Ve
             record
         })
         .collect()
-}
-
-/// Stages joined by channels, each with its counts and a copy of what it gave.
-struct Chain {
-    concurrency: usize,
-    links: Vec<Link>,
-}
-
-type Written = Box<dyn FnOnce(&RunFolder, Summary) -> anyhow::Result<()> + Send>;
-
-struct Link {
-    name: &'static str,
-    counts: Arc<Counts>,
-    handle: tokio::task::JoinHandle<Result<(), potstill_cot::StageError>>,
-    write: Written,
-}
-
-impl Chain {
-    fn new(concurrency: usize) -> Self {
-        Self { concurrency, links: Vec::new() }
-    }
-
-    fn link<S: Stage, K: Ord + 'static>(
-        &mut self,
-        stage: S,
-        input: mpsc::Receiver<S::In>,
-        key: impl Fn(&S::Out) -> K + Send + 'static,
-    ) -> mpsc::Receiver<S::Out>
-    where
-        S::Out: serde::Serialize,
-    {
-        let (name, counts) = (stage.name(), Arc::new(Counts::default()));
-        let (output, handle) = run(stage, input, self.concurrency, Arc::clone(&counts));
-        let records: Arc<Mutex<Vec<S::Out>>> = Arc::default();
-        let copied = tee(output, Arc::clone(&records));
-        let write: Written = Box::new(move |folder, summary| {
-            let mut records = std::mem::take(&mut *records.lock().unwrap_or_else(PoisonError::into_inner));
-            records.sort_by_key(key);
-            folder.write_stage(name, &records, summary)
-        });
-        self.links.push(Link { name, counts, handle, write });
-        copied
-    }
-
-    fn counts(&self) -> Vec<(&'static str, Arc<Counts>)> {
-        self.links.iter().map(|link| (link.name, Arc::clone(&link.counts))).collect()
-    }
-
-    /// Ends with the first stage that failed; else writes all stage files.
-    async fn finish(self, folder: &RunFolder) -> anyhow::Result<()> {
-        let mut done = Vec::new();
-        let mut first_error = None;
-        for link in self.links {
-            match link.handle.await? {
-                Ok(()) => done.push((link.counts, link.write)),
-                Err(error) => first_error = first_error.or(Some(error)),
-            }
-        }
-        if let Some(error) = first_error {
-            return Err(error.into());
-        }
-        for (counts, write) in done {
-            write(folder, counts.summary())?;
-        }
-        Ok(())
-    }
 }

@@ -73,8 +73,16 @@ impl Progress {
     }
 
     /// Shows the counts of stages until `done` resolves.
-    pub async fn watch(&self, stages: &[(&'static str, Arc<Counts>)], total: u64, done: impl Future<Output = ()>) {
-        let lines: Vec<Line> = stages.iter().map(|(name, _)| self.line(name, if stages.len() == 1 { total } else { 0 })).collect();
+    pub async fn watch(
+        &self,
+        stages: &[(&'static str, Arc<Counts>)],
+        total: u64,
+        done: impl Future<Output = ()>,
+    ) {
+        let lines: Vec<Line> = stages
+            .iter()
+            .map(|(name, _)| self.line(name, if stages.len() == 1 { total } else { 0 }))
+            .collect();
         let mut ticks = tokio::time::interval(Duration::from_millis(200));
         tokio::pin!(done);
         loop {
@@ -86,14 +94,18 @@ impl Progress {
                 let summary = counts.summary();
                 let dropped: usize = summary.dropped.values().sum();
                 let position = counts.done.load(Ordering::Relaxed) as u64;
-                line.update(position, &format!("{} in, {} kept, {dropped} dropped", summary.taken, summary.kept));
+                line.update(
+                    position,
+                    &format!("{} in, {} kept, {dropped} dropped", summary.taken, summary.kept),
+                );
             }
             if over {
                 for (line, (name, counts)) in lines.iter().zip(stages) {
                     let summary = counts.summary();
                     let reasons: Vec<String> =
                         summary.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
-                    let reasons = if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join(", ")) };
+                    let reasons =
+                        if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join(", ")) };
                     line.clear();
                     self.say(format!("{name}: {} in, {} kept{reasons}", summary.taken, summary.kept));
                 }
@@ -115,7 +127,11 @@ impl Line {
                 let mut last = self.last_plain.lock().unwrap_or_else(PoisonError::into_inner);
                 if last.elapsed() >= PLAIN_EVERY {
                     *last = Instant::now();
-                    print(&format!("  {} after {:.0} s: {message}", self.name, self.started.elapsed().as_secs_f64()));
+                    print(&format!(
+                        "  {} after {:.0} s: {message}",
+                        self.name,
+                        self.started.elapsed().as_secs_f64()
+                    ));
                 }
             }
         }

@@ -82,7 +82,13 @@ pub struct Report {
 
 impl Report {
     /// Puts a report together.
-    pub fn new(name: &str, students: Vec<StudentFigures>, manifest: Manifest, spent: &Spent, seconds: f64) -> Self {
+    pub fn new(
+        name: &str,
+        students: Vec<StudentFigures>,
+        manifest: Manifest,
+        spent: &Spent,
+        seconds: f64,
+    ) -> Self {
         let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         Self {
             name: name.to_owned(),
@@ -106,8 +112,15 @@ impl Report {
             self.students.iter().flat_map(|student| student.mean_cot_tokens.keys()).collect();
         let mut levels: Vec<&String> = levels.into_iter().collect();
         levels.sort_by_key(|level| ["easy", "medium", "hard"].iter().position(|name| name == level));
-        let best_k = self.students.iter().filter_map(|s| s.pass_at_k.keys().max()).max().copied().unwrap_or(1);
-        let mut text = format!("{:<14} {:>9} {:>15} {:>8}", "student", "accuracy", "95 % interval", format!("pass@{best_k}"));
+        let best_k =
+            self.students.iter().filter_map(|s| s.pass_at_k.keys().max()).max().copied().unwrap_or(1);
+        let mut text = format!(
+            "{:<14} {:>9} {:>15} {:>8}",
+            "student",
+            "accuracy",
+            "95 % interval",
+            format!("pass@{best_k}")
+        );
         for level in &levels {
             text.push_str(&format!(" {:>8} {:>7}", level, "tokens"));
         }

@@ -93,7 +93,12 @@ impl RunFolder {
     }
 
     /// Writes a stage's records and its line in the manifest.
-    pub fn write_stage<T: Serialize>(&self, stage: &str, records: &[T], summary: Summary) -> anyhow::Result<()> {
+    pub fn write_stage<T: Serialize>(
+        &self,
+        stage: &str,
+        records: &[T],
+        summary: Summary,
+    ) -> anyhow::Result<()> {
         let path = self.stage_file(stage);
         write_records(&path, records)?;
         let output_hash = ContentId::of_bytes(&std::fs::read(&path)?).to_string();

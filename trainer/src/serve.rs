@@ -82,7 +82,10 @@ pub async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
     }
     let device = device::parse(&arguments.device)?;
     let name = arguments.name.clone().unwrap_or_else(|| {
-        arguments.model.file_stem().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+        arguments
+            .model
+            .file_stem()
+            .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
     });
     let path = arguments.model.clone();
     let started = std::time::Instant::now();
@@ -102,7 +105,8 @@ pub async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
     let parameters = model.config.parameters();
     drop(model);
     let address = SocketAddr::new(arguments.host, arguments.port);
-    let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on `{address}`"))?;
+    let listener =
+        TcpListener::bind(address).await.with_context(|| format!("cannot listen on `{address}`"))?;
     tracing::info!(
         model = node.name,
         parameters,
@@ -178,7 +182,10 @@ async fn models(State(node): State<Arc<Node>>) -> Json<ModelList> {
     Json(ModelList::new(vec![card(&node)]))
 }
 
-async fn model(State(node): State<Arc<Node>>, Path(name): Path<String>) -> Result<Json<ModelCard>, NodeError> {
+async fn model(
+    State(node): State<Arc<Node>>,
+    Path(name): Path<String>,
+) -> Result<Json<ModelCard>, NodeError> {
     if name == node.name { Ok(Json(card(&node))) } else { Err(NodeError::ModelNotFound(name)) }
 }
 

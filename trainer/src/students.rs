@@ -126,7 +126,8 @@ pub struct Plan {
 impl Plan {
     /// Encodes the lessons and lays out the curriculum.
     pub fn new(recipe: &Recipe, model: &LoadedModel, lessons: &Lessons) -> anyhow::Result<Self> {
-        let examples = lessons.messages.iter().map(|messages| encode(model, messages)).collect::<Result<Vec<_>, _>>()?;
+        let examples =
+            lessons.messages.iter().map(|messages| encode(model, messages)).collect::<Result<Vec<_>, _>>()?;
         let section = &recipe.sft.curriculum;
         let curriculum = Curriculum {
             medium_epochs: section.medium_epochs,
@@ -197,7 +198,11 @@ impl Plan {
             report.too_long,
             report.final_loss,
             started.elapsed().as_secs_f64(),
-            if report.resumed_from > 0 { format!(", resumed at step {}", report.resumed_from) } else { String::new() }
+            if report.resumed_from > 0 {
+                format!(", resumed at step {}", report.resumed_from)
+            } else {
+                String::new()
+            }
         ));
         Ok(trained)
     }

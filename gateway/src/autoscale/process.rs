@@ -88,7 +88,13 @@ impl ProcessScaler {
         };
         let decision = decide(bounds, seen, &mut self.memory);
         if decision.nodes != running {
-            tracing::info!(model = self.pool.config.model, from = running, to = decision.nodes, reason = decision.reason, "scaling");
+            tracing::info!(
+                model = self.pool.config.model,
+                from = running,
+                to = decision.nodes,
+                reason = decision.reason,
+                "scaling"
+            );
         }
         for _ in running..decision.nodes {
             // A node that still drains comes back before a new one is started.
@@ -109,7 +115,9 @@ impl ProcessScaler {
         let started = free_port().and_then(|port| {
             let mut command = Command::new(self.config.command.first().map_or("", String::as_str));
             command
-                .args(self.config.command.iter().skip(1).map(|part| part.replace("{port}", &port.to_string())))
+                .args(
+                    self.config.command.iter().skip(1).map(|part| part.replace("{port}", &port.to_string())),
+                )
                 .stdin(Stdio::piped())
                 .kill_on_drop(true);
             match &self.config.log_folder {
@@ -135,7 +143,13 @@ impl ProcessScaler {
                         tracing::info!(model = self.pool.config.model, node = node.name, "node started");
                         self.event("started");
                         let started = Instant::now();
-                        self.processes.push(Process { child, node, started, was_ready: false, stopping: None });
+                        self.processes.push(Process {
+                            child,
+                            node,
+                            started,
+                            was_ready: false,
+                            stopping: None,
+                        });
                     }
                     Err(problem) => tracing::error!(problem, "node left out"),
                 }
@@ -167,7 +181,12 @@ impl ProcessScaler {
                     if process.stopping.is_some() {
                         self.event("stopped");
                     } else {
-                        tracing::error!(model = self.pool.config.model, node = process.node.name, ?status, "node died");
+                        tracing::error!(
+                            model = self.pool.config.model,
+                            node = process.node.name,
+                            ?status,
+                            "node died"
+                        );
                         if process.was_ready {
                             self.losses = 0;
                         }
@@ -188,10 +207,19 @@ impl ProcessScaler {
                 process.was_ready = true;
                 self.losses = 0;
                 let seconds = process.started.elapsed().as_secs_f64();
-                tracing::info!(model = self.pool.config.model, node = process.node.name, seconds, "node is ready");
+                tracing::info!(
+                    model = self.pool.config.model,
+                    node = process.node.name,
+                    seconds,
+                    "node is ready"
+                );
                 self.pool.set_state(&process.node, NodeState::Ready);
             } else if process.started.elapsed() > ms(self.config.start_ms) {
-                tracing::error!(model = self.pool.config.model, node = process.node.name, "node never became ready");
+                tracing::error!(
+                    model = self.pool.config.model,
+                    node = process.node.name,
+                    "node never became ready"
+                );
                 let _already_dead = process.child.start_kill();
             }
         }

@@ -26,10 +26,8 @@ pub async fn watch(pool: Arc<ModelPool>, upstream: Upstream, stop: CancellationT
         }
         let nodes: Vec<_> = pool.nodes().into_iter().filter(|n| n.state() != NodeState::Draining).collect();
         failures.retain(|id, _| nodes.iter().any(|node| node.id == *id));
-        let checks: Vec<_> = nodes
-            .iter()
-            .map(|node| check(&upstream, node, &health.path, ms(health.timeout_ms)))
-            .collect();
+        let checks: Vec<_> =
+            nodes.iter().map(|node| check(&upstream, node, &health.path, ms(health.timeout_ms))).collect();
         let results = join_all(checks).await;
         for (node, healthy) in nodes.iter().zip(results) {
             let count = failures.entry(node.id).or_default();
@@ -40,7 +38,11 @@ pub async fn watch(pool: Arc<ModelPool>, upstream: Upstream, stop: CancellationT
                     pool.set_state(node, NodeState::Ready);
                 }
                 NodeState::Ready if *count >= health.failures => {
-                    tracing::warn!(model = pool.config.model, node = node.name, "node fails its health check");
+                    tracing::warn!(
+                        model = pool.config.model,
+                        node = node.name,
+                        "node fails its health check"
+                    );
                     pool.set_state(node, NodeState::Unhealthy);
                 }
                 _ => {}

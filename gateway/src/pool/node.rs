@@ -55,7 +55,13 @@ pub fn parse_url(url: &str) -> Result<(Authority, String), String> {
 
 impl Node {
     /// A node at `url`.
-    pub fn new(id: u64, url: &str, slots: usize, key: Option<String>, state: NodeState) -> Result<Self, String> {
+    pub fn new(
+        id: u64,
+        url: &str,
+        slots: usize,
+        key: Option<String>,
+        state: NodeState,
+    ) -> Result<Self, String> {
         let (authority, prefix) = parse_url(url)?;
         Ok(Self {
             id,

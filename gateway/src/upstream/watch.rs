@@ -131,7 +131,9 @@ mod tests {
         let mut watch = Watch::new(false);
         let text = "x".repeat(3 * KEEP);
         watch.push(format!("{{\"choices\":[{{\"text\":\"{text}").as_bytes());
-        watch.push(b"\"}],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":2,\"total_tokens\":3},\"x\":1}");
+        watch.push(
+            b"\"}],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":2,\"total_tokens\":3},\"x\":1}",
+        );
         watch.finish();
         assert_eq!(watch.usage, Some(Usage::new(1, 2)));
     }

@@ -55,10 +55,9 @@ impl Judge {
 
 /// The last word of an answer that is one of `words`, case aside.
 pub fn last_word<T: Copy>(answer: &str, words: &[(&str, T)]) -> Option<T> {
-    answer
-        .split(|c: char| !c.is_alphanumeric())
-        .rev()
-        .find_map(|word| words.iter().find(|(name, _)| name.eq_ignore_ascii_case(word)).map(|(_, value)| *value))
+    answer.split(|c: char| !c.is_alphanumeric()).rev().find_map(|word| {
+        words.iter().find(|(name, _)| name.eq_ignore_ascii_case(word)).map(|(_, value)| *value)
+    })
 }
 
 /// The stage.

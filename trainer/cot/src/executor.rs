@@ -42,7 +42,10 @@ pub trait Stage: Send + Sync + 'static {
     fn name(&self) -> &'static str;
 
     /// Processes one record.
-    fn process(&self, record: Self::In) -> impl Future<Output = Result<Outcome<Self::Out>, StageError>> + Send;
+    fn process(
+        &self,
+        record: Self::In,
+    ) -> impl Future<Output = Result<Outcome<Self::Out>, StageError>> + Send;
 }
 
 /// Counts of a stage while it runs.

@@ -65,7 +65,8 @@ pub(crate) fn read_completion(entry: &Entry) -> (Option<String>, String) {
         // A text that closes the tag without opening it began inside: the template had opened it.
         None => reasoning::split(
             &entry.content,
-            !entry.content.trim_start().starts_with(reasoning::OPEN) && entry.content.contains(reasoning::CLOSE),
+            !entry.content.trim_start().starts_with(reasoning::OPEN)
+                && entry.content.contains(reasoning::CLOSE),
         ),
     }
 }
@@ -143,6 +144,10 @@ impl Stage for Generate {
                 }
             }
         }
-        Ok(if traces.is_empty() { Outcome::Drop(failed.unwrap_or("no_thinking")) } else { Outcome::Keep(traces) })
+        Ok(if traces.is_empty() {
+            Outcome::Drop(failed.unwrap_or("no_thinking"))
+        } else {
+            Outcome::Keep(traces)
+        })
     }
 }

@@ -37,7 +37,8 @@ pub struct Question {
 impl Question {
     /// Identifies the question by its content. Another parameter is another question; nothing else is.
     pub fn id(&self) -> ContentId {
-        let sampling = json!([self.temperature, self.top_p, self.max_tokens, self.seed, self.revision]).to_string();
+        let sampling =
+            json!([self.temperature, self.top_p, self.max_tokens, self.seed, self.revision]).to_string();
         ContentId::of(&[self.stage, &self.model, &self.prompt, &sampling])
     }
 }
@@ -138,7 +139,12 @@ impl Teachers {
                     if attempt >= self.patience.attempts {
                         return Err(AskError::Row(format!("{message} ({attempt} attempts)")));
                     }
-                    tracing::debug!(stage = question.stage, attempt, message, "a call failed; it is tried again");
+                    tracing::debug!(
+                        stage = question.stage,
+                        attempt,
+                        message,
+                        "a call failed; it is tried again"
+                    );
                     self.spent.retries.fetch_add(1, Ordering::Relaxed);
                     tokio::time::sleep(after.unwrap_or(pause)).await;
                     pause = (pause * 2).min(Duration::from_secs(30));

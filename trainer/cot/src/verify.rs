@@ -19,7 +19,11 @@ impl Verify {
         if let Some(answer) = &cot.problem.answer {
             let finding = potstill_verify::check(answer, &cot.completion());
             if finding.correct.is_some() {
-                return Ok(Verdict { correct: finding.correct, method: VerdictMethod::Rule, evidence: finding.evidence });
+                return Ok(Verdict {
+                    correct: finding.correct,
+                    method: VerdictMethod::Rule,
+                    evidence: finding.evidence,
+                });
             }
         }
         let Some(judge) = &self.judge else {

@@ -1,8 +1,8 @@
 //! The demonstration's task: generated word problems about how many things one person has, with a letter before each
 //! sentence so that a chain of thought can walk them.
 //!
-//! Easy: 1 or 2 steps, one-digit numbers. Medium: 2 steps, two-digit numbers, sometimes a sentence about someone else.
-//! Hard: 3 or 4 steps, two-digit numbers, factors up to 6, results up to 999, always a sentence about someone else.
+//! Easy: 1 or 2 steps, one-digit numbers. Medium: 1 or 2 steps, numbers up to 99, sometimes a sentence about someone else.
+//! Hard: 3 or 4 steps, numbers up to 99, factors up to 6, results up to 999, always a sentence about someone else.
 
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -23,7 +23,7 @@ const LOSSES: [&str; 3] = ["gives", "loses", "sells"];
 pub enum Level {
     /// 1 or 2 steps, one-digit numbers.
     Easy,
-    /// 2 steps, two-digit numbers.
+    /// 1 or 2 steps, numbers up to 99.
     Medium,
     /// 3 or 4 steps, a factor, a distractor.
     Hard,
@@ -106,15 +106,14 @@ pub fn distinct(count: usize, seed: u64, taken: &std::collections::HashSet<Strin
 fn attempt(level: Level, rng: &mut impl Rng) -> Option<WordProblem> {
     let (count, largest, distractor) = match level {
         Level::Easy => (rng.random_range(1..=2), 9, false),
-        Level::Medium => (2, 99, rng.random_bool(0.3)),
+        Level::Medium => (rng.random_range(1..=2), 99, rng.random_bool(0.3)),
         Level::Hard => (rng.random_range(3..=4), 99, true),
     };
-    let smallest = if level == Level::Easy { 1 } else { 10 };
-    let mut value = rng.random_range(smallest..=largest);
+    let mut value = rng.random_range(1..=largest);
     let mut steps = vec![Step::Start(value)];
     let factor_at = (level == Level::Hard).then(|| rng.random_range(1..=count));
     for step in 1..=count {
-        let operand = rng.random_range(smallest..=largest);
+        let operand = rng.random_range(1..=largest);
         let next = if factor_at == Some(step) {
             Step::Multiply(rng.random_range(2..=6))
         } else if rng.random_bool(0.5) {
@@ -146,7 +145,7 @@ fn attempt(level: Level, rng: &mut impl Rng) -> Option<WordProblem> {
             Step::Add(n) => format!("{name} {} {n} more.", pick(&GAINS, rng)?),
             Step::Subtract(n) => format!("{name} {} {n} away.", pick(&LOSSES, rng)?),
             Step::Multiply(n) => format!("{name} has {n} times as many now."),
-            Step::Distractor => format!("{other} has {} {item}.", rng.random_range(smallest..=largest)),
+            Step::Distractor => format!("{other} has {} {item}.", rng.random_range(1..=largest)),
         };
         text.push_str(&format!("{letter} {sentence} "));
     }

@@ -65,10 +65,12 @@ mod tests {
 
     #[test]
     fn a_shared_run_of_words_is_found() {
-        let held_out = [Problem::new("If a train leaves at noon and drives for three hours, how far?", None, "e")];
-        let problems = ["Tom says: if a TRAIN leaves at noon, and drives for three hours what then", "A bus leaves."]
-            .map(|p| Problem::new(p, None, "s"))
-            .to_vec();
+        let held_out =
+            [Problem::new("If a train leaves at noon and drives for three hours, how far?", None, "e")];
+        let problems =
+            ["Tom says: if a TRAIN leaves at noon, and drives for three hours what then", "A bus leaves."]
+                .map(|p| Problem::new(p, None, "s"))
+                .to_vec();
         let (kept, dropped) = decontaminate(problems, &held_out);
         assert_eq!((kept.len(), dropped.len()), (1, 1));
         assert!(dropped[0].problem.starts_with("Tom"));

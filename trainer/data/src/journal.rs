@@ -71,7 +71,8 @@ impl Journal {
         })?;
         let state =
             State { entries, pending: Vec::new(), appended: 0, committed: 0, failure: None, closed: false };
-        let shared = Arc::new(Shared { state: Mutex::new(state), work: Condvar::new(), done: Condvar::new() });
+        let shared =
+            Arc::new(Shared { state: Mutex::new(state), work: Condvar::new(), done: Condvar::new() });
         let writer = std::thread::Builder::new()
             .name("journal".to_owned())
             .spawn({

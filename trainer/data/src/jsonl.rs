@@ -26,7 +26,9 @@ pub enum ReadError {
         source: std::io::Error,
     },
     /// Too many lines are bad.
-    #[error("`{path}`: {bad} of {lines} lines are bad, more than {limit} %; the first is line {line}: {reason}")]
+    #[error(
+        "`{path}`: {bad} of {lines} lines are bad, more than {limit} %; the first is line {line}: {reason}"
+    )]
     TooManyBad {
         /// The file.
         path: PathBuf,
@@ -155,7 +157,8 @@ fn skip_line(reader: &mut impl BufRead) -> std::io::Result<()> {
 
 fn parse_problem(line: &[u8], source: &Source, number: usize) -> Result<Problem, String> {
     let text = std::str::from_utf8(line).map_err(|error| format!("not UTF-8: {error}"))?;
-    let row: Value = serde_json::from_str(text.trim_start_matches('\u{feff}')).map_err(|error| error.to_string())?;
+    let row: Value =
+        serde_json::from_str(text.trim_start_matches('\u{feff}')).map_err(|error| error.to_string())?;
     let Value::Object(mut row) = row else { return Err("not a JSON object".to_owned()) };
     let problem = match row.remove(&source.problem) {
         Some(Value::String(text)) if !text.trim().is_empty() => text,

@@ -128,7 +128,8 @@ mod tests {
     #[test]
     fn traces_that_fit_are_drawn_more_often() {
         let policy = SamplePolicy { limit: 50, per_problem: 1, ..SamplePolicy::default() };
-        let traces: Vec<Cot> = (0..200).map(|i| if i % 2 == 0 { trace(i, i, 4, 4) } else { trace(i, i, 9, 2) }).collect();
+        let traces: Vec<Cot> =
+            (0..200).map(|i| if i % 2 == 0 { trace(i, i, 4, 4) } else { trace(i, i, 9, 2) }).collect();
         let fitting = choose(&traces, &policy).iter().filter(|&&i| i % 2 == 0).count();
         assert!(fitting > 40, "{fitting} of 50");
     }

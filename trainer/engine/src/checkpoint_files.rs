@@ -23,7 +23,10 @@ pub fn write_model(folder: &Path, model: &LoadedModel, dtype: DType) -> Result<(
         _ => "float32",
     });
     json("config.json", config)?;
-    json("generation_config.json", json!({ "eos_token_id": model.config.eos, "bos_token_id": model.config.bos }))?;
+    json(
+        "generation_config.json",
+        json!({ "eos_token_id": model.config.eos, "bos_token_id": model.config.bos }),
+    )?;
     write_file(&folder.join("tokenizer.json"), model.tokenizer.to_json()?.as_bytes())?;
     let bos = Some(model.template.bos()).filter(|text| !text.is_empty());
     json(
@@ -40,7 +43,9 @@ pub fn write_model(folder: &Path, model: &LoadedModel, dtype: DType) -> Result<(
     let tensors: HashMap<String, Tensor> = model
         .weights
         .iter()
-        .map(|(name, tensor)| Ok((name.clone(), tensor.to_dtype(dtype)?.to_device(&candle_core::Device::Cpu)?)))
+        .map(|(name, tensor)| {
+            Ok((name.clone(), tensor.to_dtype(dtype)?.to_device(&candle_core::Device::Cpu)?))
+        })
         .collect::<Result<_, EngineError>>()?;
     write_tensors(&folder.join("model.safetensors"), &tensors)
 }

@@ -170,7 +170,9 @@ impl ModelConfig {
         let hf: HfConfig = serde_json::from_value(value).map_err(|error| malformed(error.to_string()))?;
         debug_assert_eq!(hf.model_type, family.name());
         if hf.use_sliding_window == Some(true) {
-            return Err(malformed("`use_sliding_window` is true; only full attention is supported".to_owned()));
+            return Err(malformed(
+                "`use_sliding_window` is true; only full attention is supported".to_owned(),
+            ));
         }
         if hf.mlp_bias == Some(true) || (family == Family::Llama && hf.attention_bias == Some(true)) {
             return Err(malformed("`mlp_bias` and Llama's `attention_bias` are not supported".to_owned()));
@@ -268,8 +270,8 @@ impl ModelConfig {
                         original_max_position_embeddings,
                     }) => {
                         let turns = original_max_position_embeddings * frequency / std::f32::consts::TAU;
-                        let ramp =
-                            ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                        let ramp = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor))
+                            .clamp(0.0, 1.0);
                         frequency * (ramp + (1.0 - ramp) / factor)
                     }
                 }
@@ -280,7 +282,8 @@ impl ModelConfig {
     /// Every tensor of the model with its shape, in file order, by Hugging Face names.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (d, ff) = (self.hidden_size, self.intermediate_size);
-        let (qw, kw, dim) = (self.heads.query * self.heads.dim, self.heads.kv * self.heads.dim, self.heads.dim);
+        let (qw, kw, dim) =
+            (self.heads.query * self.heads.dim, self.heads.kv * self.heads.dim, self.heads.dim);
         let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, d])];
         for layer in 0..self.layers {
             let mut add = |name: &str, shape: &[usize]| {
@@ -318,13 +321,17 @@ impl ModelConfig {
 
 fn parse_scaling(value: Option<&Value>, path: &Path) -> Result<Option<RopeScaling>, EngineError> {
     let Some(value) = value else { return Ok(None) };
-    let kind = value.get("rope_type").or_else(|| value.get("type")).and_then(Value::as_str).unwrap_or("default");
+    let kind =
+        value.get("rope_type").or_else(|| value.get("type")).and_then(Value::as_str).unwrap_or("default");
     if kind == "default" {
         return Ok(None);
     }
     let mut tagged = value.clone();
     tagged["rope_type"] = json!(kind);
     serde_json::from_value(tagged).map(Some).map_err(|error| {
-        EngineError::malformed(path, format!("rope scaling `{kind}`: {error}; supported are `linear` and `llama3`"))
+        EngineError::malformed(
+            path,
+            format!("rope scaling `{kind}`: {error}; supported are `linear` and `llama3`"),
+        )
     })
 }

@@ -32,5 +32,9 @@ pub fn compute_type(device: &Device) -> DType {
 /// Sizes the pool that kernels and matrix products share. Its waits are passive. Call once, before the first tensor;
 /// a later call changes nothing and says so by `false`.
 pub fn set_threads(threads: usize) -> bool {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kernel-{i}")).build_global().is_ok()
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|i| format!("kernel-{i}"))
+        .build_global()
+        .is_ok()
 }

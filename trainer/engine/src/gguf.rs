@@ -33,8 +33,7 @@ pub struct Gguf {
 impl Gguf {
     /// Reads header and metadata.
     pub fn open(path: &Path) -> Result<Self, EngineError> {
-        let file =
-            File::open(path).map_err(|source| EngineError::Read { path: path.to_owned(), source })?;
+        let file = File::open(path).map_err(|source| EngineError::Read { path: path.to_owned(), source })?;
         let mut reader = BufReader::with_capacity(1 << 20, file);
         let content = Content::read(&mut reader)
             .map_err(|error| EngineError::malformed(path, format!("not a readable GGUF file: {error}")))?;
@@ -216,13 +215,17 @@ impl Gguf {
             }
         };
         // llama.cpp's token types: 3 is a control token, 4 was added by the user.
-        if let Some(types) = self.content.metadata.get("tokenizer.ggml.token_type").and_then(|v| v.to_vec().ok()) {
+        if let Some(types) =
+            self.content.metadata.get("tokenizer.ggml.token_type").and_then(|v| v.to_vec().ok())
+        {
             let added: Vec<AddedToken> = tokens
                 .iter()
                 .zip(types)
                 .filter_map(|(token, kind)| match kind {
                     Value::I32(3) | Value::U32(3) => Some(AddedToken::from(token.clone(), true)),
-                    Value::I32(4) | Value::U32(4) => Some(AddedToken::from(token.clone(), false).normalized(false)),
+                    Value::I32(4) | Value::U32(4) => {
+                        Some(AddedToken::from(token.clone(), false).normalized(false))
+                    }
                     _ => None,
                 })
                 .collect();

@@ -164,16 +164,21 @@ fn read_safetensors(folder: &Path) -> Result<BTreeMap<String, Tensor>, EngineErr
             names.sort();
             names.dedup();
             if let Some(name) = names.iter().find(|name| name.contains(['/', '\\'])) {
-                return Err(EngineError::malformed(index_path, format!("shard `{name}` lies outside the folder")));
+                return Err(EngineError::malformed(
+                    index_path,
+                    format!("shard `{name}` lies outside the folder"),
+                ));
             }
             names.iter().map(|name| folder.join(name)).collect()
         }
     };
     let mut tensors = BTreeMap::new();
     for path in files.drain(..) {
-        let bytes = std::fs::read(&path).map_err(|source| EngineError::Read { path: path.clone(), source })?;
-        let shard = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
-            .map_err(|error| EngineError::malformed(&path, format!("not a readable safetensors file: {error}")))?;
+        let bytes =
+            std::fs::read(&path).map_err(|source| EngineError::Read { path: path.clone(), source })?;
+        let shard = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|error| {
+            EngineError::malformed(&path, format!("not a readable safetensors file: {error}"))
+        })?;
         tensors.extend(shard);
     }
     Ok(tensors)

@@ -31,10 +31,7 @@ pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a
 }
 
 /// Runs `f` over the values of contiguous CPU tensors without copying them.
-pub fn with_values<const N: usize, R>(
-    tensors: [&Tensor; N],
-    f: impl FnOnce([&[f32]; N]) -> R,
-) -> Result<R> {
+pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> R) -> Result<R> {
     let contiguous = tensors.map(Tensor::contiguous);
     let mut owned = Vec::with_capacity(N);
     for tensor in contiguous {

@@ -46,7 +46,8 @@ impl Default for Sampling {
 impl Sampling {
     /// Refuses values out of range.
     pub fn check(&self) -> Result<(), EngineError> {
-        let wrong = |name, expected, found: f32| EngineError::Parameter { name, expected, found: found.to_string() };
+        let wrong =
+            |name, expected, found: f32| EngineError::Parameter { name, expected, found: found.to_string() };
         if !(0.0..=100.0).contains(&self.temperature) {
             return Err(wrong("temperature", "between 0 and 100", self.temperature));
         }
@@ -110,10 +111,8 @@ impl Sampling {
 
     fn penalise(&self, logits: &mut [f32], prompt: &[u32], completion: &[u32]) {
         #[expect(clippy::float_cmp, reason = "1 and 0 are the exact values for off")]
-        let (repeats, counts) = (
-            self.repetition_penalty != 1.0,
-            self.presence_penalty != 0.0 || self.frequency_penalty != 0.0,
-        );
+        let (repeats, counts) =
+            (self.repetition_penalty != 1.0, self.presence_penalty != 0.0 || self.frequency_penalty != 0.0);
         if repeats {
             let seen: std::collections::HashSet<_> = prompt.iter().chain(completion).collect();
             for &id in seen {
@@ -157,9 +156,7 @@ fn candidates(logits: &[f32], k: usize) -> Vec<u32> {
     if order.is_empty() {
         return vec![0];
     }
-    let falling = |a: &u32, b: &u32| {
-        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
-    };
+    let falling = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     if k > 0 && k < order.len() {
         order.select_nth_unstable_by(k - 1, falling);
         order.truncate(k);

@@ -163,7 +163,11 @@ impl Engine {
         if prompt == 0 || request.max_tokens == 0 || requested > limit {
             if prompt == 0 || request.max_tokens == 0 {
                 let name = if prompt == 0 { "prompt" } else { "max_tokens" };
-                return Err(EngineError::Parameter { name, expected: "at least one token", found: "none".into() });
+                return Err(EngineError::Parameter {
+                    name,
+                    expected: "at least one token",
+                    found: "none".into(),
+                });
             }
             return Err(EngineError::ContextTooLong { limit, requested, prompt });
         }
@@ -316,7 +320,8 @@ impl StepLoop {
         let mut active: Vec<(&mut Running, Vec<u32>)> =
             self.running.iter_mut().zip(rows).filter(|(_, rows)| !rows.is_empty()).collect();
         let batch = Batch::new(active.iter().map(|(running, rows)| (rows.as_slice(), running.cache.len())));
-        let mut caches: Vec<&mut KvCache> = active.iter_mut().map(|(running, _)| &mut running.cache).collect();
+        let mut caches: Vec<&mut KvCache> =
+            active.iter_mut().map(|(running, _)| &mut running.cache).collect();
         let hidden = self.model.hidden_cached(&batch, &mut caches)?;
         drop(caches);
         let stats = &self.shared.stats;
@@ -338,7 +343,8 @@ impl StepLoop {
         }
         let wanted: Vec<u32> = sampled.iter().map(|(_, row)| *row).collect();
         let wanted = Tensor::from_slice(&wanted, wanted.len(), hidden.device())?;
-        let logits = self.model.logits(&hidden.index_select(&wanted, 0)?)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        let logits =
+            self.model.logits(&hidden.index_select(&wanted, 0)?)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         let eos = &self.model.config().eos;
         let mut done = Vec::new();
         for ((running, _), mut logits) in sampled.into_iter().zip(logits) {
@@ -402,7 +408,8 @@ impl TextEnd {
             self.held.truncate(at);
             return (std::mem::take(&mut self.held), true);
         }
-        let keep = if last { 0 } else { self.stop.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0) };
+        let keep =
+            if last { 0 } else { self.stop.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0) };
         let ready = self.held.len() - keep;
         (self.held.drain(..ready).collect(), false)
     }
@@ -410,7 +417,12 @@ impl TextEnd {
 
 /// Length of the longest suffix of `text` that is a proper prefix of `stop`.
 fn overlap(text: &str, stop: &str) -> usize {
-    stop.char_indices().map(|(at, _)| at).skip(1).filter(|&at| text.ends_with(&stop[..at])).last().unwrap_or(0)
+    stop.char_indices()
+        .map(|(at, _)| at)
+        .skip(1)
+        .filter(|&at| text.ends_with(&stop[..at]))
+        .last()
+        .unwrap_or(0)
 }
 
 #[cfg(test)]

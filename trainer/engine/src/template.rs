@@ -117,14 +117,20 @@ mod tests {
     fn python_methods_and_refusals_work() {
         let source = "{% if messages[0].content.startswith('x') %}{{ raise_exception('no x') }}{% endif %}{{ messages[0]['content'].strip() }}";
         let template = ChatTemplate::new(source, "", "").unwrap();
-        let render = |content: &str| template.render(&json!([{"role": "user", "content": content}]), true, &json!({}));
+        let render =
+            |content: &str| template.render(&json!([{"role": "user", "content": content}]), true, &json!({}));
         assert_eq!(render(" a ").unwrap(), "a");
         assert!(render("x").unwrap_err().to_string().contains("no x"));
     }
 
     #[test]
     fn an_endless_template_runs_out_of_fuel() {
-        let template = ChatTemplate::new("{% for i in range(9999) %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}", "", "").unwrap();
+        let template = ChatTemplate::new(
+            "{% for i in range(9999) %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}",
+            "",
+            "",
+        )
+        .unwrap();
         assert!(template.render(&json!([]), true, &json!({})).is_err());
     }
 }

@@ -25,8 +25,7 @@ impl Tokenizer {
 
     /// Reads the text of a `tokenizer.json`.
     pub fn from_json(text: &str, path: &Path) -> Result<Self, EngineError> {
-        let inner =
-            text.parse::<Inner>().map_err(|error| EngineError::malformed(path, error.to_string()))?;
+        let inner = text.parse::<Inner>().map_err(|error| EngineError::malformed(path, error.to_string()))?;
         Self::new(inner)
     }
 

@@ -29,7 +29,11 @@ impl Weights {
         }
         if !found.is_empty() {
             let names: Vec<_> = found.keys().take(5).collect();
-            tracing::warn!(count = found.len(), ?names, "tensors that the architecture does not use were left out");
+            tracing::warn!(
+                count = found.len(),
+                ?names,
+                "tensors that the architecture does not use were left out"
+            );
         }
         Ok(Self { tensors })
     }

@@ -1,4 +1,5 @@
 //! Our one model definition against Hugging Face transformers, on the files of `tests/fixtures/make_fixtures.py`.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -66,7 +67,8 @@ fn logits_with_a_cache_agree_for_every_cut() {
                 parts.push(fixture.model.logits(&hidden).unwrap());
                 done += cut;
             }
-            let difference = largest_difference(&Tensor::cat(&parts, 0).unwrap(), &fixture.expected["logits.0"]);
+            let difference =
+                largest_difference(&Tensor::cat(&parts, 0).unwrap(), &fixture.expected["logits.0"]);
             assert!(difference <= 1e-4, "{name}: logits differ by {difference}");
         }
     }
@@ -81,11 +83,7 @@ fn sequences_decoded_together_do_not_mix() {
         let batch = Batch::new(fixture.rows.iter().map(|row| (&row[range.clone()], range.start)));
         let hidden = fixture.model.hidden_cached(&batch, &mut [&mut first, &mut second]).unwrap();
         let logits = fixture.model.logits(&hidden).unwrap();
-        last = batch
-            .segments
-            .iter()
-            .map(|s| logits.narrow(0, s.start, s.len).unwrap())
-            .collect::<Vec<_>>();
+        last = batch.segments.iter().map(|s| logits.narrow(0, s.start, s.len).unwrap()).collect::<Vec<_>>();
     }
     for (i, ours) in last.iter().enumerate() {
         let expected = fixture.expected[&format!("logits.{i}")].narrow(0, 10, 11).unwrap();

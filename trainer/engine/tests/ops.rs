@@ -1,4 +1,5 @@
 //! Every fused operation against its plain twin: values and gradients, on random shapes.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::sync::Arc;
 
@@ -21,7 +22,8 @@ fn random(shape: &[usize], seed: u64) -> Var {
 fn same(inputs: &[&Var], fused: &Tensor, plain: &Tensor) {
     close("value", fused, plain);
     let weighting = random(fused.dims(), 99);
-    let gradients = |out: &Tensor| (out * weighting.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+    let gradients =
+        |out: &Tensor| (out * weighting.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
     let (ours, reference) = (gradients(fused), gradients(plain));
     for (i, input) in inputs.iter().enumerate() {
         close(&format!("gradient {i}"), ours.get(input).unwrap(), reference.get(input).unwrap());
@@ -30,7 +32,8 @@ fn same(inputs: &[&Var], fused: &Tensor, plain: &Tensor) {
 
 fn close(what: &str, a: &Tensor, b: &Tensor) {
     assert_eq!(a.dims(), b.dims(), "{what}");
-    let largest = |t: &Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    let largest =
+        |t: &Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
     let (difference, size) = (largest(&(a - b).unwrap()), largest(b).max(1.0));
     assert!(difference <= 2e-5 * size, "{what} differs by {difference} at size {size}");
 }

@@ -137,10 +137,10 @@ impl AdamW {
         for (name, slot) in &mut self.slots {
             for (prefix, moment) in [("m", &mut slot.m), ("v", &mut slot.v)] {
                 let key = format!("{prefix}.{name}");
-                let tensor = state
-                    .remove(&key)
-                    .filter(|tensor| tensor.dims() == moment.dims())
-                    .ok_or_else(|| LearnError::Data(format!("optimiser state `{key}` is missing or misshapen")))?;
+                let tensor =
+                    state.remove(&key).filter(|tensor| tensor.dims() == moment.dims()).ok_or_else(|| {
+                        LearnError::Data(format!("optimiser state `{key}` is missing or misshapen"))
+                    })?;
                 *moment = tensor.to_device(moment.device())?;
             }
         }
@@ -168,7 +168,13 @@ impl InplaceOp2 for Moment {
         "adamw-moment"
     }
 
-    fn cpu_fwd(&self, s1: &mut CpuStorage, _: &Layout, s2: &CpuStorage, _: &Layout) -> candle_core::Result<()> {
+    fn cpu_fwd(
+        &self,
+        s1: &mut CpuStorage,
+        _: &Layout,
+        s2: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<()> {
         let (moment, gradient) = both(s1, s2)?;
         let (beta, fresh) = (self.beta, 1.0 - self.beta);
         moment.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK)).for_each(|(moment, gradient)| {
@@ -225,10 +231,10 @@ mod tests {
     /// The update written out for one scalar, in f64.
     #[test]
     fn agrees_with_the_formula() {
-        let config = AdamWConfig { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 0.5 };
+        let config =
+            AdamWConfig { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 0.5 };
         let variable = Var::from_tensor(&Tensor::new(&[[2.0f32]], &Device::Cpu).unwrap()).unwrap();
-        let mut optimiser =
-            AdamW::new(BTreeMap::from([("w".to_owned(), variable.clone())]), config).unwrap();
+        let mut optimiser = AdamW::new(BTreeMap::from([("w".to_owned(), variable.clone())]), config).unwrap();
         let (mut theta, mut m, mut v) = (2.0f64, 0.0f64, 0.0f64);
         for step in 1..=5 {
             let loss = (variable.as_tensor().sqr().unwrap() * 1.5).unwrap().sum_all().unwrap();

@@ -34,7 +34,12 @@ pub struct Curriculum {
 
 /// Phases for examples of the given difficulties. Easy and unscored traces count as medium: what is left of them after
 /// the rewrite stage has been verified. A side without examples gives no phase.
-pub fn phases(difficulties: &[Difficulty], curriculum: Curriculum, learning_rate: f64, seed: u64) -> Vec<Phase> {
+pub fn phases(
+    difficulties: &[Difficulty],
+    curriculum: Curriculum,
+    learning_rate: f64,
+    seed: u64,
+) -> Vec<Phase> {
     let (mut hard, mut medium) = (Vec::new(), Vec::new());
     for (index, difficulty) in difficulties.iter().enumerate() {
         if *difficulty == Difficulty::Hard { hard.push(index) } else { medium.push(index) }

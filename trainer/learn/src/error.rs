@@ -12,7 +12,9 @@ pub enum LearnError {
     #[error("tensor `{0}` got no gradient")]
     NoGradient(String),
     /// The loss or the gradient is not a number; the last checkpoint is kept.
-    #[error("step {step} of phase `{phase}`: {what} is not finite; the last checkpoint is kept, try a lower learning rate")]
+    #[error(
+        "step {step} of phase `{phase}`: {what} is not finite; the last checkpoint is kept, try a lower learning rate"
+    )]
     NotFinite {
         /// Which phase.
         phase: String,

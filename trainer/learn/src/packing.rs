@@ -10,7 +10,13 @@ use rand_chacha::ChaCha8Rng;
 
 /// Steps of one epoch: indices into `lengths`, shuffled by `seed`, each step at most `budget` tokens (an example longer
 /// than the budget makes a step of its own).
-pub fn epoch(indices: &[usize], lengths: &[usize], budget: usize, seed: u64, shuffled: bool) -> Vec<Vec<usize>> {
+pub fn epoch(
+    indices: &[usize],
+    lengths: &[usize],
+    budget: usize,
+    seed: u64,
+    shuffled: bool,
+) -> Vec<Vec<usize>> {
     let mut order = indices.to_vec();
     if shuffled {
         order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));

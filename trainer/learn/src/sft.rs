@@ -222,11 +222,19 @@ fn variables_device(variables: &BTreeMap<String, Var>) -> &candle_core::Device {
 }
 
 fn now() -> f64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0.0, |since| since.as_secs_f64())
 }
 
 /// All steps of a phase: whole epochs, the last one cut where the number of epochs is a fraction.
-fn plan(indices: &[usize], lengths: &[usize], phase: &Phase, number: usize, config: &SftConfig) -> Vec<Vec<usize>> {
+fn plan(
+    indices: &[usize],
+    lengths: &[usize],
+    phase: &Phase,
+    number: usize,
+    config: &SftConfig,
+) -> Vec<Vec<usize>> {
     let mut steps = Vec::new();
     let mut left = phase.epochs;
     for epoch in 0u64.. {
@@ -269,7 +277,8 @@ fn gradients(
             Some(total) => {
                 for (name, variable) in variables {
                     let missing = || LearnError::NoGradient(name.clone());
-                    let sum = (total.get(variable).ok_or_else(missing)? + fresh.get(variable).ok_or_else(missing)?)?;
+                    let sum = (total.get(variable).ok_or_else(missing)?
+                        + fresh.get(variable).ok_or_else(missing)?)?;
                     total.insert(variable, sum);
                 }
             }
@@ -316,7 +325,9 @@ fn hash(
     for name in ["model.norm.weight", "model.embed_tokens.weight"] {
         let values = model.weights.get(name)?.flatten_all()?;
         let head = values.narrow(0, 0, values.elem_count().min(4096))?.to_vec1::<f32>()?;
-        parts.push(ContentId::of_bytes(&head.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>()).to_string());
+        parts.push(
+            ContentId::of_bytes(&head.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>()).to_string(),
+        );
     }
     Ok(ContentId::of(&parts.iter().map(String::as_str).collect::<Vec<_>>()).to_string())
 }

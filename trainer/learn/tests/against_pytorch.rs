@@ -1,5 +1,6 @@
 //! Loss and gradients of supervised fine-tuning against PyTorch, and the promises of a training run: exact resume, and a
 //! gradient for every trainable tensor.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,8 @@ fn folder(name: &str) -> PathBuf {
 fn load(name: &str) -> (ModelConfig, Weights, Vec<Example>) {
     let path = folder(name).join("config.json");
     let config = ModelConfig::from_json(&std::fs::read_to_string(&path).unwrap(), &path).unwrap();
-    let tensors = candle_core::safetensors::load(folder(name).join("model.safetensors"), &Device::Cpu).unwrap();
+    let tensors =
+        candle_core::safetensors::load(folder(name).join("model.safetensors"), &Device::Cpu).unwrap();
     let weights = Weights::new(tensors.into_iter().collect(), &config).unwrap();
     let rows: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(folder(name).join("rows.json")).unwrap()).unwrap();
@@ -46,18 +48,23 @@ fn loss_and_gradients_agree() {
         let lm = CausalLm::new(&config, &weights).unwrap();
         let targets: usize = examples.iter().map(Example::targets).sum();
         let loss = sft_loss(&lm, &examples, targets as f64).unwrap();
-        let expected = candle_core::safetensors::load(folder(name).join("expected.safetensors"), &Device::Cpu).unwrap();
+        let expected =
+            candle_core::safetensors::load(folder(name).join("expected.safetensors"), &Device::Cpu).unwrap();
         let reference = expected["loss"].to_vec1::<f32>().unwrap()[0];
         let ours = loss.to_scalar::<f32>().unwrap();
         assert!((ours - reference).abs() <= 1e-4 * reference, "{name}: loss {ours}, PyTorch {reference}");
         let gradients = loss.backward().unwrap();
         for (tensor, variable) in &variables {
-            let ours = gradients.get(variable).unwrap_or_else(|| panic!("{name}: `{tensor}` got no gradient"));
+            let ours =
+                gradients.get(variable).unwrap_or_else(|| panic!("{name}: `{tensor}` got no gradient"));
             let theirs = &expected[&format!("grad.{tensor}")];
             let norm = |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
             let (error, size) = (norm(&(ours - theirs).unwrap()), norm(theirs));
             // A key bias shifts all scores of a row alike: its true gradient is zero, both sides hold rounding noise.
-            assert!(error <= 1e-4 * size.max(1e-3), "{name}: gradient of `{tensor}` is off by {error} of {size}");
+            assert!(
+                error <= 1e-4 * size.max(1e-3),
+                "{name}: gradient of `{tensor}` is off by {error} of {size}"
+            );
             assert!(size > 0.0, "{name}: the fixture's gradient of `{tensor}` is zero");
         }
     }
@@ -93,14 +100,16 @@ fn phases() -> Vec<Phase> {
 }
 
 fn bits(model: &LoadedModel) -> BTreeMap<String, Vec<u32>> {
-    let values = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let values =
+        |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     model.weights.iter().map(|(n, t)| (n.clone(), values(t).iter().map(|v| v.to_bits()).collect())).collect()
 }
 
 #[test]
 fn a_run_cut_anywhere_gives_the_same_bits() {
     let (model, examples) = model();
-    let config = SftConfig { batch_tokens: 60, micro_batch_tokens: 30, checkpoint_every: 3, ..SftConfig::default() };
+    let config =
+        SftConfig { batch_tokens: 60, micro_batch_tokens: 30, checkpoint_every: 3, ..SftConfig::default() };
     let whole = tempfile::tempdir().unwrap();
     let (expected, report) = sft(&model, &examples, &phases(), &config, whole.path(), &mut |_| true).unwrap();
     assert!(report.steps > 15, "{report:?}");

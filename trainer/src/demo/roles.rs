@@ -84,8 +84,7 @@ fn add_columns(a: u32, b: u32) -> String {
         .map(|i| {
             let (x, y) = (a.get(i).copied().unwrap_or(0), b.get(i).copied().unwrap_or(0));
             let sum = x + y + carry;
-            let text =
-                if carry > 0 { format!("{x}+{y}+{carry}={sum}") } else { format!("{x}+{y}={sum}") };
+            let text = if carry > 0 { format!("{x}+{y}+{carry}={sum}") } else { format!("{x}+{y}={sum}") };
             carry = sum / 10;
             text
         })

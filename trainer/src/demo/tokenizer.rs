@@ -30,8 +30,13 @@ pub fn tokenizer() -> Result<Tokenizer, EngineError> {
     }
     words.extend((0..10).map(|digit| digit.to_string()));
     words.extend("+-*=|,;:.?} \n".chars().map(String::from));
-    let tokens: Vec<String> =
-        special.iter().chain(&marks).map(|token| (*token).to_owned()).chain(["<unk>".to_owned()]).chain(words).collect();
+    let tokens: Vec<String> = special
+        .iter()
+        .chain(&marks)
+        .map(|token| (*token).to_owned())
+        .chain(["<unk>".to_owned()])
+        .chain(words)
+        .collect();
     let added: Vec<_> = special
         .iter()
         .chain(&marks)

@@ -16,8 +16,8 @@ use potstill_engine::sampler::Sampling;
 use potstill_engine::scheduler::{Request, Update};
 use potstill_shared::id::unique;
 use potstill_shared::openai::{
-    ChatChoice, ChatMessage, ChatRequest, ChatResponse, CompletionChoice, CompletionRequest, CompletionResponse, Content,
-    Delta, ErrorBody, GenerationOptions, Prompt, Stop, Usage, now_seconds,
+    ChatChoice, ChatMessage, ChatRequest, ChatResponse, CompletionChoice, CompletionRequest,
+    CompletionResponse, Content, Delta, ErrorBody, GenerationOptions, Prompt, Stop, Usage, now_seconds,
 };
 use potstill_shared::reasoning::{OPEN, Piece, Splitter};
 use potstill_shared::sse;
@@ -41,7 +41,9 @@ pub(super) fn read<T: for<'de> serde::Deserialize<'de>>(body: &[u8]) -> Result<T
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Shape {
     /// Thinking apart from the answer; `inside`: the template has opened the thinking already.
-    Chat { inside: bool },
+    Chat {
+        inside: bool,
+    },
     Text,
 }
 
@@ -86,7 +88,8 @@ pub(super) async fn completions(State(node): State<Arc<Node>>, body: Bytes) -> R
         return Err(invalid("logprobs", "is not supported by this node"));
     }
     let echo = request.echo.unwrap_or(false);
-    let from_text = |text: String| Ok((node.tokenizer.encode(&text)?, if echo { text } else { String::new() }));
+    let from_text =
+        |text: String| Ok((node.tokenizer.encode(&text)?, if echo { text } else { String::new() }));
     let from_ids = |ids: Vec<u32>| {
         if let Some(id) = ids.iter().find(|&&id| node.tokenizer.token(id).is_none()) {
             return Err(invalid("prompt", format!("holds token {id}, which the vocabulary does not")));

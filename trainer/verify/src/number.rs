@@ -67,9 +67,11 @@ fn decimal(text: &str) -> Option<Number> {
     let significant = fraction_digits.trim_end_matches('0');
     let all = format!("{whole}{significant}");
     let digits = all.trim_start_matches('0').to_owned();
-    let ratio = all.parse::<i128>().ok().or_else(|| all.is_empty().then_some(0)).and_then(|value| {
-        reduced(value, 10i128.checked_pow(u32::try_from(significant.len()).ok()?)?)
-    });
+    let ratio = all
+        .parse::<i128>()
+        .ok()
+        .or_else(|| all.is_empty().then_some(0))
+        .and_then(|value| reduced(value, 10i128.checked_pow(u32::try_from(significant.len()).ok()?)?));
     Some(Number {
         ratio,
         digits: format!("{digits}e-{}", significant.len()),

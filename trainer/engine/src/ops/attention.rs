@@ -62,7 +62,13 @@ impl Heads {
 
 /// Attention of every segment over its own rows (`past` = 0), with backward. `q`: `[rows, query * dim]`, `k`, `v`:
 /// `[rows, kv * dim]`, result as `q`.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, segments: &Arc<Vec<Segment>>) -> Result<Tensor> {
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: Heads,
+    segments: &Arc<Vec<Segment>>,
+) -> Result<Tensor> {
     if fused(q) {
         let op = Attention { heads, segments: Arc::clone(segments) };
         q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
@@ -300,7 +306,8 @@ impl CustomOp3 for Attention {
                 .zip(by_segment(&mut dv, &self.segments, kw))
                 .zip(self.segments.par_iter())
                 .for_each(|(((dq, dk), dv), s)| {
-                    let (qr, kr) = (s.start * qw..(s.start + s.len) * qw, s.start * kw..(s.start + s.len) * kw);
+                    let (qr, kr) =
+                        (s.start * qw..(s.start + s.len) * qw, s.start * kw..(s.start + s.len) * kw);
                     let inputs = [&qd[qr.clone()], &kd[kr.clone()], &vd[kr], &gd[qr]];
                     self.segment_backward(s.len, inputs, dq, dk, dv);
                 });

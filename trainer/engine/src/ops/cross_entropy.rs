@@ -120,7 +120,13 @@ impl CustomOp2 for Precomputed {
         Ok((CpuStorage::F32(vec![self.loss]), Shape::from(())))
     }
 
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let scale = f64::from(grad.to_scalar::<f32>()?);
         #[expect(clippy::float_cmp, reason = "exactly 1 is the usual case, and then nothing is to be scaled")]
         if scale == 1.0 {

@@ -67,8 +67,10 @@ impl Rotate {
     fn run(&self, x: &[f32], width: usize) -> Vec<f32> {
         let half = self.rotary.half;
         let mut out = vec![0f32; x.len()];
-        out.par_chunks_mut(width * ROWS_PER_TASK).zip(x.par_chunks(width * ROWS_PER_TASK)).enumerate().for_each(
-            |(task, (out, x))| {
+        out.par_chunks_mut(width * ROWS_PER_TASK)
+            .zip(x.par_chunks(width * ROWS_PER_TASK))
+            .enumerate()
+            .for_each(|(task, (out, x))| {
                 for (row, (out, x)) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
                     let at = (task * ROWS_PER_TASK + row) * half;
                     let (cos, sin) = (&self.rotary.cos[at..at + half], &self.rotary.sin[at..at + half]);
@@ -81,8 +83,7 @@ impl Rotate {
                         }
                     }
                 }
-            },
-        );
+            });
         out
     }
 }
@@ -95,7 +96,10 @@ impl CustomOp1 for Rotate {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, width) = layout.shape().dims2()?;
         if rows * self.rotary.half != self.rotary.cos.len() {
-            candle_core::bail!("rope: {rows} rows, but tables for {}", self.rotary.cos.len() / self.rotary.half);
+            candle_core::bail!(
+                "rope: {rows} rows, but tables for {}",
+                self.rotary.cos.len() / self.rotary.half
+            );
         }
         Ok((CpuStorage::F32(self.run(values(storage, layout)?, width)), layout.shape().clone()))
     }

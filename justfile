@@ -1,0 +1,37 @@
+# Thin names for the commands that CI and the README use.
+
+fmt:
+    cargo fmt --all
+
+lint:
+    cargo fmt --all --check
+    cargo clippy --release --workspace --all-targets --locked -- -D warnings
+
+test:
+    cargo test --release --workspace --locked
+
+# The same tests, two at a time, with cargo-nextest.
+nextest:
+    cargo nextest run --cargo-profile release --workspace --locked --profile ci
+
+demo *ARGS:
+    cargo run --release --locked -- demo {{ARGS}}
+
+# Open-loop load on an endpoint, for example: just load --url http://127.0.0.1:8080/v1 --model demo-student
+load *ARGS:
+    cargo run --release --locked -p load-tests -- {{ARGS}}
+
+deny:
+    cargo deny check bans licenses sources
+
+# Rewrites tests/fixtures from PyTorch and transformers.
+fixtures:
+    python3 -m venv .venv && .venv/bin/pip install torch transformers safetensors
+    .venv/bin/python tests/fixtures/make_fixtures.py
+
+# Trains the demonstration's teacher again, about a quarter of an hour on two cores.
+teacher:
+    cargo run --release --locked -- run trainer/recipes/demo-teacher.toml
+
+verify: lint test
+    cargo run --release --locked -- demo --quick --exit --out target/demo-quick

@@ -1,0 +1,126 @@
+//! The rules of the house: who may use whom, where files are written, how large files may be.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use system_tests::programs::root;
+
+/// Crate -> (folder, crates of this workspace that it may use).
+fn rules() -> BTreeMap<&'static str, (&'static str, &'static [&'static str])> {
+    BTreeMap::from([
+        ("shared", ("shared", &[] as &[_])),
+        ("gateway", ("gateway", &["shared"])),
+        ("data", ("trainer/data", &["shared"])),
+        ("verify", ("trainer/verify", &[])),
+        ("engine", ("trainer/engine", &["shared"])),
+        ("cot", ("trainer/cot", &["data", "verify", "shared"])),
+        ("learn", ("trainer/learn", &["data", "verify", "engine", "shared"])),
+        ("trainer", ("trainer", &["gateway", "data", "verify", "cot", "engine", "learn", "shared"])),
+    ])
+}
+
+fn dependencies(folder: &str) -> BTreeSet<String> {
+    let text = std::fs::read_to_string(root().join(folder).join("Cargo.toml")).unwrap();
+    let manifest: toml::Table = text.parse().unwrap();
+    let table = manifest.get("dependencies").and_then(toml::Value::as_table).cloned().unwrap_or_default();
+    table.keys().cloned().collect()
+}
+
+/// All Rust files below `folder`, with their text.
+fn sources(folder: &Path) -> Vec<(PathBuf, String)> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if path.is_dir() {
+            if name != "target" && !name.starts_with('.') {
+                found.extend(sources(&path));
+            }
+        } else if name.ends_with(".rs") {
+            let text = std::fs::read_to_string(&path).unwrap();
+            found.push((path, text));
+        }
+    }
+    found
+}
+
+#[test]
+fn crates_use_only_whom_they_may() {
+    for (name, (folder, allowed)) in rules() {
+        for dependency in dependencies(folder) {
+            if let Some(used) = dependency.strip_prefix("potstill-") {
+                assert!(allowed.contains(&used), "`{name}` must not use `{used}`");
+            }
+        }
+    }
+}
+
+#[test]
+fn heavy_libraries_enter_where_they_belong() {
+    for (name, (folder, _)) in rules() {
+        let found = dependencies(folder);
+        let may = |library: &str, crates: &[&str]| {
+            let uses = found.iter().any(|dependency| dependency.starts_with(library));
+            assert!(!uses || crates.contains(&name), "`{name}` must not use `{library}`");
+        };
+        may("candle", &["engine", "learn", "trainer"]);
+        may("axum", &["gateway", "trainer"]);
+        may("reqwest", &["shared"]);
+        may("hyper", &["gateway"]);
+    }
+    for (path, text) in sources(&root().join("trainer/src")) {
+        let local = path.strip_prefix(root().join("trainer/src")).unwrap();
+        let place = local.to_str().unwrap();
+        assert!(
+            !text.contains("potstill_gateway") || place == "local.rs",
+            "`{place}` names the gateway crate"
+        );
+        let serves = place.starts_with("serve");
+        assert!(serves || !text.contains("use axum"), "`{place}` uses axum outside `serve`");
+    }
+}
+
+#[test]
+fn files_are_written_in_one_place() {
+    let writers = ["File::create(", "fs::write(", "OpenOptions::new()", "fs::rename("];
+    for (path, text) in sources(&root()) {
+        let place = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
+        let product = text.split("#[cfg(test)]").next().unwrap();
+        // Logs of node processes are appended by the processes themselves.
+        let allowed = place == "shared/src/durable.rs"
+            || place == "gateway/src/autoscale/process.rs"
+            || place.starts_with("tests/")
+            || place.contains("/tests/");
+        for writer in writers {
+            assert!(allowed || !product.contains(writer), "`{place}` writes files itself (`{writer}`)");
+        }
+    }
+}
+
+#[test]
+fn files_are_small_and_begin_with_what_they_are() {
+    for (path, text) in sources(&root()) {
+        let place = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
+        assert!(text.starts_with("//!"), "`{place}` does not say what it is");
+        let lines = text.lines().count();
+        assert!(lines <= 600, "`{place}` has {lines} lines");
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        assert!(
+            !["mod", "utils", "util", "common", "helpers", "manager"].contains(&name),
+            "`{place}`: say what it holds"
+        );
+    }
+}
+
+#[test]
+fn unsafe_code_stands_in_kernels_only() {
+    for (path, text) in sources(&root()) {
+        let place = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
+        if place.starts_with("trainer/engine/src/ops/") {
+            assert_eq!(text.matches("unsafe {").count(), text.matches("// SAFETY:").count(), "`{place}`");
+        } else if place != "tests/tests/tidy.rs" {
+            assert!(!text.contains("unsafe {"), "`{place}` holds unsafe code");
+        }
+    }
+}

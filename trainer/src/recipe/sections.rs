@@ -1,0 +1,293 @@
+//! The sections of a recipe, each with its defaults. A new option touches one struct here.
+
+use std::path::PathBuf;
+
+use potstill_cot::generate::TeacherConfig;
+use potstill_data::jsonl::Source;
+use potstill_engine::config::Family;
+use potstill_learn::sft::SftConfig;
+use serde::{Deserialize, Serialize};
+
+/// An endpoint that serves the teachers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewaySection {
+    /// Base URL that ends in `/v1`.
+    pub url: String,
+    /// Environment variable that holds the key. Keys themselves never stand in a recipe.
+    pub api_key_env: Option<String>,
+}
+
+/// A model that the local gateway serves with node processes of its own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LocalModel {
+    /// Name behind the gateway.
+    pub model: String,
+    /// Model folder or `.gguf` file.
+    pub path: PathBuf,
+    /// Fewest nodes.
+    #[serde(default)]
+    pub min: usize,
+    /// Most nodes.
+    #[serde(default = "one")]
+    pub max: usize,
+    /// Requests that a node decodes together.
+    #[serde(default = "default_slots")]
+    pub slots: usize,
+    /// Threads per node.
+    #[serde(default = "one")]
+    pub threads: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn default_slots() -> usize {
+    32
+}
+
+/// Problems that this program makes itself.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Builtin {
+    /// Only `arithmetic` so far.
+    pub task: BuiltinTask,
+    /// How many.
+    pub problems: usize,
+    /// Seed of the generator.
+    pub seed: u64,
+    /// Share of the problems whose answer is withheld, so that only the judge can decide; 0 to 1.
+    #[serde(default)]
+    pub without_answer: f64,
+}
+
+/// Tasks with a generator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BuiltinTask {
+    /// Multi-step arithmetic word problems.
+    Arithmetic,
+}
+
+/// Where problems come from.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CollectSection {
+    /// Files.
+    #[serde(default)]
+    pub sources: Vec<Source>,
+    /// Generated problems.
+    pub builtin: Option<Builtin>,
+}
+
+/// Who writes chains of thought.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GenerateSection {
+    /// The teachers.
+    pub teachers: Vec<TeacherConfig>,
+}
+
+/// A model that answers short questions.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JudgeSection {
+    /// The model.
+    pub model: String,
+    /// Limit on new tokens; a reasoning judge thinks first.
+    #[serde(default = "default_judge_tokens")]
+    pub max_tokens: u32,
+    /// How often an unreadable answer is asked again.
+    #[serde(default = "default_reasks")]
+    pub reasks: u32,
+}
+
+fn default_judge_tokens() -> u32 {
+    8192
+}
+
+fn default_reasks() -> u32 {
+    2
+}
+
+/// Who rewrites.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RewriteSection {
+    /// The model.
+    pub model: String,
+    /// Sampling temperature.
+    #[serde(default = "default_rewrite_temperature")]
+    pub temperature: f64,
+    /// Limit on new tokens.
+    #[serde(default = "default_rewrite_tokens")]
+    pub max_tokens: u32,
+}
+
+fn default_rewrite_temperature() -> f64 {
+    0.6
+}
+
+fn default_rewrite_tokens() -> u32 {
+    32_768
+}
+
+/// The student: an existing model, or a fresh one of a given shape.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StudentSection {
+    /// Name behind the gateway.
+    pub name: String,
+    /// Model folder or `.gguf` file to start from.
+    pub base: Option<PathBuf>,
+    /// Shape of a fresh student.
+    pub init: Option<InitSection>,
+    /// What the student is asked; `{{ problem }}` stands for the problem.
+    #[serde(default = "default_prompt")]
+    pub prompt: String,
+    /// Number format of the exported weights.
+    #[serde(default)]
+    pub export: ExportType,
+    /// Threads of the node that serves it.
+    #[serde(default = "one")]
+    pub threads: usize,
+}
+
+fn default_prompt() -> String {
+    "{{ problem }}".to_owned()
+}
+
+/// Number formats of exported weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExportType {
+    /// 32 bits.
+    F32,
+    /// 16 bits, bfloat.
+    #[default]
+    Bf16,
+    /// 16 bits, IEEE.
+    F16,
+}
+
+/// Shape of a fresh student.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InitSection {
+    /// Decoder family.
+    pub family: Family,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Blocks.
+    pub layers: usize,
+    /// Attention heads; the head size is `hidden_size / heads`.
+    pub heads: usize,
+    /// Key and value heads; as many as `heads` if left out.
+    pub kv_heads: Option<usize>,
+    /// Longest context.
+    pub max_positions: usize,
+    /// `arithmetic`: the demonstration's own tokenizer.
+    pub tokenizer: BuiltinTask,
+}
+
+/// How the student is trained.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SftSection {
+    /// Peak learning rate of the first phase.
+    pub learning_rate: f64,
+    /// Conversations to train on instead of the sampled traces.
+    pub conversations: Option<Conversations>,
+    /// Medium first, then hard.
+    #[serde(default)]
+    pub curriculum: CurriculumSection,
+    /// Steps, optimiser, checkpoints.
+    #[serde(default)]
+    pub run: SftConfig,
+}
+
+/// Conversations that do not come from this run's teachers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Conversations {
+    /// JSONL with `messages` in each row.
+    pub path: Option<PathBuf>,
+    /// Rows that teach all teacher roles of a task.
+    pub builtin: Option<Builtin>,
+}
+
+/// The two phases.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CurriculumSection {
+    /// Epochs over the medium traces.
+    pub medium_epochs: f64,
+    /// Epochs over the hard ones and what is replayed.
+    pub hard_epochs: f64,
+    /// Share of the medium traces that the hard phase replays.
+    pub replay: f64,
+    /// Rate of the hard phase as a share of the first.
+    pub hard_rate: f64,
+}
+
+impl Default for CurriculumSection {
+    fn default() -> Self {
+        Self { medium_epochs: 3.0, hard_epochs: 1.0, replay: 0.2, hard_rate: 0.5 }
+    }
+}
+
+/// How students are tested.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvaluateSection {
+    /// Held-out files.
+    #[serde(default)]
+    pub sources: Vec<Source>,
+    /// Held-out generated problems.
+    pub builtin: Option<Builtin>,
+    /// Completions per problem.
+    #[serde(default = "default_samples")]
+    pub samples: u32,
+    /// Sampling temperature.
+    #[serde(default = "default_temperature")]
+    pub temperature: f64,
+    /// Nucleus sampling.
+    #[serde(default = "default_top_p")]
+    pub top_p: f64,
+    /// Limit on new tokens.
+    #[serde(default = "default_eval_tokens")]
+    pub max_tokens: u32,
+    /// Students to train and test besides the distilled one.
+    #[serde(default)]
+    pub compare: Vec<Baseline>,
+}
+
+fn default_samples() -> u32 {
+    4
+}
+
+fn default_temperature() -> f64 {
+    0.6
+}
+
+fn default_top_p() -> f64 {
+    0.95
+}
+
+fn default_eval_tokens() -> u32 {
+    4096
+}
+
+/// What the distilled student is compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Baseline {
+    /// The student before training.
+    Raw,
+    /// The same student trained on final answers only, for as many tokens.
+    AnswersOnly,
+}
