@@ -72,25 +72,29 @@ impl Gateway {
         Ok(gateway)
     }
 
-    /// Adds a pool, or replaces the one of the same model; requests on the old one go on.
-    pub fn add_pool(&self, config: PoolConfig) {
+    /// Adds a pool. False when the model has one already; that one stays as it is.
+    pub fn add_pool(&self, config: PoolConfig) -> bool {
         let shared = &self.shared;
         let model = config.model.clone();
         let pool = ModelPool::new(config);
+        let before = shared.pools.rcu(|pools| {
+            let mut pools = BTreeMap::clone(pools);
+            pools.entry(model.clone()).or_insert_with(|| Arc::clone(&pool));
+            pools
+        });
+        if before.contains_key(&model) {
+            return false;
+        }
         shared.tasks.spawn(health::watch(Arc::clone(&pool), shared.upstream.clone(), shared.end.clone()));
         if pool.config.process.is_some() {
             shared.tasks.spawn(process::scale(
-                Arc::clone(&pool),
+                pool,
                 shared.upstream.clone(),
                 Arc::clone(&shared.metrics),
                 shared.end.clone(),
             ));
         }
-        shared.pools.rcu(|pools| {
-            let mut pools = BTreeMap::clone(pools);
-            pools.insert(model.clone(), Arc::clone(&pool));
-            pools
-        });
+        true
     }
 
     /// What is in flight and waiting in the pool of `model`.

@@ -164,8 +164,7 @@ impl ModelPool {
             if let Some(permit) = self.try_grant(&pool, need, exclude) {
                 return Ok(permit);
             }
-            let can_come = |node: &Arc<Node>| Some(node.id) != exclude && node.state() == NodeState::Ready;
-            if self.config.process.is_none() && !pool.nodes.iter().any(can_come) {
+            if !self.worth_waiting(&pool, exclude) {
                 return Err(GatewayError::NoNode { model: model() });
             }
             pool.waiting.retain(|waiter| !waiter.grant.is_closed());
@@ -183,6 +182,15 @@ impl ModelPool {
             Ok(Err(_)) => Err(GatewayError::NoNode { model: model() }),
             Err(_) => Err(GatewayError::WaitTooLong { model: model() }),
         }
+    }
+
+    /// Whether a slot can come: a node works that is not excluded, or the scaler will start one. A node that refused this
+    /// request and still works is no reason to start another.
+    fn worth_waiting(&self, pool: &State, exclude: Option<u64>) -> bool {
+        let works = |node: &Arc<Node>| node.state() == NodeState::Ready;
+        let refused = pool.nodes.iter().any(|node| Some(node.id) == exclude && works(node));
+        pool.nodes.iter().any(|node| Some(node.id) != exclude && works(node))
+            || (self.config.process.is_some() && !refused)
     }
 
     fn try_grant(self: &Arc<Self>, pool: &State, need: Need, exclude: Option<u64>) -> Option<Permit> {

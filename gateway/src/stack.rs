@@ -96,6 +96,14 @@ async fn serve(
     Ok(relay(answer, head.stream, &pool, record, permit))
 }
 
+/// Why the first node did not serve a request.
+enum FirstTry {
+    /// It answered that it is busy or broken. The client gets this answer when no other node does better.
+    Answer(Permit, Response<Incoming>),
+    /// It did not answer.
+    Error(GatewayError),
+}
+
 /// Gets a slot and a response head. A node that fails before it answered is left for another one, once.
 async fn send(
     shared: &Arc<Shared>,
@@ -106,36 +114,57 @@ async fn send(
     body: Bytes,
 ) -> Result<(Permit, Response<Incoming>), GatewayError> {
     let model = &pool.config.model;
-    let mut failed: Option<(u64, GatewayError)> = None;
+    let first_byte = ms(pool.config.deadlines.first_byte_ms);
+    let mut failed: Option<(u64, FirstTry)> = None;
     loop {
         let waiting = Instant::now();
-        let permit = match (pool.acquire(need, failed.as_ref().map(|(node, _)| *node)).await, &failed) {
-            // No second node: what the first one said is the better answer.
-            (Err(_), Some((_, error))) => return Err(error.clone()),
-            (granted, _) => granted?,
-        };
+        let acquired = pool.acquire(need, failed.as_ref().map(|(node, _)| *node)).await;
         shared.metrics.queue_wait.with_label_values(&[model]).observe(waiting.elapsed().as_secs_f64());
-        let first_byte = ms(pool.config.deadlines.first_byte_ms);
+        let permit = match (acquired, failed.take()) {
+            (Ok(permit), None) => permit,
+            (Ok(permit), Some(first)) => {
+                shared.metrics.retries.with_label_values(&[model]).inc();
+                failed = Some(first);
+                permit
+            }
+            // No second node: what the first one said is the better answer.
+            (Err(_), Some((_, FirstTry::Answer(permit, answer)))) => return Ok((permit, answer)),
+            (Err(_), Some((_, FirstTry::Error(error)))) => return Err(error),
+            (Err(error), None) => return Err(error),
+        };
         let sent = shared
             .upstream
             .send(permit.node(), parts.method.clone(), path, &parts.headers, body.clone(), first_byte)
             .await;
-        let error = match sent {
-            Ok(answer) if !retryable(answer.status()) || failed.is_some() => return Ok((permit, answer)),
-            Ok(answer) => GatewayError::NodeFailed { reason: format!("status {}", answer.status().as_u16()) },
-            Err(SendError::Timeout) => GatewayError::NodeTimeout,
-            Err(SendError::Failed(reason)) => {
-                // Out until a health check finds it well again.
-                pool.set_state_if_ready(permit.node(), NodeState::Unhealthy);
-                GatewayError::NodeFailed { reason }
+        let last = failed.is_some();
+        let node = permit.node().id;
+        match sent {
+            Ok(answer) if last || !retryable(answer.status()) => return Ok((permit, answer)),
+            Ok(answer) => {
+                tracing::info!(
+                    model,
+                    node = permit.node().name,
+                    status = answer.status().as_u16(),
+                    "a node is busy"
+                );
+                failed = Some((node, FirstTry::Answer(permit, answer)));
             }
-        };
-        tracing::warn!(model, node = permit.node().name, %error, "a node failed before it answered");
-        if failed.is_some() {
-            return Err(error);
+            Err(error) => {
+                tracing::warn!(model, node = permit.node().name, %error, "a node failed before it answered");
+                let error = match error {
+                    SendError::Timeout => GatewayError::NodeTimeout,
+                    SendError::Failed(reason) => {
+                        // Out until a health check finds it well again.
+                        pool.set_state_if_ready(permit.node(), NodeState::Unhealthy);
+                        GatewayError::NodeFailed { reason }
+                    }
+                };
+                if last {
+                    return Err(error);
+                }
+                failed = Some((node, FirstTry::Error(error)));
+            }
         }
-        shared.metrics.retries.with_label_values(&[model]).inc();
-        failed = Some((permit.node().id, error));
     }
 }
 

@@ -178,7 +178,11 @@ async fn a_busy_node_is_left_for_another_and_the_last_answer_passes() {
     assert_eq!(TestGateway::json(gateway.chat(false)).await.0, 200);
     let only = TestGateway::start(config(pool(&[&busy], 4))).await;
     let (status, body) = TestGateway::json(only.chat(false)).await;
-    assert_eq!((status, body["error"]["code"].as_str()), (502, Some("node_failed")));
+    assert_eq!(
+        (status, body["error"]["code"].as_str()),
+        (503, Some("scripted")),
+        "without a second node, its own words"
+    );
     let refusing = Mock::start(Behaviour::Status(400)).await;
     let gateway = TestGateway::start(config(pool(&[&refusing], 4))).await;
     let (status, body) = TestGateway::json(gateway.chat(false)).await;

@@ -4,26 +4,34 @@ use std::fmt::Write;
 use std::path::Path;
 
 use potstill_engine::loader::LoadedModel;
-use potstill_learn::sft::SftReport;
 use serde_json::Value;
 
 use crate::pipeline::Variant;
 use crate::recipe::Recipe;
 use crate::report::StudentFigures;
 
+/// What a card says of a training.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Training {
+    /// Steps in all.
+    pub steps: u64,
+    /// Mean loss of the last tenth of the steps.
+    pub final_loss: f64,
+    /// From the first step to the last; pauses of a run that was stopped count too.
+    pub seconds: f64,
+}
+
 /// What `trainer_state.json` tells of a training that has ended.
-pub fn training_of(log: &Path) -> Option<SftReport> {
+pub fn training_of(log: &Path) -> Option<Training> {
     let state: Value = serde_json::from_str(&std::fs::read_to_string(log).ok()?).ok()?;
     let history = state.get("log_history")?.as_array()?;
+    let number = |entry: &Value, key: &str| entry.get(key)?.as_f64();
     let tail = &history[history.len() - history.len().div_ceil(10)..];
-    let losses: Vec<f64> = tail.iter().filter_map(|entry| entry.get("loss")?.as_f64()).collect();
-    Some(SftReport {
-        steps: state.get("global_step")?.as_u64()? as usize,
-        examples: 0,
-        too_long: 0,
-        tokens: 0,
+    let losses: Vec<f64> = tail.iter().filter_map(|entry| number(entry, "loss")).collect();
+    Some(Training {
+        steps: state.get("global_step")?.as_u64()?,
         final_loss: losses.iter().sum::<f64>() / losses.len().max(1) as f64,
-        resumed_from: 0,
+        seconds: number(history.last()?, "wall_time")? - number(history.first()?, "wall_time")?,
     })
 }
 
@@ -33,7 +41,7 @@ pub fn text(
     name: &str,
     variant: Variant,
     model: &LoadedModel,
-    training: Option<&SftReport>,
+    training: Option<Training>,
     figures: Option<&StudentFigures>,
 ) -> String {
     let mut card = String::new();
@@ -76,8 +84,13 @@ pub fn text(
     if let Some(training) = training {
         line("\n## Training\n".to_owned());
         line(format!(
-            "Recipe `{}`, seed {}: {} steps, peak learning rate {}, last loss {:.4}.",
-            recipe.name, recipe.seed, training.steps, recipe.sft.learning_rate, training.final_loss
+            "Recipe `{}`, seed {}: {} steps in {:.0} s, peak learning rate {}, last loss {:.4}.",
+            recipe.name,
+            recipe.seed,
+            training.steps,
+            training.seconds,
+            recipe.sft.learning_rate,
+            training.final_loss
         ));
     }
     if let Some(figures) = figures {

@@ -182,7 +182,7 @@ fn show(report: &Report, out: &Path, end: &End) -> anyhow::Result<()> {
 
 /// How to talk to the student.
 fn clients(url: &str, model: &str) -> String {
-    let problem = "A Dan has 58 cards. B Dan buys 67 more. C Eve has 7 cards. How many cards has Dan?";
+    let problem = "A Dan has 58 cards. B Dan buys 67 more. C Eve has 41 cards. How many cards has Dan?";
     format!(
         "the student `{model}` is served at {url} until you press Ctrl-C. Talk to it:\n\n\
          curl {url}/chat/completions -H 'content-type: application/json' -d '{{\"model\": \"{model}\", \"temperature\": 0, \

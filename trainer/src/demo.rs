@@ -89,4 +89,5 @@ fn shorten(recipe: &mut Recipe) {
     }
     // Fewer traces, so more and smaller steps over each.
     recipe.sft.run.batch_tokens = 1000;
+    recipe.sft.curriculum.medium_epochs = 12.0;
 }

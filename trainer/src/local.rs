@@ -51,7 +51,8 @@ impl LocalGateway {
         format!("http://{}/v1", self.address)
     }
 
-    /// Serves a model with node processes of this program, as many as the demand asks for.
+    /// Serves a model with node processes of this program, as many as the demand asks for. A model that is served already
+    /// stays as it is.
     pub fn add_model(&self, model: &LocalModel) -> anyhow::Result<()> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -84,7 +85,7 @@ impl LocalGateway {
             tick_ms: 100,
             start_ms: 300_000,
         });
-        self.gateway.add_pool(pool);
+        let _served_already = !self.gateway.add_pool(pool);
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 //! them over the file that the stage before it left.
 
 mod chain;
+mod problems;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,9 +19,8 @@ use potstill_cot::rv_cd::Score;
 use potstill_cot::teacher::{Patience, Teachers};
 use potstill_cot::verify::Verify;
 use potstill_data::journal::Journal;
-use potstill_data::jsonl::{read_problems, write_records};
 use potstill_data::records::{Cot, Problem};
-use potstill_data::{arithmetic, decontaminate, dedup, sampler};
+use potstill_data::sampler;
 use potstill_shared::client::{Client, Endpoint};
 use potstill_shared::id::ContentId;
 use potstill_shared::redact::Redacted;
@@ -29,7 +29,7 @@ use self::chain::Chain;
 use crate::evaluate::{Evaluate, Sample, metrics};
 use crate::local::LocalGateway;
 use crate::progress::Progress;
-use crate::recipe::{Baseline, Builtin, JudgeSection, LocalModel, Recipe};
+use crate::recipe::{Baseline, JudgeSection, LocalModel, Recipe};
 use crate::report::{Report, StudentFigures};
 use crate::run::RunFolder;
 use crate::students::{Lessons, Plan, base, prompt};
@@ -194,85 +194,12 @@ impl Run {
 
     /// Puts the distilled student behind the gateway.
     pub fn serve_student(&self) -> anyhow::Result<String> {
-        self.serve_variant(Variant::Distilled, 1)
+        self.serve_variant(Variant::Distilled)
     }
 
     /// Stops the gateway and its nodes.
     pub async fn stop(self) {
         self.local.stop().await;
-    }
-
-    // ---- problems ----
-
-    fn collect(&self) -> anyhow::Result<Vec<Problem>> {
-        let section = self.recipe.collect.as_ref().context("the recipe has no `collect`")?;
-        let held_out = self.held_out()?;
-        let mut problems = Vec::new();
-        let mut quarantined = Vec::new();
-        for source in &section.sources {
-            let (good, bad) = read_problems(source)?;
-            problems.extend(good);
-            quarantined.extend(bad);
-        }
-        if let Some(builtin) = &section.builtin {
-            let taken = held_out.iter().map(|problem| problem.problem.clone()).collect();
-            problems.extend(generated(builtin, &taken));
-        }
-        let taken = problems.len() + quarantined.len();
-        if !quarantined.is_empty() {
-            let path = self.folder.path().join("quarantine.jsonl");
-            write_records(&path, &quarantined)?;
-            let count = quarantined.len();
-            self.progress.say(format!("{count} lines could not be read; see `{}`", path.display()));
-        }
-        let (problems, copies) = dedup::exact(problems);
-        // Generated problems differ from the held-out ones by construction; their few sentence patterns would all count
-        // as shared runs of words.
-        let (mut problems, contaminated) = if section.builtin.is_some() {
-            (problems, Vec::new())
-        } else {
-            decontaminate::decontaminate(problems, &held_out)
-        };
-        for hit in &contaminated {
-            tracing::warn!(
-                problem = hit.problem,
-                evaluation = hit.evaluation,
-                "dropped: overlaps an evaluation problem"
-            );
-        }
-        problems.sort_by(|a, b| a.id.cmp(&b.id));
-        let mut summary = Summary { taken, kept: problems.len(), ..Summary::default() };
-        for (reason, count) in [
-            ("quarantined", quarantined.len()),
-            ("duplicate", copies.len()),
-            ("contaminated", contaminated.len()),
-        ] {
-            if count > 0 {
-                summary.dropped.insert(reason.to_owned(), count);
-            }
-        }
-        self.folder.write_stage("collect", &problems, summary)?;
-        self.progress.say(format!(
-            "collect: {taken} in, {} kept ({} quarantined, {} duplicate, {} contaminated)",
-            problems.len(),
-            quarantined.len(),
-            copies.len(),
-            contaminated.len()
-        ));
-        anyhow::ensure!(!problems.is_empty(), "no problem is left to work on");
-        Ok(problems)
-    }
-
-    fn held_out(&self) -> anyhow::Result<Vec<Problem>> {
-        let Some(section) = &self.recipe.evaluate else { return Ok(Vec::new()) };
-        let mut problems = Vec::new();
-        for source in &section.sources {
-            problems.extend(read_problems(source)?.0);
-        }
-        if let Some(builtin) = &section.builtin {
-            problems.extend(generated(builtin, &std::collections::HashSet::new()));
-        }
-        Ok(problems)
     }
 
     // ---- chains of thought ----
@@ -431,7 +358,7 @@ impl Run {
 
     /// Trains every variant; a variant that was trained before comes back from its last checkpoint at once.
     async fn train(&self, traces: &[Cot]) -> anyhow::Result<()> {
-        self.each_trained(traces, |_, _, _| Ok(())).await
+        self.each_trained(traces, |_, _| Ok(())).await
     }
 
     /// Writes every variant as a model folder.
@@ -441,10 +368,10 @@ impl Run {
         potstill_shared::durable::create_folder(&models)?;
         let names: Vec<(Variant, String)> =
             self.variants().into_iter().map(|v| (v, self.student_name(v))).collect();
-        self.each_trained(traces, move |variant, model, report| {
+        self.each_trained(traces, move |variant, model| {
             let name = &names.iter().find(|(other, _)| *other == variant).context("an unknown variant")?.1;
             let folder = models.join(name);
-            let text = card::text(&recipe, name, variant, model, report, None);
+            let text = card::text(&recipe, name, variant, model, None, None);
             export::export(&folder, model, recipe.student.export, &text)?;
             progress.say(format!("exported `{}`", folder.display()));
             Ok(())
@@ -456,13 +383,7 @@ impl Run {
     async fn each_trained(
         &self,
         traces: &[Cot],
-        use_it: impl Fn(
-            Variant,
-            &potstill_engine::loader::LoadedModel,
-            Option<&potstill_learn::sft::SftReport>,
-        ) -> anyhow::Result<()>
-        + Send
-        + 'static,
+        use_it: impl Fn(Variant, &potstill_engine::loader::LoadedModel) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<()> {
         let (recipe, progress) = (Arc::clone(&self.recipe), self.progress.clone());
         let (variants, folder, traces) = (self.variants(), self.folder.path().join("train"), traces.to_vec());
@@ -476,7 +397,7 @@ impl Run {
             let plan = Plan::new(&recipe, &model, &lessons)?;
             for variant in variants {
                 if variant == Variant::Raw {
-                    use_it(variant, &model, None)?;
+                    use_it(variant, &model)?;
                     continue;
                 }
                 let name = variant.name();
@@ -488,20 +409,27 @@ impl Run {
                 } else {
                     &plan
                 };
-                let (trained, report) = plan.train(&recipe, &model, &folder.join(name), name, &progress)?;
-                use_it(variant, &trained, Some(&report))?;
+                let (trained, _) = plan.train(&recipe, &model, &folder.join(name), name, &progress)?;
+                use_it(variant, &trained)?;
             }
             Ok(())
         })
         .await?
     }
 
-    fn serve_variant(&self, variant: Variant, min: usize) -> anyhow::Result<String> {
+    fn serve_variant(&self, variant: Variant) -> anyhow::Result<String> {
         let model = self.student_name(variant);
         let path = self.folder.path().join("models").join(&model);
         anyhow::ensure!(path.exists(), "`{}` does not exist; run `potstill export` first", path.display());
         let threads = self.recipe.student.threads;
-        self.local.add_model(&LocalModel { model: model.clone(), path, min, max: 1, slots: 64, threads })?;
+        self.local.add_model(&LocalModel {
+            model: model.clone(),
+            path,
+            min: 0,
+            max: 1,
+            slots: 64,
+            threads,
+        })?;
         Ok(model)
     }
 
@@ -512,7 +440,7 @@ impl Run {
         let held_out = self.held_out()?;
         let mut all = Vec::new();
         for variant in self.variants() {
-            let model = self.serve_variant(variant, 0)?;
+            let model = self.serve_variant(variant)?;
             let stage = Evaluate {
                 revision: export::revision(&self.folder.path().join("models").join(&model))?,
                 model,
@@ -557,10 +485,10 @@ impl Run {
                 potstill_engine::loader::load(&folder, &candle_core::Device::Cpu, candle_core::DType::F32)?;
             let figures = figures.iter().find(|figures| figures.name == variant.name());
             let log = self.folder.path().join("train").join(variant.name()).join("trainer_state.json");
-            let report = card::training_of(&log);
+            let training = card::training_of(&log);
             export::write_card(
                 &folder,
-                &card::text(&self.recipe, &name, variant, &model, report.as_ref(), figures),
+                &card::text(&self.recipe, &name, variant, &model, training, figures),
             )?;
         }
         Ok(())
@@ -580,25 +508,4 @@ impl Run {
 /// Order of traces in files: by content, then by where they came from, so that it does not depend on timing.
 fn trace_key(trace: &Cot) -> (ContentId, Option<ContentId>, i64) {
     (trace.id.clone(), trace.parent.clone(), trace.origin.seed)
-}
-
-/// Problems from a generator; none of them is in `taken`.
-fn generated(builtin: &Builtin, taken: &std::collections::HashSet<String>) -> Vec<Problem> {
-    let problems = arithmetic::distinct(builtin.problems, builtin.seed, taken);
-    let keep_every = if builtin.without_answer > 0.0 {
-        (1.0 / builtin.without_answer).round() as usize
-    } else {
-        usize::MAX
-    };
-    problems
-        .iter()
-        .enumerate()
-        .map(|(index, problem)| {
-            let mut record = problem.record(&format!("arithmetic:{}:{index}", builtin.seed));
-            if (index + 1).is_multiple_of(keep_every) {
-                record.answer = None;
-            }
-            record
-        })
-        .collect()
 }

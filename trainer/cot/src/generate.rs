@@ -25,9 +25,23 @@ pub struct TeacherConfig {
     /// Nucleus sampling.
     #[serde(default = "default_top_p")]
     pub top_p: f64,
+    /// Where its chain of thought stands.
+    #[serde(default)]
+    pub thinking: Thinking,
     /// Limit on new tokens. What is cut off by it is kept and flagged, never trained on.
     #[serde(default = "default_max_tokens")]
     pub max_tokens: u32,
+}
+
+/// Where a teacher's chain of thought stands in what it writes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Thinking {
+    /// Between think tags, or apart as `reasoning_content`.
+    #[default]
+    Tags,
+    /// The whole text: a model that does not think apart. Its final answer is found by the verifier's rules.
+    Whole,
 }
 
 fn default_temperatures() -> Vec<f64> {
@@ -113,7 +127,14 @@ impl Stage for Generate {
                             continue;
                         }
                     };
-                    let (thinking, answer) = read_completion(&entry);
+                    let (thinking, answer) = match teacher.thinking {
+                        Thinking::Tags => read_completion(&entry),
+                        Thinking::Whole => {
+                            let answer = potstill_verify::extract::final_answer(&entry.content);
+                            let boxed = answer.map(|answer| format!("\\boxed{{{answer}}}"));
+                            (Some(entry.content.trim().to_owned()), boxed.unwrap_or_default())
+                        }
+                    };
                     let Some(thinking) = thinking.filter(|text| !text.is_empty()) else {
                         failed = failed.or(Some("no_thinking"));
                         continue;

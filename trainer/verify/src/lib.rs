@@ -39,7 +39,7 @@ pub fn equal(gold: &str, answer: &str) -> Option<bool> {
     if gold == answer && !gold.is_empty() {
         return Some(true);
     }
-    if let (Some(gold), Some(answer)) = (number::parse(&gold), number::parse(&answer)) {
+    if let (Some(gold), Some(answer)) = (number::parse(&gold), number::parse(without_unit(&answer, &gold))) {
         return Some(gold.equals(&answer));
     }
     if let (Some(gold), Some(answer)) = (choice(&gold), choice(&answer)) {
@@ -50,6 +50,12 @@ pub fn equal(gold: &str, answer: &str) -> Option<bool> {
         return Some(gold.to_lowercase() == answer.to_lowercase());
     }
     None
+}
+
+/// `72 clips` where the known answer is a bare number: a unit that only one side names does not count.
+fn without_unit<'a>(answer: &'a str, gold: &str) -> &'a str {
+    let is_word = |c: char| c.is_alphabetic() || c == ' ';
+    if gold.contains(char::is_alphabetic) { answer } else { answer.trim_end_matches(is_word) }
 }
 
 /// The letter of a multiple-choice answer: `B`, `(B)`, `B.`.
@@ -81,6 +87,8 @@ mod tests {
             ("yes", "Yes", Some(true)),
             ("x+1", "1+x", None),
             ("72", "", None),
+            ("72", "72 clips", Some(true)),
+            ("5 cm", "5 m", None),
             (
                 "340282366920938463463374607431768211457",
                 "340282366920938463463374607431768211456",

@@ -1,0 +1,128 @@
+//! What a user gets for a model folder that is not right: the tensor, the place, what was expected.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use potstill_engine::EngineError;
+use potstill_engine::checkpoint_files::{write_model, write_tensors};
+use potstill_engine::loader::load;
+use proptest::prelude::*;
+
+fn teacher() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../recipes/demo-teacher")
+}
+
+/// A copy of the demonstration's teacher that a test may damage.
+fn copy() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(teacher()).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    folder
+}
+
+fn error_of(folder: &Path) -> String {
+    load(folder, &Device::Cpu, DType::F32).err().expect("a damaged folder must not load").to_string()
+}
+
+fn tensors(folder: &Path) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap()
+}
+
+fn edit(folder: &Path, name: &str, change: impl FnOnce(&mut serde_json::Value)) {
+    let path = folder.join(name);
+    let mut value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    change(&mut value);
+    potstill_shared::durable::write_file(&path, value.to_string().as_bytes()).unwrap();
+}
+
+#[test]
+fn a_missing_tensor_is_named_with_its_shape() {
+    let folder = copy();
+    let mut all = tensors(folder.path());
+    all.remove("model.layers.1.mlp.up_proj.weight");
+    write_tensors(&folder.path().join("model.safetensors"), &all).unwrap();
+    let error = error_of(folder.path());
+    assert!(error.contains("model.layers.1.mlp.up_proj.weight") && error.contains("[384, 128]"), "{error}");
+}
+
+#[test]
+fn a_wrong_shape_is_named_with_both_shapes() {
+    let folder = copy();
+    edit(folder.path(), "config.json", |config| config["intermediate_size"] = 400.into());
+    let error = error_of(folder.path());
+    assert!(
+        error.contains("[400, 128]") && error.contains("[384, 128]") && error.contains("gate_proj"),
+        "{error}"
+    );
+}
+
+#[test]
+fn unknown_architectures_and_features_are_refused() {
+    for (key, value, word) in [
+        ("model_type", serde_json::json!("mamba"), "`mamba` is not supported; supported are `qwen2`"),
+        ("use_sliding_window", serde_json::json!(true), "use_sliding_window"),
+        ("num_key_value_heads", serde_json::json!(3), "not a multiple"),
+        ("head_dim", serde_json::json!(7), "head size 7"),
+        ("vocab_size", serde_json::json!(-1), "config.json"),
+        ("rope_scaling", serde_json::json!({"rope_type": "yarn"}), "yarn"),
+        ("vocab_size", serde_json::json!(5), "the embedding has 5 rows"),
+    ] {
+        let folder = copy();
+        edit(folder.path(), "config.json", |config| config[key] = value);
+        let error = error_of(folder.path());
+        assert!(error.contains(word), "{key}: {error}");
+    }
+}
+
+#[test]
+fn missing_and_foreign_files_are_named() {
+    for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+        let folder = copy();
+        std::fs::remove_file(folder.path().join(name)).unwrap();
+        assert!(error_of(folder.path()).contains(name));
+        potstill_shared::durable::write_file(&folder.path().join(name), b"\x00\xffnot this").unwrap();
+        assert!(error_of(folder.path()).contains(name));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.gguf");
+    potstill_shared::durable::write_file(&path, b"GGUF\x03\x00\x00\x00\xff\xff\xff\xff").unwrap();
+    assert!(error_of(&path).contains("x.gguf"));
+}
+
+#[test]
+fn a_written_model_reads_back_the_same() {
+    let model = load(&teacher(), &Device::Cpu, DType::F32).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    write_model(folder.path(), &model, DType::F32).unwrap();
+    let again = load(folder.path(), &Device::Cpu, DType::F32).unwrap();
+    assert_eq!(model.config, again.config);
+    for ((name, a), (_, b)) in model.weights.iter().zip(again.weights.iter()) {
+        let difference = (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+        assert!(difference.to_scalar::<f32>().unwrap() == 0.0, "{name}");
+    }
+    let ids = model.tokenizer.encode("A Dan has 11 cards.").unwrap();
+    assert_eq!(ids, again.tokenizer.encode("A Dan has 11 cards.").unwrap());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Bytes of a safetensors header changed at random: an error or a model, never a panic.
+    #[test]
+    fn a_damaged_header_never_panics(at in 0usize..4000, byte: u8, length in 0usize..200_000) {
+        let folder = copy();
+        let path = folder.path().join("model.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[at] = byte;
+        bytes.truncate(bytes.len() - length.min(bytes.len()));
+        potstill_shared::durable::write_file(&path, &bytes).unwrap();
+        match load(folder.path(), &Device::Cpu, DType::F32) {
+            Ok(_) | Err(EngineError::Malformed { .. } | EngineError::MissingTensor { .. } | EngineError::WrongShape { .. }) => {}
+            Err(other) => prop_assert!(false, "{other}"),
+        }
+    }
+}
