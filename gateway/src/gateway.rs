@@ -72,9 +72,14 @@ impl Gateway {
         Ok(gateway)
     }
 
-    /// Adds a pool. False when the model has one already; that one stays as it is.
+    /// Adds a pool. False when the model has one already (that one stays as it is), or when the configuration is wrong.
     pub fn add_pool(&self, config: PoolConfig) -> bool {
         let shared = &self.shared;
+        let problems = config.problems();
+        if !problems.is_empty() {
+            tracing::error!(model = config.model, ?problems, "pool left out");
+            return false;
+        }
         let model = config.model.clone();
         let pool = ModelPool::new(config);
         let before = shared.pools.rcu(|pools| {

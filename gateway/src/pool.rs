@@ -184,13 +184,15 @@ impl ModelPool {
         }
     }
 
-    /// Whether a slot can come: a node works that is not excluded, or the scaler will start one. A node that refused this
-    /// request and still works is no reason to start another.
+    /// A slot on any node but `exclude`, if there is one now.
+    pub fn try_acquire(self: &Arc<Self>, need: Need, exclude: u64) -> Option<Permit> {
+        let pool = self.locked();
+        self.try_grant(&pool, need, Some(exclude))
+    }
+
+    /// Whether a slot can come: a node works that is not excluded, or the scaler will start one.
     fn worth_waiting(&self, pool: &State, exclude: Option<u64>) -> bool {
-        let works = |node: &Arc<Node>| node.state() == NodeState::Ready;
-        let refused = pool.nodes.iter().any(|node| Some(node.id) == exclude && works(node));
-        pool.nodes.iter().any(|node| Some(node.id) != exclude && works(node))
-            || (self.config.process.is_some() && !refused)
+        self.config.process.is_some() || works_besides(pool, exclude)
     }
 
     fn try_grant(self: &Arc<Self>, pool: &State, need: Need, exclude: Option<u64>) -> Option<Permit> {
@@ -209,7 +211,10 @@ impl ModelPool {
         pool.waiting.retain(|waiter| !waiter.grant.is_closed());
         let mut index = 0;
         while index < pool.waiting.len() {
-            let (need, exclude) = (pool.waiting[index].need, pool.waiting[index].exclude);
+            let need = pool.waiting[index].need;
+            // A node that failed and is well again beats waiting for one that may never come.
+            let exclude =
+                pool.waiting[index].exclude.filter(|_| works_besides(&pool, pool.waiting[index].exclude));
             match self.try_grant(&pool, need, exclude) {
                 Some(permit) => {
                     if let Some(waiter) = pool.waiting.remove(index)
@@ -225,6 +230,11 @@ impl ModelPool {
         }
         drop(pool);
     }
+}
+
+/// Whether any node but `exclude` may get requests.
+fn works_besides(pool: &State, exclude: Option<u64>) -> bool {
+    pool.nodes.iter().any(|node| Some(node.id) != exclude && node.state() == NodeState::Ready)
 }
 
 /// A slot on a node. Dropping it frees the slot and serves the next waiting request.

@@ -96,15 +96,8 @@ async fn serve(
     Ok(relay(answer, head.stream, &pool, record, permit))
 }
 
-/// Why the first node did not serve a request.
-enum FirstTry {
-    /// It answered that it is busy or broken. The client gets this answer when no other node does better.
-    Answer(Permit, Response<Incoming>),
-    /// It did not answer.
-    Error(GatewayError),
-}
-
-/// Gets a slot and a response head. A node that fails before it answered is left for another one, once.
+/// Gets a slot and a response head. A node that is busy, or fails before it answered, is left for another one, once. A
+/// request never holds two slots: it would wait for one while others wait for the one it holds.
 async fn send(
     shared: &Arc<Shared>,
     pool: &Arc<ModelPool>,
@@ -115,55 +108,47 @@ async fn send(
 ) -> Result<(Permit, Response<Incoming>), GatewayError> {
     let model = &pool.config.model;
     let first_byte = ms(pool.config.deadlines.first_byte_ms);
-    let mut failed: Option<(u64, FirstTry)> = None;
-    loop {
-        let waiting = Instant::now();
-        let acquired = pool.acquire(need, failed.as_ref().map(|(node, _)| *node)).await;
-        shared.metrics.queue_wait.with_label_values(&[model]).observe(waiting.elapsed().as_secs_f64());
-        let permit = match (acquired, failed.take()) {
-            (Ok(permit), None) => permit,
-            (Ok(permit), Some(first)) => {
-                shared.metrics.retries.with_label_values(&[model]).inc();
-                failed = Some(first);
-                permit
+    let attempt = async |permit: &Permit| {
+        let (node, method) = (permit.node(), parts.method.clone());
+        shared.upstream.send(node, method, path, &parts.headers, body.clone(), first_byte).await
+    };
+    let waiting = Instant::now();
+    let permit = pool.acquire(need, None).await?;
+    shared.metrics.queue_wait.with_label_values(&[model]).observe(waiting.elapsed().as_secs_f64());
+    let first = permit.node().id;
+    let second = match attempt(&permit).await {
+        Ok(answer) if !retryable(answer.status()) => return Ok((permit, answer)),
+        Ok(answer) => {
+            tracing::info!(
+                model,
+                node = permit.node().name,
+                status = answer.status().as_u16(),
+                "a node is busy"
+            );
+            match pool.try_acquire(need, first) {
+                Some(second) => second,
+                // No other node has room now: the busy one's own answer, with its `Retry-After`, is the best there is.
+                None => return Ok((permit, answer)),
             }
-            // No second node: what the first one said is the better answer.
-            (Err(_), Some((_, FirstTry::Answer(permit, answer)))) => return Ok((permit, answer)),
-            (Err(_), Some((_, FirstTry::Error(error)))) => return Err(error),
-            (Err(error), None) => return Err(error),
-        };
-        let sent = shared
-            .upstream
-            .send(permit.node(), parts.method.clone(), path, &parts.headers, body.clone(), first_byte)
-            .await;
-        let last = failed.is_some();
-        let node = permit.node().id;
-        match sent {
-            Ok(answer) if last || !retryable(answer.status()) => return Ok((permit, answer)),
-            Ok(answer) => {
-                tracing::info!(
-                    model,
-                    node = permit.node().name,
-                    status = answer.status().as_u16(),
-                    "a node is busy"
-                );
-                failed = Some((node, FirstTry::Answer(permit, answer)));
-            }
-            Err(error) => {
-                tracing::warn!(model, node = permit.node().name, %error, "a node failed before it answered");
-                let error = match error {
-                    SendError::Timeout => GatewayError::NodeTimeout,
-                    SendError::Failed(reason) => {
-                        // Out until a health check finds it well again.
-                        pool.set_state_if_ready(permit.node(), NodeState::Unhealthy);
-                        GatewayError::NodeFailed { reason }
-                    }
-                };
-                if last {
-                    return Err(error);
-                }
-                failed = Some((node, FirstTry::Error(error)));
-            }
+        }
+        // It may be working still: another node would do the same work again.
+        Err(SendError::Timeout) => return Err(GatewayError::NodeTimeout),
+        Err(SendError::Failed(reason)) => {
+            tracing::warn!(model, node = permit.node().name, reason, "a node failed before it answered");
+            // Out until a health check finds it well again.
+            pool.set_state_if_ready(permit.node(), NodeState::Unhealthy);
+            drop(permit);
+            let nobody = |_| GatewayError::NodeFailed { reason };
+            pool.acquire(need, Some(first)).await.map_err(nobody)?
+        }
+    };
+    shared.metrics.retries.with_label_values(&[model]).inc();
+    match attempt(&second).await {
+        Ok(answer) => Ok((second, answer)),
+        Err(SendError::Timeout) => Err(GatewayError::NodeTimeout),
+        Err(SendError::Failed(reason)) => {
+            pool.set_state_if_ready(second.node(), NodeState::Unhealthy);
+            Err(GatewayError::NodeFailed { reason })
         }
     }
 }

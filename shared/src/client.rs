@@ -188,7 +188,7 @@ async fn whole(url: &str, response: reqwest::Response) -> Result<Completion, Cal
     let message = choice.message.ok_or_else(|| retry("the choice holds no message".into()))?;
     Ok(Completion {
         content: message.plain(),
-        reasoning: message.reasoning_content,
+        reasoning: message.thinking().map(str::to_owned),
         finish_reason: choice.finish_reason.ok_or_else(|| retry("the answer has no finish reason".into()))?,
         usage: body.usage.unwrap_or_default(),
     })
@@ -218,8 +218,8 @@ async fn collect_stream(url: &str, response: reqwest::Response) -> Result<Comple
                 finish = choice.finish_reason.or(finish);
                 let delta = choice.delta.unwrap_or_default();
                 completion.content.push_str(delta.content.as_deref().unwrap_or_default());
-                if let Some(text) = delta.reasoning_content {
-                    reasoning.get_or_insert_default().push_str(&text);
+                if let Some(text) = delta.thinking() {
+                    reasoning.get_or_insert_default().push_str(text);
                 }
             }
         }

@@ -14,6 +14,12 @@ pub enum DurableError {
         /// The file.
         path: PathBuf,
     },
+    /// Another process writes it.
+    #[error("`{path}` is in use by another process; wait for it, or choose another folder")]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
     /// Any other fault of the file system.
     #[error("cannot {action} `{path}`: {source}")]
     Io {
@@ -138,8 +144,13 @@ impl AppendLog {
             .create(true)
             .open(path)
             .map_err(at("open the log", path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => return Err(DurableError::InUse { path: path.to_owned() }),
+            Err(fs::TryLockError::Error(source)) => return Err(at("lock", path)(source)),
+        }
         let mut recovery = Recovery::default();
-        let (mut offset, mut good_end) = (0u64, 0u64);
+        let (mut offset, mut good_end, mut last_line_end) = (0u64, 0u64, 0u64);
         let mut reader = BufReader::with_capacity(1 << 20, file.try_clone().map_err(at("open", path))?);
         let mut buffer = Vec::new();
         loop {
@@ -149,6 +160,9 @@ impl AppendLog {
                 break;
             }
             offset += read as u64;
+            if buffer.ends_with(b"\n") {
+                last_line_end = offset;
+            }
             match checked_payload(&buffer) {
                 Some(payload) => {
                     line(payload);
@@ -160,9 +174,13 @@ impl AppendLog {
             }
         }
         // Damage that no good line follows is a torn tail; damage in the middle stays where it is.
-        if good_end < offset && recovery.damaged_lines == 0 || tail_is_torn(&mut file, good_end, offset) {
-            recovery.cut_bytes = offset - good_end;
-            recovery.damaged_lines = 0;
+        let torn = tail_is_torn(&mut file, good_end, offset);
+        if torn || last_line_end < offset {
+            // A torn tail goes whole; where damaged lines stand before it, only the line that was never finished goes.
+            let keep = if torn { good_end } else { last_line_end };
+            recovery.cut_bytes = offset - keep;
+            recovery.damaged_lines -= u64::from(torn && recovery.damaged_lines > 0);
+            good_end = keep;
             file.set_len(good_end).map_err(at("cut the torn tail of", path))?;
             file.sync_all().map_err(at("sync", path))?;
         }

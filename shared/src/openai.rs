@@ -159,8 +159,11 @@ pub struct ChatMessage {
     #[serde(default)]
     pub content: Option<Content>,
     /// The thinking, apart from the answer.
-    #[serde(default, skip_serializing_if = "Option::is_none", alias = "reasoning")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
+    /// The same under the name that newer engines use; some send both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
     /// Everything else (tool calls, name, …).
     #[serde(flatten)]
     pub extra: Extra,
@@ -170,6 +173,11 @@ impl ChatMessage {
     /// A message of plain text.
     pub fn text(role: &str, content: impl Into<String>) -> Self {
         Self { role: role.to_owned(), content: Some(Content::Text(content.into())), ..Self::default() }
+    }
+
+    /// The thinking, under whichever name it came.
+    pub fn thinking(&self) -> Option<&str> {
+        self.reasoning_content.as_deref().or(self.reasoning.as_deref())
     }
 
     /// All text of the message, parts joined.
@@ -250,11 +258,21 @@ pub struct Delta {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
     /// More of the thinking.
-    #[serde(default, skip_serializing_if = "Option::is_none", alias = "reasoning")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
+    /// The same under the name that newer engines use; some send both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
     /// Everything else.
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+impl Delta {
+    /// The thinking, under whichever name it came.
+    pub fn thinking(&self) -> Option<&str> {
+        self.reasoning_content.as_deref().or(self.reasoning.as_deref())
+    }
 }
 
 /// Token counts of one request.
@@ -414,6 +432,14 @@ mod tests {
         assert_eq!(again["messages"][0]["name"], "bob");
         assert_eq!(again["top_k"], 3);
         assert!(again.get("temperature").is_none(), "nothing is added");
+    }
+
+    #[test]
+    fn both_names_of_the_thinking_may_come_together() {
+        let delta: Delta = serde_json::from_str(r#"{"reasoning":"a","reasoning_content":null}"#).unwrap();
+        assert_eq!(delta.thinking(), Some("a"));
+        let delta: Delta = serde_json::from_str(r#"{"reasoning":"a","reasoning_content":"a"}"#).unwrap();
+        assert_eq!(delta.thinking(), Some("a"));
     }
 
     #[test]

@@ -108,7 +108,8 @@ fn longest_suffix_that_starts(text: &str, tag: &str) -> usize {
     (1..tag.len()).rev().find(|&n| text.ends_with(&tag[..n])).unwrap_or(0)
 }
 
-/// Thinking and answer of a whole text; `None` for the thinking when no tag was opened.
+/// Thinking and answer of a whole text; `None` for the thinking when no tag was opened, or when it was never closed: such
+/// a text is truncated, whatever its finish reason.
 pub fn split(text: &str, inside: bool) -> (Option<String>, String) {
     let mut splitter = Splitter::new(inside);
     let mut pieces = splitter.push(text);
@@ -120,7 +121,8 @@ pub fn split(text: &str, inside: bool) -> (Option<String>, String) {
             Piece::Answer(text) => answer.push_str(&text),
         }
     }
-    (splitter.opened.then(|| thinking.trim().to_owned()), answer.trim().to_owned())
+    let closed = splitter.opened && !splitter.unclosed();
+    (closed.then(|| thinking.trim().to_owned()), answer.trim().to_owned())
 }
 
 #[cfg(test)]
@@ -149,6 +151,7 @@ mod tests {
         assert_eq!(split("a </think> b", true), (Some("a".into()), "b".into()));
         assert_eq!(split("no tags", false), (None, "no tags".into()));
         assert_eq!(split("\n<think>x</think>y", false), (Some("x".into()), "y".into()));
+        assert_eq!(split("<think>x", false).0, None);
         assert!(joined(&["<think> a </thi"], false).2);
     }
 

@@ -105,7 +105,10 @@ impl Run {
         for model in &recipe.local {
             local.add_model(model)?;
         }
-        let loopback = Client::new(Endpoint::new(local.url()))?;
+        let mut endpoint = Endpoint::new(local.url());
+        // Answers come whole: silence is no sign of trouble, and the gateway watches its nodes.
+        endpoint.idle = endpoint.total;
+        let loopback = Client::new(endpoint)?;
         let remote = match &recipe.gateway {
             None => loopback.clone(),
             Some(section) => {
@@ -167,14 +170,18 @@ impl Run {
                 drop(self.alone(self.grader()?, self.folder.read_stage("generate")?, trace_key).await?)
             }
             "rewrite" => {
-                let input = self.folder.read_stage("difficulty")?;
+                let graded = if self.recipe.difficulty.is_some() { "difficulty" } else { "generate" };
+                let input = self.folder.read_stage(graded)?;
                 drop(self.alone(self.rewriter(), input, |c: &Candidate| trace_key(&c.cot)).await?);
             }
             "verify" => {
                 drop(self.alone(self.verifier(), self.folder.read_stage("rewrite")?, trace_key).await?)
             }
             "score" => drop(self.alone(self.scorer()?, self.folder.read_stage("verify")?, trace_key).await?),
-            "sample" => drop(self.sample(self.folder.read_stage("score")?)?),
+            "sample" => {
+                let last = if self.recipe.score.is_some() { "score" } else { "verify" };
+                drop(self.sample(self.folder.read_stage(last)?)?);
+            }
             "sft" => self.train(&self.sampled()?).await?,
             "export" => self.export(&self.sampled()?).await?,
             "evaluate" => {
@@ -273,10 +280,6 @@ impl Run {
         self.progress.watch(&chain.counts(), total, drained).await;
         chain.finish(&self.folder).await?;
         scored.sort_by_key(trace_key);
-        if self.recipe.score.is_none() {
-            let summary = Summary { taken: scored.len(), kept: scored.len(), ..Summary::default() };
-            self.folder.write_stage("score", &scored, summary)?;
-        }
         Ok(scored)
     }
 

@@ -239,6 +239,12 @@ impl Recipe {
                 "`collect` needs `sources` or `builtin`".to_owned(),
             );
         }
+        for (i, model) in self.local.iter().enumerate() {
+            need(
+                model.min <= model.max && model.max > 0 && model.slots > 0 && model.threads > 0,
+                format!("`local[{i}]` needs min <= max, and max, slots and threads of at least 1"),
+            );
+        }
         let known: Vec<&str> = self.local.iter().map(|model| model.model.as_str()).collect();
         for (key, model) in self.models() {
             // What a remote gateway serves is asked for when the run starts, before the first call.

@@ -164,7 +164,7 @@ fn router(node: Arc<Node>) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{*model}", get(model))
         .route("/tokenize", post(tokenize))
-        .route("/health", get(async || "ok"))
+        .route("/health", get(health))
         .route("/metrics", get(metrics))
         .method_not_allowed_fallback(async || NodeError::MethodNotAllowed)
         .fallback(async |uri: Uri| NodeError::NotFound(uri.path().to_owned()))
@@ -176,6 +176,13 @@ fn card(node: &Node) -> ModelCard {
     let mut card = ModelCard::new(&node.name, node.created, "potstill");
     card.extra.insert("max_model_len".to_owned(), json!(node.engine.context()));
     card
+}
+
+async fn health(State(node): State<Arc<Node>>) -> Result<&'static str, NodeError> {
+    match node.engine.stopped() {
+        None => Ok("ok"),
+        Some(reason) => Err(EngineError::Stopped(reason).into()),
+    }
 }
 
 async fn models(State(node): State<Arc<Node>>) -> Json<ModelList> {

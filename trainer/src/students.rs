@@ -10,9 +10,11 @@ use potstill_engine::config::ModelConfig;
 use potstill_engine::init;
 use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::ops::attention::Heads;
+use potstill_learn::LearnError;
 use potstill_learn::curriculum::{Curriculum, Phase, phases};
 use potstill_learn::examples::{Example, encode};
-use potstill_learn::sft::{SftReport, sft};
+use potstill_learn::sft::{Progress as Step, SftReport, sft};
+use potstill_shared::durable::remove_folder;
 use serde_json::{Value, json};
 
 use crate::demo::{roles, tokenizer};
@@ -172,7 +174,7 @@ impl Plan {
         let mut tokens = 0;
         let mut line = None;
         let mut phase = String::new();
-        let trained = sft(model, &self.examples, &self.phases, &config, folder, &mut |now| {
+        let mut observe = |now: &Step<'_>| {
             tokens += now.tokens;
             if phase != now.phase {
                 phase = now.phase.to_owned();
@@ -189,7 +191,15 @@ impl Plan {
                 }
             }
             true
-        })?;
+        };
+        let mut trained = sft(model, &self.examples, &self.phases, &config, folder, &mut observe);
+        if let Err(LearnError::OtherRun { path }) = &trained {
+            // Rows that failed before were answered this time, so the traces are others now.
+            progress.say(format!("`{}` belongs to other traces; training begins afresh", path.display()));
+            remove_folder(folder)?;
+            trained = sft(model, &self.examples, &self.phases, &config, folder, &mut observe);
+        }
+        let trained = trained?;
         let (_, report) = &trained;
         progress.say(format!(
             "trained `{name}`: {} steps over {} examples ({} too long), last loss {:.4}, {:.0} s{}",

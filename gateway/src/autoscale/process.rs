@@ -22,11 +22,16 @@ use crate::upstream::client::Upstream;
 /// After SIGTERM a node has so long to exit.
 const EXIT_GRACE: Duration = Duration::from_secs(10);
 
+/// A node that worked and then fails its checks for so long is killed and replaced.
+const ILL_GRACE: Duration = Duration::from_secs(30);
+
 struct Process {
     child: Child,
     node: Arc<Node>,
     started: Instant,
     was_ready: bool,
+    /// Since when it fails its health checks.
+    ill_since: Option<Instant>,
     stopping: Option<Instant>,
 }
 
@@ -148,6 +153,7 @@ impl ProcessScaler {
                             node,
                             started,
                             was_ready: false,
+                            ill_since: None,
                             stopping: None,
                         });
                     }
@@ -201,6 +207,17 @@ impl ProcessScaler {
         let path = self.pool.config.health.path.clone();
         for process in &mut self.processes {
             if process.was_ready || process.stopping.is_some() {
+                let ill = process.was_ready && process.node.state() == NodeState::Unhealthy;
+                let since = ill.then(|| process.ill_since.unwrap_or_else(Instant::now));
+                process.ill_since = since;
+                if since.is_some_and(|since| since.elapsed() > ILL_GRACE) {
+                    tracing::error!(
+                        model = self.pool.config.model,
+                        node = process.node.name,
+                        "node hangs; it is replaced"
+                    );
+                    let _already_dead = process.child.start_kill();
+                }
                 continue;
             }
             if check(&self.upstream, &process.node, &path, Duration::from_millis(500)).await {

@@ -127,7 +127,7 @@ mod tests {
     fn urls_are_checked() {
         for (url, problem) in [
             ("https://x", "http://"),
-            ("file:///etc/passwd", "http://"),
+            ("file:///etc/passwd", "`url`"),
             ("http://u:p@x", "user name"),
             ("http://x/v1", "/v1"),
             ("x", "http://"),

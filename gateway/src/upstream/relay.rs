@@ -128,6 +128,11 @@ impl Body for Relay {
                 self.idle.as_mut().reset(next);
                 Poll::Ready(Some(Ok(frame)))
             }
+            // Everything has passed: what happens to the connection now does not matter.
+            Poll::Ready(_) if self.streamed && self.watch.done => {
+                self.end = Some(End::Complete);
+                Poll::Ready(None)
+            }
             Poll::Ready(Some(Err(error))) => {
                 let reason = super::client::innermost(&error);
                 self.broken(&reason)

@@ -11,6 +11,7 @@ use futures_util::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::AbortOnDropHandle;
 
 /// What became of a record.
 #[derive(Debug, Clone, PartialEq)]
@@ -100,13 +101,18 @@ pub fn run<S: Stage>(
 ) -> (mpsc::Receiver<S::Out>, tokio::task::JoinHandle<Result<(), StageError>>) {
     let (output, receiver) = mpsc::channel(BETWEEN);
     let handle = tokio::spawn(async move {
+        let stage = Arc::new(stage);
+        // A task for each record: calls in flight go on while the next stage is behind and this one waits to hand over.
         let work = ReceiverStream::new(input).map(|record| {
             counts.taken.fetch_add(1, Ordering::Relaxed);
-            stage.process(record)
+            let stage = Arc::clone(&stage);
+            AbortOnDropHandle::new(tokio::spawn(async move { stage.process(record).await }))
         });
         let mut results = std::pin::pin!(work.buffer_unordered(concurrency.max(1)));
         while let Some(result) = results.next().await {
-            match result? {
+            let name = stage.name();
+            let ended = result.map_err(|error| StageError { stage: name, problem: error.to_string() })?;
+            match ended? {
                 Outcome::Keep(records) => {
                     counts.kept.fetch_add(records.len(), Ordering::Relaxed);
                     for record in records {

@@ -1,7 +1,9 @@
 //! Re-writer: easy traces are extended, hard ones simplified, in one pass. The original travels along, because a rewrite
 //! that turns out less right than its source is never kept.
 
+use potstill_data::journal::Entry;
 use potstill_data::records::{Cot, Difficulty};
+use potstill_shared::reasoning::{CLOSE, OPEN};
 use serde::{Deserialize, Serialize};
 
 use crate::executor::{Outcome, Stage, StageError};
@@ -30,6 +32,16 @@ pub struct Rewrite {
     pub calls: Teachers,
     /// With which prompts.
     pub prompts: Prompts,
+}
+
+/// The new trace: the last think block of the text. A reasoning rewriter's own deliberation, which comes apart or in a
+/// block before, is not it. A rewriter whose endpoint splits the one block off has it in `reasoning`.
+fn read_rewrite(entry: &Entry) -> (Option<String>, String) {
+    if let Some((before, answer)) = entry.content.rsplit_once(CLOSE) {
+        let trace = before.rsplit_once(OPEN).map_or(before, |(_, trace)| trace);
+        return (Some(trace.trim().to_owned()), answer.trim().to_owned());
+    }
+    read_completion(entry)
 }
 
 /// What a grade asks for.
@@ -71,7 +83,7 @@ impl Stage for Rewrite {
                 return unchanged(cot);
             }
         };
-        let (thinking, answer) = read_completion(&entry);
+        let (thinking, answer) = read_rewrite(&entry);
         let Some(thinking) = thinking.filter(|text| !text.is_empty() && entry.finish_reason == "stop") else {
             return unchanged(cot);
         };
@@ -91,5 +103,33 @@ impl Stage for Rewrite {
         rewritten.completion_tokens = entry.completion_tokens;
         rewritten.difficulty = Some(Difficulty::Medium);
         Ok(Outcome::Keep(vec![Candidate { cot: rewritten, original: Some(cot) }]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use potstill_shared::id::ContentId;
+
+    use super::*;
+
+    fn read(content: &str, reasoning: Option<&str>) -> (Option<String>, String) {
+        read_rewrite(&Entry {
+            id: ContentId::of(&["q"]),
+            content: content.into(),
+            reasoning: reasoning.map(str::to_owned),
+            finish_reason: "stop".into(),
+            prompt_tokens: 0,
+            completion_tokens: 0,
+        })
+    }
+
+    #[test]
+    fn the_rewriters_own_thoughts_are_not_the_trace() {
+        let new = (Some("new".to_owned()), "\\boxed{1}".to_owned());
+        assert_eq!(read("<think>new</think>\\boxed{1}", None), new);
+        assert_eq!(read("<think>meta</think><think>new</think>\\boxed{1}", None), new);
+        assert_eq!(read("<think>new</think>\\boxed{1}", Some("meta")), new);
+        assert_eq!(read("\\boxed{1}", Some("new")), new, "an endpoint that splits the one block off");
+        assert_eq!(read("no block", None).0, None);
     }
 }

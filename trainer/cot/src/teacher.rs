@@ -1,8 +1,9 @@
 //! A teacher as the pipeline sees it: a question by content, answered from the journal or by one call through the
 //! gateway. Calls are retried with growing pauses; the gateway's `Retry-After` wins.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use potstill_data::journal::{Entry, Journal};
@@ -10,8 +11,14 @@ use potstill_shared::client::{CallError, Client};
 use potstill_shared::id::ContentId;
 use potstill_shared::openai::{ChatMessage, ChatRequest, GenerationOptions};
 use serde_json::json;
+use tokio::sync::Mutex as AsyncMutex;
 
 use crate::executor::StageError;
+
+/// So many questions given up without an answer between them stop the run.
+const MAX_FAILED_IN_A_ROW: u64 = 16;
+/// Longest pause before a call is tried again, whatever the endpoint asks for.
+const MAX_PAUSE: Duration = Duration::from_secs(300);
 
 /// What is asked.
 #[derive(Debug, Clone)]
@@ -78,6 +85,8 @@ pub struct Spent {
     pub remembered: AtomicU64,
     /// Calls that failed and were tried again.
     pub retries: AtomicU64,
+    /// Questions given up since the last answer.
+    pub failed_in_a_row: AtomicU64,
     /// Tokens of prompts.
     pub prompt_tokens: AtomicU64,
     /// Tokens written.
@@ -91,12 +100,44 @@ pub struct Teachers {
     journal: Arc<Journal>,
     patience: Patience,
     spent: Arc<Spent>,
+    under_way: Arc<UnderWay>,
+}
+
+/// Questions that are being asked, each with the gate that its askers pass one by one.
+#[derive(Default)]
+struct UnderWay {
+    gates: Mutex<HashMap<ContentId, Arc<AsyncMutex<()>>>>,
+}
+
+/// A place at a gate; the last one to leave takes the gate away.
+struct Turn<'a> {
+    under_way: &'a UnderWay,
+    id: ContentId,
+    gate: Arc<AsyncMutex<()>>,
+}
+
+impl UnderWay {
+    fn turn(&self, id: &ContentId) -> Turn<'_> {
+        let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
+        let gate = Arc::clone(gates.entry(id.clone()).or_default());
+        Turn { under_way: self, id: id.clone(), gate }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut gates = self.under_way.gates.lock().unwrap_or_else(PoisonError::into_inner);
+        // The map's own reference and this one.
+        if Arc::strong_count(&self.gate) == 2 {
+            gates.remove(&self.id);
+        }
+    }
 }
 
 impl Teachers {
     /// Joins endpoint and journal.
     pub fn new(client: Client, journal: Arc<Journal>, patience: Patience) -> Self {
-        Self { client, journal, patience, spent: Arc::default() }
+        Self { client, journal, patience, spent: Arc::default(), under_way: Arc::default() }
     }
 
     /// What was spent so far.
@@ -112,8 +153,13 @@ impl Teachers {
     /// Answers a question, from the journal when it was answered before.
     pub async fn ask(&self, question: &Question) -> Result<Arc<Entry>, AskError> {
         let id = question.id();
-        if let Some(entry) = self.journal.get(&id) {
-            self.spent.remembered.fetch_add(1, Ordering::Relaxed);
+        if let Some(entry) = self.remembered(&id) {
+            return Ok(entry);
+        }
+        // The same question may be under way (two traces that were rewritten to the same text): one call serves both.
+        let turn = self.under_way.turn(&id);
+        let _mine = turn.gate.lock().await;
+        if let Some(entry) = self.remembered(&id) {
             return Ok(entry);
         }
         let request = ChatRequest {
@@ -137,7 +183,17 @@ impl Teachers {
                 Ok(completion) => break completion,
                 Err(CallError::Retry { message, after }) => {
                     if attempt >= self.patience.attempts {
-                        return Err(AskError::Row(format!("{message} ({attempt} attempts)")));
+                        let failed = self.spent.failed_in_a_row.fetch_add(1, Ordering::Relaxed) + 1;
+                        let message = format!("{message} ({attempt} attempts)");
+                        // One question may be poison; many in a row mean that the endpoint is gone.
+                        return Err(if failed < MAX_FAILED_IN_A_ROW {
+                            AskError::Row(message)
+                        } else {
+                            let stage = question.stage;
+                            let problem =
+                                format!("{message}, and so for the last {failed} questions; nothing is lost");
+                            AskError::Run(StageError { stage, problem })
+                        });
                     }
                     tracing::debug!(
                         stage = question.stage,
@@ -146,14 +202,14 @@ impl Teachers {
                         "a call failed; it is tried again"
                     );
                     self.spent.retries.fetch_add(1, Ordering::Relaxed);
-                    tokio::time::sleep(after.unwrap_or(pause)).await;
+                    tokio::time::sleep(after.unwrap_or(pause).min(MAX_PAUSE)).await;
                     pause = (pause * 2).min(Duration::from_secs(30));
                     attempt += 1;
                 }
                 Err(CallError::Refused { message, status, code }) => {
                     let stage = question.stage;
                     // A wrong key or model name will not get better row by row.
-                    return Err(if matches!(status, 0 | 401 | 403 | 404) {
+                    return Err(if matches!(status, 0 | 401 | 402 | 403 | 404) {
                         AskError::Run(StageError { stage, problem: message })
                     } else {
                         AskError::Row(format!("{message} ({})", code.unwrap_or_default()))
@@ -162,6 +218,7 @@ impl Teachers {
             }
         };
         self.spent.calls.fetch_add(1, Ordering::Relaxed);
+        self.spent.failed_in_a_row.store(0, Ordering::Relaxed);
         self.spent.prompt_tokens.fetch_add(completion.usage.prompt_tokens, Ordering::Relaxed);
         self.spent.completion_tokens.fetch_add(completion.usage.completion_tokens, Ordering::Relaxed);
         let entry = Entry {
@@ -179,6 +236,12 @@ impl Teachers {
             .await
             .map_err(|error| stop(error.to_string()))?
             .map_err(|error| stop(error.to_string()))
+    }
+
+    fn remembered(&self, id: &ContentId) -> Option<Arc<Entry>> {
+        let entry = self.journal.get(id)?;
+        self.spent.remembered.fetch_add(1, Ordering::Relaxed);
+        Some(entry)
     }
 
     /// Asks a short question until `read` understands the answer: once as configured, then with other seeds.

@@ -56,8 +56,15 @@ impl Stage for Verify {
     }
 
     async fn process(&self, candidate: Candidate) -> Result<Outcome<Cot>, StageError> {
+        if candidate.cot.finish_reason != "stop" && candidate.original.is_none() {
+            return Ok(Outcome::Drop("truncated"));
+        }
         let mut last = None;
         for mut cot in std::iter::once(candidate.cot).chain(candidate.original) {
+            if cot.finish_reason != "stop" {
+                // Nothing truncated is trained on, whatever its answer.
+                continue;
+            }
             let verdict = self.verdict(&cot).await?;
             let correct = verdict.correct;
             cot.verdict = Some(verdict);

@@ -118,14 +118,17 @@ impl Journal {
         let number = state.appended;
         state.pending.push((line, number));
         let entry = Arc::new(entry);
-        state.entries.insert(entry.id.clone(), Arc::clone(&entry));
         self.shared.work.notify_one();
         while state.committed < number && state.failure.is_none() {
             state = self.shared.done.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         match &state.failure {
             Some(failure) if state.committed < number => Err(Arc::clone(failure)),
-            _ => Ok(entry),
+            _ => {
+                // Only what is on the disk is an answer.
+                state.entries.insert(entry.id.clone(), Arc::clone(&entry));
+                Ok(entry)
+            }
         }
     }
 }

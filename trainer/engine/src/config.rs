@@ -212,7 +212,13 @@ impl ModelConfig {
     /// Refuses shapes that cannot be.
     pub fn check(&self, path: &Path) -> Result<(), EngineError> {
         let heads = self.heads;
-        let problem = if heads.kv == 0 || !heads.query.is_multiple_of(heads.kv) {
+        const LARGEST: usize = 1 << 24;
+        let sizes =
+            [self.vocab_size, self.hidden_size, self.intermediate_size, self.layers, heads.query, heads.dim];
+        let problem = if sizes.iter().any(|size| *size > LARGEST) || self.layers > 4096 || heads.query > 4096
+        {
+            "a size is beyond anything that exists".to_owned()
+        } else if heads.query == 0 || heads.kv == 0 || !heads.query.is_multiple_of(heads.kv) {
             format!("{} query heads are not a multiple of {} key heads", heads.query, heads.kv)
         } else if heads.dim == 0 || !heads.dim.is_multiple_of(2) {
             format!("head size {} is not even", heads.dim)

@@ -131,13 +131,14 @@ pub struct Engine {
     thread: Option<JoinHandle<()>>,
     config: SchedulerConfig,
     context: usize,
+    vocabulary: usize,
 }
 
 impl Engine {
     /// Starts the step loop over `model`.
     pub fn start(model: &LoadedModel, config: SchedulerConfig) -> Result<Self, EngineError> {
         let lm = CausalLm::new(&model.config, &model.weights)?;
-        let context = model.config.max_positions;
+        let context = model.config.max_positions.min(config.kv_tokens);
         let shared =
             Arc::new(Shared { queue: Mutex::default(), wake: Condvar::new(), stats: Stats::default() });
         let mut steps = StepLoop {
@@ -149,9 +150,12 @@ impl Engine {
         };
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
-            .spawn(move || steps.run())
+            .spawn(move || {
+                let _ended = EndMark(Arc::clone(&steps.shared));
+                steps.run();
+            })
             .map_err(|error| EngineError::Stopped(error.to_string()))?;
-        Ok(Self { shared, thread: Some(thread), config, context })
+        Ok(Self { shared, thread: Some(thread), config, context, vocabulary: model.config.vocab_size })
     }
 
     /// Hands in a request. The receiver gets its text; dropping the receiver cancels it.
@@ -159,7 +163,11 @@ impl Engine {
         request.sampling.check()?;
         let prompt = request.prompt.len();
         let requested = prompt + request.max_tokens;
-        let limit = self.context.min(self.config.kv_tokens);
+        let limit = self.context;
+        if let Some(id) = request.prompt.iter().find(|&&id| id as usize >= self.vocabulary) {
+            let expected = "token ids of the model's vocabulary";
+            return Err(EngineError::Parameter { name: "prompt", expected, found: id.to_string() });
+        }
         if prompt == 0 || request.max_tokens == 0 || requested > limit {
             if prompt == 0 || request.max_tokens == 0 {
                 let name = if prompt == 0 { "prompt" } else { "max_tokens" };
@@ -192,6 +200,11 @@ impl Engine {
         &self.shared.stats
     }
 
+    /// Why it takes no more requests, when it does not.
+    pub fn stopped(&self) -> Option<String> {
+        locked(&self.shared).stopped.clone()
+    }
+
     /// Longest context.
     pub fn context(&self) -> usize {
         self.context
@@ -210,6 +223,17 @@ impl Drop for Engine {
         if let Some(thread) = self.thread.take() {
             let _panicked = thread.join();
         }
+    }
+}
+
+/// Marks the engine as stopped when its thread ends, by a panic too: nobody shall wait for an engine that is gone.
+struct EndMark(Arc<Shared>);
+
+impl Drop for EndMark {
+    fn drop(&mut self) {
+        let mut queue = locked(&self.0);
+        queue.stopped.get_or_insert_with(|| "its step loop ended".to_owned());
+        queue.waiting.clear();
     }
 }
 

@@ -100,10 +100,7 @@ pub fn resume(
     let text = std::fs::read_to_string(path.join("cursor.json")).map_err(|error| broken(&path, error))?;
     let cursor: Cursor = serde_json::from_str(&text).map_err(|error| broken(&path, error))?;
     if cursor.run_hash != run_hash {
-        return Err(broken(
-            &path,
-            "it belongs to other data or settings; remove it, or choose another output folder",
-        ));
+        return Err(LearnError::OtherRun { path });
     }
     let load = |name: &str| {
         candle_core::safetensors::load(path.join(name), &Device::Cpu).map_err(|error| broken(&path, error))

@@ -23,6 +23,12 @@ pub enum LearnError {
         /// Loss or gradient.
         what: &'static str,
     },
+    /// The newest checkpoint belongs to other data or settings.
+    #[error("`{path}` belongs to other data or settings; remove it, or choose another output folder")]
+    OtherRun {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A checkpoint cannot be used.
     #[error("checkpoint `{path}`: {problem}")]
     Checkpoint {

@@ -23,8 +23,10 @@ const WORDS: &str = "has gets buys finds gives loses sells more away times as ma
 pub fn tokenizer() -> Result<Tokenizer, EngineError> {
     let special = [END, USER, ASSISTANT];
     let marks = ["<think>", "</think>", "\\boxed{", "<score>", "</score>"];
-    let mut words: BTreeSet<String> = ('A'..='F').map(String::from).collect();
-    for word in NAMES.into_iter().chain(ITEMS).chain(WORDS.split_whitespace()) {
+    let letters: Vec<String> = ('A'..='F').map(String::from).collect();
+    let mut words = BTreeSet::new();
+    let named = NAMES.into_iter().chain(ITEMS).chain(WORDS.split_whitespace());
+    for word in named.chain(letters.iter().map(String::as_str)) {
         words.insert(word.to_owned());
         words.insert(format!(" {word}"));
     }

@@ -20,25 +20,23 @@ impl Run {
             problems.extend(good);
             quarantined.extend(bad);
         }
-        if let Some(builtin) = &section.builtin {
-            let taken = held_out.iter().map(|problem| problem.problem.clone()).collect();
-            problems.extend(generated(builtin, &taken));
-        }
-        let taken = problems.len() + quarantined.len();
+        let mut taken = problems.len() + quarantined.len();
         if !quarantined.is_empty() {
             let path = self.folder.path().join("quarantine.jsonl");
             write_records(&path, &quarantined)?;
             let count = quarantined.len();
             self.progress.say(format!("{count} lines could not be read; see `{}`", path.display()));
         }
-        let (problems, copies) = dedup::exact(problems);
+        let (problems, contaminated) = decontaminate::decontaminate(problems, &held_out);
+        let (mut problems, copies) = dedup::exact(problems);
         // Generated problems differ from the held-out ones by construction; their few sentence patterns would all count
         // as shared runs of words.
-        let (mut problems, contaminated) = if section.builtin.is_some() {
-            (problems, Vec::new())
-        } else {
-            decontaminate::decontaminate(problems, &held_out)
-        };
+        if let Some(builtin) = &section.builtin {
+            let held_out = held_out.iter().map(|problem| problem.problem.clone()).collect();
+            let made = generated(builtin, &held_out);
+            taken += made.len();
+            problems.extend(made);
+        }
         for hit in &contaminated {
             tracing::warn!(
                 problem = hit.problem,

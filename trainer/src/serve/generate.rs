@@ -126,7 +126,7 @@ fn template_message(message: &ChatMessage) -> Value {
     let mut value = Value::Object(message.extra.clone());
     value["role"] = json!(message.role);
     value["content"] = json!(message.plain());
-    if let Some(thinking) = &message.reasoning_content {
+    if let Some(thinking) = message.thinking() {
         value["reasoning_content"] = json!(thinking);
     }
     value

@@ -45,17 +45,29 @@ pub fn equal(gold: &str, answer: &str) -> Option<bool> {
     if let (Some(gold), Some(answer)) = (choice(&gold), choice(&answer)) {
         return Some(gold == answer);
     }
-    let is_words = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_alphabetic() || c == ' ');
-    if is_words(&gold) && is_words(&answer) {
-        return Some(gold.to_lowercase() == answer.to_lowercase());
+    let (gold, answer) = (gold.to_lowercase(), answer.to_lowercase());
+    if gold == answer && !gold.is_empty() {
+        return Some(true);
     }
-    None
+    // Different words may mean the same, except where only two words are possible.
+    let is_decision = |text: &str| ["yes", "no", "true", "false"].contains(&text);
+    (is_decision(&gold) && is_decision(&answer)).then_some(false)
 }
 
 /// `72 clips` where the known answer is a bare number: a unit that only one side names does not count.
 fn without_unit<'a>(answer: &'a str, gold: &str) -> &'a str {
-    let is_word = |c: char| c.is_alphabetic() || c == ' ';
-    if gold.contains(char::is_alphabetic) { answer } else { answer.trim_end_matches(is_word) }
+    const COUNTS: [&str; 8] =
+        ["dozen", "hundred", "thousand", "million", "billion", "trillion", "half", "percent"];
+    match answer.split_once(' ') {
+        Some((number, unit)) if !gold.contains(char::is_alphabetic) => {
+            let is_unit = |word: &str| {
+                let letters = word.len() > 1 && word.bytes().all(|byte| byte.is_ascii_alphabetic());
+                letters && !COUNTS.iter().any(|count| word.to_ascii_lowercase().starts_with(count))
+            };
+            if unit.split(' ').all(is_unit) { number } else { answer }
+        }
+        _ => answer,
+    }
 }
 
 /// The letter of a multiple-choice answer: `B`, `(B)`, `B.`.
@@ -89,6 +101,12 @@ mod tests {
             ("72", "", None),
             ("72", "72 clips", Some(true)),
             ("5 cm", "5 m", None),
+            ("3", "3x", None),
+            ("2", "2 dozen", None),
+            ("5", "5 million", None),
+            ("Monday", "on Monday", None),
+            ("yes", "no", Some(false)),
+            ("4", "8/4/2", None),
             (
                 "340282366920938463463374607431768211457",
                 "340282366920938463463374607431768211456",

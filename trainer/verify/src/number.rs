@@ -15,15 +15,12 @@ pub struct Number {
 /// Reads an integer, decimal, fraction (`a/b`, `\frac{a}{b}`), mixed number or percentage.
 pub fn parse(text: &str) -> Option<Number> {
     let text = text.trim();
-    if let Some(rest) = text.strip_suffix('%') {
-        let number = parse(rest)?;
-        return (!number.percent).then_some(Number { percent: true, ..number });
-    }
+    let (text, percent) = text.strip_suffix('%').map_or((text, false), |rest| (rest.trim_end(), true));
     let (negative, body) = match text.strip_prefix(['-', '+']) {
         Some(rest) => (text.starts_with('-'), rest.trim()),
         None => (false, text),
     };
-    let number = unsigned(body)?;
+    let number = Number { percent, ..unsigned(body)? };
     Some(if negative { number.negated() } else { number })
 }
 
@@ -41,9 +38,11 @@ fn unsigned(text: &str) -> Option<Number> {
 
 fn mixed(whole: &str, top: &str, bottom: &str) -> Option<Number> {
     let integer = |text: &str| -> Option<i128> {
-        let number = parse(text)?;
-        match (number.decimals, number.percent, number.ratio) {
-            (None, false, Some((value, 1))) => Some(value),
+        let text = text.trim();
+        let (sign, digits) = text.strip_prefix('-').map_or((1, text), |rest| (-1, rest));
+        let number = decimal(digits)?;
+        match (number.decimals, number.ratio) {
+            (None, Some((value, 1))) => Some(sign * value),
             _ => None,
         }
     };
