@@ -39,6 +39,8 @@ pub struct Limits {
     pub head_ms: u64,
     /// Between two pieces of a request body.
     pub body_idle_ms: u64,
+    /// A client that takes nothing of its answer for so long is given up.
+    pub write_idle_ms: u64,
     /// Largest request body.
     pub body_bytes: usize,
 }
@@ -50,6 +52,7 @@ impl Default for Limits {
             first_byte_ms: 60_000,
             head_ms: 65_000,
             body_idle_ms: 30_000,
+            write_idle_ms: 120_000,
             body_bytes: 32 << 20,
         }
     }

@@ -14,6 +14,7 @@ pub mod keys;
 pub mod pool;
 pub mod server;
 pub mod stack;
+mod stall;
 pub mod telemetry;
 pub mod upstream;
 

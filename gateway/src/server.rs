@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::{Config, ms};
+use crate::stall::StallGuard;
 
 /// Largest request head.
 const HEAD_BYTES: usize = 64 << 10;
@@ -82,6 +83,7 @@ fn connection(
     draining: CancellationToken,
 ) -> impl Future<Output = ()> + use<> {
     let (first_byte, head) = (ms(config.limits.first_byte_ms), ms(config.limits.head_ms));
+    let write_idle = ms(config.limits.write_idle_ms);
     async move {
         let _unset = stream.set_nodelay(true);
         let silent = tokio::select! {
@@ -95,7 +97,10 @@ fn connection(
             .timer(TokioTimer::new())
             .header_read_timeout(head)
             .max_buf_size(HEAD_BYTES)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+            .serve_connection(
+                TokioIo::new(StallGuard::new(stream, write_idle)),
+                TowerToHyperService::new(router),
+            );
         tokio::pin!(connection);
         let ended = tokio::select! {
             ended = connection.as_mut() => ended,

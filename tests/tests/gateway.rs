@@ -151,6 +151,23 @@ async fn a_slow_reader_holds_back_its_node() {
 }
 
 #[tokio::test]
+async fn a_client_that_stops_reading_is_given_up() {
+    use tokio::io::AsyncWriteExt;
+    let mock = Mock::start(Behaviour::Endless).await;
+    let mut configuration = config(pool(&[&mock], 4));
+    configuration.limits.write_idle_ms = 200;
+    let gateway = TestGateway::start(configuration).await;
+    let mut socket = tokio::net::TcpStream::connect(gateway.address()).await.unwrap();
+    let body = r#"{"model":"m","stream":true,"messages":[{"role":"user","content":"x"}]}"#;
+    let head =
+        format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    socket.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
+    mock.busy(1).await;
+    mock.idle().await;
+    gateway.all_free().await;
+}
+
+#[tokio::test]
 async fn a_dead_node_costs_one_retry_and_no_answer() {
     let mut dead = Mock::start(Behaviour::Answer(1)).await;
     let good = Mock::start(Behaviour::Answer(1)).await;
