@@ -81,7 +81,7 @@ async fn the_api_of_a_node() {
 
     let (_, completion) = post(
         &format!("{url}/v1/completions"),
-        json!({"model": "teacher", "prompt": ["<|user|>A Dan has 3 cards.", [1, 2]], "max_tokens": 2, "echo": true}),
+        json!({"model": "teacher", "prompt": ["<|user|>A Dan has 3 cards.", "B Dan"], "max_tokens": 2, "echo": true}),
     )
     .await;
     assert_eq!(completion["choices"].as_array().unwrap().len(), 2);

@@ -20,8 +20,9 @@ fn recipe(folder: &Path) -> std::path::PathBuf {
     table["collect"]["builtin"]["problems"] = 120.into();
     table["evaluate"]["builtin"]["problems"] = 9.into();
     table["evaluate"]["samples"] = 2.into();
-    table["sft"]["run"]["max_steps"] = 12.into();
-    table["sft"]["run"]["checkpoint_every"] = 5.into();
+    let run = table["sft"]["run"].as_table_mut().unwrap();
+    run.insert("max_steps".to_owned(), 12.into());
+    run.insert("checkpoint_every".to_owned(), 5.into());
     let path = folder.join("recipe.toml");
     potstill_shared::durable::write_file(&path, toml::to_string(&table).unwrap().as_bytes()).unwrap();
     path
