@@ -1,228 +1,94 @@
 //! The configuration: one typed tree, unknown keys refused, defaults in one place. All times carry their unit in the name.
 
+pub mod keys;
+pub mod limits;
+pub mod pools;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::keys::{JwtConfig, KeyConfig, KeyLimits, Priority};
+pub use self::limits::Limits;
+pub use self::pools::{
+    Balance, Deadlines, HealthConfig, HedgeConfig, NodeConfig, OutlierConfig, PoolConfig, Price,
+    ProcessConfig, QueueConfig, Reasoning, RetryConfig,
+};
+
 /// The whole configuration.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Where to listen.
     #[serde(default = "default_listen")]
     pub listen: SocketAddr,
+    /// Certificate and key of the listener; none for plain text.
+    pub tls: Option<TlsConfig>,
+    /// The admin API; none for no admin API.
+    pub admin: Option<AdminConfig>,
     /// Bounds on clients.
     #[serde(default)]
     pub limits: Limits,
-    /// Client keys; without any, everyone is let in.
+    /// Client keys; without any (here, in `keys_file` or by `jwt`), everyone is let in.
     #[serde(default)]
     pub keys: Vec<KeyConfig>,
+    /// A file of further `[[keys]]`, which `potstill-gateway key new` and the admin API write.
+    pub keys_file: Option<PathBuf>,
+    /// Bearer tokens signed by someone else.
+    pub jwt: Option<JwtConfig>,
     /// One pool per model.
     #[serde(default)]
     pub pools: Vec<PoolConfig>,
     /// Seconds that streams may still run after SIGTERM.
     #[serde(default = "default_drain")]
     pub drain_seconds: u64,
+    /// One JSON line per request on standard output, without prompts and answers.
+    #[serde(default)]
+    pub access_log: bool,
+    /// Where traces go: the base URL of an OpenTelemetry collector that takes OTLP over HTTP.
+    pub otlp_endpoint: Option<String>,
 }
 
-/// Bounds on connections and requests.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Limits {
-    /// Open connections.
-    pub connections: usize,
-    /// Until the first byte of a connection.
-    pub first_byte_ms: u64,
-    /// Until a request head is whole, and between requests.
-    pub head_ms: u64,
-    /// Between two pieces of a request body.
-    pub body_idle_ms: u64,
-    /// A client that takes nothing of its answer for so long is given up.
-    pub write_idle_ms: u64,
-    /// Largest request body.
-    pub body_bytes: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            connections: 20_000,
-            first_byte_ms: 60_000,
-            head_ms: 65_000,
-            body_idle_ms: 30_000,
-            write_idle_ms: 120_000,
-            body_bytes: 32 << 20,
-        }
-    }
-}
-
-/// A client key. The key itself is never stored: either its hash stands here, or it is read from the environment.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// TLS of the listener. The files are read again on reload.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct KeyConfig {
-    /// For logs and metrics.
-    pub name: String,
-    /// BLAKE3 hash of the key, as `potstill-gateway key` prints it.
+pub struct TlsConfig {
+    /// PEM file with the certificate chain.
+    pub certificate: PathBuf,
+    /// PEM file with the private key.
+    pub key: PathBuf,
+    /// PEM file with the authorities that sign client certificates; asks every client for one.
+    pub client_ca: Option<PathBuf>,
+}
+
+/// The admin API's own listener and key.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdminConfig {
+    /// Where to listen.
+    #[serde(default = "default_admin")]
+    pub listen: SocketAddr,
+    /// BLAKE3 hash of the admin key, as `potstill-gateway key new` prints it.
     pub hash: Option<String>,
-    /// Environment variable that holds the key.
+    /// Environment variable that holds the admin key.
     pub env: Option<String>,
-    /// Requests per minute; none for no limit.
-    pub requests_per_minute: Option<u32>,
-    /// Models that it may use; empty for all.
+    /// Nodes that are added by the API may have private addresses (a cluster needs this).
     #[serde(default)]
-    pub models: Vec<String>,
-}
-
-/// The nodes of one model.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PoolConfig {
-    /// Name that clients use.
-    pub model: String,
-    /// Nodes that run elsewhere.
-    #[serde(default)]
-    pub nodes: Vec<NodeConfig>,
-    /// Nodes that the gateway starts and stops itself.
-    pub process: Option<ProcessConfig>,
-    /// Bounds on waiting.
-    #[serde(default)]
-    pub queue: QueueConfig,
-    /// Deadlines towards nodes.
-    #[serde(default)]
-    pub deadlines: Deadlines,
-    /// How nodes are watched.
-    #[serde(default)]
-    pub health: HealthConfig,
-}
-
-/// One node.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NodeConfig {
-    /// Base URL without `/v1`, `http://host:port`.
-    pub url: String,
-    /// Requests that it works on at once.
-    #[serde(default = "default_slots")]
-    pub slots: usize,
-    /// Environment variable with the node's own key.
-    pub api_key_env: Option<String>,
-}
-
-/// Local node processes.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ProcessConfig {
-    /// Program and arguments; `{port}` stands for the port it must listen on (127.0.0.1).
-    pub command: Vec<String>,
-    /// Folder for one log file per node; none discards what nodes print.
-    pub log_folder: Option<PathBuf>,
-    /// Fewest nodes.
-    #[serde(default)]
-    pub min: usize,
-    /// Most nodes.
-    #[serde(default = "default_max")]
-    pub max: usize,
-    /// Requests that a node works on at once.
-    #[serde(default = "default_slots")]
-    pub slots: usize,
-    /// How long the demand must stay low before a node is taken away.
-    #[serde(default = "default_down_ms")]
-    pub scale_down_ms: u64,
-    /// How often the demand is looked at.
-    #[serde(default = "default_tick_ms")]
-    pub tick_ms: u64,
-    /// A node that is not ready after this is stopped.
-    #[serde(default = "default_start_ms")]
-    pub start_ms: u64,
-}
-
-/// Bounds on the requests that wait for a slot.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct QueueConfig {
-    /// Most requests.
-    pub requests: usize,
-    /// Most bytes of request bodies.
-    pub bytes: usize,
-    /// Longest wait.
-    pub wait_ms: u64,
-}
-
-impl Default for QueueConfig {
-    fn default() -> Self {
-        Self { requests: 4096, bytes: 256 << 20, wait_ms: 600_000 }
-    }
-}
-
-/// The four clocks of a request to a node.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Deadlines {
-    /// Until the connection stands.
-    pub connect_ms: u64,
-    /// Until the response head.
-    pub first_byte_ms: u64,
-    /// Between two pieces of the response.
-    pub idle_ms: u64,
-    /// For the whole response.
-    pub total_ms: u64,
-}
-
-impl Default for Deadlines {
-    /// Fit for half an hour of thinking.
-    fn default() -> Self {
-        Self { connect_ms: 2_000, first_byte_ms: 1_800_000, idle_ms: 120_000, total_ms: 3_600_000 }
-    }
-}
-
-/// Active health checks.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct HealthConfig {
-    /// Path that answers 200 when the node can work.
-    pub path: String,
-    /// Time between checks.
-    pub interval_ms: u64,
-    /// Time for one check.
-    pub timeout_ms: u64,
-    /// Failures in a row that take a node out.
-    pub failures: u32,
-}
-
-impl Default for HealthConfig {
-    fn default() -> Self {
-        Self { path: "/health".to_owned(), interval_ms: 2_000, timeout_ms: 2_000, failures: 2 }
-    }
+    pub allow_private: bool,
 }
 
 fn default_listen() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 8080))
 }
 
+fn default_admin() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 8081))
+}
+
 fn default_drain() -> u64 {
     30
-}
-
-fn default_slots() -> usize {
-    8
-}
-
-fn default_max() -> usize {
-    1
-}
-
-fn default_down_ms() -> u64 {
-    30_000
-}
-
-fn default_tick_ms() -> u64 {
-    500
-}
-
-fn default_start_ms() -> u64 {
-    300_000
 }
 
 /// Milliseconds as a duration.
@@ -240,32 +106,63 @@ pub struct ConfigError {
     pub problems: Vec<String>,
 }
 
+/// Reads a TOML document; an error names the key and what was expected there.
+fn read_toml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let refused = |problem: String| ConfigError { path: path.to_owned(), problems: vec![problem] };
+    let text = std::fs::read_to_string(path).map_err(|error| refused(error.to_string()))?;
+    let document = toml::Deserializer::parse(&text).map_err(|error| refused(error.to_string()))?;
+    serde_path_to_error::deserialize(document)
+        .map_err(|error| refused(format!("key `{}`: {}", error.path(), error.inner().message())))
+}
+
 impl Config {
     /// An empty configuration that listens on `listen`.
     pub fn new(listen: SocketAddr) -> Self {
         Self {
             listen,
+            tls: None,
+            admin: None,
             limits: Limits::default(),
             keys: Vec::new(),
+            keys_file: None,
+            jwt: None,
             pools: Vec::new(),
             drain_seconds: default_drain(),
+            access_log: false,
+            otlp_endpoint: None,
         }
     }
 
-    /// Reads and checks a file.
+    /// Reads and checks a file, and the keys file that it names. Relative paths in it start at its own folder.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let refused = |problem: String| ConfigError { path: path.to_owned(), problems: vec![problem] };
-        let text = std::fs::read_to_string(path).map_err(|error| refused(error.to_string()))?;
-        let document = toml::Deserializer::parse(&text).map_err(|error| refused(error.to_string()))?;
-        let config: Self = serde_path_to_error::deserialize(document)
-            .map_err(|error| refused(format!("key `{}`: {}", error.path(), error.inner().message())))?;
-        let problems = config.problems();
+        let mut config: Self = read_toml(path)?;
+        config.resolve(path.parent().unwrap_or(Path::new("")));
+        let mut problems = config.problems();
+        if let Some(file) = &config.keys_file {
+            match keys::read_file(file) {
+                Ok(keys) => problems.extend(keys::problems(&keys, "keys_file")),
+                Err(error) => problems.push(error.to_string()),
+            }
+        }
         if problems.is_empty() { Ok(config) } else { Err(ConfigError { path: path.to_owned(), problems }) }
+    }
+
+    fn resolve(&mut self, folder: &Path) {
+        let anchor = |path: &mut PathBuf| *path = folder.join(&*path);
+        self.keys_file.as_mut().map(anchor);
+        if let Some(tls) = &mut self.tls {
+            anchor(&mut tls.certificate);
+            anchor(&mut tls.key);
+            tls.client_ca.as_mut().map(anchor);
+        }
+        if let Some(jwt) = &mut self.jwt {
+            jwt.public_key.as_mut().map(anchor);
+        }
     }
 
     /// What is wrong beyond types.
     pub fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
+        let mut problems = keys::problems(&self.keys, "keys");
         let mut models = std::collections::HashSet::new();
         for (index, pool) in self.pools.iter().enumerate() {
             let place = format!("pools[{index}] (`{}`)", pool.model);
@@ -274,74 +171,18 @@ impl Config {
             }
             problems.extend(pool.problems().into_iter().map(|problem| format!("{place}: {problem}")));
         }
-        for (index, key) in self.keys.iter().enumerate() {
-            let place = format!("keys[{index}] (`{}`)", key.name);
-            match (&key.hash, &key.env) {
-                (Some(hash), None) if hash.len() == 64 && hash.bytes().all(|b| b.is_ascii_hexdigit()) => {}
-                (Some(_), None) => {
-                    problems.push(format!(
-                        "{place}: `hash` must be the 64 digits that `potstill-gateway key` prints"
-                    ));
-                }
-                (None, Some(variable)) if std::env::var(variable).is_ok_and(|key| !key.is_empty()) => {}
-                (None, Some(variable)) => {
-                    problems.push(format!("{place}: environment variable `{variable}` is not set"))
-                }
-                _ => problems.push(format!("{place}: give either `hash` or `env`")),
-            }
-            if key.requests_per_minute == Some(0) {
-                problems.push(format!("{place}: `requests_per_minute` must be at least 1"));
+        for pool in &self.pools {
+            for other in pool.fallback.iter().filter(|other| !models.contains(other)) {
+                problems
+                    .push(format!("pool `{}`: `fallback` names `{other}`, which has no pool", pool.model));
             }
         }
-        problems
-    }
-}
-
-impl PoolConfig {
-    /// A pool without nodes.
-    pub fn new(model: impl Into<String>) -> Self {
-        Self {
-            model: model.into(),
-            nodes: Vec::new(),
-            process: None,
-            queue: QueueConfig::default(),
-            deadlines: Deadlines::default(),
-            health: HealthConfig::default(),
+        problems.extend(self.limits.problems().into_iter().map(|problem| format!("limits: {problem}")));
+        if let Some(admin) = &self.admin {
+            problems.extend(keys::secret_problem(&admin.hash, &admin.env).map(|p| format!("admin: {p}")));
         }
-    }
-
-    /// What is wrong beyond types.
-    pub fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
-        if self.model.is_empty() || self.model.len() > 200 || self.model.contains(char::is_control) {
-            problems.push("`model` must have 1 to 200 printable characters".to_owned());
-        }
-        if self.nodes.is_empty() && self.process.is_none() {
-            problems.push("no nodes; give `nodes` or `process`".to_owned());
-        }
-        for node in &self.nodes {
-            if let Err(problem) = crate::pool::node::parse_url(&node.url) {
-                problems.push(format!("node `{}`: {problem}", node.url));
-            }
-            if node.slots == 0 {
-                problems.push(format!("node `{}`: `slots` must be at least 1", node.url));
-            }
-            if let Some(variable) =
-                node.api_key_env.as_ref().filter(|variable| std::env::var(variable).is_err())
-            {
-                problems.push(format!("node `{}`: environment variable `{variable}` is not set", node.url));
-            }
-        }
-        if let Some(process) = &self.process {
-            if process.command.is_empty() || !process.command.iter().any(|part| part.contains("{port}")) {
-                problems.push("`process.command` must name a program and contain `{port}`".to_owned());
-            }
-            if process.min > process.max || process.max == 0 || process.slots == 0 {
-                problems.push(format!(
-                    "`process` needs min <= max, max >= 1 and slots >= 1, not min {}, max {}, slots {}",
-                    process.min, process.max, process.slots
-                ));
-            }
+        if let Some(jwt) = &self.jwt {
+            problems.extend(jwt.problems().into_iter().map(|problem| format!("jwt: {problem}")));
         }
         problems
     }
@@ -362,15 +203,15 @@ mod tests {
         let error = read("[[pools]]\nmodel = \"m\"\nnodez = []").unwrap_err().to_string();
         assert!(error.contains("pools[0]") && error.contains("nodez"), "{error}");
         let error = read(
-            "[[pools]]\nmodel = \"m\"\nnodes = [{url = \"ftp://x\"}]\n[[pools]]\nmodel = \"m\"\n[[keys]]\nname = \"a\"",
+            "[[pools]]\nmodel = \"m\"\nnodes = [{url = \"ftp://x\"}]\nfallback = [\"z\"]\n[[pools]]\nmodel = \"m\"\n[[keys]]\nname = \"a\"",
         )
         .unwrap_err();
-        assert_eq!(error.problems.len(), 4, "{error}");
+        assert_eq!(error.problems.len(), 5, "{error}");
     }
 
     #[test]
     fn a_small_configuration_is_enough() {
         let config = read("[[pools]]\nmodel = \"m\"\nnodes = [{url = \"http://127.0.0.1:9000\"}]").unwrap();
-        assert_eq!(config.pools[0].nodes[0].slots, 8);
+        assert_eq!(config.pools[0].nodes[0].slots, None, "learnt");
     }
 }

@@ -1,11 +1,11 @@
 //! What a client is told. The only place that turns a cause into a status, an OpenAI error body and `Retry-After`.
 
 use axum::response::{IntoResponse, Response};
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderName, HeaderValue, StatusCode, header};
 use potstill_shared::openai::ErrorBody;
 
 /// Why a request was not served.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum GatewayError {
     /// No key, or one that is not known.
     #[error("the API key is missing or not known; send it as `Authorization: Bearer KEY`")]
@@ -52,9 +52,23 @@ pub enum GatewayError {
     /// The path does not take this method.
     #[error("the method is not allowed for this path")]
     MethodNotAllowed,
-    /// The key asked too often.
-    #[error("the key has used up its requests per minute")]
+    /// The request head breaks a rule of HTTP that guards the way to the nodes.
+    #[error("{message}")]
+    BadHead {
+        /// What is wrong.
+        message: &'static str,
+    },
+    /// The request body is encoded.
+    #[error("the request body must not be encoded; send it without `content-encoding`")]
+    Encoded,
+    /// The gateway holds as many bytes as it may.
+    #[error("the gateway holds as many bytes of requests as it may")]
+    Overloaded,
+    /// The key asked too much.
+    #[error("the key has used up its {what}")]
     RateLimited {
+        /// Which limit.
+        what: &'static str,
         /// Seconds until the next request is let in.
         retry_after: u64,
     },
@@ -71,6 +85,8 @@ pub enum GatewayError {
     WaitTooLong {
         /// The model.
         model: String,
+        /// Seconds until a retry makes sense.
+        retry_after: u64,
     },
     /// The pool has no node that works.
     #[error("no node for `{model}` is available")]
@@ -90,6 +106,16 @@ pub enum GatewayError {
     /// The node did not answer in time.
     #[error("the node did not answer in time")]
     NodeTimeout,
+    /// The node itself refused, in its own words.
+    #[error("{}", body.error.message)]
+    Node {
+        /// Its status, as clients should see it.
+        status: StatusCode,
+        /// Its words.
+        body: Box<ErrorBody>,
+        /// Its `Retry-After`.
+        retry_after: Option<u64>,
+    },
 }
 
 impl GatewayError {
@@ -98,15 +124,18 @@ impl GatewayError {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::ModelNotAllowed { .. } => StatusCode::FORBIDDEN,
-            Self::Invalid { .. } => StatusCode::BAD_REQUEST,
+            Self::Invalid { .. } | Self::BadHead { .. } => StatusCode::BAD_REQUEST,
+            Self::Encoded => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Self::ModelNotFound { .. } | Self::NotFound { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-            Self::RateLimited { .. } | Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::WaitTooLong { .. } | Self::NoNode { .. } | Self::Draining => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::RateLimited { .. }
+            | Self::QueueFull { .. }
+            | Self::WaitTooLong { .. }
+            | Self::Overloaded => StatusCode::TOO_MANY_REQUESTS,
+            Self::NoNode { .. } | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Node { status, .. } => *status,
             Self::NodeFailed { .. } => StatusCode::BAD_GATEWAY,
             Self::NodeTimeout => StatusCode::GATEWAY_TIMEOUT,
         }
@@ -130,22 +159,44 @@ impl GatewayError {
             Self::Draining => "draining",
             Self::NodeFailed { .. } => "node_failed",
             Self::NodeTimeout => "node_timeout",
+            Self::BadHead { .. } => "bad_head",
+            Self::Encoded => "encoded_body",
+            Self::Overloaded => "overloaded",
+            Self::Node { .. } => "node_refused",
         }
     }
 
     fn retry_after(&self) -> Option<u64> {
         match self {
-            Self::RateLimited { retry_after } | Self::QueueFull { retry_after, .. } => {
-                Some((*retry_after).clamp(1, 60))
-            }
-            Self::WaitTooLong { .. } | Self::NoNode { .. } => Some(5),
-            Self::Draining => Some(1),
-            _ => None,
+            Self::RateLimited { retry_after, .. }
+            | Self::QueueFull { retry_after, .. }
+            | Self::WaitTooLong { retry_after, .. }
+            | Self::Node { retry_after: Some(retry_after), .. } => Some((*retry_after).clamp(1, 60)),
+            Self::NoNode { .. } => Some(5),
+            Self::Draining | Self::Overloaded => Some(1),
+            // Every 429 and 503 says when to come back.
+            _ => matches!(self.status().as_u16(), 429 | 503).then_some(5),
+        }
+    }
+
+    /// Whether another pool may serve the request instead: this one is full, empty or failing.
+    pub fn elsewhere(&self) -> bool {
+        match self {
+            Self::QueueFull { .. }
+            | Self::WaitTooLong { .. }
+            | Self::NoNode { .. }
+            | Self::NodeFailed { .. }
+            | Self::NodeTimeout => true,
+            Self::Node { status, .. } => *status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error(),
+            _ => false,
         }
     }
 
     /// OpenAI's error body.
     pub fn body(&self) -> ErrorBody {
+        if let Self::Node { body, .. } = self {
+            return ErrorBody::clone(body);
+        }
         let kind = match self.status().as_u16() {
             401 => "authentication_error",
             403 => "permission_error",
@@ -167,8 +218,13 @@ impl IntoResponse for GatewayError {
         let mut response = (self.status(), self.body().to_json()).into_response();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(HeaderName::from_static("x-potstill-reason"), HeaderValue::from_static(self.code()));
         if let Some(seconds) = self.retry_after() {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        // What is left of such a request on the connection is not to be taken for another one.
+        if matches!(self, Self::BadHead { .. } | Self::TooLarge { .. } | Self::SlowBody | Self::Encoded) {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response
     }

@@ -1,75 +1,180 @@
-//! The gateway as a whole: built from a configuration, served until told to stop, pools added while it runs.
+//! The gateway as a whole: built from a configuration, served until told to stop, configured anew and given pools while it
+//! runs.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use axum::Router;
-use axum::extract::{Path, State};
-use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use http::{StatusCode, Uri, header};
-use potstill_shared::openai::{ModelCard, ModelList, now_seconds};
+use axum::response::{IntoResponse, Response as LocalResponse};
+use http::Request;
+use hyper::body::Incoming;
+use potstill_shared::openai::now_seconds;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tower::ServiceExt;
 
+use crate::api::reply::Answer;
 use crate::autoscale::process;
-use crate::config::{Config, PoolConfig};
-use crate::error::GatewayError;
+use crate::config::{Config, Limits, PoolConfig, keys};
 use crate::keys::Keys;
 use crate::pool::{Load, ModelPool, health};
-use crate::stack;
+use crate::record::InFlight;
+use crate::server::{Handler, tls};
 use crate::telemetry::Metrics;
-use crate::upstream::client::Upstream;
+use crate::telemetry::access::AccessLog;
+use crate::telemetry::traces::Traces;
+use crate::upstream::connect::Connector;
+
+/// What a reload replaces, as a whole.
+pub(crate) struct Live {
+    pub(crate) config: Config,
+    pub(crate) limits: Arc<Limits>,
+    pub(crate) keys: Keys,
+    tls: Option<tls::Tls>,
+}
 
 /// What every request can reach.
 pub(crate) struct Shared {
-    pub(crate) config: Config,
-    pub(crate) keys: Keys,
+    live: ArcSwap<Live>,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) upstream: Upstream,
+    pub(crate) connector: Connector,
+    pub(crate) in_flight: InFlight,
+    pub(crate) access_log: Option<AccessLog>,
+    pub(crate) traces: Option<Traces>,
     /// Cancelled: no new requests.
     pub(crate) stop: CancellationToken,
     /// Cancelled after the last stream: watchers and scalers end, node processes are stopped.
     end: CancellationToken,
-    pools: ArcSwap<BTreeMap<String, Arc<ModelPool>>>,
+    pub(crate) pools: ArcSwap<BTreeMap<String, Arc<ModelPool>>>,
+    local: std::sync::OnceLock<Router>,
     tasks: TaskTracker,
-    started: u64,
+    pub(crate) started: u64,
 }
 
 impl Shared {
+    pub(crate) fn live(&self) -> arc_swap::Guard<Arc<Live>> {
+        self.live.load()
+    }
+
     pub(crate) fn pool(&self, model: &str) -> Option<Arc<ModelPool>> {
         self.pools.load().get(model).cloned()
     }
+
+    /// What the gateway itself answers.
+    pub(crate) async fn local(self: &Arc<Self>, request: Request<Incoming>) -> LocalResponse {
+        let router = self.local.get_or_init(|| crate::api::local::router(self)).clone();
+        match router.oneshot(request).await {
+            Ok(answer) => answer.into_response(),
+            Err(never) => match never {},
+        }
+    }
+}
+
+/// Why a gateway could not be built, or a new configuration not be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The metrics clash.
+    #[error(transparent)]
+    Metrics(#[from] prometheus::Error),
+    /// Something that the configuration names does not work.
+    #[error("{0}")]
+    Config(String),
 }
 
 /// A gateway; cheap to clone, all clones are the same one.
 #[derive(Clone)]
 pub struct Gateway {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 impl Gateway {
     /// Builds the gateway and starts watching its pools. Needs a tokio runtime.
-    pub fn build(config: Config) -> Result<Self, prometheus::Error> {
-        let connect = config.pools.iter().map(|pool| pool.deadlines.connect_ms).max().unwrap_or(2_000);
+    pub fn build(config: Config) -> Result<Self, BuildError> {
+        Self::build_with(config, Connector::default())
+    }
+
+    /// The same, with a connector of one's own.
+    pub fn build_with(config: Config, connector: Connector) -> Result<Self, BuildError> {
+        let live = Live::new(config, None).map_err(BuildError::Config)?;
+        let access_log = live.config.access_log.then(AccessLog::start).transpose();
+        let end = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        let traces =
+            live.config.otlp_endpoint.as_ref().map(|endpoint| Traces::start(endpoint, &tasks, end.clone()));
         let shared = Arc::new(Shared {
-            keys: Keys::new(&config.keys),
             metrics: Metrics::new()?,
-            upstream: Upstream::new(crate::config::ms(connect)),
+            connector,
+            in_flight: InFlight::default(),
+            access_log: access_log.map_err(|error| BuildError::Config(format!("access_log: {error}")))?,
+            traces: traces.transpose().map_err(BuildError::Config)?,
             stop: CancellationToken::new(),
-            end: CancellationToken::new(),
+            end,
             pools: ArcSwap::default(),
-            tasks: TaskTracker::new(),
+            local: std::sync::OnceLock::new(),
+            tasks,
             started: now_seconds(),
-            config,
+            live: ArcSwap::from_pointee(live),
         });
         let gateway = Self { shared };
-        for pool in gateway.shared.config.pools.clone() {
+        for pool in gateway.shared.live().config.pools.clone() {
             gateway.add_pool(pool);
         }
         Ok(gateway)
+    }
+
+    /// Takes a new configuration: keys, limits, TLS, pools and nodes change at once, requests in flight go on. Listeners, the
+    /// access log and traces stay as they are. On an error everything stays as it was.
+    pub fn reload(&self, config: Config) -> Result<(), BuildError> {
+        let shared = &self.shared;
+        let before = shared.live.load_full();
+        let problems = config.problems();
+        let live =
+            if problems.is_empty() { Live::new(config, Some(&before)) } else { Err(problems.join("; ")) };
+        let outcome = live.map(|live| {
+            let pools = live.config.pools.clone();
+            shared.live.store(Arc::new(live));
+            self.replace_pools(&before.config.pools, pools);
+        });
+        let label = if outcome.is_ok() { "taken" } else { "refused" };
+        shared.metrics.reloads.with_label_values(&[label]).inc();
+        outcome.map_err(BuildError::Config)
+    }
+
+    fn replace_pools(&self, before: &[PoolConfig], now: Vec<PoolConfig>) {
+        let gone: Vec<_> =
+            before.iter().filter(|old| !now.iter().any(|new| new.model == old.model)).collect();
+        for pool in gone {
+            self.remove_pool(&pool.model);
+        }
+        for pool in now {
+            match self.shared.pool(&pool.model) {
+                Some(known) if *known.config().as_ref() == pool => {}
+                Some(known) if known.config().process == pool.process => known.reconfigure(pool),
+                // Its scaler starts anew with it.
+                Some(_) => {
+                    self.remove_pool(&pool.model);
+                    self.add_pool(pool);
+                }
+                None => {
+                    self.add_pool(pool);
+                }
+            }
+        }
+    }
+
+    /// Takes a pool away: new requests for its model get 404, those in flight go on.
+    pub fn remove_pool(&self, model: &str) {
+        self.shared.pools.rcu(|pools| {
+            let mut pools = BTreeMap::clone(pools);
+            if let Some(pool) = pools.remove(model) {
+                pool.retire();
+            }
+            pools
+        });
     }
 
     /// Adds a pool. False when the model has one already (that one stays as it is), or when the configuration is wrong.
@@ -81,7 +186,7 @@ impl Gateway {
             return false;
         }
         let model = config.model.clone();
-        let pool = ModelPool::new(config);
+        let pool = ModelPool::new(config, &shared.metrics, shared.end.child_token());
         let before = shared.pools.rcu(|pools| {
             let mut pools = BTreeMap::clone(pools);
             pools.entry(model.clone()).or_insert_with(|| Arc::clone(&pool));
@@ -90,14 +195,9 @@ impl Gateway {
         if before.contains_key(&model) {
             return false;
         }
-        shared.tasks.spawn(health::watch(Arc::clone(&pool), shared.upstream.clone(), shared.end.clone()));
-        if pool.config.process.is_some() {
-            shared.tasks.spawn(process::scale(
-                pool,
-                shared.upstream.clone(),
-                Arc::clone(&shared.metrics),
-                shared.end.clone(),
-            ));
+        shared.tasks.spawn(health::watch(Arc::clone(&pool), shared.connector.clone()));
+        if pool.config().process.is_some() {
+            shared.tasks.spawn(process::scale(pool, shared.connector.clone(), Arc::clone(&shared.metrics)));
         }
         true
     }
@@ -107,73 +207,78 @@ impl Gateway {
         self.shared.pool(model).map(|pool| pool.load())
     }
 
+    /// Bytes of bodies that are held now.
+    pub fn in_flight_bytes(&self) -> usize {
+        self.shared.in_flight.bytes()
+    }
+
     /// Serves on `listener` until `stop`; then drains, stops the node processes it started, and returns.
     pub async fn serve(&self, listener: TcpListener, stop: impl Future<Output = ()>) {
         let shared = &self.shared;
-        crate::server::serve(listener, self.router(), &shared.config, &shared.stop, stop).await;
+        let grace = Duration::from_secs(shared.live().config.drain_seconds);
+        let stop = async {
+            tokio::select! {
+                () = stop => {}
+                () = shared.stop.cancelled() => {}
+            }
+        };
+        crate::server::serve(listener, Clients(Arc::clone(shared)), grace, &shared.stop, stop).await;
         shared.end.cancel();
         shared.tasks.close();
         shared.tasks.wait().await;
     }
 
-    fn router(&self) -> Router {
-        Router::new()
-            .route("/v1/chat/completions", post(stack::generate))
-            .route("/v1/completions", post(stack::generate))
-            .route("/v1/embeddings", post(stack::generate))
-            .route("/v1/models", get(models))
-            .route("/v1/models/{*model}", get(model))
-            .route("/health", get(live))
-            .route("/healthz", get(live))
-            .route("/readyz", get(ready))
-            .route("/metrics", get(metrics))
-            .method_not_allowed_fallback(async || GatewayError::MethodNotAllowed)
-            .fallback(async |uri: Uri| GatewayError::NotFound { path: uri.path().to_owned() })
-            .with_state(Arc::clone(&self.shared))
+    /// Serves the admin API on `listener` until the gateway stops. `file` is what a reload reads.
+    pub async fn serve_admin(&self, listener: TcpListener, file: Option<PathBuf>) {
+        crate::admin::serve(self.clone(), listener, file).await;
+    }
+
+    /// Begins to stop, as the future given to [`Gateway::serve`] does.
+    pub fn begin_stop(&self) {
+        self.shared.stop.cancel();
+    }
+
+    /// Cancelled when the gateway begins to stop.
+    pub fn stopping(&self) -> CancellationToken {
+        self.shared.stop.clone()
     }
 }
 
-async fn models(
-    State(shared): State<Arc<Shared>>,
-    headers: http::HeaderMap,
-) -> Result<Response, GatewayError> {
-    let key = shared.keys.authenticate(&headers)?;
-    let cards = shared
-        .pools
-        .load()
-        .keys()
-        .filter(|model| key.allows(model))
-        .map(|model| ModelCard::new(model, shared.started, "potstill"))
-        .collect();
-    Ok(axum::Json(ModelList::new(cards)).into_response())
-}
-
-async fn model(
-    State(shared): State<Arc<Shared>>,
-    Path(model): Path<String>,
-    headers: http::HeaderMap,
-) -> Result<Response, GatewayError> {
-    let key = shared.keys.authenticate(&headers)?;
-    if !key.allows(&model) || shared.pool(&model).is_none() {
-        return Err(GatewayError::ModelNotFound { model });
-    }
-    Ok(axum::Json(ModelCard::new(&model, shared.started, "potstill")).into_response())
-}
-
-async fn live() -> &'static str {
-    "ok"
-}
-
-async fn ready(State(shared): State<Arc<Shared>>) -> Response {
-    if shared.stop.is_cancelled() {
-        (StatusCode::SERVICE_UNAVAILABLE, "draining").into_response()
-    } else {
-        "ok".into_response()
+impl Live {
+    fn new(config: Config, before: Option<&Self>) -> Result<Self, String> {
+        let more = match &config.keys_file {
+            Some(path) => keys::read_file(path).map_err(|error| error.to_string())?,
+            None => Vec::new(),
+        };
+        Ok(Self {
+            limits: Arc::new(config.limits.clone()),
+            keys: Keys::new(&config, &more, before.map(|before| &before.keys))?,
+            tls: config.tls.as_ref().map(tls::load).transpose()?,
+            config,
+        })
     }
 }
 
-async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
-    let pools: Vec<_> = shared.pools.load().values().cloned().collect();
-    let text = shared.metrics.render(&pools);
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+/// The listener for clients.
+#[derive(Clone)]
+struct Clients(Arc<Shared>);
+
+impl Handler for Clients {
+    type Body = crate::api::reply::Reply;
+
+    async fn handle(&self, request: Request<Incoming>) -> Answer {
+        crate::stack::handle(&self.0, request).await
+    }
+
+    fn limits(&self) -> Arc<Limits> {
+        Arc::clone(&self.0.live().limits)
+    }
+
+    fn tls(&self) -> Option<tls::Tls> {
+        self.0.live().tls.clone()
+    }
+
+    fn connections(&self, change: i64) {
+        self.0.metrics.connections.add(change);
+    }
 }

@@ -6,18 +6,21 @@
 //! the trainer half.
 #![forbid(unsafe_code)]
 
+mod admin;
+pub mod api;
+mod attempt;
 pub mod autoscale;
 pub mod balance;
 pub mod config;
 pub mod error;
+mod gateway;
 pub mod keys;
 pub mod pool;
+pub mod record;
 pub mod server;
 pub mod stack;
-mod stall;
 pub mod telemetry;
 pub mod upstream;
 
-mod gateway;
-
-pub use gateway::Gateway;
+pub use gateway::{BuildError, Gateway};
+pub use server::tls::certificates;

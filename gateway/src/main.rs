@@ -1,4 +1,4 @@
-//! `potstill-gateway`: reads a configuration, serves until SIGTERM or Ctrl-C, drains.
+//! `potstill-gateway`: reads a configuration, serves until SIGTERM or Ctrl-C, reads it again on SIGHUP, drains.
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
@@ -6,9 +6,12 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use potstill_gateway::Gateway;
-use potstill_gateway::config::Config;
+use potstill_gateway::config::{Config, KeyConfig, Priority, keys};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// OpenAI-compatible gateway in front of elastic pools of inference nodes.
 #[derive(Parser)]
@@ -27,30 +30,75 @@ enum Command {
         /// Log as JSON lines.
         #[arg(long)]
         log_json: bool,
+        /// Worker threads; the cores that this process may use, if not given.
+        #[arg(long)]
+        threads: Option<usize>,
     },
     /// Check a configuration and say what is wrong with it.
     Check {
         /// The TOML configuration.
         config: PathBuf,
     },
-    /// Make a client key: prints the key once, and the hash for the configuration.
-    Key,
+    /// Client keys.
+    Key {
+        #[command(subcommand)]
+        command: KeyCommand,
+    },
+}
+
+#[derive(Subcommand)]
+enum KeyCommand {
+    /// Make a key: prints it once, and its hash for the configuration.
+    New {
+        /// Add the hash to this keys file; a running gateway takes it on SIGHUP.
+        #[arg(long, requires = "name")]
+        file: Option<PathBuf>,
+        /// Name of the key.
+        #[arg(long)]
+        name: Option<String>,
+        /// Highest class of its requests: interactive, default or bulk.
+        #[arg(long, default_value = "default", value_parser = parse_priority)]
+        priority: Priority,
+    },
+    /// Print the hash of a client certificate, for `certificate` in the configuration.
+    Certificate {
+        /// PEM file.
+        file: PathBuf,
+    },
+}
+
+fn parse_priority(text: &str) -> Result<Priority, String> {
+    Priority::parse(text).ok_or_else(|| "one of interactive, default, bulk".to_owned())
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
-        Command::Serve { config, log_json } => {
+        Command::Serve { config, log_json, threads } => {
             potstill_shared::telemetry::init_logs("info", log_json);
-            let config = Config::read(&config)?;
-            tokio::runtime::Runtime::new()?.block_on(serve(config))
+            let loaded = Config::read(&config)?;
+            runtime(threads)?.block_on(serve(config, loaded))
         }
         Command::Check { config } => check(&config),
-        Command::Key => {
-            let (key, hash) = potstill_gateway::keys::generate();
-            say(&format!("key   {key}\nhash  {hash}"));
+        Command::Key { command: KeyCommand::New { file, name, priority } } => new_key(file, name, priority),
+        Command::Key { command: KeyCommand::Certificate { file } } => {
+            let chain = potstill_gateway::certificates(&file).map_err(anyhow::Error::msg)?;
+            let hash = chain.first().map(|der| blake3::hash(der).to_hex().to_string());
+            say(&hash.unwrap_or_default());
             Ok(())
         }
     }
+}
+
+/// One core needs no hand-over between threads.
+fn runtime(threads: Option<usize>) -> std::io::Result<tokio::runtime::Runtime> {
+    let threads = match threads {
+        Some(threads) => threads.max(1),
+        None => std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    if threads == 1 {
+        return tokio::runtime::Builder::new_current_thread().enable_all().build();
+    }
+    tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()
 }
 
 #[expect(clippy::print_stdout, reason = "the answer of a command")]
@@ -64,23 +112,63 @@ fn check(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn serve(config: Config) -> anyhow::Result<()> {
-    if config.keys.is_empty() && !config.listen.ip().is_loopback() {
+fn new_key(file: Option<PathBuf>, name: Option<String>, priority: Priority) -> anyhow::Result<()> {
+    let (key, hash) = potstill_gateway::keys::generate();
+    if let (Some(file), Some(name)) = (&file, name) {
+        let mut list = keys::read_file(file)?;
+        list.push(KeyConfig { name, hash: Some(hash.clone()), priority, ..KeyConfig::default() });
+        let problems = keys::problems(&list, "keys");
+        anyhow::ensure!(problems.is_empty(), "`{}`: {}", file.display(), problems.join("; "));
+        keys::write_file(file, &list).with_context(|| format!("cannot write `{}`", file.display()))?;
+    }
+    say(&format!("key   {key}\nhash  {hash}"));
+    Ok(())
+}
+
+async fn serve(path: PathBuf, config: Config) -> anyhow::Result<()> {
+    let open = config.keys.is_empty() && config.keys_file.is_none() && config.jwt.is_none();
+    if open && !config.listen.ip().is_loopback() {
         tracing::warn!("no keys are configured: everyone who reaches {} is let in", config.listen);
     }
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .with_context(|| format!("cannot listen on `{}`", config.listen))?;
+    let bind = async |address| {
+        TcpListener::bind(address).await.with_context(|| format!("cannot listen on `{address}`"))
+    };
+    let listener = bind(config.listen).await?;
+    let admin = match &config.admin {
+        Some(admin) => Some(bind(admin.listen).await?),
+        None => None,
+    };
     tracing::info!(address = %listener.local_addr()?, pools = config.pools.len(), "listening");
     let gateway = Gateway::build(config)?;
+    let admin = admin.map(|listener| {
+        let (gateway, path) = (gateway.clone(), path.clone());
+        tokio::spawn(async move { gateway.serve_admin(listener, Some(path)).await })
+    });
+    let reloads = tokio::spawn(reload_on_hangup(gateway.clone(), path));
     let mut terminate = signal(SignalKind::terminate())?;
     let stop = async {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = tokio::signal::ctrl_c() => {}
         }
-        tracing::info!("stopping: open streams may finish");
+        tracing::info!("draining");
     };
     gateway.serve(listener, stop).await;
+    reloads.abort();
+    if let Some(admin) = admin {
+        admin.await?;
+    }
+    Ok(())
+}
+
+async fn reload_on_hangup(gateway: Gateway, path: PathBuf) -> anyhow::Result<()> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    while hangup.recv().await.is_some() {
+        let config = Config::read(&path).map_err(anyhow::Error::from);
+        match config.and_then(|config| gateway.reload(config).map_err(anyhow::Error::from)) {
+            Ok(()) => tracing::info!("the configuration was read again"),
+            Err(error) => tracing::error!(%error, "the new configuration is refused; the old one stays"),
+        }
+    }
     Ok(())
 }

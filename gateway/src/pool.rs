@@ -3,49 +3,75 @@
 //! Invariant: one [`Permit`] per request, taken before the send, owned by the response body. When nothing is in flight
 //! every counter is exactly zero.
 
+pub mod budget;
 pub mod health;
+pub mod learnt;
 pub mod node;
+pub mod outlier;
+pub mod permit;
+pub mod queue;
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
-use crate::balance::least_tokens;
-use crate::config::{PoolConfig, ms};
+use self::budget::RetryBudget;
+use self::learnt::Lengths;
+use self::node::{Node, NodeSpec, NodeState};
+pub use self::permit::Permit;
+use self::queue::{Place, Ticket, WaitQueue};
+use crate::balance::{NodeView, RequestView, mix, pick};
+use crate::config::{PoolConfig, Priority};
 use crate::error::GatewayError;
-use crate::pool::node::{Node, NodeState};
+use crate::telemetry::{Metrics, PoolMetrics};
+use crate::upstream::address::AddressPolicy;
 
-/// What a request needs from a pool.
-#[derive(Debug, Clone, Copy)]
-pub struct Need {
+/// What a request asks of a pool.
+#[derive(Debug, Clone)]
+pub struct Ask {
+    /// Its class.
+    pub class: Priority,
+    /// Whose it is, for fairness.
+    pub key: Arc<str>,
+    /// When it wants to be on a node, at the latest.
+    pub within: Option<Duration>,
     /// Tokens to read and write, estimated.
     pub tokens: u64,
     /// Bytes of its body.
     pub bytes: usize,
+    /// Hash of its prompt's beginning, or of its session.
+    pub affinity: Option<u64>,
 }
 
 struct Waiter {
-    need: Need,
+    affinity: Option<u64>,
     exclude: Option<u64>,
-    grant: oneshot::Sender<Permit>,
+    grant: oneshot::Sender<Result<Permit, GatewayError>>,
 }
 
-#[derive(Default)]
 struct State {
     nodes: Vec<Arc<Node>>,
-    waiting: VecDeque<Waiter>,
+    queue: WaitQueue<Waiter>,
+    budget: RetryBudget,
+    turn: u64,
 }
 
 /// The nodes of one model.
 pub struct ModelPool {
-    /// Its configuration.
-    pub config: PoolConfig,
+    /// The model.
+    pub model: Arc<str>,
+    /// Its counters.
+    pub metrics: PoolMetrics,
+    config: ArcSwap<PoolConfig>,
     state: Mutex<State>,
-    /// Mean length of completions, in thousandths of a token: what a request without a limit is expected to write.
-    mean_completion: AtomicU64,
+    lengths: Mutex<Lengths>,
     next_node: AtomicU64,
+    epoch: Instant,
+    stop: CancellationToken,
 }
 
 /// What is in flight and waiting.
@@ -57,46 +83,110 @@ pub struct Load {
     pub tokens: u64,
     /// Requests waiting.
     pub queued: usize,
+    /// Bytes that they hold.
+    pub queued_bytes: usize,
+    /// How long the first of them has waited.
+    pub oldest_ms: u64,
     /// Nodes that may get requests.
     pub ready: usize,
     /// Nodes that are starting or were found ill.
     pub unhealthy: usize,
     /// Nodes that finish what they hold.
     pub draining: usize,
+    /// Ready nodes that were ejected for their answers.
+    pub ejected: usize,
 }
+
+/// Seconds per token before anything was measured; only ratios count.
+const USUAL_SPEED: f64 = 0.02;
+
+/// Waiters that may be passed over because the one free node is not for them.
+const PASSED_OVER: usize = 16;
 
 impl ModelPool {
     /// A pool with the nodes of its configuration. They count as ready until a check says otherwise.
-    pub fn new(config: PoolConfig) -> Arc<Self> {
+    pub fn new(config: PoolConfig, metrics: &Metrics, stop: CancellationToken) -> Arc<Self> {
         let pool = Arc::new(Self {
-            state: Mutex::default(),
-            mean_completion: AtomicU64::new(500_000),
+            model: config.model.as_str().into(),
+            metrics: metrics.pool(&config.model),
+            state: Mutex::new(State {
+                nodes: Vec::new(),
+                queue: WaitQueue::new(config.queue.starvation_ms),
+                budget: RetryBudget::default(),
+                turn: 0,
+            }),
+            lengths: Mutex::default(),
             next_node: AtomicU64::new(0),
-            config,
+            epoch: Instant::now(),
+            stop,
+            config: ArcSwap::from_pointee(config),
         });
-        for node in &pool.config.nodes {
-            let key = node.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok());
-            if let Err(problem) = pool.add_node(&node.url, node.slots, key, NodeState::Ready) {
-                tracing::error!(url = node.url, problem, "node left out");
-            }
-        }
+        pool.add_configured();
         pool
+    }
+
+    /// Takes the pool out of service: its watchers and its scaler end once nothing is in flight.
+    pub fn retire(&self) {
+        self.stop.cancel();
+    }
+
+    /// Cancelled when the pool is taken out of service.
+    pub fn retired(&self) -> CancellationToken {
+        self.stop.clone()
+    }
+
+    /// The configuration as it is now.
+    pub fn config(&self) -> arc_swap::Guard<Arc<PoolConfig>> {
+        self.config.load()
+    }
+
+    /// Milliseconds on the pool's own clock.
+    pub fn now_ms(&self) -> u64 {
+        self.epoch.elapsed().as_millis() as u64
     }
 
     fn locked(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes a new configuration: nodes that are no longer named drain, new ones are added, the rest goes on.
+    pub fn reconfigure(self: &Arc<Self>, config: PoolConfig) {
+        self.locked().queue.set_starvation_ms(config.queue.starvation_ms);
+        self.config.store(Arc::new(config));
+        self.add_configured();
+        self.dispatch();
+    }
+
+    fn add_configured(self: &Arc<Self>) {
+        let config = self.config();
+        let wanted = |node: &Node| {
+            node.spec.policy != AddressPolicy::Trusted
+                || config.process.is_some()
+                || config.nodes.iter().any(|c| c.url == node.spec.url && c.slots == node.spec.slots)
+        };
+        let nodes = self.nodes();
+        for node in nodes.iter().filter(|node| !wanted(node)) {
+            node.set_state(NodeState::Draining);
+        }
+        self.remove_drained();
+        for node in &config.nodes {
+            let there = nodes.iter().any(|n| {
+                n.spec.url == node.url && n.spec.slots == node.slots && n.state() != NodeState::Draining
+            });
+            if !there {
+                let key = node.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok());
+                let spec = NodeSpec { key, ..NodeSpec::new(&node.url, node.slots) };
+                if let Err(problem) = self.add_node(spec) {
+                    tracing::error!(url = node.url, problem, "node left out");
+                }
+            }
+        }
+    }
+
     /// Adds a node.
-    pub fn add_node(
-        self: &Arc<Self>,
-        url: &str,
-        slots: usize,
-        key: Option<String>,
-        state: NodeState,
-    ) -> Result<Arc<Node>, String> {
+    pub fn add_node(self: &Arc<Self>, spec: NodeSpec) -> Result<Arc<Node>, String> {
         let id = self.next_node.fetch_add(1, Ordering::Relaxed);
-        let node = Arc::new(Node::new(id, url, slots, key, state)?);
+        let node = Arc::new(Node::new(id, spec)?);
         self.locked().nodes.push(Arc::clone(&node));
         self.dispatch();
         Ok(node)
@@ -107,6 +197,13 @@ impl ModelPool {
         self.locked().nodes.retain(|node| node.id != id);
     }
 
+    /// Takes out the nodes that have drained, besides those that a scaler looks after.
+    pub fn remove_drained(&self) {
+        if self.config().process.is_none() {
+            self.locked().nodes.retain(|node| node.state() != NodeState::Draining || node.requests() > 0);
+        }
+    }
+
     /// The nodes as they are now.
     pub fn nodes(&self) -> Vec<Arc<Node>> {
         self.locked().nodes.clone()
@@ -114,6 +211,9 @@ impl ModelPool {
 
     /// Sets a node's state and lets waiting requests have it when it can work now.
     pub fn set_state(self: &Arc<Self>, node: &Node, state: NodeState) {
+        if state == NodeState::Ready && node.state() == NodeState::Unhealthy {
+            node.learnt().outlier.reset(self.now_ms());
+        }
         node.set_state(state);
         self.dispatch();
     }
@@ -127,108 +227,201 @@ impl ModelPool {
 
     /// What is in flight and waiting.
     pub fn load(&self) -> Load {
-        let mut pool = self.locked();
-        pool.waiting.retain(|waiter| !waiter.grant.is_closed());
-        let mut load = Load { queued: pool.waiting.len(), ..Load::default() };
+        let pool = self.locked();
+        let mut load = Load {
+            queued: pool.queue.len(),
+            queued_bytes: pool.queue.bytes(),
+            oldest_ms: pool.queue.oldest_ms().map_or(0, |at| self.now_ms().saturating_sub(at)),
+            ..Load::default()
+        };
         for node in &pool.nodes {
-            let view = node.view();
-            load.active += view.requests;
-            load.tokens += view.tokens;
+            load.active += node.requests();
+            load.tokens += node.tokens();
             match node.state() {
                 NodeState::Ready => load.ready += 1,
                 NodeState::Unhealthy => load.unhealthy += 1,
                 NodeState::Draining => load.draining += 1,
             }
+            load.ejected += usize::from(node.learnt().outlier.ejected());
         }
         load
     }
 
-    /// Tokens that a request will take: its prompt, and its limit or the usual length, whichever is smaller.
-    pub fn expected_tokens(&self, prompt_bytes: usize, limit: Option<u64>) -> u64 {
-        let usual = self.mean_completion.load(Ordering::Relaxed) / 1000;
-        prompt_bytes as u64 / 4 + usual.min(limit.unwrap_or(u64::MAX)).max(1)
+    /// Tokens that a completion of that stage will have: its limit or the usual length, whichever is smaller.
+    pub fn expected_completion(&self, stage: Option<&str>, limit: Option<u64>) -> u64 {
+        let usual = self.lengths.lock().unwrap_or_else(PoisonError::into_inner).expected(stage);
+        usual.min(limit.unwrap_or(u64::MAX)).max(1)
     }
 
-    /// Learns from a finished request.
-    pub fn completed(&self, completion_tokens: u64) {
-        let learn = |mean: u64| Some(mean - mean / 32 + completion_tokens.saturating_mul(1000) / 32);
-        let _always = self.mean_completion.fetch_update(Ordering::Relaxed, Ordering::Relaxed, learn);
+    /// Learns from a finished completion.
+    pub fn learn_length(&self, stage: Option<&str>, tokens: u64) {
+        self.lengths.lock().unwrap_or_else(PoisonError::into_inner).push(stage, tokens);
+    }
+
+    /// A request came: pays into the retry budget.
+    pub fn deposit(&self) {
+        let percent = self.config().retry.budget_percent;
+        self.locked().budget.deposit(percent);
+    }
+
+    /// Whether a retry may be made; counts it.
+    pub fn may_retry(&self) -> bool {
+        let may = self.locked().budget.withdraw();
+        if !may {
+            tracing::warn!(model = &*self.model, "the retry budget is used up");
+        }
+        may
     }
 
     /// Gets a slot on a node, at once or after waiting in the queue. Dropping the future leaves the queue; dropping the
     /// permit frees the slot.
-    pub async fn acquire(self: &Arc<Self>, need: Need, exclude: Option<u64>) -> Result<Permit, GatewayError> {
-        let model = || self.config.model.clone();
-        let granted = {
+    pub async fn acquire(self: &Arc<Self>, ask: &Ask, exclude: Option<u64>) -> Result<Permit, GatewayError> {
+        let config = self.config.load_full();
+        let longest = Duration::from_millis(config.queue.wait_ms);
+        let wait = ask.within.map_or(longest, |within| within.min(longest));
+        let (granted, place) = {
             let mut pool = self.locked();
-            if let Some(permit) = self.try_grant(&pool, need, exclude) {
+            if pool.queue.is_empty()
+                && let Some(permit) = self.try_grant(&mut pool, ask.tokens, ask.affinity, exclude)
+            {
                 return Ok(permit);
             }
-            if !self.worth_waiting(&pool, exclude) {
-                return Err(GatewayError::NoNode { model: model() });
+            if config.process.is_none() && !works_besides(&pool, exclude) {
+                return Err(GatewayError::NoNode { model: self.model.to_string() });
             }
-            pool.waiting.retain(|waiter| !waiter.grant.is_closed());
-            let bytes: usize = pool.waiting.iter().map(|waiter| waiter.need.bytes).sum();
-            let queue = &self.config.queue;
-            if pool.waiting.len() >= queue.requests || bytes + need.bytes > queue.bytes {
-                return Err(GatewayError::QueueFull { model: model(), retry_after: 2 });
+            let queue = &config.queue;
+            while pool.queue.len() >= queue.requests || pool.queue.bytes() + ask.bytes > queue.bytes {
+                // A higher class takes the place of a lower one.
+                let refused =
+                    pool.queue.displaceable(ask.class).and_then(|place| pool.queue.take(&place, false));
+                let error = GatewayError::QueueFull {
+                    model: self.model.to_string(),
+                    retry_after: self.seconds_of_work(&pool),
+                };
+                match refused {
+                    Some(waiter) => drop(waiter.grant.send(Err(error))),
+                    None => return Err(error),
+                }
             }
+            let now_ms = self.now_ms();
+            let ticket = Ticket {
+                class: ask.class,
+                key: Arc::clone(&ask.key),
+                deadline_ms: now_ms + wait.as_millis() as u64,
+                arrived_ms: now_ms,
+                tokens: ask.tokens,
+                bytes: ask.bytes,
+            };
             let (grant, granted) = oneshot::channel();
-            pool.waiting.push_back(Waiter { need, exclude, grant });
-            granted
+            let place = pool.queue.push(ticket, Waiter { affinity: ask.affinity, exclude, grant });
+            (granted, Waiting { pool: self, place })
         };
-        match tokio::time::timeout(ms(self.config.queue.wait_ms), granted).await {
-            Ok(Ok(permit)) => Ok(permit),
-            Ok(Err(_)) => Err(GatewayError::NoNode { model: model() }),
-            Err(_) => Err(GatewayError::WaitTooLong { model: model() }),
+        self.dispatch();
+        let outcome = tokio::time::timeout(wait, granted).await;
+        drop(place);
+        match outcome {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Err(GatewayError::NoNode { model: self.model.to_string() }),
+            Err(_) => {
+                let pool = self.locked();
+                let retry_after = self.seconds_of_work(&pool);
+                let model = self.model.to_string();
+                Err(if works_besides(&pool, None) {
+                    GatewayError::WaitTooLong { model, retry_after }
+                } else {
+                    GatewayError::NoNode { model }
+                })
+            }
         }
     }
 
-    /// A slot on any node but `exclude`, if there is one now.
-    pub fn try_acquire(self: &Arc<Self>, need: Need, exclude: u64) -> Option<Permit> {
-        let pool = self.locked();
-        self.try_grant(&pool, need, Some(exclude))
+    /// A slot on any node but `exclude`, if there is one now and nobody waits for it.
+    pub fn try_acquire(self: &Arc<Self>, ask: &Ask, exclude: u64) -> Option<Permit> {
+        let mut pool = self.locked();
+        if pool.queue.is_empty() {
+            self.try_grant(&mut pool, ask.tokens, ask.affinity, Some(exclude))
+        } else {
+            None
+        }
     }
 
-    /// Whether a slot can come: a node works that is not excluded, or the scaler will start one.
-    fn worth_waiting(&self, pool: &State, exclude: Option<u64>) -> bool {
-        self.config.process.is_some() || works_besides(pool, exclude)
+    /// Seconds until what waits now is on a node, as far as can be told.
+    fn seconds_of_work(&self, pool: &State) -> u64 {
+        let (views, usual) = self.views(pool);
+        let slots: usize = views.iter().map(|view| view.slots).sum();
+        let tokens = self.lengths.lock().unwrap_or_else(PoisonError::into_inner).expected(None);
+        let seconds = usual * tokens as f64 * (pool.queue.len() + 1) as f64 / slots.max(1) as f64;
+        (seconds.ceil() as u64).clamp(1, 60)
     }
 
-    fn try_grant(self: &Arc<Self>, pool: &State, need: Need, exclude: Option<u64>) -> Option<Permit> {
-        let views: Vec<_> = pool.nodes.iter().map(|node| node.view()).collect();
-        let exclude = exclude.and_then(|id| pool.nodes.iter().position(|node| node.id == id));
-        let node = Arc::clone(&pool.nodes[least_tokens(&views, exclude)?]);
-        node.begin(need.tokens);
-        Some(Permit { pool: Arc::clone(self), node, tokens: need.tokens })
+    fn views(&self, pool: &State) -> (Vec<NodeView>, f64) {
+        let speeds = pool.nodes.iter().filter_map(|node| node.learnt().speed.measured());
+        let (sum, count) = speeds.fold((0.0, 0u32), |(sum, count), speed| (sum + speed, count + 1));
+        let usual = if count == 0 { USUAL_SPEED } else { sum / f64::from(count) };
+        let (config, now_ms) = (self.config.load(), self.now_ms());
+        (pool.nodes.iter().map(|node| node.view(&config.outlier, usual, now_ms)).collect(), usual)
     }
 
-    /// Hands free slots to those who wait, oldest first.
-    fn dispatch(self: &Arc<Self>) {
+    fn try_grant(
+        self: &Arc<Self>,
+        pool: &mut State,
+        tokens: u64,
+        affinity: Option<u64>,
+        exclude: Option<u64>,
+    ) -> Option<Permit> {
+        let (views, _) = self.views(pool);
+        pool.turn += 1;
+        let request = RequestView {
+            tokens,
+            affinity,
+            waiting: pool.queue.len().saturating_sub(1),
+            exclude: exclude.and_then(|id| pool.nodes.iter().position(|node| node.id == id)),
+            random: mix(pool.turn ^ self.epoch.elapsed().as_nanos() as u64),
+        };
+        let at = pick(self.config.load().balance, &views, &request, pool.turn)?;
+        Some(Permit::new(Arc::clone(self), Arc::clone(&pool.nodes[at]), tokens))
+    }
+
+    /// Hands free slots to those who wait, in the queue's order.
+    pub(crate) fn dispatch(self: &Arc<Self>) {
         // Permits of clients that left meanwhile; dropped after the lock is released, which frees their slots again.
         let mut refused = Vec::new();
         let mut pool = self.locked();
-        pool.waiting.retain(|waiter| !waiter.grant.is_closed());
-        let mut index = 0;
-        while index < pool.waiting.len() {
-            let need = pool.waiting[index].need;
+        if pool.queue.is_empty() {
+            return;
+        }
+        let now_ms = self.now_ms();
+        let mut passed_over = Vec::new();
+        while let Some(place) = pool.queue.next(now_ms, &passed_over) {
+            let Some((ticket, waiter)) = pool.queue.get(&place) else { break };
+            let (tokens, affinity) = (ticket.tokens, waiter.affinity);
             // A node that failed and is well again beats waiting for one that may never come.
-            let exclude =
-                pool.waiting[index].exclude.filter(|_| works_besides(&pool, pool.waiting[index].exclude));
-            match self.try_grant(&pool, need, exclude) {
+            let exclude = waiter.exclude.filter(|id| works_besides(&pool, Some(*id)));
+            match self.try_grant(&mut pool, tokens, affinity, exclude) {
                 Some(permit) => {
-                    if let Some(waiter) = pool.waiting.remove(index)
-                        && let Err(permit) = waiter.grant.send(permit)
+                    if let Some(waiter) = pool.queue.take(&place, true)
+                        && let Err(back) = waiter.grant.send(Ok(permit))
                     {
-                        refused.push(permit);
+                        refused.push(back);
                     }
                 }
                 // Only a waiter that refuses the one free node may be overtaken.
-                None if exclude.is_some() => index += 1,
+                None if exclude.is_some() && passed_over.len() < PASSED_OVER => {
+                    passed_over.push(place.number())
+                }
                 None => break,
             }
         }
         drop(pool);
+    }
+
+    /// Whether another node may be ejected: at least half of them stay.
+    fn may_eject(&self, pool: &State) -> bool {
+        let ready = pool.nodes.iter().filter(|node| node.state() == NodeState::Ready);
+        let (ready, ejected) = ready.fold((0, 0), |(ready, ejected), node| {
+            (ready + 1, ejected + usize::from(node.learnt().outlier.ejected()))
+        });
+        2 * (ejected + 1) <= ready
     }
 }
 
@@ -237,23 +430,15 @@ fn works_besides(pool: &State, exclude: Option<u64>) -> bool {
     pool.nodes.iter().any(|node| Some(node.id) != exclude && node.state() == NodeState::Ready)
 }
 
-/// A slot on a node. Dropping it frees the slot and serves the next waiting request.
-pub struct Permit {
-    pool: Arc<ModelPool>,
-    node: Arc<Node>,
-    tokens: u64,
+/// A place in the queue that is given up when the one who waits leaves.
+struct Waiting<'a> {
+    pool: &'a ModelPool,
+    place: Place,
 }
 
-impl Permit {
-    /// The node that the slot is on.
-    pub fn node(&self) -> &Arc<Node> {
-        &self.node
-    }
-}
-
-impl Drop for Permit {
+impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.node.end(self.tokens);
-        self.pool.dispatch();
+        let waiter = self.pool.locked().queue.take(&self.place, false);
+        drop(waiter);
     }
 }

@@ -1,35 +1,64 @@
-//! Our own accept loop, since the stock one waits for ever: for the first byte of a connection, for the rest of a head,
-//! for the next request. Body deadlines are the stack's. On stop: no new connections, open streams finish within the
-//! grace, then everything closes.
+//! Our own accept loop, since the stock one waits for ever: for the first byte of a connection, for the rest of a head, for the
+//! next request. Body deadlines are the stack's. On stop: no new connections, open streams finish within the grace, then
+//! everything closes.
 
+pub mod addresses;
+pub mod stall;
+pub mod tls;
+
+use std::convert::Infallible;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
+use http::{Request, Response};
+use http_body::Body;
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::config::{Config, ms};
-use crate::stall::StallGuard;
+use self::addresses::Addresses;
+use self::stall::StallGuard;
+use self::tls::Tls;
+use crate::config::{Limits, ms};
+use crate::keys::ClientCertificate;
 
 /// Largest request head.
 const HEAD_BYTES: usize = 64 << 10;
 
-/// Accepts connections until `stop`, cancels `draining`, and returns when the last connection has ended or the grace is
-/// over.
-pub async fn serve(
+/// How an HTTP/2 connection begins (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0";
+
+/// What serves requests, and how connections are guarded.
+pub(crate) trait Handler: Clone + Send + Sync + 'static {
+    /// Body of its answers.
+    type Body: Body<Data = bytes::Bytes, Error = std::io::Error> + Send + 'static;
+    /// Answers a request.
+    fn handle(&self, request: Request<Incoming>) -> impl Future<Output = Response<Self::Body>> + Send;
+    /// The bounds as they are now.
+    fn limits(&self) -> Arc<Limits>;
+    /// TLS as it is now; none for plain text.
+    fn tls(&self) -> Option<Tls>;
+    /// A connection was opened (+1) or closed (-1).
+    fn connections(&self, change: i64);
+}
+
+/// Accepts connections until `stop`, cancels `draining`, and returns when the last connection has ended or the grace is over.
+pub(crate) async fn serve(
     listener: TcpListener,
-    router: Router,
-    config: &Config,
+    handler: impl Handler,
+    grace: Duration,
     draining: &CancellationToken,
     stop: impl Future<Output = ()>,
 ) {
-    let slots = Arc::new(Semaphore::new(config.limits.connections));
+    let slots = Arc::new(Semaphore::new(handler.limits().connections));
+    let addresses = Addresses::default();
     let connections = TaskTracker::new();
     let abort = CancellationToken::new();
     tokio::pin!(stop);
@@ -43,15 +72,23 @@ pub async fn serve(
             } => accepted,
         };
         match accepted {
-            (Ok((stream, _)), Ok(slot)) => {
-                let connection = connection(stream, router.clone(), config, draining.clone());
+            (Ok((stream, peer)), Ok(slot)) => {
+                let limits = handler.limits();
+                // One address must not take all places.
+                let Some(place) = addresses.enter(client(peer), limits.connections_per_address) else {
+                    continue;
+                };
+                let connection = connection(stream, handler.clone(), limits, draining.clone());
                 let abort = abort.clone();
+                let handler = handler.clone();
                 connections.spawn(async move {
+                    handler.connections(1);
                     tokio::select! {
                         () = connection => {}
                         () = abort.cancelled() => {}
                     }
-                    drop(slot);
+                    handler.connections(-1);
+                    drop((slot, place));
                 });
             }
             (Err(error), _) => {
@@ -65,7 +102,6 @@ pub async fn serve(
     drop(listener);
     draining.cancel();
     connections.close();
-    let grace = Duration::from_secs(config.drain_seconds);
     if tokio::time::timeout(grace, connections.wait()).await.is_err() {
         tracing::warn!(
             open = connections.len(),
@@ -76,41 +112,106 @@ pub async fn serve(
     }
 }
 
-fn connection(
+/// Who counts as one client: an IPv4 address, or an IPv6 network as it is given to one site.
+fn client(peer: SocketAddr) -> IpAddr {
+    match peer.ip() {
+        IpAddr::V6(v6) if v6.to_ipv4_mapped().is_none() => {
+            let mut bytes = v6.octets();
+            bytes[8..].fill(0);
+            IpAddr::from(bytes)
+        }
+        other => other,
+    }
+}
+
+async fn connection(
     stream: TcpStream,
-    router: Router,
-    config: &Config,
+    handler: impl Handler,
+    limits: Arc<Limits>,
     draining: CancellationToken,
-) -> impl Future<Output = ()> + use<> {
-    let (first_byte, head) = (ms(config.limits.first_byte_ms), ms(config.limits.head_ms));
-    let write_idle = ms(config.limits.write_idle_ms);
-    async move {
-        let _unset = stream.set_nodelay(true);
-        let silent = tokio::select! {
-            readable = tokio::time::timeout(first_byte, stream.readable()) => !matches!(readable, Ok(Ok(()))),
-            () = draining.cancelled() => true,
-        };
-        if silent {
-            return;
+) {
+    let _unset = stream.set_nodelay(true);
+    let mut first = [0u8; PREFACE.len()];
+    let silent = tokio::select! {
+        peeked = tokio::time::timeout(ms(limits.first_byte_ms), stream.peek(&mut first)) => peeked,
+        () = draining.cancelled() => return,
+    };
+    let Ok(Ok(seen)) = silent else { return };
+    if seen == 0 {
+        return;
+    }
+    let Some(tls) = handler.tls() else {
+        let http2 = first[..seen] == PREFACE[..seen] && seen > 3;
+        return speak(stream, http2, None, handler, limits, draining).await;
+    };
+    let accepted = tokio::time::timeout(ms(limits.head_ms), tls.accept(stream)).await;
+    match accepted {
+        Ok(Ok(stream)) => {
+            let (_, session) = stream.get_ref();
+            let http2 = session.alpn_protocol() == Some(b"h2");
+            let certificate = session
+                .peer_certificates()
+                .and_then(|chain| chain.first())
+                .map(|der| ClientCertificate(*blake3::hash(der).as_bytes()));
+            speak(stream, http2, certificate, handler, limits, draining).await;
         }
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(head)
-            .max_buf_size(HEAD_BYTES)
-            .serve_connection(
-                TokioIo::new(StallGuard::new(stream, write_idle)),
-                TowerToHyperService::new(router),
-            );
-        tokio::pin!(connection);
-        let ended = tokio::select! {
-            ended = connection.as_mut() => ended,
-            () = draining.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                connection.await
+        Ok(Err(error)) => tracing::debug!(%error, "no TLS session"),
+        Err(_) => {}
+    }
+}
+
+async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    stream: S,
+    http2: bool,
+    certificate: Option<ClientCertificate>,
+    handler: impl Handler,
+    limits: Arc<Limits>,
+    draining: CancellationToken,
+) {
+    let io = TokioIo::new(StallGuard::new(stream, ms(limits.write_idle_ms)));
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let handler = handler.clone();
+        async move {
+            if let Some(certificate) = certificate {
+                request.extensions_mut().insert(certificate);
             }
-        };
-        if let Err(error) = ended {
-            tracing::debug!(%error, "a connection ended early");
+            Ok::<_, Infallible>(handler.handle(request).await)
         }
+    });
+    // Both kinds of connection have the same life; their types differ.
+    macro_rules! run {
+        ($connection:expr) => {{
+            let mut connection = std::pin::pin!($connection);
+            let ended = tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = draining.cancelled() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = ended {
+                tracing::debug!(%error, "a connection ended early");
+            }
+        }};
+    }
+    if http2 {
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(128)
+            .max_header_list_size(HEAD_BYTES as u32)
+            .initial_stream_window_size(64 << 10)
+            .initial_connection_window_size(1 << 20)
+            .max_frame_size(16 << 10)
+            .max_send_buf_size(64 << 10)
+            .max_pending_accept_reset_streams(20)
+            .max_local_error_reset_streams(1024)
+            .keep_alive_interval(ms(limits.head_ms / 2))
+            .keep_alive_timeout(ms(limits.head_ms / 2));
+        run!(builder.serve_connection(io, service));
+    } else {
+        let mut builder = http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(ms(limits.head_ms)).max_buf_size(HEAD_BYTES);
+        run!(builder.serve_connection(io, service));
     }
 }

@@ -1,279 +1,352 @@
 //! The way of a request, every step in order, on one screen. Each step may end it with a [`GatewayError`].
 //!
 //! ```text
-//! request id -> key -> read body (bounded) -> parse once -> rate of the key -> pool of the model
-//!   -> slot (bounded queue) -> send -> [another node, if nothing was answered yet] -> relay -> record
+//! request id -> head rules -> key -> rate of the key -> read body (bounded) -> parse once -> model -> bytes held
+//!   -> tokens of the key -> pool -> slot (bounded queue, classes, fairness) -> send -> [another node, if nothing was
+//!   answered yet] -> [another pool] -> mend and relay -> record
 //! ```
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::body::{Body, Bytes};
-use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use http::uri::PathAndQuery;
-use http::{HeaderName, HeaderValue, Request, StatusCode, header};
-use http_body_util::BodyExt;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header};
 use hyper::body::Incoming;
 use potstill_shared::id::unique;
-use serde::Deserialize;
-use serde_json::value::RawValue;
 
-use crate::config::ms;
+use crate::api::reply::{Answer, Reply, local};
+use crate::api::request::{Head, parse, with_model};
+use crate::api::{Endpoint, body, endpoint, responses};
+use crate::attempt::{Answered, Job, attempt};
+use crate::config::Priority;
 use crate::error::GatewayError;
-use crate::gateway::Shared;
-use crate::pool::node::NodeState;
-use crate::pool::{ModelPool, Need, Permit};
-use crate::upstream::client::SendError;
-use crate::upstream::relay::{Record, Relay};
+use crate::gateway::{Live, Shared};
+use crate::keys::{ClientCertificate, Key};
+use crate::pool::{Ask, ModelPool};
+use crate::record::{End, Phase, Record};
+use crate::upstream::events::Events;
+use crate::upstream::mend::Kind;
+use crate::upstream::mend::chunk::ChunkMend;
+use crate::upstream::relay::Relay;
+use crate::upstream::send::Outgoing;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const STAGE: HeaderName = HeaderName::from_static("x-potstill-stage");
+const PRIORITY: HeaderName = HeaderName::from_static("x-potstill-priority");
+const DEADLINE: HeaderName = HeaderName::from_static("x-potstill-deadline-ms");
+const SESSION: HeaderName = HeaderName::from_static("x-session-id");
 
-/// Handles `POST` on the generation endpoints.
-pub(crate) async fn generate(State(shared): State<Arc<Shared>>, request: Request<Body>) -> Response {
+/// Handles a request of a client.
+pub(crate) async fn handle(shared: &Arc<Shared>, mut request: Request<Incoming>) -> Answer {
     let started = Instant::now();
     // An id of the client is kept, so that its own logs and ours meet.
-    let request_id = match request.headers().get(&REQUEST_ID).and_then(|id| id.to_str().ok()) {
+    let request_id = match text(request.headers(), &REQUEST_ID) {
         Some(id) if !id.is_empty() && id.len() <= 128 => id.to_owned(),
         _ => unique("req"),
     };
-    let mut response = match serve(&shared, request, started, &request_id).await {
-        Ok(response) => response,
-        Err(error) => {
-            shared.metrics.refused.with_label_values(&[error.code()]).inc();
-            tracing::info!(
-                request = request_id,
-                status = error.status().as_u16(),
-                reason = error.code(),
-                "refused"
-            );
-            error.into_response()
-        }
-    };
-    if let Ok(value) = HeaderValue::from_str(&request_id) {
-        response.headers_mut().insert(REQUEST_ID, value);
+    if let Ok(id) = HeaderValue::from_str(&request_id) {
+        request.headers_mut().insert(REQUEST_ID, id);
     }
-    response
+    let mut caller = Caller { request_id, started, key: None, stage: None };
+    let outcome = match (head_rules(&request), endpoint(request.uri().path())) {
+        (Err(error), _) => Err(error),
+        (Ok(()), Endpoint::Local) => Ok(local(shared.local(request).await)),
+        (Ok(()), _) if request.method() != Method::POST => Err(GatewayError::MethodNotAllowed),
+        (Ok(()), endpoint) => serve(shared, request, endpoint, &mut caller).await,
+    };
+    let mut answer = outcome.unwrap_or_else(|error| {
+        shared.metrics.refused.with_label_values(&[error.code()]).inc();
+        tracing::info!(
+            request = caller.request_id,
+            status = error.status().as_u16(),
+            reason = error.code(),
+            "refused"
+        );
+        local(error.into_response())
+    });
+    let headers = answer.headers_mut();
+    if let Some(key) = &caller.key {
+        key.write_limits(caller.stage.as_deref(), headers);
+    }
+    if let Ok(value) = HeaderValue::from_str(&caller.request_id) {
+        headers.insert(REQUEST_ID, value);
+    }
+    answer
+}
+
+/// Who asks, as far as is known.
+struct Caller {
+    request_id: String,
+    started: Instant,
+    key: Option<Arc<Key>>,
+    stage: Option<String>,
 }
 
 async fn serve(
     shared: &Arc<Shared>,
-    request: Request<Body>,
-    started: Instant,
-    request_id: &str,
-) -> Result<Response, GatewayError> {
+    request: Request<Incoming>,
+    endpoint: Endpoint,
+    caller: &mut Caller,
+) -> Result<Answer, GatewayError> {
     if shared.stop.is_cancelled() {
         return Err(GatewayError::Draining);
     }
-    let (mut parts, body) = request.into_parts();
-    let key = shared.keys.authenticate(&parts.headers)?;
-    let body =
-        read_body(body, shared.config.limits.body_bytes, ms(shared.config.limits.body_idle_ms)).await?;
-    let head = parse(&body)?;
-    shared.keys.admit(&key)?;
+    let live = shared.live();
+    let (parts, incoming) = request.into_parts();
+    let key = live.keys.authenticate(&parts.headers, parts.extensions.get::<ClientCertificate>().copied())?;
+    caller.stage =
+        text(&parts.headers, &STAGE).filter(|stage| crate::config::pools::is_name(stage)).map(str::to_owned);
+    caller.key = Some(Arc::clone(&key));
+    let stage = caller.stage.clone();
+    key.admit(stage.as_deref())?;
+    let body = body::read(incoming, &parts.headers, &live.config.limits).await?;
+    let (kind, body, translated) = match endpoint {
+        Endpoint::Node(kind) => (kind, body, None),
+        Endpoint::Responses => {
+            let (chat, wanted) = responses::request::to_chat(&body)?;
+            (Kind::Chat, chat, Some(wanted))
+        }
+        Endpoint::Local => return Err(GatewayError::NotFound { path: parts.uri.path().to_owned() }),
+    };
+    let head = parse(&body, kind)?;
     if !key.allows(&head.model) {
-        return Err(GatewayError::ModelNotAllowed { key: key.name.clone(), model: head.model });
+        return Err(GatewayError::ModelNotAllowed { key: key.name.to_string(), model: head.model });
     }
     let Some(pool) = shared.pool(&head.model) else {
         return Err(GatewayError::ModelNotFound { model: head.model });
     };
-    let path = parts.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
-    if let Ok(id) = HeaderValue::from_str(request_id) {
-        parts.headers.insert(REQUEST_ID, id);
-    }
-    let need = Need { tokens: pool.expected_tokens(body.len(), head.token_limit), bytes: body.len() };
-    let (permit, answer) = send(shared, &pool, need, &parts, &path, body).await?;
-    shared.metrics.first_byte.with_label_values(&[&head.model]).observe(started.elapsed().as_secs_f64());
-    let record = Record {
-        key: key.name.clone(),
-        request_id: request_id.to_owned(),
-        model: head.model,
-        started,
-        status: answer.status().as_u16(),
-        metrics: Arc::clone(&shared.metrics),
-        pool: Arc::clone(&pool),
+    let class = key.class(text(&parts.headers, &PRIORITY).and_then(Priority::parse));
+    shed(shared, &live, body.len(), class)?;
+    let tokens =
+        body.len() as u64 / 4 + head.choices * pool.expected_completion(stage.as_deref(), head.token_limit);
+    let reservation = key.reserve(stage.as_deref(), tokens)?;
+    let mut record = Record::new(
+        shared,
+        caller.request_id.clone(),
+        Arc::clone(&key),
+        head.model.clone(),
+        Arc::clone(&pool),
+        caller.started,
+        body.len(),
+    );
+    record.stage = stage;
+    record.hold(reservation);
+    record.traceparent = text(&parts.headers, &HeaderName::from_static("traceparent")).map(str::to_owned);
+    let ask = Ask {
+        class,
+        key: Arc::clone(&key.name),
+        within: text(&parts.headers, &DEADLINE).and_then(|ms| ms.parse().ok()).map(crate::config::ms),
+        tokens,
+        bytes: body.len(),
+        affinity: Some(match text(&parts.headers, &SESSION) {
+            Some(session) => crate::balance::hash_text(session),
+            None => head.prefix,
+        }),
     };
-    Ok(relay(answer, head.stream, &pool, record, permit))
+    let path = match &translated {
+        Some(_) => PathAndQuery::from_static("/v1/chat/completions"),
+        None => parts.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/")),
+    };
+    let outgoing = Outgoing::new(parts.method, path, &parts.headers, body);
+    let (pool, answered) = somewhere(shared, pool, &head, kind, &ask, outgoing, &mut record).await?;
+    let heartbeat = pool.config().heartbeat_ms.or(key.heartbeat_ms());
+    Ok(answer(answered, &head, kind, translated, &pool, heartbeat, record))
 }
 
-/// Gets a slot and a response head. A node that is busy, or fails before it answered, is left for another one, once. A
-/// request never holds two slots: it would wait for one while others wait for the one it holds.
-async fn send(
+/// Tries the model's pool, then those that may stand in for it.
+#[expect(clippy::too_many_arguments, reason = "one step of the path above, with all that it needs")]
+async fn somewhere(
     shared: &Arc<Shared>,
+    first: Arc<ModelPool>,
+    head: &Head,
+    kind: Kind,
+    ask: &Ask,
+    mut outgoing: Outgoing,
+    record: &mut Record,
+) -> Result<(Arc<ModelPool>, Answered), GatewayError> {
+    let body = outgoing.body.clone();
+    let mut others = standing_in(shared, &first, &record.key).into_iter();
+    let mut next = Some(Arc::clone(&first));
+    while let Some(pool) = next.take() {
+        let config = pool.config().clone();
+        outgoing.body = with_model(&body, head, config.upstream_model.as_deref().unwrap_or(&config.model));
+        record.pool = Arc::clone(&pool);
+        let job = Job {
+            connector: &shared.connector,
+            kind,
+            stream: head.stream,
+            token_limit: head.token_limit,
+            model: &config.model,
+            outgoing: &outgoing,
+            config: &config,
+        };
+        match attempt(&pool, &job, ask, record).await {
+            Ok(answered) => {
+                if !Arc::ptr_eq(&pool, &first) {
+                    first.metrics.fallbacks.inc();
+                }
+                return Ok((pool, answered));
+            }
+            Err(error) => {
+                next = if error.elsewhere() { others.next() } else { None };
+                if next.is_none() {
+                    record.status = error.status().as_u16();
+                    record.end = End::Refused;
+                    return Err(error);
+                }
+                tracing::info!(model = head.model, reason = error.code(), "another pool stands in");
+            }
+        }
+    }
+    Err(GatewayError::NoNode { model: head.model.clone() })
+}
+
+/// The pools that may serve when `first` cannot, as far as the key may use them.
+fn standing_in(shared: &Shared, first: &ModelPool, key: &Key) -> Vec<Arc<ModelPool>> {
+    let config = first.config();
+    config.fallback.iter().filter(|model| key.allows(model)).filter_map(|model| shared.pool(model)).collect()
+}
+
+/// The client's answer out of the node's.
+fn answer(
+    answered: Answered,
+    head: &Head,
+    kind: Kind,
+    translated: Option<responses::request::Wanted>,
     pool: &Arc<ModelPool>,
-    need: Need,
-    parts: &http::request::Parts,
-    path: &PathAndQuery,
-    body: Bytes,
-) -> Result<(Permit, Response<Incoming>), GatewayError> {
-    let model = &pool.config.model;
-    let first_byte = ms(pool.config.deadlines.first_byte_ms);
-    let attempt = async |permit: &Permit| {
-        let (node, method) = (permit.node(), parts.method.clone());
-        shared.upstream.send(node, method, path, &parts.headers, body.clone(), first_byte).await
+    heartbeat_ms: Option<u64>,
+    mut record: Record,
+) -> Answer {
+    let model = Arc::clone(&pool.model);
+    let mut answer = match answered {
+        Answered::Stream { exchange, permit } => {
+            record.phase = Phase::Stream;
+            record.status = exchange.head.status.as_u16();
+            let config = pool.config();
+            let own_usage = head.own_usage || translated.is_some();
+            let mend = ChunkMend::new(kind, Arc::clone(&model), own_usage, config.reasoning);
+            let events = Events::new(mend, true);
+            let relay = Relay::new(exchange.body, events, &config.deadlines, heartbeat_ms, permit, record);
+            let reply = match translated {
+                None => Reply::Relay(Box::new(relay)),
+                Some(wanted) => {
+                    Reply::Responses(Box::new(responses::stream::ResponsesStream::new(relay, wanted)))
+                }
+            };
+            let mut answer = Answer::new(reply);
+            let headers = answer.headers_mut();
+            headers
+                .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+            headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+            headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+            answer
+        }
+        Answered::Whole { status, content_type, body } => {
+            let body = match translated {
+                None => body,
+                Some(wanted) => responses::whole::from_chat(&body, &wanted),
+            };
+            record.status = status.as_u16();
+            let mut answer = Answer::new(Reply::from(body));
+            *answer.status_mut() = status;
+            answer.headers_mut().insert(header::CONTENT_TYPE, content_type);
+            let took = record.started.elapsed().as_millis() as u64;
+            answer
+                .headers_mut()
+                .insert(HeaderName::from_static("openai-processing-ms"), HeaderValue::from(took));
+            answer
+        }
     };
-    let waiting = Instant::now();
-    let permit = pool.acquire(need, None).await?;
-    shared.metrics.queue_wait.with_label_values(&[model]).observe(waiting.elapsed().as_secs_f64());
-    let first = permit.node().id;
-    let second = match attempt(&permit).await {
-        Ok(answer) if !retryable(answer.status()) => return Ok((permit, answer)),
-        Ok(answer) => {
-            tracing::info!(
-                model,
-                node = permit.node().name,
-                status = answer.status().as_u16(),
-                "a node is busy"
-            );
-            match pool.try_acquire(need, first) {
-                Some(second) => second,
-                // No other node has room now: the busy one's own answer, with its `Retry-After`, is the best there is.
-                None => return Ok((permit, answer)),
-            }
-        }
-        // It may be working still: another node would do the same work again.
-        Err(SendError::Timeout) => return Err(GatewayError::NodeTimeout),
-        Err(SendError::Failed(reason)) => {
-            tracing::warn!(model, node = permit.node().name, reason, "a node failed before it answered");
-            // Out until a health check finds it well again.
-            pool.set_state_if_ready(permit.node(), NodeState::Unhealthy);
-            drop(permit);
-            let nobody = |_| GatewayError::NodeFailed { reason };
-            pool.acquire(need, Some(first)).await.map_err(nobody)?
-        }
-    };
-    shared.metrics.retries.with_label_values(&[model]).inc();
-    match attempt(&second).await {
-        Ok(answer) => Ok((second, answer)),
-        Err(SendError::Timeout) => Err(GatewayError::NodeTimeout),
-        Err(SendError::Failed(reason)) => {
-            pool.set_state_if_ready(second.node(), NodeState::Unhealthy);
-            Err(GatewayError::NodeFailed { reason })
-        }
-    }
-}
-
-/// Statuses that another node may do better at.
-fn retryable(status: StatusCode) -> bool {
-    matches!(status.as_u16(), 429 | 502 | 503 | 504)
-}
-
-fn relay(
-    answer: Response<Incoming>,
-    asked_stream: bool,
-    pool: &ModelPool,
-    record: Record,
-    permit: Permit,
-) -> Response {
-    let (head, body) = answer.into_parts();
-    let content_type = head.headers.get(header::CONTENT_TYPE).cloned();
-    let is_events =
-        content_type.as_ref().is_some_and(|value| value.as_bytes().starts_with(b"text/event-stream"));
-    let checked = asked_stream && is_events && head.status.is_success();
-    let deadlines = &pool.config.deadlines;
-    let relay = Relay::new(body, checked, ms(deadlines.idle_ms), ms(deadlines.total_ms), record, permit);
-    let mut response = Response::new(Body::new(relay));
-    *response.status_mut() = head.status;
-    let headers = response.headers_mut();
-    // Nothing else of the node's headers passes: no cookies, no server names, no framing.
-    if let Some(value) = content_type {
-        headers.insert(header::CONTENT_TYPE, value);
-    }
-    if let Some(value) = head.headers.get(header::RETRY_AFTER) {
-        headers.insert(header::RETRY_AFTER, value.clone());
-    }
-    if is_events {
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
-    }
-    response
-}
-
-async fn read_body(mut body: Body, limit: usize, idle: std::time::Duration) -> Result<Bytes, GatewayError> {
-    let mut buffer: Vec<u8> = Vec::new();
-    loop {
-        let frame = tokio::time::timeout(idle, body.frame()).await.map_err(|_| GatewayError::SlowBody)?;
-        let Some(frame) = frame else { return Ok(buffer.into()) };
-        let frame = frame.map_err(|error| GatewayError::Invalid {
-            message: format!("the request body broke off: {error}"),
-            param: None,
-            code: "invalid_body",
-        })?;
-        if let Ok(data) = frame.into_data() {
-            if buffer.len() + data.len() > limit {
-                return Err(GatewayError::TooLarge { limit });
-            }
-            buffer.extend_from_slice(&data);
-        }
-    }
-}
-
-/// What the gateway itself reads of a request; the node gets the bytes as they came.
-#[derive(Debug)]
-struct Head {
-    model: String,
-    stream: bool,
-    token_limit: Option<u64>,
-}
-
-#[derive(Deserialize)]
-struct Fields<'a> {
-    model: Option<String>,
-    #[serde(default)]
-    stream: Option<bool>,
-    #[serde(default)]
-    max_tokens: Option<u64>,
-    #[serde(default)]
-    max_completion_tokens: Option<u64>,
-    #[serde(borrow, default)]
-    messages: Option<&'a RawValue>,
-}
-
-fn parse(body: &[u8]) -> Result<Head, GatewayError> {
-    let invalid = |message: String, param, code| GatewayError::Invalid { message, param, code };
-    let fields: Fields<'_> = serde_json::from_slice(body).map_err(|error| {
-        let code = if error.is_data() { "invalid_request" } else { "invalid_json" };
-        invalid(format!("the request body is not valid: {error}"), None, code)
-    })?;
-    let Some(model) = fields.model.filter(|model| !model.is_empty()) else {
-        return Err(invalid("`model` is missing".to_owned(), Some("model"), "missing_required_parameter"));
-    };
-    if fields
-        .messages
-        .is_some_and(|messages| messages.get().trim_matches(['[', ']', ' ', '\n', '\t']).is_empty())
+    if *model != *head.model
+        && let Ok(value) = HeaderValue::from_str(&model)
     {
-        return Err(invalid(
-            "`messages` must hold at least one message".to_owned(),
-            Some("messages"),
-            "invalid_value",
-        ));
+        answer.headers_mut().insert(HeaderName::from_static("x-potstill-served-model"), value);
     }
-    Ok(Head {
-        model,
-        stream: fields.stream.unwrap_or(false),
-        token_limit: fields.max_completion_tokens.or(fields.max_tokens),
-    })
+    answer
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_what_is_needed_is_read() {
-        let head =
-            parse(br#"{"model":"m","stream":true,"messages":[{"x":1}],"max_tokens":5,"other":{"a":[1]}}"#)
-                .unwrap();
-        assert_eq!((head.model.as_str(), head.stream, head.token_limit), ("m", true, Some(5)));
+/// Rules on request heads that keep two readers of one connection from reading two things (RFC 9112, sections 3.2 and 6.1).
+fn head_rules(request: &Request<Incoming>) -> Result<(), GatewayError> {
+    let headers = request.headers();
+    let bad = |message| Err(GatewayError::BadHead { message });
+    if request.version() <= Version::HTTP_11 {
+        let mut hosts = headers.get_all(header::HOST).iter();
+        let named = hosts.next().is_some_and(|host| !host.is_empty());
+        if !(named || (request.version() < Version::HTTP_11 && headers.get(header::HOST).is_none())) {
+            return bad("the request has no `host` header");
+        }
+        if hosts.next().is_some() {
+            return bad("the request has more than one `host` header");
+        }
     }
-
-    #[test]
-    fn wrong_bodies_are_told_apart() {
-        let code = |body: &str| parse(body.as_bytes()).unwrap_err().code();
-        assert_eq!(code("{"), "invalid_json");
-        assert_eq!(code("{}"), "missing_required_parameter");
-        assert_eq!(code(r#"{"model":"a","model":"b"}"#), "invalid_request");
-        assert_eq!(code(r#"{"model":"a","messages":[]}"#), "invalid_value");
-        assert_eq!(code(r#"{"model":"a","stream":"yes"}"#), "invalid_request");
+    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    if let Some(coding) = codings.next() {
+        if codings.next().is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked") {
+            return bad("`transfer-encoding` must be `chunked` and nothing else");
+        }
+        if headers.contains_key(header::CONTENT_LENGTH) {
+            return bad("the request has both `content-length` and `transfer-encoding`");
+        }
     }
+    Ok(())
+}
+
+/// Refuses when too many bytes are held: bulk first, then everyone.
+fn shed(shared: &Shared, live: &Live, bytes: usize, class: Priority) -> Result<(), GatewayError> {
+    let limit = live.config.limits.in_flight_bytes;
+    let held = shared.in_flight.bytes() + bytes;
+    let share = if class == Priority::Bulk { 80 } else { 95 };
+    if held / 100 * 100 > limit / 100 * share { Err(GatewayError::Overloaded) } else { Ok(()) }
+}
+
+/// Asks any node of a pool for a document of its own.
+pub(crate) async fn fetch(
+    shared: &Arc<Shared>,
+    key: &Arc<Key>,
+    pool: &Arc<ModelPool>,
+    path: &'static str,
+) -> Result<Response, GatewayError> {
+    let config = pool.config().clone();
+    let model = pool.model.to_string();
+    let mut record =
+        Record::new(shared, unique("req"), Arc::clone(key), model, Arc::clone(pool), Instant::now(), 0);
+    let outgoing =
+        Outgoing::new(Method::GET, PathAndQuery::from_static(path), &HeaderMap::new(), Bytes::new());
+    let job = Job {
+        connector: &shared.connector,
+        kind: Kind::Other,
+        stream: false,
+        token_limit: Some(1),
+        model: &config.model,
+        outgoing: &outgoing,
+        config: &config,
+    };
+    let ask = Ask {
+        class: key.class(None),
+        key: Arc::clone(&key.name),
+        within: None,
+        tokens: 1,
+        bytes: 0,
+        affinity: None,
+    };
+    match attempt(pool, &job, &ask, &mut record).await {
+        Ok(Answered::Whole { status, content_type, body }) => {
+            record.status = status.as_u16();
+            Ok((status, [(header::CONTENT_TYPE, content_type)], body).into_response())
+        }
+        Ok(Answered::Stream { .. }) => {
+            Err(GatewayError::NodeFailed { reason: "a stream where none was asked for".into() })
+        }
+        Err(error) => {
+            record.status = error.status().as_u16();
+            record.end = End::Refused;
+            Err(error)
+        }
+    }
+}
+
+fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
 }

@@ -1,5 +1,10 @@
-//! Towards the nodes: the client, one forwarded request, and the relay of its answer.
+//! The side towards the nodes: addresses, connections, sending, and the way of an answer back.
 
-pub mod client;
+pub mod address;
+pub mod connect;
+pub mod connection;
+pub mod events;
+pub mod mend;
 pub mod relay;
-pub mod watch;
+pub mod send;
+pub mod whole;

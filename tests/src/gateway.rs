@@ -26,7 +26,10 @@ pub struct TestGateway {
 /// A pool `m` over mocks with short intervals.
 pub fn pool(nodes: &[&Mock], slots: usize) -> PoolConfig {
     let mut pool = PoolConfig::new("m");
-    pool.nodes = nodes.iter().map(|mock| NodeConfig { url: mock.url(), slots, api_key_env: None }).collect();
+    pool.nodes = nodes
+        .iter()
+        .map(|mock| NodeConfig { url: mock.url(), slots: Some(slots), api_key_env: None })
+        .collect();
     pool.health.interval_ms = 50;
     pool
 }

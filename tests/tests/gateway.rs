@@ -303,9 +303,9 @@ async fn keys_open_their_models_and_never_reach_a_node() {
     configuration.keys.push(KeyConfig {
         name: "a".into(),
         hash: Some(hash),
-        env: None,
         requests_per_minute: Some(2),
         models: vec!["m".into()],
+        ..KeyConfig::default()
     });
     let gateway = TestGateway::start(configuration).await;
     assert_eq!(TestGateway::json(gateway.chat(false)).await.0, 401);

@@ -9,15 +9,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::process::{Child, Command};
-use tokio_util::sync::CancellationToken;
 
 use super::policy::{Bounds, Memory, Observation, decide};
 use crate::config::{ProcessConfig, ms};
 use crate::pool::ModelPool;
 use crate::pool::health::check;
-use crate::pool::node::{Node, NodeState};
+use crate::pool::node::{Node, NodeSpec, NodeState};
 use crate::telemetry::Metrics;
-use crate::upstream::client::Upstream;
+use crate::upstream::connect::Connector;
 
 /// After SIGTERM a node has so long to exit.
 const EXIT_GRACE: Duration = Duration::from_secs(10);
@@ -35,12 +34,14 @@ struct Process {
     stopping: Option<Instant>,
 }
 
-/// Keeps the number of processes at what the policy says, until `end`; then stops them all.
-pub async fn scale(pool: Arc<ModelPool>, upstream: Upstream, metrics: Arc<Metrics>, end: CancellationToken) {
-    let Some(config) = pool.config.process.clone() else { return };
+/// Keeps the number of processes at what the policy says, until the pool is retired; then, once they hold nothing any
+/// more, stops them all.
+pub async fn scale(pool: Arc<ModelPool>, connector: Connector, metrics: Arc<Metrics>) {
+    let Some(config) = pool.config().process.clone() else { return };
+    let end = pool.retired();
     let mut scaler = ProcessScaler {
         pool,
-        upstream,
+        connector,
         metrics,
         config,
         processes: Vec::new(),
@@ -57,12 +58,16 @@ pub async fn scale(pool: Arc<ModelPool>, upstream: Upstream, metrics: Arc<Metric
             _ = ticks.tick() => scaler.tick().await,
         }
     }
+    // Nobody new comes, but what was begun is finished.
+    while scaler.pool.load().active > 0 {
+        ticks.tick().await;
+    }
     scaler.stop_all().await;
 }
 
 struct ProcessScaler {
     pool: Arc<ModelPool>,
-    upstream: Upstream,
+    connector: Connector,
     metrics: Arc<Metrics>,
     config: ProcessConfig,
     processes: Vec<Process>,
@@ -94,7 +99,7 @@ impl ProcessScaler {
         let decision = decide(bounds, seen, &mut self.memory);
         if decision.nodes != running {
             tracing::info!(
-                model = self.pool.config.model,
+                model = &*self.pool.model,
                 from = running,
                 to = decision.nodes,
                 reason = decision.reason,
@@ -113,7 +118,7 @@ impl ProcessScaler {
     }
 
     fn event(&self, event: &str) {
-        self.metrics.scale_events.with_label_values(&[&self.pool.config.model, event]).inc();
+        self.metrics.scale_events.with_label_values(&[&*self.pool.model, event]).inc();
     }
 
     fn start(&mut self) {
@@ -128,7 +133,7 @@ impl ProcessScaler {
             match &self.config.log_folder {
                 None => command.stdout(Stdio::null()).stderr(Stdio::null()),
                 Some(folder) => {
-                    let name = self.pool.config.model.replace(['/', '\\'], "_");
+                    let name = self.pool.model.replace(['/', '\\'], "_");
                     let open = || {
                         std::fs::create_dir_all(folder)?;
                         let path = folder.join(format!("{name}-{port}.log"));
@@ -143,9 +148,12 @@ impl ProcessScaler {
         let url = |port: u16| format!("http://127.0.0.1:{port}");
         match started {
             Ok((child, port)) => {
-                match self.pool.add_node(&url(port), self.config.slots, None, NodeState::Unhealthy) {
+                match self.pool.add_node(NodeSpec {
+                    state: NodeState::Unhealthy,
+                    ..NodeSpec::new(url(port), Some(self.config.slots))
+                }) {
                     Ok(node) => {
-                        tracing::info!(model = self.pool.config.model, node = node.name, "node started");
+                        tracing::info!(model = &*self.pool.model, node = node.name, "node started");
                         self.event("started");
                         let started = Instant::now();
                         self.processes.push(Process {
@@ -161,7 +169,7 @@ impl ProcessScaler {
                 }
             }
             Err(error) => {
-                tracing::error!(model = self.pool.config.model, command = ?self.config.command, %error, "cannot start a node");
+                tracing::error!(model = &*self.pool.model, command = ?self.config.command, %error, "cannot start a node");
                 self.lost();
             }
         }
@@ -188,7 +196,7 @@ impl ProcessScaler {
                         self.event("stopped");
                     } else {
                         tracing::error!(
-                            model = self.pool.config.model,
+                            model = &*self.pool.model,
                             node = process.node.name,
                             ?status,
                             "node died"
@@ -204,7 +212,7 @@ impl ProcessScaler {
     }
 
     async fn look_after_starting(&mut self) {
-        let path = self.pool.config.health.path.clone();
+        let path = self.pool.config().health.path.clone();
         for process in &mut self.processes {
             if process.was_ready || process.stopping.is_some() {
                 let ill = process.was_ready && process.node.state() == NodeState::Unhealthy;
@@ -212,7 +220,7 @@ impl ProcessScaler {
                 process.ill_since = since;
                 if since.is_some_and(|since| since.elapsed() > ILL_GRACE) {
                     tracing::error!(
-                        model = self.pool.config.model,
+                        model = &*self.pool.model,
                         node = process.node.name,
                         "node hangs; it is replaced"
                     );
@@ -220,20 +228,15 @@ impl ProcessScaler {
                 }
                 continue;
             }
-            if check(&self.upstream, &process.node, &path, Duration::from_millis(500)).await {
+            if check(&self.connector, &process.node, &path, Duration::from_millis(500)).await {
                 process.was_ready = true;
                 self.losses = 0;
                 let seconds = process.started.elapsed().as_secs_f64();
-                tracing::info!(
-                    model = self.pool.config.model,
-                    node = process.node.name,
-                    seconds,
-                    "node is ready"
-                );
+                tracing::info!(model = &*self.pool.model, node = process.node.name, seconds, "node is ready");
                 self.pool.set_state(&process.node, NodeState::Ready);
             } else if process.started.elapsed() > ms(self.config.start_ms) {
                 tracing::error!(
-                    model = self.pool.config.model,
+                    model = &*self.pool.model,
                     node = process.node.name,
                     "node never became ready"
                 );
@@ -259,7 +262,7 @@ impl ProcessScaler {
             .processes
             .iter()
             .filter(|process| process.node.state() != NodeState::Draining)
-            .min_by_key(|process| (process.was_ready, process.node.view().tokens));
+            .min_by_key(|process| (process.was_ready, process.node.tokens()));
         if let Some(process) = emptiest {
             self.pool.set_state(&process.node, NodeState::Draining);
         }
@@ -268,7 +271,7 @@ impl ProcessScaler {
     /// Nodes that drained to the last request get SIGTERM, and SIGKILL when that does not help.
     fn finish_draining(&mut self) {
         for process in &mut self.processes {
-            if process.node.state() == NodeState::Draining && process.node.view().requests == 0 {
+            if process.node.state() == NodeState::Draining && process.node.requests() == 0 {
                 match process.stopping {
                     None => {
                         process.stopping = Some(Instant::now());

@@ -1,12 +1,16 @@
-//! One upstream endpoint: where it is, how it is, what it holds.
+//! One upstream endpoint: where it is, how it is, what it holds, what was learnt of it.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use http::Uri;
-use http::uri::{Authority, PathAndQuery, Scheme};
 use potstill_shared::redact::Redacted;
 
-use crate::balance::NodeView;
+use super::learnt::{Slots, Speed};
+use super::outlier::Outlier;
+use crate::balance::{NodeView, hash_text};
+use crate::config::OutlierConfig;
+use crate::upstream::address::{AddressPolicy, NodeUrl, parse_url};
+use crate::upstream::connection::Idle;
 
 /// Whether a node may get requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,69 +24,92 @@ pub enum NodeState {
     Draining = 2,
 }
 
+impl NodeState {
+    /// For the admin API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ready => "ready",
+            Self::Unhealthy => "unhealthy",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+/// How a node is made.
+#[derive(Debug, Clone)]
+pub struct NodeSpec {
+    /// Base URL.
+    pub url: String,
+    /// Requests at once; none to learn them.
+    pub slots: Option<usize>,
+    /// The node's own key.
+    pub key: Option<String>,
+    /// Which addresses it may have.
+    pub policy: AddressPolicy,
+    /// How it begins.
+    pub state: NodeState,
+}
+
+impl NodeSpec {
+    /// A trusted node that is ready.
+    pub fn new(url: impl Into<String>, slots: Option<usize>) -> Self {
+        Self { url: url.into(), slots, key: None, policy: AddressPolicy::Trusted, state: NodeState::Ready }
+    }
+}
+
+/// What was learnt of a node.
+#[derive(Debug, Clone)]
+pub struct Learnt {
+    /// Failures and ejections.
+    pub outlier: Outlier,
+    /// Time per token.
+    pub speed: Speed,
+    /// Requests at once.
+    pub slots: Slots,
+}
+
 /// An upstream endpoint.
 pub struct Node {
     /// Number within the pool.
     pub id: u64,
     /// `host:port`, for logs and metrics.
     pub name: String,
-    authority: Authority,
-    prefix: String,
+    /// Where it is.
+    pub url: NodeUrl,
+    /// As configured.
+    pub spec: NodeSpec,
     /// The node's own key.
     pub key: Option<Redacted<String>>,
-    slots: usize,
+    /// Connections that wait for their next request.
+    pub(crate) idle: Idle,
+    hash: u64,
     state: AtomicU8,
     requests: AtomicUsize,
     tokens: AtomicU64,
-}
-
-/// Checks a node's base URL and splits it into authority and path prefix.
-pub fn parse_url(url: &str) -> Result<(Authority, String), String> {
-    let uri: Uri = url.parse().map_err(|error| format!("`url` is not a URL: {error}"))?;
-    if uri.scheme() != Some(&Scheme::HTTP) {
-        return Err("`url` must begin with `http://`".to_owned());
-    }
-    let authority = uri.authority().cloned().ok_or_else(|| "`url` names no host".to_owned())?;
-    if authority.as_str().contains('@') {
-        return Err("`url` must not hold a user name; use `api_key_env`".to_owned());
-    }
-    let prefix = uri.path().trim_end_matches('/').to_owned();
-    if prefix.ends_with("/v1") {
-        return Err("`url` must not end in `/v1`".to_owned());
-    }
-    Ok((authority, prefix))
+    learnt: Mutex<Learnt>,
 }
 
 impl Node {
-    /// A node at `url`.
-    pub fn new(
-        id: u64,
-        url: &str,
-        slots: usize,
-        key: Option<String>,
-        state: NodeState,
-    ) -> Result<Self, String> {
-        let (authority, prefix) = parse_url(url)?;
+    /// A node.
+    pub fn new(id: u64, spec: NodeSpec) -> Result<Self, String> {
+        let url = parse_url(&spec.url)?;
         Ok(Self {
             id,
-            name: authority.to_string(),
-            authority,
-            prefix,
-            key: key.map(Redacted::new),
-            slots,
-            state: AtomicU8::new(state as u8),
+            name: url.authority.to_string(),
+            hash: hash_text(&spec.url),
+            url,
+            key: spec.key.clone().map(Redacted::new),
+            idle: Idle::default(),
+            state: AtomicU8::new(spec.state as u8),
             requests: AtomicUsize::new(0),
             tokens: AtomicU64::new(0),
+            learnt: Mutex::new(Learnt {
+                outlier: Outlier::default(),
+                speed: Speed::default(),
+                slots: Slots::new(spec.slots),
+            }),
+            spec,
         })
-    }
-
-    /// Address of `path` on this node.
-    pub fn uri(&self, path: &PathAndQuery) -> Result<Uri, http::Error> {
-        Uri::builder()
-            .scheme(Scheme::HTTP)
-            .authority(self.authority.clone())
-            .path_and_query(format!("{}{path}", self.prefix))
-            .build()
     }
 
     /// How it is.
@@ -98,44 +125,45 @@ impl Node {
         self.state.store(state as u8, Ordering::Release);
     }
 
-    /// What a balancer needs to know.
-    pub fn view(&self) -> NodeView {
+    /// What was learnt.
+    pub fn learnt(&self) -> MutexGuard<'_, Learnt> {
+        self.learnt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Requests that it holds.
+    pub fn requests(&self) -> usize {
+        self.requests.load(Ordering::Acquire)
+    }
+
+    /// Tokens that it still has to read and write.
+    pub fn tokens(&self) -> u64 {
+        self.tokens.load(Ordering::Acquire)
+    }
+
+    /// What a balancer needs to know; `usual` seconds per token stand in where nothing was measured.
+    pub fn view(&self, config: &OutlierConfig, usual: f64, now_ms: u64) -> NodeView {
+        let learnt = self.learnt();
+        let slots = match self.state() {
+            NodeState::Ready => learnt.outlier.usable(learnt.slots.get(), config, now_ms),
+            _ => 0,
+        };
         NodeView {
-            available: self.state() == NodeState::Ready,
-            requests: self.requests.load(Ordering::Acquire),
-            slots: self.slots,
-            tokens: self.tokens.load(Ordering::Acquire),
+            requests: self.requests(),
+            slots,
+            tokens: self.tokens(),
+            seconds_per_token: learnt.speed.get(usual, now_ms),
+            hash: self.hash,
         }
     }
 
     pub(super) fn begin(&self, tokens: u64) {
         self.requests.fetch_add(1, Ordering::AcqRel);
         self.tokens.fetch_add(tokens, Ordering::AcqRel);
+        self.learnt().outlier.begin();
     }
 
     pub(super) fn end(&self, tokens: u64) {
         self.requests.fetch_sub(1, Ordering::AcqRel);
         self.tokens.fetch_sub(tokens, Ordering::AcqRel);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn urls_are_checked() {
-        for (url, problem) in [
-            ("https://x", "http://"),
-            ("file:///etc/passwd", "`url`"),
-            ("http://u:p@x", "user name"),
-            ("http://x/v1", "/v1"),
-            ("x", "http://"),
-        ] {
-            assert!(parse_url(url).unwrap_err().contains(problem), "{url}");
-        }
-        let node = Node::new(0, "http://h:1/base/", 1, None, NodeState::Ready).unwrap();
-        let uri = node.uri(&PathAndQuery::from_static("/v1/models?a=b")).unwrap();
-        assert_eq!(uri.to_string(), "http://h:1/base/v1/models?a=b");
     }
 }

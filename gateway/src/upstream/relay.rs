@@ -1,110 +1,166 @@
-//! The body of a relayed answer. Pull-based: a frame is taken from the node only when the client's connection asks for
-//! one, so a slow client holds back its node and not our memory; no task and no channel per stream.
+//! The body of a relayed stream. Pull-based: a frame is taken from the node only when the client's connection asks for one, so
+//! a slow client holds back its node and not our memory; no task and no channel per stream.
 //!
-//! It owns the permit: when the client leaves, hyper drops the body, which closes the connection to the node and frees
-//! the slot. A stream that breaks off, or ends without `[DONE]`, ends in one error event.
+//! It owns the permit: when the client leaves, hyper drops the body, which closes the connection to the node and frees the
+//! slot. A stream that breaks off, or ends before its end, ends in one error event and no `[DONE]`.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
-use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
+use http_body::{Body, Frame};
 use potstill_shared::openai::ErrorBody;
 use potstill_shared::sse;
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::watch::Watch;
-use crate::pool::{ModelPool, Permit};
-use crate::telemetry::Metrics;
+use super::events::{Events, Step};
+use super::send::{Answer, innermost};
+use crate::config::{Deadlines, ms};
+use crate::pool::Permit;
+use crate::record::{End, Record};
 
-/// What is written down when a relayed answer ends.
-pub struct Record {
-    /// Name of the client's key.
-    pub key: String,
-    /// Id of the request.
-    pub request_id: String,
-    /// The model.
-    pub model: String,
-    /// When the request came.
-    pub started: Instant,
-    /// Status of the answer.
-    pub status: u16,
-    /// Where the counters are.
-    pub metrics: Arc<Metrics>,
-    /// Whose lengths are learnt.
-    pub pool: Arc<ModelPool>,
+/// After the last event the node may take so long to end its body; then its connection is not kept.
+const LINGER: Duration = Duration::from_millis(20);
+
+/// Idle and total clock in one timer, set again only when it fires.
+struct Clocks {
+    timer: Pin<Box<Sleep>>,
+    idle: Duration,
+    last: Instant,
+    end: Instant,
 }
 
-/// How a relayed answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    Complete,
-    Truncated,
-    ClientLeft,
+impl Clocks {
+    fn new(deadlines: &Deadlines) -> Self {
+        let now = Instant::now();
+        let (idle, end) = (ms(deadlines.idle_ms), now + ms(deadlines.total_ms));
+        Self { timer: Box::pin(sleep_until(end.min(now + idle))), idle, last: now, end }
+    }
+
+    /// Why the stream must end now, if it must.
+    fn poll(&mut self, context: &mut Context<'_>) -> Option<&'static str> {
+        while self.timer.as_mut().poll(context).is_ready() {
+            let now = Instant::now();
+            if now >= self.end {
+                return Some("the answer took too long in all");
+            }
+            if now >= self.last + self.idle {
+                return Some("the node was silent for too long");
+            }
+            self.timer.as_mut().reset(self.end.min(self.last + self.idle));
+        }
+        None
+    }
 }
 
-/// The body of a relayed answer.
+/// Comments in a silence, for those who asked for them. They never touch the idle clock.
+struct Heartbeat {
+    timer: Pin<Box<Sleep>>,
+    every: Duration,
+}
+
+/// The body of a relayed stream.
 pub struct Relay {
-    inner: Incoming,
-    streamed: bool,
-    idle: Pin<Box<Sleep>>,
-    idle_for: Duration,
-    total: Pin<Box<Sleep>>,
-    watch: Watch,
-    end: Option<End>,
+    answer: Option<Answer>,
+    events: Events,
+    clocks: Clocks,
+    heartbeat: Option<Heartbeat>,
+    over: bool,
+    permit: Option<Permit>,
     record: Record,
-    permit: Permit,
 }
 
 impl Relay {
-    /// Relays `inner`. `streamed`: it is an event stream whose end is to be checked.
+    /// Relays `answer`.
     pub fn new(
-        inner: Incoming,
-        streamed: bool,
-        idle: Duration,
-        total: Duration,
-        record: Record,
+        answer: Answer,
+        events: Events,
+        deadlines: &Deadlines,
+        heartbeat_ms: Option<u64>,
         permit: Permit,
+        record: Record,
     ) -> Self {
-        Self {
-            inner,
-            streamed,
-            idle: Box::pin(tokio::time::sleep(idle)),
-            idle_for: idle,
-            total: Box::pin(tokio::time::sleep(total)),
-            watch: Watch::new(streamed),
-            end: None,
-            record,
-            permit,
-        }
+        let heartbeat = heartbeat_ms.map(|every| {
+            let every = ms(every.max(100));
+            Heartbeat { timer: Box::pin(sleep_until(Instant::now() + every)), every }
+        });
+        let clocks = Clocks::new(deadlines);
+        Self { answer: Some(answer), events, clocks, heartbeat, over: false, permit: Some(permit), record }
     }
 
-    /// Ends a broken answer: an event stream gets one error event, any other body breaks off so that the client sees it.
-    fn broken(&mut self, reason: &str) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
-        self.end = Some(End::Truncated);
-        self.record.metrics.cut_streams.with_label_values(&[&self.record.model]).inc();
+    /// The stream is whole: the slot is free from now on.
+    fn complete(&mut self) {
+        self.over = true;
+        self.clocks.end = Instant::now() + LINGER;
+        self.clocks.timer.as_mut().reset(self.clocks.end);
+        let seen = self.events.seen();
+        self.record.complete(seen.usage, seen.pieces, self.permit.take());
+    }
+
+    /// Ends a broken stream with one error event.
+    fn broken(&mut self, before: Bytes, reason: &str) -> Bytes {
         tracing::warn!(
             request = self.record.request_id,
             model = self.record.model,
-            node = self.permit.node().name,
+            node = self.permit.as_ref().map(|permit| permit.node().name.as_str()),
             reason,
             "an answer broke off"
         );
-        if !self.streamed {
-            return Poll::Ready(Some(Err(std::io::Error::other(reason.to_owned()))));
-        }
         let body = ErrorBody::new(
             format!("the node's answer broke off: {reason}; it is not complete"),
             "server_error",
             None,
             Some("stream_truncated"),
         );
-        // A line break first: the node may have stopped in the middle of a line.
-        let event = [b"\n\n".as_slice(), &sse::data(&body.to_json())].concat();
-        Poll::Ready(Some(Ok(Frame::data(event.into()))))
+        let event = sse::data(&body.to_json());
+        self.failed(reason);
+        if before.is_empty() { event } else { [&before[..], &event[..]].concat().into() }
+    }
+
+    fn failed(&mut self, reason: &str) {
+        self.over = true;
+        self.answer = None;
+        self.record.end = End::Truncated;
+        self.seen();
+        if let Some(permit) = self.permit.take() {
+            permit.failure(reason);
+        }
+    }
+
+    fn seen(&mut self) {
+        let seen = self.events.seen();
+        self.record.seen(seen.usage, seen.pieces);
+    }
+
+    fn step(&mut self, bytes: Bytes) -> Bytes {
+        match self.events.push(bytes) {
+            Step::Pass(bytes) => bytes,
+            Step::Done(bytes) => {
+                self.complete();
+                bytes
+            }
+            Step::Failed(bytes) => {
+                self.failed("the node sent an error");
+                bytes
+            }
+            Step::Broken(bytes, reason) => self.broken(bytes, reason),
+        }
+    }
+
+    /// Reads the node's end of body, so that its connection can be used again.
+    fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let Some(answer) = &mut self.answer else { return Poll::Ready(()) };
+        loop {
+            match answer.poll_frame(context) {
+                // Nothing passes after the end.
+                Poll::Ready(Some(Ok(_))) => {}
+                Poll::Ready(_) => return Poll::Ready(()),
+                Poll::Pending => {
+                    return if self.clocks.poll(context).is_some() { Poll::Ready(()) } else { Poll::Pending };
+                }
+            }
+        }
     }
 }
 
@@ -116,83 +172,58 @@ impl Body for Relay {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
-        if self.end.is_some() {
-            return Poll::Ready(None);
+        if self.over {
+            return self.poll_end(context).map(|()| None);
         }
-        match Pin::new(&mut self.inner).poll_frame(context) {
-            Poll::Ready(Some(Ok(frame))) => {
-                if let Some(data) = frame.data_ref() {
-                    self.watch.push(data);
+        loop {
+            let Some(answer) = &mut self.answer else { return Poll::Ready(None) };
+            let polled = answer.poll_frame(context);
+            let bytes = match polled {
+                Poll::Ready(Some(Ok(frame))) => {
+                    let Ok(data) = frame.into_data() else { continue };
+                    self.clocks.last = Instant::now();
+                    self.record.first_token();
+                    self.step(data)
                 }
-                let next = tokio::time::Instant::now() + self.idle_for;
-                self.idle.as_mut().reset(next);
-                Poll::Ready(Some(Ok(frame)))
-            }
-            // Everything has passed: what happens to the connection now does not matter.
-            Poll::Ready(_) if self.streamed && self.watch.done => {
-                self.end = Some(End::Complete);
-                Poll::Ready(None)
-            }
-            Poll::Ready(Some(Err(error))) => {
-                let reason = super::client::innermost(&error);
-                self.broken(&reason)
-            }
-            Poll::Ready(None) if self.streamed && !self.watch.done => {
-                self.broken("the node closed the stream before its end")
-            }
-            Poll::Ready(None) => {
-                self.end = Some(End::Complete);
-                Poll::Ready(None)
-            }
-            Poll::Pending => {
-                if self.idle.as_mut().poll(context).is_ready() {
-                    return self.broken("the node was silent for too long");
+                Poll::Ready(Some(Err(error))) => {
+                    let reason = innermost(&error);
+                    self.broken(Bytes::new(), &reason)
                 }
-                if self.total.as_mut().poll(context).is_ready() {
-                    return self.broken("the answer took too long in all");
+                Poll::Ready(None) => self.broken(Bytes::new(), "the node closed the stream before its end"),
+                Poll::Pending => match self.clocks.poll(context) {
+                    Some(reason) => self.broken(Bytes::new(), reason),
+                    None => return self.poll_heartbeat(context),
+                },
+            };
+            if !bytes.is_empty() {
+                if let Some(heartbeat) = &mut self.heartbeat {
+                    heartbeat.timer.as_mut().reset(Instant::now() + heartbeat.every);
                 }
-                Poll::Pending
+                return Poll::Ready(Some(Ok(Frame::data(bytes))));
             }
         }
     }
+}
 
-    fn size_hint(&self) -> SizeHint {
-        if self.streamed { SizeHint::default() } else { self.inner.size_hint() }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        // A document with a known length ends without another poll; a stream's end must be looked at.
-        !self.streamed && self.inner.is_end_stream()
+impl Relay {
+    /// Events are whole when they are passed on, so a comment always stands between two of them.
+    fn poll_heartbeat(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+        let Some(heartbeat) = &mut self.heartbeat else { return Poll::Pending };
+        if heartbeat.timer.as_mut().poll(context).is_pending() {
+            return Poll::Pending;
+        }
+        heartbeat.timer.as_mut().reset(Instant::now() + heartbeat.every);
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b": keep-alive\n\n")))))
     }
 }
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        let finished = self.watch.done || (!self.streamed && self.inner.is_end_stream());
-        let end = self.end.unwrap_or(if finished { End::Complete } else { End::ClientLeft });
-        self.watch.finish();
-        let usage = self.watch.usage.unwrap_or_default();
-        let record = &self.record;
-        if end == End::Complete && usage.completion_tokens > 0 {
-            record.pool.completed(usage.completion_tokens);
+        if !self.over {
+            self.seen();
         }
-        let name = match end {
-            End::Complete => "complete",
-            End::Truncated => "truncated",
-            End::ClientLeft => "client_left",
-        };
-        record.metrics.finished(&record.model, record.status, name, record.started.elapsed(), usage);
-        tracing::info!(
-            request = record.request_id,
-            key = record.key,
-            model = record.model,
-            node = self.permit.node().name,
-            status = record.status,
-            end = name,
-            milliseconds = record.started.elapsed().as_millis() as u64,
-            prompt_tokens = usage.prompt_tokens,
-            completion_tokens = usage.completion_tokens,
-            "request"
-        );
     }
 }

@@ -1,0 +1,78 @@
+//! The body of an answer to a client.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http::Response;
+use http_body::{Body, Frame, SizeHint};
+
+use super::responses::stream::ResponsesStream;
+use crate::upstream::relay::Relay;
+
+/// A body.
+pub enum Reply {
+    /// Known bytes; `None` once they are sent.
+    Whole(Option<Bytes>),
+    /// A relayed stream.
+    Relay(Box<Relay>),
+    /// A relayed stream in the words of the Responses API.
+    Responses(Box<ResponsesStream>),
+    /// What the gateway itself answers.
+    Local(axum::body::Body),
+}
+
+/// An answer.
+pub type Answer = Response<Reply>;
+
+impl From<Bytes> for Reply {
+    fn from(bytes: Bytes) -> Self {
+        Self::Whole(Some(bytes))
+    }
+}
+
+/// The same answer with its body as one of ours.
+pub fn local(response: axum::response::Response) -> Answer {
+    response.map(Reply::Local)
+}
+
+/// hyper's error type for services that cannot fail.
+pub type Never = Infallible;
+
+impl Body for Reply {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+        match self.get_mut() {
+            Self::Whole(bytes) => {
+                Poll::Ready(bytes.take().filter(|b| !b.is_empty()).map(|b| Ok(Frame::data(b))))
+            }
+            Self::Relay(relay) => Pin::new(&mut **relay).poll_frame(context),
+            Self::Responses(stream) => Pin::new(&mut **stream).poll_frame(context),
+            Self::Local(body) => Pin::new(body)
+                .poll_frame(context)
+                .map(|frame| frame.map(|frame| frame.map_err(std::io::Error::other))),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Relay(_) | Self::Responses(_) => SizeHint::default(),
+            Self::Local(body) => body.size_hint(),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Whole(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
+            Self::Relay(_) | Self::Responses(_) => false,
+            Self::Local(body) => body.is_end_stream(),
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! A relayed chat stream becomes the events of the Responses API: every item is announced, filled and closed, numbers count up,
+//! and the end says whether the answer is whole.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::{Bytes, BytesMut};
+use http_body::{Body, Frame};
+use potstill_shared::id::unique;
+use serde_json::{Value, json};
+
+use super::request::Wanted;
+use super::{call_item, message_item, object, outcome, reasoning_item, text_part, usage};
+use crate::upstream::relay::Relay;
+
+/// What is being written.
+enum Open {
+    Reasoning { id: String, text: String },
+    Message { id: String, text: String },
+    Call { id: String, call: String, name: String, arguments: String, index: u64 },
+}
+
+/// Translates events; knows nothing of sockets.
+struct Writer {
+    wanted: Wanted,
+    model: String,
+    sequence: u64,
+    output: Vec<Value>,
+    open: Option<Open>,
+    finish: Option<String>,
+    usage: Value,
+    begun: bool,
+    ended: bool,
+    out: BytesMut,
+}
+
+impl Writer {
+    fn new(wanted: Wanted) -> Self {
+        Self {
+            model: wanted.model.clone(),
+            wanted,
+            sequence: 0,
+            output: Vec::new(),
+            open: None,
+            finish: None,
+            usage: Value::Null,
+            begun: false,
+            ended: false,
+            out: BytesMut::new(),
+        }
+    }
+
+    fn emit(&mut self, kind: &str, mut event: Value) {
+        event["type"] = kind.into();
+        event["sequence_number"] = self.sequence.into();
+        self.sequence += 1;
+        self.out.extend_from_slice(format!("event: {kind}\ndata: {event}\n\n").as_bytes());
+    }
+
+    fn response(&self, status: &str, details: Value) -> Value {
+        object(&self.wanted, &self.model, status, details, &self.output, self.usage.clone())
+    }
+
+    /// One event of the chat stream.
+    fn event(&mut self, data: &[u8]) {
+        if self.ended {
+            return;
+        }
+        if data == b"[DONE]" {
+            return self.complete();
+        }
+        let Ok(chunk) = serde_json::from_slice::<Value>(data) else { return };
+        if let Some(error) = chunk.get("error") {
+            return self.fail(error["message"].as_str().unwrap_or("the answer broke off"));
+        }
+        if let Some(model) = chunk["model"].as_str() {
+            model.clone_into(&mut self.model);
+        }
+        self.begin();
+        if chunk["usage"].is_object() {
+            self.usage = usage(&chunk["usage"]);
+        }
+        let choice = &chunk["choices"][0];
+        let delta = &choice["delta"];
+        if let Some(text) =
+            delta["reasoning_content"].as_str().or(delta["reasoning"].as_str()).filter(|t| !t.is_empty())
+        {
+            self.thinking(text);
+        }
+        if let Some(text) = delta["content"].as_str().filter(|text| !text.is_empty()) {
+            self.text(text);
+        }
+        for call in delta["tool_calls"].as_array().into_iter().flatten() {
+            self.call(call);
+        }
+        if let Some(reason) = choice["finish_reason"].as_str() {
+            self.finish = Some(reason.to_owned());
+        }
+    }
+
+    fn begin(&mut self) {
+        if !std::mem::replace(&mut self.begun, true) {
+            let response = self.response("in_progress", Value::Null);
+            self.emit("response.created", json!({"response": response.clone()}));
+            self.emit("response.in_progress", json!({"response": response}));
+        }
+    }
+
+    fn add(&mut self, item: Value) {
+        let index = self.output.len();
+        self.emit("response.output_item.added", json!({"output_index": index, "item": item}));
+    }
+
+    fn thinking(&mut self, text: &str) {
+        if !matches!(self.open, Some(Open::Reasoning { .. })) {
+            self.close();
+            let id = unique("rs");
+            self.add(reasoning_item(&id, "in_progress", None));
+            let part = json!({"type": "reasoning_text", "text": ""});
+            self.emit(
+                "response.content_part.added",
+                json!({"item_id": id, "output_index": self.output.len(), "content_index": 0, "part": part}),
+            );
+            self.open = Some(Open::Reasoning { id, text: String::new() });
+        }
+        if let Some(Open::Reasoning { id, text: all }) = &mut self.open {
+            all.push_str(text);
+            let id = id.clone();
+            self.emit(
+                "response.reasoning_text.delta",
+                json!({"item_id": id, "output_index": self.output.len(), "content_index": 0, "delta": text}),
+            );
+        }
+    }
+
+    fn text(&mut self, text: &str) {
+        if !matches!(self.open, Some(Open::Message { .. })) {
+            self.close();
+            let id = unique("msg");
+            self.add(message_item(&id, "in_progress", None));
+            self.emit("response.content_part.added", json!({"item_id": id, "output_index": self.output.len(), "content_index": 0, "part": text_part("")}));
+            self.open = Some(Open::Message { id, text: String::new() });
+        }
+        if let Some(Open::Message { id, text: all }) = &mut self.open {
+            all.push_str(text);
+            let id = id.clone();
+            self.emit("response.output_text.delta", json!({"item_id": id, "output_index": self.output.len(), "content_index": 0, "delta": text, "logprobs": []}));
+        }
+    }
+
+    fn call(&mut self, call: &Value) {
+        let number = call["index"].as_u64().unwrap_or(0);
+        if !matches!(&self.open, Some(Open::Call { index, .. }) if *index == number) {
+            self.close();
+            let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+            let (id, name, call) = (unique("fc"), text(&call["function"]["name"]), text(&call["id"]));
+            self.add(call_item(&id, "in_progress", &call, &name, ""));
+            self.open = Some(Open::Call { id, call, name, arguments: String::new(), index: number });
+        }
+        let Some(piece) = call["function"]["arguments"].as_str().filter(|piece| !piece.is_empty()) else {
+            return;
+        };
+        if let Some(Open::Call { id, arguments, .. }) = &mut self.open {
+            arguments.push_str(piece);
+            let id = id.clone();
+            self.emit(
+                "response.function_call_arguments.delta",
+                json!({"item_id": id, "output_index": self.output.len(), "delta": piece}),
+            );
+        }
+    }
+
+    /// Closes the item that is being written.
+    fn close(&mut self) {
+        let Some(open) = self.open.take() else { return };
+        let index = self.output.len();
+        let cut = matches!(self.finish.as_deref(), Some("length" | "content_filter"));
+        let status = if cut { "incomplete" } else { "completed" };
+        let item = match open {
+            Open::Reasoning { id, text } => {
+                let part = json!({"type": "reasoning_text", "text": text});
+                self.emit(
+                    "response.reasoning_text.done",
+                    json!({"item_id": id, "output_index": index, "content_index": 0, "text": text}),
+                );
+                self.emit(
+                    "response.content_part.done",
+                    json!({"item_id": id, "output_index": index, "content_index": 0, "part": part}),
+                );
+                reasoning_item(&id, status, Some(&text))
+            }
+            Open::Message { id, text } => {
+                self.emit("response.output_text.done", json!({"item_id": id, "output_index": index, "content_index": 0, "text": text, "logprobs": []}));
+                self.emit("response.content_part.done", json!({"item_id": id, "output_index": index, "content_index": 0, "part": text_part(&text)}));
+                message_item(&id, status, Some(&text))
+            }
+            Open::Call { id, call, name, arguments, .. } => {
+                self.emit(
+                    "response.function_call_arguments.done",
+                    json!({"item_id": id, "output_index": index, "name": name, "arguments": arguments}),
+                );
+                call_item(&id, status, &call, &name, &arguments)
+            }
+        };
+        self.emit("response.output_item.done", json!({"output_index": index, "item": item}));
+        self.output.push(item);
+    }
+
+    fn complete(&mut self) {
+        self.begin();
+        self.close();
+        let (status, details) = outcome(self.finish.as_deref());
+        let response = self.response(status, details);
+        self.emit(&format!("response.{status}"), json!({"response": response}));
+        self.ended = true;
+    }
+
+    fn fail(&mut self, message: &str) {
+        self.begin();
+        self.open = None;
+        let mut response = self.response("failed", Value::Null);
+        response["error"] = json!({"code": "server_error", "message": message});
+        self.emit("response.failed", json!({"response": response}));
+        self.ended = true;
+    }
+}
+
+/// The body of a streamed response.
+pub struct ResponsesStream {
+    relay: Relay,
+    writer: Writer,
+}
+
+impl ResponsesStream {
+    /// Translates what `relay` passes on.
+    pub fn new(relay: Relay, wanted: Wanted) -> Self {
+        Self { relay, writer: Writer::new(wanted) }
+    }
+}
+
+impl Body for ResponsesStream {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+        loop {
+            let frame = match Pin::new(&mut self.relay).poll_frame(context) {
+                Poll::Ready(Some(Ok(frame))) => frame,
+                other => return other,
+            };
+            let Ok(data) = frame.into_data() else { continue };
+            // The relay passes whole events only, one `data` line each.
+            for block in data.split_inclusive(|byte| *byte == b'\n') {
+                if let Some(data) = block.strip_prefix(b"data: ") {
+                    self.writer.event(data.trim_ascii_end());
+                } else if block.starts_with(b": ") {
+                    self.writer.out.extend_from_slice(block);
+                    self.writer.out.extend_from_slice(b"\n");
+                }
+            }
+            if !self.writer.out.is_empty() {
+                let out = self.writer.out.split().freeze();
+                return Poll::Ready(Some(Ok(Frame::data(out))));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(events: &[&str]) -> Vec<Value> {
+        let (_, wanted) =
+            super::super::request::to_chat(&Bytes::from_static(br#"{"model":"m","input":"x"}"#)).unwrap();
+        let mut writer = Writer::new(wanted);
+        events.iter().for_each(|event| writer.event(event.as_bytes()));
+        let text = String::from_utf8(writer.out.to_vec()).unwrap();
+        text.lines()
+            .filter_map(|line| line.strip_prefix("data: "))
+            .map(|data| serde_json::from_str(data).unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn items_are_announced_filled_and_closed() {
+        let events = run(&[
+            r#"{"model":"m","choices":[{"delta":{"role":"assistant","reasoning_content":"hm"}}]}"#,
+            r#"{"model":"m","choices":[{"delta":{"content":"a"}}]}"#,
+            r#"{"model":"m","choices":[{"delta":{"content":"b"}}]}"#,
+            r#"{"model":"m","choices":[{"delta":{"tool_calls":[{"index":0,"id":"c","function":{"name":"f","arguments":"{"}}]}}]}"#,
+            r#"{"model":"m","choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":"}"}}]},"finish_reason":"tool_calls"}]}"#,
+            r#"{"model":"m","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":5}}"#,
+            "[DONE]",
+        ]);
+        let kinds: Vec<_> = events
+            .iter()
+            .map(|event| event["type"].as_str().unwrap()["response.".len()..].to_owned())
+            .collect();
+        assert_eq!(
+            kinds,
+            [
+                "created",
+                "in_progress",
+                "output_item.added",
+                "content_part.added",
+                "reasoning_text.delta",
+                "reasoning_text.done",
+                "content_part.done",
+                "output_item.done",
+                "output_item.added",
+                "content_part.added",
+                "output_text.delta",
+                "output_text.delta",
+                "output_text.done",
+                "content_part.done",
+                "output_item.done",
+                "output_item.added",
+                "function_call_arguments.delta",
+                "function_call_arguments.delta",
+                "function_call_arguments.done",
+                "output_item.done",
+                "completed"
+            ]
+        );
+        assert!(events.iter().enumerate().all(|(at, event)| event["sequence_number"] == at));
+        let last = &events.last().unwrap()["response"];
+        assert_eq!(last["output"][1]["content"][0]["text"], "ab");
+        assert_eq!(last["output"][2]["arguments"], "{}");
+        assert_eq!(
+            (last["usage"]["output_tokens"].as_u64(), last["usage"]["total_tokens"].as_u64()),
+            (Some(5), Some(6))
+        );
+    }
+
+    #[test]
+    fn what_is_cut_is_never_complete() {
+        let length = run(&[
+            r#"{"model":"m","choices":[{"delta":{"content":"a"},"finish_reason":"length"}]}"#,
+            "[DONE]",
+        ]);
+        let last = length.last().unwrap();
+        assert_eq!(
+            (last["type"].as_str(), last["response"]["incomplete_details"]["reason"].as_str()),
+            (Some("response.incomplete"), Some("max_output_tokens"))
+        );
+        let broken = run(&[
+            r#"{"model":"m","choices":[{"delta":{"content":"a"}}]}"#,
+            r#"{"error":{"message":"gone"}}"#,
+            "[DONE]",
+        ]);
+        let last = broken.last().unwrap();
+        assert_eq!(
+            (last["type"].as_str(), last["response"]["error"]["message"].as_str()),
+            (Some("response.failed"), Some("gone"))
+        );
+    }
+}

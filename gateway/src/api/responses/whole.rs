@@ -1,0 +1,34 @@
+//! A whole chat answer becomes a response object.
+
+use bytes::Bytes;
+use potstill_shared::id::unique;
+use serde_json::Value;
+
+use super::request::Wanted;
+use super::{call_item, message_item, object, outcome, reasoning_item, usage};
+
+/// Translates a mended chat answer.
+pub fn from_chat(body: &Bytes, wanted: &Wanted) -> Bytes {
+    let Ok(chat) = serde_json::from_slice::<Value>(body) else { return body.clone() };
+    let choice = &chat["choices"][0];
+    let message = &choice["message"];
+    let (status, details) = outcome(choice["finish_reason"].as_str());
+    let mut output = Vec::new();
+    let thinking = message["reasoning_content"].as_str().or(message["reasoning"].as_str());
+    if let Some(text) = thinking.filter(|text| !text.is_empty()) {
+        output.push(reasoning_item(&unique("rs"), "completed", Some(text)));
+    }
+    let calls = message["tool_calls"].as_array().map_or(&[][..], Vec::as_slice);
+    let text = message["content"].as_str().unwrap_or_default();
+    if !text.is_empty() || calls.is_empty() {
+        output.push(message_item(&unique("msg"), status, Some(text)));
+    }
+    for call in calls {
+        let part = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let (name, arguments) = (part(&call["function"]["name"]), part(&call["function"]["arguments"]));
+        output.push(call_item(&unique("fc"), "completed", &part(&call["id"]), &name, &arguments));
+    }
+    let model = chat["model"].as_str().unwrap_or(&wanted.model);
+    let response = object(wanted, model, status, details, &output, usage(&chat["usage"]));
+    serde_json::to_vec(&response).unwrap_or_default().into()
+}

@@ -1,0 +1,293 @@
+//! Tries of a request within one pool: a slot, a node, and another one when the first fails before anything has reached the
+//! client. A request never holds two slots, but for hedging: it would wait for one while others wait for the one it holds.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use potstill_shared::openai::{ErrorBody, Usage};
+
+use crate::config::{PoolConfig, Priority, ms};
+use crate::error::GatewayError;
+use crate::pool::{Ask, ModelPool, Permit};
+use crate::record::{Phase, Record};
+use crate::upstream::connect::Connector;
+use crate::upstream::mend::{Kind, failure, whole as mend};
+use crate::upstream::send::{Exchange, Outgoing, SendError, send};
+use crate::upstream::whole;
+
+/// What is to be done.
+pub(crate) struct Job<'a> {
+    pub(crate) connector: &'a Connector,
+    pub(crate) kind: Kind,
+    pub(crate) stream: bool,
+    pub(crate) token_limit: Option<u64>,
+    /// Name that the client sees.
+    pub(crate) model: &'a str,
+    pub(crate) outgoing: &'a Outgoing,
+    pub(crate) config: &'a PoolConfig,
+}
+
+/// A node's answer.
+pub(crate) enum Answered {
+    /// A stream has begun.
+    Stream {
+        /// Its head and body.
+        exchange: Exchange,
+        /// The slot that it holds.
+        permit: Permit,
+    },
+    /// The whole answer is here.
+    Whole {
+        /// Its status.
+        status: StatusCode,
+        /// What it is.
+        content_type: HeaderValue,
+        /// Mended.
+        body: Bytes,
+    },
+}
+
+/// A try that went well.
+enum Good {
+    Stream(Exchange),
+    Whole { status: StatusCode, content_type: HeaderValue, body: Bytes, usage: Option<Usage> },
+}
+
+/// Why a try failed.
+enum Bad {
+    /// The node has no room.
+    Busy { error: GatewayError, pause_ms: Option<u64> },
+    /// The node failed; another one may do better.
+    Failed(GatewayError),
+    /// No connection to the node.
+    Unreachable(GatewayError),
+    /// It may be working still: another node would do the same work again.
+    Timeout,
+    /// The request is refused for what it is.
+    Refused(GatewayError),
+}
+
+/// Gets an answer from the pool.
+pub(crate) async fn attempt(
+    pool: &Arc<ModelPool>,
+    job: &Job<'_>,
+    ask: &Ask,
+    record: &mut Record,
+) -> Result<Answered, GatewayError> {
+    pool.deposit();
+    let mut permit = slot(pool, ask, None, record).await?;
+    let before = record.started.elapsed().saturating_sub(record.waited);
+    pool.metrics.overhead.observe(before.as_secs_f64());
+    loop {
+        record.attempts += 1;
+        record.phase = Phase::Head;
+        let (used, outcome) = hedged(pool, job, ask, permit).await;
+        permit = used;
+        record.node = Some(permit.node().name.clone());
+        let bad = match outcome {
+            Ok(Good::Stream(exchange)) => return Ok(Answered::Stream { exchange, permit }),
+            Ok(Good::Whole { status, content_type, body, usage }) => {
+                record.complete(usage, 0, Some(permit));
+                return Ok(Answered::Whole { status, content_type, body });
+            }
+            Err(bad) => bad,
+        };
+        let failed = permit.node().id;
+        let may = record.attempts < job.config.retry.attempts;
+        let (error, next) = match bad {
+            Bad::Refused(error) => {
+                permit.answered();
+                return Err(error);
+            }
+            Bad::Timeout => {
+                permit.failure("no answer in time");
+                return Err(GatewayError::NodeTimeout);
+            }
+            Bad::Busy { error, pause_ms } => {
+                permit.busy(pause_ms);
+                let other = if may { pool.try_acquire(ask, failed) } else { None };
+                drop(permit);
+                // Nobody waits for a bulk request: it may wait until the node has room again.
+                let patient = may && other.is_none() && pause_ms.is_some() && ask.class == Priority::Bulk;
+                let next = match other {
+                    None if patient && pool.may_retry() => slot(pool, ask, None, record).await.ok(),
+                    other => other.filter(|_| pool.may_retry()),
+                };
+                (error, next)
+            }
+            Bad::Failed(error) | Bad::Unreachable(error) if !may => {
+                settle(&permit, &error);
+                return Err(error);
+            }
+            Bad::Failed(error) => {
+                permit.failure(&error.to_string());
+                drop(permit);
+                let next =
+                    if pool.may_retry() { slot(pool, ask, Some(failed), record).await.ok() } else { None };
+                (error, next)
+            }
+            Bad::Unreachable(error) => {
+                permit.unreachable();
+                drop(permit);
+                // Nothing was asked of anyone: this costs no node any work, so no budget.
+                (error, slot(pool, ask, Some(failed), record).await.ok())
+            }
+        };
+        match next {
+            Some(next) => {
+                pool.metrics.retries.inc();
+                tracing::info!(request = record.request_id, model = job.model, %error, "tried again on another node");
+                permit = next;
+            }
+            None => return Err(error),
+        }
+    }
+}
+
+/// What a last failed try means for its node.
+fn settle(permit: &Permit, error: &GatewayError) {
+    match error {
+        GatewayError::NodeFailed { reason } if reason.starts_with("cannot connect") => permit.unreachable(),
+        error => permit.failure(&error.to_string()),
+    }
+}
+
+async fn slot(
+    pool: &Arc<ModelPool>,
+    ask: &Ask,
+    exclude: Option<u64>,
+    record: &mut Record,
+) -> Result<Permit, GatewayError> {
+    record.phase = Phase::Queue;
+    let since = Instant::now();
+    let permit = pool.acquire(ask, exclude).await;
+    let waited = since.elapsed();
+    record.waited += waited;
+    pool.metrics.queue_wait.observe(waited.as_secs_f64());
+    permit.inspect_err(|error| {
+        record.status = error.status().as_u16();
+    })
+}
+
+/// One try; for short whole answers a second one on another node when the first is slow, and the first to answer wins.
+async fn hedged(
+    pool: &Arc<ModelPool>,
+    job: &Job<'_>,
+    ask: &Ask,
+    permit: Permit,
+) -> (Permit, Result<Good, Bad>) {
+    let hedge = job
+        .config
+        .hedge
+        .as_ref()
+        .filter(|hedge| !job.stream && job.token_limit.is_some_and(|limit| limit <= hedge.max_tokens));
+    let Some(hedge) = hedge else {
+        let outcome = once(job, &permit).await;
+        return (permit, outcome);
+    };
+    // Which of the two tries decides, and what it says; the borrows of the permits end with the block.
+    let (second, by_second, outcome) = {
+        let mut first = std::pin::pin!(once(job, &permit));
+        let early = tokio::select! {
+            outcome = &mut first => Some(outcome),
+            () = tokio::time::sleep(ms(hedge.after_ms)) => None,
+        };
+        let second = if early.is_none() { pool.try_acquire(ask, permit.node().id) } else { None };
+        match (early, second) {
+            (Some(outcome), _) => (None, false, outcome),
+            (None, None) => (None, false, first.await),
+            (None, Some(second)) => {
+                pool.metrics.hedges.inc();
+                let (by_second, outcome) = {
+                    let mut other = std::pin::pin!(once(job, &second));
+                    let (by_second, outcome) = tokio::select! {
+                        outcome = &mut first => (false, outcome),
+                        outcome = &mut other => (true, outcome),
+                    };
+                    match outcome {
+                        Ok(good) => (by_second, Ok(good)),
+                        // The one that failed first does not decide.
+                        Err(_) if by_second => (false, first.await),
+                        Err(_) => (true, other.await),
+                    }
+                };
+                (Some(second), by_second, outcome)
+            }
+        }
+    };
+    match second {
+        Some(second) if by_second => (second, outcome),
+        _ => (permit, outcome),
+    }
+}
+
+async fn once(job: &Job<'_>, permit: &Permit) -> Result<Good, Bad> {
+    let node_failed = |reason: String| GatewayError::NodeFailed { reason };
+    let deadlines = &job.config.deadlines;
+    let until = tokio::time::Instant::now() + ms(deadlines.total_ms);
+    let (connect, first_byte) = (ms(deadlines.connect_ms), ms(deadlines.first_byte_ms));
+    let sent = send(job.connector, permit.node(), job.outgoing, connect, first_byte).await;
+    let mut exchange = sent.map_err(|error| match error {
+        SendError::Timeout => Bad::Timeout,
+        SendError::Unreachable(reason) => Bad::Unreachable(node_failed(reason)),
+        SendError::Failed(reason) => Bad::Failed(node_failed(reason)),
+    })?;
+    let status = exchange.head.status;
+    if job.stream && status.is_success() && is(&exchange.head.headers, "text/event-stream") {
+        return Ok(Good::Stream(exchange));
+    }
+    let read = whole::read(&mut exchange.body, ms(deadlines.idle_ms), until).await;
+    let body = read.map_err(|error| match error {
+        SendError::Timeout => Bad::Timeout,
+        other => Bad::Failed(node_failed(other.to_string())),
+    })?;
+    if !status.is_success() {
+        return Err(refusal(status, &exchange.head.headers, &body));
+    }
+    let content_type = exchange.head.headers.get(header::CONTENT_TYPE).cloned();
+    let usual = || HeaderValue::from_static("application/json");
+    match mend::mend(&body, job.kind, job.model, job.config.reasoning) {
+        mend::Mended::Same(usage) => {
+            let content_type =
+                if job.kind == Kind::Other { content_type.unwrap_or_else(usual) } else { usual() };
+            Ok(Good::Whole { status, content_type, body, usage })
+        }
+        mend::Mended::Changed(body, usage) => {
+            Ok(Good::Whole { status, content_type: usual(), body: body.into(), usage })
+        }
+        mend::Mended::Failed => {
+            let (_, words) = failure::body(StatusCode::INTERNAL_SERVER_ERROR, &body);
+            Err(Bad::Failed(node_error(StatusCode::BAD_GATEWAY, words, None)))
+        }
+        mend::Mended::Broken => {
+            Err(Bad::Failed(node_failed("its answer is not what the endpoint answers".to_owned())))
+        }
+    }
+}
+
+fn node_error(status: StatusCode, body: ErrorBody, retry_after: Option<u64>) -> GatewayError {
+    GatewayError::Node { status, body: Box::new(body), retry_after }
+}
+
+/// A node's own error, and whether another node may do better.
+fn refusal(status: StatusCode, headers: &HeaderMap, body: &Bytes) -> Bad {
+    let retry_after = headers
+        .get(header::RETRY_AFTER)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|seconds| seconds.trim().parse::<u64>().ok());
+    let (shown, words) = failure::body(status, body);
+    let error = node_error(shown, words, retry_after);
+    match status.as_u16() {
+        429 | 503 | 529 => Bad::Busy { error, pause_ms: retry_after.map(|seconds| seconds * 1000) },
+        408 | 425 | 500..=599 => Bad::Failed(error),
+        _ => Bad::Refused(error),
+    }
+}
+
+fn is(headers: &HeaderMap, content_type: &str) -> bool {
+    headers
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|value| value.as_bytes().starts_with(content_type.as_bytes()))
+}

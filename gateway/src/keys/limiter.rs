@@ -1,0 +1,249 @@
+//! Limits of one key or of one stage of it: requests per minute (governor), tokens per minute by reserve and settle,
+//! requests at once.
+
+use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use governor::clock::{Clock, DefaultClock};
+use governor::middleware::StateInformationMiddleware;
+use governor::state::{InMemoryState, NotKeyed};
+use governor::{Quota, RateLimiter};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::config::KeyLimits;
+use crate::error::GatewayError;
+
+type Requests = RateLimiter<NotKeyed, InMemoryState, DefaultClock, StateInformationMiddleware>;
+
+/// The limits.
+pub struct Limiter {
+    limits: KeyLimits,
+    requests: Option<(Requests, AtomicU32)>,
+    tokens: Option<Mutex<TokenBucket>>,
+    concurrency: Option<Arc<Semaphore>>,
+    epoch: Instant,
+}
+
+/// Tokens per minute. A reservation takes what a request is expected to need; when it has ended the difference is given back,
+/// or owed: the level may fall below zero and is then earned back first. Pure: the time is passed in as seconds.
+#[derive(Debug)]
+pub struct TokenBucket {
+    per_minute: f64,
+    level: f64,
+    at: f64,
+}
+
+impl TokenBucket {
+    /// A full bucket.
+    pub fn new(per_minute: u64) -> Self {
+        Self { per_minute: per_minute as f64, level: per_minute as f64, at: 0.0 }
+    }
+
+    fn refill(&mut self, now: f64) {
+        // A clock that goes back earns nothing and costs nothing.
+        let earned = (now - self.at).max(0.0) * self.per_minute / 60.0;
+        self.level = (self.level + earned).min(self.per_minute);
+        self.at = now;
+    }
+
+    /// Takes `tokens`, or says in how many seconds they will be there. A request larger than the whole bucket passes when the
+    /// bucket is full, and owes the rest.
+    pub fn reserve(&mut self, tokens: u64, now: f64) -> Result<(), f64> {
+        self.refill(now);
+        let needed = (tokens as f64).min(self.per_minute);
+        if self.level + 1e-9 >= needed {
+            self.level -= tokens as f64;
+            return Ok(());
+        }
+        Err((needed - self.level) * 60.0 / self.per_minute)
+    }
+
+    /// Corrects a reservation to what was used.
+    pub fn settle(&mut self, reserved: u64, used: u64) {
+        self.level = (self.level + reserved as f64 - used as f64).min(self.per_minute);
+    }
+
+    /// Tokens left now.
+    pub fn remaining(&mut self, now: f64) -> u64 {
+        self.refill(now);
+        self.level.max(0.0) as u64
+    }
+}
+
+impl Limiter {
+    /// Full buckets.
+    pub fn new(limits: &KeyLimits) -> Self {
+        let quota = limits.requests_per_minute.and_then(NonZeroU32::new);
+        Self {
+            requests: quota.map(|quota| {
+                let limiter = RateLimiter::direct(Quota::per_minute(quota));
+                (limiter.with_middleware::<StateInformationMiddleware>(), AtomicU32::new(quota.get()))
+            }),
+            tokens: limits.tokens_per_minute.map(TokenBucket::new).map(Mutex::new),
+            concurrency: limits.concurrency.map(|most| Arc::new(Semaphore::new(most))),
+            limits: limits.clone(),
+            epoch: Instant::now(),
+        }
+    }
+
+    fn now(&self) -> f64 {
+        self.epoch.elapsed().as_secs_f64()
+    }
+
+    /// Counts a request.
+    pub fn request(&self) -> Result<(), GatewayError> {
+        let Some((limiter, remaining)) = &self.requests else { return Ok(()) };
+        match limiter.check() {
+            Ok(state) => {
+                remaining.store(state.remaining_burst_capacity(), Ordering::Relaxed);
+                Ok(())
+            }
+            Err(until) => {
+                remaining.store(0, Ordering::Relaxed);
+                let wait = until.wait_time_from(DefaultClock::default().now());
+                Err(GatewayError::RateLimited {
+                    what: "requests per minute",
+                    retry_after: wait.as_secs() + 1,
+                })
+            }
+        }
+    }
+
+    fn with_tokens<T>(&self, act: impl FnOnce(&mut TokenBucket, f64) -> T) -> Option<T> {
+        let bucket = self.tokens.as_ref()?;
+        Some(act(&mut bucket.lock().unwrap_or_else(PoisonError::into_inner), self.now()))
+    }
+
+    /// `x-ratelimit-*` headers.
+    pub fn headers(&self) -> [Option<(&'static str, String)>; 6] {
+        let requests = self.requests.as_ref().map(|(_, remaining)| remaining.load(Ordering::Relaxed));
+        let tokens = self.with_tokens(|bucket, now| bucket.remaining(now));
+        let reset = |limit: u64, left: u64| {
+            format!(
+                "{}s",
+                Duration::from_secs_f64((limit.saturating_sub(left)) as f64 * 60.0 / limit.max(1) as f64)
+                    .as_secs()
+            )
+        };
+        let rpm = self.limits.requests_per_minute.map(u64::from);
+        let tpm = self.limits.tokens_per_minute;
+        [
+            rpm.map(|limit| ("x-ratelimit-limit-requests", limit.to_string())),
+            requests.map(|left| ("x-ratelimit-remaining-requests", left.to_string())),
+            rpm.zip(requests).map(|(limit, left)| ("x-ratelimit-reset-requests", reset(limit, left.into()))),
+            tpm.map(|limit| ("x-ratelimit-limit-tokens", limit.to_string())),
+            tokens.map(|left| ("x-ratelimit-remaining-tokens", left.to_string())),
+            tpm.zip(tokens).map(|(limit, left)| ("x-ratelimit-reset-tokens", reset(limit, left))),
+        ]
+    }
+}
+
+/// What a request holds of its key's limits. Dropping it frees the place; tokens that were not settled are given back.
+pub struct Reservation {
+    tokens: u64,
+    used: u64,
+    buckets: Vec<Arc<Limiter>>,
+    places: Vec<OwnedSemaphorePermit>,
+}
+
+impl Reservation {
+    /// Nothing held yet.
+    pub fn new(tokens: u64) -> Self {
+        Self { tokens, used: 0, buckets: Vec::new(), places: Vec::new() }
+    }
+
+    /// Reserves at one limiter; what was reserved at others before is given back when this one refuses.
+    pub fn add(&mut self, limiter: &Arc<Limiter>) -> Result<(), GatewayError> {
+        if let Some(places) = &limiter.concurrency {
+            let place = Arc::clone(places).try_acquire_owned();
+            let refused = |_| GatewayError::RateLimited { what: "requests at once", retry_after: 1 };
+            self.places.push(place.map_err(refused)?);
+        }
+        match limiter.with_tokens(|bucket, now| bucket.reserve(self.tokens, now)) {
+            None => {}
+            Some(Ok(())) => self.buckets.push(Arc::clone(limiter)),
+            Some(Err(seconds)) => {
+                return Err(GatewayError::RateLimited {
+                    what: "tokens per minute",
+                    retry_after: seconds.ceil() as u64,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the request has really used.
+    pub fn settle(&mut self, used: u64) {
+        self.used = used;
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        for limiter in &self.buckets {
+            limiter.with_tokens(|bucket, _| bucket.settle(self.tokens, self.used));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn what_was_not_used_comes_back() {
+        let limits =
+            KeyLimits { tokens_per_minute: Some(1_000), concurrency: Some(2), ..KeyLimits::default() };
+        let limiter = Arc::new(Limiter::new(&limits));
+        let hold = |tokens| {
+            let mut reservation = Reservation::new(tokens);
+            reservation.add(&limiter).map(|()| reservation)
+        };
+        let mut first = hold(900).ok().unwrap();
+        assert!(matches!(
+            hold(200),
+            Err(GatewayError::RateLimited { what: "tokens per minute", retry_after: 1..=6 })
+        ));
+        first.settle(100);
+        drop(first);
+        let (_a, _b) = (hold(10).ok().unwrap(), hold(10).ok().unwrap());
+        assert!(matches!(hold(10), Err(GatewayError::RateLimited { what: "requests at once", .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn no_minute_uses_more_than_its_tokens_and_one_request(
+            requests in prop::collection::vec((1u64..400, 0u64..400, 0.0f64..5.0), 1..200),
+        ) {
+            let mut bucket = TokenBucket::new(1_000);
+            let (mut now, mut used) = (0.0, 0u64);
+            for (reserved, actual, pause) in requests {
+                now += pause;
+                if bucket.reserve(reserved, now).is_ok() {
+                    // Never more than was reserved: an honest estimate.
+                    let actual = actual.min(reserved);
+                    bucket.settle(reserved, actual);
+                    used += actual;
+                }
+            }
+            prop_assert!(used as f64 <= 1_000.0 + now * 1_000.0 / 60.0 + 1.0);
+        }
+
+        #[test]
+        fn a_clock_that_jumps_locks_nobody_out(jumps in prop::collection::vec(-3_600.0f64..3_600.0, 1..20)) {
+            let mut bucket = TokenBucket::new(600);
+            let mut now = 10_000.0;
+            for jump in jumps {
+                now += jump;
+                let _taken = bucket.reserve(100, now);
+                prop_assert!(bucket.reserve(600, now + 120.0).is_ok());
+                bucket.settle(600, 0);
+                now += 120.0;
+            }
+        }
+    }
+}

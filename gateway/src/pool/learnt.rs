@@ -1,0 +1,176 @@
+//! What a pool learns from its answers: how long completions are (per stage), how fast each node is, how many requests
+//! a node takes at once. Pure arithmetic.
+
+use std::collections::HashMap;
+
+/// Exponentially weighted mean; the first values count more, so that it is right soon.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Ewma {
+    mean: f64,
+    seen: u32,
+}
+
+impl Ewma {
+    /// Takes a value; `window` is how many values the mean remembers.
+    pub fn push(&mut self, value: f64, window: u32) {
+        self.seen = (self.seen + 1).min(window);
+        self.mean += (value - self.mean) / f64::from(self.seen);
+    }
+
+    /// The mean, if anything was seen.
+    pub fn get(&self) -> Option<f64> {
+        (self.seen > 0).then_some(self.mean)
+    }
+}
+
+/// Stages beyond this share one mean.
+const STAGES: usize = 64;
+
+/// Mean length of completions, per stage and over all.
+#[derive(Debug, Default)]
+pub struct Lengths {
+    all: Ewma,
+    stages: HashMap<String, Ewma>,
+}
+
+/// What a completion is taken to have before any was seen.
+const UNKNOWN_LENGTH: f64 = 500.0;
+
+impl Lengths {
+    /// Learns a finished completion.
+    pub fn push(&mut self, stage: Option<&str>, tokens: u64) {
+        self.all.push(tokens as f64, 256);
+        if let Some(stage) = stage {
+            if let Some(mean) = self.stages.get_mut(stage) {
+                mean.push(tokens as f64, 64);
+            } else if self.stages.len() < STAGES {
+                let mut mean = Ewma::default();
+                mean.push(tokens as f64, 64);
+                self.stages.insert(stage.to_owned(), mean);
+            }
+        }
+    }
+
+    /// What a completion of that stage will have.
+    pub fn expected(&self, stage: Option<&str>) -> u64 {
+        let mean = stage.and_then(|stage| self.stages.get(stage)).and_then(Ewma::get);
+        mean.or(self.all.get()).unwrap_or(UNKNOWN_LENGTH).max(1.0) as u64
+    }
+}
+
+/// Seconds that a node takes per token of a request (its own, not a share of the batch).
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Speed {
+    seconds_per_token: Ewma,
+    at_ms: u64,
+}
+
+/// An unused node's speed is forgotten over this time, so that one that was slow for a while gets another chance.
+const FORGET_MS: f64 = 60_000.0;
+
+impl Speed {
+    /// Learns a finished request.
+    pub fn push(&mut self, seconds: f64, tokens: u64, now_ms: u64) {
+        self.seconds_per_token.push(seconds / tokens.max(1) as f64, 128);
+        self.at_ms = now_ms;
+    }
+
+    /// Seconds per token, drawn towards `usual` the longer nothing was seen.
+    pub fn get(&self, usual: f64, now_ms: u64) -> f64 {
+        let Some(seen) = self.seconds_per_token.get() else { return usual };
+        let age = now_ms.saturating_sub(self.at_ms) as f64;
+        let weight = (-age / FORGET_MS).exp();
+        seen * weight + usual * (1.0 - weight)
+    }
+
+    /// What was measured.
+    pub fn measured(&self) -> Option<f64> {
+        self.seconds_per_token.get()
+    }
+}
+
+/// How many requests a node takes at once, when nobody has said: grows by one for as many successes as it has slots,
+/// falls below what was in flight when the node said that it is busy (additive increase, multiplicative decrease).
+#[derive(Debug, Clone, Copy)]
+pub struct Slots {
+    limit: f64,
+    learnt: bool,
+}
+
+impl Slots {
+    /// Known, or to be learnt.
+    pub fn new(known: Option<usize>) -> Self {
+        Self { limit: known.unwrap_or(16) as f64, learnt: known.is_none() }
+    }
+
+    /// The number now.
+    pub fn get(&self) -> usize {
+        self.limit as usize
+    }
+
+    /// An answer went well while so many were in flight.
+    pub fn success(&mut self, in_flight: usize) {
+        if self.learnt && in_flight >= self.get() {
+            self.limit = (self.limit + 1.0 / self.limit).min(4096.0);
+        }
+    }
+
+    /// The node said that it is busy while so many were in flight.
+    pub fn busy(&mut self, in_flight: usize) {
+        if self.learnt {
+            self.limit = (in_flight as f64 * 0.9).floor().min(self.limit).max(1.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn lengths_are_learnt_per_stage() {
+        let mut lengths = Lengths::default();
+        assert_eq!(lengths.expected(None), 500);
+        for _ in 0..100 {
+            lengths.push(Some("judge"), 10);
+            lengths.push(Some("generate"), 8_000);
+        }
+        assert_eq!((lengths.expected(Some("judge")), lengths.expected(Some("generate"))), (10, 8_000));
+        assert!((3_000..5_000).contains(&lengths.expected(Some("new"))));
+    }
+
+    #[test]
+    fn slots_find_what_a_node_takes() {
+        let mut slots = Slots::new(None);
+        for _ in 0..20_000 {
+            let in_flight = slots.get();
+            if in_flight > 40 { slots.busy(in_flight) } else { slots.success(in_flight) }
+        }
+        assert!((30..=41).contains(&slots.get()), "{}", slots.get());
+        let mut known = Slots::new(Some(3));
+        known.busy(1);
+        known.success(3);
+        assert_eq!(known.get(), 3);
+    }
+
+    #[test]
+    fn an_old_speed_is_forgotten() {
+        let mut speed = Speed::default();
+        assert_eq!(speed.get(0.5, 0), 0.5);
+        speed.push(4.0, 4, 0);
+        assert_eq!(speed.get(0.5, 0), 1.0);
+        assert!(speed.get(0.5, 600_000) < 0.51);
+    }
+
+    proptest! {
+        #[test]
+        fn a_mean_stays_between_its_values(values in prop::collection::vec(0.0f64..1e6, 1..100), window in 1u32..50) {
+            let mut mean = Ewma::default();
+            for value in &values { mean.push(*value, window); }
+            let mean = mean.get().unwrap();
+            prop_assert!(values.iter().any(|v| *v <= mean + 1e-6) && values.iter().any(|v| *v >= mean - 1e-6));
+        }
+    }
+}

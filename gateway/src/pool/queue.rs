@@ -1,0 +1,308 @@
+//! The order in which waiting requests are served. Pure: times are passed in as milliseconds.
+//!
+//! Classes first (interactive, default, bulk); within a class the key that was served least (start-time fair queueing by
+//! tokens); within a key the earliest deadline, then arrival. A request that has waited too long counts as one of the
+//! highest class, so no class starves.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use crate::config::Priority;
+
+/// What the order depends on.
+#[derive(Debug, Clone)]
+pub struct Ticket {
+    /// Its class.
+    pub class: Priority,
+    /// Whose it is.
+    pub key: Arc<str>,
+    /// When it wants to be served, at the latest.
+    pub deadline_ms: u64,
+    /// When it came.
+    pub arrived_ms: u64,
+    /// Tokens it will take.
+    pub tokens: u64,
+    /// Bytes it holds.
+    pub bytes: usize,
+}
+
+struct Waiting<T> {
+    ticket: Ticket,
+    item: T,
+}
+
+/// One key's requests within a class, by deadline and arrival.
+struct Flow<T> {
+    /// Tokens served, in the class's virtual time.
+    served: u64,
+    waiting: BTreeMap<(u64, u64), Waiting<T>>,
+}
+
+struct Class<T> {
+    flows: HashMap<Arc<str>, Flow<T>>,
+    /// Virtual time: where a flow that comes (back) begins, so that absence earns no credit.
+    now: u64,
+}
+
+/// Waiting requests in order.
+pub struct WaitQueue<T> {
+    classes: [Class<T>; 3],
+    /// (arrival, number) -> class and deadline: who waits longest.
+    arrivals: BTreeMap<(u64, u64), (Priority, Arc<str>, u64)>,
+    bytes: usize,
+    next: u64,
+    starvation_ms: u64,
+}
+
+/// A request's place, to take it out or put it back.
+#[derive(Debug, Clone)]
+pub struct Place {
+    class: Priority,
+    key: Arc<str>,
+    deadline_ms: u64,
+    arrived_ms: u64,
+    number: u64,
+}
+
+impl<T> WaitQueue<T> {
+    /// An empty queue.
+    pub fn new(starvation_ms: u64) -> Self {
+        let class = || Class { flows: HashMap::new(), now: 0 };
+        Self {
+            classes: [class(), class(), class()],
+            arrivals: BTreeMap::new(),
+            bytes: 0,
+            next: 0,
+            starvation_ms,
+        }
+    }
+
+    /// Requests waiting.
+    pub fn len(&self) -> usize {
+        self.arrivals.len()
+    }
+
+    /// Whether nobody waits.
+    pub fn is_empty(&self) -> bool {
+        self.arrivals.is_empty()
+    }
+
+    /// Bytes that they hold.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// When the longest waiting one came.
+    pub fn oldest_ms(&self) -> Option<u64> {
+        self.arrivals.first_key_value().map(|((arrived, _), _)| *arrived)
+    }
+
+    /// Changes when waiting counts as starving.
+    pub fn set_starvation_ms(&mut self, starvation_ms: u64) {
+        self.starvation_ms = starvation_ms;
+    }
+
+    /// Adds a request.
+    pub fn push(&mut self, ticket: Ticket, item: T) -> Place {
+        let number = self.next;
+        self.next += 1;
+        let place = Place {
+            class: ticket.class,
+            key: Arc::clone(&ticket.key),
+            deadline_ms: ticket.deadline_ms,
+            arrived_ms: ticket.arrived_ms,
+            number,
+        };
+        self.bytes += ticket.bytes;
+        self.arrivals
+            .insert((ticket.arrived_ms, number), (ticket.class, Arc::clone(&ticket.key), ticket.deadline_ms));
+        let class = &mut self.classes[ticket.class as usize];
+        let now = class.now;
+        let flow = class
+            .flows
+            .entry(Arc::clone(&ticket.key))
+            .or_insert_with(|| Flow { served: now, waiting: BTreeMap::new() });
+        flow.waiting.insert((ticket.deadline_ms, number), Waiting { ticket, item });
+        place
+    }
+
+    /// Where the next request to serve stands, besides those in `skip`.
+    pub fn next(&self, now_ms: u64, skip: &[u64]) -> Option<Place> {
+        let oldest = self.arrivals.iter().find(|((_, number), _)| !skip.contains(number));
+        if let Some(((arrived_ms, number), (class, key, deadline_ms))) = oldest
+            && *class != Priority::Interactive
+            && arrived_ms + self.starvation_ms <= now_ms
+        {
+            let key = Arc::clone(key);
+            return Some(Place {
+                class: *class,
+                key,
+                deadline_ms: *deadline_ms,
+                arrived_ms: *arrived_ms,
+                number: *number,
+            });
+        }
+        self.classes.iter().find_map(|class| {
+            let heads = class.flows.iter().filter_map(|(key, flow)| {
+                let head = flow.waiting.iter().find(|((_, number), _)| !skip.contains(number))?;
+                Some((flow.served, *head.0, key, head.1))
+            });
+            let (_, (deadline_ms, number), key, waiting) =
+                heads.min_by_key(|(served, order, _, _)| (*served, *order))?;
+            let ticket = &waiting.ticket;
+            let key = Arc::clone(key);
+            Some(Place { class: ticket.class, key, deadline_ms, arrived_ms: ticket.arrived_ms, number })
+        })
+    }
+
+    /// The newest request of the lowest class below `class`: who makes room for a higher one.
+    pub fn displaceable(&self, class: Priority) -> Option<Place> {
+        Priority::ALL.into_iter().rev().take_while(|lower| *lower > class).find_map(|lower| {
+            let ((arrived_ms, number), (class, key, deadline_ms)) =
+                self.arrivals.iter().rev().find(|(_, (found, _, _))| *found == lower)?;
+            let key = Arc::clone(key);
+            Some(Place {
+                class: *class,
+                key,
+                deadline_ms: *deadline_ms,
+                arrived_ms: *arrived_ms,
+                number: *number,
+            })
+        })
+    }
+
+    /// The request at `place`.
+    pub fn get(&self, place: &Place) -> Option<(&Ticket, &T)> {
+        let flow = self.classes[place.class as usize].flows.get(&place.key)?;
+        let waiting = flow.waiting.get(&(place.deadline_ms, place.number))?;
+        Some((&waiting.ticket, &waiting.item))
+    }
+
+    /// Takes the request at `place` out; `served` charges its key for it.
+    pub fn take(&mut self, place: &Place, served: bool) -> Option<T> {
+        let class = &mut self.classes[place.class as usize];
+        let flow = class.flows.get_mut(&place.key)?;
+        let waiting = flow.waiting.remove(&(place.deadline_ms, place.number))?;
+        self.arrivals.remove(&(place.arrived_ms, place.number));
+        self.bytes -= waiting.ticket.bytes;
+        if served {
+            class.now = class.now.max(flow.served);
+            flow.served += waiting.ticket.tokens.max(1);
+        }
+        if flow.waiting.is_empty() && flow.served <= class.now {
+            class.flows.remove(&place.key);
+        } else if class.flows.len() > 1024 {
+            // Flows that owe nothing and hold nothing need not be remembered.
+            let now = class.now;
+            class.flows.retain(|_, flow| !flow.waiting.is_empty() || flow.served > now);
+        }
+        Some(waiting.item)
+    }
+
+    /// Every place, in no order; for taking out those whose owner has left.
+    pub fn places(&self) -> impl Iterator<Item = Place> {
+        self.arrivals.iter().map(|((arrived_ms, number), (class, key, deadline_ms))| Place {
+            class: *class,
+            key: Arc::clone(key),
+            deadline_ms: *deadline_ms,
+            arrived_ms: *arrived_ms,
+            number: *number,
+        })
+    }
+}
+
+impl Place {
+    /// Number of the request within its queue.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ticket(class: Priority, key: &str, deadline_ms: u64, arrived_ms: u64, tokens: u64) -> Ticket {
+        Ticket { class, key: key.into(), deadline_ms, arrived_ms, tokens, bytes: 10 }
+    }
+
+    fn drain(queue: &mut WaitQueue<u64>, now_ms: u64) -> Vec<u64> {
+        let mut order = Vec::new();
+        while let Some(place) = queue.next(now_ms, &[]) {
+            order.extend(queue.take(&place, true));
+        }
+        order
+    }
+
+    #[test]
+    fn classes_then_fair_keys_then_deadlines() {
+        let mut queue = WaitQueue::new(60_000);
+        for (item, class, key, deadline) in [
+            (0, Priority::Bulk, "a", 100),
+            (1, Priority::Default, "a", 300),
+            (2, Priority::Default, "a", 200),
+            (3, Priority::Default, "b", 900),
+            (4, Priority::Interactive, "c", 999),
+        ] {
+            queue.push(ticket(class, key, deadline, item, 10), item);
+        }
+        assert_eq!(drain(&mut queue, 10), [4, 2, 3, 1, 0]);
+        assert_eq!((queue.len(), queue.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn who_starves_goes_first_and_the_lowest_makes_room() {
+        let mut queue = WaitQueue::new(1_000);
+        queue.push(ticket(Priority::Bulk, "a", 9_000, 0, 1), 0);
+        queue.push(ticket(Priority::Bulk, "a", 9_000, 500, 1), 1);
+        queue.push(ticket(Priority::Interactive, "b", 9_000, 500, 1), 2);
+        let place = queue.displaceable(Priority::Interactive).unwrap();
+        assert_eq!(queue.get(&place).unwrap().1, &1);
+        assert!(queue.displaceable(Priority::Bulk).is_none());
+        assert_eq!(drain(&mut queue, 1_000), [0, 2, 1]);
+    }
+
+    proptest! {
+        #[test]
+        fn two_busy_keys_share_by_tokens(sizes in prop::collection::vec(1u64..200, 40..80)) {
+            // Key `a` floods; key `b` asks now and then: `b` never waits behind more than one request of `a`.
+            let mut queue = WaitQueue::new(u64::MAX / 2);
+            for (number, tokens) in sizes.iter().enumerate() {
+                queue.push(ticket(Priority::Default, "a", 0, number as u64, *tokens), 0);
+            }
+            for _ in 0..10 {
+                let place = queue.next(0, &[]).unwrap();
+                queue.take(&place, true);
+                queue.push(ticket(Priority::Default, "b", 0, 1_000, 1), 1);
+                let mut before = 0;
+                loop {
+                    let place = queue.next(0, &[]).unwrap();
+                    if queue.take(&place, true) == Some(1) { break; }
+                    before += 1;
+                }
+                prop_assert!(before <= 1, "{before}");
+            }
+        }
+
+        #[test]
+        fn nothing_is_lost(items in prop::collection::vec((0usize..3, 0u8..4, 0u64..50, 0u64..50, 0u64..9), 0..60), leave in prop::collection::vec(any::<bool>(), 60)) {
+            let mut queue = WaitQueue::new(20);
+            let mut places = Vec::new();
+            for (number, (class, key, deadline, arrived, tokens)) in items.iter().enumerate() {
+                let ticket = ticket(Priority::ALL[*class], &key.to_string(), *deadline, *arrived, *tokens);
+                places.push(queue.push(ticket, number as u64));
+            }
+            let mut seen: Vec<u64> = Vec::new();
+            for (place, leaves) in places.iter().zip(&leave) {
+                if *leaves { seen.extend(queue.take(place, false)); }
+            }
+            prop_assert_eq!(queue.bytes(), queue.len() * 10);
+            seen.extend(drain(&mut queue, 40));
+            seen.sort_unstable();
+            prop_assert_eq!(seen, (0..items.len() as u64).collect::<Vec<_>>());
+            prop_assert!(queue.is_empty() && queue.bytes() == 0 && queue.oldest_ms().is_none());
+        }
+    }
+}

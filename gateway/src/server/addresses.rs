@@ -1,0 +1,58 @@
+//! How many connections each client address has open.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use dashmap::DashMap;
+
+/// Open connections by address; an address without any has no entry.
+#[derive(Clone, Default)]
+pub struct Addresses(Arc<DashMap<IpAddr, usize>>);
+
+/// A connection's place; dropping it gives it back.
+pub struct Place {
+    addresses: Addresses,
+    address: IpAddr,
+}
+
+impl Addresses {
+    /// Takes a place, if the address has fewer than `most`.
+    pub fn enter(&self, address: IpAddr, most: usize) -> Option<Place> {
+        let mut count = self.0.entry(address).or_insert(0);
+        if *count >= most {
+            return None;
+        }
+        *count += 1;
+        Some(Place { addresses: self.clone(), address })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let left = self.addresses.0.get_mut(&self.address).map(|mut count| {
+            *count -= 1;
+            *count
+        });
+        if left == Some(0) {
+            self.addresses.0.remove_if(&self.address, |_, count| *count == 0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_bounded_and_come_back() {
+        let addresses = Addresses::default();
+        let here: IpAddr = [127, 0, 0, 1].into();
+        let (a, b) = (addresses.enter(here, 2).unwrap(), addresses.enter(here, 2).unwrap());
+        assert!(addresses.enter(here, 2).is_none());
+        assert!(addresses.enter([127, 0, 0, 2].into(), 2).is_some());
+        drop(a);
+        let c = addresses.enter(here, 2).unwrap();
+        drop((b, c));
+        assert!(addresses.0.is_empty());
+    }
+}

@@ -1,0 +1,149 @@
+//! Opens connections to nodes: resolve, check every address against the node's policy, connect in order, TLS where asked for.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+use super::address::{AddressPolicy, NodeUrl, allowed};
+
+/// A connection to a node.
+pub enum Stream {
+    /// Plain text.
+    Plain(TcpStream),
+    /// TLS.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// Looks names up. Passed in, so that tests can have names change their addresses.
+pub type Resolve = dyn Fn(&str, u16) -> Option<Vec<SocketAddr>> + Send + Sync;
+
+/// Opens connections; cheap to clone.
+#[derive(Clone, Default)]
+pub struct Connector {
+    tls: Arc<std::sync::OnceLock<TlsConnector>>,
+    resolve: Option<Arc<Resolve>>,
+}
+
+impl Connector {
+    /// A connector with an own resolver in front of the system's.
+    pub fn with_resolver(resolve: Arc<Resolve>) -> Self {
+        Self { resolve: Some(resolve), ..Self::default() }
+    }
+
+    /// Opens a connection within `limit`.
+    pub async fn connect(&self, url: &NodeUrl, policy: AddressPolicy, limit: Duration) -> io::Result<Stream> {
+        tokio::time::timeout(limit, self.open(url, policy))
+            .await
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no connection in time")))
+    }
+
+    async fn open(&self, url: &NodeUrl, policy: AddressPolicy) -> io::Result<Stream> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, format!("`{}` has no address", url.host));
+        for address in self.addresses(url).await? {
+            if !allowed(address.ip(), policy) {
+                last = io::Error::new(
+                    io::ErrorKind::PermissionDenied,
+                    format!("`{}` is at {}, where no node may be", url.host, address.ip()),
+                );
+                continue;
+            }
+            match TcpStream::connect(address).await {
+                Ok(stream) => {
+                    stream.set_nodelay(true)?;
+                    return self.wrap(stream, url).await;
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    async fn addresses(&self, url: &NodeUrl) -> io::Result<Vec<SocketAddr>> {
+        if let Ok(address) = url.host.parse::<IpAddr>() {
+            return Ok(vec![SocketAddr::new(address, url.port)]);
+        }
+        if let Some(found) = self.resolve.as_ref().and_then(|resolve| resolve(&url.host, url.port)) {
+            return Ok(found);
+        }
+        Ok(tokio::net::lookup_host((url.host.as_str(), url.port)).await?.collect())
+    }
+
+    async fn wrap(&self, stream: TcpStream, url: &NodeUrl) -> io::Result<Stream> {
+        if !url.tls {
+            return Ok(Stream::Plain(stream));
+        }
+        let name = ServerName::try_from(url.host.clone()).map_err(io::Error::other)?;
+        let tls = self.tls.get_or_init(|| {
+            let mut roots = RootCertStore::empty();
+            let found = rustls_native_certs::load_native_certs();
+            for problem in &found.errors {
+                tracing::warn!(%problem, "a system certificate cannot be read");
+            }
+            let (_added, _ignored) = roots.add_parsable_certificates(found.certs);
+            let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+            TlsConnector::from(Arc::new(config))
+        });
+        Ok(Stream::Tls(Box::new(tls.connect(name, stream).await?)))
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_read(context, buffer),
+            Self::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write(context, bytes),
+            Self::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write_vectored(context, slices),
+            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(context, slices),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        matches!(self, Self::Plain(_))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_flush(context),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_shutdown(context),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+        }
+    }
+}

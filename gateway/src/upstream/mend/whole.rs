@@ -1,0 +1,245 @@
+//! A whole answer.
+
+use potstill_shared::openai::{Usage, now_seconds};
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::{
+    Edits, Kind, Presence, REASONS, finish_reason, is_count, is_text, mend_content, mend_tool_calls,
+    mend_usage, presence,
+};
+use crate::config::Reasoning;
+
+/// A mended answer.
+#[derive(Debug)]
+pub enum Mended {
+    /// It passes as it came.
+    Same(Option<Usage>),
+    /// This takes its place.
+    Changed(Vec<u8>, Option<Usage>),
+    /// A node's error under a good status.
+    Failed,
+    /// It is no JSON object.
+    Broken,
+}
+
+#[derive(Deserialize)]
+struct Whole<'a> {
+    #[serde(borrow)]
+    id: Option<&'a RawValue>,
+    #[serde(borrow)]
+    object: Option<&'a RawValue>,
+    #[serde(borrow)]
+    created: Option<&'a RawValue>,
+    #[serde(borrow)]
+    model: Option<&'a RawValue>,
+    #[serde(borrow)]
+    choices: Option<Vec<Choice<'a>>>,
+    #[serde(borrow)]
+    usage: Option<&'a RawValue>,
+    #[serde(borrow)]
+    error: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Choice<'a> {
+    index: Option<u64>,
+    #[serde(borrow)]
+    message: Option<Message<'a>>,
+    #[serde(borrow)]
+    text: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "presence")]
+    finish_reason: Presence<'a>,
+}
+
+#[derive(Deserialize)]
+struct Message<'a> {
+    #[serde(borrow)]
+    role: Option<&'a RawValue>,
+    #[serde(borrow)]
+    content: Option<&'a RawValue>,
+    #[serde(borrow)]
+    tool_calls: Option<&'a RawValue>,
+}
+
+/// Mends the body of a good answer.
+pub fn mend(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Mended {
+    if kind == Kind::Other {
+        return Mended::Same(None);
+    }
+    match serde_json::from_slice::<Whole<'_>>(body) {
+        Ok(whole) if whole.error.is_some() => Mended::Failed,
+        Ok(whole) => match skim(body, &whole, kind, model, reasoning) {
+            Some((edits, usage)) if edits.0.is_empty() => Mended::Same(usage),
+            Some((edits, usage)) => Mended::Changed(edits.apply(body), usage),
+            None => rebuild(body, kind, model, reasoning),
+        },
+        Err(error) if error.is_data() => rebuild(body, kind, model, reasoning),
+        Err(_) => Mended::Broken,
+    }
+}
+
+fn object(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Chat => "chat.completion",
+        Kind::Text => "text_completion",
+        Kind::Embeddings | Kind::Other => "list",
+    }
+}
+
+fn skim(
+    body: &[u8],
+    whole: &Whole<'_>,
+    kind: Kind,
+    model: &str,
+    reasoning: Reasoning,
+) -> Option<(Edits, Option<Usage>)> {
+    let named = whole.object.is_some_and(|found| found.get().trim_matches('"') == object(kind));
+    let head = kind == Kind::Embeddings || (is_text(whole.id) && is_count(whole.created));
+    let choices = kind == Kind::Embeddings
+        || (reasoning == Reasoning::Pass
+            && whole.choices.as_ref()?.iter().all(|choice| is_right(choice, kind)));
+    if !named || !head || !choices {
+        return None;
+    }
+    let usage = match whole.usage.map(|usage| super::usage(usage, kind)) {
+        Some(Some((usage, true))) => Some(usage),
+        Some(_) => return None,
+        None => None,
+    };
+    let mut edits = Edits::default();
+    let (found, wanted) = (whole.model?.get(), serde_json::to_string(model).ok()?);
+    if found != wanted {
+        edits.replace(body, found, wanted);
+    }
+    Some((edits, usage))
+}
+
+fn is_right(choice: &Choice<'_>, kind: Kind) -> bool {
+    let reason = matches!(&choice.finish_reason, Some(Some(reason)) if REASONS.contains(&&**reason));
+    let body = match (kind, &choice.message) {
+        (Kind::Chat, Some(message)) => {
+            message.role.is_some_and(|role| role.get() == "\"assistant\"")
+                && message.content.is_none_or(|content| content.get().starts_with('"'))
+                && message.tool_calls.is_none()
+        }
+        (Kind::Text, _) => choice.text.is_some_and(|text| text.get().starts_with('"')),
+        _ => false,
+    };
+    choice.index.is_some() && reason && body
+}
+
+fn rebuild(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Mended {
+    let mut answer = match serde_json::from_slice::<Value>(body) {
+        Ok(Value::Object(answer)) => answer,
+        Ok(_) => return Mended::Broken,
+        // Lone surrogates and the like.
+        Err(_) => return Mended::Same(None),
+    };
+    if kind == Kind::Embeddings {
+        answer.insert("object".into(), "list".into());
+        answer.insert("model".into(), model.into());
+        for (at, row) in
+            answer.get_mut("data").and_then(Value::as_array_mut).into_iter().flatten().enumerate()
+        {
+            if let Some(row) = row.as_object_mut() {
+                row.entry("object").or_insert_with(|| "embedding".into());
+                row.entry("index").or_insert_with(|| at.into());
+            }
+        }
+        answer.entry("usage").or_insert_with(|| serde_json::json!({}));
+    } else {
+        let id = potstill_shared::id::unique(if kind == Kind::Chat { "chatcmpl" } else { "cmpl" });
+        super::mend_head(&mut answer, object(kind), &id, now_seconds(), model);
+        let Some(choices) = answer.get_mut("choices").and_then(Value::as_array_mut) else {
+            return Mended::Broken;
+        };
+        for (at, choice) in choices.iter_mut().enumerate() {
+            mend_choice(at, choice, kind, reasoning);
+        }
+    }
+    let mut usage = None;
+    if let Some(counts) = answer.get_mut("usage").and_then(Value::as_object_mut) {
+        mend_usage(counts, kind);
+        let count = |name: &str| counts.get(name).and_then(Value::as_u64).unwrap_or(0);
+        usage = Some(Usage::new(count("prompt_tokens"), count("completion_tokens")));
+    }
+    Mended::Changed(serde_json::to_vec(&answer).unwrap_or_default(), usage)
+}
+
+fn mend_choice(at: usize, choice: &mut Value, kind: Kind, reasoning: Reasoning) {
+    let Some(choice) = choice.as_object_mut() else { return };
+    choice.entry("index").or_insert_with(|| at.into());
+    let word = match choice.get("finish_reason") {
+        Some(Value::String(word)) => word.clone(),
+        Some(Value::Object(word)) => word.get("type").and_then(Value::as_str).unwrap_or("").to_owned(),
+        _ => String::new(),
+    };
+    choice.insert("finish_reason".into(), finish_reason(&word).into());
+    if kind != Kind::Chat {
+        choice.entry("text").or_insert_with(|| "".into());
+        return;
+    }
+    let Some(message) = choice.get_mut("message").and_then(Value::as_object_mut) else { return };
+    if message.get("role").and_then(Value::as_str).is_none_or(str::is_empty) {
+        message.insert("role".into(), "assistant".into());
+    }
+    mend_content(message);
+    message.entry("content").or_insert(Value::Null);
+    if let Some(calls) = message.get_mut("tool_calls") {
+        mend_tool_calls(calls, false);
+    }
+    if reasoning != Reasoning::Pass {
+        super::thinking::message(message, reasoning == Reasoning::SplitOpen);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn changed(body: &str, kind: Kind) -> Value {
+        match mend(body.as_bytes(), kind, "m", Reasoning::Pass) {
+            Mended::Changed(body, _) => serde_json::from_slice(&body).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_right_passes() {
+        let body = br#"{"id":"a","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"x","reasoning":"y"},"finish_reason":"stop"}],"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3,"d":{}}}"#;
+        assert!(
+            matches!(mend(body, Kind::Chat, "m", Reasoning::Pass), Mended::Same(Some(u)) if u == Usage::new(1, 2))
+        );
+        let body = String::from_utf8(body.to_vec()).unwrap();
+        let other = changed(&body.replace("\"model\":\"m\"", "\"model\": \"x\""), Kind::Chat);
+        assert_eq!((other["model"].as_str(), &other["usage"]["d"]), (Some("m"), &serde_json::json!({})));
+    }
+
+    #[test]
+    fn what_is_wrong_is_mended() {
+        let answer = changed(
+            r#"{"model":"x","choices":[{"message":{"content":[{"type":"text","text":"a"},{"type":"text","text":"b"}],"tool_calls":[{"function":{"name":"f","arguments":{}}}]},"finish_reason":"abort"}],"usage":{"prompt_tokens":1,"completion_tokens":2},"own":7}"#,
+            Kind::Chat,
+        );
+        let choice = &answer["choices"][0];
+        assert_eq!(choice["message"]["content"], "ab");
+        assert_eq!((choice["finish_reason"].as_str(), choice["index"].as_u64()), (Some("length"), Some(0)));
+        assert_eq!(choice["message"]["role"], "assistant");
+        assert_eq!(choice["message"]["tool_calls"][0]["type"], "function");
+        assert_eq!((answer["usage"]["total_tokens"].as_u64(), answer["own"].as_u64()), (Some(3), Some(7)));
+        assert!(answer["id"].is_string() && answer["created"].is_u64());
+        let list = changed(r#"{"model":"x","data":[{"embedding":[1.0]}]}"#, Kind::Embeddings);
+        assert_eq!((list["object"].as_str(), list["data"][0]["index"].as_u64()), (Some("list"), Some(0)));
+        assert_eq!(list["usage"]["total_tokens"], 0);
+    }
+
+    #[test]
+    fn an_error_or_no_json_is_no_answer() {
+        let kind = |body: &str| mend(body.as_bytes(), Kind::Chat, "m", Reasoning::Pass);
+        assert!(matches!(kind(r#"{"error":{"message":"x"}}"#), Mended::Failed));
+        assert!(matches!(kind("<html>"), Mended::Broken));
+        assert!(matches!(kind("[1]"), Mended::Broken));
+    }
+}

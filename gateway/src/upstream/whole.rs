@@ -1,0 +1,53 @@
+//! Reads an answer that is not streamed to its end, within its clocks and its bound. Nothing of it has reached the client
+//! yet, so one that breaks off can still be asked for elsewhere.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+
+use super::send::{Answer, SendError, innermost};
+
+/// Largest whole answer.
+pub const MAX_BYTES: usize = 64 << 20;
+
+/// Reads `answer`; `idle` bounds the time between two pieces, `until` the whole.
+pub async fn read(
+    answer: &mut Answer,
+    idle: Duration,
+    until: tokio::time::Instant,
+) -> Result<Bytes, SendError> {
+    let mut first = Bytes::new();
+    let mut rest = BytesMut::new();
+    loop {
+        let limit = until.min(tokio::time::Instant::now() + idle);
+        let frame = std::future::poll_fn(|context| answer.poll_frame(context));
+        match tokio::time::timeout_at(limit, frame).await {
+            Err(_) => return Err(SendError::Timeout),
+            Ok(None) => break,
+            Ok(Some(Err(error))) => return Err(SendError::Failed(innermost(&error))),
+            Ok(Some(Ok(frame))) => {
+                let Ok(data) = frame.into_data() else { continue };
+                if first.len() + rest.len() + data.len() > MAX_BYTES {
+                    return Err(SendError::Failed(format!("the answer is longer than {MAX_BYTES} bytes")));
+                }
+                // Most answers are one piece, which is then not copied.
+                if first.is_empty() && rest.is_empty() {
+                    first = data;
+                } else {
+                    if rest.is_empty() {
+                        rest.reserve(
+                            first.len() + data.len() + answer.lower_bound().min(MAX_BYTES as u64) as usize,
+                        );
+                        rest.extend_from_slice(&first);
+                        first = Bytes::new();
+                    }
+                    rest.extend_from_slice(&data);
+                }
+                if answer.is_end_stream() {
+                    break;
+                }
+            }
+        }
+    }
+    Ok(if rest.is_empty() { first } else { rest.freeze() })
+}
