@@ -211,6 +211,8 @@ async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         run!(builder.serve_connection(io, service));
     } else {
         let mut builder = http1::Builder::new();
+        // Streams are small pieces: one copy into one buffer costs less than a list of slices for the kernel to collect.
+        builder.writev(false);
         builder.timer(TokioTimer::new()).header_read_timeout(ms(limits.head_ms)).max_buf_size(HEAD_BYTES);
         run!(builder.serve_connection(io, service));
     }

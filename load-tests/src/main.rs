@@ -1,120 +1,41 @@
-//! Open-loop load: requests leave at Poisson times whatever the answers do, and latency counts from when a request was
-//! due, so a slow endpoint cannot hide behind a slow generator (no coordinated omission).
+//! Load on OpenAI-compatible endpoints: an open-loop generator for any endpoint, a mock node, a bare proxy as the floor of what
+//! a proxy costs, and `bench`, which measures the gateway beside nginx, Envoy and that floor in one run.
 #![forbid(unsafe_code)]
 
-use std::time::Duration;
+mod bench;
+mod node;
+mod open_loop;
+mod proxy;
+mod wire;
 
-use clap::Parser;
-use potstill_shared::client::{Client, Endpoint};
-use potstill_shared::openai::{ChatMessage, ChatRequest, GenerationOptions};
-use potstill_shared::redact::Redacted;
-use rand::{Rng, SeedableRng};
-use tokio::time::Instant;
+use clap::{Parser, Subcommand};
 
-/// Open-loop load on an OpenAI-compatible endpoint.
+/// Load generators and measurements.
 #[derive(Parser)]
+#[command(name = "load-tests")]
 struct Arguments {
-    /// Base URL that ends in `/v1`.
-    #[arg(long)]
-    url: String,
-    /// Model to ask.
-    #[arg(long)]
-    model: String,
-    /// Bearer key.
-    #[arg(long, env = "POTSTILL_API_KEY")]
-    key: Option<String>,
-    /// Requests per second.
-    #[arg(long, default_value_t = 20.0)]
-    rate: f64,
-    /// Requests in all.
-    #[arg(long, default_value_t = 400)]
-    requests: usize,
-    /// What is asked.
-    #[arg(long, default_value = "A Dan has 58 cards. B Dan buys 67 more. How many cards has Dan?")]
-    prompt: String,
-    /// Limit on new tokens.
-    #[arg(long, default_value_t = 128)]
-    max_tokens: u32,
-    /// Read answers as streams.
-    #[arg(long)]
-    stream: bool,
-    /// Seed of the arrival times.
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
+    #[command(subcommand)]
+    command: Command,
 }
 
-/// How one request went.
-struct Sample {
-    latency: Duration,
-    tokens: u64,
-    error: Option<String>,
+#[derive(Subcommand)]
+enum Command {
+    /// Open-loop load on any OpenAI-compatible endpoint.
+    Load(open_loop::Arguments),
+    /// A mock node.
+    Node(node::Arguments),
+    /// A bare reverse proxy over hyper: one upstream, no rules.
+    Proxy(proxy::Arguments),
+    /// Measures the gateway beside its peers.
+    Bench(bench::Arguments),
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
-    anyhow::ensure!(
-        arguments.rate > 0.0 && arguments.requests > 0,
-        "`--rate` and `--requests` must be above 0"
-    );
-    let mut endpoint = Endpoint::new(arguments.url.as_str());
-    endpoint.api_key = arguments.key.clone().map(Redacted::new);
-    let client = Client::new(endpoint)?;
-    let request = ChatRequest {
-        model: arguments.model.clone(),
-        messages: vec![ChatMessage::text("user", arguments.prompt.as_str())],
-        options: GenerationOptions {
-            stream: Some(arguments.stream),
-            max_tokens: Some(arguments.max_tokens),
-            ..GenerationOptions::default()
-        },
-        ..ChatRequest::default()
-    };
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(arguments.seed);
-    let started = Instant::now();
-    let mut due = started;
-    let mut running = Vec::with_capacity(arguments.requests);
-    for _ in 0..arguments.requests {
-        due += Duration::from_secs_f64(-(1.0 - rng.random::<f64>()).ln() / arguments.rate);
-        tokio::time::sleep_until(due).await;
-        let (client, request) = (client.clone(), request.clone());
-        running.push(tokio::spawn(async move {
-            let answer = client.chat(&request, &[]).await;
-            let latency = due.elapsed();
-            match answer {
-                Ok(completion) => Sample { latency, tokens: completion.usage.completion_tokens, error: None },
-                Err(error) => Sample { latency, tokens: 0, error: Some(error.to_string()) },
-            }
-        }));
-    }
-    let mut samples = Vec::with_capacity(running.len());
-    for task in running {
-        samples.push(task.await?);
-    }
-    print(&samples, started.elapsed());
-    Ok(())
-}
-
-#[expect(clippy::print_stdout, reason = "the result of a command")]
-fn print(samples: &[Sample], took: Duration) {
-    let mut latencies: Vec<Duration> =
-        samples.iter().filter(|sample| sample.error.is_none()).map(|sample| sample.latency).collect();
-    latencies.sort();
-    let at = |share: f64| {
-        latencies.get(((latencies.len() as f64 * share) as usize).min(latencies.len().saturating_sub(1)))
-    };
-    let milliseconds = |share: f64| at(share).map_or(0.0, |latency| latency.as_secs_f64() * 1e3);
-    let tokens: u64 = samples.iter().map(|sample| sample.tokens).sum();
-    let seconds = took.as_secs_f64();
-    println!("requests   {} ({} failed) in {seconds:.1} s", samples.len(), samples.len() - latencies.len());
-    println!("tokens/s   {:.0}", tokens as f64 / seconds);
-    println!(
-        "latency ms p50 {:.1}  p90 {:.1}  p99 {:.1}",
-        milliseconds(0.5),
-        milliseconds(0.9),
-        milliseconds(0.99)
-    );
-    if let Some(error) = samples.iter().find_map(|sample| sample.error.as_ref()) {
-        println!("first error: {error}");
+fn main() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    match Arguments::parse().command {
+        Command::Load(arguments) => runtime.block_on(open_loop::run(&arguments)),
+        Command::Node(arguments) => runtime.block_on(node::run(arguments)),
+        Command::Proxy(arguments) => runtime.block_on(proxy::run(arguments)),
+        Command::Bench(arguments) => bench::run(&arguments, &runtime),
     }
 }
