@@ -12,6 +12,7 @@ use axum::{Json, Router};
 use http::StatusCode;
 use hyper::body::Incoming;
 use potstill_shared::openai::ErrorBody;
+use potstill_shared::redact::Redacted;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq;
@@ -41,14 +42,14 @@ pub(crate) async fn serve(gateway: Gateway, listener: TcpListener, file: Option<
     admin.router = Some(router(admin.clone()));
     let draining = stop.clone();
     let grace = std::time::Duration::from_secs(5);
-    crate::server::serve(listener, admin, grace, &draining, stop.cancelled()).await;
+    crate::server::serve(listener, admin, grace, &draining, stop.wait()).await;
 }
 
 impl Handler for Admin {
     type Body = Reply;
 
     async fn handle(&self, request: http::Request<Incoming>) -> Answer {
-        let Some(router) = self.router.clone() else { return Answer::new(Reply::Whole(None)) };
+        let Some(router) = self.router.clone() else { return Answer::new(Reply::from(bytes::Bytes::new())) };
         match router.oneshot(request).await {
             Ok(answer) => local(answer.into_response()),
             Err(never) => match never {},
@@ -161,7 +162,7 @@ async fn add_node(State(admin): State<Admin>, Json(asked): Json<NodeRequest>) ->
         );
     }
     let spec = NodeSpec {
-        key: asked.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok()),
+        key: asked.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok()).map(Redacted::new),
         policy: AddressPolicy::Added { allow_private },
         // It gets requests after its first good health check.
         state: NodeState::Unhealthy,

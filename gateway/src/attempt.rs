@@ -2,7 +2,7 @@
 //! client. A request never holds two slots, but for hedging: it would wait for one while others wait for the one it holds.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -69,6 +69,16 @@ enum Bad {
     Refused(GatewayError),
 }
 
+/// Where the next try gets its slot.
+enum Next {
+    /// It has one.
+    Have(Permit),
+    /// It waits for one, on any node but that.
+    Wait(Option<u64>),
+    /// There is no next try.
+    Never,
+}
+
 /// Gets an answer from the pool.
 pub(crate) async fn attempt(
     pool: &Arc<ModelPool>,
@@ -76,16 +86,39 @@ pub(crate) async fn attempt(
     ask: &Ask,
     record: &mut Record,
 ) -> Result<Answered, GatewayError> {
-    pool.deposit();
-    let mut permit = slot(pool, ask, None, record).await?;
-    let before = record.started.elapsed().saturating_sub(record.waited);
-    pool.metrics.overhead.observe(before.as_secs_f64());
+    let mut next = Next::Wait(None);
+    let mut last: Option<GatewayError> = None;
     loop {
+        let permit = match next {
+            Next::Have(permit) => Ok(permit),
+            Next::Wait(exclude) => slot(pool, ask, exclude, record).await,
+            Next::Never => Err(GatewayError::NoNode { model: job.model.to_owned() }),
+        };
+        let permit = match (permit, last.take()) {
+            (Ok(permit), None) => {
+                let before = record.started.elapsed().saturating_sub(record.waited);
+                pool.metrics.overhead.observe(before.as_secs_f64());
+                permit
+            }
+            (Ok(permit), Some(error)) => {
+                pool.metrics.retries.inc();
+                tracing::info!(request = record.request_id, model = job.model, %error, "tried again");
+                permit
+            }
+            // What the first node said tells more than that there is no second one.
+            (Err(error), last) => return Err(last.unwrap_or(error)),
+        };
         record.attempts += 1;
         record.phase = Phase::Head;
-        let (used, outcome) = hedged(pool, job, ask, permit).await;
-        permit = used;
-        record.node = Some(permit.node().name.clone());
+        let (permit, outcome) = match hedge(job) {
+            None => {
+                let outcome = once(job, &permit).await;
+                (permit, outcome)
+            }
+            // Rare, so kept out of the state that every request carries.
+            Some(after) => Box::pin(hedged(pool, job, ask, permit, after)).await,
+        };
+        record.node = Some(Arc::clone(permit.node()));
         let bad = match outcome {
             Ok(Good::Stream(exchange)) => return Ok(Answered::Stream { exchange, permit }),
             Ok(Good::Whole { status, content_type, body, usage }) => {
@@ -94,63 +127,49 @@ pub(crate) async fn attempt(
             }
             Err(bad) => bad,
         };
-        let failed = permit.node().id;
-        let may = record.attempts < job.config.retry.attempts;
-        let (error, next) = match bad {
-            Bad::Refused(error) => {
-                permit.answered();
-                return Err(error);
-            }
-            Bad::Timeout => {
-                permit.failure("no answer in time");
-                return Err(GatewayError::NodeTimeout);
-            }
-            Bad::Busy { error, pause_ms } => {
-                permit.busy(pause_ms);
-                let other = if may { pool.try_acquire(ask, failed) } else { None };
-                drop(permit);
-                // Nobody waits for a bulk request: it may wait until the node has room again.
-                let patient = may && other.is_none() && pause_ms.is_some() && ask.class == Priority::Bulk;
-                let next = match other {
-                    None if patient && pool.may_retry() => slot(pool, ask, None, record).await.ok(),
-                    other => other.filter(|_| pool.may_retry()),
-                };
-                (error, next)
-            }
-            Bad::Failed(error) | Bad::Unreachable(error) if !may => {
-                settle(&permit, &error);
-                return Err(error);
-            }
-            Bad::Failed(error) => {
-                permit.failure(&error.to_string());
-                drop(permit);
-                let next =
-                    if pool.may_retry() { slot(pool, ask, Some(failed), record).await.ok() } else { None };
-                (error, next)
-            }
-            Bad::Unreachable(error) => {
-                permit.unreachable();
-                drop(permit);
-                // Nothing was asked of anyone: this costs no node any work, so no budget.
-                (error, slot(pool, ask, Some(failed), record).await.ok())
-            }
-        };
-        match next {
-            Some(next) => {
-                pool.metrics.retries.inc();
-                tracing::info!(request = record.request_id, model = job.model, %error, "tried again on another node");
-                permit = next;
-            }
-            None => return Err(error),
-        }
+        let more = record.attempts < job.config.retry.attempts;
+        let (error, then) = judge(pool, ask, permit, bad, more);
+        (last, next) = (Some(error), then);
     }
 }
 
-/// What a last failed try means for its node.
-fn settle(permit: &Permit, error: &GatewayError) {
-    match error {
-        GatewayError::NodeFailed { reason } if reason.starts_with("cannot connect") => permit.unreachable(),
-        error => permit.failure(&error.to_string()),
+/// What a failed try means for its node, and whether there is another one.
+fn judge(pool: &Arc<ModelPool>, ask: &Ask, permit: Permit, bad: Bad, more: bool) -> (GatewayError, Next) {
+    let failed = permit.node().id;
+    match bad {
+        Bad::Refused(error) => {
+            permit.answered();
+            (error, Next::Never)
+        }
+        Bad::Timeout => {
+            permit.failure("no answer in time");
+            (GatewayError::NodeTimeout, Next::Never)
+        }
+        Bad::Busy { error, pause_ms } => {
+            permit.busy(pause_ms);
+            if !more {
+                return (error, Next::Never);
+            }
+            let next = match pool.try_acquire(ask, failed) {
+                Some(other) if pool.may_retry() => Next::Have(other),
+                // Nobody waits for a bulk request: it may wait until the node has room again.
+                None if pause_ms.is_some() && ask.class == Priority::Bulk && pool.may_retry() => {
+                    Next::Wait(None)
+                }
+                _ => Next::Never,
+            };
+            (error, next)
+        }
+        Bad::Failed(error) => {
+            permit.failure(&error.to_string());
+            let next = if more && pool.may_retry() { Next::Wait(Some(failed)) } else { Next::Never };
+            (error, next)
+        }
+        Bad::Unreachable(error) => {
+            permit.unreachable();
+            // Nothing was asked of anyone: this costs no node any work, so no budget.
+            (error, if more { Next::Wait(Some(failed)) } else { Next::Never })
+        }
     }
 }
 
@@ -171,28 +190,26 @@ async fn slot(
     })
 }
 
-/// One try; for short whole answers a second one on another node when the first is slow, and the first to answer wins.
+/// After how long a second try is made beside the first; only for short whole answers.
+fn hedge(job: &Job<'_>) -> Option<Duration> {
+    let hedge = job.config.hedge.as_ref()?;
+    (!job.stream && job.token_limit? <= hedge.max_tokens).then(|| ms(hedge.after_ms))
+}
+
+/// Two tries on two nodes when the first is slow; the first to answer wins.
 async fn hedged(
     pool: &Arc<ModelPool>,
     job: &Job<'_>,
     ask: &Ask,
     permit: Permit,
+    after: Duration,
 ) -> (Permit, Result<Good, Bad>) {
-    let hedge = job
-        .config
-        .hedge
-        .as_ref()
-        .filter(|hedge| !job.stream && job.token_limit.is_some_and(|limit| limit <= hedge.max_tokens));
-    let Some(hedge) = hedge else {
-        let outcome = once(job, &permit).await;
-        return (permit, outcome);
-    };
     // Which of the two tries decides, and what it says; the borrows of the permits end with the block.
     let (second, by_second, outcome) = {
         let mut first = std::pin::pin!(once(job, &permit));
         let early = tokio::select! {
             outcome = &mut first => Some(outcome),
-            () = tokio::time::sleep(ms(hedge.after_ms)) => None,
+            () = tokio::time::sleep(after) => None,
         };
         let second = if early.is_none() { pool.try_acquire(ask, permit.node().id) } else { None };
         match (early, second) {

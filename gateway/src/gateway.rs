@@ -23,6 +23,7 @@ use crate::config::{Config, Limits, PoolConfig, keys};
 use crate::keys::Keys;
 use crate::pool::{Load, ModelPool, health};
 use crate::record::InFlight;
+use crate::server::stop::Stop;
 use crate::server::{Handler, tls};
 use crate::telemetry::Metrics;
 use crate::telemetry::access::AccessLog;
@@ -46,7 +47,7 @@ pub(crate) struct Shared {
     pub(crate) access_log: Option<AccessLog>,
     pub(crate) traces: Option<Traces>,
     /// Cancelled: no new requests.
-    pub(crate) stop: CancellationToken,
+    pub(crate) stop: Stop,
     /// Cancelled after the last stream: watchers and scalers end, node processes are stopped.
     end: CancellationToken,
     pub(crate) pools: ArcSwap<BTreeMap<String, Arc<ModelPool>>>,
@@ -58,6 +59,11 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn live(&self) -> arc_swap::Guard<Arc<Live>> {
         self.live.load()
+    }
+
+    /// Whether new requests are refused.
+    pub(crate) fn stopping(&self) -> bool {
+        self.stop.is_set()
     }
 
     pub(crate) fn pool(&self, model: &str) -> Option<Arc<ModelPool>> {
@@ -111,7 +117,7 @@ impl Gateway {
             in_flight: InFlight::default(),
             access_log: access_log.map_err(|error| BuildError::Config(format!("access_log: {error}")))?,
             traces: traces.transpose().map_err(BuildError::Config)?,
-            stop: CancellationToken::new(),
+            stop: Stop::default(),
             end,
             pools: ArcSwap::default(),
             local: std::sync::OnceLock::new(),
@@ -219,7 +225,7 @@ impl Gateway {
         let stop = async {
             tokio::select! {
                 () = stop => {}
-                () = shared.stop.cancelled() => {}
+                () = shared.stop.wait() => {}
             }
         };
         crate::server::serve(listener, Clients(Arc::clone(shared)), grace, &shared.stop, stop).await;
@@ -235,11 +241,10 @@ impl Gateway {
 
     /// Begins to stop, as the future given to [`Gateway::serve`] does.
     pub fn begin_stop(&self) {
-        self.shared.stop.cancel();
+        self.shared.stop.set();
     }
 
-    /// Cancelled when the gateway begins to stop.
-    pub fn stopping(&self) -> CancellationToken {
+    pub(crate) fn stopping(&self) -> Stop {
         self.shared.stop.clone()
     }
 }

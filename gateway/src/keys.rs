@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use dashmap::DashMap;
-use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http::{HeaderMap, header};
 use rand::RngCore;
 
 use self::jwt::Verifier;
@@ -195,12 +195,9 @@ impl Key {
 
     /// Writes `x-ratelimit-*` of the key, or of its stage where that has limits of its own.
     pub fn write_limits(&self, stage: Option<&str>, headers: &mut HeaderMap) {
-        for limiter in self.limiters(stage).collect::<Vec<_>>().into_iter().rev() {
-            for (name, value) in limiter.headers().into_iter().flatten() {
-                if let Ok(value) = HeaderValue::from_str(&value) {
-                    headers.insert(HeaderName::from_static(name), value);
-                }
-            }
+        self.whole.write(headers);
+        if let Some(limiter) = stage.and_then(|stage| self.stages.get(stage)) {
+            limiter.write(headers);
         }
     }
 }
@@ -240,7 +237,7 @@ mod tests {
         assert!(keys.authenticate(&headers, None).is_err());
         for name in ["authorization", "x-api-key", "api-key"] {
             let value = if name == "authorization" { format!("bearer {key}") } else { key.clone() };
-            headers.insert(HeaderName::from_static(name), value.parse().unwrap());
+            headers.insert(http::HeaderName::from_static(name), value.parse().unwrap());
             assert!(keys.authenticate(&headers, None).is_ok(), "{name}");
             headers.clear();
         }

@@ -10,9 +10,6 @@ use potstill_gateway::config::{Config, KeyConfig, Priority, keys};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// OpenAI-compatible gateway in front of elastic pools of inference nodes.
 #[derive(Parser)]
 #[command(name = "potstill-gateway", version)]

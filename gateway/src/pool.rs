@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use potstill_shared::redact::Redacted;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
@@ -174,7 +175,11 @@ impl ModelPool {
                 n.spec.url == node.url && n.spec.slots == node.slots && n.state() != NodeState::Draining
             });
             if !there {
-                let key = node.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok());
+                let key = node
+                    .api_key_env
+                    .as_ref()
+                    .and_then(|variable| std::env::var(variable).ok())
+                    .map(Redacted::new);
                 let spec = NodeSpec { key, ..NodeSpec::new(&node.url, node.slots) };
                 if let Err(problem) = self.add_node(spec) {
                     tracing::error!(url = node.url, problem, "node left out");
@@ -258,12 +263,6 @@ impl ModelPool {
         self.lengths.lock().unwrap_or_else(PoisonError::into_inner).push(stage, tokens);
     }
 
-    /// A request came: pays into the retry budget.
-    pub fn deposit(&self) {
-        let percent = self.config().retry.budget_percent;
-        self.locked().budget.deposit(percent);
-    }
-
     /// Whether a retry may be made; counts it.
     pub fn may_retry(&self) -> bool {
         let may = self.locked().budget.withdraw();
@@ -281,6 +280,9 @@ impl ModelPool {
         let wait = ask.within.map_or(longest, |within| within.min(longest));
         let (granted, place) = {
             let mut pool = self.locked();
+            if exclude.is_none() {
+                pool.budget.deposit(config.retry.budget_percent);
+            }
             if pool.queue.is_empty()
                 && let Some(permit) = self.try_grant(&mut pool, ask.tokens, ask.affinity, exclude)
             {

@@ -10,6 +10,7 @@ use potstill_shared::openai::Usage;
 use crate::gateway::Shared;
 use crate::keys::Key;
 use crate::keys::limiter::Reservation;
+use crate::pool::node::Node;
 use crate::pool::{ModelPool, Permit};
 use crate::telemetry::access::Line;
 
@@ -79,12 +80,12 @@ pub struct Record {
     pub key: Arc<Key>,
     /// What it is part of.
     pub stage: Option<String>,
-    /// The model that was asked for.
-    pub model: String,
+    /// The pool of the model that was asked for.
+    pub asked: Arc<ModelPool>,
     /// The pool that serves it.
     pub pool: Arc<ModelPool>,
-    /// The node that answered.
-    pub node: Option<String>,
+    /// The node that was asked last.
+    pub node: Option<Arc<Node>>,
     /// When it came.
     pub started: Instant,
     /// Trace context of the client (W3C Trace Context).
@@ -111,7 +112,6 @@ impl Record {
         shared: &Arc<Shared>,
         request_id: String,
         key: Arc<Key>,
-        model: String,
         pool: Arc<ModelPool>,
         started: Instant,
         bytes: usize,
@@ -122,7 +122,7 @@ impl Record {
             request_id,
             key,
             stage: None,
-            model,
+            asked: Arc::clone(&pool),
             pool,
             node: None,
             started,
@@ -202,9 +202,9 @@ impl Drop for Record {
                     .map_or(0.0, |since| since.as_secs_f64()),
                 request: &self.request_id,
                 key: &self.key.name,
-                model: &self.model,
+                model: &self.asked.model,
                 stage: self.stage.as_deref(),
-                node: self.node.as_deref(),
+                node: self.node.as_ref().map(|node| node.name.as_str()),
                 status: self.status,
                 end: self.end.name(),
                 attempts: self.attempts,

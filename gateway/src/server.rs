@@ -4,10 +4,12 @@
 
 pub mod addresses;
 pub mod stall;
+pub mod stop;
 pub mod tls;
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,11 +22,11 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::addresses::Addresses;
 use self::stall::StallGuard;
+use self::stop::{Stop, Watched};
 use self::tls::Tls;
 use crate::config::{Limits, ms};
 use crate::keys::ClientCertificate;
@@ -54,13 +56,13 @@ pub(crate) async fn serve(
     listener: TcpListener,
     handler: impl Handler,
     grace: Duration,
-    draining: &CancellationToken,
+    draining: &Stop,
     stop: impl Future<Output = ()>,
 ) {
     let slots = Arc::new(Semaphore::new(handler.limits().connections));
     let addresses = Addresses::default();
     let connections = TaskTracker::new();
-    let abort = CancellationToken::new();
+    let abort = Stop::default();
     tokio::pin!(stop);
     loop {
         let accepted = tokio::select! {
@@ -78,15 +80,12 @@ pub(crate) async fn serve(
                 let Some(place) = addresses.enter(client(peer), limits.connections_per_address) else {
                     continue;
                 };
-                let connection = connection(stream, handler.clone(), limits, draining.clone());
+                let mut connection = Box::pin(connection(stream, handler.clone(), limits, draining.clone()));
                 let abort = abort.clone();
                 let handler = handler.clone();
                 connections.spawn(async move {
                     handler.connections(1);
-                    tokio::select! {
-                        () = connection => {}
-                        () = abort.cancelled() => {}
-                    }
+                    Watched::new(&abort).run(|context| connection.as_mut().poll(context)).await;
                     handler.connections(-1);
                     drop((slot, place));
                 });
@@ -100,14 +99,14 @@ pub(crate) async fn serve(
         }
     }
     drop(listener);
-    draining.cancel();
+    draining.set();
     connections.close();
     if tokio::time::timeout(grace, connections.wait()).await.is_err() {
         tracing::warn!(
             open = connections.len(),
             "the grace is over; closing the connections that are still open"
         );
-        abort.cancel();
+        abort.set();
         connections.wait().await;
     }
 }
@@ -124,17 +123,12 @@ fn client(peer: SocketAddr) -> IpAddr {
     }
 }
 
-async fn connection(
-    stream: TcpStream,
-    handler: impl Handler,
-    limits: Arc<Limits>,
-    draining: CancellationToken,
-) {
+async fn connection(stream: TcpStream, handler: impl Handler, limits: Arc<Limits>, draining: Stop) {
     let _unset = stream.set_nodelay(true);
     let mut first = [0u8; PREFACE.len()];
     let silent = tokio::select! {
         peeked = tokio::time::timeout(ms(limits.first_byte_ms), stream.peek(&mut first)) => peeked,
-        () = draining.cancelled() => return,
+        () = draining.wait() => return,
     };
     let Ok(Ok(seen)) = silent else { return };
     if seen == 0 {
@@ -144,7 +138,7 @@ async fn connection(
         let http2 = first[..seen] == PREFACE[..seen] && seen > 3;
         return speak(stream, http2, None, handler, limits, draining).await;
     };
-    let accepted = tokio::time::timeout(ms(limits.head_ms), tls.accept(stream)).await;
+    let accepted = handshake(&tls, stream, ms(limits.head_ms)).await;
     match accepted {
         Ok(Ok(stream)) => {
             let (_, session) = stream.get_ref();
@@ -160,31 +154,42 @@ async fn connection(
     }
 }
 
-async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+type Session = tokio_rustls::server::TlsStream<TcpStream>;
+
+/// Boxed: a plain connection does not carry the state of a handshake.
+fn handshake(
+    tls: &Tls,
+    stream: TcpStream,
+    limit: Duration,
+) -> Pin<Box<dyn Future<Output = Result<std::io::Result<Session>, tokio::time::error::Elapsed>> + Send>> {
+    Box::pin(tokio::time::timeout(limit, tls.accept(stream)))
+}
+
+fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
     http2: bool,
     certificate: Option<ClientCertificate>,
     handler: impl Handler,
     limits: Arc<Limits>,
-    draining: CancellationToken,
-) {
+    draining: Stop,
+) -> Pin<Box<dyn Future<Output = ()> + Send>> {
     let io = TokioIo::new(StallGuard::new(stream, ms(limits.write_idle_ms)));
     let service = service_fn(move |mut request: Request<Incoming>| {
         let handler = handler.clone();
-        async move {
-            if let Some(certificate) = certificate {
-                request.extensions_mut().insert(certificate);
-            }
-            Ok::<_, Infallible>(handler.handle(request).await)
+        if let Some(certificate) = certificate {
+            request.extensions_mut().insert(certificate);
         }
+        // Boxed: a connection that relays a stream does not carry the state of how the request began.
+        Box::pin(async move { Ok::<_, Infallible>(handler.handle(request).await) })
     });
-    // Both kinds of connection have the same life; their types differ.
+    // Both kinds of connection have the same life; their types differ, and each is boxed at its own size.
     macro_rules! run {
         ($connection:expr) => {{
-            let mut connection = std::pin::pin!($connection);
-            let ended = tokio::select! {
-                ended = connection.as_mut() => ended,
-                () = draining.cancelled() => {
+            let mut connection = Box::pin($connection);
+            Box::pin(async move {
+            let ended = match Watched::new(&draining).run(|context| connection.as_mut().poll(context)).await {
+                Some(ended) => ended,
+                None => {
                     connection.as_mut().graceful_shutdown();
                     connection.await
                 }
@@ -192,6 +197,7 @@ async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
             if let Err(error) = ended {
                 tracing::debug!(%error, "a connection ended early");
             }
+            })
         }};
     }
     if http2 {
@@ -208,12 +214,14 @@ async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
             .max_local_error_reset_streams(1024)
             .keep_alive_interval(ms(limits.head_ms / 2))
             .keep_alive_timeout(ms(limits.head_ms / 2));
-        run!(builder.serve_connection(io, service));
+        run!(builder.serve_connection(io, service))
     } else {
         let mut builder = http1::Builder::new();
-        // Streams are small pieces: one copy into one buffer costs less than a list of slices for the kernel to collect.
-        builder.writev(false);
-        builder.timer(TokioTimer::new()).header_read_timeout(ms(limits.head_ms)).max_buf_size(HEAD_BYTES);
-        run!(builder.serve_connection(io, service));
+        builder
+            .timer(TokioTimer::new())
+            .header_read_timeout(ms(limits.head_ms))
+            .max_buf_size(HEAD_BYTES)
+            .writev(false);
+        run!(builder.serve_connection(io, service))
     }
 }

@@ -7,7 +7,7 @@
 //! ```
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -20,7 +20,8 @@ use crate::api::reply::{Answer, Reply, local};
 use crate::api::request::{Head, parse, with_model};
 use crate::api::{Endpoint, body, endpoint, responses};
 use crate::attempt::{Answered, Job, attempt};
-use crate::config::Priority;
+use crate::config::pools::is_name;
+use crate::config::{Priority, ms};
 use crate::error::GatewayError;
 use crate::gateway::{Live, Shared};
 use crate::keys::{ClientCertificate, Key};
@@ -33,26 +34,81 @@ use crate::upstream::relay::Relay;
 use crate::upstream::send::Outgoing;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-const STAGE: HeaderName = HeaderName::from_static("x-potstill-stage");
-const PRIORITY: HeaderName = HeaderName::from_static("x-potstill-priority");
-const DEADLINE: HeaderName = HeaderName::from_static("x-potstill-deadline-ms");
-const SESSION: HeaderName = HeaderName::from_static("x-session-id");
+
+/// What the gateway itself reads of a request's head, found in one pass.
+#[derive(Default)]
+struct Told {
+    request_id: Option<String>,
+    stage: Option<String>,
+    priority: Option<Priority>,
+    deadline: Option<Duration>,
+    session: Option<u64>,
+    traceparent: Option<String>,
+    hosts: usize,
+    codings: usize,
+    chunked: bool,
+    length: bool,
+}
+
+impl Told {
+    fn read(headers: &HeaderMap) -> Self {
+        let mut told = Self::default();
+        for (name, value) in headers {
+            let text = || value.to_str().ok();
+            match name.as_str() {
+                "host" => told.hosts += if value.is_empty() { 2 } else { 1 },
+                "transfer-encoding" => {
+                    told.codings += 1;
+                    told.chunked = value.as_bytes().eq_ignore_ascii_case(b"chunked");
+                }
+                "content-length" => told.length = true,
+                // An id of the client is kept, so that its own logs and ours meet.
+                "x-request-id" => {
+                    told.request_id =
+                        text().filter(|id| !id.is_empty() && id.len() <= 128).map(str::to_owned);
+                }
+                "x-potstill-stage" => told.stage = text().filter(|stage| is_name(stage)).map(str::to_owned),
+                "x-potstill-priority" => told.priority = text().and_then(Priority::parse),
+                "x-potstill-deadline-ms" => told.deadline = text().and_then(|ms| ms.parse().ok()).map(ms),
+                "x-session-id" => told.session = text().map(crate::balance::hash_text),
+                "traceparent" => told.traceparent = text().map(str::to_owned),
+                _ => {}
+            }
+        }
+        told
+    }
+
+    /// Rules that keep two readers of one connection from reading two things (RFC 9112, sections 3.2 and 6.1).
+    fn check(&self, version: Version) -> Result<(), GatewayError> {
+        let bad = |message| Err(GatewayError::BadHead { message });
+        // In HTTP/2 the authority takes its place.
+        let wanted = usize::from(version == Version::HTTP_11);
+        if version <= Version::HTTP_11 && !(wanted..=1).contains(&self.hosts) {
+            return bad("the request must have one `host` header, and only one");
+        }
+        if self.codings > 1 || (self.codings == 1 && !self.chunked) {
+            return bad("`transfer-encoding` must be `chunked` and nothing else");
+        }
+        if self.codings == 1 && self.length {
+            return bad("the request has both `content-length` and `transfer-encoding`");
+        }
+        Ok(())
+    }
+}
 
 /// Handles a request of a client.
 pub(crate) async fn handle(shared: &Arc<Shared>, mut request: Request<Incoming>) -> Answer {
     let started = Instant::now();
-    // An id of the client is kept, so that its own logs and ours meet.
-    let request_id = match text(request.headers(), &REQUEST_ID) {
-        Some(id) if !id.is_empty() && id.len() <= 128 => id.to_owned(),
-        _ => unique("req"),
-    };
-    if let Ok(id) = HeaderValue::from_str(&request_id) {
+    let told = Told::read(request.headers());
+    let request_id = told.request_id.clone().unwrap_or_else(|| unique("req"));
+    let id = HeaderValue::from_str(&request_id).ok();
+    if let Some(id) = id.clone().filter(|_| told.request_id.is_none()) {
         request.headers_mut().insert(REQUEST_ID, id);
     }
-    let mut caller = Caller { request_id, started, key: None, stage: None };
-    let outcome = match (head_rules(&request), endpoint(request.uri().path())) {
+    let mut caller = Caller { request_id, started, key: None, told };
+    let outcome = match (caller.told.check(request.version()), endpoint(request.uri().path())) {
         (Err(error), _) => Err(error),
-        (Ok(()), Endpoint::Local) => Ok(local(shared.local(request).await)),
+        (Ok(()), Endpoint::Local) => Ok(local(Box::pin(shared.local(request)).await)),
         (Ok(()), _) if request.method() != Method::POST => Err(GatewayError::MethodNotAllowed),
         (Ok(()), endpoint) => serve(shared, request, endpoint, &mut caller).await,
     };
@@ -68,10 +124,10 @@ pub(crate) async fn handle(shared: &Arc<Shared>, mut request: Request<Incoming>)
     });
     let headers = answer.headers_mut();
     if let Some(key) = &caller.key {
-        key.write_limits(caller.stage.as_deref(), headers);
+        key.write_limits(caller.told.stage.as_deref(), headers);
     }
-    if let Ok(value) = HeaderValue::from_str(&caller.request_id) {
-        headers.insert(REQUEST_ID, value);
+    if let Some(id) = id {
+        headers.insert(REQUEST_ID, id);
     }
     answer
 }
@@ -81,7 +137,7 @@ struct Caller {
     request_id: String,
     started: Instant,
     key: Option<Arc<Key>>,
-    stage: Option<String>,
+    told: Told,
 }
 
 async fn serve(
@@ -90,16 +146,15 @@ async fn serve(
     endpoint: Endpoint,
     caller: &mut Caller,
 ) -> Result<Answer, GatewayError> {
-    if shared.stop.is_cancelled() {
+    if shared.stopping() {
         return Err(GatewayError::Draining);
     }
     let live = shared.live();
     let (parts, incoming) = request.into_parts();
     let key = live.keys.authenticate(&parts.headers, parts.extensions.get::<ClientCertificate>().copied())?;
-    caller.stage =
-        text(&parts.headers, &STAGE).filter(|stage| crate::config::pools::is_name(stage)).map(str::to_owned);
     caller.key = Some(Arc::clone(&key));
-    let stage = caller.stage.clone();
+    let told = &mut caller.told;
+    let stage = told.stage.clone();
     key.admit(stage.as_deref())?;
     let body = body::read(incoming, &parts.headers, &live.config.limits).await?;
     let (kind, body, translated) = match endpoint {
@@ -117,7 +172,7 @@ async fn serve(
     let Some(pool) = shared.pool(&head.model) else {
         return Err(GatewayError::ModelNotFound { model: head.model });
     };
-    let class = key.class(text(&parts.headers, &PRIORITY).and_then(Priority::parse));
+    let class = key.class(told.priority);
     shed(shared, &live, body.len(), class)?;
     let tokens =
         body.len() as u64 / 4 + head.choices * pool.expected_completion(stage.as_deref(), head.token_limit);
@@ -126,30 +181,26 @@ async fn serve(
         shared,
         caller.request_id.clone(),
         Arc::clone(&key),
-        head.model.clone(),
         Arc::clone(&pool),
         caller.started,
         body.len(),
     );
     record.stage = stage;
     record.hold(reservation);
-    record.traceparent = text(&parts.headers, &HeaderName::from_static("traceparent")).map(str::to_owned);
+    record.traceparent = told.traceparent.take();
     let ask = Ask {
         class,
         key: Arc::clone(&key.name),
-        within: text(&parts.headers, &DEADLINE).and_then(|ms| ms.parse().ok()).map(crate::config::ms),
+        within: told.deadline,
         tokens,
         bytes: body.len(),
-        affinity: Some(match text(&parts.headers, &SESSION) {
-            Some(session) => crate::balance::hash_text(session),
-            None => head.prefix,
-        }),
+        affinity: Some(told.session.unwrap_or(head.prefix)),
     };
     let path = match &translated {
         Some(_) => PathAndQuery::from_static("/v1/chat/completions"),
         None => parts.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/")),
     };
-    let outgoing = Outgoing::new(parts.method, path, &parts.headers, body);
+    let outgoing = Outgoing { method: parts.method, path, client: parts.headers, body };
     let (pool, answered) = somewhere(shared, pool, &head, kind, &ask, outgoing, &mut record).await?;
     let heartbeat = pool.config().heartbeat_ms.or(key.heartbeat_ms());
     Ok(answer(answered, &head, kind, translated, &pool, heartbeat, record))
@@ -267,32 +318,6 @@ fn answer(
     answer
 }
 
-/// Rules on request heads that keep two readers of one connection from reading two things (RFC 9112, sections 3.2 and 6.1).
-fn head_rules(request: &Request<Incoming>) -> Result<(), GatewayError> {
-    let headers = request.headers();
-    let bad = |message| Err(GatewayError::BadHead { message });
-    if request.version() <= Version::HTTP_11 {
-        let mut hosts = headers.get_all(header::HOST).iter();
-        let named = hosts.next().is_some_and(|host| !host.is_empty());
-        if !(named || (request.version() < Version::HTTP_11 && headers.get(header::HOST).is_none())) {
-            return bad("the request has no `host` header");
-        }
-        if hosts.next().is_some() {
-            return bad("the request has more than one `host` header");
-        }
-    }
-    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
-    if let Some(coding) = codings.next() {
-        if codings.next().is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked") {
-            return bad("`transfer-encoding` must be `chunked` and nothing else");
-        }
-        if headers.contains_key(header::CONTENT_LENGTH) {
-            return bad("the request has both `content-length` and `transfer-encoding`");
-        }
-    }
-    Ok(())
-}
-
 /// Refuses when too many bytes are held: bulk first, then everyone.
 fn shed(shared: &Shared, live: &Live, bytes: usize, class: Priority) -> Result<(), GatewayError> {
     let limit = live.config.limits.in_flight_bytes;
@@ -309,11 +334,13 @@ pub(crate) async fn fetch(
     path: &'static str,
 ) -> Result<Response, GatewayError> {
     let config = pool.config().clone();
-    let model = pool.model.to_string();
-    let mut record =
-        Record::new(shared, unique("req"), Arc::clone(key), model, Arc::clone(pool), Instant::now(), 0);
-    let outgoing =
-        Outgoing::new(Method::GET, PathAndQuery::from_static(path), &HeaderMap::new(), Bytes::new());
+    let mut record = Record::new(shared, unique("req"), Arc::clone(key), Arc::clone(pool), Instant::now(), 0);
+    let outgoing = Outgoing {
+        method: Method::GET,
+        path: PathAndQuery::from_static(path),
+        client: HeaderMap::new(),
+        body: Bytes::new(),
+    };
     let job = Job {
         connector: &shared.connector,
         kind: Kind::Other,
@@ -345,8 +372,4 @@ pub(crate) async fn fetch(
             Err(error)
         }
     }
-}
-
-fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
-    headers.get(name)?.to_str().ok()
 }

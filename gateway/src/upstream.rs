@@ -5,6 +5,7 @@ pub mod connect;
 pub mod connection;
 pub mod events;
 pub mod mend;
+pub mod pieces;
 pub mod relay;
 pub mod send;
 pub mod whole;

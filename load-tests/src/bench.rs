@@ -89,8 +89,10 @@ pub(crate) fn run(arguments: &Arguments, runtime: &tokio::runtime::Runtime) -> a
         nginx: arguments.nginx.clone(),
         own,
     };
-    let wanted = |peer: &Peer| arguments.peers.is_empty() || arguments.peers.iter().any(|name| name == peer.name());
-    let peers: Vec<Peer> = Peer::ALL.into_iter().filter(|peer| wanted(peer) && peer.installed(&programs)).collect();
+    let wanted =
+        |peer: &Peer| arguments.peers.is_empty() || arguments.peers.iter().any(|name| name == peer.name());
+    let peers: Vec<Peer> =
+        Peer::ALL.into_iter().filter(|peer| wanted(peer) && peer.installed(&programs)).collect();
     let run = |name: &str| arguments.only.is_empty() || arguments.only.iter().any(|only| only == name);
     runtime.block_on(async {
         if let Some(case) = scenario.plain.filter(|_| run("plain")) {

@@ -88,7 +88,8 @@ fn chunk(payload: &str) -> Vec<u8> {
 }
 
 async fn stream_tokens(wire: &mut Wire, tokens: u64, pace: Duration) -> std::io::Result<()> {
-    wire.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n").await?;
+    wire.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        .await?;
     let event = |delta: &str, reason: &str| {
         format!(
             "data: {{\"id\":\"c\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"m\",\"choices\":[{{\"index\":0,\"delta\":{delta},\"finish_reason\":{reason}}}]}}\n\n"

@@ -46,7 +46,8 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<()> {
                 Ok::<_, Infallible>(match answer {
                     Ok(answer) => answer.map(http_body_util::Either::Left),
                     Err(_) => {
-                        let mut answer = Response::new(http_body_util::Either::Right(http_body_util::Empty::new()));
+                        let mut answer =
+                            Response::new(http_body_util::Either::Right(http_body_util::Empty::new()));
                         *answer.status_mut() = hyper::StatusCode::BAD_GATEWAY;
                         answer
                     }

@@ -62,7 +62,10 @@ impl Wire {
             }
         };
         let head = &self.rest()[..end];
-        let status = head.get(9..12).and_then(|text| std::str::from_utf8(text).ok()).and_then(|text| text.parse().ok());
+        let status = head
+            .get(9..12)
+            .and_then(|text| std::str::from_utf8(text).ok())
+            .and_then(|text| text.parse().ok());
         let mut framing = Framing::Length(0);
         for line in head.split(|byte| *byte == b'\n') {
             let Some(colon) = memchr::memchr(b':', line) else { continue };

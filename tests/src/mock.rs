@@ -183,7 +183,8 @@ async fn health(State(shared): State<Arc<Shared>>) -> StatusCode {
 /// One chunk of a mock's stream.
 pub fn chunk(text: &str, finish: Option<&str>) -> Bytes {
     let body = json!({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "mock",
-        "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": finish}], "mock_extra": 7});
+        "choices": [{"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": finish}],
+        "mock_extra": 7});
     format!("data: {body}\n\n").into()
 }
 

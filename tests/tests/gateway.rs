@@ -36,7 +36,7 @@ async fn a_plain_answer_passes_through_with_unknown_fields() {
 }
 
 #[tokio::test]
-async fn a_stream_passes_through_byte_for_byte() {
+async fn a_stream_passes_through_with_nothing_changed_but_the_name() {
     let mock = Mock::start(Behaviour::Stream(20, Duration::from_millis(2))).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
     let text = gateway.chat(true).send().await.unwrap().text().await.unwrap();
@@ -44,7 +44,8 @@ async fn a_stream_passes_through_byte_for_byte() {
         (0..20).flat_map(|i| system_tests::mock::chunk(&format!("t{i} "), None)).collect();
     expected.extend_from_slice(&system_tests::mock::chunk("", Some("stop")));
     expected.extend_from_slice(b"data: [DONE]\n\n");
-    assert_eq!(text.as_bytes(), expected);
+    let expected = String::from_utf8(expected).unwrap().replace("\"model\":\"mock\"", "\"model\":\"m\"");
+    assert_eq!(text, expected);
     gateway.all_free().await;
 }
 

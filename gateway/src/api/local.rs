@@ -94,7 +94,7 @@ async fn live() -> &'static str {
 }
 
 async fn ready(State(shared): State<Arc<Shared>>) -> Response {
-    if shared.stop.is_cancelled() {
+    if shared.stopping() {
         (StatusCode::SERVICE_UNAVAILABLE, "draining").into_response()
     } else {
         "ok".into_response()

@@ -9,12 +9,13 @@ use http::Response;
 use http_body::{Body, Frame, SizeHint};
 
 use super::responses::stream::ResponsesStream;
+use crate::upstream::pieces::Pieces;
 use crate::upstream::relay::Relay;
 
 /// A body.
 pub enum Reply {
-    /// Known bytes; `None` once they are sent.
-    Whole(Option<Bytes>),
+    /// Known bytes.
+    Whole(Pieces),
     /// A relayed stream.
     Relay(Box<Relay>),
     /// A relayed stream in the words of the Responses API.
@@ -28,7 +29,7 @@ pub type Answer = Response<Reply>;
 
 impl From<Bytes> for Reply {
     fn from(bytes: Bytes) -> Self {
-        Self::Whole(Some(bytes))
+        Self::Whole(Pieces(bytes))
     }
 }
 
@@ -49,9 +50,7 @@ impl Body for Reply {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
         match self.get_mut() {
-            Self::Whole(bytes) => {
-                Poll::Ready(bytes.take().filter(|b| !b.is_empty()).map(|b| Ok(Frame::data(b))))
-            }
+            Self::Whole(pieces) => Poll::Ready(pieces.next().map(|piece| Ok(Frame::data(piece)))),
             Self::Relay(relay) => Pin::new(&mut **relay).poll_frame(context),
             Self::Responses(stream) => Pin::new(&mut **stream).poll_frame(context),
             Self::Local(body) => Pin::new(body)
@@ -62,7 +61,7 @@ impl Body for Reply {
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Whole(pieces) => pieces.size_hint(),
             Self::Relay(_) | Self::Responses(_) => SizeHint::default(),
             Self::Local(body) => body.size_hint(),
         }
@@ -70,7 +69,7 @@ impl Body for Reply {
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Whole(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
+            Self::Whole(pieces) => pieces.is_end_stream(),
             Self::Relay(_) | Self::Responses(_) => false,
             Self::Local(body) => body.is_end_stream(),
         }

@@ -70,7 +70,8 @@ fn invalid(message: impl Into<String>, param: Option<&'static str>, code: &'stat
 
 /// Reads a body.
 pub fn parse(body: &[u8], kind: Kind) -> Result<Head, GatewayError> {
-    if depth_exceeds(body, DEPTH) {
+    let openers = openers(body);
+    if openers > DEPTH && depth_exceeds(body, DEPTH) {
         return Err(invalid(format!("the request body nests deeper than {DEPTH}"), None, "invalid_json"));
     }
     let fields: Fields<'_> = serde_json::from_slice(body).map_err(|error| {
@@ -91,7 +92,7 @@ pub fn parse(body: &[u8], kind: Kind) -> Result<Head, GatewayError> {
             return Err(invalid(text, Some("messages"), "invalid_value"));
         }
         // Counted only where there could be too many.
-        if count(messages.as_bytes(), b'{') > MESSAGES
+        if openers > MESSAGES
             && serde_json::from_str::<Vec<&RawValue>>(messages).is_ok_and(|list| list.len() > MESSAGES)
         {
             let text = format!("`messages` must not hold more than {MESSAGES}");
@@ -139,8 +140,12 @@ pub fn with_model(body: &Bytes, head: &Head, model: &str) -> Bytes {
     changed.freeze()
 }
 
-fn count(bytes: &[u8], wanted: u8) -> usize {
-    bytes.iter().filter(|byte| **byte == wanted).count()
+/// Opening brackets in the body: no document has more levels, or more messages. Sums of bytes over short pieces, which the
+/// compiler turns into vector code: a long prompt is read at memory speed.
+fn openers(bytes: &[u8]) -> usize {
+    let piece =
+        |piece: &[u8]| piece.iter().map(|byte| u8::from(*byte == b'[') + u8::from(*byte == b'{')).sum::<u8>();
+    bytes.chunks(128).map(|part| usize::from(piece(part))).sum()
 }
 
 /// A number for a text: enough to tell prompts apart, cheap for each request.
@@ -157,9 +162,6 @@ fn crc_of(bytes: &[u8]) -> u64 {
 /// Whether brackets nest deeper than `limit`. Parsers that skip what they do not need do not look, and the node's might fall
 /// over it.
 fn depth_exceeds(body: &[u8], limit: usize) -> bool {
-    if count(body, b'[') + count(body, b'{') <= limit {
-        return false;
-    }
     let (mut depth, mut at) = (0usize, 0);
     while at < body.len() {
         match body[at] {

@@ -4,12 +4,13 @@
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use governor::clock::{Clock, DefaultClock};
 use governor::middleware::StateInformationMiddleware;
 use governor::state::{InMemoryState, NotKeyed};
 use governor::{Quota, RateLimiter};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::config::KeyLimits;
@@ -116,29 +117,39 @@ impl Limiter {
         Some(act(&mut bucket.lock().unwrap_or_else(PoisonError::into_inner), self.now()))
     }
 
-    /// `x-ratelimit-*` headers.
-    pub fn headers(&self) -> [Option<(&'static str, String)>; 6] {
-        let requests = self.requests.as_ref().map(|(_, remaining)| remaining.load(Ordering::Relaxed));
-        let tokens = self.with_tokens(|bucket, now| bucket.remaining(now));
-        let reset = |limit: u64, left: u64| {
-            format!(
-                "{}s",
-                Duration::from_secs_f64((limit.saturating_sub(left)) as f64 * 60.0 / limit.max(1) as f64)
-                    .as_secs()
-            )
+    /// Writes `x-ratelimit-*` headers.
+    pub fn write(&self, headers: &mut HeaderMap) {
+        let mut three = |names: &[HeaderName; 3], limit: u64, left: u64| {
+            // Whole seconds until all of it is there again.
+            let reset = limit.saturating_sub(left) * 60 / limit.max(1);
+            headers.insert(&names[0], HeaderValue::from(limit));
+            headers.insert(&names[1], HeaderValue::from(left));
+            if let Ok(reset) = HeaderValue::from_str(&format!("{reset}s")) {
+                headers.insert(&names[2], reset);
+            }
         };
-        let rpm = self.limits.requests_per_minute.map(u64::from);
-        let tpm = self.limits.tokens_per_minute;
-        [
-            rpm.map(|limit| ("x-ratelimit-limit-requests", limit.to_string())),
-            requests.map(|left| ("x-ratelimit-remaining-requests", left.to_string())),
-            rpm.zip(requests).map(|(limit, left)| ("x-ratelimit-reset-requests", reset(limit, left.into()))),
-            tpm.map(|limit| ("x-ratelimit-limit-tokens", limit.to_string())),
-            tokens.map(|left| ("x-ratelimit-remaining-tokens", left.to_string())),
-            tpm.zip(tokens).map(|(limit, left)| ("x-ratelimit-reset-tokens", reset(limit, left))),
-        ]
+        if let (Some(limit), Some((_, left))) = (self.limits.requests_per_minute, &self.requests) {
+            three(&REQUESTS, limit.into(), left.load(Ordering::Relaxed).into());
+        }
+        if let (Some(limit), Some(left)) =
+            (self.limits.tokens_per_minute, self.with_tokens(|bucket, now| bucket.remaining(now)))
+        {
+            three(&TOKENS, limit, left);
+        }
     }
 }
+
+const REQUESTS: [HeaderName; 3] = [
+    HeaderName::from_static("x-ratelimit-limit-requests"),
+    HeaderName::from_static("x-ratelimit-remaining-requests"),
+    HeaderName::from_static("x-ratelimit-reset-requests"),
+];
+
+const TOKENS: [HeaderName; 3] = [
+    HeaderName::from_static("x-ratelimit-limit-tokens"),
+    HeaderName::from_static("x-ratelimit-remaining-tokens"),
+    HeaderName::from_static("x-ratelimit-reset-tokens"),
+];
 
 /// What a request holds of its key's limits. Dropping it frees the place; tokens that were not settled are given back.
 pub struct Reservation {

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use http::HeaderValue;
 use potstill_shared::redact::Redacted;
 
 use super::learnt::{Slots, Speed};
@@ -43,7 +44,7 @@ pub struct NodeSpec {
     /// Requests at once; none to learn them.
     pub slots: Option<usize>,
     /// The node's own key.
-    pub key: Option<String>,
+    pub key: Option<Redacted<String>>,
     /// Which addresses it may have.
     pub policy: AddressPolicy,
     /// How it begins.
@@ -78,8 +79,10 @@ pub struct Node {
     pub url: NodeUrl,
     /// As configured.
     pub spec: NodeSpec,
-    /// The node's own key.
-    pub key: Option<Redacted<String>>,
+    /// Its `host` header.
+    pub host: HeaderValue,
+    /// Its `authorization` header, with the node's own key.
+    pub authorization: Option<HeaderValue>,
     /// Connections that wait for their next request.
     pub(crate) idle: Idle,
     hash: u64,
@@ -93,12 +96,20 @@ impl Node {
     /// A node.
     pub fn new(id: u64, spec: NodeSpec) -> Result<Self, String> {
         let url = parse_url(&spec.url)?;
+        let value =
+            |text: &str| HeaderValue::from_str(text).map_err(|_| "the node's key or host is no header value");
+        let authorization =
+            spec.key.as_ref().map(|key| value(&format!("Bearer {}", key.expose()))).transpose()?;
         Ok(Self {
             id,
+            host: value(url.authority.as_str())?,
+            authorization: authorization.map(|mut value| {
+                value.set_sensitive(true);
+                value
+            }),
             name: url.authority.to_string(),
             hash: hash_text(&spec.url),
             url,
-            key: spec.key.clone().map(Redacted::new),
             idle: Idle::default(),
             state: AtomicU8::new(spec.state as u8),
             requests: AtomicUsize::new(0),

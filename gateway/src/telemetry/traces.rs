@@ -46,7 +46,7 @@ impl Traces {
         let (trace, parent) = context(record.traceparent.as_deref());
         let mut attributes = vec![
             text("gen_ai.operation.name", "chat"),
-            text("gen_ai.request.model", &record.model),
+            text("gen_ai.request.model", &record.asked.model),
             text("gen_ai.response.model", &record.pool.model),
             number("gen_ai.usage.input_tokens", usage.prompt_tokens),
             number("gen_ai.usage.output_tokens", usage.completion_tokens),
@@ -57,11 +57,11 @@ impl Traces {
             number("potstill.attempts", record.attempts.into()),
             number("potstill.queue_ms", record.waited.as_millis() as u64),
         ];
-        attributes.extend(record.node.as_deref().map(|node| text("server.address", node)));
+        attributes.extend(record.node.as_ref().map(|node| text("server.address", &node.name)));
         attributes.extend(record.stage.as_deref().map(|stage| text("potstill.stage", stage)));
         let failed = record.end == End::Truncated || record.status >= 500;
         let span = json!({
-            "traceId": trace, "spanId": hex(8), "parentSpanId": parent, "name": format!("chat {}", record.model),
+            "traceId": trace, "spanId": hex(8), "parentSpanId": parent, "name": format!("chat {}", record.asked.model),
             "kind": 2, "startTimeUnixNano": now.saturating_sub(took).as_nanos().to_string(),
             "endTimeUnixNano": now.as_nanos().to_string(), "attributes": attributes,
             "status": {"code": if failed { 2 } else { 0 }},
@@ -143,7 +143,8 @@ async fn post(connector: &Connector, node: &std::sync::Arc<Node>, spans: Vec<Val
     let mut headers = HeaderMap::new();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     let path = PathAndQuery::from_static("/v1/traces");
-    let outgoing = Outgoing::new(Method::POST, path, &headers, Bytes::from(body.to_string()));
+    let outgoing =
+        Outgoing { method: Method::POST, path, client: headers, body: Bytes::from(body.to_string()) };
     let limit = Duration::from_secs(5);
     match send(connector, node, &outgoing, limit, limit).await {
         Ok(answer) if answer.head.status.is_success() => {}

@@ -1,5 +1,6 @@
 //! Who has used what: requests, tokens and their price by key, stage and model.
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
@@ -13,6 +14,9 @@ const ROWS: usize = 4096;
 
 #[derive(Default)]
 struct Cell {
+    key: String,
+    stage: String,
+    model: String,
     requests: AtomicU64,
     prompt: AtomicU64,
     completion: AtomicU64,
@@ -41,21 +45,22 @@ pub struct UsageRow {
 /// The ledger.
 #[derive(Default)]
 pub struct UsageLedger {
-    rows: DashMap<(String, String, String), Arc<Cell>>,
+    /// By a hash of key, stage and model, so that looking one up builds no strings.
+    rows: DashMap<u64, Arc<Cell>>,
+    hasher: RandomState,
 }
 
 impl UsageLedger {
     /// Counts an answer.
     pub fn add(&self, key: &str, stage: Option<&str>, model: &str, usage: Usage, cost: f64) {
-        let place = (key.to_owned(), stage.unwrap_or("").to_owned(), model.to_owned());
+        let stage = stage.unwrap_or("");
+        let place = self.hasher.hash_one((key, stage, model));
         let known = self.rows.get(&place).map(|cell| Arc::clone(&cell));
         let cell = known.unwrap_or_else(|| {
-            let place = if self.rows.len() < ROWS {
-                place
-            } else {
-                ("other".into(), "other".into(), model.to_owned())
-            };
-            Arc::clone(&self.rows.entry(place).or_default())
+            let (key, stage) = if self.rows.len() < ROWS { (key, stage) } else { ("other", "other") };
+            let fresh = Cell { key: key.into(), stage: stage.into(), model: model.into(), ..Cell::default() };
+            let place = self.hasher.hash_one((key, stage, model));
+            Arc::clone(&self.rows.entry(place).or_insert_with(|| Arc::new(fresh)))
         });
         cell.requests.fetch_add(1, Ordering::Relaxed);
         cell.prompt.fetch_add(usage.prompt_tokens, Ordering::Relaxed);
@@ -71,11 +76,11 @@ impl UsageLedger {
             .rows
             .iter()
             .map(|entry| {
-                let ((key, stage, model), cell) = entry.pair();
+                let cell = entry.value();
                 UsageRow {
-                    key: key.clone(),
-                    stage: stage.clone(),
-                    model: model.clone(),
+                    key: cell.key.clone(),
+                    stage: cell.stage.clone(),
+                    model: cell.model.clone(),
                     requests: cell.requests.load(Ordering::Relaxed),
                     prompt_tokens: cell.prompt.load(Ordering::Relaxed),
                     completion_tokens: cell.completion.load(Ordering::Relaxed),

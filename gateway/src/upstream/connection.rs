@@ -8,14 +8,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use http::{Request, Response};
-use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 
 use super::connect::{Connector, Stream};
+use super::pieces::Pieces;
 use crate::pool::node::Node;
 
 /// Connections that are kept for a node.
@@ -27,11 +26,11 @@ const KEEP_FOR: Duration = Duration::from_secs(30);
 /// Largest response head.
 const HEAD_BYTES: usize = 64 << 10;
 
-type Driver = http1::Connection<TokioIo<Stream>, Full<Bytes>>;
+type Driver = http1::Connection<TokioIo<Stream>, Pieces>;
 
 /// A connection.
 pub struct Connection {
-    sender: http1::SendRequest<Full<Bytes>>,
+    sender: http1::SendRequest<Pieces>,
     driver: Driver,
     closed: bool,
     /// It has served a request: the node may have closed it meanwhile without our noticing.
@@ -48,6 +47,7 @@ impl Connection {
             .map_err(|error| format!("cannot connect: {error}"))?;
         let (sender, driver) = http1::Builder::new()
             .max_buf_size(HEAD_BYTES)
+            .writev(false)
             .handshake(TokioIo::new(stream))
             .await
             .map_err(|error| error.to_string())?;
@@ -62,7 +62,7 @@ impl Connection {
     }
 
     /// Sends a request and waits for the response head.
-    pub async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, hyper::Error> {
+    pub async fn send(&mut self, request: Request<Pieces>) -> Result<Response<Incoming>, hyper::Error> {
         std::future::poll_fn(|context| {
             self.drive(context);
             self.sender.poll_ready(context)

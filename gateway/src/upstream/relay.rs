@@ -102,7 +102,7 @@ impl Relay {
     fn broken(&mut self, before: Bytes, reason: &str) -> Bytes {
         tracing::warn!(
             request = self.record.request_id,
-            model = self.record.model,
+            model = &*self.record.asked.model,
             node = self.permit.as_ref().map(|permit| permit.node().name.as_str()),
             reason,
             "an answer broke off"

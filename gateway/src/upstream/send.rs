@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, header};
+use http::{HeaderMap, HeaderValue, Method, Request, header};
 use http_body::{Body, Frame};
-use http_body_util::Full;
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::connect::Connector;
 use super::connection::Connection;
+use super::pieces::Pieces;
 use crate::config::ms;
 use crate::pool::node::Node;
 
@@ -63,37 +63,26 @@ pub struct Outgoing {
     pub method: Method,
     /// Path and query, below the node's prefix.
     pub path: PathAndQuery,
-    /// Headers, filtered.
-    pub headers: HeaderMap,
+    /// Headers of the client; those that pass on are picked for each try.
+    pub client: HeaderMap,
     /// The body.
     pub body: Bytes,
 }
 
 impl Outgoing {
-    /// What passes on of a client's request.
-    pub fn new(method: Method, path: PathAndQuery, client: &HeaderMap, body: Bytes) -> Self {
-        let listed: Vec<&str> = client
-            .get_all(header::CONNECTION)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(',').map(str::trim))
-            .collect();
-        let mut headers = HeaderMap::with_capacity(client.len() + 2);
-        for (name, value) in client {
-            let text = name.as_str();
-            let back = KEPT_BACK.contains(&text)
-                || text.starts_with("x-potstill-")
-                || listed.iter().any(|listed| listed.eq_ignore_ascii_case(text));
-            if !back {
-                headers.append(name, value.clone());
-            }
-        }
-        Self { method, path, headers, body }
+    /// Whether a header of the client passes on.
+    fn passes(&self, name: &str) -> bool {
+        let listed = || {
+            let lists =
+                self.client.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
+            lists.flat_map(|list| list.split(',')).any(|listed| listed.trim().eq_ignore_ascii_case(name))
+        };
+        !KEPT_BACK.contains(&name) && !name.starts_with("x-potstill-") && !listed()
     }
 
-    fn request(&self, node: &Node) -> Result<Request<Full<Bytes>>, SendError> {
+    fn request(&self, node: &Node) -> Result<Request<Pieces>, SendError> {
         let failed = |error: &dyn std::error::Error| SendError::Failed(error.to_string());
-        let mut request = Request::new(Full::new(self.body.clone()));
+        let mut request = Request::new(Pieces(self.body.clone()));
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = if node.url.prefix.is_empty() {
             self.path.clone().into()
@@ -101,14 +90,15 @@ impl Outgoing {
             format!("{}{}", node.url.prefix, self.path).parse().map_err(|error| failed(&error))?
         };
         let headers = request.headers_mut();
-        headers.clone_from(&self.headers);
-        let host = HeaderValue::from_str(node.url.authority.as_str()).map_err(|error| failed(&error))?;
-        headers.insert(header::HOST, host);
-        if let Some(key) = &node.key
-            && let Ok(mut value) = HeaderValue::from_str(&format!("Bearer {}", key.expose()))
-        {
-            value.set_sensitive(true);
-            headers.insert(header::AUTHORIZATION, value);
+        headers.reserve(self.client.len() + 2);
+        headers.insert(header::HOST, node.host.clone());
+        for (name, value) in &self.client {
+            if self.passes(name.as_str()) {
+                headers.append(name, value.clone());
+            }
+        }
+        if let Some(key) = &node.authorization {
+            headers.insert(header::AUTHORIZATION, key.clone());
         }
         Ok(request)
     }
@@ -202,10 +192,8 @@ pub async fn get_ok(connector: &Connector, node: &Node, path: &str) -> bool {
     }
     let Ok(path) = path.parse::<PathAndQuery>() else { return false };
     let mut headers = HeaderMap::new();
-    headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     headers.insert(header::USER_AGENT, HeaderValue::from_static("potstill-health"));
-    let mut outgoing = Outgoing::new(Method::GET, path, &headers, Bytes::new());
-    outgoing.headers.insert(HeaderName::from_static("connection"), HeaderValue::from_static("close"));
+    let outgoing = Outgoing { method: Method::GET, path, client: headers, body: Bytes::new() };
     let Ok(request) = outgoing.request(node) else { return false };
     connection.send(request).await.is_ok_and(|response| response.status().is_success())
 }
@@ -238,12 +226,14 @@ mod tests {
             ("traceparent", "00-1-2-3"),
             ("content-type", "application/json"),
         ] {
-            client.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+            client.insert(http::HeaderName::from_static(name), HeaderValue::from_static(value));
         }
         let path = PathAndQuery::from_static("/v1/chat/completions?a=b");
-        let outgoing = Outgoing::new(Method::POST, path, &client, Bytes::new());
-        let mut names: Vec<_> = outgoing.headers.keys().map(HeaderName::as_str).collect();
+        let outgoing = Outgoing { method: Method::POST, path, client, body: Bytes::new() };
+        let node = Node::new(0, crate::pool::node::NodeSpec::new("http://h:1", None)).unwrap();
+        let request = outgoing.request(&node).unwrap();
+        let mut names: Vec<_> = request.headers().keys().map(http::HeaderName::as_str).collect();
         names.sort_unstable();
-        assert_eq!(names, ["content-type", "traceparent", "x-stainless-retry-count"]);
+        assert_eq!(names, ["content-type", "host", "traceparent", "x-stainless-retry-count"]);
     }
 }

@@ -1,6 +1,7 @@
 //! Reads an answer that is not streamed to its end, within its clocks and its bound. Nothing of it has reached the client
 //! yet, so one that breaks off can still be asked for elsewhere.
 
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -19,9 +20,17 @@ pub async fn read(
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     loop {
-        let limit = until.min(tokio::time::Instant::now() + idle);
-        let frame = std::future::poll_fn(|context| answer.poll_frame(context));
-        match tokio::time::timeout_at(limit, frame).await {
+        // What is there already costs no timer.
+        let ready = std::future::poll_fn(|context| Poll::Ready(answer.poll_frame(context))).await;
+        let frame = match ready {
+            Poll::Ready(frame) => Ok(frame),
+            Poll::Pending => {
+                let limit = until.min(tokio::time::Instant::now() + idle);
+                let frame = std::future::poll_fn(|context| answer.poll_frame(context));
+                tokio::time::timeout_at(limit, frame).await
+            }
+        };
+        match frame {
             Err(_) => return Err(SendError::Timeout),
             Ok(None) => break,
             Ok(Some(Err(error))) => return Err(SendError::Failed(innermost(&error))),

@@ -39,22 +39,33 @@ pub(crate) struct Plain {
 impl Plain {
     pub(crate) async fn run(&self, programs: &Programs, peers: &[Peer]) -> anyhow::Result<()> {
         title(
-            &format!("Tiny answers, {} connections, closed loop, median [min-max] of {} windows", self.connections, self.windows),
+            &format!(
+                "Tiny answers, {} connections, closed loop, median [min-max] of {} windows",
+                self.connections, self.windows
+            ),
             "| peer | requests/s | CPU µs/request | p50 µs | p99 µs | failed | start ms | fresh MB |",
         );
         let node = node(programs, None, 1.0).await?;
         let mut contenders = start_all(programs, peers, node.port).await?;
         for contender in &contenders {
             let bytes = request(contender.running.key, &chat("", "hi"));
-            let warm_up = closed(contender.running.port, bytes, self.connections, Duration::from_millis(500)).await;
-            anyhow::ensure!(!warm_up.seconds.is_empty(), "`{}` answers nothing", contender.running.peer.name());
+            let warm_up =
+                closed(contender.running.port, bytes, self.connections, Duration::from_millis(500)).await;
+            anyhow::ensure!(
+                !warm_up.seconds.is_empty(),
+                "`{}` answers nothing",
+                contender.running.peer.name()
+            );
         }
-        for _ in 0..self.windows {
+        for round in 0..self.windows {
+            // Another one begins each time: nobody always follows the same neighbour.
+            contenders.rotate_left(usize::from(round > 0));
             for contender in &mut contenders {
                 let running = &contender.running;
                 let bytes = request(running.key, &chat("", "hi"));
                 let before = cpu(running);
-                let outcome = closed(running.port, bytes, self.connections, Duration::from_secs(self.seconds)).await;
+                let outcome =
+                    closed(running.port, bytes, self.connections, Duration::from_secs(self.seconds)).await;
                 let count = outcome.seconds.len() as f64;
                 contender.add([
                     count / self.seconds as f64,
@@ -130,7 +141,8 @@ impl Paced {
         let pace = Duration::from_millis(self.pace_ms);
         let time = Duration::from_secs(self.seconds);
         let mut contenders = start_all(programs, peers, node.port).await?;
-        for _ in 0..self.windows {
+        for round in 0..self.windows {
+            contenders.rotate_left(usize::from(round > 0));
             for contender in &mut contenders {
                 let running = &contender.running;
                 let (mut cost, mut rate) = (0.0, 0.0);
@@ -269,10 +281,13 @@ impl Prompt {
                 // Words and line breaks, as prompts have them.
                 let prompt = "What is 58 + 67? Think step by step.\\n".repeat(kilobytes * 1024 / 38);
                 let bytes = request(running.key, &chat("", &prompt));
-                let _warm_up = closed(running.port, bytes.clone(), self.connections, Duration::from_millis(300)).await;
+                let _warm_up =
+                    closed(running.port, bytes.clone(), self.connections, Duration::from_millis(300)).await;
                 let before = cpu(&running);
-                let outcome = closed(running.port, bytes, self.connections, Duration::from_secs(self.seconds)).await;
-                costs.push((cpu(&running) - before).as_secs_f64() * 1e6 / outcome.seconds.len().max(1) as f64);
+                let outcome =
+                    closed(running.port, bytes, self.connections, Duration::from_secs(self.seconds)).await;
+                costs
+                    .push((cpu(&running) - before).as_secs_f64() * 1e6 / outcome.seconds.len().max(1) as f64);
                 failed += outcome.failed;
             }
             let slope = (costs[1] - costs[0]) / (large - small) as f64;
@@ -342,7 +357,10 @@ pub(crate) struct Killed {
 impl Killed {
     pub(crate) async fn run(&self, programs: &Programs, peers: &[Peer]) -> anyhow::Result<()> {
         title(
-            &format!("One of three nodes killed, {}/s, half of them streams, answers of {} ms", self.rate, self.answer_ms),
+            &format!(
+                "One of three nodes killed, {}/s, half of them streams, answers of {} ms",
+                self.rate, self.answer_ms
+            ),
             "| peer | whole | plain failed | streams ended by an error event | streams cut without a word |",
         );
         for peer in peers.iter().filter(|peer| !matches!(peer, Peer::Direct | Peer::Hyper)) {

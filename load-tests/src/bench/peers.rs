@@ -37,7 +37,8 @@ pub(crate) struct Node {
 /// Starts a mock node.
 pub(crate) async fn node(programs: &Programs, slots: Option<usize>, slower: f64) -> anyhow::Result<Node> {
     let port = free_port()?;
-    let mut command = vec![programs.own.display().to_string(), "node".into(), "--port".into(), port.to_string()];
+    let mut command =
+        vec![programs.own.display().to_string(), "node".into(), "--port".into(), port.to_string()];
     command.extend(["--slower".into(), slower.to_string()]);
     if let Some(slots) = slots {
         command.extend(["--slots".into(), slots.to_string()]);
@@ -62,8 +63,9 @@ impl Peer {
     pub(crate) fn installed(&self, programs: &Programs) -> bool {
         let there = |program: &Path| {
             program.is_file()
-                || std::env::var_os("PATH")
-                    .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(program).is_file()))
+                || std::env::var_os("PATH").is_some_and(|path| {
+                    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+                })
         };
         match self {
             Self::Direct | Self::Hyper => true,
@@ -104,7 +106,8 @@ impl Peer {
             }
             Self::Envoy => {
                 let config = file("envoy.yaml", envoy(port, nodes))?;
-                let rest = ["-c", &config, "--concurrency", "1", "--log-level", "off", "--disable-hot-restart"];
+                let rest =
+                    ["-c", &config, "--concurrency", "1", "--log-level", "off", "--disable-hot-restart"];
                 Some(std::iter::once(program(&programs.envoy)).chain(rest.map(str::to_owned)).collect())
             }
             Self::Potstill => {
