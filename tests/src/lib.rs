@@ -5,3 +5,5 @@
 pub mod gateway;
 pub mod mock;
 pub mod programs;
+pub mod raw;
+pub mod started;

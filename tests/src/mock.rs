@@ -12,7 +12,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use http::{HeaderMap, StatusCode};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -35,6 +35,16 @@ pub enum Behaviour {
     Status(u16),
     /// Streams without end, as fast as it is read.
     Endless,
+    /// Answers with this status and body.
+    Document(u16, String),
+    /// Streams these bytes.
+    Events(String),
+    /// Answers 429 with this `Retry-After`.
+    Busy(u64),
+    /// Begins a whole answer and breaks off within it.
+    CutDocument,
+    /// Sends the head of a stream and then nothing.
+    Silent,
 }
 
 struct Shared {
@@ -90,6 +100,11 @@ impl Mock {
         let router = Router::new()
             .route("/v1/chat/completions", post(chat))
             .route("/v1/completions", post(chat))
+            .route("/v1/embeddings", post(chat))
+            .route("/v1/rerank", post(chat))
+            .route("/tokenize", post(chat))
+            .route("/tokenizer_info", get(chat))
+            .route("/v1/traces", post(chat))
             .route("/health", get(health))
             .with_state(Arc::clone(&shared));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -127,6 +142,11 @@ impl Mock {
     /// Headers so far.
     pub fn headers(&self) -> Vec<HashMap<String, String>> {
         self.shared.headers.lock().unwrap().clone()
+    }
+
+    /// Changes what it does with requests from now on.
+    pub fn behave(&self, behaviour: Behaviour) {
+        *self.shared.behaviour.lock().unwrap() = behaviour;
     }
 
     /// Lets requests go that are held.
@@ -222,6 +242,28 @@ async fn chat(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes
         // The pause lets the chunks reach the wire before the cut throws away what is buffered.
         Behaviour::CutStream(chunks) => events(shared, writing, chunks, Duration::from_millis(5), End::Cut),
         Behaviour::EndStreamEarly(chunks) => events(shared, writing, chunks, Duration::ZERO, End::Early),
+        Behaviour::Document(status, body) => {
+            (StatusCode::from_u16(status).unwrap(), [("content-type", "application/json")], body).into_response()
+        }
+        Behaviour::Events(text) => ([("content-type", "text/event-stream")], text).into_response(),
+        Behaviour::Busy(seconds) => {
+            (StatusCode::TOO_MANY_REQUESTS, [("retry-after", seconds.to_string())], "busy").into_response()
+        }
+        Behaviour::CutDocument => {
+            let pieces = [Ok(Bytes::from_static(b"{\"id\":")), Err(std::io::Error::other("scripted cut"))];
+            let body = stream::iter(pieces).then(|piece| async {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                piece
+            });
+            ([("content-type", "application/json")], Body::from_stream(body)).into_response()
+        }
+        Behaviour::Silent => {
+            let body = stream::once(async move {
+                let _writing = writing;
+                std::future::pending::<Result<Bytes, std::io::Error>>().await
+            });
+            ([("content-type", "text/event-stream")], Body::from_stream(body)).into_response()
+        }
         Behaviour::Endless => events(shared, writing, usize::MAX, Duration::ZERO, End::Well),
     }
 }

@@ -1,0 +1,77 @@
+//! The gateway as the real program, with what it prints kept.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::programs::{Running, answers, free_port, program};
+
+/// A running `potstill-gateway`.
+pub struct Started {
+    /// The process.
+    pub process: Running,
+    /// Base URL.
+    pub url: String,
+    /// Where it listens.
+    pub port: u16,
+    /// Its folder: configuration and output.
+    pub folder: TempDir,
+}
+
+impl Started {
+    /// Starts it with this configuration, to which `listen` is added, and waits until it answers.
+    pub async fn with(config: &str, log: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let port = free_port();
+        let path = folder.path().join("gateway.toml");
+        std::fs::write(&path, format!("listen = \"127.0.0.1:{port}\"\n{config}")).unwrap();
+        let output = |name: &str| Stdio::from(std::fs::File::create(folder.path().join(name)).unwrap());
+        let child = Command::new(program("potstill-gateway"))
+            .arg("serve")
+            .arg(&path)
+            .env("POTSTILL_LOG", log)
+            .stdout(output("out"))
+            .stderr(output("err"))
+            .spawn()
+            .unwrap();
+        let url = format!("http://127.0.0.1:{port}");
+        let started = Self { process: Running(child), url, port, folder };
+        answers(&format!("{}/health", started.url)).await;
+        started
+    }
+
+    /// The configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.folder.path().join("gateway.toml")
+    }
+
+    /// All that it has printed.
+    pub fn printed(&self) -> String {
+        let read = |name| std::fs::read(self.folder.path().join(name)).unwrap_or_default();
+        String::from_utf8_lossy(&[read("out"), read("err")].concat()).into_owned()
+    }
+
+    /// Resident memory.
+    pub fn memory_kb(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.0.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    }
+
+    /// Sends a signal, by its name.
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([format!("-{name}"), self.process.0.id().to_string()]).status();
+        assert!(sent.unwrap().success());
+    }
+
+    /// Waits until the process has ended.
+    pub async fn ended(&mut self, within: Duration) {
+        let deadline = std::time::Instant::now() + within;
+        while self.process.0.try_wait().unwrap().is_none() {
+            assert!(std::time::Instant::now() < deadline, "the gateway did not end");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! What comes over the wire at its worst: malformed heads and bodies, desynchronisation, slow clients, floods.
+
+use std::time::Duration;
+
+use potstill_gateway::config::Config;
+use system_tests::gateway::{TestGateway, config, pool};
+use system_tests::mock::{Behaviour, Mock, until};
+use system_tests::raw::{BODY, listen, post, say};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+const PATIENCE: Duration = Duration::from_millis(1500);
+
+fn strict(mock: &Mock) -> Config {
+    let mut config = config(pool(&[mock], 64));
+    config.limits.first_byte_ms = 300;
+    config.limits.head_ms = 300;
+    config.limits.body_idle_ms = 300;
+    config.limits.body_bytes = 100_000;
+    config
+}
+
+#[tokio::test]
+async fn every_malformed_request_is_refused_as_listed() {
+    let mock = Mock::start(Behaviour::Answer(1)).await;
+    let gateway = TestGateway::start(strict(&mock)).await;
+    let length = format!("host: x\r\ncontent-length: {}\r\n", BODY.len());
+    let many = (0..101).map(|n| format!("x-{n}: 1\r\n")).collect::<String>();
+    let chunked = |body: &str| post("host: x\r\ntransfer-encoding: chunked\r\n", body);
+    let json = |body: &str| post(&format!("host: x\r\ncontent-length: {}\r\n", body.len()), body);
+    let deep = format!(r#"{{"model":"m","messages":[{{}}],"x":{}{}}}"#, "[".repeat(128), "]".repeat(128));
+    let cases: Vec<(&str, String, &[u16])> = vec![
+        ("half a head", "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n".into(), &[408]),
+        ("silence", String::new(), &[]),
+        ("a stalled body", post("host: x\r\ncontent-length: 999\r\n", "{"), &[408]),
+        ("100 headers and more", post(&format!("{length}{many}"), BODY), &[431]),
+        ("a header of 300 KB", post(&format!("{length}x: {}\r\n", "a".repeat(300 << 10)), BODY), &[431]),
+        ("a target of 70 KB", format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "a".repeat(70 << 10)), &[414, 431]),
+        ("two lengths", post(&format!("{length}content-length: 3\r\n"), BODY), &[400]),
+        ("a list of lengths", post("host: x\r\ncontent-length: 3, 3\r\n", "abc"), &[400]),
+        ("a length with a sign", post("host: x\r\ncontent-length: +3\r\n", "abc"), &[400]),
+        ("a length in hex", post("host: x\r\ncontent-length: 0x3\r\n", "abc"), &[400]),
+        ("an unknown coding", post("host: x\r\ntransfer-encoding: xchunked\r\n", "0\r\n\r\n"), &[400]),
+        ("chunked not last", post("host: x\r\ntransfer-encoding: chunked, identity\r\n", "0\r\n\r\n"), &[400]),
+        ("gzip, chunked", post("host: x\r\ntransfer-encoding: gzip, chunked\r\n", "0\r\n\r\n"), &[400]),
+        ("codings on two lines", post("host: x\r\ntransfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n", "0\r\n\r\n"), &[400]),
+        ("space before the colon", post("host: x\r\ncontent-length : 3\r\n", "abc"), &[400]),
+        ("a folded header", post("host: x\r\nx: a\r\n b\r\ncontent-length: 3\r\n", "abc"), &[400]),
+        ("NUL in a header", post("host: x\r\nx: a\0b\r\ncontent-length: 3\r\n", "abc"), &[400]),
+        ("HTTP/1.0 and chunked", "POST /v1/chat/completions HTTP/1.0\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n".into(), &[400]),
+        ("a chunk size that overflows", chunked("fffffffffffffffff\r\nab\r\n0\r\n\r\n"), &[400]),
+        ("a chunk extension of 20 KB", chunked(&format!("2;{}\r\nab\r\n0\r\n\r\n", "x".repeat(20 << 10))), &[400]),
+        ("a chunk with a bare line feed", chunked("2\nab\n0\n\n"), &[400, 408]),
+        ("no host", format!("POST /v1/chat/completions HTTP/1.1\r\ncontent-length: {}\r\n\r\n{BODY}", BODY.len()), &[400]),
+        ("two hosts", post(&format!("{length}host: y\r\n"), BODY), &[400]),
+        ("an empty host", post(&format!("host:\r\ncontent-length: {}\r\n", BODY.len()), BODY), &[400]),
+        ("a body too large", post("host: x\r\ncontent-length: 100001\r\n", ""), &[413]),
+        ("an encoded body", post(&format!("{length}content-encoding: gzip\r\n"), BODY), &[415]),
+        ("JSON too deep", json(&deep), &[400]),
+        ("a key twice", json(r#"{"model":"m","model":"m","messages":[{}]}"#), &[400]),
+        ("trailing garbage", json(&format!("{BODY}x")), &[400]),
+        ("no JSON", json("model=m"), &[400]),
+        ("an unknown path", "GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n".into(), &[404]),
+        ("a wrong method", "GET /v1/chat/completions HTTP/1.1\r\nhost: x\r\n\r\n".into(), &[405]),
+        ("a method with a space", "PO ST / HTTP/1.1\r\nhost: x\r\n\r\n".into(), &[400]),
+        ("HTTP/9.9", "GET / HTTP/9.9\r\nhost: x\r\n\r\n".into(), &[400]),
+        ("no HTTP", "\x16\x03\x01\x02\0\x01\0".into(), &[400]),
+    ];
+    for (name, bytes, expected) in &cases {
+        let heard = say(gateway.address(), bytes.as_bytes(), PATIENCE).await;
+        match heard.statuses().first() {
+            Some(status) => assert!(expected.contains(status), "{name}: {heard:?}"),
+            // Silence has no answer; what hyper refuses while reading a head may be closed without one.
+            None => assert!(heard.closed, "{name}: {heard:?}"),
+        }
+        if heard.text.contains("\r\n\r\n{") {
+            assert!(heard.text.contains("\"error\":{\"message\""), "{name}: OpenAI's shape: {heard:?}");
+        }
+    }
+    assert_eq!(mock.asked(), 0, "none of them reached the node");
+    gateway.all_free().await;
+}
+
+#[tokio::test]
+async fn no_payload_smuggles_a_second_request_to_a_node() {
+    let mock = Mock::start(Behaviour::Answer(1)).await;
+    let gateway = TestGateway::start(strict(&mock)).await;
+    let hidden = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{BODY}", BODY.len());
+    let mut payloads = Vec::new();
+    let codings = [
+        "transfer-encoding: chunked", "Transfer-Encoding: chunked", "transfer-encoding: Chunked",
+        "transfer-encoding : chunked", "transfer-encoding:\tchunked", "transfer-encoding: x, chunked",
+        "transfer-encoding: chunked, x", "transfer-encoding: \"chunked\"", "transfer-encoding: chunked\r\ntransfer-encoding: x",
+        "x: y\r\n transfer-encoding: chunked", "transfer_encoding: chunked", "transfer-encoding: chunkedx",
+        "transfer-encoding:\x0bchunked", "transfer-encoding: identity", "x: a\rtransfer-encoding: chunked",
+    ];
+    for coding in codings {
+        for (length, body) in [
+            (5, format!("0\r\n\r\n{hidden}")),
+            (hidden.len() + 5, format!("0\r\n\r\n{hidden}")),
+        ] {
+            payloads.push(post(&format!("host: x\r\ncontent-length: {length}\r\n{coding}\r\n"), &body));
+            payloads.push(post(&format!("host: x\r\n{coding}\r\ncontent-length: {length}\r\n"), &body));
+        }
+    }
+    for length in ["0", " 0", "00", "-1", "0,0", "1e1", "99999999999999999999"] {
+        payloads.push(post(&format!("host: x\r\ncontent-length: {length}\r\n"), &hidden));
+    }
+    assert!(payloads.len() >= 60, "{}", payloads.len());
+    for payload in &payloads {
+        let before = mock.asked();
+        let heard = say(gateway.address(), payload.as_bytes(), Duration::from_millis(60)).await;
+        let good = heard.statuses().iter().filter(|status| **status == 200).count();
+        assert_eq!(mock.asked() - before, good, "the node saw what the client was not answered: {payload:?} {heard:?}");
+    }
+    for body in mock.bodies() {
+        assert_eq!(body["messages"][0]["content"], "hi", "a body was torn");
+    }
+    assert!(mock.headers().iter().all(|headers| !headers.contains_key("transfer-encoding")));
+    gateway.all_free().await;
+}
+
+#[tokio::test]
+async fn slow_clients_do_not_hold_up_good_ones() {
+    let mock = Mock::start(Behaviour::Answer(1)).await;
+    let mut configuration = strict(&mock);
+    configuration.limits.first_byte_ms = 2_000;
+    configuration.limits.head_ms = 2_000;
+    configuration.limits.body_idle_ms = 2_000;
+    let gateway = TestGateway::start(configuration).await;
+    let mut slow = Vec::new();
+    for number in 0..500 {
+        let mut socket = TcpStream::connect(gateway.address()).await.unwrap();
+        let sent = match number % 3 {
+            0 => String::new(),
+            1 => "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n".to_owned(),
+            _ => post("host: x\r\ncontent-length: 999\r\n", "{"),
+        };
+        socket.write_all(sent.as_bytes()).await.unwrap();
+        slow.push(socket);
+    }
+    let good: Vec<_> = (0..50)
+        .map(|_| {
+            let requests: Vec<_> = (0..10).map(|_| gateway.chat(false).send()).collect();
+            tokio::spawn(async move {
+                for request in requests {
+                    assert_eq!(request.await.unwrap().status(), 200);
+                }
+            })
+        })
+        .collect();
+    for client in good {
+        client.await.unwrap();
+    }
+    for mut socket in slow {
+        assert!(listen(&mut socket, Duration::from_secs(5)).await.closed, "a slow connection stays open");
+    }
+    assert_eq!(mock.asked(), 500);
+}
+
+#[tokio::test]
+async fn one_address_cannot_take_all_connections() {
+    let mock = Mock::start(Behaviour::Answer(1)).await;
+    let mut configuration = strict(&mock);
+    configuration.limits.first_byte_ms = 60_000;
+    configuration.limits.connections_per_address = 3;
+    let gateway = TestGateway::start(configuration).await;
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        held.push(TcpStream::connect(gateway.address()).await.unwrap());
+    }
+    let mut fourth = TcpStream::connect(gateway.address()).await.unwrap();
+    assert!(listen(&mut fourth, Duration::from_secs(5)).await.closed, "the fourth one is let go");
+    drop(held);
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let url = gateway.url("/health");
+    let mut ticks = tokio::time::interval(Duration::from_millis(20));
+    for attempt in 0.. {
+        ticks.tick().await;
+        if client.get(&url).send().await.is_ok_and(|answer| answer.status() == 200) {
+            break;
+        }
+        assert!(attempt < 200, "places do not come back");
+    }
+}
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+    bytes.extend([kind, flags]);
+    bytes.extend(stream.to_be_bytes());
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+/// HPACK by static indices: GET, http, /, and an authority.
+const HEADERS: &[u8] = &[0x82, 0x86, 0x84, 0x41, 0x01, b'x'];
+
+#[tokio::test]
+async fn http2_floods_end_in_goaway() {
+    let mock = Mock::start(Behaviour::Answer(1)).await;
+    let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
+    let begin = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(4, 0, 0, &[])].concat();
+    let resets = (0..10_000u32).flat_map(|n| {
+        [frame(1, 5, 2 * n + 1, HEADERS), frame(3, 0, 2 * n + 1, &[0, 0, 0, 8])].concat()
+    });
+    let continuations = std::iter::once(frame(1, 1, 1, HEADERS))
+        .chain((0..1_000).map(|_| frame(9, 0, 1, &[0x40, 1, b'a', 1, b'b'].repeat(200))));
+    let settings = (0..100_000).map(|_| frame(4, 0, 0, &[0, 4, 0, 0, 0xff, 0xff]));
+    for (name, flood) in [
+        ("rapid resets", resets.collect::<Vec<u8>>()),
+        ("continuations", continuations.flatten().collect()),
+        ("settings", settings.flatten().collect()),
+    ] {
+        let heard = say(gateway.address(), &[begin.clone(), flood].concat(), Duration::from_secs(3)).await;
+        // A GOAWAY frame (type 7), or the connection is simply gone; settings are answered one by one.
+        assert!(heard.closed || name == "settings", "{name} goes on for ever");
+    }
+    // Afterwards it serves as before.
+    assert_eq!(gateway.chat(false).send().await.unwrap().status(), 200);
+    let client = reqwest::Client::builder().no_proxy().http2_prior_knowledge().build().unwrap();
+    let body = serde_json::json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
+    let answer = client.post(gateway.url("/v1/chat/completions")).json(&body).send().await.unwrap();
+    assert_eq!((answer.version(), answer.status().as_u16()), (http::Version::HTTP_2, 200));
+    until("everything is free", || gateway.gateway.load("m").unwrap().active == 0).await;
+}
