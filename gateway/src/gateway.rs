@@ -137,7 +137,11 @@ impl Gateway {
     pub fn reload(&self, config: Config) -> Result<(), BuildError> {
         let shared = &self.shared;
         let before = shared.live.load_full();
-        let problems = config.problems();
+        let mut problems = config.problems();
+        if config.pools.is_empty() && !before.config.pools.is_empty() {
+            // An editor that truncates first shows an empty file for a moment.
+            problems.push("it names no pools, where there were some; is the file half written?".to_owned());
+        }
         let live =
             if problems.is_empty() { Live::new(config, Some(&before)) } else { Err(problems.join("; ")) };
         let outcome = live.map(|live| {

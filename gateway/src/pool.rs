@@ -166,10 +166,6 @@ impl ModelPool {
                 || config.nodes.iter().any(|c| c.url == node.spec.url && c.slots == node.spec.slots)
         };
         let nodes = self.nodes();
-        for node in nodes.iter().filter(|node| !wanted(node)) {
-            node.set_state(NodeState::Draining);
-        }
-        self.remove_drained();
         for node in &config.nodes {
             let there = nodes.iter().any(|n| {
                 n.spec.url == node.url && n.spec.slots == node.slots && n.state() != NodeState::Draining
@@ -186,6 +182,11 @@ impl ModelPool {
                 }
             }
         }
+        // Afterwards, so that there is never a moment without a node.
+        for node in nodes.iter().filter(|node| !wanted(node)) {
+            node.set_state(NodeState::Draining);
+        }
+        self.remove_drained();
     }
 
     /// Adds a node.

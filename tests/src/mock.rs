@@ -243,7 +243,8 @@ async fn chat(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes
         Behaviour::CutStream(chunks) => events(shared, writing, chunks, Duration::from_millis(5), End::Cut),
         Behaviour::EndStreamEarly(chunks) => events(shared, writing, chunks, Duration::ZERO, End::Early),
         Behaviour::Document(status, body) => {
-            (StatusCode::from_u16(status).unwrap(), [("content-type", "application/json")], body).into_response()
+            (StatusCode::from_u16(status).unwrap(), [("content-type", "application/json")], body)
+                .into_response()
         }
         Behaviour::Events(text) => ([("content-type", "text/event-stream")], text).into_response(),
         Behaviour::Busy(seconds) => {

@@ -28,14 +28,20 @@ async fn answers_are_mended_for_every_client() {
     assert_eq!(answer["choices"][0]["finish_reason"], "length", "an aborted answer is not whole");
     assert_eq!(answer["choices"][0]["message"]["content"], "a");
     // A 200 with an error in it, and an answer that is none.
-    for body in [json!({"error": {"message": "CUDA out of memory", "code": 500}}).to_string(), "<html>".into()] {
+    for body in
+        [json!({"error": {"message": "CUDA out of memory", "code": 500}}).to_string(), "<html>".into()]
+    {
         mock.behave(Behaviour::Document(200, body));
         let (status, answer) = TestGateway::json(gateway.chat(false)).await;
         assert_eq!(status, 502, "{answer}");
         assert!(answer["error"]["message"].is_string() && !answer["error"]["code"].is_number());
     }
-    mock.behave(Behaviour::Document(400, json!({"object": "error", "code": 400, "message":
-        "The input (5000 tokens) is longer than the model's context length (4096 tokens)."}).to_string()));
+    mock.behave(Behaviour::Document(
+        400,
+        json!({"object": "error", "code": 400, "message":
+        "The input (5000 tokens) is longer than the model's context length (4096 tokens)."})
+        .to_string(),
+    ));
     let (status, answer) = TestGateway::json(gateway.chat(false)).await;
     assert_eq!((status, answer["error"]["code"].as_str()), (400, Some("context_length_exceeded")));
     assert!(answer["error"]["message"].as_str().unwrap().contains("maximum context length is 4096 tokens"));
@@ -44,8 +50,10 @@ async fn answers_are_mended_for_every_client() {
 
 #[tokio::test]
 async fn comments_and_foreign_lines_never_reach_a_reader() {
-    let chunk = |reason: Value| json!({"id": "a", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices":
-        [{"index": 0, "delta": {"role": "assistant", "content": "x"}, "finish_reason": reason}]});
+    let chunk = |reason: Value| {
+        json!({"id": "a", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices":
+        [{"index": 0, "delta": {"role": "assistant", "content": "x"}, "finish_reason": reason}]})
+    };
     let text = format!(
         ": ping\r\n\r\nevent: message\r\nid: 1\r\ndata:{}\r\n\r\n: ping\r\n\r\ndata: {}\r\n\r\ndata: [DONE]\r\n\r\ndata: after\r\n\r\n",
         chunk(Value::Null),
@@ -54,8 +62,13 @@ async fn comments_and_foreign_lines_never_reach_a_reader() {
     let mock = Mock::start(Behaviour::Events(text)).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
     let text = gateway.chat(true).send().await.unwrap().text().await.unwrap();
-    assert_eq!(text, format!("data: {}\n\ndata: {}\n\ndata: [DONE]\n\n", chunk(Value::Null), chunk(json!("stop"))));
-    mock.behave(Behaviour::Events("data: {\"error\":{\"message\":\"engine died\"}}\n\ndata: [DONE]\n\n".into()));
+    assert_eq!(
+        text,
+        format!("data: {}\n\ndata: {}\n\ndata: [DONE]\n\n", chunk(Value::Null), chunk(json!("stop")))
+    );
+    mock.behave(Behaviour::Events(
+        "data: {\"error\":{\"message\":\"engine died\"}}\n\ndata: [DONE]\n\n".into(),
+    ));
     let text = gateway.chat(true).send().await.unwrap().text().await.unwrap();
     assert!(text.contains("engine died") && !text.contains("[DONE]"), "{text}");
     gateway.all_free().await;
@@ -71,7 +84,10 @@ async fn raw_thinking_is_split_where_the_pool_says_so() {
     let gateway = TestGateway::start(config(configuration)).await;
     let (_, answer) = TestGateway::json(gateway.chat(false)).await;
     let message = &answer["choices"][0]["message"];
-    assert_eq!((message["reasoning_content"].as_str(), message["content"].as_str()), (Some("hm"), Some("It is 4")));
+    assert_eq!(
+        (message["reasoning_content"].as_str(), message["content"].as_str()),
+        (Some("hm"), Some("It is 4"))
+    );
 }
 
 #[tokio::test]
@@ -81,10 +97,19 @@ async fn other_endpoints_and_names_pass() {
     configuration.model = "org/name".into();
     configuration.upstream_model = Some("their-name".into());
     let gateway = TestGateway::start(config(configuration)).await;
-    let post = |path: &str| gateway.client.post(gateway.url(path)).json(&json!({"model": "org/name", "input": "a", "own": 1}));
+    let post = |path: &str| {
+        gateway.client.post(gateway.url(path)).json(&json!({"model": "org/name", "input": "a", "own": 1}))
+    };
     let (status, answer) = TestGateway::json(post("/v1/embeddings")).await;
-    assert_eq!((status, answer["model"].as_str(), answer["data"][0]["index"].as_u64()), (200, Some("org/name"), Some(0)));
-    assert_eq!(mock.bodies()[0], json!({"model": "their-name", "input": "a", "own": 1}), "only the name changes");
+    assert_eq!(
+        (status, answer["model"].as_str(), answer["data"][0]["index"].as_u64()),
+        (200, Some("org/name"), Some(0))
+    );
+    assert_eq!(
+        mock.bodies()[0],
+        json!({"model": "their-name", "input": "a", "own": 1}),
+        "only the name changes"
+    );
     for path in ["/tokenize", "/v1/rerank"] {
         assert_eq!(TestGateway::json(post(path)).await.0, 200, "{path}");
     }
@@ -111,7 +136,10 @@ async fn the_responses_api_is_whole() {
     assert_eq!(mock.bodies()[0]["messages"][0], json!({"role": "system", "content": "be short"}));
     mock.behave(Behaviour::Stream(3, Duration::from_millis(1)));
     let text = post(true).send().await.unwrap().text().await.unwrap();
-    assert!(text.starts_with("event: response.created\n") && text.contains("event: response.completed\n"), "{text}");
+    assert!(
+        text.starts_with("event: response.created\n") && text.contains("event: response.completed\n"),
+        "{text}"
+    );
     assert!(text.contains("t0 t1 t2 ") && !text.contains("[DONE]"));
     mock.behave(Behaviour::CutStream(2));
     let text = post(true).send().await.unwrap().text().await.unwrap();
@@ -134,13 +162,16 @@ async fn what_breaks_before_the_client_heard_of_it_is_tried_elsewhere() {
 
 #[tokio::test]
 async fn a_node_that_fails_again_and_again_is_ejected_and_comes_back() {
-    let (flaky, good) = (Mock::start(Behaviour::CutStream(1)).await, Mock::start(Behaviour::Stream(2, Duration::ZERO)).await);
+    let (flaky, good) =
+        (Mock::start(Behaviour::CutStream(1)).await, Mock::start(Behaviour::Stream(2, Duration::ZERO)).await);
     let mut configuration = pool(&[&flaky, &good], 4);
     configuration.outlier.eject_ms = 200;
     let gateway = TestGateway::start(config(configuration)).await;
     let mut cut = 0;
     while gateway.gateway.load("m").unwrap().ejected == 0 {
-        cut += usize::from(gateway.chat(true).send().await.unwrap().text().await.unwrap().contains("stream_truncated"));
+        cut += usize::from(
+            gateway.chat(true).send().await.unwrap().text().await.unwrap().contains("stream_truncated"),
+        );
         assert!(cut <= 3, "mid-stream failures do not count");
     }
     let asked = flaky.asked();
@@ -149,7 +180,8 @@ async fn a_node_that_fails_again_and_again_is_ejected_and_comes_back() {
     }
     assert_eq!(flaky.asked(), asked, "nothing goes to an ejected node");
     flaky.behave(Behaviour::Stream(2, Duration::ZERO));
-    until("its time is over", || flaky.asked() > asked || gateway.gateway.load("m").unwrap().ejected > 0).await;
+    until("its time is over", || flaky.asked() > asked || gateway.gateway.load("m").unwrap().ejected > 0)
+        .await;
     let client = &gateway;
     let mut tries = tokio::time::interval(Duration::from_millis(20));
     while client.gateway.load("m").unwrap().ejected > 0 {
@@ -180,7 +212,8 @@ async fn a_short_request_is_hedged_and_a_long_one_is_not() {
     configuration.hedge = Some(HedgeConfig { after_ms: 30, max_tokens: 16 });
     let gateway = TestGateway::start(config(configuration)).await;
     let ask = |limit: u64| {
-        let body = json!({"model": "m", "max_tokens": limit, "messages": [{"role": "user", "content": "hi"}]});
+        let body =
+            json!({"model": "m", "max_tokens": limit, "messages": [{"role": "user", "content": "hi"}]});
         gateway.client.post(gateway.url("/v1/chat/completions")).json(&body).send()
     };
     // The first node in turn holds the request; the second answers it.
@@ -203,8 +236,10 @@ async fn a_short_request_is_hedged_and_a_long_one_is_not() {
 async fn higher_classes_go_first_and_keys_cannot_ask_above_theirs() {
     let mock = Mock::start(Behaviour::Hold).await;
     let mut configuration = config(pool(&[&mock], 1));
-    let (batch, batch_config) = key(KeyConfig { name: "batch".into(), priority: Priority::Bulk, ..KeyConfig::default() });
-    let (chat, chat_config) = key(KeyConfig { name: "chat".into(), priority: Priority::Interactive, ..KeyConfig::default() });
+    let (batch, batch_config) =
+        key(KeyConfig { name: "batch".into(), priority: Priority::Bulk, ..KeyConfig::default() });
+    let (chat, chat_config) =
+        key(KeyConfig { name: "chat".into(), priority: Priority::Interactive, ..KeyConfig::default() });
     configuration.keys = vec![batch_config, chat_config];
     let gateway = TestGateway::start(configuration).await;
     let ask = |key: &str, text: &str, class: &str| {
@@ -214,7 +249,9 @@ async fn higher_classes_go_first_and_keys_cannot_ask_above_theirs() {
     };
     let mut running = vec![ask(&batch, "first", "bulk")];
     mock.busy(1).await;
-    for (key, text, class) in [(&batch, "b1", "interactive"), (&batch, "b2", "bulk"), (&chat, "c1", "interactive")] {
+    for (key, text, class) in
+        [(&batch, "b1", "interactive"), (&batch, "b2", "bulk"), (&chat, "c1", "interactive")]
+    {
         let queued = gateway.gateway.load("m").unwrap().queued;
         running.push(ask(key, text, class));
         until("it waits", || gateway.gateway.load("m").unwrap().queued == queued + 1).await;
@@ -240,10 +277,10 @@ async fn limits_are_told_reserved_and_settled() {
         name: "a".into(),
         requests_per_minute: Some(100),
         tokens_per_minute: Some(600),
-        stages: [("judge".to_owned(), potstill_gateway::config::KeyLimits {
-            requests_per_minute: Some(1),
-            ..Default::default()
-        })]
+        stages: [(
+            "judge".to_owned(),
+            potstill_gateway::config::KeyLimits { requests_per_minute: Some(1), ..Default::default() },
+        )]
         .into(),
         ..KeyConfig::default()
     });
@@ -259,10 +296,14 @@ async fn limits_are_told_reserved_and_settled() {
     let probe = empty.json(&json!({"model": "m", "messages": []})).send().await.unwrap();
     assert_eq!(probe.status(), 400);
     assert_eq!(probe.headers()["x-ratelimit-limit-requests"], "100", "errors tell the limits as well");
-    let large = json!({"model": "m", "max_tokens": 10, "messages": [{"role": "user", "content": "x".repeat(2_300)}]});
+    let large =
+        json!({"model": "m", "max_tokens": 10, "messages": [{"role": "user", "content": "x".repeat(2_300)}]});
     let request = gateway.client.post(gateway.url("/v1/chat/completions")).bearer_auth(&secret).json(&large);
     let refused = request.send().await.unwrap();
-    assert_eq!((refused.status().as_u16(), refused.headers()["x-potstill-reason"].to_str().unwrap()), (429, "rate_limit_exceeded"));
+    assert_eq!(
+        (refused.status().as_u16(), refused.headers()["x-potstill-reason"].to_str().unwrap()),
+        (429, "rate_limit_exceeded")
+    );
     assert!(refused.headers().contains_key("retry-after"));
     for expected in [200, 429] {
         let judge = gateway.chat(false).bearer_auth(&secret).header("x-potstill-stage", "judge");
@@ -292,7 +333,11 @@ async fn two_thousand_departures_stop_the_node_at_once() {
     let gateway = TestGateway::start(config(pool(&[&mock], 64))).await;
     let mut took = Vec::new();
     for round in 0..200 {
-        mock.behave(if round % 2 == 0 { Behaviour::Hold } else { Behaviour::Stream(1_000_000, Duration::from_millis(5)) });
+        mock.behave(if round % 2 == 0 {
+            Behaviour::Hold
+        } else {
+            Behaviour::Stream(1_000_000, Duration::from_millis(5))
+        });
         let clients: Vec<_> = (0..10)
             .map(|_| {
                 let request = gateway.chat(round % 4 != 0).send();

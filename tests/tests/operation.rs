@@ -75,13 +75,17 @@ async fn a_thousand_reloads_under_load_fail_nothing() {
         })
         .collect();
     let metric = async |outcome: &str| {
-        let metrics = client().get(format!("{}/metrics", gateway.url)).send().await.unwrap().text().await.unwrap();
+        let metrics =
+            client().get(format!("{}/metrics", gateway.url)).send().await.unwrap().text().await.unwrap();
         let name = format!("potstill_gateway_reloads_total{{outcome=\"{outcome}\"}} ");
         metrics.lines().find_map(|line| line.strip_prefix(&name)?.parse::<u64>().ok()).unwrap_or(0)
     };
     for round in 0..1_000 {
         let other = text.replace(&first.url(), &second.url());
-        std::fs::write(gateway.config(), if round % 2 == 0 { &other } else { &text }).unwrap();
+        // Whole by one rename, as editors and config maps do it.
+        let beside = gateway.folder.path().join("next");
+        std::fs::write(&beside, if round % 2 == 0 { &other } else { &text }).unwrap();
+        std::fs::rename(&beside, gateway.config()).unwrap();
         gateway.signal("HUP");
         if round % 50 == 49 {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -90,15 +94,23 @@ async fn a_thousand_reloads_under_load_fail_nothing() {
     // Signals that come close together are taken as one.
     assert!(metric("taken").await >= 20, "{}", metric("taken").await);
     let taken = metric("taken").await;
-    std::fs::write(gateway.config(), "listen = 5").unwrap();
-    gateway.signal("HUP");
-    until("it says why", || gateway.printed().contains("the new configuration is refused")).await;
+    for (broken, why) in [("", "names no pools"), ("listen = 5", "expected socket address")] {
+        std::fs::write(gateway.config(), broken).unwrap();
+        gateway.signal("HUP");
+        until("it says why", || gateway.printed().contains(why)).await;
+    }
     stop.send(true).unwrap();
     for client in load {
         assert!(client.await.unwrap() > 0);
     }
     assert_eq!(metric("taken").await, taken, "the old one stays");
-    assert!(first.asked() > 0 && second.asked() > 0, "{} {}: both configurations have served\n{}", first.asked(), second.asked(), gateway.printed());
+    assert!(
+        first.asked() > 0 && second.asked() > 0,
+        "{} {}: both configurations have served\n{}",
+        first.asked(),
+        second.asked(),
+        gateway.printed()
+    );
 }
 
 #[tokio::test]
@@ -152,11 +164,13 @@ async fn the_admin_api_shows_changes_and_keeps_secrets() {
     assert_eq!((row["key"].as_str(), row["stage"].as_str()), (Some("ann"), Some("generate")), "{usage}");
     assert_eq!((row["completion_tokens"].as_u64(), row["cost"].as_f64()), (Some(5), Some(11e-6)));
     assert_eq!(call(client().get(url("stages"))).await.1["stages"][0]["stage"], "generate");
-    let shown = format!("{}{}", call(client().get(url("pools"))).await.1, call(client().get(url("keys"))).await.1);
+    let shown =
+        format!("{}{}", call(client().get(url("pools"))).await.1, call(client().get(url("keys"))).await.1);
     assert_eq!(call(client().delete(url("keys/ann"))).await.0, 204);
     assert_eq!(chat(&gateway, "m", false).bearer_auth(key).send().await.unwrap().status(), 401, "revoked");
     // The canary: at the most talkative level, no prompt, key or secret is printed, shown or counted.
-    let metrics = client().get(format!("{}/metrics", gateway.url)).send().await.unwrap().text().await.unwrap();
+    let metrics =
+        client().get(format!("{}/metrics", gateway.url)).send().await.unwrap().text().await.unwrap();
     until("the access log has a line", || gateway.printed().contains("\"stage\":\"generate\"")).await;
     let all = format!("{}{metrics}{shown}", gateway.printed());
     for secret in [CANARY, key, &admin_key, node_key] {
@@ -204,7 +218,10 @@ async fn tls_client_certificates_and_their_reload() {
     let (server, server_key) = certificates(folder.path(), "server");
     let (ann, ann_key) = certificates(folder.path(), "ann");
     let (bob, bob_key) = certificates(folder.path(), "bob");
-    let hash = std::process::Command::new(program("potstill-gateway")).args(["key", "certificate", &ann]).output().unwrap();
+    let hash = std::process::Command::new(program("potstill-gateway"))
+        .args(["key", "certificate", &ann])
+        .output()
+        .unwrap();
     let hash = String::from_utf8(hash.stdout).unwrap();
     let port = system_tests::programs::free_port();
     let path = folder.path().join("gateway.toml");
@@ -217,7 +234,8 @@ async fn tls_client_certificates_and_their_reload() {
         ),
     )
     .unwrap();
-    let child = std::process::Command::new(program("potstill-gateway")).arg("serve").arg(&path).spawn().unwrap();
+    let child =
+        std::process::Command::new(program("potstill-gateway")).arg("serve").arg(&path).spawn().unwrap();
     let running = system_tests::programs::Running(child);
     until("it listens", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()).await;
     assert_eq!(tls_request(port, &server, Some((&ann, &ann_key))).await.unwrap(), "HTTP/1.1 200 OK");
@@ -228,7 +246,15 @@ async fn tls_client_certificates_and_their_reload() {
     let old = std::fs::read(&server).unwrap();
     let (new, _) = certificates(folder.path(), "server");
     assert_ne!(std::fs::read(&new).unwrap(), old);
-    let hup = || assert!(std::process::Command::new("kill").args(["-HUP", &running.0.id().to_string()]).status().unwrap().success());
+    let hup = || {
+        assert!(
+            std::process::Command::new("kill")
+                .args(["-HUP", &running.0.id().to_string()])
+                .status()
+                .unwrap()
+                .success()
+        )
+    };
     hup();
     let mut ticks = tokio::time::interval(Duration::from_millis(50));
     for attempt in 0.. {
@@ -246,7 +272,8 @@ async fn tls_client_certificates_and_their_reload() {
 
 #[tokio::test]
 async fn spans_reach_the_collector() {
-    let (mock, collector) = (Mock::start(Behaviour::Answer(3)).await, Mock::start(Behaviour::Answer(1)).await);
+    let (mock, collector) =
+        (Mock::start(Behaviour::Answer(3)).await, Mock::start(Behaviour::Answer(1)).await);
     let config = format!("otlp_endpoint = \"{}\"\n{}", collector.url(), pool_of(&mock, "m"));
     let gateway = Started::with(&config, "info").await;
     let trace = "0af7651916cd43dd8448eb211c80319c";
@@ -254,9 +281,15 @@ async fn spans_reach_the_collector() {
     assert_eq!(asked.send().await.unwrap().status(), 200);
     until("the collector has it", || !collector.bodies().is_empty()).await;
     let span = &collector.bodies()[0]["resourceSpans"][0]["scopeSpans"][0]["spans"][0];
-    assert_eq!((span["traceId"].as_str(), span["parentSpanId"].as_str()), (Some(trace), Some("b7ad6b7169203331")));
+    assert_eq!(
+        (span["traceId"].as_str(), span["parentSpanId"].as_str()),
+        (Some(trace), Some("b7ad6b7169203331"))
+    );
     let attributes = span["attributes"].to_string();
-    assert!(attributes.contains("gen_ai.usage.output_tokens") && !attributes.contains(CANARY), "{attributes}");
+    assert!(
+        attributes.contains("gen_ai.usage.output_tokens") && !attributes.contains(CANARY),
+        "{attributes}"
+    );
 }
 
 #[tokio::test]
@@ -282,7 +315,10 @@ async fn memory_follows_neither_idle_streams_nor_slow_readers() {
         before = if round == 1 { gateway.memory_kb() } else { before };
         let mut socket = tokio::net::TcpStream::connect(("127.0.0.1", gateway.port)).await.unwrap();
         let body = r#"{"model":"m","stream":true,"messages":[{"role":"user","content":"x"}]}"#;
-        let head = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
         socket.write_all(head.as_bytes()).await.unwrap();
         let taken = mock.bytes();
         let mut read = 0;
@@ -319,7 +355,10 @@ async fn a_clear_word_for_every_mistake_in_a_configuration() {
         ("[[pools]]\nmodel = \"m\"", "no nodes"),
         ("[[keys]]\nname = \"a\"\nhash = \"abc\"", "64 digits"),
         ("[tls]\ncertificate = \"x\"", "key"),
-        ("keys_file = \"missing-is-fine.toml\"\n[jwt]\nsecret_env = \"NO_SUCH_VARIABLE\"", "NO_SUCH_VARIABLE"),
+        (
+            "keys_file = \"missing-is-fine.toml\"\n[jwt]\nsecret_env = \"NO_SUCH_VARIABLE\"",
+            "NO_SUCH_VARIABLE",
+        ),
         ("[limits]\nin_flight_bytes = 1", "in_flight_bytes"),
         ("[[pools]]\nmodel = \"m\"\nbalance = \"best\"\nnodes = [{url = \"http://x\"}]", "best"),
     ] {

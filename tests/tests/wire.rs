@@ -35,23 +35,48 @@ async fn every_malformed_request_is_refused_as_listed() {
         ("a stalled body", post("host: x\r\ncontent-length: 999\r\n", "{"), &[408]),
         ("100 headers and more", post(&format!("{length}{many}"), BODY), &[431]),
         ("a header of 300 KB", post(&format!("{length}x: {}\r\n", "a".repeat(300 << 10)), BODY), &[431]),
-        ("a target of 70 KB", format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "a".repeat(70 << 10)), &[414, 431]),
+        (
+            "a target of 70 KB",
+            format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "a".repeat(70 << 10)),
+            &[414, 431],
+        ),
         ("two lengths", post(&format!("{length}content-length: 3\r\n"), BODY), &[400]),
         ("a list of lengths", post("host: x\r\ncontent-length: 3, 3\r\n", "abc"), &[400]),
         ("a length with a sign", post("host: x\r\ncontent-length: +3\r\n", "abc"), &[400]),
         ("a length in hex", post("host: x\r\ncontent-length: 0x3\r\n", "abc"), &[400]),
         ("an unknown coding", post("host: x\r\ntransfer-encoding: xchunked\r\n", "0\r\n\r\n"), &[400]),
-        ("chunked not last", post("host: x\r\ntransfer-encoding: chunked, identity\r\n", "0\r\n\r\n"), &[400]),
+        (
+            "chunked not last",
+            post("host: x\r\ntransfer-encoding: chunked, identity\r\n", "0\r\n\r\n"),
+            &[400],
+        ),
         ("gzip, chunked", post("host: x\r\ntransfer-encoding: gzip, chunked\r\n", "0\r\n\r\n"), &[400]),
-        ("codings on two lines", post("host: x\r\ntransfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n", "0\r\n\r\n"), &[400]),
+        (
+            "codings on two lines",
+            post("host: x\r\ntransfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n", "0\r\n\r\n"),
+            &[400],
+        ),
         ("space before the colon", post("host: x\r\ncontent-length : 3\r\n", "abc"), &[400]),
         ("a folded header", post("host: x\r\nx: a\r\n b\r\ncontent-length: 3\r\n", "abc"), &[400]),
         ("NUL in a header", post("host: x\r\nx: a\0b\r\ncontent-length: 3\r\n", "abc"), &[400]),
-        ("HTTP/1.0 and chunked", "POST /v1/chat/completions HTTP/1.0\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n".into(), &[400]),
+        (
+            "HTTP/1.0 and chunked",
+            "POST /v1/chat/completions HTTP/1.0\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+                .into(),
+            &[400],
+        ),
         ("a chunk size that overflows", chunked("fffffffffffffffff\r\nab\r\n0\r\n\r\n"), &[400]),
-        ("a chunk extension of 20 KB", chunked(&format!("2;{}\r\nab\r\n0\r\n\r\n", "x".repeat(20 << 10))), &[400]),
+        (
+            "a chunk extension of 20 KB",
+            chunked(&format!("2;{}\r\nab\r\n0\r\n\r\n", "x".repeat(20 << 10))),
+            &[400],
+        ),
         ("a chunk with a bare line feed", chunked("2\nab\n0\n\n"), &[400, 408]),
-        ("no host", format!("POST /v1/chat/completions HTTP/1.1\r\ncontent-length: {}\r\n\r\n{BODY}", BODY.len()), &[400]),
+        (
+            "no host",
+            format!("POST /v1/chat/completions HTTP/1.1\r\ncontent-length: {}\r\n\r\n{BODY}", BODY.len()),
+            &[400],
+        ),
         ("two hosts", post(&format!("{length}host: y\r\n"), BODY), &[400]),
         ("an empty host", post(&format!("host:\r\ncontent-length: {}\r\n", BODY.len()), BODY), &[400]),
         ("a body too large", post("host: x\r\ncontent-length: 100001\r\n", ""), &[413]),
@@ -85,20 +110,32 @@ async fn every_malformed_request_is_refused_as_listed() {
 async fn no_payload_smuggles_a_second_request_to_a_node() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let gateway = TestGateway::start(strict(&mock)).await;
-    let hidden = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{BODY}", BODY.len());
+    let hidden = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{BODY}",
+        BODY.len()
+    );
     let mut payloads = Vec::new();
     let codings = [
-        "transfer-encoding: chunked", "Transfer-Encoding: chunked", "transfer-encoding: Chunked",
-        "transfer-encoding : chunked", "transfer-encoding:\tchunked", "transfer-encoding: x, chunked",
-        "transfer-encoding: chunked, x", "transfer-encoding: \"chunked\"", "transfer-encoding: chunked\r\ntransfer-encoding: x",
-        "x: y\r\n transfer-encoding: chunked", "transfer_encoding: chunked", "transfer-encoding: chunkedx",
-        "transfer-encoding:\x0bchunked", "transfer-encoding: identity", "x: a\rtransfer-encoding: chunked",
+        "transfer-encoding: chunked",
+        "Transfer-Encoding: chunked",
+        "transfer-encoding: Chunked",
+        "transfer-encoding : chunked",
+        "transfer-encoding:\tchunked",
+        "transfer-encoding: x, chunked",
+        "transfer-encoding: chunked, x",
+        "transfer-encoding: \"chunked\"",
+        "transfer-encoding: chunked\r\ntransfer-encoding: x",
+        "x: y\r\n transfer-encoding: chunked",
+        "transfer_encoding: chunked",
+        "transfer-encoding: chunkedx",
+        "transfer-encoding:\x0bchunked",
+        "transfer-encoding: identity",
+        "x: a\rtransfer-encoding: chunked",
     ];
     for coding in codings {
-        for (length, body) in [
-            (5, format!("0\r\n\r\n{hidden}")),
-            (hidden.len() + 5, format!("0\r\n\r\n{hidden}")),
-        ] {
+        for (length, body) in
+            [(5, format!("0\r\n\r\n{hidden}")), (hidden.len() + 5, format!("0\r\n\r\n{hidden}"))]
+        {
             payloads.push(post(&format!("host: x\r\ncontent-length: {length}\r\n{coding}\r\n"), &body));
             payloads.push(post(&format!("host: x\r\n{coding}\r\ncontent-length: {length}\r\n"), &body));
         }
@@ -111,7 +148,11 @@ async fn no_payload_smuggles_a_second_request_to_a_node() {
         let before = mock.asked();
         let heard = say(gateway.address(), payload.as_bytes(), Duration::from_millis(60)).await;
         let good = heard.statuses().iter().filter(|status| **status == 200).count();
-        assert_eq!(mock.asked() - before, good, "the node saw what the client was not answered: {payload:?} {heard:?}");
+        assert_eq!(
+            mock.asked() - before,
+            good,
+            "the node saw what the client was not answered: {payload:?} {heard:?}"
+        );
     }
     for body in mock.bodies() {
         assert_eq!(body["messages"][0]["content"], "hi", "a body was torn");
@@ -200,9 +241,8 @@ async fn http2_floods_end_in_goaway() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
     let begin = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(4, 0, 0, &[])].concat();
-    let resets = (0..10_000u32).flat_map(|n| {
-        [frame(1, 5, 2 * n + 1, HEADERS), frame(3, 0, 2 * n + 1, &[0, 0, 0, 8])].concat()
-    });
+    let resets = (0..10_000u32)
+        .flat_map(|n| [frame(1, 5, 2 * n + 1, HEADERS), frame(3, 0, 2 * n + 1, &[0, 0, 0, 8])].concat());
     let continuations = std::iter::once(frame(1, 1, 1, HEADERS))
         .chain((0..1_000).map(|_| frame(9, 0, 1, &[0x40, 1, b'a', 1, b'b'].repeat(200))));
     let settings = (0..100_000).map(|_| frame(4, 0, 0, &[0, 4, 0, 0, 0xff, 0xff]));
