@@ -34,7 +34,7 @@ pub(crate) enum Answered {
     /// A stream has begun.
     Stream {
         /// Its head and body.
-        exchange: Exchange,
+        exchange: Box<Exchange>,
         /// The slot that it holds.
         permit: Permit,
     },
@@ -51,7 +51,7 @@ pub(crate) enum Answered {
 
 /// A try that went well.
 enum Good {
-    Stream(Exchange),
+    Stream(Box<Exchange>),
     Whole { status: StatusCode, content_type: HeaderValue, body: Bytes, usage: Option<Usage> },
 }
 
@@ -253,7 +253,7 @@ async fn once(job: &Job<'_>, permit: &Permit) -> Result<Good, Bad> {
     })?;
     let status = exchange.head.status;
     if job.stream && status.is_success() && is(&exchange.head.headers, "text/event-stream") {
-        return Ok(Good::Stream(exchange));
+        return Ok(Good::Stream(Box::new(exchange)));
     }
     let read = whole::read(&mut exchange.body, ms(deadlines.idle_ms), until).await;
     let body = read.map_err(|error| match error {

@@ -207,7 +207,6 @@ async fn serve(
 }
 
 /// Tries the model's pool, then those that may stand in for it.
-#[expect(clippy::too_many_arguments, reason = "one step of the path above, with all that it needs")]
 async fn somewhere(
     shared: &Arc<Shared>,
     first: Arc<ModelPool>,

@@ -1,5 +1,6 @@
 //! The harness: a mock node with scripted faults, a gateway in this process, and a runner for the real programs.
 #![forbid(unsafe_code)]
+#![expect(clippy::disallowed_methods, reason = "files of a test need not outlive a crash")]
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test harness")]
 
 pub mod gateway;

@@ -1,4 +1,6 @@
 //! The gateway as a program that is operated: read again, drained, watched, given keys and certificates.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+#![expect(clippy::disallowed_methods, reason = "files of a test need not outlive a crash")]
 
 use std::path::Path;
 use std::sync::Arc;

@@ -50,7 +50,7 @@ impl Body for Reply {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
         match self.get_mut() {
-            Self::Whole(pieces) => Poll::Ready(pieces.next().map(|piece| Ok(Frame::data(piece)))),
+            Self::Whole(pieces) => Poll::Ready(pieces.take().map(|piece| Ok(Frame::data(piece)))),
             Self::Relay(relay) => Pin::new(&mut **relay).poll_frame(context),
             Self::Responses(stream) => Pin::new(&mut **stream).poll_frame(context),
             Self::Local(body) => Pin::new(body)

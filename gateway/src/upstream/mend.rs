@@ -150,7 +150,7 @@ fn mend_content(message: &mut Map<String, Value>) {
 
 /// The fields that every answer has: `id`, `object`, `created`, `model`.
 fn mend_head(answer: &mut Map<String, Value>, object: &str, id: &str, created: u64, model: &str) {
-    if !answer.get("id").and_then(Value::as_str).is_some_and(|id| !id.is_empty()) {
+    if answer.get("id").and_then(Value::as_str).is_none_or(str::is_empty) {
         answer.insert("id".into(), id.into());
     }
     if answer.get("object").and_then(Value::as_str) != Some(object) {

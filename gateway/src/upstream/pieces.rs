@@ -16,7 +16,7 @@ pub struct Pieces(pub Bytes);
 
 impl Pieces {
     /// The next piece.
-    pub fn next(&mut self) -> Option<Bytes> {
+    pub fn take(&mut self) -> Option<Bytes> {
         let length = self.0.len().min(PIECE);
         (length > 0).then(|| self.0.split_to(length))
     }
@@ -30,7 +30,7 @@ impl Body for Pieces {
         mut self: Pin<&mut Self>,
         _context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Poll::Ready(self.next().map(|piece| Ok(Frame::data(piece))))
+        Poll::Ready(self.take().map(|piece| Ok(Frame::data(piece))))
     }
 
     fn size_hint(&self) -> SizeHint {

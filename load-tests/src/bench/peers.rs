@@ -86,7 +86,7 @@ impl Peer {
         let port = if self == Self::Direct { nodes[0] } else { free_port()? };
         let file = |name: &str, text: String| -> anyhow::Result<String> {
             let path = folder.path().join(name);
-            std::fs::write(&path, text)?;
+            potstill_shared::durable::write_file(&path, text.as_bytes())?;
             Ok(path.display().to_string())
         };
         let program = |path: &Path| path.display().to_string();

@@ -110,7 +110,8 @@ fn overflow(message: &str, detail: &Value) -> Option<String> {
         || lower.contains("context size")
         || lower.contains("context window");
     let meant = ["exceed", "longer than", "too long", "maximum", "larger than", "greater than", "at most"];
-    if !coded && !(said && meant.iter().any(|word| lower.contains(word))) {
+    let too_long = coded || (said && meant.iter().any(|word| lower.contains(word)));
+    if !too_long {
         return None;
     }
     if lower.contains(WORDS) {

@@ -1,0 +1,65 @@
+"""openai-python against the gateway, in front of a real node: what applications do with it."""
+
+import sys
+
+import openai
+
+base, key, model = sys.argv[1:4]
+client = openai.OpenAI(base_url=f"{base}/v1", api_key=key, max_retries=0)
+question = [{"role": "user", "content": "A Dan has 58 cards. B Dan buys 67 more. How many cards has Dan?"}]
+
+assert model in [card.id for card in client.models.list().data]
+assert client.models.retrieve(model).id == model
+
+whole = client.chat.completions.create(model=model, messages=question, temperature=0, max_tokens=200)
+message = whole.choices[0].message
+assert whole.model == model and whole.choices[0].finish_reason == "stop", whole
+assert message.role == "assistant" and "125" in message.content and message.reasoning_content, message
+assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens > 0
+assert isinstance(whole.created, int) and whole.id
+
+text, thinking, finish, usage, roles = "", "", None, None, 0
+for chunk in client.chat.completions.create(
+    model=model, messages=question, temperature=0, max_tokens=200, stream=True, stream_options={"include_usage": True}
+):
+    if not chunk.choices:
+        usage = chunk.usage
+        continue
+    delta = chunk.choices[0].delta
+    roles += delta.role == "assistant"
+    text += delta.content or ""
+    thinking += getattr(delta, "reasoning_content", None) or ""
+    finish = chunk.choices[0].finish_reason or finish
+assert (text, finish) == (message.content, "stop") and thinking == message.reasoning_content, (text, thinking)
+assert usage.completion_tokens == whole.usage.completion_tokens and roles >= 1
+
+with client.chat.completions.stream(model=model, messages=question, temperature=0, max_tokens=200) as stream:
+    final = stream.get_final_completion()
+assert final.choices[0].message.content == message.content
+
+completion = client.completions.create(model=model, prompt="A Dan has", max_tokens=4, temperature=0)
+assert completion.choices[0].finish_reason == "length" and completion.object == "text_completion"
+
+response = client.responses.create(model=model, input=question[0]["content"], temperature=0, max_output_tokens=200)
+assert response.status == "completed" and response.output_text == message.content, response
+assert response.usage.output_tokens == whole.usage.completion_tokens
+events = list(client.responses.create(model=model, input=question[0]["content"], temperature=0, stream=True))
+assert events[0].type == "response.created" and events[-1].type == "response.completed", events[-1]
+assert events[-1].response.output_text == message.content
+assert [event.sequence_number for event in events] == list(range(len(events)))
+
+for kind, call in [
+    (openai.NotFoundError, lambda: client.chat.completions.create(model="nope", messages=question)),
+    (openai.BadRequestError, lambda: client.chat.completions.create(model=model, messages=[])),
+    (openai.AuthenticationError, lambda: openai.OpenAI(base_url=f"{base}/v1", api_key="x").models.list()),
+]:
+    try:
+        call()
+    except kind as error:
+        assert error.body["message"] and error.request_id, error.body
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+raw = client.chat.completions.with_raw_response.create(model=model, messages=question, max_tokens=1)
+assert raw.headers["x-ratelimit-limit-requests"] == "6000" and raw.headers["x-request-id"]
+print("openai-python", openai.__version__, "ok")
