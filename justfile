@@ -19,7 +19,21 @@ demo *ARGS:
 
 # Open-loop load on an endpoint, for example: just load --url http://127.0.0.1:8080/v1 --model demo-student
 load *ARGS:
-    cargo run --release --locked -p load-tests -- {{ARGS}}
+    cargo run --release --locked -p load-tests -- load {{ARGS}}
+
+# The gateway beside nginx, Envoy and bare hyper, as far as they are installed; for example: just bench --only plain,paced
+bench *ARGS:
+    cargo build --profile dist --locked -p potstill-gateway -p load-tests
+    target/dist/load-tests bench {{ARGS}}
+
+# The client libraries of tests/tests/clients.rs.
+clients:
+    tests/clients/setup.sh target/clients
+    POTSTILL_CLIENTS=$PWD/target/clients cargo test --release --locked -p system-tests --test clients -- --nocapture
+
+# Every property test with many more cases.
+fuzz CASES="100000":
+    PROPTEST_CASES={{CASES}} cargo test --release --locked -p potstill-gateway -p potstill-shared -p potstill-data -p potstill-verify --lib
 
 deny:
     cargo deny check bans licenses sources

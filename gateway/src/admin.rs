@@ -107,7 +107,7 @@ fn show_node(node: &Node, pool: &ModelPool) -> Value {
     json!({
         "url": node.spec.url, "name": node.name, "state": node.state().name(), "ejected": learnt.outlier.ejected(),
         "requests": node.requests(), "tokens": node.tokens(), "slots": learnt.slots.get(),
-        "slots_known": node.spec.slots.is_some(), "seconds_per_token": learnt.speed.measured(),
+        "slots_known": learnt.slots.known(), "seconds_per_token": learnt.speed.measured(),
         "usable_slots": node.view(&pool.config().outlier, 0.0, pool.now_ms()).slots,
         "idle_connections": node.idle.len(), "added_by_api": node.spec.policy != AddressPolicy::Trusted,
     })

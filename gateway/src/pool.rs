@@ -13,11 +13,12 @@ pub mod queue;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use potstill_shared::redact::Redacted;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::budget::RetryBudget;
@@ -160,30 +161,30 @@ impl ModelPool {
 
     fn add_configured(self: &Arc<Self>) {
         let config = self.config();
-        let wanted = |node: &Node| {
-            node.spec.policy != AddressPolicy::Trusted
-                || config.process.is_some()
-                || config.nodes.iter().any(|c| c.url == node.spec.url && c.slots == node.spec.slots)
-        };
-        let nodes = self.nodes();
-        for node in &config.nodes {
-            let there = nodes.iter().any(|n| {
-                n.spec.url == node.url && n.spec.slots == node.slots && n.state() != NodeState::Draining
-            });
-            if !there {
-                let key = node
-                    .api_key_env
-                    .as_ref()
-                    .and_then(|variable| std::env::var(variable).ok())
-                    .map(Redacted::new);
-                let spec = NodeSpec { key, ..NodeSpec::new(&node.url, node.slots) };
-                if let Err(problem) = self.add_node(spec) {
-                    tracing::error!(url = node.url, problem, "node left out");
+        let before = self.nodes();
+        for wanted in &config.nodes {
+            // The same node under new settings stays the same node: what it holds still counts against its slots, and one that
+            // was draining comes back.
+            if let Some(node) = before.iter().find(|node| node.spec.url == wanted.url) {
+                node.learnt().slots.configure(wanted.slots);
+                if node.state() == NodeState::Draining {
+                    node.set_state(NodeState::Ready);
                 }
+                continue;
+            }
+            let key = wanted.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok());
+            let spec = NodeSpec { key: key.map(Redacted::new), ..NodeSpec::new(&wanted.url, wanted.slots) };
+            if let Err(problem) = self.add_node(spec) {
+                tracing::error!(url = wanted.url, problem, "node left out");
             }
         }
         // Afterwards, so that there is never a moment without a node.
-        for node in nodes.iter().filter(|node| !wanted(node)) {
+        let stays = |node: &Node| {
+            node.spec.policy != AddressPolicy::Trusted
+                || config.process.is_some()
+                || config.nodes.iter().any(|wanted| wanted.url == node.spec.url)
+        };
+        for node in before.iter().filter(|node| !stays(node)) {
             node.set_state(NodeState::Draining);
         }
         self.remove_drained();

@@ -312,7 +312,11 @@ impl PoolConfig {
         if self.nodes.is_empty() && self.process.is_none() {
             problems.push("no nodes; give `nodes` or `process`".to_owned());
         }
+        let mut urls = std::collections::HashSet::new();
         for node in &self.nodes {
+            if !urls.insert(&node.url) {
+                problems.push(format!("node `{}` is named twice; give it more `slots` instead", node.url));
+            }
             if let Err(problem) = crate::upstream::address::parse_url(&node.url) {
                 problems.push(format!("node `{}`: {problem}", node.url));
             }

@@ -103,6 +103,18 @@ impl Slots {
         Self { limit: known.unwrap_or(16) as f64, learnt: known.is_none() }
     }
 
+    /// Takes a new setting; what was learnt stays where it still has to be learnt.
+    pub fn configure(&mut self, known: Option<usize>) {
+        if known.is_some() || !self.learnt {
+            *self = Self::new(known);
+        }
+    }
+
+    /// Whether somebody has said the number.
+    pub fn known(&self) -> bool {
+        !self.learnt
+    }
+
     /// The number now.
     pub fn get(&self) -> usize {
         self.limit as usize

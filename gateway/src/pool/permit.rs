@@ -1,7 +1,8 @@
 //! A slot on a node, held for as long as the request is.
 
 use std::sync::Arc;
-use std::time::Instant;
+
+use tokio::time::Instant;
 
 use super::ModelPool;
 use super::node::{Node, NodeState};

@@ -147,3 +147,30 @@ impl AsyncWrite for Stream {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::upstream::address::parse_url;
+
+    #[tokio::test]
+    async fn a_name_that_changes_its_address_leads_nowhere_new() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let answers = std::sync::Mutex::new(vec!["169.254.169.254", "127.0.0.1", "127.0.0.1"]);
+        let resolve = move |_: &str, port| {
+            let address = answers.lock().unwrap().pop()?;
+            Some(vec![SocketAddr::new(address.parse().unwrap(), port)])
+        };
+        let connector = Connector::with_resolver(Arc::new(resolve));
+        let url = parse_url(&format!("http://node:{port}")).unwrap();
+        let limit = Duration::from_secs(5);
+        let added = |allow_private| AddressPolicy::Added { allow_private };
+        let refused = |outcome: io::Result<Stream>| outcome.err().map(|error| error.kind());
+        assert!(connector.connect(&url, added(true), limit).await.is_ok());
+        let private = connector.connect(&url, added(false), limit).await;
+        assert_eq!(refused(private), Some(io::ErrorKind::PermissionDenied));
+        let rebound = connector.connect(&url, added(true), limit).await;
+        assert_eq!(refused(rebound), Some(io::ErrorKind::PermissionDenied), "checked at every connection");
+    }
+}

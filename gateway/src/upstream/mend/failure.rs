@@ -174,6 +174,17 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_become_an_error_of_openais_shape(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300), status in 300u16..600) {
+            let (status, error) = body(StatusCode::from_u16(status).unwrap(), &bytes);
+            proptest::prop_assert!(status.as_u16() >= 400);
+            let error = serde_json::to_value(error).unwrap();
+            proptest::prop_assert!(error["error"]["message"].as_str().is_some_and(|text| !text.is_empty()));
+            proptest::prop_assert!(error["error"]["code"].is_null() || error["error"]["code"].is_string());
+        }
+    }
+
     #[test]
     fn a_prompt_that_is_too_long_is_said_in_openais_words() {
         for text in [

@@ -235,6 +235,18 @@ mod tests {
         assert_eq!(list["usage"]["total_tokens"], 0);
     }
 
+    proptest::proptest! {
+        #[test]
+        fn whatever_json_comes_what_passes_is_json(text in "[\\[\\]{}\",:a-z0-9 ]{0,80}", head: bool) {
+            let text = if head { format!("{{\"choices\":[{{\"message\":{{{text}}}}}]}}") } else { text };
+            for kind in [Kind::Chat, Kind::Text, Kind::Embeddings] {
+                if let Mended::Changed(body, _) = mend(text.as_bytes(), kind, "m", Reasoning::Split) {
+                    proptest::prop_assert!(serde_json::from_slice::<Value>(&body).is_ok());
+                }
+            }
+        }
+    }
+
     #[test]
     fn an_error_or_no_json_is_no_answer() {
         let kind = |body: &str| mend(body.as_bytes(), Kind::Chat, "m", Reasoning::Pass);
