@@ -40,7 +40,7 @@ pub struct Connection {
 
 impl Connection {
     /// Opens one.
-    pub async fn open(connector: &Connector, node: &Node, limit: Duration) -> Result<Self, String> {
+    pub async fn open(connector: &Connector, node: &Node, limit: Duration) -> Result<Box<Self>, String> {
         let stream = connector
             .connect(&node.url, node.spec.policy, limit)
             .await
@@ -51,7 +51,8 @@ impl Connection {
             .handshake(TokioIo::new(stream))
             .await
             .map_err(|error| error.to_string())?;
-        Ok(Self { sender, driver, closed: false, used: false, idle_since: Instant::now() })
+        // Boxed once: it passes through many hands on its way from request to request.
+        Ok(Box::new(Self { sender, driver, closed: false, used: false, idle_since: Instant::now() }))
     }
 
     /// Lets hyper read and write.
@@ -91,15 +92,17 @@ impl Connection {
 
 /// Connections of a node that wait for their next request, newest last.
 #[derive(Default)]
-pub struct Idle(Mutex<Vec<Connection>>);
+#[expect(clippy::vec_box, reason = "a connection is boxed for its whole life, not for this list")]
+pub struct Idle(Mutex<Vec<Box<Connection>>>);
 
 impl Idle {
-    fn locked(&self) -> MutexGuard<'_, Vec<Connection>> {
+    #[expect(clippy::vec_box, reason = "as above")]
+    fn locked(&self) -> MutexGuard<'_, Vec<Box<Connection>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the newest connection that is still open.
-    pub fn take(&self, context: &mut Context<'_>) -> Option<Connection> {
+    pub fn take(&self, context: &mut Context<'_>) -> Option<Box<Connection>> {
         loop {
             let mut connection = self.locked().pop()?;
             if connection.idle_since.elapsed() < KEEP_FOR {
@@ -112,7 +115,7 @@ impl Idle {
     }
 
     /// Keeps a connection whose answer has been read to the end.
-    pub fn put(&self, mut connection: Connection, context: &mut Context<'_>) {
+    pub fn put(&self, mut connection: Box<Connection>, context: &mut Context<'_>) {
         // hyper gets ready for the next request.
         connection.drive(context);
         if connection.reusable() {

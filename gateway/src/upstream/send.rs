@@ -115,7 +115,7 @@ pub struct Exchange {
 /// The body of an answer; drives its own connection.
 pub struct Answer {
     body: Incoming,
-    connection: Option<Connection>,
+    connection: Option<Box<Connection>>,
     node: Arc<Node>,
 }
 
@@ -180,7 +180,7 @@ pub async fn send(
     }
 }
 
-async fn fresh(connector: &Connector, node: &Node, connect: Duration) -> Result<Connection, SendError> {
+async fn fresh(connector: &Connector, node: &Node, connect: Duration) -> Result<Box<Connection>, SendError> {
     Connection::open(connector, node, connect).await.map_err(SendError::Unreachable)
 }
 
