@@ -148,7 +148,9 @@ impl ChunkMend {
         for choice in choices {
             self.begun |= 1 << choice.index?.min(63);
             self.finished |= matches!(choice.finish_reason, Some(Some(_)));
-            self.pieces += 1;
+            // An empty delta, or an empty text, ends a choice and is no token.
+            let written = choice.delta.or(choice.text).is_some_and(|part| part.get().len() > 2);
+            self.pieces += u64::from(written);
         }
         Some(edits)
     }
@@ -238,7 +240,12 @@ impl ChunkMend {
         };
         self.finished |= reason.is_string();
         choice.insert("finish_reason".into(), reason);
-        self.pieces += 1;
+        let written = match (choice.get("delta"), choice.get("text")) {
+            (Some(Value::Object(delta)), _) => !delta.is_empty(),
+            (_, Some(Value::String(text))) => !text.is_empty(),
+            _ => false,
+        };
+        self.pieces += u64::from(written);
         if self.kind != Kind::Chat {
             choice.entry("text").or_insert_with(|| "".into());
             return;
@@ -302,6 +309,8 @@ mod tests {
         let expected = br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{"content":"\ud83d"},"finish_reason":"stop"}],"extra":[1]}"#;
         assert_eq!(lines, [expected.to_vec()], "not a byte more, not even of a lone surrogate");
         assert!(mend.finished);
+        let end = br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#;
+        assert_eq!((mend.event(end), mend.pieces), (Verdict::Same, 2), "the empty end is no token");
         assert_eq!(mend.event(b"[DONE]"), Verdict::Done);
         assert_eq!(mend.event(b"<html>"), Verdict::Broken("an event is not JSON"));
     }
