@@ -20,6 +20,7 @@ use tokio::net::TcpListener;
 use tower::ServiceExt;
 
 use crate::api::reply::{Answer, Reply, local};
+use crate::autoscale::plans::RunPlan;
 use crate::config::{Config, KeyConfig, Limits, keys};
 use crate::gateway::Gateway;
 use crate::keys::{bearer, configured_hash, generate};
@@ -75,7 +76,9 @@ fn router(admin: Admin) -> Router {
         .route("/admin/nodes/drain", post(drain_node))
         .route("/admin/keys", get(list_keys).post(new_key))
         .route("/admin/keys/{name}", delete(revoke_key))
-        .route("/admin/stages", get(stages))
+        .route("/admin/stages", get(stages).post(declare_stages))
+        .route("/admin/stages/{run}", delete(withdraw_stages))
+        .route("/admin/autoscale", get(autoscale))
         .route("/admin/usage", get(usage))
         .route("/admin/reload", post(reload))
         .route("/admin/drain", post(drain))
@@ -263,7 +266,39 @@ async fn stages(State(admin): State<Admin>) -> Json<Value> {
                 "completion_tokens": row.completion_tokens, "cost": row.cost, "expected_completion_tokens": expected })
         })
         .collect();
-    Json(json!({ "stages": stages }))
+    let status = admin.gateway.shared.autoscaler.status();
+    let autoscaler = &admin.gateway.shared.autoscaler;
+    let runs: Vec<_> = autoscaler
+        .plans()
+        .runs(autoscaler.now())
+        .into_iter()
+        .map(|(run, seconds)| json!({ "run": run, "expires_in_s": seconds }))
+        .collect();
+    Json(json!({ "stages": stages, "runs": runs, "forecasts": status.forecasts }))
+}
+
+/// Takes the plan of a run; the answer forecasts its stages and advises how many requests to keep open.
+async fn declare_stages(State(admin): State<Admin>, body: bytes::Bytes) -> Response {
+    let plan: Result<RunPlan, _> = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(&body));
+    let taken = plan
+        .map_err(|error| format!("`{}`: {}", error.path(), error.inner()))
+        .and_then(|plan| admin.gateway.declare(plan));
+    match taken {
+        Ok(forecasts) => Json(json!({ "forecasts": forecasts })).into_response(),
+        Err(problem) => refused(StatusCode::BAD_REQUEST, "invalid_plan", problem),
+    }
+}
+
+async fn withdraw_stages(State(admin): State<Admin>, Path(run): Path<String>) -> Response {
+    if admin.gateway.withdraw(&run) {
+        StatusCode::NO_CONTENT.into_response()
+    } else {
+        refused(StatusCode::NOT_FOUND, "plan_not_found", format!("the run `{run}` has no plan"))
+    }
+}
+
+async fn autoscale(State(admin): State<Admin>) -> Json<Value> {
+    Json(json!(admin.gateway.shared.autoscaler.status()))
 }
 
 async fn usage(State(admin): State<Admin>) -> Json<Value> {

@@ -92,7 +92,7 @@ pub(crate) async fn attempt(
         let permit = match next {
             Next::Have(permit) => Ok(permit),
             Next::Wait(exclude) => slot(pool, ask, exclude, record).await,
-            Next::Never => Err(GatewayError::NoNode { model: job.model.to_owned() }),
+            Next::Never => Err(GatewayError::NoNode { model: job.model.to_owned(), retry_after: 5 }),
         };
         let permit = match (permit, last.take()) {
             (Ok(permit), None) => {

@@ -3,6 +3,7 @@
 pub mod keys;
 pub mod limits;
 pub mod pools;
+pub mod scale;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -14,8 +15,9 @@ pub use self::keys::{JwtConfig, KeyConfig, KeyLimits, Priority};
 pub use self::limits::Limits;
 pub use self::pools::{
     Balance, Deadlines, HealthConfig, HedgeConfig, NodeConfig, OutlierConfig, PoolConfig, Price,
-    ProcessConfig, QueueConfig, Reasoning, RetryConfig,
+    QueueConfig, Reasoning, RetryConfig,
 };
+pub use self::scale::{AutoscaleConfig, ProcessConfig, ScaleConfig, WebhookConfig};
 
 /// The whole configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +40,9 @@ pub struct Config {
     pub keys_file: Option<PathBuf>,
     /// Bearer tokens signed by someone else.
     pub jwt: Option<JwtConfig>,
+    /// What holds for all pools that are scaled.
+    #[serde(default)]
+    pub autoscale: AutoscaleConfig,
     /// One pool per model.
     #[serde(default)]
     pub pools: Vec<PoolConfig>,
@@ -126,6 +131,7 @@ impl Config {
             keys: Vec::new(),
             keys_file: None,
             jwt: None,
+            autoscale: AutoscaleConfig::default(),
             pools: Vec::new(),
             drain_seconds: default_drain(),
             access_log: false,
@@ -150,6 +156,7 @@ impl Config {
     fn resolve(&mut self, folder: &Path) {
         let anchor = |path: &mut PathBuf| *path = folder.join(&*path);
         self.keys_file.as_mut().map(anchor);
+        self.autoscale.trace_file.as_mut().map(anchor);
         if let Some(tls) = &mut self.tls {
             anchor(&mut tls.certificate);
             anchor(&mut tls.key);
@@ -178,6 +185,9 @@ impl Config {
             }
         }
         problems.extend(self.limits.problems().into_iter().map(|problem| format!("limits: {problem}")));
+        if self.autoscale.budget.is_some_and(|budget| !(budget.is_finite() && budget >= 0.0)) {
+            problems.push("autoscale: `budget` must be a number that is not negative".to_owned());
+        }
         if let Some(admin) = &self.admin {
             problems.extend(keys::secret_problem(&admin.hash, &admin.env).map(|p| format!("admin: {p}")));
         }

@@ -93,6 +93,8 @@ pub enum GatewayError {
     NoNode {
         /// The model.
         model: String,
+        /// Seconds until a retry makes sense.
+        retry_after: u64,
     },
     /// The gateway is shutting down.
     #[error("the gateway is shutting down")]
@@ -172,7 +174,7 @@ impl GatewayError {
             | Self::QueueFull { retry_after, .. }
             | Self::WaitTooLong { retry_after, .. }
             | Self::Node { retry_after: Some(retry_after), .. } => Some((*retry_after).clamp(1, 60)),
-            Self::NoNode { .. } => Some(5),
+            Self::NoNode { retry_after, .. } => Some((*retry_after).clamp(1, 600)),
             Self::Draining | Self::Overloaded => Some(1),
             // Every 429 and 503 says when to come back.
             _ => matches!(self.status().as_u16(), 429 | 503).then_some(5),

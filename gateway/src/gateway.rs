@@ -18,8 +18,10 @@ use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
 use crate::api::reply::Answer;
-use crate::autoscale::process;
-use crate::config::{Config, Limits, PoolConfig, keys};
+use crate::autoscale::plans::RunPlan;
+use crate::autoscale::policy::Forecast;
+use crate::autoscale::{self, Autoscaler};
+use crate::config::{Config, Limits, PoolConfig, ProcessConfig, ScaleConfig, WebhookConfig, keys};
 use crate::keys::Keys;
 use crate::pool::{Load, ModelPool, health};
 use crate::record::InFlight;
@@ -27,6 +29,7 @@ use crate::server::stop::Stop;
 use crate::server::{Handler, tls};
 use crate::telemetry::Metrics;
 use crate::telemetry::access::AccessLog;
+use crate::telemetry::recording::Recording;
 use crate::telemetry::traces::Traces;
 use crate::upstream::connect::Connector;
 
@@ -46,19 +49,31 @@ pub(crate) struct Shared {
     pub(crate) in_flight: InFlight,
     pub(crate) access_log: Option<AccessLog>,
     pub(crate) traces: Option<Traces>,
+    pub(crate) recording: Option<Recording>,
     /// Cancelled: no new requests.
     pub(crate) stop: Stop,
     /// Cancelled after the last stream: watchers and scalers end, node processes are stopped.
     end: CancellationToken,
     pub(crate) pools: ArcSwap<BTreeMap<String, Arc<ModelPool>>>,
+    pub(crate) autoscaler: Autoscaler,
     local: std::sync::OnceLock<Router>,
-    tasks: TaskTracker,
+    pub(crate) tasks: TaskTracker,
     pub(crate) started: u64,
 }
 
 impl Shared {
     pub(crate) fn live(&self) -> arc_swap::Guard<Arc<Live>> {
         self.live.load()
+    }
+
+    /// Whether the last stream is over and everything ends.
+    pub(crate) fn ended(&self) -> bool {
+        self.end.is_cancelled()
+    }
+
+    /// Ends then.
+    pub(crate) async fn until_end(&self) {
+        self.end.cancelled().await;
     }
 
     /// Whether new requests are refused.
@@ -78,6 +93,11 @@ impl Shared {
             Err(never) => match never {},
         }
     }
+}
+
+/// What starts and stops a pool's nodes; a pool whose hand changes starts anew.
+fn hand(scale: Option<&ScaleConfig>) -> Option<(&Option<ProcessConfig>, &Option<WebhookConfig>)> {
+    scale.map(|scale| (&scale.process, &scale.webhook))
 }
 
 /// Why a gateway could not be built, or a new configuration not be taken.
@@ -107,6 +127,10 @@ impl Gateway {
     pub fn build_with(config: Config, connector: Connector) -> Result<Self, BuildError> {
         let live = Live::new(config, None).map_err(BuildError::Config)?;
         let access_log = live.config.access_log.then(AccessLog::start).transpose();
+        let trace_file = live.config.autoscale.trace_file.as_ref();
+        let recording = trace_file.map(|path| {
+            Recording::start(path).map_err(|problem| format!("autoscale.trace_file: {problem}"))
+        });
         let end = CancellationToken::new();
         let tasks = TaskTracker::new();
         let traces =
@@ -117,9 +141,11 @@ impl Gateway {
             in_flight: InFlight::default(),
             access_log: access_log.map_err(|error| BuildError::Config(format!("access_log: {error}")))?,
             traces: traces.transpose().map_err(BuildError::Config)?,
+            recording: recording.transpose().map_err(BuildError::Config)?,
             stop: Stop::default(),
             end,
             pools: ArcSwap::default(),
+            autoscaler: Autoscaler::default(),
             local: std::sync::OnceLock::new(),
             tasks,
             started: now_seconds(),
@@ -129,6 +155,7 @@ impl Gateway {
         for pool in gateway.shared.live().config.pools.clone() {
             gateway.add_pool(pool);
         }
+        gateway.shared.tasks.spawn(autoscale::run(Arc::clone(&gateway.shared)));
         Ok(gateway)
     }
 
@@ -154,6 +181,31 @@ impl Gateway {
         outcome.map_err(BuildError::Config)
     }
 
+    /// Declares the plan of a run; see [`RunPlan`](crate::autoscale::plans::RunPlan). Answers what is to be
+    /// expected of its stages.
+    pub fn declare(&self, plan: RunPlan) -> Result<Vec<Forecast>, String> {
+        let (shared, autoscaler) = (&self.shared, &self.shared.autoscaler);
+        let models: Vec<_> = plan.stages.iter().map(|stage| (stage.model.clone(), stage.plan.stage.clone())).collect();
+        if let Some((model, _)) = models.iter().find(|(model, _)| shared.pool(model).is_none()) {
+            return Err(format!("no pool serves `{model}`"));
+        }
+        let finished =
+            |model: &str, stage: &str| shared.pool(model).map_or(0, |pool| pool.lengths(Some(stage)).1);
+        autoscaler.plans().declare(plan, autoscaler.now(), finished)?;
+        autoscaler.wake();
+        let seen = autoscaler.observation(shared.live().config.autoscale.budget);
+        let mut forecasts = Forecast::of(&seen);
+        forecasts.retain(|forecast| models.contains(&(forecast.model.clone(), forecast.stage.clone())));
+        Ok(forecasts)
+    }
+
+    /// Forgets the plan of a run. False when it has none.
+    pub fn withdraw(&self, run: &str) -> bool {
+        let withdrawn = self.shared.autoscaler.plans().withdraw(run);
+        self.shared.autoscaler.wake();
+        withdrawn
+    }
+
     fn replace_pools(&self, before: &[PoolConfig], now: Vec<PoolConfig>) {
         let gone: Vec<_> =
             before.iter().filter(|old| !now.iter().any(|new| new.model == old.model)).collect();
@@ -163,7 +215,9 @@ impl Gateway {
         for pool in now {
             match self.shared.pool(&pool.model) {
                 Some(known) if *known.config().as_ref() == pool => {}
-                Some(known) if known.config().process == pool.process => known.reconfigure(pool),
+                Some(known) if hand(known.config().scale.as_ref()) == hand(pool.scale.as_ref()) => {
+                    known.reconfigure(pool);
+                }
                 // Its scaler starts anew with it.
                 Some(_) => {
                     self.remove_pool(&pool.model);
@@ -206,9 +260,7 @@ impl Gateway {
             return false;
         }
         shared.tasks.spawn(health::watch(Arc::clone(&pool), shared.connector.clone()));
-        if pool.config().process.is_some() {
-            shared.tasks.spawn(process::scale(pool, shared.connector.clone(), Arc::clone(&shared.metrics)));
-        }
+        shared.autoscaler.wake();
         true
     }
 

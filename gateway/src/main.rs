@@ -36,6 +36,15 @@ enum Command {
         /// The TOML configuration.
         config: PathBuf,
     },
+    /// The scaling policy as a program: observations in, decisions out, one JSON line each.
+    Autoscale {
+        /// Speak on standard input and output, the only way there is.
+        #[arg(long, required = true)]
+        stdio: bool,
+        /// Seconds between observations that it asks for.
+        #[arg(long, default_value_t = 5.0)]
+        interval: f64,
+    },
     /// Client keys.
     Key {
         #[command(subcommand)]
@@ -76,6 +85,11 @@ fn main() -> anyhow::Result<()> {
             runtime(threads)?.block_on(serve(config, loaded))
         }
         Command::Check { config } => check(&config),
+        Command::Autoscale { stdio: _, interval } => potstill_gateway::autoscale::stdio::run(
+            interval,
+            std::io::stdin().lock(),
+            std::io::stdout().lock(),
+        ),
         Command::Key { command: KeyCommand::New { file, name, priority } } => new_key(file, name, priority),
         Command::Key { command: KeyCommand::Certificate { file } } => {
             let chain = potstill_gateway::certificates(&file).map_err(anyhow::Error::msg)?;

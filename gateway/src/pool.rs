@@ -10,6 +10,7 @@ pub mod node;
 pub mod outlier;
 pub mod permit;
 pub mod queue;
+pub mod traffic;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,15 +18,17 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use potstill_shared::redact::Redacted;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::budget::RetryBudget;
-use self::learnt::Lengths;
+use self::learnt::{Lengths, TokenTime};
 use self::node::{Node, NodeSpec, NodeState};
 pub use self::permit::Permit;
 use self::queue::{Place, Ticket, WaitQueue};
+use self::traffic::Traffic;
+use crate::autoscale::policy::Windows;
 use crate::balance::{NodeView, RequestView, mix, pick};
 use crate::config::{PoolConfig, Priority};
 use crate::error::GatewayError;
@@ -59,6 +62,7 @@ struct State {
     nodes: Vec<Arc<Node>>,
     queue: WaitQueue<Waiter>,
     budget: RetryBudget,
+    traffic: Traffic,
     turn: u64,
 }
 
@@ -74,6 +78,10 @@ pub struct ModelPool {
     next_node: AtomicU64,
     epoch: Instant,
     stop: CancellationToken,
+    /// Told when a request finds no node.
+    wanted: Notify,
+    /// Seconds that a node takes to start, as last measured; 0 before.
+    cold_start_s: AtomicU64,
 }
 
 /// What is in flight and waiting.
@@ -99,6 +107,16 @@ pub struct Load {
     pub ejected: usize,
 }
 
+/// What is asked of a pool, for the scaling policy.
+#[derive(Debug, Clone)]
+pub(crate) struct Demand {
+    pub(crate) arrivals: Windows,
+    pub(crate) departed_60: u64,
+    pub(crate) queued: usize,
+    pub(crate) active: usize,
+    pub(crate) itl_ms: Option<[f64; 2]>,
+}
+
 /// Seconds per token before anything was measured; only ratios count.
 const USUAL_SPEED: f64 = 0.02;
 
@@ -115,12 +133,15 @@ impl ModelPool {
                 nodes: Vec::new(),
                 queue: WaitQueue::new(config.queue.starvation_ms),
                 budget: RetryBudget::default(),
+                traffic: Traffic::default(),
                 turn: 0,
             }),
             lengths: Mutex::default(),
             next_node: AtomicU64::new(0),
             epoch: Instant::now(),
             stop,
+            wanted: Notify::new(),
+            cold_start_s: AtomicU64::new(0),
             config: ArcSwap::from_pointee(config),
         });
         pool.add_configured();
@@ -181,7 +202,7 @@ impl ModelPool {
         // Afterwards, so that there is never a moment without a node.
         let stays = |node: &Node| {
             node.spec.policy != AddressPolicy::Trusted
-                || config.process.is_some()
+                || config.scale.is_some()
                 || config.nodes.iter().any(|wanted| wanted.url == node.spec.url)
         };
         for node in before.iter().filter(|node| !stays(node)) {
@@ -206,7 +227,7 @@ impl ModelPool {
 
     /// Takes out the nodes that have drained, besides those that a scaler looks after.
     pub fn remove_drained(&self) {
-        if self.config().process.is_none() {
+        if self.config().scale.is_none() {
             self.locked().nodes.retain(|node| node.state() != NodeState::Draining || node.requests() > 0);
         }
     }
@@ -260,6 +281,11 @@ impl ModelPool {
         usual.min(limit.unwrap_or(u64::MAX)).max(1)
     }
 
+    /// Mean tokens of completions, and how many were seen; of one stage or of all.
+    pub(crate) fn lengths(&self, stage: Option<&str>) -> (Option<f64>, u64) {
+        self.lengths.lock().unwrap_or_else(PoisonError::into_inner).seen(stage)
+    }
+
     /// Learns from a finished completion.
     pub fn learn_length(&self, stage: Option<&str>, tokens: u64) {
         self.lengths.lock().unwrap_or_else(PoisonError::into_inner).push(stage, tokens);
@@ -288,22 +314,28 @@ impl ModelPool {
             if pool.queue.is_empty()
                 && let Some(permit) = self.try_grant(&mut pool, ask.tokens, ask.affinity, exclude)
             {
+                pool.traffic.arrived.count(self.now_ms() / 1000);
                 return Ok(permit);
             }
-            if config.process.is_none() && !works_besides(&pool, exclude) {
-                return Err(GatewayError::NoNode { model: self.model.to_string() });
+            if config.scale.is_none() && !works_besides(&pool, exclude) {
+                return Err(self.no_node());
             }
             let queue = &config.queue;
             while pool.queue.len() >= queue.requests || pool.queue.bytes() + ask.bytes > queue.bytes {
                 // A higher class takes the place of a lower one.
                 let refused =
                     pool.queue.displaceable(ask.class).and_then(|place| pool.queue.take(&place, false));
-                let error = GatewayError::QueueFull {
-                    model: self.model.to_string(),
-                    retry_after: self.seconds_of_work(&pool),
+                let error = if works_besides(&pool, None) {
+                    let retry_after = self.seconds_of_work(&pool);
+                    GatewayError::QueueFull { model: self.model.to_string(), retry_after }
+                } else {
+                    self.no_node()
                 };
                 match refused {
-                    Some(waiter) => drop(waiter.grant.send(Err(error))),
+                    Some(waiter) => {
+                        pool.traffic.departed.count(self.now_ms() / 1000);
+                        drop(waiter.grant.send(Err(error)));
+                    }
                     None => return Err(error),
                 }
             }
@@ -316,6 +348,10 @@ impl ModelPool {
                 tokens: ask.tokens,
                 bytes: ask.bytes,
             };
+            pool.traffic.arrived.count(now_ms / 1000);
+            if !works_besides(&pool, None) {
+                self.wanted.notify_one();
+            }
             let (grant, granted) = oneshot::channel();
             let place = pool.queue.push(ticket, Waiter { affinity: ask.affinity, exclude, grant });
             (granted, Waiting { pool: self, place })
@@ -325,15 +361,14 @@ impl ModelPool {
         drop(place);
         match outcome {
             Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) => Err(GatewayError::NoNode { model: self.model.to_string() }),
+            Ok(Err(_)) => Err(self.no_node()),
             Err(_) => {
                 let pool = self.locked();
                 let retry_after = self.seconds_of_work(&pool);
-                let model = self.model.to_string();
                 Err(if works_besides(&pool, None) {
-                    GatewayError::WaitTooLong { model, retry_after }
+                    GatewayError::WaitTooLong { model: self.model.to_string(), retry_after }
                 } else {
-                    GatewayError::NoNode { model }
+                    self.no_node()
                 })
             }
         }
@@ -384,6 +419,58 @@ impl ModelPool {
         };
         let at = pick(self.config.load().balance, &views, &request, pool.turn)?;
         Some(Permit::new(Arc::clone(self), Arc::clone(&pool.nodes[at]), tokens))
+    }
+
+    /// There is no node; where one can be started, the client may come back when that would be done.
+    fn no_node(&self) -> GatewayError {
+        let retry_after = match (self.cold_start_s.load(Ordering::Relaxed), &self.config.load().scale) {
+            (0, Some(scale)) => scale.cold_start_s as u64,
+            (measured, Some(_)) => measured,
+            (_, None) => 5,
+        };
+        GatewayError::NoNode { model: self.model.to_string(), retry_after }
+    }
+
+    /// A slot was freed.
+    fn departed(self: &Arc<Self>) {
+        let waiting = {
+            let mut pool = self.locked();
+            pool.traffic.departed.count(self.now_ms() / 1000);
+            !pool.queue.is_empty()
+        };
+        if waiting {
+            self.dispatch();
+        }
+    }
+
+    /// Ends when a request finds no node.
+    pub(crate) async fn node_wanted(&self) {
+        self.wanted.notified().await;
+    }
+
+    /// Says how long nodes take to start.
+    pub(crate) fn set_cold_start(&self, seconds: f64) {
+        self.cold_start_s.store(seconds.ceil().max(1.0) as u64, Ordering::Relaxed);
+    }
+
+    /// What the scaling policy is told, besides the nodes and the plan.
+    pub(crate) fn demand(&self) -> Demand {
+        let second = self.now_ms() / 1000;
+        let mut pool = self.locked();
+        let traffic = &mut pool.traffic;
+        let arrivals = Windows {
+            s10: traffic.arrived.last(second, 10),
+            s60: traffic.arrived.last(second, 60),
+            s300: traffic.arrived.last(second, 300),
+        };
+        let departed_60 = traffic.departed.last(second, 60);
+        Demand {
+            arrivals,
+            departed_60,
+            queued: pool.queue.len(),
+            active: pool.nodes.iter().map(|node| node.requests()).sum(),
+            itl_ms: TokenTime::line(pool.nodes.iter().map(|node| node.learnt().token_time)),
+        }
     }
 
     /// Hands free slots to those who wait, in the queue's order.
@@ -442,7 +529,12 @@ struct Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        let waiter = self.pool.locked().queue.take(&self.place, false);
+        let mut pool = self.pool.locked();
+        let waiter = pool.queue.take(&self.place, false);
+        if waiter.is_some() {
+            pool.traffic.departed.count(self.pool.now_ms() / 1000);
+        }
+        drop(pool);
         drop(waiter);
     }
 }

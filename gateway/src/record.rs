@@ -216,6 +216,9 @@ impl Drop for Record {
                 cost,
             });
         }
+        if let (Some(recording), End::Complete) = (&shared.recording, self.end) {
+            recording.answered(self, took, usage);
+        }
         if let Some(traces) = &shared.traces {
             traces.push(self, took, usage);
         }

@@ -250,7 +250,7 @@ async fn somewhere(
             }
         }
     }
-    Err(GatewayError::NoNode { model: head.model.clone() })
+    Err(GatewayError::NoNode { model: head.model.clone(), retry_after: 5 })
 }
 
 /// The pools that may serve when `first` cannot, as far as the key may use them.

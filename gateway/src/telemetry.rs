@@ -3,6 +3,7 @@
 //! cover are theirs.
 
 pub mod access;
+pub mod recording;
 pub mod traces;
 pub mod usage;
 
@@ -11,11 +12,12 @@ use std::time::Duration;
 
 use potstill_shared::openai::Usage;
 use prometheus::{
-    CounterVec, Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 use self::usage::UsageLedger;
+use crate::autoscale::Status;
 use crate::pool::ModelPool;
 
 /// The metrics.
@@ -40,6 +42,13 @@ pub struct Metrics {
     ejections: IntCounterVec,
     /// Nodes started and stopped.
     pub scale_events: IntCounterVec,
+    /// Seconds from the request for a node until it is ready.
+    pub cold_start: HistogramVec,
+    desired_nodes: IntGaugeVec,
+    starting_nodes: IntGaugeVec,
+    node_cost: GaugeVec,
+    budget_used: Gauge,
+    stage_done: GaugeVec,
     /// Configurations read again, by outcome.
     pub reloads: IntCounterVec,
     /// Open client connections.
@@ -88,6 +97,8 @@ pub struct PoolMetrics {
 const SECONDS: [f64; 16] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0, 600.0, 1800.0];
 
+const COLD_SECONDS: [f64; 12] = [0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 30.0, 60.0, 120.0, 240.0, 600.0, 1800.0];
+
 const MICROSECONDS: [f64; 12] =
     [10e-6, 25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 50e-3, 250e-3];
 
@@ -127,6 +138,14 @@ impl Metrics {
             &["key", "stage", "model"],
         )?;
         registry.register(Box::new(cost.clone()))?;
+        let fraction = |name: &str, help: &str, labels: &[&str]| -> Result<GaugeVec, prometheus::Error> {
+            let gauge = GaugeVec::new(Opts::new(format!("potstill_gateway_{name}"), help), labels)?;
+            registry.register(Box::new(gauge.clone()))?;
+            Ok(gauge)
+        };
+        let budget_used =
+            Gauge::with_opts(Opts::new("potstill_gateway_node_cost_per_hour", "Cost per hour of the nodes held now"))?;
+        registry.register(Box::new(budget_used.clone()))?;
         const MODEL: &str = "gen_ai_request_model";
         Ok(Arc::new(Self {
             requests: counter("requests_total", "Answers", &["model", "status", "end"])?,
@@ -173,6 +192,17 @@ impl Metrics {
                 "Nodes started, stopped, lost, revived",
                 &["model", "event"],
             )?,
+            cold_start: histogram(
+                "potstill_gateway_cold_start_seconds",
+                "Request for a node until it is ready",
+                "model",
+                &COLD_SECONDS,
+            )?,
+            desired_nodes: gauge("desired_nodes", "Nodes that the scaling policy wants", &["model"])?,
+            starting_nodes: gauge("starting_nodes", "Nodes that are starting", &["model"])?,
+            node_cost: fraction("node_cost", "Cost of the nodes held so far: node-hours times cost", &["model"])?,
+            stage_done: fraction("stage_done_seconds", "Forecast until a stage is done", &["stage", "model"])?,
+            budget_used,
             reloads: counter("reloads_total", "Configurations read again", &["outcome"])?,
             connections: number("connections", "Open client connections")?,
             in_flight_bytes: number("in_flight_bytes", "Bytes of bodies held")?,
@@ -228,6 +258,23 @@ impl Metrics {
         pool.duration.observe(took.as_secs_f64());
         pool.prompt.inc_by(usage.prompt_tokens);
         pool.completion.inc_by(usage.completion_tokens);
+    }
+
+    /// Takes what the autoscaler decided.
+    pub(crate) fn scaling(&self, status: &Status) {
+        self.desired_nodes.reset();
+        self.starting_nodes.reset();
+        self.stage_done.reset();
+        for pool in &status.pools {
+            let model = [pool.model.as_str()];
+            self.desired_nodes.with_label_values(&model).set(pool.desired as i64);
+            self.starting_nodes.with_label_values(&model).set(pool.starting as i64);
+            self.node_cost.with_label_values(&model).set(pool.cost_so_far);
+        }
+        for forecast in &status.forecasts {
+            self.stage_done.with_label_values(&[&forecast.stage, &forecast.model]).set(forecast.done_in_s);
+        }
+        self.budget_used.set(status.cost_now);
     }
 
     /// All metrics as text.

@@ -204,6 +204,12 @@ impl AppendLog {
     }
 }
 
+/// Opens a plain text file to append lines to; what is written may be lost in a crash.
+pub fn append_lines(path: &Path) -> Result<io::BufWriter<File>, DurableError> {
+    let file = OpenOptions::new().append(true).create(true).open(path).map_err(at("open", path))?;
+    Ok(io::BufWriter::new(file))
+}
+
 fn checked_payload(line: &[u8]) -> Option<&str> {
     let line = std::str::from_utf8(line.strip_suffix(b"\n")?).ok()?;
     let (crc, payload) = line.split_once(' ')?;

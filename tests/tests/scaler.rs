@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use potstill_gateway::config::{PoolConfig, ProcessConfig};
+use potstill_gateway::config::{Config, PoolConfig, ProcessConfig, ScaleConfig};
 use serde_json::json;
 use system_tests::gateway::{TestGateway, config};
 use system_tests::mock::until;
@@ -20,17 +20,27 @@ fn pool(pids: &Path, max: usize) -> PoolConfig {
         teacher().display()
     );
     let mut pool = PoolConfig::new("m");
-    pool.process = Some(ProcessConfig {
-        command: vec!["sh".into(), "-c".into(), command],
-        log_folder: None,
-        min: 0,
+    pool.scale = Some(ScaleConfig {
         max,
         slots: 4,
-        scale_down_ms: 300,
-        tick_ms: 20,
-        start_ms: 60_000,
+        cold_start_s: 0.3,
+        memory_s: 0.3,
+        hold_s: 0.3,
+        start_s: 60,
+        process: Some(ProcessConfig {
+            command: vec!["sh".into(), "-c".into(), command],
+            log_folder: None,
+            gpus: Vec::new(),
+        }),
+        ..ScaleConfig::default()
     });
     pool
+}
+
+/// Decides twenty times a second.
+fn quick(mut config: Config) -> Config {
+    config.autoscale.interval_ms = 50;
+    config
 }
 
 fn ids(pids: &Path) -> Vec<String> {
@@ -58,7 +68,7 @@ fn ask(gateway: &TestGateway, number: usize) -> tokio::task::JoinHandle<u16> {
 async fn nodes_come_and_go_with_the_demand() {
     let folder = tempfile::tempdir().unwrap();
     let pids = folder.path().join("pids");
-    let gateway = TestGateway::start(config(pool(&pids, 2))).await;
+    let gateway = TestGateway::start(quick(config(pool(&pids, 2)))).await;
     assert!(ids(&pids).is_empty(), "no node while nobody asks");
     let requests: Vec<_> = (0..60).map(|number| ask(&gateway, number)).collect();
     until("two nodes work", || gateway.gateway.load("m").unwrap().ready == 2).await;
@@ -79,8 +89,8 @@ async fn a_killed_node_is_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let pids = folder.path().join("pids");
     let mut pool = pool(&pids, 1);
-    pool.process.as_mut().unwrap().min = 1;
-    let gateway = TestGateway::start(config(pool)).await;
+    pool.scale.as_mut().unwrap().min = 1;
+    let gateway = TestGateway::start(quick(config(pool))).await;
     until("it works", || gateway.gateway.load("m").unwrap().ready == 1).await;
     assert!(Command::new("kill").args(["-9", &ids(&pids)[0]]).status().unwrap().success());
     until("another one was started", || ids(&pids).len() == 2).await;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use potstill_gateway::Gateway;
-use potstill_gateway::config::{Config, PoolConfig, ProcessConfig};
+use potstill_gateway::config::{Config, PoolConfig, ProcessConfig, ScaleConfig};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -34,6 +34,7 @@ impl LocalGateway {
         let address = listener.local_addr()?;
         let mut config = Config::new(address);
         config.drain_seconds = 5;
+        config.autoscale.interval_ms = 500;
         let gateway = Gateway::build(config)?;
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = gateway.clone();
@@ -75,15 +76,21 @@ impl LocalGateway {
         .map(str::to_owned)
         .to_vec();
         let mut pool = PoolConfig::new(&model.model);
-        pool.process = Some(ProcessConfig {
-            command,
-            log_folder: Some(self.logs.clone()),
+        // On one machine a node is there within a second, so little is worth remembering.
+        pool.scale = Some(ScaleConfig {
             min: model.min,
             max: model.max,
             slots: model.slots,
-            scale_down_ms: 5_000,
-            tick_ms: 100,
-            start_ms: 300_000,
+            cold_start_s: 2.0,
+            memory_s: 10.0,
+            hold_s: 5.0,
+            start_s: 300,
+            process: Some(ProcessConfig {
+                command,
+                log_folder: Some(self.logs.clone()),
+                gpus: Vec::new(),
+            }),
+            ..ScaleConfig::default()
         });
         let _served_already = !self.gateway.add_pool(pool);
         Ok(())

@@ -1,101 +1,203 @@
-//! How many nodes a pool should have. Pure: no clock, no input or output; time comes in as a number.
+//! How many nodes each pool should have: [`decide`], a pure function of what is seen and what is remembered. No clock, no
+//! input or output; time comes in as a number of seconds, so the same function runs in the gateway, in simulators (through
+//! `potstill-gateway autoscale --stdio`) and in tests.
 //!
-//! The demand is what is open (in flight and waiting), since reasoning answers hold a slot for minutes and a rate of
-//! requests says nothing about that. Up at once; down only when the demand has been lower for the whole window.
+//! Slots are what is scarce: a reasoning answer holds one for minutes, and by Little's law the open requests are arrivals
+//! times stay, which a rate of requests does not show. The default law ([`adaptive`]) therefore counts open requests and
+//! what the stages of a run have announced; [`qps`] is the law that HPA and Knative users know; a fixed number is the third.
 
-use std::collections::VecDeque;
+mod adaptive;
+mod ceiling;
+mod observation;
+mod qps;
 
-/// Bounds of a pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Bounds {
-    /// Fewest nodes.
-    pub min: usize,
-    /// Most nodes.
-    pub max: usize,
-    /// Requests that a node works on at once.
-    pub slots: usize,
-    /// How long the demand must stay lower before a node goes, in milliseconds.
-    pub down_ms: u64,
-}
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
-/// What is seen of a pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Observation {
-    /// Milliseconds on any clock that does not go back.
-    pub now_ms: u64,
-    /// Requests on nodes and waiting.
-    pub open: usize,
-    /// Nodes that run or start.
-    pub nodes: usize,
-}
+use serde::Serialize;
 
-/// What the policy remembers: the demand within the window.
-#[derive(Debug, Clone, Default)]
+pub use self::adaptive::Forecast;
+pub use self::observation::{Mode, Observation, PoolObservation, Settings, StagePlan, Windows};
+
+/// What is remembered from one decision to the next. Bounded: pools that are no longer seen are forgotten, histories are
+/// thinned.
+#[derive(Debug, Default)]
 pub struct Memory {
-    seen: VecDeque<(u64, usize)>,
+    pools: HashMap<String, PoolMemory>,
+    /// When it was last decided.
+    at: Option<f64>,
+}
+
+/// Nothing was seen for so long, or the clock went back: what is remembered is of no use, as after a restart.
+const GAP_S: f64 = 120.0;
+
+#[derive(Debug)]
+struct PoolMemory {
+    /// When the pool was first seen, and with how many nodes: after a restart these stay for a whole memory window.
+    first: (f64, usize),
+    /// Demand that no stage announced: time and slots.
+    demand: History,
+    /// Since when there are more nodes than needed.
+    surplus_since: Option<f64>,
+    /// When something was last open.
+    busy_at: f64,
+    qps: qps::QpsMemory,
 }
 
 /// What should be.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Decision {
-    /// Nodes wanted.
-    pub nodes: usize,
-    /// Why, for logs.
-    pub reason: String,
+    /// Nodes by model; a model that is not named keeps what it has.
+    pub desired: BTreeMap<String, usize>,
+    /// One line a model: why.
+    pub reason: BTreeMap<String, String>,
 }
 
-/// The number of nodes for what is seen and remembered.
-pub fn decide(bounds: Bounds, observation: Observation, memory: &mut Memory) -> Decision {
-    let Observation { now_ms, open, nodes } = observation;
-    memory.seen.push_back((now_ms, open));
-    while memory.seen.front().is_some_and(|(at, _)| at + bounds.down_ms < now_ms) {
-        memory.seen.pop_front();
-    }
-    // Bounded whatever the tick: neighbours that say the same are merged.
-    if memory.seen.len() > 4096 {
-        memory.seen = memory.seen.iter().copied().step_by(2).collect();
-    }
-    let peak = memory.seen.iter().map(|(_, open)| *open).max().unwrap_or(open);
-    let wanted = |open: usize| open.div_ceil(bounds.slots).clamp(bounds.min, bounds.max);
-    let (now, held) = (wanted(open), wanted(peak));
-    let target = if now >= nodes { now } else { held.min(nodes).max(now) };
-    let reason = format!(
-        "{open} open, at most {peak} in the last {} ms, {} slots a node: {target} (min {}, max {})",
-        bounds.down_ms, bounds.slots, bounds.min, bounds.max
-    );
-    Decision { nodes: target, reason }
+/// What one pool needs, before the budget is looked at.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Need {
+    /// Nodes for demand that nobody announced.
+    online: usize,
+    /// Nodes for the running stages.
+    stage: usize,
+    /// Nodes for stages that begin soon.
+    warm: usize,
+    /// Cost of what the running stages still have to do: node-seconds times cost.
+    work: f64,
+    /// Why.
+    reason: String,
 }
+
+impl Need {
+    fn nodes(&self) -> usize {
+        self.online.max(self.stage).max(self.warm)
+    }
+}
+
+/// The nodes that each pool should have now. Holds for every decision: within min and max, all pools together within the
+/// budget, never down on missing metrics, never down in the first memory window.
+pub fn decide(seen: &Observation, memory: &mut Memory) -> Decision {
+    if memory.at.is_some_and(|at| !(0.0..=GAP_S).contains(&(seen.t - at))) {
+        memory.pools.clear();
+    }
+    memory.at = Some(seen.t);
+    let starts = adaptive::stage_starts(seen);
+    memory.pools.retain(|model, _| seen.pools.iter().any(|pool| pool.model == *model));
+    let mut wanted = Vec::with_capacity(seen.pools.len());
+    for pool in &seen.pools {
+        let remembered = memory.pools.entry(pool.model.clone()).or_insert_with(|| PoolMemory {
+            first: (seen.t, pool.have()),
+            demand: History::default(),
+            surplus_since: None,
+            busy_at: seen.t,
+            qps: qps::QpsMemory::default(),
+        });
+        wanted.push(want(seen.t, pool, &starts, remembered));
+    }
+    ceiling::apply(seen, &mut wanted);
+    let named = |text: fn(&(usize, Need)) -> String| {
+        seen.pools.iter().zip(&wanted).map(|(pool, need)| (pool.model.clone(), text(need))).collect()
+    };
+    Decision {
+        desired: seen.pools.iter().zip(&wanted).map(|(pool, (nodes, _))| (pool.model.clone(), *nodes)).collect(),
+        reason: named(|(nodes, need)| format!("{nodes}: {}", need.reason)),
+    }
+}
+
+/// What one pool should have, the budget aside.
+fn want(t: f64, pool: &PoolObservation, starts: &BTreeMap<u32, f64>, memory: &mut PoolMemory) -> (usize, Need) {
+    let have = pool.have();
+    let bounded = |nodes: usize| nodes.clamp(pool.min.min(pool.max), pool.max);
+    let (Some(open), false) = (pool.open(), pool.stale) else {
+        // Without figures nothing is taken away; what was asked for stays asked for.
+        let kept = bounded(have);
+        let reason = format!("metrics are missing: {have} kept");
+        return (kept, Need { online: kept, reason, ..Need::default() });
+    };
+    if open > 0 {
+        memory.busy_at = t;
+    }
+    let mut need = match pool.settings.mode {
+        Mode::Fixed => {
+            let nodes = pool.settings.nodes.unwrap_or(pool.min);
+            Need { online: nodes, reason: format!("fixed at {nodes}"), ..Need::default() }
+        }
+        Mode::Qps => qps::need(t, pool, open, &mut memory.qps),
+        Mode::Adaptive => adaptive::need(t, pool, open, starts, &mut memory.demand),
+    };
+    // The last node stays while the pool was busy not long ago.
+    if pool.settings.mode != Mode::Fixed && need.nodes() == 0 && have > 0 && t - memory.busy_at < pool.settings.idle_s {
+        need.online = 1;
+        need.reason += &format!("; one stays until idle for {:.0} s", pool.settings.idle_s);
+    }
+    let nodes = bounded(need.nodes());
+    if nodes != need.nodes() {
+        need.reason += &format!("; bounded to {}..{}", pool.min, pool.max);
+    }
+    let nodes = if pool.settings.mode == Mode::Fixed { nodes } else { hold(t, pool, nodes, &mut need, memory) };
+    (nodes, need)
+}
+
+/// Scaling down waits: a node that is given back and needed again costs a cold start, so it is kept for as long as that
+/// would take (rent or buy); where all work is announced, the plan knows better and a short while is enough.
+fn hold(t: f64, pool: &PoolObservation, nodes: usize, need: &mut Need, memory: &mut PoolMemory) -> usize {
+    let have = pool.have().min(pool.max);
+    if nodes >= have {
+        memory.surplus_since = None;
+        return nodes;
+    }
+    let (began, at_first) = memory.first;
+    let learning = began + pool.settings.memory_s;
+    let kept = have.min(at_first);
+    let since = *memory.surplus_since.get_or_insert(t);
+    let announced = !pool.plan.is_empty() || memory.demand.peak() == 0;
+    let wait = match pool.settings.mode {
+        Mode::Adaptive if announced => pool.settings.hold_s,
+        Mode::Adaptive => pool.cold_s(),
+        // This law has its own window.
+        Mode::Qps | Mode::Fixed => 0.0,
+    };
+    if t - since < wait {
+        need.reason += &format!("; surplus of {} kept for another {:.0} s", have - nodes, wait - (t - since));
+        return have;
+    }
+    if t < learning && nodes < kept {
+        need.reason += &format!("; first {:.0} s seen: {kept} kept", t - began);
+        return kept;
+    }
+    nodes
+}
+
+/// Values over a sliding window, at most some 1,000 of them: neighbours closer together are merged to their greatest.
+#[derive(Debug, Default)]
+struct History {
+    seen: VecDeque<(f64, usize)>,
+}
+
+impl History {
+    fn push(&mut self, t: f64, value: usize, window: f64) {
+        match self.seen.back_mut() {
+            Some((at, last)) if t - *at < window / 1024.0 => *last = value.max(*last),
+            _ => self.seen.push_back((t, value)),
+        }
+        while self.seen.front().is_some_and(|(at, _)| *at < t - window) {
+            self.seen.pop_front();
+        }
+    }
+
+    fn peak(&self) -> usize {
+        self.seen.iter().map(|(_, value)| *value).max().unwrap_or(0)
+    }
+
+    /// The value that so large a share of all does not exceed.
+    fn quantile(&self, share: f64) -> usize {
+        let mut sorted: Vec<usize> = self.seen.iter().map(|(_, value)| *value).collect();
+        let at = (sorted.len() as f64 * share) as usize;
+        let at = at.min(sorted.len().saturating_sub(1));
+        if sorted.is_empty() { 0 } else { *sorted.select_nth_unstable(at).1 }
+    }
+}
+
+
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const BOUNDS: Bounds = Bounds { min: 0, max: 4, slots: 8, down_ms: 1000 };
-
-    proptest! {
-        #[test]
-        fn stays_in_bounds_and_follows_a_rise_at_once(opens in prop::collection::vec(0usize..60, 1..60), min in 0usize..3) {
-            let bounds = Bounds { min, ..BOUNDS };
-            let (mut memory, mut nodes) = (Memory::default(), min);
-            for (tick, &open) in opens.iter().enumerate() {
-                let seen = Observation { now_ms: tick as u64 * 250, open, nodes };
-                let decision = decide(bounds, seen, &mut memory);
-                prop_assert!((min..=4).contains(&decision.nodes));
-                prop_assert!(decision.nodes >= open.div_ceil(8).min(4), "open requests always get their nodes");
-                nodes = decision.nodes;
-            }
-        }
-
-        #[test]
-        fn goes_down_only_after_the_window(open in 9usize..30) {
-            let mut memory = Memory::default();
-            let start = decide(BOUNDS, Observation { now_ms: 0, open, nodes: 0 }, &mut memory).nodes;
-            for now_ms in (100..=1000).step_by(100) {
-                prop_assert_eq!(decide(BOUNDS, Observation { now_ms, open: 1, nodes: start }, &mut memory).nodes, start);
-            }
-            prop_assert_eq!(decide(BOUNDS, Observation { now_ms: 1100, open: 1, nodes: start }, &mut memory).nodes, 1);
-        }
-    }
-}
+mod tests;

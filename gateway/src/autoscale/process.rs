@@ -1,4 +1,4 @@
-//! Starts and stops local node processes so that their number follows the policy.
+//! Nodes as local processes.
 //!
 //! A node gets requests only after its first successful health check. A node that is taken away drains first: it gets
 //! no more requests, finishes what it holds, then gets SIGTERM. A node that dies is replaced, with growing pauses when
@@ -8,10 +8,11 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use tokio::process::{Child, Command};
 
-use super::policy::{Bounds, Memory, Observation, decide};
-use crate::config::{ProcessConfig, ms};
+use super::scaler::{Scaler, Supply};
+use crate::config::{ProcessConfig, ScaleConfig};
 use crate::pool::ModelPool;
 use crate::pool::health::check;
 use crate::pool::node::{Node, NodeSpec, NodeState};
@@ -21,100 +22,105 @@ use crate::upstream::connect::Connector;
 /// After SIGTERM a node has so long to exit.
 const EXIT_GRACE: Duration = Duration::from_secs(10);
 
+/// A starting node has so long to answer a check.
+const CHECK: Duration = Duration::from_millis(500);
+
 /// A node that worked and then fails its checks for so long is killed and replaced.
 const ILL_GRACE: Duration = Duration::from_secs(30);
 
 struct Process {
     child: Child,
     node: Arc<Node>,
+    gpus: Option<String>,
     started: Instant,
+    /// Since when it drains.
+    draining: Option<Instant>,
     was_ready: bool,
     /// Since when it fails its health checks.
     ill_since: Option<Instant>,
     stopping: Option<Instant>,
 }
 
-/// Keeps the number of processes at what the policy says, until the pool is retired; then, once they hold nothing any
-/// more, stops them all.
-pub async fn scale(pool: Arc<ModelPool>, connector: Connector, metrics: Arc<Metrics>) {
-    let Some(config) = pool.config().process.clone() else { return };
-    let end = pool.retired();
-    let mut scaler = ProcessScaler {
-        pool,
-        connector,
-        metrics,
-        config,
-        processes: Vec::new(),
-        memory: Memory::default(),
-        losses: 0,
-        pause_until: Instant::now(),
-        epoch: Instant::now(),
-    };
-    let mut ticks = tokio::time::interval(ms(scaler.config.tick_ms.max(10)));
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = end.cancelled() => break,
-            _ = ticks.tick() => scaler.tick().await,
-        }
+impl Process {
+    fn is_starting(&self) -> bool {
+        !self.was_ready && self.stopping.is_none()
     }
-    // Nobody new comes, but what was begun is finished.
-    while scaler.pool.load().active > 0 {
-        ticks.tick().await;
-    }
-    scaler.stop_all().await;
 }
 
-struct ProcessScaler {
+/// Nodes as processes of this machine.
+pub struct ProcessScaler {
     pool: Arc<ModelPool>,
     connector: Connector,
     metrics: Arc<Metrics>,
     config: ProcessConfig,
     processes: Vec<Process>,
-    memory: Memory,
+    supply: Supply,
     /// Nodes lost in a row before one became ready.
     losses: u32,
     pause_until: Instant,
-    epoch: Instant,
 }
 
-impl ProcessScaler {
-    async fn tick(&mut self) {
+impl Scaler for ProcessScaler {
+    async fn step(&mut self, wanted: usize) {
         self.bury_the_dead();
         self.look_after_starting().await;
         self.finish_draining();
-        let load = self.pool.load();
         let running = self.processes.iter().filter(|p| p.node.state() != NodeState::Draining).count();
-        let bounds = Bounds {
-            min: self.config.min,
-            max: self.config.max,
-            slots: self.config.slots,
-            down_ms: self.config.scale_down_ms,
-        };
-        let seen = Observation {
-            now_ms: self.epoch.elapsed().as_millis() as u64,
-            open: load.active + load.queued,
-            nodes: running,
-        };
-        let decision = decide(bounds, seen, &mut self.memory);
-        if decision.nodes != running {
-            tracing::info!(
-                model = &*self.pool.model,
-                from = running,
-                to = decision.nodes,
-                reason = decision.reason,
-                "scaling"
-            );
-        }
-        for _ in running..decision.nodes {
+        for _ in running..wanted {
             // A node that still drains comes back before a new one is started.
             if !self.revive() && Instant::now() >= self.pause_until {
                 self.start();
             }
         }
-        for _ in decision.nodes..running {
+        for _ in wanted..running {
             self.drain_emptiest();
         }
+    }
+
+    fn supply(&self) -> Supply {
+        let mut supply = Supply { cold_starts_s: self.supply.cold_starts_s.clone(), ..Supply::default() };
+        for process in &self.processes {
+            match (process.node.state(), process.was_ready) {
+                (NodeState::Draining, _) => supply.draining += 1,
+                (_, true) => supply.ready += 1,
+                (_, false) => supply.starting_age_s.push(process.started.elapsed().as_secs_f64()),
+            }
+        }
+        supply
+    }
+
+    async fn stop(&mut self) {
+        for process in &mut self.processes {
+            self.pool.remove_node(process.node.id);
+            terminate(&mut process.child);
+        }
+        for process in &mut self.processes {
+            if tokio::time::timeout(EXIT_GRACE, process.child.wait()).await.is_err() {
+                let _already_dead = process.child.start_kill();
+                let _status = process.child.wait().await;
+            }
+        }
+    }
+}
+
+impl ProcessScaler {
+    /// A scaler without nodes.
+    pub fn new(pool: Arc<ModelPool>, connector: Connector, metrics: Arc<Metrics>, config: ProcessConfig) -> Self {
+        Self {
+            pool,
+            connector,
+            metrics,
+            config,
+            processes: Vec::new(),
+            supply: Supply::default(),
+            losses: 0,
+            pause_until: Instant::now(),
+        }
+    }
+
+    /// The pool's settings as they are now.
+    fn settings(&self) -> ScaleConfig {
+        self.pool.config().scale.clone().unwrap_or_default()
     }
 
     fn event(&self, event: &str) {
@@ -122,12 +128,22 @@ impl ProcessScaler {
     }
 
     fn start(&mut self) {
+        let taken: Vec<_> = self.processes.iter().filter_map(|process| process.gpus.clone()).collect();
+        let gpus = self.config.gpus.iter().find(|gpus| !taken.contains(gpus)).cloned();
+        if gpus.is_none() && !self.config.gpus.is_empty() {
+            return;
+        }
+        let slots = self.settings().slots;
         let started = free_port().and_then(|port| {
-            let mut command = Command::new(self.config.command.first().map_or("", String::as_str));
+            let filled = |part: &String| {
+                part.replace("{port}", &port.to_string()).replace("{gpus}", gpus.as_deref().unwrap_or_default())
+            };
+            let mut command = Command::new(self.config.command.first().map_or_else(String::new, filled));
+            if let Some(gpus) = &gpus {
+                command.env("CUDA_VISIBLE_DEVICES", gpus);
+            }
             command
-                .args(
-                    self.config.command.iter().skip(1).map(|part| part.replace("{port}", &port.to_string())),
-                )
+                .args(self.config.command.iter().skip(1).map(filled))
                 .stdin(Stdio::piped())
                 .kill_on_drop(true);
             match &self.config.log_folder {
@@ -150,7 +166,7 @@ impl ProcessScaler {
             Ok((child, port)) => {
                 match self.pool.add_node(NodeSpec {
                     state: NodeState::Unhealthy,
-                    ..NodeSpec::new(url(port), Some(self.config.slots))
+                    ..NodeSpec::new(url(port), Some(slots))
                 }) {
                     Ok(node) => {
                         tracing::info!(model = &*self.pool.model, node = node.name, "node started");
@@ -159,7 +175,9 @@ impl ProcessScaler {
                         self.processes.push(Process {
                             child,
                             node,
+                            gpus,
                             started,
+                            draining: None,
                             was_ready: false,
                             ill_since: None,
                             stopping: None,
@@ -213,8 +231,17 @@ impl ProcessScaler {
 
     async fn look_after_starting(&mut self) {
         let path = self.pool.config().health.path.clone();
+        let longest = Duration::from_secs(self.settings().start_s);
+        let starting = self.processes.iter().filter(|process| process.is_starting());
+        let healthy: Vec<_> = join_all(starting.map(async |process| {
+            check(&self.connector, &process.node, &path, CHECK).await.then_some(process.node.id)
+        }))
+        .await
+        .into_iter()
+        .flatten()
+        .collect();
         for process in &mut self.processes {
-            if process.was_ready || process.stopping.is_some() {
+            if !process.is_starting() {
                 let ill = process.was_ready && process.node.state() == NodeState::Unhealthy;
                 let since = ill.then(|| process.ill_since.unwrap_or_else(Instant::now));
                 process.ill_since = since;
@@ -228,13 +255,15 @@ impl ProcessScaler {
                 }
                 continue;
             }
-            if check(&self.connector, &process.node, &path, Duration::from_millis(500)).await {
+            if healthy.contains(&process.node.id) {
                 process.was_ready = true;
                 self.losses = 0;
                 let seconds = process.started.elapsed().as_secs_f64();
                 tracing::info!(model = &*self.pool.model, node = process.node.name, seconds, "node is ready");
+                self.supply.started(seconds);
+                self.metrics.cold_start.with_label_values(&[&*self.pool.model]).observe(seconds);
                 self.pool.set_state(&process.node, NodeState::Ready);
-            } else if process.started.elapsed() > ms(self.config.start_ms) {
+            } else if process.started.elapsed() > longest {
                 tracing::error!(
                     model = &*self.pool.model,
                     node = process.node.name,
@@ -248,30 +277,33 @@ impl ProcessScaler {
     fn revive(&mut self) -> bool {
         let drained = self
             .processes
-            .iter()
+            .iter_mut()
             .find(|p| p.was_ready && p.stopping.is_none() && p.node.state() == NodeState::Draining);
-        if let Some(process) = drained {
-            self.event("revived");
-            self.pool.set_state(&process.node, NodeState::Ready);
-        }
-        drained.is_some()
+        let Some(process) = drained else { return false };
+        process.draining = None;
+        self.pool.set_state(&process.node, NodeState::Ready);
+        self.event("revived");
+        true
     }
 
     fn drain_emptiest(&mut self) {
         let emptiest = self
             .processes
-            .iter()
+            .iter_mut()
             .filter(|process| process.node.state() != NodeState::Draining)
             .min_by_key(|process| (process.was_ready, process.node.tokens()));
         if let Some(process) = emptiest {
+            process.draining = Some(Instant::now());
             self.pool.set_state(&process.node, NodeState::Draining);
         }
     }
 
-    /// Nodes that drained to the last request get SIGTERM, and SIGKILL when that does not help.
+    /// Nodes that drained to the last request, or past the deadline, get SIGTERM, and SIGKILL when that does not help.
     fn finish_draining(&mut self) {
+        let longest = Duration::from_secs(self.settings().drain_s);
         for process in &mut self.processes {
-            if process.node.state() == NodeState::Draining && process.node.requests() == 0 {
+            let late = process.draining.is_some_and(|since| since.elapsed() > longest);
+            if process.node.state() == NodeState::Draining && (late || process.node.requests() == 0) {
                 match process.stopping {
                     None => {
                         process.stopping = Some(Instant::now());
@@ -282,19 +314,6 @@ impl ProcessScaler {
                     }
                     Some(_) => {}
                 }
-            }
-        }
-    }
-
-    async fn stop_all(&mut self) {
-        for process in &mut self.processes {
-            self.pool.remove_node(process.node.id);
-            terminate(&mut process.child);
-        }
-        for process in &mut self.processes {
-            if tokio::time::timeout(EXIT_GRACE, process.child.wait()).await.is_err() {
-                let _already_dead = process.child.start_kill();
-                let _status = process.child.wait().await;
             }
         }
     }

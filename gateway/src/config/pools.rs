@@ -1,8 +1,8 @@
 //! The pools: nodes, waiting, clocks, health, balancing, retries, price.
 
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
+
+use super::scale::ScaleConfig;
 
 /// The nodes of one model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -15,8 +15,8 @@ pub struct PoolConfig {
     /// Nodes that run elsewhere.
     #[serde(default)]
     pub nodes: Vec<NodeConfig>,
-    /// Nodes that the gateway starts and stops itself.
-    pub process: Option<ProcessConfig>,
+    /// Nodes that come and go with the demand.
+    pub scale: Option<ScaleConfig>,
     /// How a node is chosen.
     #[serde(default)]
     pub balance: Balance,
@@ -90,34 +90,6 @@ pub enum Reasoning {
     Split,
     /// The same for templates that open the tag in the prompt, so that the answer begins inside the thinking.
     SplitOpen,
-}
-
-/// Local node processes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ProcessConfig {
-    /// Program and arguments; `{port}` stands for the port it must listen on (127.0.0.1).
-    pub command: Vec<String>,
-    /// Folder for one log file per node; none discards what nodes print.
-    pub log_folder: Option<PathBuf>,
-    /// Fewest nodes.
-    #[serde(default)]
-    pub min: usize,
-    /// Most nodes.
-    #[serde(default = "default_max")]
-    pub max: usize,
-    /// Requests that a node works on at once.
-    #[serde(default = "default_slots")]
-    pub slots: usize,
-    /// How long the demand must stay low before a node is taken away.
-    #[serde(default = "default_down_ms")]
-    pub scale_down_ms: u64,
-    /// How often the demand is looked at.
-    #[serde(default = "default_tick_ms")]
-    pub tick_ms: u64,
-    /// A node that is not ready after this is stopped.
-    #[serde(default = "default_start_ms")]
-    pub start_ms: u64,
 }
 
 /// Bounds on the requests that wait for a slot.
@@ -244,26 +216,6 @@ impl Price {
     }
 }
 
-fn default_slots() -> usize {
-    8
-}
-
-fn default_max() -> usize {
-    1
-}
-
-fn default_down_ms() -> u64 {
-    30_000
-}
-
-fn default_tick_ms() -> u64 {
-    500
-}
-
-fn default_start_ms() -> u64 {
-    300_000
-}
-
 /// Whether a name may stand in paths, metrics and URLs: `[A-Za-z0-9][A-Za-z0-9._:-]{0,95}`, with one `/` between the parts
 /// of `organisation/name`. No part can climb out of a folder.
 pub fn is_name(name: &str) -> bool {
@@ -285,7 +237,7 @@ impl PoolConfig {
             model: model.into(),
             upstream_model: None,
             nodes: Vec::new(),
-            process: None,
+            scale: None,
             balance: Balance::default(),
             reasoning: Reasoning::default(),
             fallback: Vec::new(),
@@ -309,8 +261,8 @@ impl PoolConfig {
                     .to_owned(),
             );
         }
-        if self.nodes.is_empty() && self.process.is_none() {
-            problems.push("no nodes; give `nodes` or `process`".to_owned());
+        if self.nodes.is_empty() && self.scale.is_none() {
+            problems.push("no nodes; give `nodes` or `scale`".to_owned());
         }
         let mut urls = std::collections::HashSet::new();
         for node in &self.nodes {
@@ -332,16 +284,8 @@ impl PoolConfig {
                 problems.push(format!("node `{}`: environment variable `{variable}` is not set", node.url));
             }
         }
-        if let Some(process) = &self.process {
-            if process.command.is_empty() || !process.command.iter().any(|part| part.contains("{port}")) {
-                problems.push("`process.command` must name a program and contain `{port}`".to_owned());
-            }
-            if process.min > process.max || process.max == 0 || process.slots == 0 {
-                problems.push(format!(
-                    "`process` needs min <= max, max >= 1 and slots >= 1, not min {}, max {}, slots {}",
-                    process.min, process.max, process.slots
-                ));
-            }
+        if let Some(scale) = &self.scale {
+            problems.extend(scale.problems());
         }
         if self.retry.attempts == 0 {
             problems.push("`retry.attempts` must be at least 1".to_owned());

@@ -29,8 +29,8 @@ const STAGES: usize = 64;
 /// Mean length of completions, per stage and over all.
 #[derive(Debug, Default)]
 pub struct Lengths {
-    all: Ewma,
-    stages: HashMap<String, Ewma>,
+    all: (Ewma, u64),
+    stages: HashMap<String, (Ewma, u64)>,
 }
 
 /// What a completion is taken to have before any was seen.
@@ -39,22 +39,30 @@ const UNKNOWN_LENGTH: f64 = 500.0;
 impl Lengths {
     /// Learns a finished completion.
     pub fn push(&mut self, stage: Option<&str>, tokens: u64) {
-        self.all.push(tokens as f64, 256);
+        let learn = |(mean, count): &mut (Ewma, u64), window| {
+            mean.push(tokens as f64, window);
+            *count += 1;
+        };
+        learn(&mut self.all, 256);
         if let Some(stage) = stage {
-            if let Some(mean) = self.stages.get_mut(stage) {
-                mean.push(tokens as f64, 64);
+            if let Some(known) = self.stages.get_mut(stage) {
+                learn(known, 64);
             } else if self.stages.len() < STAGES {
-                let mut mean = Ewma::default();
-                mean.push(tokens as f64, 64);
-                self.stages.insert(stage.to_owned(), mean);
+                learn(self.stages.entry(stage.to_owned()).or_default(), 64);
             }
         }
     }
 
+    /// Mean of the completions seen and how many they were, of one stage or of all.
+    pub fn seen(&self, stage: Option<&str>) -> (Option<f64>, u64) {
+        let known = stage.map_or(Some(&self.all), |stage| self.stages.get(stage));
+        known.map_or((None, 0), |(mean, count)| (mean.get(), *count))
+    }
+
     /// What a completion of that stage will have.
     pub fn expected(&self, stage: Option<&str>) -> u64 {
-        let mean = stage.and_then(|stage| self.stages.get(stage)).and_then(Ewma::get);
-        mean.or(self.all.get()).unwrap_or(UNKNOWN_LENGTH).max(1.0) as u64
+        let mean = stage.and_then(|stage| self.stages.get(stage)).and_then(|(mean, _)| mean.get());
+        mean.or(self.all.0.get()).unwrap_or(UNKNOWN_LENGTH).max(1.0) as u64
     }
 }
 
@@ -86,6 +94,65 @@ impl Speed {
     /// What was measured.
     pub fn measured(&self) -> Option<f64> {
         self.seconds_per_token.get()
+    }
+}
+
+/// Milliseconds per token as a line over the requests that share the node: least squares over answers, older ones counting
+/// less.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TokenTime {
+    weight: f64,
+    batch: f64,
+    ms: f64,
+    batch_batch: f64,
+    batch_ms: f64,
+    skipped: u8,
+}
+
+/// Answers by a node that has just started say little about it.
+const WARM_UP: u8 = 3;
+/// What an answer's weight is multiplied by with each later one.
+const FADE: f64 = 0.99;
+
+impl TokenTime {
+    /// Learns an answer: how many requests the node had, and how long a token took.
+    pub fn push(&mut self, batch: usize, ms: f64) {
+        if self.skipped < WARM_UP {
+            self.skipped += 1;
+            return;
+        }
+        let x = batch as f64;
+        for (sum, value) in [
+            (&mut self.weight, 1.0),
+            (&mut self.batch, x),
+            (&mut self.ms, ms),
+            (&mut self.batch_batch, x * x),
+            (&mut self.batch_ms, x * ms),
+        ] {
+            *sum = *sum * FADE + value;
+        }
+    }
+
+    /// The line through what several nodes learnt: milliseconds alone, and for each request besides.
+    pub fn line(nodes: impl IntoIterator<Item = Self>) -> Option<[f64; 2]> {
+        let sum = nodes.into_iter().fold(Self::default(), |a, b| Self {
+            weight: a.weight + b.weight,
+            batch: a.batch + b.batch,
+            ms: a.ms + b.ms,
+            batch_batch: a.batch_batch + b.batch_batch,
+            batch_ms: a.batch_ms + b.batch_ms,
+            skipped: 0,
+        });
+        if sum.weight < 3.0 {
+            return None;
+        }
+        let (x, y) = (sum.batch / sum.weight, sum.ms / sum.weight);
+        let spread = sum.batch_batch / sum.weight - x * x;
+        let together = sum.batch_ms / sum.weight - x * y;
+        // A line needs two places to stand on; and no node gets faster by having more to do.
+        let slope = if spread > 0.05 * x * x { (together / spread).max(0.0) } else { 0.0 };
+        let alone = (y - slope * x).max(y * 0.05);
+        Some([alone, (y - alone).max(0.0) / x.max(1.0)])
     }
 }
 
@@ -165,6 +232,21 @@ mod tests {
         known.busy(1);
         known.success(3);
         assert_eq!(known.get(), 3);
+    }
+
+    #[test]
+    fn the_time_of_a_token_is_a_line_over_the_batch() {
+        let mut learnt = TokenTime::default();
+        assert_eq!(TokenTime::line([learnt]), None);
+        for number in 0..200 {
+            let batch = 1 + number % 64;
+            learnt.push(batch, 15.0 + 0.25 * batch as f64);
+        }
+        let [alone, each] = TokenTime::line([learnt, TokenTime::default()]).unwrap();
+        assert!((alone - 15.0).abs() < 1e-6 && (each - 0.25).abs() < 1e-6, "{alone} {each}");
+        let mut one = TokenTime::default();
+        (0..9).for_each(|_| one.push(8, 40.0));
+        assert_eq!(TokenTime::line([one]), Some([40.0, 0.0]), "one batch size says nothing about others");
     }
 
     #[test]

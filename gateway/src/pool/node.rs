@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use http::HeaderValue;
 use potstill_shared::redact::Redacted;
 
-use super::learnt::{Slots, Speed};
+use super::learnt::{Slots, Speed, TokenTime};
 use super::outlier::Outlier;
 use crate::balance::{NodeView, hash_text};
 use crate::config::OutlierConfig;
@@ -65,6 +65,8 @@ pub struct Learnt {
     pub outlier: Outlier,
     /// Time per token.
     pub speed: Speed,
+    /// Time per token by requests at once.
+    pub token_time: TokenTime,
     /// Requests at once.
     pub slots: Slots,
 }
@@ -117,6 +119,7 @@ impl Node {
             learnt: Mutex::new(Learnt {
                 outlier: Outlier::default(),
                 speed: Speed::default(),
+                token_time: TokenTime::default(),
                 slots: Slots::new(spec.slots),
             }),
             spec,

@@ -45,7 +45,9 @@ impl Permit {
         }
         learnt.slots.success(self.node.requests());
         let work = if work == 0 { self.tokens } else { work };
-        learnt.speed.push(self.since.elapsed().as_secs_f64(), work, now_ms);
+        let took = self.since.elapsed().as_secs_f64();
+        learnt.speed.push(took, work, now_ms);
+        learnt.token_time.push(self.node.requests(), took * 1e3 / work.max(1) as f64);
     }
 
     /// The node answered, if only to refuse the request for what it is.
@@ -93,6 +95,6 @@ impl Permit {
 impl Drop for Permit {
     fn drop(&mut self) {
         self.node.end(self.tokens);
-        self.pool.dispatch();
+        self.pool.departed();
     }
 }

@@ -1,0 +1,190 @@
+//! What runs announce: their stages, in order, with what is left of each. A plan that nobody refreshes is forgotten. Time is
+//! passed in as seconds.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::policy::StagePlan;
+use crate::config::pools::is_name;
+
+/// Runs that may have a plan at the same time.
+const RUNS: usize = 64;
+/// Stages of a plan.
+const STAGES: usize = 64;
+
+/// A plan as its owner declares it; it takes the place of what the same run declared before.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunPlan {
+    /// Name of the run.
+    pub run: String,
+    /// Seconds after which it is forgotten if it is not declared again.
+    #[serde(default = "default_ttl")]
+    pub ttl_s: f64,
+    /// Its stages.
+    pub stages: Vec<PlannedStage>,
+}
+
+/// One stage on one model.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+pub struct PlannedStage {
+    /// The model that it asks.
+    pub model: String,
+    /// What it will ask.
+    #[serde(flatten)]
+    pub plan: StagePlan,
+}
+
+fn default_ttl() -> f64 {
+    120.0
+}
+
+#[derive(Debug)]
+struct Declared {
+    at: f64,
+    until: f64,
+    stages: Vec<(PlannedStage, u64)>,
+}
+
+/// The plans of all runs.
+#[derive(Debug, Default)]
+pub struct Plans {
+    runs: BTreeMap<String, Declared>,
+}
+
+impl Plans {
+    /// Takes a plan. `finished` tells how many completions of a stage a model has seen so far, so that progress counts
+    /// without a further word from the owner. An error says what is wrong with it.
+    pub fn declare(
+        &mut self,
+        plan: RunPlan,
+        now: f64,
+        finished: impl Fn(&str, &str) -> u64,
+    ) -> Result<(), String> {
+        self.expire(now);
+        if !is_name(&plan.run) {
+            return Err("`run` must be a name of letters, digits and `._:-`".to_owned());
+        }
+        if !(plan.ttl_s.is_finite() && plan.ttl_s > 0.0 && plan.ttl_s <= 86_400.0) {
+            return Err(format!("`ttl_s` must be more than 0 and at most 86400, not {}", plan.ttl_s));
+        }
+        if plan.stages.len() > STAGES {
+            return Err(format!("a plan may have up to {STAGES} stages, not {}", plan.stages.len()));
+        }
+        for (index, stage) in plan.stages.iter().enumerate() {
+            let StagePlan { est_out_tokens: tokens, starts_in_s, deadline_s, cost_ceiling, .. } = &stage.plan;
+            let bad = |field: &str| Err(format!("`stages[{index}].{field}` must be a number that is not negative"));
+            if !is_name(&stage.plan.stage) {
+                return Err(format!("`stages[{index}].stage` must be a name of letters, digits and `._:-`"));
+            }
+            let numbers = [
+                ("est_out_tokens", Some(*tokens)),
+                ("starts_in_s", *starts_in_s),
+                ("deadline_s", *deadline_s),
+                ("cost_ceiling", *cost_ceiling),
+            ];
+            for (field, value) in numbers {
+                if value.is_some_and(|value| !(value.is_finite() && value >= 0.0)) {
+                    return bad(field);
+                }
+            }
+        }
+        if self.runs.len() >= RUNS && !self.runs.contains_key(&plan.run) {
+            return Err(format!("{RUNS} runs have a plan already; wait until one of them ends"));
+        }
+        let stages = plan.stages.into_iter().map(|stage| {
+            let seen = finished(&stage.model, &stage.plan.stage);
+            (stage, seen)
+        });
+        let declared = Declared { at: now, until: now + plan.ttl_s, stages: stages.collect() };
+        self.runs.insert(plan.run, declared);
+        Ok(())
+    }
+
+    /// Forgets a run. False when it has no plan.
+    pub fn withdraw(&mut self, run: &str) -> bool {
+        self.runs.remove(run).is_some()
+    }
+
+    /// Forgets the plans that were not refreshed in time.
+    pub fn expire(&mut self, now: f64) {
+        self.runs.retain(|run, declared| {
+            let stays = declared.until > now;
+            if !stays {
+                tracing::info!(run, "the plan was not refreshed and is forgotten");
+            }
+            stays
+        });
+    }
+
+    /// What is announced for `model`, with what is left of it.
+    pub fn of(&self, model: &str, now: f64, finished: impl Fn(&str) -> u64) -> Vec<StagePlan> {
+        let mut all = Vec::new();
+        for declared in self.runs.values() {
+            let since = now - declared.at;
+            for (stage, seen) in declared.stages.iter().filter(|(stage, _)| stage.model == model) {
+                let done = finished(&stage.plan.stage).saturating_sub(*seen);
+                let remaining = stage.plan.remaining.saturating_sub(done);
+                if remaining > 0 {
+                    let later = |seconds: f64| (seconds - since).max(0.0);
+                    all.push(StagePlan {
+                        remaining,
+                        starts_in_s: stage.plan.starts_in_s.map(later),
+                        deadline_s: stage.plan.deadline_s.map(later),
+                        ..stage.plan.clone()
+                    });
+                }
+            }
+        }
+        all
+    }
+
+    /// The runs that have a plan, with the seconds until it is forgotten.
+    pub fn runs(&self, now: f64) -> Vec<(String, f64)> {
+        self.runs.iter().map(|(run, declared)| (run.clone(), declared.until - now)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(text: &str) -> RunPlan {
+        serde_json::from_str(text).unwrap()
+    }
+
+    const PLAN: &str = r#"{"run": "r", "ttl_s": 10, "stages": [{"model": "m", "stage": "generate", "order": 0,
+        "remaining": 100, "est_out_tokens": 50, "concurrency": 8, "deadline_s": 60}]}"#;
+
+    #[test]
+    fn progress_counts_and_an_abandoned_plan_expires() {
+        let mut plans = Plans::default();
+        plans.declare(plan(PLAN), 0.0, |_, _| 40).unwrap();
+        let left = plans.of("m", 5.0, |_| 70);
+        assert_eq!((left[0].remaining, left[0].deadline_s), (70, Some(55.0)));
+        assert!(plans.of("m", 5.0, |_| 140).is_empty() && plans.of("other", 5.0, |_| 40).is_empty());
+        plans.expire(9.9);
+        assert_eq!(plans.runs(9.9).len(), 1);
+        plans.expire(10.0);
+        assert!(plans.runs(10.0).is_empty() && plans.of("m", 10.0, |_| 0).is_empty());
+    }
+
+    #[test]
+    fn a_plan_that_makes_no_sense_is_refused_and_names_the_field() {
+        let mut plans = Plans::default();
+        for (from, to, word) in [
+            ("\"r\"", "\"../r\"", "`run`"),
+            (": 10,", ": -1,", "`ttl_s`"),
+            (": 50,", ": -50,", "stages[0].est_out_tokens"),
+            ("generate", "gen erate", "stages[0].stage"),
+        ] {
+            let error = plans.declare(plan(&PLAN.replace(from, to)), 0.0, |_, _| 0).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+        for run in 0..70 {
+            let taken = plans.declare(plan(&PLAN.replace("\"r\"", &format!("\"r{run}\""))), 0.0, |_, _| 0);
+            assert_eq!(taken.is_ok(), run < RUNS);
+        }
+    }
+}

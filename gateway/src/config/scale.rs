@@ -1,0 +1,191 @@
+//! How a pool grows and shrinks: the law, its bounds, and the hand that starts and stops nodes.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::autoscale::policy::{Mode, Settings};
+
+/// What holds for all pools together.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AutoscaleConfig {
+    /// Most cost per hour of all nodes that are held at once, those that start and drain included; none for no limit.
+    pub budget: Option<f64>,
+    /// How often the number of nodes is decided; a request that finds no node asks for a decision at once.
+    pub interval_ms: u64,
+    /// Decide and log, but leave every pool at its `min`.
+    pub dry_run: bool,
+    /// A CSV file that gets one row per finished request, for simulators: `t_s,in_tokens,out_tokens,wait_s,stay_s,model`.
+    pub trace_file: Option<PathBuf>,
+}
+
+impl Default for AutoscaleConfig {
+    fn default() -> Self {
+        Self { budget: None, interval_ms: 5_000, dry_run: false, trace_file: None }
+    }
+}
+
+/// How one pool is scaled.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScaleConfig {
+    /// The law: `adaptive`, `qps` or `fixed`.
+    pub mode: Mode,
+    /// Fewest nodes.
+    pub min: usize,
+    /// Most nodes.
+    pub max: usize,
+    /// Requests that a node works on at once.
+    pub slots: usize,
+    /// What a node costs per hour, in the unit of the budget.
+    pub cost: f64,
+    /// Nodes of a `fixed` pool; `min` if not given.
+    pub nodes: Option<usize>,
+    /// Requests per second that a node of a `qps` pool should get.
+    pub target_qps: f64,
+    /// Cold start before one was seen, in seconds.
+    pub cold_start_s: f64,
+    /// A pool that may go to zero does so after so many seconds without requests, at the earliest.
+    pub idle_s: f64,
+    /// Demand of so many seconds is remembered.
+    pub memory_s: f64,
+    /// Nodes that announced work no longer needs go after so many seconds.
+    pub hold_s: f64,
+    /// What an hour of waiting for a stage is worth, in cost of nodes per hour.
+    pub hour_worth: f64,
+    /// Milliseconds per token of one request, alone and for each further one on the node, before any were measured.
+    pub itl_ms: [f64; 2],
+    /// A node that drains is stopped after so many seconds even if it still writes.
+    pub drain_s: u64,
+    /// A node that is not ready after so many seconds is stopped.
+    pub start_s: u64,
+    /// Nodes as processes of this machine.
+    pub process: Option<ProcessConfig>,
+    /// Nodes that a program of yours starts and stops.
+    pub webhook: Option<WebhookConfig>,
+}
+
+impl Default for ScaleConfig {
+    fn default() -> Self {
+        let usual = Settings::default();
+        Self {
+            mode: usual.mode,
+            min: 0,
+            max: 1,
+            slots: 8,
+            cost: 1.0,
+            nodes: None,
+            target_qps: usual.target_qps,
+            cold_start_s: usual.cold_start_s,
+            idle_s: usual.idle_s,
+            memory_s: usual.memory_s,
+            hold_s: usual.hold_s,
+            hour_worth: usual.hour_worth,
+            itl_ms: [30.0, 0.5],
+            drain_s: 3_600,
+            start_s: 3_600,
+            process: None,
+            webhook: None,
+        }
+    }
+}
+
+/// Local node processes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProcessConfig {
+    /// Program and arguments; `{port}` stands for the port it must listen on (127.0.0.1), `{gpus}` for its share of `gpus`.
+    pub command: Vec<String>,
+    /// Folder for one log file per node; none discards what nodes print.
+    pub log_folder: Option<PathBuf>,
+    /// GPU ids of one node each, such as `["0,1", "2,3"]`; a node gets the first free entry as `CUDA_VISIBLE_DEVICES`. No more
+    /// nodes are started than there are entries.
+    #[serde(default)]
+    pub gpus: Vec<String>,
+}
+
+/// A program that is told how many nodes there should be.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WebhookConfig {
+    /// Where it listens: `http://host:port/path` or `https://…`.
+    pub url: String,
+    /// Environment variable with the key that it wants as bearer token.
+    pub api_key_env: Option<String>,
+}
+
+impl ScaleConfig {
+    /// For the policy.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            mode: self.mode,
+            nodes: self.nodes,
+            target_qps: self.target_qps,
+            cold_start_s: self.cold_start_s,
+            idle_s: self.idle_s,
+            memory_s: self.memory_s,
+            hold_s: self.hold_s,
+            hour_worth: self.hour_worth,
+        }
+    }
+
+    /// What is wrong beyond types.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.min > self.max || self.max == 0 || self.slots == 0 {
+            problems.push(format!(
+                "`scale` needs min <= max, max >= 1 and slots >= 1, not min {}, max {}, slots {}",
+                self.min, self.max, self.slots
+            ));
+        }
+        if self.nodes.is_some_and(|nodes| nodes < self.min || nodes > self.max) {
+            problems.push("`scale.nodes` must be between `min` and `max`".to_owned());
+        }
+        let positive = [
+            ("cost", self.cost),
+            ("target_qps", self.target_qps),
+            ("memory_s", self.memory_s),
+            ("itl_ms[0]", self.itl_ms[0]),
+        ];
+        let others = [
+            ("cold_start_s", self.cold_start_s),
+            ("idle_s", self.idle_s),
+            ("hold_s", self.hold_s),
+            ("hour_worth", self.hour_worth),
+            ("itl_ms[1]", self.itl_ms[1]),
+        ];
+        for (name, value) in positive.iter().filter(|(_, value)| !(value.is_finite() && *value > 0.0)) {
+            problems.push(format!("`scale.{name}` must be more than 0, not {value}"));
+        }
+        for (name, value) in others.iter().filter(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
+            problems.push(format!("`scale.{name}` must not be negative, not {value}"));
+        }
+        match (&self.process, &self.webhook) {
+            (Some(process), None) => {
+                if !process.command.iter().any(|part| part.contains("{port}")) {
+                    problems.push("`scale.process.command` must name a program and contain `{port}`".to_owned());
+                }
+                if !process.gpus.is_empty() && process.gpus.len() < self.max {
+                    problems.push(format!(
+                        "`scale.process.gpus` has {} entries for up to {} nodes",
+                        process.gpus.len(),
+                        self.max
+                    ));
+                }
+            }
+            (None, Some(webhook)) => {
+                if let Err(problem) = webhook.url.parse::<http::Uri>() {
+                    problems.push(format!("`scale.webhook.url`: {problem}"));
+                }
+                if let Some(variable) =
+                    webhook.api_key_env.as_ref().filter(|variable| std::env::var(variable).is_err())
+                {
+                    problems.push(format!("`scale.webhook`: environment variable `{variable}` is not set"));
+                }
+            }
+            _ => problems.push("`scale` needs one of `process` and `webhook`".to_owned()),
+        }
+        problems
+    }
+}
