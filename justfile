@@ -49,3 +49,7 @@ teacher:
 
 verify: lint test
     cargo run --release --locked -- demo --quick --exit --out target/demo-quick
+
+# Scaling laws on simulated pools, for example: just elastic --only burst --seeds 5
+elastic *ARGS:
+    cargo run --release --locked -p load-tests -- elastic {{ARGS}}

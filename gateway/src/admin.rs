@@ -279,7 +279,8 @@ async fn stages(State(admin): State<Admin>) -> Json<Value> {
 
 /// Takes the plan of a run; the answer forecasts its stages and advises how many requests to keep open.
 async fn declare_stages(State(admin): State<Admin>, body: bytes::Bytes) -> Response {
-    let plan: Result<RunPlan, _> = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(&body));
+    let plan: Result<RunPlan, _> =
+        serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(&body));
     let taken = plan
         .map_err(|error| format!("`{}`: {}", error.path(), error.inner()))
         .and_then(|plan| admin.gateway.declare(plan));

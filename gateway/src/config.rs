@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 pub use self::keys::{JwtConfig, KeyConfig, KeyLimits, Priority};
 pub use self::limits::Limits;
 pub use self::pools::{
-    Balance, Deadlines, HealthConfig, HedgeConfig, NodeConfig, OutlierConfig, PoolConfig, Price,
-    QueueConfig, Reasoning, RetryConfig,
+    Balance, Deadlines, HealthConfig, HedgeConfig, NodeConfig, OutlierConfig, PoolConfig, Price, QueueConfig,
+    Reasoning, RetryConfig,
 };
 pub use self::scale::{AutoscaleConfig, ProcessConfig, ScaleConfig, WebhookConfig};
 

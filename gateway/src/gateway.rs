@@ -128,9 +128,8 @@ impl Gateway {
         let live = Live::new(config, None).map_err(BuildError::Config)?;
         let access_log = live.config.access_log.then(AccessLog::start).transpose();
         let trace_file = live.config.autoscale.trace_file.as_ref();
-        let recording = trace_file.map(|path| {
-            Recording::start(path).map_err(|problem| format!("autoscale.trace_file: {problem}"))
-        });
+        let recording = trace_file
+            .map(|path| Recording::start(path).map_err(|problem| format!("autoscale.trace_file: {problem}")));
         let end = CancellationToken::new();
         let tasks = TaskTracker::new();
         let traces =
@@ -185,7 +184,8 @@ impl Gateway {
     /// expected of its stages.
     pub fn declare(&self, plan: RunPlan) -> Result<Vec<Forecast>, String> {
         let (shared, autoscaler) = (&self.shared, &self.shared.autoscaler);
-        let models: Vec<_> = plan.stages.iter().map(|stage| (stage.model.clone(), stage.plan.stage.clone())).collect();
+        let models: Vec<_> =
+            plan.stages.iter().map(|stage| (stage.model.clone(), stage.plan.stage.clone())).collect();
         if let Some((model, _)) = models.iter().find(|(model, _)| shared.pool(model).is_none()) {
             return Err(format!("no pool serves `{model}`"));
         }

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use potstill_shared::openai::Usage;
 use prometheus::{
-    CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder,
+    CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 use self::usage::UsageLedger;
@@ -143,8 +143,10 @@ impl Metrics {
             registry.register(Box::new(gauge.clone()))?;
             Ok(gauge)
         };
-        let budget_used =
-            Gauge::with_opts(Opts::new("potstill_gateway_node_cost_per_hour", "Cost per hour of the nodes held now"))?;
+        let budget_used = Gauge::with_opts(Opts::new(
+            "potstill_gateway_node_cost_per_hour",
+            "Cost per hour of the nodes held now",
+        ))?;
         registry.register(Box::new(budget_used.clone()))?;
         const MODEL: &str = "gen_ai_request_model";
         Ok(Arc::new(Self {
@@ -200,8 +202,16 @@ impl Metrics {
             )?,
             desired_nodes: gauge("desired_nodes", "Nodes that the scaling policy wants", &["model"])?,
             starting_nodes: gauge("starting_nodes", "Nodes that are starting", &["model"])?,
-            node_cost: fraction("node_cost", "Cost of the nodes held so far: node-hours times cost", &["model"])?,
-            stage_done: fraction("stage_done_seconds", "Forecast until a stage is done", &["stage", "model"])?,
+            node_cost: fraction(
+                "node_cost",
+                "Cost of the nodes held so far: node-hours times cost",
+                &["model"],
+            )?,
+            stage_done: fraction(
+                "stage_done_seconds",
+                "Forecast until a stage is done",
+                &["stage", "model"],
+            )?,
             budget_used,
             reloads: counter("reloads_total", "Configurations read again", &["outcome"])?,
             connections: number("connections", "Open client connections")?,

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod elastic;
 mod node;
 mod open_loop;
 mod proxy;
@@ -26,6 +27,8 @@ enum Command {
     Node(node::Arguments),
     /// A bare reverse proxy over hyper: one upstream, no rules.
     Proxy(proxy::Arguments),
+    /// Compares scaling laws on simulated pools.
+    Elastic(elastic::Arguments),
     /// Measures the gateway beside its peers.
     Bench(bench::Arguments),
 }
@@ -36,6 +39,7 @@ fn main() -> anyhow::Result<()> {
         Command::Load(arguments) => runtime.block_on(open_loop::run(&arguments)),
         Command::Node(arguments) => runtime.block_on(node::run(arguments)),
         Command::Proxy(arguments) => runtime.block_on(proxy::run(arguments)),
+        Command::Elastic(arguments) => elastic::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments, &runtime),
     }
 }

@@ -159,6 +159,20 @@ impl Mock {
         self.shared.healthy.store(healthy, Ordering::SeqCst);
     }
 
+    /// Says that the node is well after a while.
+    pub fn set_healthy_after(&self, wait: Duration) {
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move {
+            tokio::time::sleep(wait).await;
+            shared.healthy.store(true, Ordering::SeqCst);
+        });
+    }
+
+    /// Answers that are being written.
+    pub fn writing(&self) -> usize {
+        self.shared.writing.load(Ordering::SeqCst)
+    }
+
     /// Waits until nothing is being written or held any more.
     pub async fn idle(&self) {
         let waited = tokio::time::timeout(Duration::from_secs(10), async {

@@ -85,11 +85,7 @@ impl LocalGateway {
             memory_s: 10.0,
             hold_s: 5.0,
             start_s: 300,
-            process: Some(ProcessConfig {
-                command,
-                log_folder: Some(self.logs.clone()),
-                gpus: Vec::new(),
-            }),
+            process: Some(ProcessConfig { command, log_folder: Some(self.logs.clone()), gpus: Vec::new() }),
             ..ScaleConfig::default()
         });
         let _served_already = !self.gateway.add_pool(pool);

@@ -74,7 +74,8 @@ impl Plans {
         }
         for (index, stage) in plan.stages.iter().enumerate() {
             let StagePlan { est_out_tokens: tokens, starts_in_s, deadline_s, cost_ceiling, .. } = &stage.plan;
-            let bad = |field: &str| Err(format!("`stages[{index}].{field}` must be a number that is not negative"));
+            let bad =
+                |field: &str| Err(format!("`stages[{index}].{field}` must be a number that is not negative"));
             if !is_name(&stage.plan.stage) {
                 return Err(format!("`stages[{index}].stage` must be a name of letters, digits and `._:-`"));
             }

@@ -98,13 +98,23 @@ pub fn decide(seen: &Observation, memory: &mut Memory) -> Decision {
         seen.pools.iter().zip(&wanted).map(|(pool, need)| (pool.model.clone(), text(need))).collect()
     };
     Decision {
-        desired: seen.pools.iter().zip(&wanted).map(|(pool, (nodes, _))| (pool.model.clone(), *nodes)).collect(),
+        desired: seen
+            .pools
+            .iter()
+            .zip(&wanted)
+            .map(|(pool, (nodes, _))| (pool.model.clone(), *nodes))
+            .collect(),
         reason: named(|(nodes, need)| format!("{nodes}: {}", need.reason)),
     }
 }
 
 /// What one pool should have, the budget aside.
-fn want(t: f64, pool: &PoolObservation, starts: &BTreeMap<u32, f64>, memory: &mut PoolMemory) -> (usize, Need) {
+fn want(
+    t: f64,
+    pool: &PoolObservation,
+    starts: &BTreeMap<u32, f64>,
+    memory: &mut PoolMemory,
+) -> (usize, Need) {
     let have = pool.have();
     let bounded = |nodes: usize| nodes.clamp(pool.min.min(pool.max), pool.max);
     let (Some(open), false) = (pool.open(), pool.stale) else {
@@ -125,7 +135,11 @@ fn want(t: f64, pool: &PoolObservation, starts: &BTreeMap<u32, f64>, memory: &mu
         Mode::Adaptive => adaptive::need(t, pool, open, starts, &mut memory.demand),
     };
     // The last node stays while the pool was busy not long ago.
-    if pool.settings.mode != Mode::Fixed && need.nodes() == 0 && have > 0 && t - memory.busy_at < pool.settings.idle_s {
+    if pool.settings.mode != Mode::Fixed
+        && need.nodes() == 0
+        && have > 0
+        && t - memory.busy_at < pool.settings.idle_s
+    {
         need.online = 1;
         need.reason += &format!("; one stays until idle for {:.0} s", pool.settings.idle_s);
     }
@@ -133,7 +147,8 @@ fn want(t: f64, pool: &PoolObservation, starts: &BTreeMap<u32, f64>, memory: &mu
     if nodes != need.nodes() {
         need.reason += &format!("; bounded to {}..{}", pool.min, pool.max);
     }
-    let nodes = if pool.settings.mode == Mode::Fixed { nodes } else { hold(t, pool, nodes, &mut need, memory) };
+    let nodes =
+        if pool.settings.mode == Mode::Fixed { nodes } else { hold(t, pool, nodes, &mut need, memory) };
     (nodes, need)
 }
 
@@ -196,8 +211,6 @@ impl History {
         if sorted.is_empty() { 0 } else { *sorted.select_nth_unstable(at).1 }
     }
 }
-
-
 
 #[cfg(test)]
 mod tests;

@@ -105,7 +105,12 @@ impl Scaler for ProcessScaler {
 
 impl ProcessScaler {
     /// A scaler without nodes.
-    pub fn new(pool: Arc<ModelPool>, connector: Connector, metrics: Arc<Metrics>, config: ProcessConfig) -> Self {
+    pub fn new(
+        pool: Arc<ModelPool>,
+        connector: Connector,
+        metrics: Arc<Metrics>,
+        config: ProcessConfig,
+    ) -> Self {
         Self {
             pool,
             connector,
@@ -136,7 +141,8 @@ impl ProcessScaler {
         let slots = self.settings().slots;
         let started = free_port().and_then(|port| {
             let filled = |part: &String| {
-                part.replace("{port}", &port.to_string()).replace("{gpus}", gpus.as_deref().unwrap_or_default())
+                part.replace("{port}", &port.to_string())
+                    .replace("{gpus}", gpus.as_deref().unwrap_or_default())
             };
             let mut command = Command::new(self.config.command.first().map_or_else(String::new, filled));
             if let Some(gpus) = &gpus {

@@ -75,15 +75,22 @@ mod tests {
     fn one_answer_a_line_in_order() {
         let mut output = Vec::new();
         run(5.0, format!("{SEEN}\n\n{SEEN}\n").as_bytes(), &mut output).unwrap();
-        let lines: Vec<serde_json::Value> =
-            String::from_utf8(output).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let lines: Vec<serde_json::Value> = String::from_utf8(output)
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
         assert_eq!((lines.len(), &lines[0]["interval_s"], &lines[1]["t"]), (3, &5.0.into(), &15.0.into()));
         assert!(lines[2]["desired"]["r1"].as_u64() >= Some(2) && lines[2]["reason"]["r1"].is_string());
     }
 
     #[test]
     fn a_line_that_is_none_is_named() {
-        for (bad, word) in [("{}", "line 2"), ("{\"v\":1,\"t\":1}", "pools"), ("{\"v\":2,\"t\":1,\"pools\":[]}", "version 2")] {
+        for (bad, word) in [
+            ("{}", "line 2"),
+            ("{\"v\":1,\"t\":1}", "pools"),
+            ("{\"v\":2,\"t\":1,\"pools\":[]}", "version 2"),
+        ] {
             let error = run(5.0, format!("{SEEN}\n{bad}\n").as_bytes(), Vec::new()).unwrap_err();
             assert!(error.to_string().contains(word), "{error}");
         }

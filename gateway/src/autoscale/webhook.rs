@@ -126,7 +126,9 @@ impl WebhookScaler {
         }
         while self.staying() > wanted {
             let staying = self.nodes.iter_mut().filter(|remote| remote.draining.is_none());
-            let Some(remote) = staying.min_by_key(|remote| (remote.was_ready, remote.node.tokens())) else { break };
+            let Some(remote) = staying.min_by_key(|remote| (remote.was_ready, remote.node.tokens())) else {
+                break;
+            };
             remote.draining = Some(Instant::now());
             self.pool.set_state(&remote.node, NodeState::Draining);
         }
@@ -186,7 +188,9 @@ impl WebhookScaler {
     async fn look_after_starting(&mut self) {
         let path = self.pool.config().health.path.clone();
         for remote in self.nodes.iter_mut().filter(|remote| !remote.was_ready && remote.draining.is_none()) {
-            if remote.node.state() == NodeState::Ready || check(&self.connector, &remote.node, &path, CHECK).await {
+            if remote.node.state() == NodeState::Ready
+                || check(&self.connector, &remote.node, &path, CHECK).await
+            {
                 let seconds = remote.added.elapsed().as_secs_f64();
                 remote.was_ready = true;
                 self.supply.started(seconds);
@@ -203,9 +207,7 @@ impl Scaler for WebhookScaler {
         self.revive_or_drain(wanted);
         let longest = Duration::from_secs(self.settings().drain_s);
         let empty = |remote: &&Remote| {
-            remote
-                .draining
-                .is_some_and(|since| remote.node.requests() == 0 || since.elapsed() > longest)
+            remote.draining.is_some_and(|since| remote.node.requests() == 0 || since.elapsed() > longest)
         };
         let remove: Vec<String> =
             self.nodes.iter().filter(empty).map(|remote| remote.node.spec.url.clone()).collect();
@@ -223,7 +225,12 @@ impl Scaler for WebhookScaler {
         match self.ask(stay.max(wanted), &remove).await {
             Ok(answer) => self.follow(answer),
             Err(problem) => {
-                tracing::warn!(model = &*self.pool.model, program = self.program.name, problem, "the scaling webhook fails; nodes stay as they are");
+                tracing::warn!(
+                    model = &*self.pool.model,
+                    program = self.program.name,
+                    problem,
+                    "the scaling webhook fails; nodes stay as they are"
+                );
                 self.event("webhook_failed");
             }
         }
@@ -249,7 +256,11 @@ impl Scaler for WebhookScaler {
             self.pool.remove_node(remote.node.id);
         }
         if let Err(problem) = self.ask(0, &all).await {
-            tracing::warn!(model = &*self.pool.model, problem, "the scaling webhook did not take back the nodes");
+            tracing::warn!(
+                model = &*self.pool.model,
+                problem,
+                "the scaling webhook did not take back the nodes"
+            );
         }
     }
 }

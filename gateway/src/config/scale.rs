@@ -164,7 +164,8 @@ impl ScaleConfig {
         match (&self.process, &self.webhook) {
             (Some(process), None) => {
                 if !process.command.iter().any(|part| part.contains("{port}")) {
-                    problems.push("`scale.process.command` must name a program and contain `{port}`".to_owned());
+                    problems
+                        .push("`scale.process.command` must name a program and contain `{port}`".to_owned());
                 }
                 if !process.gpus.is_empty() && process.gpus.len() < self.max {
                     problems.push(format!(

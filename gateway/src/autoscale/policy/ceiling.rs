@@ -49,7 +49,8 @@ fn share_out(seen: &Observation, budget: f64, cost: Vec<f64>, wanted: &[(usize, 
         purse.give(at, wanted[at].1.online);
     }
     let (running, others): (Vec<usize>, Vec<usize>) = order.iter().partition(|at| wanted[**at].1.stage > 0);
-    let held = |purse: &Purse<'_>| running.iter().map(|at| purse.given[*at] as f64 * purse.cost[*at]).sum::<f64>();
+    let held =
+        |purse: &Purse<'_>| running.iter().map(|at| purse.given[*at] as f64 * purse.cost[*at]).sum::<f64>();
     let share = purse.left + held(&purse);
     let work: f64 = running.iter().map(|at| wanted[*at].1.work).sum();
     for &at in &running {

@@ -44,7 +44,9 @@ pub(super) fn need(t: f64, pool: &PoolObservation, open: usize, memory: &mut Qps
         reason += &format!("; panic: {short:.2} requests/s over 10 s");
     }
     memory.recommended.push_back((t, nodes));
-    while memory.recommended.front().is_some_and(|(at, _)| *at < t - STABLE_S) || memory.recommended.len() > 4096 {
+    while memory.recommended.front().is_some_and(|(at, _)| *at < t - STABLE_S)
+        || memory.recommended.len() > 4096
+    {
         memory.recommended.pop_front();
     }
     let greatest = memory.recommended.iter().map(|(_, nodes)| *nodes).max().unwrap_or(nodes);

@@ -120,7 +120,13 @@ fn a_surplus_goes_after_its_memory_and_a_cold_start() {
 
 #[test]
 fn growth_that_stands_out_is_met_ahead() {
-    let calm = PoolObservation { active: Some(20), ready: 2, arrivals: Windows { s10: 1, s60: 12, s300: 50 }, finished_60: 10, ..pool("m") };
+    let calm = PoolObservation {
+        active: Some(20),
+        ready: 2,
+        arrivals: Windows { s10: 1, s60: 12, s300: 50 },
+        finished_60: 10,
+        ..pool("m")
+    };
     let growing = PoolObservation { arrivals: Windows { s10: 20, s60: 90, s300: 120 }, ..calm.clone() };
     let cold = |pool: PoolObservation| PoolObservation { cold_start_s_p90: Some(60.0), ..pool };
     assert_eq!(nodes(&seen(600.0, vec![cold(calm)]), &mut Memory::default()), 2);
@@ -138,7 +144,11 @@ fn a_stage_gets_the_nodes_that_are_worth_their_start() {
     // Never more than the open requests fill; in time for a deadline; within its own ceiling.
     assert_eq!(nodes(&seen(0.0, vec![with(stage(0, 300, 1000.0, 12))]), &mut Memory::default()), 2);
     let soon = StagePlan { deadline_s: Some(290.0), ..stage(0, 300, 1000.0, 300) };
-    assert_eq!(nodes(&seen(0.0, vec![with(soon.clone())]), &mut Memory::default()), 6, "300 node-seconds in 50");
+    assert_eq!(
+        nodes(&seen(0.0, vec![with(soon.clone())]), &mut Memory::default()),
+        6,
+        "300 node-seconds in 50"
+    );
     let dear = StagePlan { cost_ceiling: Some(4.0), ..soon };
     assert_eq!(nodes(&seen(0.0, vec![with(dear)]), &mut Memory::default()), 4);
 }
@@ -147,8 +157,17 @@ fn a_stage_gets_the_nodes_that_are_worth_their_start() {
 fn the_next_stage_is_warmed_in_time_and_not_before() {
     // 100 x 1,000 tokens, ten at once on one node: 100 s until the next stage.
     let at = |remaining: u64| {
-        let now = PoolObservation { plan: vec![stage(0, remaining, 1000.0, 10)], ready: 1, active: Some(10), ..pool("a") };
-        let next = PoolObservation { plan: vec![stage(1, 500, 1000.0, 100)], cold_start_s_p90: Some(60.0), ..pool("m") };
+        let now = PoolObservation {
+            plan: vec![stage(0, remaining, 1000.0, 10)],
+            ready: 1,
+            active: Some(10),
+            ..pool("a")
+        };
+        let next = PoolObservation {
+            plan: vec![stage(1, 500, 1000.0, 100)],
+            cold_start_s_p90: Some(60.0),
+            ..pool("m")
+        };
         nodes(&seen(0.0, vec![now, next]), &mut Memory::default())
     };
     assert_eq!((at(100), at(60)), (0, 8));
@@ -157,7 +176,13 @@ fn the_next_stage_is_warmed_in_time_and_not_before() {
 #[test]
 fn more_than_was_announced_is_followed_all_the_same() {
     // A plan that lies: 10 left, but 75 are open.
-    let lies = PoolObservation { plan: vec![stage(0, 10, 100.0, 10)], active: Some(30), queued: Some(45), ready: 3, ..pool("m") };
+    let lies = PoolObservation {
+        plan: vec![stage(0, 10, 100.0, 10)],
+        active: Some(30),
+        queued: Some(45),
+        ready: 3,
+        ..pool("m")
+    };
     assert!(nodes(&seen(0.0, vec![lies]), &mut Memory::default()) >= 7);
     // And one that promises what never comes costs no more than it is worth.
     let empty = PoolObservation { plan: vec![stage(0, 1_000_000, 1e5, 5)], ..pool("m") };
@@ -167,7 +192,8 @@ fn more_than_was_announced_is_followed_all_the_same() {
 #[test]
 fn the_budget_serves_those_who_wait_first() {
     let waiting = PoolObservation { queued: Some(30), ..pool("a") };
-    let batch = PoolObservation { plan: vec![stage(0, 5000, 1000.0, 500)], cost_per_node_s: 2.0, ..pool("m") };
+    let batch =
+        PoolObservation { plan: vec![stage(0, 5000, 1000.0, 500)], cost_per_node_s: 2.0, ..pool("m") };
     let observation = Observation { t: 0.0, budget: Some(9.0), pools: vec![batch, waiting] };
     let decision = decide(&observation, &mut Memory::default());
     assert_eq!((decision.desired["a"], decision.desired["m"]), (3, 3), "{decision:?}");
@@ -193,10 +219,17 @@ fn after_a_restart_or_a_jump_of_the_clock_the_nodes_stay() {
 #[test]
 fn the_last_node_stays_until_idle_long_enough() {
     let settings = Settings { memory_s: 10.0, idle_s: 100.0, ..Settings::default() };
-    let at = |active| PoolObservation { active: Some(active), ready: 1, cold_start_s_p90: Some(1.0), settings: settings.clone(), ..pool("m") };
+    let at = |active| PoolObservation {
+        active: Some(active),
+        ready: 1,
+        cold_start_s_p90: Some(1.0),
+        settings: settings.clone(),
+        ..pool("m")
+    };
     let mut memory = Memory::default();
     nodes(&seen(0.0, vec![at(1)]), &mut memory);
-    let gone = (1..60).map(|tick| f64::from(tick) * 5.0).find(|t| nodes(&seen(*t, vec![at(0)]), &mut memory) == 0);
+    let gone =
+        (1..60).map(|tick| f64::from(tick) * 5.0).find(|t| nodes(&seen(*t, vec![at(0)]), &mut memory) == 0);
     // Idle since 0, so not needed from 100 on, and held for another 30.
     assert_eq!(gone, Some(130.0));
 }
@@ -217,7 +250,9 @@ fn qps_has_a_target_a_tolerance_a_panic_and_a_window() {
     assert_eq!(nodes(&seen(110.0, vec![at(3, 70, 420)]), &mut memory), 4);
     assert_eq!(nodes(&seen(115.0, vec![at(3, 140, 430)]), &mut memory), 7, "panic: 14/s over ten seconds");
     assert_eq!(nodes(&seen(150.0, vec![at(7, 10, 120)]), &mut memory), 7, "never down in panic");
-    let down = (31..120).map(|tick| f64::from(tick) * 5.0).find(|t| nodes(&seen(*t, vec![at(7, 10, 60)]), &mut memory) < 7);
+    let down = (31..120)
+        .map(|tick| f64::from(tick) * 5.0)
+        .find(|t| nodes(&seen(*t, vec![at(7, 10, 60)]), &mut memory) < 7);
     assert_eq!(down, Some(475.0), "the window after the last time that seven were needed");
 }
 
