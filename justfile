@@ -53,3 +53,8 @@ verify: lint test
 # Scaling laws on simulated pools, for example: just elastic --only burst --seeds 5
 elastic *ARGS:
     cargo run --release --locked -p load-tests -- elastic {{ARGS}}
+
+# Answer verification beside Math-Verify, which must be installed in the Python that is named.
+bench-verify PYTHON="python3":
+    cargo build --release --locked
+    {{PYTHON}} load-tests/peers/verify.py target/release/potstill

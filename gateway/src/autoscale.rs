@@ -38,7 +38,7 @@ pub(crate) struct Scaled {
     pub(crate) pool: Arc<ModelPool>,
     pub(crate) handle: ScalerHandle,
     /// Nodes that it was last told to have.
-    told: usize,
+    pub(crate) told: usize,
     /// Node-hours times cost so far.
     cost: f64,
 }
@@ -172,45 +172,33 @@ fn follow_pools(shared: &Arc<Shared>) {
     }
 }
 
-/// Tells the scalers what is wanted. Nodes are asked for only as far as what is held, what was asked for and what still
-/// drains leave of the budget.
+/// Tells the scalers what is wanted.
 fn apply(shared: &Shared, seen: &Observation, decision: &Decision, held_s: f64) {
     let config = shared.live().config.autoscale.clone();
     let mut scaled = shared.autoscaler.scaled();
-    let cost = |model: &str| seen.pools.iter().find(|p| p.model == model).map_or(0.0, |p| p.cost_per_node_s);
-    let mut left = config.budget.unwrap_or(f64::INFINITY);
-    for pool in &seen.pools {
-        let told = scaled.get(&pool.model).map_or(0, |scaled| scaled.told);
-        left -= (pool.have() + pool.draining).max(told.min(pool.max)) as f64 * pool.cost_per_node_s;
-    }
     let mut status = Status { budget: config.budget, dry_run: config.dry_run, ..Status::default() };
     for pool in &seen.pools {
         let Some(entry) = scaled.get_mut(&pool.model) else { continue };
         let desired = decision.desired.get(&pool.model).copied().unwrap_or_else(|| pool.have());
         let reason = decision.reason.get(&pool.model).cloned().unwrap_or_default();
-        // Those that drain come back without costing more.
-        let there = (pool.have() + pool.draining).max(entry.told.min(pool.max));
-        let more = desired.saturating_sub(there);
-        let affordable = more.min((left / cost(&pool.model).max(1e-9) + 1e-9).max(0.0) as usize);
-        left -= affordable as f64 * cost(&pool.model);
-        let wanted = if config.dry_run { pool.min } else { desired.min(there + affordable) };
-        if desired != pool.have() && (wanted != entry.told || config.dry_run) {
+        let told = if config.dry_run { pool.min } else { desired };
+        if desired != pool.have() {
             tracing::info!(
                 model = pool.model,
                 ready = pool.ready,
                 starting = pool.starting_age_s.len(),
                 draining = pool.draining,
                 desired,
-                wanted,
                 reason,
                 dry_run = config.dry_run,
                 "scaling"
             );
         }
-        entry.told = wanted;
-        entry.handle.want(wanted);
-        entry.cost += (pool.have() + pool.draining) as f64 * pool.cost_per_node_s * held_s / 3600.0;
-        status.cost_now += (pool.have() + pool.draining) as f64 * pool.cost_per_node_s;
+        entry.told = told;
+        entry.handle.want(told);
+        let cost = (pool.have() + pool.draining) as f64 * pool.cost_per_node_s;
+        entry.cost += cost * held_s / 3600.0;
+        status.cost_now += cost;
         status.pools.push(PoolStatus {
             model: pool.model.clone(),
             desired,

@@ -126,6 +126,14 @@ impl Client {
         Ok(list.data.into_iter().map(|model| model.id).collect())
     }
 
+    /// `POST /stages` of a gateway's admin API: announces the stages of a run; the answer forecasts them.
+    pub async fn declare_stages(&self, plan: &serde_json::Value) -> Result<serde_json::Value, CallError> {
+        let url = format!("{}/stages", self.endpoint.url);
+        let response =
+            self.authorised(self.http.post(&url)).json(plan).send().await.map_err(|e| transport(&url, &e))?;
+        checked(response).await?.json().await.map_err(|e| transport(&url, &e))
+    }
+
     /// One chat call, streamed or whole as `request.options.stream` says. `headers` go out as they are.
     pub async fn chat(
         &self,

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, Subcommand};
 
 use crate::demo::{DemoArguments, demo};
+use crate::pairs::{self, PairArguments};
 use crate::pipeline::{Run, STAGES};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
@@ -30,6 +31,22 @@ struct RunArguments {
     out: Option<PathBuf>,
     /// Port of the local gateway on 127.0.0.1; any free one if left out.
     #[arg(long, default_value_t = 0)]
+    port: u16,
+}
+
+/// The stage, or pairs of answers.
+#[derive(clap::Args)]
+struct VerifyArguments {
+    #[command(flatten)]
+    pairs: PairArguments,
+    /// The TOML recipe, for the stage.
+    #[arg(required_unless_present = "pairs", conflicts_with = "pairs")]
+    recipe: Option<PathBuf>,
+    /// Run folder; `runs/NAME` if left out.
+    #[arg(long, conflicts_with = "pairs")]
+    out: Option<PathBuf>,
+    /// Port of the local gateway on 127.0.0.1; any free one if left out.
+    #[arg(long, default_value_t = 0, conflicts_with = "pairs")]
     port: u16,
 }
 
@@ -63,8 +80,8 @@ enum Command {
     Difficulty(RunArguments),
     /// Stage: extend easy traces, simplify hard ones.
     Rewrite(RunArguments),
-    /// Stage: drop wrong traces.
-    Verify(RunArguments),
+    /// Stage: drop wrong traces. With `--pairs`: say which answers are equal to the known ones.
+    Verify(VerifyArguments),
     /// Stage: score RV and CD.
     Score(RunArguments),
     /// Stage: choose what the student can learn.
@@ -106,7 +123,11 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Generate(run) => stage("generate", run).await,
         Command::Difficulty(run) => stage("difficulty", run).await,
         Command::Rewrite(run) => stage("rewrite", run).await,
-        Command::Verify(run) => stage("verify", run).await,
+        Command::Verify(VerifyArguments { pairs, recipe, out, port }) => match (pairs.pairs, recipe) {
+            (Some(path), _) => pairs::run(&path, pairs.profile),
+            (None, Some(recipe)) => stage("verify", RunArguments { recipe, out, port }).await,
+            (None, None) => anyhow::bail!("`verify` needs a recipe or --pairs"),
+        },
         Command::Score(run) => stage("score", run).await,
         Command::Sample(run) => stage("sample", run).await,
         Command::Sft(run) => stage("sft", run).await,

@@ -4,12 +4,14 @@
 //! The trainer reaches every model over HTTP, through the gateway; [`local`] starts one in-process when there is none.
 #![forbid(unsafe_code)]
 
+pub mod announce;
 pub mod card;
 pub mod cli;
 pub mod demo;
 pub mod evaluate;
 pub mod export;
 pub mod local;
+pub mod pairs;
 pub mod pipeline;
 pub mod progress;
 pub mod recipe;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use potstill_gateway::Gateway;
+use potstill_gateway::autoscale::plans::RunPlan;
 use potstill_gateway::config::{Config, PoolConfig, ProcessConfig, ScaleConfig};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -92,6 +93,11 @@ impl LocalGateway {
         Ok(())
     }
 
+    /// Where runs announce their stages.
+    pub fn plans(&self) -> LocalPlans {
+        LocalPlans(self.gateway.clone())
+    }
+
     /// Drains, stops the nodes, and returns when all is gone.
     pub async fn stop(mut self) {
         if let Some(stop) = self.stop.take() {
@@ -100,5 +106,16 @@ impl LocalGateway {
         if let Some(task) = self.task.take() {
             let _panicked = task.await;
         }
+    }
+}
+
+/// The plans of the local gateway.
+pub struct LocalPlans(Gateway);
+
+impl LocalPlans {
+    /// Announces the stages of a run, in the form that the gateway's admin API takes.
+    pub fn declare(&self, plan: serde_json::Value) -> Result<(), String> {
+        let plan: RunPlan = serde_json::from_value(plan).map_err(|error| error.to_string())?;
+        self.0.declare(plan).map(drop)
     }
 }

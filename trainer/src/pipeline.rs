@@ -22,10 +22,12 @@ use potstill_data::journal::Journal;
 use potstill_data::records::{Cot, Problem};
 use potstill_data::sampler;
 use potstill_shared::client::{Client, Endpoint};
-use potstill_shared::id::ContentId;
+use potstill_shared::id::{ContentId, unique};
 use potstill_shared::redact::Redacted;
+use tokio_util::task::AbortOnDropHandle;
 
 use self::chain::Chain;
+use crate::announce::{Announcer, Front};
 use crate::evaluate::{Evaluate, Sample, metrics};
 use crate::local::LocalGateway;
 use crate::progress::Progress;
@@ -277,10 +279,26 @@ impl Run {
                 scored.push(trace);
             }
         };
+        let announcing = self.front()?.map(|front| {
+            let run = unique(&self.recipe.name);
+            let announcer = Announcer::new(front, &run, &self.recipe, total, &chain.counts());
+            AbortOnDropHandle::new(tokio::spawn(announcer.keep_announcing()))
+        });
         self.progress.watch(&chain.counts(), total, drained).await;
+        drop(announcing);
         chain.finish(&self.folder).await?;
         scored.sort_by_key(trace_key);
         Ok(scored)
+    }
+
+    /// Where the stages are announced: at the gateway where the teachers are, if it takes plans.
+    fn front(&self) -> anyhow::Result<Option<Front>> {
+        let Some(section) = &self.recipe.gateway else { return Ok(Some(Front::Local(self.local.plans()))) };
+        let Some(url) = &section.admin_url else { return Ok(None) };
+        let mut endpoint = Endpoint::new(url.as_str());
+        let key = section.admin_key_env.as_ref().and_then(|variable| std::env::var(variable).ok());
+        endpoint.api_key = key.map(Redacted::new);
+        Ok(Some(Front::Remote(Client::new(endpoint)?)))
     }
 
     async fn alone<S: Stage, K: Ord>(

@@ -274,6 +274,12 @@ impl Recipe {
                 gateway.url.starts_with("http://") && gateway.url.trim_end_matches('/').ends_with("/v1"),
                 format!("`gateway.url` must look like `http://host:port/v1`, not `{}`", gateway.url),
             );
+            if let Some(url) = &gateway.admin_url {
+                need(
+                    url.starts_with("http://") && url.trim_end_matches('/').ends_with("/admin"),
+                    format!("`gateway.admin_url` must look like `http://host:port/admin`, not `{url}`"),
+                );
+            }
             if let Some(variable) = &gateway.api_key_env {
                 need(
                     std::env::var(variable).is_ok(),

@@ -19,7 +19,12 @@ pub(crate) fn observe(
         let pool = &scaled.pool;
         let config = pool.config();
         let Some(scale) = &config.scale else { continue };
-        let (demand, supply) = (pool.demand(), scaled.handle.supply());
+        let (demand, mut supply) = (pool.demand(), scaled.handle.supply());
+        // What was asked for and is not there yet counts: else it would be asked for twice.
+        let known = supply.ready + supply.starting_age_s.len();
+        supply
+            .starting_age_s
+            .extend(std::iter::repeat_n(0.0, scaled.told.min(scale.max).saturating_sub(known)));
         let cold = supply.cold_start_p90();
         if let Some(seconds) = cold {
             pool.set_cold_start(seconds);

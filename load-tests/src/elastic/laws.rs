@@ -125,7 +125,15 @@ impl Law for Hpa {
 /// for twice the ready nodes, lasts a minute and never goes down; down to half at most; target 70 % of the slots.
 #[derive(Default)]
 struct Knative {
-    pools: Vec<(VecDeque<(f64, f64)>, Option<(f64, usize)>)>,
+    pools: Vec<KnativePool>,
+}
+
+#[derive(Default)]
+struct KnativePool {
+    /// Open requests by time.
+    open: VecDeque<(f64, f64)>,
+    /// Since when there is panic, and for how many nodes.
+    panic: Option<(f64, usize)>,
 }
 
 impl Law for Knative {
@@ -134,10 +142,10 @@ impl Law for Knative {
     }
 
     fn decide(&mut self, seen: &Observation, _: &Sim, _: &Workload) -> Vec<usize> {
-        self.pools.resize_with(seen.pools.len(), || (VecDeque::new(), None));
+        self.pools.resize_with(seen.pools.len(), KnativePool::default);
         let t = seen.t;
-        let one = |pool: &PoolObservation,
-                   (open, panic): &mut (VecDeque<(f64, f64)>, Option<(f64, usize)>)| {
+        let one = |pool: &PoolObservation, memory: &mut KnativePool| {
+            let KnativePool { open, panic } = memory;
             open.push_back((t, pool.open().unwrap_or(0) as f64));
             while open.front().is_some_and(|(at, _)| *at < t - 60.0) {
                 open.pop_front();

@@ -16,6 +16,10 @@ pub struct GatewaySection {
     pub url: String,
     /// Environment variable that holds the key. Keys themselves never stand in a recipe.
     pub api_key_env: Option<String>,
+    /// Base URL of its admin API, which ends in `/admin`: the run announces its stages there.
+    pub admin_url: Option<String>,
+    /// Environment variable that holds the admin key.
+    pub admin_key_env: Option<String>,
 }
 
 /// A model that the local gateway serves with node processes of its own.

@@ -1,33 +1,131 @@
-//! Finds the final answer in a completion and strips its spelling.
+//! Finds the final answer in a completion.
 
-/// The final answer of a completion: the last box after the thinking; else what stands behind the last `####` or
-/// `answer is`; else the whole text when it is one short line. `None` when the thinking never ended.
+/// Longest answer without a box that is taken as a whole.
+const SHORT: usize = 200;
+
+/// The final answer of a completion: what its last boxes hold, after the thinking; else what stands in the last `<answer>`
+/// tag or behind the last `####`, `answer is` or `answer:`; else the last formula between dollars; else the whole text when
+/// it is one short line. `None` when there is none, or when the thinking never ended.
 pub fn final_answer(completion: &str) -> Option<String> {
     let text = match completion.rfind("</think>") {
         Some(at) => &completion[at + "</think>".len()..],
         None if completion.trim_start().starts_with("<think>") => return None,
         None => completion,
     };
-    if let Some(inside) = last_box(text) {
-        return Some(inside.trim().to_owned()).filter(|answer| !answer.is_empty());
-    }
-    let lower = text.to_ascii_lowercase();
-    let anchored = ["####", "answer is", "answer:"]
-        .iter()
-        .filter_map(|anchor| lower.rfind(anchor).map(|at| at + anchor.len()))
-        .max()
-        .map(|at| text[at..].trim_start_matches([':', ' ', '*']).lines().next().unwrap_or_default());
-    let line = anchored.unwrap_or_else(|| text.trim());
-    let line = line.trim().trim_end_matches(['.', '*']).trim();
-    (!line.is_empty() && line.len() <= 200 && !line.contains('\n')).then(|| line.to_owned())
+    let answer = last_boxes(text)
+        .or_else(|| tagged(text))
+        .or_else(|| anchored(text))
+        .or_else(|| {
+            (text.trim().len() > SHORT || text.trim().contains('\n')).then(|| last_formula(text)).flatten()
+        })
+        .unwrap_or_else(|| text.trim().to_owned());
+    let answer = trimmed(&answer);
+    (!answer.is_empty() && answer.len() <= crate::lexer::LONGEST && !answer.contains('\n'))
+        .then(|| answer.to_owned())
 }
 
-/// Content of the last `\boxed{…}` whose braces are balanced.
-fn last_box(text: &str) -> Option<&str> {
-    const OPEN: &str = "\\boxed{";
+/// Without marks around it and the full stop behind it.
+fn trimmed(text: &str) -> &str {
+    let mut text = text.trim();
+    loop {
+        let before = text;
+        text = text.trim_matches('*').trim().trim_end_matches([',', ';']).trim();
+        // A decimal point has digits behind it, so a last point ends the sentence.
+        text = text.strip_suffix('.').unwrap_or(text).trim();
+        for (open, close) in [("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("`", "`")] {
+            if let Some(inside) = text.strip_prefix(open).and_then(|rest| rest.strip_suffix(close))
+                && !inside.contains(open)
+                && !inside.is_empty()
+            {
+                text = inside.trim();
+            }
+        }
+        if text == before {
+            return text;
+        }
+    }
+}
+
+/// What stands in the last `<answer>…</answer>`.
+fn tagged(text: &str) -> Option<String> {
+    let end = text.rfind("</answer>")?;
+    let begin = text[..end].rfind("<answer>")? + "<answer>".len();
+    Some(text[begin..end].trim().to_owned()).filter(|answer| !answer.is_empty())
+}
+
+/// What stands behind the last anchor, up to the end of the sentence.
+fn anchored(text: &str) -> Option<String> {
+    let lower = text.to_ascii_lowercase();
+    let at = ["####", "answer is", "answer:", "answer**:", "answer:**"]
+        .iter()
+        .filter_map(|anchor| lower.rfind(anchor).map(|at| at + anchor.len()))
+        .max()?;
+    let rest = text[at..].trim_start_matches([':', ' ', '*', '\n']);
+    let line = rest.lines().next().unwrap_or_default();
+    let sentence = match line.find(". ") {
+        Some(end) if end > 0 => &line[..end],
+        _ => line,
+    };
+    Some(sentence.trim().to_owned()).filter(|answer| !answer.is_empty() && answer.len() <= SHORT)
+}
+
+/// The last formula between dollars or `\(…\)`.
+fn last_formula(text: &str) -> Option<String> {
+    let dollars = || {
+        let end = text.rfind('$')?;
+        let begin = text[..end].trim_end_matches('$').rfind('$')?;
+        Some((begin, text[begin + 1..end].trim_matches('$')))
+    };
+    let brackets = |open: &str, close: &str| {
+        let end = text.rfind(close)?;
+        let begin = text[..end].rfind(open)?;
+        Some((begin, &text[begin + open.len()..end]))
+    };
+    let found = [dollars(), brackets("\\(", "\\)"), brackets("\\[", "\\]")];
+    let (_, formula) = found.into_iter().flatten().max_by_key(|(begin, _)| *begin)?;
+    Some(formula.trim().to_owned()).filter(|formula| !formula.is_empty() && formula.len() <= SHORT)
+}
+
+/// Content of the last `\boxed{…}` whose braces are balanced; boxes with nothing but a comma or `and` between them are one
+/// answer.
+fn last_boxes(text: &str) -> Option<String> {
+    let mut found: Vec<(usize, usize, &str)> = Vec::new();
     let mut end = text.len();
-    while let Some(at) = text[..end].rfind(OPEN) {
-        let inside = &text[at + OPEN.len()..];
+    while let Some((begin, inside, stop)) = last_box(text, end) {
+        if let Some((next, ..)) = found.last() {
+            let between = text[stop..*next].replace(['$', ' ', '\n', ','], "");
+            if text[stop..*next].is_empty() || !matches!(between.as_str(), "" | "and" | "or") {
+                break;
+            }
+        }
+        found.push((begin, stop, inside));
+        if found.len() == 16 {
+            break;
+        }
+        end = begin;
+    }
+    let boxes: Vec<&str> =
+        found.iter().rev().map(|(_, _, inside)| inside.trim()).filter(|inside| !inside.is_empty()).collect();
+    // The same box twice is one answer.
+    let all_same = boxes.windows(2).all(|pair| pair[0] == pair[1]);
+    match boxes.as_slice() {
+        [] if found.is_empty() => None,
+        // An empty box is an answer that is missing.
+        [] => Some(String::new()),
+        [.., last] if all_same => Some((*last).to_owned()),
+        boxes => Some(boxes.join(", ")),
+    }
+}
+
+fn last_box(text: &str, before: usize) -> Option<(usize, &str, usize)> {
+    let mut end = before;
+    let mut tries = 0;
+    loop {
+        let (at, open) = ["\\boxed{", "\\fbox{"]
+            .iter()
+            .filter_map(|open| text[..end].rfind(open).map(|at| (at, open.len())))
+            .max()?;
+        let inside = &text[at + open..before];
         let mut depth = 1usize;
         for (offset, c) in inside.char_indices() {
             match c {
@@ -36,39 +134,16 @@ fn last_box(text: &str) -> Option<&str> {
                 _ => {}
             }
             if depth == 0 {
-                return Some(&inside[..offset]);
+                // A box within a box: the inner one holds the answer.
+                return Some((at, &inside[..offset], at + open + offset + 1));
             }
         }
         end = at;
-    }
-    None
-}
-
-/// Strips LaTeX and spelling that do not change the value: dollars, `\text{}`, spaces, `\left`, trailing dots.
-pub fn plain(text: &str) -> String {
-    let mut text = text.trim().trim_end_matches('.').to_owned();
-    for (from, to) in [
-        ("\\$", ""),
-        ("$", ""),
-        ("\\%", "%"),
-        ("\\left", ""),
-        ("\\right", ""),
-        ("\\dfrac", "\\frac"),
-        ("\\tfrac", "\\frac"),
-        ("\\,", ""),
-        ("\\!", ""),
-        ("\\ ", " "),
-        ("{,}", ","),
-        ("−", "-"),
-    ] {
-        text = text.replace(from, to);
-    }
-    for command in ["\\text{", "\\mathrm{", "\\textbf{", "\\mathbf{"] {
-        if let Some(inside) = text.strip_prefix(command).and_then(|rest| rest.strip_suffix('}')) {
-            text = inside.to_owned();
+        tries += 1;
+        if tries > 64 {
+            return None;
         }
     }
-    text.trim().to_owned()
 }
 
 #[cfg(test)]
@@ -76,11 +151,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nested_and_broken_boxes() {
-        assert_eq!(final_answer("so \\boxed{\\frac{1}{2}} done").as_deref(), Some("\\frac{1}{2}"));
-        assert_eq!(final_answer("\\boxed{3} and \\boxed{4").as_deref(), Some("3"));
-        assert_eq!(final_answer("\\boxed{}"), None);
-        let deep = format!("\\boxed{{{}{}}}", "{".repeat(10_000), "}".repeat(10_000));
-        assert!(final_answer(&deep).is_some());
+    fn answers_are_found_where_models_put_them() {
+        for (text, answer) in [
+            ("so \\boxed{\\frac{1}{2}} done", "\\frac{1}{2}"),
+            ("\\boxed{3} and so \\boxed{4", "3"),
+            ("\\boxed{2}, \\boxed{3}", "2, 3"),
+            ("$\\boxed{2}$ and $\\boxed{3}$", "2, 3"),
+            ("\\boxed{4} wait, no: \\boxed{7}", "7"),
+            ("\\boxed{7}\n\\boxed{7}", "7"),
+            ("\\boxed{\\boxed{9}}", "9"),
+            ("<think>\\boxed{1}</think>It is **Answer: 4**. Check: 2+2=4, 5 is wrong", "4"),
+            ("<answer> 5 </answer> I hope.", "5"),
+            ("The answer is $3.50.", "$3.50"),
+            ("The final answer is: $\\frac12$.", "\\frac12"),
+            ("First we see this.\nThen $x=4$ and so $y = 5$ follows.", "y = 5"),
+            ("**5**", "5"),
+            ("#### 42", "42"),
+        ] {
+            assert_eq!(final_answer(text).as_deref(), Some(answer), "{text}");
+        }
+        for text in ["\\boxed{}", "", "<think>\\boxed{7}", "one line\nand another"] {
+            assert_eq!(final_answer(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn brackets_without_end_take_no_time() {
+        for deep in [
+            format!("\\boxed{{{}{}}}", "{".repeat(10_000), "}".repeat(10_000)),
+            "\\boxed{".repeat(10_000),
+            "{".repeat(10_000),
+            "$".repeat(10_000),
+        ] {
+            let _found = final_answer(&deep);
+        }
     }
 }

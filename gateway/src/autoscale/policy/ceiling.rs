@@ -1,7 +1,7 @@
 //! The budget over all pools: least nodes first, then demand that nobody announced (someone waits for it), then the running
 //! stages by what is left of them, then nodes that are warmed for what comes or kept for what may.
 
-use super::{Need, Observation};
+use super::{Need, Observation, PoolObservation};
 
 /// What is left to give, and what was given.
 struct Purse<'a> {
@@ -21,19 +21,31 @@ impl Purse<'_> {
     }
 }
 
-/// Cuts what is wanted down to what the budget allows.
+/// Cuts what is wanted down to what the budget allows: in the end, and now, while nodes that drain are still paid.
 pub(super) fn apply(seen: &Observation, wanted: &mut [(usize, Need)]) {
     let Some(budget) = seen.budget else { return };
     let cost: Vec<f64> = seen.pools.iter().map(|pool| pool.cost_per_node_s.max(1e-9)).collect();
     let total: f64 = wanted.iter().zip(&cost).map(|((nodes, _), cost)| *nodes as f64 * cost).sum();
-    if total <= budget + 1e-9 {
-        return;
+    if total > budget + 1e-9 {
+        let given = share_out(seen, budget, cost.clone(), wanted);
+        for ((nodes, need), given) in wanted.iter_mut().zip(given) {
+            if given < *nodes {
+                need.reason += &format!("; the budget of {budget} allows {given} of {nodes}");
+                *nodes = given;
+            }
+        }
     }
-    let given = share_out(seen, budget, cost, wanted);
-    for ((nodes, need), given) in wanted.iter_mut().zip(given) {
-        if given < *nodes {
-            need.reason += &format!("; the budget of {budget} allows {given} of {nodes}");
-            *nodes = given;
+    let held = |pool: &PoolObservation| pool.have() + pool.draining;
+    let mut room =
+        budget - seen.pools.iter().zip(&cost).map(|(pool, cost)| held(pool) as f64 * cost).sum::<f64>();
+    for ((pool, cost), (nodes, need)) in seen.pools.iter().zip(&cost).zip(wanted) {
+        // Those that drain come back without costing more.
+        let more = nodes.saturating_sub(held(pool));
+        let affordable = more.min((room / cost + 1e-9).max(0.0) as usize);
+        room -= affordable as f64 * cost;
+        if affordable < more {
+            need.reason += &format!("; {} wait until draining nodes are gone", more - affordable);
+            *nodes -= more - affordable;
         }
     }
 }

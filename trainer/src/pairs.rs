@@ -1,0 +1,98 @@
+//! `potstill verify --pairs`: verdicts on pairs of a known answer and an answer, one JSON line each, in order.
+
+use std::io::{BufRead, Read, Write};
+use std::path::PathBuf;
+
+use anyhow::Context;
+use potstill_verify::{Profile, verify};
+use serde::{Deserialize, Serialize};
+
+/// Longest line.
+const LONGEST: u64 = 16 << 20;
+
+/// Which pairs, and by whose rules.
+#[derive(clap::Args)]
+pub struct PairArguments {
+    /// Lines of `{"gold": …, "answer": …}`; `-` for standard input. Prints `{"equal": true|false|null, "why": …}` for each.
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub pairs: Option<PathBuf>,
+    /// `strict` (what cannot be decided is null) or `compat` (the verdicts of the Math-Verify package).
+    #[arg(long, default_value = "strict", value_parser = profile, requires = "pairs")]
+    pub profile: Profile,
+}
+
+fn profile(text: &str) -> Result<Profile, String> {
+    match text {
+        "strict" => Ok(Profile::Strict),
+        "compat" => Ok(Profile::Compat),
+        _ => Err("one of strict, compat".to_owned()),
+    }
+}
+
+#[derive(Deserialize)]
+struct Pair {
+    gold: String,
+    answer: String,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    equal: Option<bool>,
+    why: &'a str,
+}
+
+/// Prints the verdicts on the pairs of a file.
+pub fn run(path: &std::path::Path, profile: Profile) -> anyhow::Result<()> {
+    let stdout = std::io::stdout().lock();
+    if path.as_os_str() == "-" {
+        return verdicts(std::io::stdin().lock(), stdout, profile);
+    }
+    let file = std::fs::File::open(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    verdicts(std::io::BufReader::new(file), stdout, profile)
+}
+
+/// A line that is no pair gets a verdict too: null, and what is wrong with it.
+fn verdicts(mut input: impl BufRead, output: impl Write, profile: Profile) -> anyhow::Result<()> {
+    let mut output = std::io::BufWriter::new(output);
+    let mut line = Vec::new();
+    for number in 1.. {
+        line.clear();
+        if input.by_ref().take(LONGEST).read_until(b'\n', &mut line)? == 0 {
+            break;
+        }
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        let (equal, why) = match serde_json::from_slice::<Pair>(&line) {
+            Ok(pair) => {
+                let verdict = verify(&pair.gold, &pair.answer, profile);
+                (verdict.equal, verdict.why)
+            }
+            Err(error) => (None, format!("line {number} is no pair of `gold` and `answer`: {error}")),
+        };
+        serde_json::to_writer(&mut output, &Line { equal, why: &why })?;
+        output.write_all(b"\n")?;
+    }
+    output.flush()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_verdict_a_line_in_order() {
+        let input = "{\"gold\": \"7\", \"answer\": \"7.0\"}\n\nno pair\n{\"gold\": \"7\", \"answer\": \"8\", \"more\": 1}\n";
+        let mut output = Vec::new();
+        verdicts(input.as_bytes(), &mut output, Profile::Strict).unwrap();
+        let lines: Vec<serde_json::Value> = String::from_utf8(output)
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        let equal: Vec<_> = lines.iter().map(|line| line["equal"].as_bool()).collect();
+        assert_eq!(equal, [Some(true), None, Some(false)]);
+        assert!(lines[1]["why"].as_str().unwrap().contains("line 3"));
+    }
+}

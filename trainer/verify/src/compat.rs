@@ -1,0 +1,459 @@
+//! The verdicts of the Math-Verify package (0.9.0): what it extracts, what it drops and what it takes for equal, its slips
+//! included, so that figures can be compared with those that others publish. Two answers are equal when any of their readings
+//! agree; what cannot be read is never equal. The default profile is [`crate::strict`].
+
+mod extract;
+
+use std::collections::BTreeSet;
+
+use num_rational::BigRational;
+use num_traits::{Signed, ToPrimitive, Zero};
+
+use self::extract::{Reading, read};
+use crate::exact::Atoms;
+use crate::expr::{Constant, End, Expr, Relation, is_whole};
+use crate::numeric::{Place, value};
+use crate::scalar::{Domain, Found, compare};
+
+/// Whether the package would say that `answer` equals `gold`. Not symmetric.
+pub fn equal(gold: &str, answer: &str) -> bool {
+    let (Some(gold), Some(answer)) = (read(gold), read(answer)) else { return false };
+    let same_text = !gold.text.is_empty() && gold.text == answer.text;
+    same_text || matches!((&gold.value, &answer.value), (Some(gold), Some(answer)) if same(gold, answer))
+}
+
+/// What was read of a text: its value and its spelling.
+impl Reading {
+    fn of(value: Option<Expr>, text: String) -> Self {
+        Self { value: value.map(plain), text }
+    }
+}
+
+/// Drops what the package does not look at: units, degrees, bases, the case of letters.
+fn plain(expr: Expr) -> Expr {
+    let all = |parts: Vec<Expr>| parts.into_iter().map(plain).collect::<Vec<_>>();
+    match expr {
+        Expr::Symbol(name) => match name.to_lowercase().trim_end_matches('\'') {
+            "pi" => Expr::Constant(Constant::Pi),
+            name => Expr::Symbol(name.to_owned()),
+        },
+        Expr::Text(text) => {
+            let text = text.to_lowercase();
+            let inner = text.strip_prefix('(').and_then(|rest| rest.strip_suffix(')')).unwrap_or(&text);
+            Expr::Symbol(inner.trim().to_owned())
+        }
+        Expr::Quantity(value, _) => plain(*value),
+        Expr::Degrees(inner) | Expr::Based(inner, _) => plain(*inner),
+        Expr::Sum(parts) => Expr::Sum(all(parts)),
+        Expr::Product(parts) => Expr::Product(all(parts)),
+        Expr::Power(a, b) => Expr::Power(Box::new(plain(*a)), Box::new(plain(*b))),
+        Expr::Call(function, parts) => Expr::Call(function, all(parts)),
+        Expr::Over(over, index, parts) => {
+            let [a, b, c] = *parts;
+            Expr::Over(over, index.to_lowercase(), Box::new([plain(a), plain(b), plain(c)]))
+        }
+        Expr::Percent(inner) => Expr::Percent(Box::new(plain(*inner))),
+        Expr::Ratio(parts) => Expr::Ratio(all(parts)),
+        Expr::Tuple(parts) => Expr::Tuple(all(parts)),
+        Expr::Set(parts) => {
+            let mut distinct: Vec<Expr> = Vec::new();
+            for part in all(parts) {
+                if !distinct.contains(&part) {
+                    distinct.push(part);
+                }
+            }
+            Expr::Set(distinct)
+        }
+        Expr::Interval(low, high) => {
+            let end = |end: End| End { at: Box::new(plain(*end.at)), closed: end.closed };
+            Expr::Interval(end(low), end(high))
+        }
+        Expr::Union(parts) => union(all(parts)),
+        Expr::Matrix(rows) => Expr::Matrix(rows.into_iter().map(all).collect()),
+        Expr::Relation(mut sides, signs) if signs == [Relation::In] => {
+            plain(sides.pop().unwrap_or(Expr::whole(0)))
+        }
+        Expr::Relation(sides, signs) => Expr::Relation(all(sides), signs),
+        other => other,
+    }
+}
+
+/// Finite sets of a union become one.
+fn union(parts: Vec<Expr>) -> Expr {
+    let (mut finite, mut others) = (Vec::new(), Vec::new());
+    for part in parts {
+        match part {
+            Expr::Set(more) => more.into_iter().for_each(|element| {
+                if !finite.contains(&element) {
+                    finite.push(element);
+                }
+            }),
+            other => others.push(other),
+        }
+    }
+    if others.is_empty() {
+        return Expr::Set(finite);
+    }
+    if !finite.is_empty() {
+        others.push(Expr::Set(finite));
+    }
+    Expr::Union(others)
+}
+
+fn is_equation(expr: &Expr) -> bool {
+    matches!(expr, Expr::Relation(_, signs) if signs.iter().all(|sign| *sign == Relation::Equal))
+}
+
+fn only_symbols(expr: &Expr) -> bool {
+    match expr {
+        Expr::Symbol(_) => true,
+        Expr::Product(factors) | Expr::Tuple(factors) => factors.iter().all(only_symbols),
+        Expr::Interval(a, b) => only_symbols(&a.at) && only_symbols(&b.at),
+        _ => false,
+    }
+}
+
+fn is_assignment(expr: &Expr) -> bool {
+    is_equation(expr) && matches!(expr, Expr::Relation(sides, _) if sides.first().is_some_and(only_symbols))
+}
+
+fn last_side(expr: Expr) -> Expr {
+    match expr {
+        Expr::Relation(mut sides, _) => sides.pop().unwrap_or(Expr::whole(0)),
+        other => other,
+    }
+}
+
+/// `x = 2a = 6` says `x = 6`.
+fn shortened(expr: Expr) -> Expr {
+    match expr {
+        Expr::Relation(mut sides, _) if sides.len() > 2 => {
+            let last = sides.pop().unwrap_or(Expr::whole(0));
+            Expr::Relation(vec![sides.swap_remove(0), last], vec![Relation::Equal])
+        }
+        other => other,
+    }
+}
+
+fn is_container(expr: &Expr) -> bool {
+    matches!(expr, Expr::Set(_) | Expr::Tuple(_) | Expr::Interval(..) | Expr::Union(_))
+}
+
+fn same(gold: &Expr, answer: &Expr) -> bool {
+    let (mut gold, mut answer) = (gold.clone(), answer.clone());
+    let (gold_assigns, answer_equates) = (is_assignment(&gold), is_equation(&answer));
+    if gold_assigns {
+        gold = shortened(gold);
+    }
+    if is_assignment(&answer) {
+        answer = shortened(answer);
+    }
+    if answer_equates && !is_equation(&gold) {
+        answer = last_side(answer);
+    } else if gold_assigns && !answer_equates {
+        gold = last_side(gold);
+    }
+    if matches!(gold, Expr::Relation(..))
+        && is_container(&answer)
+        && let Some(solved) = solution(&gold)
+    {
+        gold = solved;
+    }
+    if gold == answer {
+        return !undefined(&gold);
+    }
+    match (&gold, &answer) {
+        (Expr::Relation(..), Expr::Relation(..)) => same_relation(&gold, &answer),
+        (a, b) if is_container(a) || is_container(b) => same_set(a, b),
+        (Expr::Relation(..), _) | (_, Expr::Relation(..)) => false,
+        (Expr::Symbol(name), other) | (other, Expr::Symbol(name)) => same_symbol(name, other),
+        (Expr::Matrix(a), Expr::Matrix(b)) => same_rows(a, b),
+        (Expr::Matrix(_), other) | (other, Expr::Matrix(_)) => same_matrix(&gold, &answer, other),
+        (a, b) => same_value(a, b),
+    }
+}
+
+fn undefined(expr: &Expr) -> bool {
+    // Division by zero, such as in `12:00`.
+    match expr {
+        Expr::Ratio(_) | Expr::Product(_) => {
+            let mut names = BTreeSet::new();
+            expr.symbols(&mut names);
+            names.is_empty()
+                && expr.is_scalar()
+                && Atoms::default().form(expr).is_none()
+                && value(expr, &Place::new()).is_none()
+        }
+        _ => false,
+    }
+}
+
+fn same_rows(a: &[Vec<Expr>], b: &[Vec<Expr>]) -> bool {
+    let shape = |rows: &[Vec<Expr>]| (rows.len(), rows.first().map_or(0, Vec::len));
+    shape(a) == shape(b) && a.iter().flatten().zip(b.iter().flatten()).all(|(a, b)| same(a, b))
+}
+
+/// `2 (1, 2)` as a matrix is `(2, 4)`.
+fn same_matrix(a: &Expr, b: &Expr, _other: &Expr) -> bool {
+    match (scaled(a), scaled(b)) {
+        (Some(a), Some(b)) => same_rows(&a, &b),
+        _ => false,
+    }
+}
+
+fn scaled(expr: &Expr) -> Option<Vec<Vec<Expr>>> {
+    match expr {
+        Expr::Matrix(rows) => Some(rows.clone()),
+        Expr::Product(factors) => {
+            let at = factors.iter().position(|factor| matches!(factor, Expr::Matrix(_)))?;
+            let Expr::Matrix(rows) = &factors[at] else { return None };
+            let mut scale = factors.clone();
+            scale.remove(at);
+            let times = |cell: &Expr| Expr::Product(scale.iter().cloned().chain([cell.clone()]).collect());
+            Some(rows.iter().map(|row| row.iter().map(times).collect()).collect())
+        }
+        _ => None,
+    }
+}
+
+/// One variable between bounds, as a set.
+fn solution(relation: &Expr) -> Option<Expr> {
+    let Expr::Relation(sides, signs) = relation else { return None };
+    let infinity = || Expr::Constant(Constant::Infinity);
+    let end = |at: Expr, closed| End { at: Box::new(at), closed };
+    match (sides.as_slice(), signs.as_slice()) {
+        ([a, b], [sign]) => {
+            let (bound, sign) = match (a, b) {
+                (Expr::Symbol(_), bound) => (bound, *sign),
+                (bound, Expr::Symbol(_)) => (bound, sign.flipped()),
+                _ => return None,
+            };
+            let bound = bound.clone();
+            Some(match sign {
+                Relation::Less | Relation::LessEqual => {
+                    Expr::Interval(end(infinity().negated(), false), end(bound, sign == Relation::LessEqual))
+                }
+                Relation::Greater | Relation::GreaterEqual => {
+                    Expr::Interval(end(bound, sign == Relation::GreaterEqual), end(infinity(), false))
+                }
+                Relation::NotEqual => Expr::Union(vec![
+                    Expr::Interval(end(infinity().negated(), false), end(bound.clone(), false)),
+                    Expr::Interval(end(bound, false), end(infinity(), false)),
+                ]),
+                Relation::Equal => Expr::Set(vec![bound]),
+                Relation::In => bound,
+            })
+        }
+        ([low, Expr::Symbol(_), high], [first, second]) => {
+            let ((low, first), (high, second)) = match first {
+                Relation::Less | Relation::LessEqual => ((low, *first), (high, *second)),
+                Relation::Greater | Relation::GreaterEqual => {
+                    ((high, second.flipped()), (low, first.flipped()))
+                }
+                _ => return None,
+            };
+            Some(Expr::Interval(
+                end(low.clone(), first == Relation::LessEqual),
+                end(high.clone(), second == Relation::LessEqual),
+            ))
+        }
+        _ => None,
+    }
+}
+
+fn difference(relation: &(Expr, Relation, Expr)) -> Expr {
+    relation.0.clone().minus(relation.2.clone())
+}
+
+fn links(expr: &Expr) -> Vec<(Expr, Relation, Expr)> {
+    let Expr::Relation(sides, signs) = expr else { return Vec::new() };
+    signs.iter().zip(sides.windows(2)).map(|(sign, pair)| (pair[0].clone(), *sign, pair[1].clone())).collect()
+}
+
+fn same_relation(gold: &Expr, answer: &Expr) -> bool {
+    let (gold, answer) = (links(gold), links(answer));
+    if gold.len() != answer.len() {
+        return false;
+    }
+    if gold.len() > 1 {
+        return gold.iter().zip(&answer).all(|(a, b)| same_link(a, b));
+    }
+    gold.iter().zip(&answer).all(|(a, b)| same_link(a, b))
+}
+
+fn same_link(a: &(Expr, Relation, Expr), b: &(Expr, Relation, Expr)) -> bool {
+    if !a.0.is_scalar() || !a.2.is_scalar() || !b.0.is_scalar() || !b.2.is_scalar() {
+        return a.1 == b.1 && same(&a.0, &b.0) && same(&a.2, &b.2);
+    }
+    let (left, right) = (difference(a), difference(b));
+    if a.1 == b.1 && same_value(&left, &right) {
+        return true;
+    }
+    if a.1.flipped() == b.1 && same_value(&left, &right.clone().negated()) {
+        return true;
+    }
+    // Equations in several variables are solved for one of them.
+    let several = |side: &Expr| {
+        let mut names = BTreeSet::new();
+        side.symbols(&mut names);
+        names.len() > 1
+    };
+    let mut atoms = Atoms::default();
+    (a.1, b.1) == (Relation::Equal, Relation::Equal)
+        && several(&left)
+        && several(&right)
+        && atoms.form(&left).zip(atoms.form(&right)).is_some_and(|(a, b)| atoms.proportional(&a, &b))
+}
+
+/// A word that was written letter by letter, and `e`.
+fn same_symbol(name: &str, other: &Expr) -> bool {
+    let letter = |factor: &Expr| match factor {
+        Expr::Symbol(letter) => Some(letter.clone()),
+        Expr::Constant(Constant::E) => Some("e".to_owned()),
+        _ => None,
+    };
+    match other {
+        Expr::Symbol(other) => name == other,
+        Expr::Constant(Constant::E) => name == "e",
+        Expr::Product(factors) => {
+            let letters: Option<Vec<String>> = factors.iter().map(letter).collect();
+            let Some(mut letters) = letters else { return false };
+            if letters.concat() == name {
+                // The package multiplies the letters in their order in the alphabet, without those that repeat.
+                letters.sort();
+                let before = letters.len();
+                letters.dedup();
+                return letters.len() == before && letters.concat() == name;
+            }
+            false
+        }
+        _ => false,
+    }
+}
+
+fn elements(expr: &Expr) -> Option<(Vec<Expr>, bool)> {
+    match expr {
+        Expr::Set(parts) => Some((parts.clone(), false)),
+        Expr::Tuple(parts) => Some((parts.clone(), true)),
+        Expr::Interval(low, high) if !low.closed && !high.closed => {
+            Some((vec![(*low.at).clone(), (*high.at).clone()], true))
+        }
+        Expr::Interval(..) | Expr::Union(_) => None,
+        one => Some((vec![one.clone()], false)),
+    }
+}
+
+fn same_set(gold: &Expr, answer: &Expr) -> bool {
+    if let (Expr::Interval(a, b), Expr::Interval(c, d)) = (gold, answer) {
+        return a.closed == c.closed && b.closed == d.closed && same(&a.at, &c.at) && same(&b.at, &d.at);
+    }
+    if let (Expr::Union(a), Expr::Union(b)) = (gold, answer) {
+        return matched(a, b);
+    }
+    let (Some((gold, in_order)), Some((answer, _))) = (elements(gold), elements(answer)) else {
+        return false;
+    };
+    if gold.len() != answer.len() {
+        return false;
+    }
+    if in_order { gold.iter().zip(&answer).all(|(a, b)| same(a, b)) } else { matched(&gold, &answer) }
+}
+
+/// Whether every element has one of its own on the other side.
+fn matched(a: &[Expr], b: &[Expr]) -> bool {
+    let mut free: Vec<&Expr> = b.iter().collect();
+    a.len() == b.len()
+        && a.iter().all(|element| match free.iter().position(|other| same(element, other)) {
+            Some(at) => {
+                free.swap_remove(at);
+                true
+            }
+            None => false,
+        })
+}
+
+/// A number, or so many hundredths of one.
+fn atomic(expr: &Expr) -> Option<(&crate::expr::Number, bool)> {
+    match expr {
+        Expr::Number(number) => Some((number, false)),
+        Expr::Percent(inner) => inner.number().map(|number| (number, true)),
+        _ => None,
+    }
+}
+
+fn exact_eq(a: &Expr, b: &Expr) -> bool {
+    matches!((exact(a), exact(b)), (Some(a), Some(b)) if a == b)
+}
+
+fn exact(expr: &Expr) -> Option<BigRational> {
+    Atoms::default().form(expr)?.value()
+}
+
+/// Six decimals, as the package rounds.
+fn rounded(expr: &Expr) -> Option<BigRational> {
+    let million = BigRational::from_integer(1_000_000.into());
+    let value = match exact(expr) {
+        Some(value) => value,
+        None => {
+            let ball = value(expr, &Place::new())?;
+            BigRational::from_float(ball.re).filter(|_| ball.im.abs() <= ball.error)?
+        }
+    };
+    Some((value * &million).round() / million)
+}
+
+fn same_value(gold: &Expr, answer: &Expr) -> bool {
+    let (a, b) = (gold, answer);
+    if !a.is_scalar() || !b.is_scalar() {
+        return a == b;
+    }
+    let (x, y) = (atomic(a), atomic(b));
+    if x.is_some() || y.is_some() {
+        let is_float =
+            |side: Option<(&crate::expr::Number, bool)>| side.is_some_and(|(number, _)| number.is_decimal);
+        if is_float(x) || is_float(y) {
+            // A decimal never equals a whole number there.
+            let whole =
+                |side: &Expr| !side.has_decimal() && exact(side).is_some_and(|value| is_whole(&value));
+            if whole(a) || whole(b) {
+                let zero = |side: &Expr| rounded(side).is_some_and(|value| value.is_zero());
+                return zero(a) && zero(b);
+            }
+            return matches!((rounded(a), rounded(b)), (Some(a), Some(b)) if a == b);
+        }
+        if let (Some((a, _)), Some((b, _))) = (x, y)
+            && is_whole(&a.value)
+            && is_whole(&b.value)
+        {
+            // `100%` is 1 all the same.
+            return a.value == b.value || (a.value.is_positive() && exact_eq(gold, answer));
+        }
+        // Floats of that size have lost their last digits.
+        let large = |side: &Expr| {
+            exact(side).is_some_and(|value| value.abs() > BigRational::from_integer(10i64.pow(15).into()))
+        };
+        if (a.has_decimal() || b.has_decimal()) && (large(a) || large(b)) {
+            return false;
+        }
+        if let (Some(a), Some(b)) = (exact(a), exact(b)) {
+            return a == b;
+        }
+    } else {
+        let mut names = BTreeSet::new();
+        a.symbols(&mut names);
+        b.symbols(&mut names);
+        if names.is_empty() {
+            let apart = match (exact(a), exact(b)) {
+                (Some(a), Some(b)) => (a - b).abs().to_f64(),
+                _ => match (value(a, &Place::new()), value(b, &Place::new())) {
+                    (Some(a), Some(b)) => Some((a.re - b.re).hypot(a.im - b.im)),
+                    _ => None,
+                },
+            };
+            if apart.is_some_and(|apart| apart < 1e-15) {
+                return true;
+            }
+        }
+    }
+    matches!(compare(a, b, Domain::Branches), Found::Equal | Found::EqualAtSamples)
+}

@@ -1,0 +1,578 @@
+//! What the package reads out of a text. Two readers (LaTeX environments and boxes; plain numbers and expressions) look for
+//! candidates; anchors such as `final answer is` give them a priority; within a priority the one that ends last wins, and
+//! the first that can be read ends the search.
+
+use num_rational::BigRational;
+
+use crate::expr::{Expr, Number, is_whole};
+use crate::lexer::value_of;
+use crate::parser::{Letters, parse};
+
+/// What was read: a value, if it was understood, and its spelling.
+pub(super) struct Reading {
+    pub(super) value: Option<Expr>,
+    pub(super) text: String,
+}
+
+#[derive(Clone)]
+enum Content {
+    /// LaTeX snippets joined by `and`, each perhaps with a percent sign behind it.
+    Latex(Vec<(String, bool)>),
+    /// From the first box to the last brace.
+    Boxed(String),
+    /// `3*4`
+    Expression(String),
+    /// Digits, decimals, percent.
+    Number(String, String, bool),
+}
+
+#[derive(Clone)]
+struct Hit {
+    start: usize,
+    end: usize,
+    content: Content,
+}
+
+/// Texts longer than this are cut at the front.
+const LONGEST: usize = 60_000;
+/// Hits that are tried.
+const TRIES: usize = 64;
+
+/// Longest formula.
+const REACH: usize = 8_000;
+
+/// The beginning of a text, at most so long.
+fn within(text: &str, most: usize) -> &str {
+    let end = (0..=most.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+    &text[..end]
+}
+
+/// Reads a text.
+pub(super) fn read(text: &str) -> Option<Reading> {
+    let mut begin = text.len().saturating_sub(LONGEST);
+    while !text.is_char_boundary(begin) {
+        begin += 1;
+    }
+    let scan = Scan { text: &text[begin..] };
+    let (latex, plain) = (scan.latex(), scan.plain());
+    let mut spelling: Option<String> = None;
+    for group in scan.groups(&latex, &plain) {
+        let mut hits = group;
+        hits.sort_by(|a, b| b.end.cmp(&a.end).then(a.start.cmp(&b.start)));
+        for hit in hits.into_iter().take(TRIES) {
+            let (value, text) = understand(&hit.content);
+            if spelling.is_none() && !text.is_empty() {
+                spelling = Some(text.clone());
+            }
+            if let Some(value) = value {
+                return Some(Reading::of(Some(value), spelling.unwrap_or(text)));
+            }
+        }
+    }
+    spelling.map(|text| Reading::of(None, text))
+}
+
+/// LaTeX as the package reads it, after what it cannot read is refused.
+fn latex_value(snippet: &str) -> Option<Expr> {
+    const UNKNOWN: [&str; 6] = ["\\varnothing", "\\overline{", "\\bmod", "\\pmod", "\\dot{", "\\arctan"];
+    if UNKNOWN.iter().any(|name| snippet.contains(name)) || spaced_digits(snippet) {
+        return None;
+    }
+    let snippet = snippet.trim().trim_end_matches(['.', ',']);
+    parse(snippet, Letters::Single).ok().or_else(|| {
+        // Of a chain of equations that is not understood, the last side.
+        let sides: Vec<&str> = snippet.split('=').collect();
+        let fine = sides.len() > 2 && !snippet.contains([',', ';']);
+        fine.then(|| parse(sides[sides.len() - 1], Letters::Single).ok()).flatten()
+    })
+}
+
+/// `1\,000`
+fn spaced_digits(snippet: &str) -> bool {
+    snippet.match_indices("\\,").any(|(at, _)| {
+        snippet[..at].ends_with(|c: char| c.is_ascii_digit())
+            && snippet[at + 2..].starts_with(|c: char| c.is_ascii_digit())
+    })
+}
+
+fn spelled(snippet: &str) -> String {
+    let mut text = snippet.to_owned();
+    for (from, to) in [
+        ("\\left", ""),
+        ("\\right", ""),
+        ("\\dfrac", "\\frac"),
+        ("\\tfrac", "\\frac"),
+        ("\\,", ""),
+        ("\\!", ""),
+        ("\\ ", ""),
+    ] {
+        text = text.replace(from, to);
+    }
+    for open in ["\\text{", "\\textbf{", "\\mathrm{", "\\mathbf{", "\\mbox{"] {
+        if let Some(inside) = text.trim().strip_prefix(open).and_then(|rest| rest.strip_suffix('}')) {
+            text = inside.to_owned();
+        }
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn understand(content: &Content) -> (Option<Expr>, String) {
+    match content {
+        Content::Latex(snippets) => {
+            let read: Vec<Option<Expr>> = snippets
+                .iter()
+                .map(|(snippet, percent)| {
+                    let inner = unboxed(snippet, false);
+                    let value = latex_value(&inner)?;
+                    Some(if *percent { Expr::Percent(Box::new(value)) } else { value })
+                })
+                .collect();
+            let texts: Vec<String> =
+                snippets.iter().map(|(snippet, _)| spelled(&unboxed(snippet, false))).collect();
+            if read.len() > 1 && read.iter().all(Option::is_some) {
+                let mut all = Vec::new();
+                for value in read.into_iter().flatten() {
+                    match value {
+                        Expr::Set(more) => all.extend(more),
+                        one => all.push(one),
+                    }
+                }
+                return (Some(Expr::Set(all)), texts.join(" and "));
+            }
+            let first = read.into_iter().next().flatten();
+            (first, texts.into_iter().next().unwrap_or_default())
+        }
+        Content::Boxed(text) => {
+            let inner = unboxed(text, true);
+            (latex_value(&inner), spelled(&inner))
+        }
+        Content::Expression(text) => (arithmetic(text), text.clone()),
+        Content::Number(whole, decimals, percent) => {
+            let digits = whole.trim_start_matches('-').trim_start_matches('0');
+            let negative = whole.starts_with('-');
+            let digits = if digits.is_empty() { "0" } else { digits };
+            let value = value_of(digits, decimals);
+            let value: BigRational = if negative { -value } else { value };
+            let is_decimal = !decimals.is_empty() && !is_whole(&value);
+            let sign = if negative { "-" } else { "" };
+            let text = if decimals.is_empty() {
+                format!("{sign}{digits}")
+            } else {
+                format!("{sign}{digits}.{decimals}")
+            };
+            let number = Expr::Number(Number { value, is_decimal });
+            (Some(if *percent { Expr::Percent(Box::new(number)) } else { number }), text)
+        }
+    }
+}
+
+/// Arithmetic as Python reads it.
+fn arithmetic(text: &str) -> Option<Expr> {
+    if text.contains(['×', '÷']) {
+        return None;
+    }
+    let text = text.replace('\n', " ");
+    // `1 1/2` and `2(3)` are no Python.
+    let bytes: Vec<char> = text.trim().chars().collect();
+    let mut last = ' ';
+    let mut gap = false;
+    for c in bytes {
+        if c == ' ' {
+            gap = true;
+            continue;
+        }
+        if (gap && last.is_ascii_digit() && c.is_ascii_digit())
+            || (c == '(' && (last.is_ascii_digit() || last == ')'))
+        {
+            return None;
+        }
+        if last == ')' && c.is_ascii_digit() {
+            return None;
+        }
+        (last, gap) = (c, false);
+    }
+    if !(last.is_ascii_digit() || last == ')' || last == '.') {
+        return None;
+    }
+    parse(&text, Letters::Single).ok()
+}
+
+/// What stands in the boxes of a snippet; of several the last, joined with those close before it.
+fn unboxed(text: &str, from_text: bool) -> String {
+    const OPEN: &str = "\\boxed{";
+    let mut boxes: Vec<(usize, usize, &str)> = Vec::new();
+    let mut at = 0;
+    while let Some(found) = text[at..].find(OPEN) {
+        let begin = at + found;
+        let inside = &text[begin + OPEN.len()..];
+        let mut depth = 1usize;
+        let mut end = None;
+        for (offset, c) in inside.char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                _ => {}
+            }
+            if depth == 0 {
+                end = Some(offset);
+                break;
+            }
+        }
+        let Some(end) = end else { break };
+        boxes.push((begin, begin + OPEN.len() + end + 1, &inside[..end]));
+        at = begin + OPEN.len() + end + 1;
+    }
+    let Some(&(mut start, _, last)) = boxes.last() else { return text.to_owned() };
+    if !from_text && boxes.len() == 1 {
+        // The rest of the formula stays around its box.
+        let (begin, end, inside) = boxes[0];
+        return format!("{}{inside}{}", &text[..begin], &text[end..]);
+    }
+    let mut joined = vec![last];
+    for (begin, end, inside) in boxes.iter().rev().skip(1) {
+        let between = &text[*end..start];
+        let words = between.contains(',') || between.contains("and") || between.contains("or");
+        let near = between.chars().count() < 10 || (between.chars().count() < 70 && words);
+        if !near || joined.contains(inside) {
+            break;
+        }
+        joined.insert(0, inside);
+        start = *begin;
+    }
+    joined.join(",")
+}
+
+struct Scan<'a> {
+    text: &'a str,
+}
+
+const CURRENCY: &str = "$€£¥₹₽₪₩₫฿₡₢₣₤₥₦₧₨₭₮₯₰₱₲₳₴₵₶₷₸₺₻₼₾₿";
+const OPERATORS: &str = "+-*×/^()÷";
+
+impl Scan<'_> {
+    fn rest(&self, at: usize) -> &str {
+        &self.text[at..]
+    }
+
+    fn before(&self, at: usize) -> Option<char> {
+        self.text[..at].chars().next_back()
+    }
+
+    /// `$…$`, `\(…\)` and the like at this place: what is inside, and where it ends.
+    fn environment(&self, at: usize) -> Option<(String, usize)> {
+        let rest = within(self.rest(at), REACH);
+        let escaped = self.before(at) == Some('\\');
+        let close = |open: usize, end: &str, one_line: bool| -> Option<(String, usize)> {
+            let mut from = open + 1;
+            loop {
+                let found = from + rest.get(from..)?.find(end)?;
+                let inside = &rest[open..found];
+                if one_line && inside.contains('\n') {
+                    return None;
+                }
+                if !inside.ends_with('\\') || end.starts_with('\\') {
+                    return Some((inside.to_owned(), at + found + end.len()));
+                }
+                from = found + 1;
+            }
+        };
+        if !escaped
+            && rest.starts_with("$$")
+            && let Some(found) = close(2, "$$", false)
+        {
+            return Some(found);
+        }
+        if !escaped && rest.starts_with("\\[") {
+            return close(2, "\\]", false);
+        }
+        if !escaped && rest.starts_with("\\(") {
+            return close(2, "\\)", true);
+        }
+        if rest.starts_with('$') && !escaped && !self.before(at).is_some_and(|c| c.is_ascii_digit()) {
+            return close(1, "$", true);
+        }
+        if rest.starts_with(|c: char| c.is_whitespace()) {
+            let space = rest.chars().next().map_or(1, char::len_utf8);
+            let inside = rest[space..].strip_prefix('[')?;
+            let end = inside.find(['\n', '[', ']'])?;
+            let closes = inside[end..].starts_with(']') && inside[end + 1..].starts_with(char::is_whitespace);
+            return (closes && end > 0).then(|| (inside[..end].to_owned(), at + space + 1 + end + 2));
+        }
+        // A bare fraction of numbers.
+        let unsigned = rest.strip_prefix('-').unwrap_or(rest);
+        let inside = unsigned.strip_prefix("\\frac{")?;
+        let number = |text: &str| {
+            let text = text.strip_prefix('-').unwrap_or(text);
+            !text.is_empty()
+                && text.chars().all(|c| c.is_ascii_digit() || ".,".contains(c))
+                && text.starts_with(|c: char| c.is_ascii_digit())
+        };
+        let (top, after) = inside.split_once('}')?;
+        let (bottom, _) = after.strip_prefix('{')?.split_once('}')?;
+        if !number(top) || !number(bottom) {
+            return None;
+        }
+        let length = (rest.len() - unsigned.len()) + "\\frac{".len() + top.len() + 2 + bottom.len() + 1;
+        Some((rest[..length].to_owned(), at + length))
+    }
+
+    fn percent(&self, at: usize) -> Option<usize> {
+        let rest = self.rest(at);
+        let trimmed = rest.trim_start();
+        let space = rest.len() - trimmed.len();
+        let words = ["\\%", "%", "percentage", "Percentage", "percent", "Percent", "pct", "Pct"];
+        words.iter().find(|word| trimmed.starts_with(**word)).map(|word| at + space + word.len())
+    }
+
+    /// Environments in a row, and boxes.
+    fn latex(&self) -> Vec<Hit> {
+        let mut hits = Vec::new();
+        let mut at = 0;
+        while at < self.text.len() {
+            if !self.text.is_char_boundary(at) {
+                at += 1;
+                continue;
+            }
+            match self.row(at) {
+                Some((snippets, end)) => {
+                    hits.push(Hit { start: at, end, content: Content::Latex(snippets) });
+                    at = end.max(at + 1);
+                }
+                None => at += 1,
+            }
+        }
+        hits
+    }
+
+    fn row(&self, at: usize) -> Option<(Vec<(String, bool)>, usize)> {
+        let (first, mut end) = self.environment(at)?;
+        let percent = self.percent(end);
+        end = percent.unwrap_or(end);
+        let mut snippets = vec![(first, percent.is_some())];
+        while snippets.len() < 6 {
+            let rest = self.rest(end);
+            let trimmed = rest.trim_start();
+            let joined = [",and", ",or", "and", "or", ","].iter().find_map(|word| trimmed.strip_prefix(word));
+            let next = joined.and_then(|after| {
+                let after = after.trim_start();
+                let begin = self.text.len() - after.len();
+                self.environment(begin)
+            });
+            let Some((snippet, stop)) = next else { break };
+            let percent = self.percent(stop);
+            end = percent.unwrap_or(stop);
+            snippets.push((snippet, percent.is_some()));
+        }
+        Some((snippets, end))
+    }
+
+    fn boxed(&self) -> Option<Hit> {
+        let start = self.text.find("\\boxed{")?;
+        let end = self.text.rfind('}')? + 1;
+        let content = Content::Boxed(self.text.get(start..end)?.to_owned());
+        (end > start + "\\boxed{}".len()).then_some(Hit { start, end, content })
+    }
+
+    /// Where a plain expression or number may begin: at the beginning, behind white space or an equals sign.
+    fn begins(&self, at: usize) -> Option<usize> {
+        let fine = at == 0 || self.before(at).is_some_and(|c| c.is_whitespace() || c == '=');
+        let after = if self.rest(at).starts_with("**") { at + 2 } else { at };
+        fine.then_some(after)
+    }
+
+    fn expression(&self, at: usize) -> Option<(String, usize)> {
+        let rest = within(self.rest(at), 400);
+        let body = rest.strip_prefix('-').unwrap_or(rest);
+        let body = body.strip_prefix('(').unwrap_or(body);
+        let body = body.strip_prefix('-').unwrap_or(body);
+        if !body.starts_with(|c: char| c.is_ascii_digit()) {
+            return None;
+        }
+        let allowed = |c: char| c.is_ascii_digit() || c == '.' || c.is_whitespace() || OPERATORS.contains(c);
+        let mut length = rest.find(|c: char| !allowed(c)).unwrap_or(rest.len());
+        let head = rest.len() - body.len();
+        while length > head + 1 {
+            let run = &rest[..length];
+            // An operator behind the first digit, and something behind it.
+            let inside = &run[head + 1..];
+            let operator = inside
+                .char_indices()
+                .any(|(place, c)| OPERATORS.contains(c) && place + c.len_utf8() < inside.len());
+            let closes_alone =
+                inside.ends_with(')') && inside.chars().filter(|c| OPERATORS.contains(*c)).count() == 1;
+            let after = rest[length..].strip_prefix("**").unwrap_or(&rest[length..]);
+            let suffix =
+                after.is_empty() || after.starts_with(|c: char| ".,:)$".contains(c) || c.is_whitespace());
+            if operator && suffix && !closes_alone {
+                return Some((run.to_owned(), at + length));
+            }
+            length = run.char_indices().next_back().map_or(0, |(place, _)| place);
+        }
+        None
+    }
+
+    fn number(&self, at: usize) -> Option<(Content, usize)> {
+        let mut begin = at;
+        if let Some(c) = self.rest(at).chars().next().filter(|c| CURRENCY.contains(*c)) {
+            begin += c.len_utf8();
+        }
+        if self.before(begin).is_some_and(|c| c.is_ascii_digit()) {
+            return None;
+        }
+        let rest = self.rest(begin);
+        let sign = usize::from(rest.starts_with('-'));
+        let digits = |from: usize| rest[from..].bytes().take_while(u8::is_ascii_digit).count();
+        let mut whole: String;
+        let mut decimals = String::new();
+        let mut at = sign + digits(sign);
+        if at == sign {
+            // Decimals alone.
+            let count = if sign == 0 && rest.starts_with('.') { digits(1) } else { 0 };
+            if count == 0 {
+                return None;
+            }
+            whole = String::new();
+            decimals = rest[1..=count].to_owned();
+            at = 1 + count;
+        } else {
+            whole = rest[..at].to_owned();
+            // Groups of three.
+            let mut grouped = false;
+            if at - sign <= 3 && !rest[sign..].starts_with('0') {
+                let mut end = at;
+                while rest[end..].starts_with([' ', ',']) && digits(end + 1) == 3 {
+                    end += 4;
+                    grouped = true;
+                }
+                if grouped {
+                    whole = rest[..end].replace([' ', ','], "");
+                    at = end;
+                }
+            }
+            let point = rest[at..].starts_with('.') || (!grouped && rest[at..].starts_with(','));
+            let count = if point { digits(at + 1) } else { 0 };
+            if count > 0 {
+                decimals = rest[at + 1..=at + count].to_owned();
+                at += 1 + count;
+            }
+        }
+        let percent = {
+            let tail = rest[at..].trim_start();
+            ["%", "percent", "Percent", "pct", "Pct"].iter().find(|word| tail.starts_with(**word)).map(
+                |word| {
+                    at = rest.len() - tail.len() + word.len();
+                },
+            )
+        };
+        Some((Content::Number(whole, decimals, percent.is_some()), begin + at))
+    }
+
+    /// Plain expressions and numbers, each list without overlaps.
+    fn plain(&self) -> Vec<Hit> {
+        let mut hits = Vec::new();
+        let mut at = 0;
+        while at < self.text.len() {
+            let found = self.text.is_char_boundary(at).then(|| {
+                let begin = self.begins(at)?;
+                let (text, end) = self.expression(begin)?;
+                Some(Hit { start: at, end, content: Content::Expression(text) })
+            });
+            match found.flatten() {
+                Some(hit) => {
+                    at = hit.end.max(at + 1);
+                    hits.push(hit);
+                }
+                None => at += 1,
+            }
+        }
+        let mut at = 0;
+        while at < self.text.len() {
+            let found = self.text.is_char_boundary(at).then(|| {
+                let begin = self.begins(at)?;
+                let (content, end) = self.number(begin)?;
+                Some(Hit { start: at, end, content })
+            });
+            match found.flatten() {
+                Some(hit) => {
+                    at = hit.end.max(at + 1);
+                    hits.push(hit);
+                }
+                None => at += 1,
+            }
+        }
+        hits
+    }
+
+    /// Hits by priority.
+    fn groups(&self, latex: &[Hit], plain: &[Hit]) -> Vec<Vec<Hit>> {
+        let lower = self.text.to_ascii_lowercase();
+        let all = || latex.iter().chain(plain);
+        let places =
+            |word: &str| -> Vec<usize> { lower.match_indices(word).map(|(at, _)| at + word.len()).collect() };
+        // `final answer is X. I hope`
+        let exact = places("final answer is");
+        let hoped = all().filter(|hit| {
+            let tail = lower[hit.end..].trim_start_matches('.').trim_start();
+            tail.starts_with("i hope")
+                && exact.iter().any(|at| {
+                    *at <= hit.start && self.text[*at..hit.start].trim_matches([':', ' ', '\n']).is_empty()
+                })
+        });
+        let mut first: Vec<Hit> = hoped.cloned().collect();
+        first.dedup_by(|a, b| a.start == b.start && a.end == b.end);
+        // `final answer … is X`, and boxes.
+        let said = |hit: &&Hit| {
+            places("final answer").iter().any(|at| {
+                let Some(between) = lower.get(*at..hit.start.max(*at)) else { return false };
+                let between = between.trim_end_matches([':', ' ', '\n']);
+                hit.start >= *at && between.len() <= 104 && between.ends_with(" is")
+            })
+        };
+        let mut second: Vec<Hit> = all().filter(said).cloned().collect();
+        second.extend(self.boxed());
+        second.extend(latex.iter().filter(|hit| self.text[hit.start..hit.end].contains("\\boxed{")).cloned());
+        let colons = places("answer:");
+        let words = places("answer");
+        let after = |places: &[usize], hits: &[Hit], hop: bool| -> Vec<Hit> {
+            let mut found: Vec<Hit> = Vec::new();
+            for at in places {
+                let within = |limit: usize| {
+                    hits.iter()
+                        .filter(move |hit| hit.start >= *at && hit.start <= at + limit + 1)
+                        .min_by_key(|hit| hit.start)
+                };
+                // Behind the last equals sign within reach, else the first within reach.
+                let equals = if hop {
+                    let reach = self.text.len().min(at + 101);
+                    let reach = (0..=reach).rev().find(|end| self.text.is_char_boundary(*end)).unwrap_or(*at);
+                    let sign = self.text.get(*at..reach).and_then(|part| part.rfind('='));
+                    sign.and_then(|sign| {
+                        let from = at + sign;
+                        let gap = |hit: &&Hit| {
+                            hit.start >= from
+                                && self
+                                    .text
+                                    .get(from + 1..hit.start.max(from + 1))
+                                    .is_some_and(|gap| gap.trim().is_empty())
+                        };
+                        hits.iter().filter(gap).min_by_key(|hit| hit.start)
+                    })
+                } else {
+                    None
+                };
+                found.extend(equals.or_else(|| within(50)).cloned());
+            }
+            found
+        };
+        let anchored = |places: &[usize]| {
+            let mut hits = after(places, latex, false);
+            // An expression goes before the number that it begins with.
+            let (expressions, numbers): (Vec<Hit>, Vec<Hit>) =
+                plain.iter().cloned().partition(|hit| matches!(hit.content, Content::Expression(_)));
+            hits.extend(after(places, &expressions, true));
+            hits.extend(after(places, &numbers, true));
+            hits
+        };
+        vec![first, second, anchored(&colons), anchored(&words), all().cloned().collect()]
+    }
+}

@@ -1,0 +1,257 @@
+//! Arithmetic of polynomials and their fractions, within bounds on terms, bits and work.
+
+use std::collections::{BTreeMap, HashMap};
+
+use num_bigint::BigInt;
+use num_rational::BigRational;
+use num_traits::{One, Zero};
+
+use super::{Atom, Atoms, BITS, EXPONENT, Exponent, Form, Monomial, Polynomial, TERMS};
+
+/// The product of monomials: exponents add up; whole powers of primes and of `i` go into the coefficient.
+pub(super) fn monomial_product(
+    a: &Monomial,
+    b: &Monomial,
+    coefficient: &mut BigRational,
+    atoms: &Atoms,
+) -> Option<Monomial> {
+    let mut product: Monomial = Vec::with_capacity(a.len() + b.len());
+    let (mut i, mut j) = (0, 0);
+    while i < a.len() || j < b.len() {
+        let (atom, power) = match (a.get(i), b.get(j)) {
+            (Some(x), Some(y)) if x.0 == y.0 => {
+                i += 1;
+                j += 1;
+                (x.0, x.1 + y.1)
+            }
+            (Some(x), Some(y)) if x.0 < y.0 => {
+                i += 1;
+                *x
+            }
+            (Some(x), None) => {
+                i += 1;
+                *x
+            }
+            (_, Some(y)) => {
+                j += 1;
+                *y
+            }
+            (None, None) => break,
+        };
+        let power = match &atoms.list[atom as usize] {
+            Atom::Prime(prime) => {
+                let whole = power.floor();
+                if !whole.is_zero() {
+                    *coefficient *= big_power(prime, whole.to_integer())?;
+                }
+                power - whole
+            }
+            Atom::I if power.is_integer() => {
+                let turns = power.to_integer().rem_euclid(4);
+                if turns >= 2 {
+                    *coefficient = -coefficient.clone();
+                }
+                Exponent::from_integer(turns % 2)
+            }
+            _ => power,
+        };
+        if !power.is_zero() {
+            product.push((atom, power));
+        }
+    }
+    Some(product)
+}
+
+pub(super) fn times(a: &Polynomial, b: &Polynomial, atoms: &Atoms) -> Option<Polynomial> {
+    if a.len().checked_mul(b.len())? > TERMS * 20 {
+        return None;
+    }
+    let mut product = Polynomial::new();
+    for (m, x) in a {
+        for (n, y) in b {
+            atoms.spend(x, y)?;
+            let mut coefficient = x * y;
+            let monomial = monomial_product(m, n, &mut coefficient, atoms)?;
+            add(&mut product, monomial, coefficient, atoms)?;
+        }
+    }
+    (product.len() <= TERMS).then_some(product)
+}
+
+pub(super) fn add(
+    into: &mut Polynomial,
+    monomial: Monomial,
+    coefficient: BigRational,
+    atoms: &Atoms,
+) -> Option<()> {
+    use std::collections::btree_map::Entry;
+    match into.entry(monomial) {
+        Entry::Vacant(free) => {
+            free.insert(coefficient);
+        }
+        Entry::Occupied(mut known) => {
+            atoms.spend(known.get(), &coefficient)?;
+            *known.get_mut() += coefficient;
+            if known.get().is_zero() {
+                known.remove();
+            }
+        }
+    }
+    Some(())
+}
+
+/// The polynomial times what makes all its exponents positive.
+pub(super) fn without_denominators(polynomial: &Polynomial) -> Polynomial {
+    let mut least: HashMap<u32, Exponent> = HashMap::new();
+    for atom in polynomial.keys().flatten().map(|(atom, _)| *atom) {
+        let of = |monomial: &Monomial| {
+            monomial.iter().find(|(found, _)| *found == atom).map_or(Exponent::zero(), |(_, power)| *power)
+        };
+        least
+            .entry(atom)
+            .or_insert_with(|| polynomial.keys().map(of).min().unwrap_or_default().min(Exponent::zero()));
+    }
+    let shifted = |monomial: &Monomial| {
+        let mut all: std::collections::BTreeMap<u32, Exponent> = monomial.iter().copied().collect();
+        for (atom, power) in &least {
+            *all.entry(*atom).or_default() -= power;
+        }
+        all.into_iter().filter(|(_, power)| !power.is_zero()).collect::<Monomial>()
+    };
+    polynomial.iter().map(|(monomial, coefficient)| (shifted(monomial), coefficient.clone())).collect()
+}
+
+/// `base^exponent` within the bound on bits.
+pub(super) fn big_power(base: &BigInt, exponent: i64) -> Option<BigRational> {
+    let size = u32::try_from(exponent.unsigned_abs()).ok()?;
+    if base.bits().checked_mul(u64::from(size))? > BITS {
+        return None;
+    }
+    let power = base.pow(size);
+    if exponent >= 0 {
+        Some(BigRational::from_integer(power))
+    } else if power.is_zero() {
+        None
+    } else {
+        Some(BigRational::new(BigInt::one(), power))
+    }
+}
+
+pub(super) fn one() -> Polynomial {
+    BTreeMap::from([(Vec::new(), BigRational::one())])
+}
+
+pub(super) fn rational(value: Exponent) -> BigRational {
+    BigRational::new((*value.numer()).into(), (*value.denom()).into())
+}
+
+pub(super) fn constant(value: BigRational) -> Form {
+    let top = if value.is_zero() { BTreeMap::new() } else { BTreeMap::from([(Vec::new(), value)]) };
+    Form { top, bottom: one() }
+}
+
+pub(super) trait CheckedScale: Sized {
+    fn checked_mul_i(self, by: i64) -> Option<Self>;
+}
+
+impl CheckedScale for Exponent {
+    fn checked_mul_i(self, by: i64) -> Option<Self> {
+        Some(Self::new(self.numer().checked_mul(by)?, *self.denom()))
+    }
+}
+
+impl Form {
+    /// The number that it is, if it is one.
+    pub fn value(&self) -> Option<BigRational> {
+        let plain = |polynomial: &Polynomial| match polynomial.len() {
+            0 => Some(BigRational::zero()),
+            1 => polynomial.get(&Vec::new()).cloned(),
+            _ => None,
+        };
+        Some(plain(&self.top)? / plain(&self.bottom)?)
+    }
+
+    pub(super) fn times(&self, other: &Self, atoms: &Atoms) -> Option<Self> {
+        let top = times(&self.top, &other.top, atoms)?;
+        let bottom = if self.bottom.len() == 1 && other.bottom.len() == 1 && self.bottom == one() {
+            other.bottom.clone()
+        } else {
+            times(&self.bottom, &other.bottom, atoms)?
+        };
+        Some(Self { top, bottom }.reduced(atoms))
+    }
+
+    pub(super) fn plus(&self, other: &Self, atoms: &Atoms) -> Option<Self> {
+        if self.bottom == other.bottom {
+            let mut top = self.top.clone();
+            for (monomial, coefficient) in &other.top {
+                add(&mut top, monomial.clone(), coefficient.clone(), atoms)?;
+            }
+            return (top.len() <= TERMS).then(|| Self { top, bottom: self.bottom.clone() });
+        }
+        let mut top = times(&self.top, &other.bottom, atoms)?;
+        for (monomial, coefficient) in times(&other.top, &self.bottom, atoms)? {
+            add(&mut top, monomial, coefficient, atoms)?;
+        }
+        Some(Self { top, bottom: times(&self.bottom, &other.bottom, atoms)? }.reduced(atoms))
+    }
+
+    /// A denominator of one term goes into the numerator.
+    pub(super) fn reduced(self, atoms: &Atoms) -> Self {
+        if self.bottom.len() != 1 || self.bottom == one() {
+            return self;
+        }
+        let Some(inverse) = self.inverse_bottom() else { return self };
+        match times(&self.top, &inverse, atoms) {
+            Some(top) => Self { top, bottom: one() },
+            None => self,
+        }
+    }
+
+    pub(super) fn inverse_bottom(&self) -> Option<Polynomial> {
+        let (monomial, coefficient) = self.bottom.iter().next()?;
+        let negative: Monomial = monomial.iter().map(|(atom, power)| (*atom, -*power)).collect();
+        Some(BTreeMap::from([(negative, coefficient.recip())]))
+    }
+
+    pub(super) fn inverse(&self) -> Option<Self> {
+        (!self.top.is_empty()).then(|| Self { top: self.bottom.clone(), bottom: self.top.clone() })
+    }
+
+    pub(super) fn whole_power(&self, exponent: i64, atoms: &Atoms) -> Option<Self> {
+        if let Some(value) = self.value() {
+            let top = big_power(value.numer(), exponent.abs())?;
+            let bottom = big_power(value.denom(), exponent.abs())?;
+            let power = top / bottom;
+            return if exponent >= 0 {
+                Some(constant(power))
+            } else if power.is_zero() {
+                None
+            } else {
+                Some(constant(power.recip()))
+            };
+        }
+        let base = if exponent < 0 { self.inverse()?.reduced(atoms) } else { self.clone() };
+        if base.top.len() == 1 && base.bottom == one() {
+            // One term: its exponents are multiplied.
+            let (monomial, coefficient) = base.top.iter().next()?;
+            let size = exponent.abs();
+            let mut coefficient = {
+                let top = big_power(coefficient.numer(), size)?;
+                top / big_power(coefficient.denom(), size)?
+            };
+            let scaled: Option<Monomial> =
+                monomial.iter().map(|(atom, power)| Some((*atom, power.checked_mul_i(size)?))).collect();
+            let monomial = monomial_product(&scaled?, &Vec::new(), &mut coefficient, atoms)?;
+            return Some(Self { top: BTreeMap::from([(monomial, coefficient)]), bottom: one() });
+        }
+        if exponent.abs() > EXPONENT {
+            return None;
+        }
+        let mut power = constant(BigRational::one());
+        for _ in 0..exponent.abs() {
+            power = power.times(&base, atoms)?;
+        }
+        Some(power)
+    }
+}

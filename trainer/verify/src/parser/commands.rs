@@ -1,0 +1,346 @@
+//! LaTeX commands: functions, roots, matrices, sums, integrals.
+
+use super::factors::multiplied;
+use super::{ParseError, Parsed, Parser, WIDEST};
+use crate::expr::{Constant, End, Expr, Function, Over, Relation};
+use crate::lexer::Token;
+
+impl Parser {
+    pub(super) fn command(&mut self, name: &str) -> Parsed {
+        let begin = self.at;
+        self.at += 1;
+        let function = match name {
+            "sin" => Some(Function::Sin),
+            "cos" => Some(Function::Cos),
+            "tan" | "tg" => Some(Function::Tan),
+            "cot" | "ctg" => Some(Function::Cot),
+            "sec" => Some(Function::Sec),
+            "csc" => Some(Function::Csc),
+            "arcsin" => Some(Function::Arcsin),
+            "arccos" => Some(Function::Arccos),
+            "arctan" => Some(Function::Arctan),
+            "sinh" => Some(Function::Sinh),
+            "cosh" => Some(Function::Cosh),
+            "tanh" => Some(Function::Tanh),
+            "abs" => Some(Function::Abs),
+            "gcd" => Some(Function::Gcd),
+            "lcm" => Some(Function::Lcm),
+            "max" => Some(Function::Max),
+            "min" => Some(Function::Min),
+            _ => None,
+        };
+        if let Some(function) = function {
+            return self.call(function);
+        }
+        match name {
+            "frac" => {
+                let top = self.argument()?;
+                // A derivative.
+                if matches!(&top, Expr::Symbol(d) if d == "d") {
+                    return Err(ParseError::At(begin));
+                }
+                Ok(top.over(self.argument()?))
+            }
+            "binom" => {
+                let top = self.argument()?;
+                Ok(Expr::Call(Function::Binomial, vec![top, self.argument()?]))
+            }
+            "sqrt" => {
+                let degree = if self.eat('[') {
+                    let degree = self.sum()?;
+                    self.need(']')?;
+                    degree
+                } else {
+                    Expr::whole(2)
+                };
+                let inner = self.argument()?;
+                Ok(Expr::Power(Box::new(inner), Box::new(Expr::whole(1).over(degree))))
+            }
+            "pi" => Ok(Expr::Constant(Constant::Pi)),
+            "infty" => Ok(Expr::Constant(Constant::Infinity)),
+            "imath" => Ok(Expr::Constant(Constant::I)),
+            "ln" => {
+                let argument = self.function_argument()?;
+                Ok(Expr::Call(Function::Ln, vec![argument]))
+            }
+            "exp" => {
+                let argument = self.function_argument()?;
+                Ok(Expr::Power(Box::new(Expr::Constant(Constant::E)), Box::new(argument)))
+            }
+            "log" | "lg" => {
+                let base = if self.eat('_') { self.argument()? } else { Expr::whole(10) };
+                let argument = self.function_argument()?;
+                let ln = |of: Expr| Expr::Call(Function::Ln, vec![of]);
+                Ok(ln(argument).over(ln(base)))
+            }
+            "lfloor" | "lceil" => {
+                let inner = self.sum()?;
+                let (end, function) =
+                    if name == "lfloor" { ("rfloor", Function::Floor) } else { ("rceil", Function::Ceil) };
+                if !self.eat_command(end) {
+                    return Err(ParseError::At(self.at));
+                }
+                Ok(Expr::Call(function, vec![inner]))
+            }
+            "{" => {
+                if self.eat_command("}") {
+                    return Ok(Expr::Set(Vec::new()));
+                }
+                let inner = self.list()?;
+                if !self.eat_command("}") {
+                    return Err(ParseError::At(self.at));
+                }
+                Ok(match inner {
+                    Expr::Set(items) => Expr::Set(items),
+                    one => Expr::Set(vec![one]),
+                })
+            }
+            "langle" => {
+                let mut items = vec![self.relation()?];
+                while self.eat(',') {
+                    items.push(self.relation()?);
+                }
+                if !self.eat_command("rangle") {
+                    return Err(ParseError::At(self.at));
+                }
+                Ok(Expr::Tuple(items))
+            }
+            "emptyset" => Ok(Expr::Set(Vec::new())),
+            "mathbb" | "Bbb" => match self.argument()? {
+                Expr::Symbol(set) if set == "R" => {
+                    let end = |at: Expr| End { at: Box::new(at), closed: false };
+                    let infinity = Expr::Constant(Constant::Infinity);
+                    Ok(Expr::Interval(end(infinity.clone().negated()), end(infinity)))
+                }
+                Expr::Symbol(set) => Ok(Expr::Symbol(format!("mathbb {set}"))),
+                _ => Err(ParseError::At(begin)),
+            },
+            "begin" => self.matrix(),
+            "int" => self.integral(),
+            "sum" => self.over(Over::Sum),
+            "prod" => self.over(Over::Product),
+            "boxed" | "fbox" => self.argument(),
+            "overline" | "vec" | "hat" | "bar" | "tilde" | "overrightarrow" | "widehat" | "mathring" => {
+                let inner = self.argument()?;
+                match inner {
+                    Expr::Symbol(inner) => Ok(Expr::Symbol(format!("{name} {inner}"))),
+                    Expr::Product(_) => Ok(Expr::Symbol(format!("{name} {inner:?}"))),
+                    _ => Err(ParseError::At(begin)),
+                }
+            }
+            "alpha" | "beta" | "gamma" | "delta" | "epsilon" | "varepsilon" | "zeta" | "eta" | "theta"
+            | "vartheta" | "iota" | "kappa" | "lambda" | "mu" | "nu" | "xi" | "rho" | "sigma" | "tau"
+            | "upsilon" | "phi" | "varphi" | "chi" | "psi" | "omega" | "Gamma" | "Delta" | "Theta"
+            | "Lambda" | "Xi" | "Pi" | "Sigma" | "Upsilon" | "Phi" | "Psi" | "Omega" | "ell" | "hbar"
+            | "angle" | "triangle" => self.subscripted(name.to_owned()),
+            _ => Err(ParseError::At(begin)),
+        }
+    }
+
+    /// `\sin x`, `\sin^2 x`, `\sin(2x)`, `\gcd(a, b)`.
+    fn call(&mut self, function: Function) -> Parsed {
+        let exponent = if self.eat('^') { Some(self.exponent()?) } else { None };
+        let many = matches!(function, Function::Gcd | Function::Lcm | Function::Max | Function::Min);
+        let arguments = if many {
+            if !(self.eat('(') || self.eat_command("{") || self.eat('{')) {
+                return Err(ParseError::At(self.at));
+            }
+            let mut arguments = vec![self.sum()?];
+            while self.eat(',') {
+                arguments.push(self.sum()?);
+            }
+            if !(self.eat(')') || self.eat_command("}") || self.eat('}')) {
+                return Err(ParseError::At(self.at));
+            }
+            arguments
+        } else {
+            vec![self.function_argument()?]
+        };
+        let inverse = exponent.as_ref() == Some(&Expr::whole(-1));
+        let (function, exponent) = match (function, inverse) {
+            (Function::Sin, true) => (Function::Arcsin, None),
+            (Function::Cos, true) => (Function::Arccos, None),
+            (Function::Tan, true) => (Function::Arctan, None),
+            (function, _) => (function, exponent),
+        };
+        let call = Expr::Call(function, arguments);
+        Ok(match exponent {
+            Some(exponent) => Expr::Power(Box::new(call), Box::new(exponent)),
+            None => call,
+        })
+    }
+
+    /// What a function without brackets takes: the product that follows, up to the next function.
+    fn function_argument(&mut self) -> Parsed {
+        if self.is('(') || self.is('{') || self.is('[') {
+            let group = self.primary()?;
+            return self.after(group);
+        }
+        let mut factors = vec![self.power()?];
+        while self.begins_factor() && !self.begins_function() && !self.is('(') {
+            if matches!(self.token(), Some(Token::Number(_))) {
+                break;
+            }
+            factors.push(self.power()?);
+        }
+        Ok(multiplied(factors))
+    }
+
+    fn begins_function(&self) -> bool {
+        const FUNCTIONS: [&str; 20] = [
+            "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh",
+            "ln", "log", "exp", "int", "sum", "prod", "gcd", "lim",
+        ];
+        matches!(self.token(), Some(Token::Command(name)) if FUNCTIONS.contains(&name.as_str()))
+    }
+
+    fn letters_group(&mut self) -> Result<String, ParseError> {
+        let mut name = String::new();
+        while let Some(Token::Letter(letter)) = self.token() {
+            name.push(*letter);
+            self.at += 1;
+        }
+        Ok(name)
+    }
+
+    fn matrix(&mut self) -> Parsed {
+        self.need('{')?;
+        let kind = self.letters_group()?;
+        self.need('}')?;
+        if kind == "array" && self.eat('{') {
+            while !self.eat('}') {
+                if self.token().is_none() {
+                    return Err(ParseError::At(self.at));
+                }
+                self.at += 1;
+            }
+        }
+        if kind == "cases" || kind == "aligned" || kind == "align" {
+            return Err(ParseError::At(self.at));
+        }
+        let mut rows = vec![Vec::new()];
+        let mut cells = 0;
+        loop {
+            if self.eat_command("end") {
+                self.need('{')?;
+                self.letters_group()?;
+                self.need('}')?;
+                break;
+            }
+            if self.eat_command("\\") {
+                rows.push(Vec::new());
+                continue;
+            }
+            if self.eat_command("hline") {
+                continue;
+            }
+            let cell = self.relation()?;
+            cells += 1;
+            if cells > WIDEST {
+                return Err(ParseError::At(self.at));
+            }
+            if let Some(row) = rows.last_mut() {
+                row.push(cell);
+            }
+            let _separated = self.eat('&');
+        }
+        rows.retain(|row| !row.is_empty());
+        let width = rows.first().map_or(0, Vec::len);
+        if width == 0 || rows.iter().any(|row| row.len() != width) {
+            return Err(ParseError::At(self.at));
+        }
+        Ok(if kind.starts_with('v') && rows.len() == width { determinant(&rows) } else { Expr::Matrix(rows) })
+    }
+
+    fn limits(&mut self) -> Result<(Option<Expr>, Option<Expr>), ParseError> {
+        let (mut low, mut high) = (None, None);
+        loop {
+            if self.eat('_') {
+                low = Some(if self.eat('{') {
+                    let inner = self.relation()?;
+                    self.need('}')?;
+                    inner
+                } else {
+                    self.argument()?
+                });
+            } else if self.eat('^') {
+                high = Some(if self.eat('{') {
+                    let inner = self.sum()?;
+                    self.need('}')?;
+                    inner
+                } else {
+                    self.argument()?
+                });
+            } else {
+                return Ok((low, high));
+            }
+        }
+    }
+
+    /// `\int_a^b f dx`
+    fn integral(&mut self) -> Parsed {
+        let (Some(low), Some(high)) = self.limits()? else { return Err(ParseError::At(self.at)) };
+        // Up to `d` and a letter, at the same depth.
+        let mut depth = 0usize;
+        let mut end = None;
+        for at in self.at..self.tokens.len() {
+            match &self.tokens[at].token {
+                Token::Sign('(' | '{' | '[') => depth += 1,
+                Token::Sign(')' | '}' | ']') => depth = depth.saturating_sub(1),
+                Token::Letter('d') if depth == 0 => {
+                    if let Some(Token::Letter(variable)) = self.tokens.get(at + 1).map(|next| &next.token) {
+                        end = Some((at, variable.to_string()));
+                        break;
+                    }
+                }
+                _ => {}
+            }
+        }
+        let (end, variable) = end.ok_or(ParseError::At(self.at))?;
+        let rest = self.tokens.split_off(end);
+        let body = if self.at == end { Ok(Expr::whole(1)) } else { self.sum() };
+        let stopped = self.at == end;
+        self.tokens.extend(rest);
+        let body = body?;
+        if !stopped {
+            return Err(ParseError::At(self.at));
+        }
+        self.at = end + 2;
+        Ok(Expr::Over(Over::Integral, variable, Box::new([low, high, body])))
+    }
+
+    /// `\sum_{k=1}^n f`
+    fn over(&mut self, over: Over) -> Parsed {
+        let (Some(Expr::Relation(mut sides, signs)), Some(high)) = self.limits()? else {
+            return Err(ParseError::At(self.at));
+        };
+        let (Some(low), Some(Expr::Symbol(index)), [Relation::Equal]) =
+            (sides.pop(), sides.pop(), signs.as_slice())
+        else {
+            return Err(ParseError::At(self.at));
+        };
+        let body = self.product()?;
+        Ok(Expr::Over(over, index, Box::new([low, high, body])))
+    }
+}
+
+/// By the first row.
+fn determinant(rows: &[Vec<Expr>]) -> Expr {
+    if rows.len() > 5 {
+        return Expr::Matrix(rows.to_vec());
+    }
+    if rows.len() == 1 {
+        return rows[0][0].clone();
+    }
+    let terms = rows[0].iter().enumerate().map(|(column, cell)| {
+        let minor: Vec<Vec<Expr>> = rows[1..]
+            .iter()
+            .map(|row| {
+                row.iter().enumerate().filter(|(at, _)| *at != column).map(|(_, cell)| cell.clone()).collect()
+            })
+            .collect();
+        let term = Expr::Product(vec![cell.clone(), determinant(&minor)]);
+        if column % 2 == 0 { term } else { term.negated() }
+    });
+    Expr::Sum(terms.collect())
+}

@@ -1,0 +1,105 @@
+//! Plain text before it is parsed: numbers with exponents, words, units.
+
+use num_traits::ToPrimitive;
+
+use crate::expr::{Number, is_whole};
+use crate::lexer::{Spaced, Token};
+
+/// `1.5e3` is one number.
+pub(super) fn scientific(all: Vec<Spaced>) -> Vec<Spaced> {
+    let mut out: Vec<Spaced> = Vec::with_capacity(all.len());
+    let mut at = 0;
+    while at < all.len() {
+        let near = |ahead: usize| all.get(at + ahead).filter(|next| !next.spaced).map(|next| &next.token);
+        if let (Token::Number(mantissa), Some(Token::Letter('e' | 'E'))) = (&all[at].token, near(1)) {
+            let (negative, signed) = match near(2) {
+                Some(Token::Sign('-')) => (true, 1),
+                Some(Token::Sign('+')) => (false, 1),
+                _ => (false, 0),
+            };
+            if let Some(Token::Number(exponent)) = near(2 + signed)
+                && let Some(exponent) = exponent
+                    .value
+                    .to_i32()
+                    .filter(|e| is_whole(&Number::whole(i64::from(*e)).value) && *e <= 400)
+            {
+                let ten = num_rational::BigRational::from_integer(10.into());
+                let scale = ten.pow(if negative { -exponent } else { exponent });
+                let value = &mantissa.value * scale;
+                let is_decimal = mantissa.is_decimal && !is_whole(&value);
+                out.push(Spaced {
+                    token: Token::Number(Number { value, is_decimal }),
+                    spaced: all[at].spaced,
+                });
+                at += 3 + signed;
+                continue;
+            }
+        }
+        out.push(all[at].clone());
+        at += 1;
+    }
+    out
+}
+
+/// Runs of letters that are words become commands or texts. Where there is LaTeX, letters are variables.
+pub(super) fn words(all: Vec<Spaced>) -> Vec<Spaced> {
+    if all
+        .iter()
+        .any(|spaced| matches!(&spaced.token, Token::Command(name) if name != "degree" && name != "pi"))
+    {
+        return all;
+    }
+    const KNOWN: [&str; 33] = [
+        "pi", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "exp", "gcd", "lcm", "max",
+        "min", "abs", "infty", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "theta", "alpha",
+        "beta", "lambda", "cup", "union", "inf", "infinity", "degrees", "degree",
+    ];
+    const SMALL: [&str; 16] =
+        ["am", "pm", "to", "of", "is", "no", "if", "in", "on", "at", "by", "we", "he", "it", "so", "as"];
+    let mut out: Vec<Spaced> = Vec::with_capacity(all.len());
+    let mut at = 0;
+    while at < all.len() {
+        let Token::Letter(first) = all[at].token else {
+            out.push(all[at].clone());
+            at += 1;
+            continue;
+        };
+        let mut word = String::from(first);
+        let mut end = at + 1;
+        while let Some(Spaced { token: Token::Letter(next), spaced: false }) = all.get(end) {
+            word.push(*next);
+            end += 1;
+        }
+        let lower = word.to_lowercase();
+        let name = match lower.as_str() {
+            "inf" | "infinity" => "infty",
+            "union" => "cup",
+            "degrees" => "degree",
+            other => other,
+        };
+        let behind_number = matches!(out.last(), Some(Spaced { token: Token::Number(_), .. }));
+        let is_unit = behind_number && word.len() > 1 && crate::units::known(&word).is_some();
+        let length = word.chars().count();
+        // Words of two letters that are no product of variables.
+        let is_word = length > 2 || SMALL.contains(&lower.as_str());
+        let stands_alone = (all[at].spaced || at == 0) && !follows_formula(&all, end);
+        let joins = lower == "and" || lower == "or" || length > 3;
+        if KNOWN.contains(&lower.as_str()) && !is_unit {
+            out.push(Spaced { token: Token::Command(name.to_owned()), spaced: all[at].spaced });
+        } else if joins || (is_word && stands_alone) || (is_unit && !follows_formula(&all, end)) {
+            out.push(Spaced { token: Token::Text(word), spaced: all[at].spaced });
+        } else {
+            out.extend_from_slice(&all[at..end]);
+        }
+        at = end;
+    }
+    out
+}
+
+/// Whether what follows makes letters a formula: an operator, a power, a subscript.
+fn follows_formula(all: &[Spaced], at: usize) -> bool {
+    matches!(
+        all.get(at).map(|next| &next.token),
+        Some(Token::Sign('^' | '_' | '+' | '-' | '*' | '/' | '=' | '('))
+    )
+}

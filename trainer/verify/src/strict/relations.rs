@@ -1,0 +1,150 @@
+//! Equations and inequalities.
+
+use std::collections::BTreeSet;
+
+use num_traits::Signed;
+
+use super::{Verdict, exprs, is_container, scalars, verdict};
+use crate::exact::Atoms;
+use crate::expr::{Constant, End, Expr, Relation};
+
+/// The value that an equation assigns: `x = 5`, `f(x) = 2x`, `a = b = 3`.
+fn assigned(expr: &Expr) -> Option<(&Expr, &Expr)> {
+    let Expr::Relation(sides, signs) = expr else { return None };
+    let name = |side: &Expr| match side {
+        Expr::Symbol(_) | Expr::Text(_) => true,
+        Expr::Product(factors) => factors.iter().all(|factor| matches!(factor, Expr::Symbol(_))),
+        _ => false,
+    };
+    let equations = signs.iter().all(|sign| *sign == Relation::Equal);
+    (equations && name(&sides[0])).then(|| (&sides[0], &sides[sides.len() - 1]))
+}
+
+pub(super) fn relations(gold: &Expr, answer: &Expr) -> Verdict {
+    match (gold, answer) {
+        (Expr::Relation(..), Expr::Relation(..)) => two_relations(gold, answer),
+        (relation @ Expr::Relation(..), other) | (other, relation @ Expr::Relation(..)) => {
+            if let Some((_, value)) = assigned(relation) {
+                return if std::ptr::eq(relation, gold) { exprs(value, other) } else { exprs(other, value) };
+            }
+            if is_container(other)
+                && let Some(set) = solved(relation)
+            {
+                return if std::ptr::eq(relation, gold) { exprs(&set, other) } else { exprs(other, &set) };
+            }
+            // `3 * 4 = 12`: the last side, if the equation holds.
+            if let Expr::Relation(sides, signs) = relation
+                && signs.iter().all(|sign| *sign == Relation::Equal)
+                && sides.windows(2).all(|pair| exprs(&pair[0], &pair[1]).equal == Some(true))
+            {
+                return exprs(&sides[sides.len() - 1], other);
+            }
+            verdict(None, "a relation against a value")
+        }
+        _ => scalars(gold, answer),
+    }
+}
+
+/// Bounds on one variable as an interval.
+fn solved(relation: &Expr) -> Option<Expr> {
+    let Expr::Relation(sides, signs) = relation else { return None };
+    let end = |at: Expr, closed| End { at: Box::new(at), closed };
+    let infinity = || Expr::Constant(Constant::Infinity);
+    match (sides.as_slice(), signs.as_slice()) {
+        ([Expr::Symbol(_), set], [Relation::In]) => Some(set.clone()),
+        ([a, b], [sign]) => {
+            let (bound, sign) = match (a, b) {
+                (Expr::Symbol(_), bound) => (bound.clone(), *sign),
+                (bound, Expr::Symbol(_)) => (bound.clone(), sign.flipped()),
+                _ => return None,
+            };
+            if bound.any(&|part| matches!(part, Expr::Symbol(_))) {
+                return None;
+            }
+            match sign {
+                Relation::Less | Relation::LessEqual => Some(Expr::Interval(
+                    end(infinity().negated(), false),
+                    end(bound, sign == Relation::LessEqual),
+                )),
+                Relation::Greater | Relation::GreaterEqual => {
+                    Some(Expr::Interval(end(bound, sign == Relation::GreaterEqual), end(infinity(), false)))
+                }
+                _ => None,
+            }
+        }
+        ([low, Expr::Symbol(_), high], [first, second]) => match (first, second) {
+            (Relation::Less | Relation::LessEqual, Relation::Less | Relation::LessEqual) => {
+                Some(Expr::Interval(
+                    end(low.clone(), *first == Relation::LessEqual),
+                    end(high.clone(), *second == Relation::LessEqual),
+                ))
+            }
+            (Relation::Greater | Relation::GreaterEqual, Relation::Greater | Relation::GreaterEqual) => {
+                Some(Expr::Interval(
+                    end(high.clone(), *second == Relation::GreaterEqual),
+                    end(low.clone(), *first == Relation::GreaterEqual),
+                ))
+            }
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn two_relations(gold: &Expr, answer: &Expr) -> Verdict {
+    if let (Some((name, a)), Some((other, b))) = (assigned(gold), assigned(answer)) {
+        let same_name = name == other || exprs(name, other).equal == Some(true);
+        if same_name {
+            return exprs(a, b);
+        }
+        let simple = matches!((name, other), (Expr::Symbol(_), Expr::Symbol(_)));
+        if simple && a.is_scalar() && b.is_scalar() {
+            let mut names = BTreeSet::new();
+            a.symbols(&mut names);
+            b.symbols(&mut names);
+            if names.is_empty() {
+                return verdict(false, "another name is given a value");
+            }
+        }
+    }
+    if let (Some(a), Some(b)) = (solved(gold), solved(answer)) {
+        let variable = |relation: &Expr| {
+            let mut names = BTreeSet::new();
+            relation.symbols(&mut names);
+            names
+        };
+        if variable(gold) == variable(answer) {
+            return exprs(&a, &b);
+        }
+    }
+    let (Expr::Relation(a, s), Expr::Relation(b, t)) = (gold, answer) else {
+        return verdict(None, "no relations");
+    };
+    let ([a, b], [c, d], [s], [t]) = (a.as_slice(), b.as_slice(), s.as_slice(), t.as_slice()) else {
+        return verdict(None, "chains of relations");
+    };
+    let mut atoms = Atoms::default();
+    let left = atoms.form(&a.clone().minus(b.clone()));
+    let right = atoms.form(&c.clone().minus(d.clone()));
+    let (Some(left), Some(right)) = (left, right) else {
+        return verdict(None, "relations without a normal form");
+    };
+    match (s, t) {
+        (Relation::Equal, Relation::Equal) | (Relation::NotEqual, Relation::NotEqual) => {
+            if atoms.proportional(&left, &right) {
+                verdict(true, "multiples of the same equation")
+            } else if atoms.shifted(&left, &right) {
+                verdict(false, "the same formula set to another value")
+            } else {
+                verdict(None, "equations that are no multiples of each other")
+            }
+        }
+        (s, t) => match atoms.ratio(&left, &right) {
+            Some(ratio) if ratio.is_positive() && s == t => verdict(true, "multiples of the same inequality"),
+            Some(ratio) if ratio.is_negative() && s.flipped() == *t => {
+                verdict(true, "the same inequality, turned round")
+            }
+            _ => verdict(None, "inequalities that are no multiples of each other"),
+        },
+    }
+}

@@ -1,0 +1,146 @@
+//! Units of measure: which measure the same, and how many of one are one of the other.
+
+use num_rational::BigRational;
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Metres.
+    Length,
+    /// Square metres.
+    Area,
+    /// Cubic metres.
+    Volume,
+    /// Grams.
+    Mass,
+    /// Seconds.
+    Time,
+    /// Metres per second.
+    Speed,
+    /// Dollars.
+    Money,
+    /// Degrees.
+    Angle,
+}
+
+/// A unit: what it measures, and how many base units it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    /// What it measures.
+    pub kind: Kind,
+    /// In base units.
+    pub scale: BigRational,
+}
+
+/// Words that multiply the number before them.
+pub fn multiplies(unit: &str) -> bool {
+    const WORDS: [&str; 8] =
+        ["dozen", "hundred", "thousand", "million", "billion", "trillion", "half", "score"];
+    unit.to_lowercase().split_whitespace().any(|word| WORDS.iter().any(|known| word.starts_with(known)))
+}
+
+fn normal(unit: &str) -> String {
+    let unit = unit.to_lowercase().replace(['.', '$', '{', '}', '\\'], "");
+    unit.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Whether two names are one: case, spaces and the plural aside.
+pub fn same_name(a: &str, b: &str) -> bool {
+    let (a, b) = (normal(a), normal(b));
+    a == b || a.trim_end_matches('s') == b.trim_end_matches('s')
+}
+
+/// A unit by its name.
+pub fn known(name: &str) -> Option<Unit> {
+    use Kind::{Angle, Area, Length, Mass, Money, Speed, Time, Volume};
+    let name = normal(name);
+    let length = |name: &str| -> Option<(i64, i64)> {
+        Some(match name {
+            "m" | "meter" | "meters" | "metre" | "metres" => (1, 1),
+            "cm" | "centimeter" | "centimeters" | "centimetre" | "centimetres" => (1, 100),
+            "mm" | "millimeter" | "millimeters" => (1, 1000),
+            "dm" | "decimeter" | "decimeters" => (1, 10),
+            "km" | "kilometer" | "kilometers" | "kilometre" | "kilometres" => (1000, 1),
+            "in" | "inch" | "inches" => (254, 10_000),
+            "ft" | "foot" | "feet" => (3048, 10_000),
+            "yd" | "yard" | "yards" => (9144, 10_000),
+            "mi" | "mile" | "miles" => (1_609_344, 1000),
+            _ => return None,
+        })
+    };
+    let time = |name: &str| -> Option<(i64, i64)> {
+        Some(match name {
+            "s" | "sec" | "secs" | "second" | "seconds" => (1, 1),
+            "ms" | "millisecond" | "milliseconds" => (1, 1000),
+            "min" | "mins" | "minute" | "minutes" => (60, 1),
+            "h" | "hr" | "hrs" | "hour" | "hours" => (3600, 1),
+            "day" | "days" => (86_400, 1),
+            "week" | "weeks" => (604_800, 1),
+            _ => return None,
+        })
+    };
+    let unit =
+        |kind, (top, bottom): (i64, i64)| Unit { kind, scale: BigRational::new(top.into(), bottom.into()) };
+    if let Some(scale) = length(&name) {
+        return Some(unit(Length, scale));
+    }
+    if let Some(scale) = time(&name) {
+        return Some(unit(Time, scale));
+    }
+    let powered = |base: &str, power: i32, kind| {
+        length(base.trim()).map(|scale| {
+            let one = unit(kind, scale);
+            Unit { kind, scale: one.scale.pow(power) }
+        })
+    };
+    for (suffix, power, kind) in
+        [("^2", 2, Area), ("^3", 3, Volume), (" squared", 2, Area), (" cubed", 3, Volume)]
+    {
+        if let Some(base) = name.strip_suffix(suffix) {
+            return powered(base, power, kind);
+        }
+    }
+    for (prefix, power, kind) in
+        [("square ", 2, Area), ("sq ", 2, Area), ("cubic ", 3, Volume), ("cu ", 3, Volume)]
+    {
+        if let Some(base) = name.strip_prefix(prefix) {
+            return powered(base, power, kind);
+        }
+    }
+    for divider in ["/", " per "] {
+        if let Some((top, bottom)) = name.split_once(divider) {
+            let (top, bottom) = (length(top.trim())?, time(bottom.trim())?);
+            return Some(unit(Speed, (top.0 * bottom.1, top.1 * bottom.0)));
+        }
+    }
+    Some(match name.as_str() {
+        "mph" => unit(Speed, (1_609_344, 3_600_000)),
+        "g" | "gram" | "grams" => unit(Mass, (1, 1)),
+        "mg" | "milligram" | "milligrams" => unit(Mass, (1, 1000)),
+        "kg" | "kilogram" | "kilograms" | "kilo" | "kilos" => unit(Mass, (1000, 1)),
+        "t" | "ton" | "tons" | "tonne" | "tonnes" => return None,
+        "lb" | "lbs" | "pound" | "pounds" => unit(Mass, (45_359_237, 100_000)),
+        "oz" | "ounce" | "ounces" => unit(Mass, (45_359_237, 1_600_000)),
+        "l" | "liter" | "liters" | "litre" | "litres" => unit(Volume, (1, 1000)),
+        "ml" | "milliliter" | "milliliters" | "millilitre" | "millilitres" => unit(Volume, (1, 1_000_000)),
+        "dollar" | "dollars" | "usd" => unit(Money, (1, 1)),
+        "cent" | "cents" => unit(Money, (1, 100)),
+        "deg" | "degree" | "degrees" => unit(Angle, (1, 1)),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_convert_and_kinds_differ() {
+        let scale = |name: &str| known(name).unwrap().scale;
+        assert_eq!(scale("hours") / scale("minutes"), BigRational::from_integer(60.into()));
+        assert_eq!(scale("m^2") / scale("cm^2"), BigRational::from_integer(10_000.into()));
+        assert_eq!(scale("square feet"), scale("ft^2"));
+        assert_ne!(known("kg").unwrap().kind, known("litres").unwrap().kind);
+        assert!(same_name("Apples", "apple") && multiplies("million dollars") && known("apples").is_none());
+    }
+}
