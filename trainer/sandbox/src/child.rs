@@ -1,0 +1,169 @@
+//! The helper process, in two steps. The outer one makes the namespaces and mounts and stays to wait; the inner one, the first
+//! process of the new process namespace, puts up Landlock, limits and seccomp and becomes the interpreter.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitCode};
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetStatus, Scope, path_beneath_rules,
+};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::Signal;
+use nix::unistd::{getgid, getuid, setsid};
+use serde::{Deserialize, Serialize};
+
+use crate::{HELPER, Limits, Python, filter};
+
+/// Exit status of a helper that could not isolate.
+pub(crate) const REFUSED: u8 = 125;
+/// Uid and gid within.
+const NOBODY: u32 = 65_534;
+
+/// What the helper is told.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Order {
+    pub(crate) python: Python,
+    pub(crate) limits: Limits,
+    /// Stands before the words of a helper that could not isolate. The program never learns it.
+    pub(crate) sign: String,
+    /// Arguments of the interpreter.
+    pub(crate) arguments: Vec<String>,
+}
+
+type Refused<T> = Result<T, String>;
+
+/// Runs as the helper: `arguments` are those after [`HELPER`].
+pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let arguments: Vec<String> = arguments.filter_map(|argument| argument.into_string().ok()).collect();
+    let done = match arguments.as_slice() {
+        [step, order] if step == "outer" => outer(order),
+        [step, order] if step == "inner" => inner(order),
+        _ => Err("this command is for the program itself".to_owned()),
+    };
+    match done {
+        Ok(code) => code,
+        Err(problem) => {
+            let order = arguments.get(1).and_then(|order| serde_json::from_str::<Order>(order).ok());
+            let sign = order.map_or_else(String::new, |order| order.sign);
+            let _nobody_reads = writeln!(std::io::stderr(), "{sign}{problem}");
+            ExitCode::from(REFUSED)
+        }
+    }
+}
+
+fn refused<E: std::fmt::Display>(what: &str) -> impl Fn(E) -> String + '_ {
+    move |error| format!("{what}: {error}")
+}
+
+fn outer(order: &str) -> Refused<ExitCode> {
+    let limits = serde_json::from_str::<Order>(order).map_err(refused("order"))?.limits;
+    setsid().map_err(refused("session"))?;
+    set_pdeathsig(Signal::SIGKILL).map_err(refused("death signal"))?;
+    let (uid, gid) = (getuid(), getgid());
+    unshare(
+        CloneFlags::CLONE_NEWUSER
+            | CloneFlags::CLONE_NEWNET
+            | CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWPID,
+    )
+    .map_err(refused("namespaces"))?;
+    let set = |file: &str, text: String| -> Refused<()> {
+        let opened = std::fs::OpenOptions::new().write(true).open(file);
+        opened.and_then(|mut file| file.write_all(text.as_bytes())).map_err(refused(file))
+    };
+    set("/proc/self/setgroups", "deny".to_owned())?;
+    set("/proc/self/uid_map", format!("{NOBODY} {uid} 1"))?;
+    set("/proc/self/gid_map", format!("{NOBODY} {gid} 1"))?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).map_err(refused("mounts"))?;
+    let size = format!("size={},nr_inodes=256,mode=700", limits.files);
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("tmpfs"), "/tmp", Some("tmpfs"), flags, Some(size.as_str())).map_err(refused("/tmp"))?;
+    let own = std::env::current_exe().map_err(refused("own program"))?;
+    // The first process that is started now is number 1 of the new namespace: when it ends, the kernel ends all others in it.
+    let status =
+        Command::new(own).args([HELPER, "inner", order]).env_clear().status().map_err(refused("inner"))?;
+    Ok(ExitCode::from(match (status.code(), status.signal()) {
+        (Some(code), _) => code as u8,
+        (None, signal) => 128 + signal.unwrap_or(0) as u8,
+    }))
+}
+
+fn inner(order: &str) -> Refused<ExitCode> {
+    let order: Order = serde_json::from_str(order).map_err(refused("order"))?;
+    set_pdeathsig(Signal::SIGKILL).map_err(refused("death signal"))?;
+    std::env::set_current_dir("/tmp").map_err(refused("/tmp"))?;
+    let Limits { cpu_s, memory, files, .. } = order.limits;
+    for (resource, most) in [
+        (Resource::RLIMIT_CPU, cpu_s),
+        (Resource::RLIMIT_AS, memory),
+        (Resource::RLIMIT_FSIZE, files),
+        (Resource::RLIMIT_NOFILE, 64),
+        (Resource::RLIMIT_NPROC, 32),
+        (Resource::RLIMIT_CORE, 0),
+        (Resource::RLIMIT_MEMLOCK, 0),
+    ] {
+        setrlimit(resource, most, most).map_err(refused("limits"))?;
+    }
+    confine(&order.python)?;
+    filter::install().map_err(refused("seccomp"))?;
+    let error = Command::new(&order.python.executable)
+        .args(&order.arguments)
+        .env_clear()
+        .env("PYTHONHASHSEED", "0")
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("PYTHONIOENCODING", "utf-8")
+        .exec();
+    Err(format!("interpreter: {error}"))
+}
+
+/// Landlock: the interpreter may be read, `/tmp` may be written, nothing else is there; no network, no signals to others.
+fn confine(python: &Python) -> Refused<()> {
+    let abi = ABI::V6;
+    let failed = refused::<landlock::RulesetError>("Landlock");
+    let read = AccessFs::ReadFile | AccessFs::ReadDir;
+    let status = Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::from_all(abi))
+        .map_err(&failed)?
+        .handle_access(AccessNet::from_all(abi))
+        .map_err(&failed)?
+        .scope(Scope::Signal | Scope::AbstractUnixSocket)
+        .map_err(&failed)?
+        .create()
+        .map_err(&failed)?
+        .add_rules(path_beneath_rules(&python.readable, read | AccessFs::Execute))
+        .map_err(&failed)?
+        .add_rules(path_beneath_rules([&python.executable], AccessFs::ReadFile | AccessFs::Execute))
+        .map_err(&failed)?
+        .add_rules(path_beneath_rules(
+            ["/dev/null", "/dev/urandom"],
+            AccessFs::ReadFile | AccessFs::WriteFile,
+        ))
+        .map_err(&failed)?
+        .add_rules(path_beneath_rules(
+            ["/tmp"],
+            read | AccessFs::WriteFile
+                | AccessFs::MakeReg
+                | AccessFs::MakeDir
+                | AccessFs::RemoveFile
+                | AccessFs::RemoveDir
+                | AccessFs::Truncate,
+        ))
+        .map_err(&failed)?
+        .restrict_self()
+        .map_err(&failed)?;
+    if status.ruleset == RulesetStatus::FullyEnforced && status.no_new_privs {
+        Ok(())
+    } else {
+        Err("Landlock: only a part of the rules would hold".to_owned())
+    }
+}

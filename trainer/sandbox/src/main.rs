@@ -1,0 +1,8 @@
+//! `potstill-sandbox`: the helper process as a program of its own, for tests and for programs that cannot be their own helper.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    potstill_sandbox::child::main(std::env::args_os().skip(2))
+}
