@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, Subcommand};
 
 use crate::demo::{DemoArguments, demo};
+use crate::eval::{self, EvalArguments};
 use crate::pairs::{self, PairArguments};
 use crate::pipeline::{Run, STAGES};
 use crate::progress::Progress;
@@ -67,6 +68,18 @@ enum Command {
     },
     /// Serve a model folder or GGUF file as an OpenAI-compatible node.
     Serve(ServeArguments),
+    /// Evaluate a model behind any OpenAI endpoint on benchmarks.
+    Eval(Box<EvalArguments>),
+    /// Compare two evaluations problem by problem.
+    Compare {
+        /// Folder of the first.
+        a: PathBuf,
+        /// Folder of the second.
+        b: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Check a recipe and say what is wrong with it.
     Check {
         /// The TOML recipe.
@@ -114,6 +127,21 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
             whole(recipe, &run.recipe, &out, run.port, End { serve, json }).await
         }
         Command::Serve(arguments) => serve(arguments).await,
+        Command::Eval(arguments) => {
+            let json = arguments.json;
+            let report = eval::evaluate(*arguments).await?;
+            if json {
+                say(&serde_json::to_string_pretty(&report)?);
+            } else {
+                report.benchmarks.iter().for_each(|figures| say(&eval::line(figures)));
+            }
+            Ok(())
+        }
+        Command::Compare { a, b, json } => {
+            let found = eval::compare::runs(&a, &b)?;
+            say(&if json { serde_json::to_string_pretty(&found)? } else { eval::compare::table(&found) });
+            Ok(())
+        }
         Command::Check { recipe } => {
             let checked = Recipe::read(&recipe)?;
             say(&format!("`{}` is fine: run `{}`", recipe.display(), checked.name));

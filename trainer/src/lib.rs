@@ -8,6 +8,7 @@ pub mod announce;
 pub mod card;
 pub mod cli;
 pub mod demo;
+pub mod eval;
 pub mod evaluate;
 pub mod export;
 pub mod local;

@@ -50,10 +50,18 @@ fn mean(values: impl IntoIterator<Item = f64>) -> f64 {
     if count == 0 { 0.0 } else { sum / count as f64 }
 }
 
-/// 95 % percentile interval of the mean, resampling whole problems.
+/// 95 % percentile interval of the mean, resampling whole problems. Where all values are 0 or all are 1, resampling shows
+/// nothing, and the exact bound of the binomial distribution stands instead (Clopper and Pearson 1934).
 pub fn bootstrap(values: &[f64], seed: u64) -> (f64, f64) {
     if values.is_empty() {
         return (0.0, 0.0);
+    }
+    let edge = 1.0 - 0.025f64.powf(1.0 / values.len() as f64);
+    if values.iter().all(|value| *value == 0.0) {
+        return (0.0, edge);
+    }
+    if values.iter().all(|value| *value == 1.0) {
+        return (1.0 - edge, 1.0);
     }
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut means: Vec<f64> = (0..RESAMPLES)
@@ -122,6 +130,13 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn none_of_many_is_no_proof_of_none() {
+        let (low, high) = bootstrap(&[0.0; 20], 0);
+        assert!(low == 0.0 && (high - 0.1684).abs() < 1e-3, "{high}");
+        assert_eq!(bootstrap(&[1.0; 20], 0), (1.0 - high, 1.0));
     }
 
     proptest! {

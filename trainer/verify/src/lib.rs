@@ -17,6 +17,7 @@ pub mod parser;
 pub mod scalar;
 pub mod strict;
 pub mod units;
+pub mod verifier;
 
 pub use strict::Verdict;
 

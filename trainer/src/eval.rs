@@ -1,0 +1,367 @@
+//! `potstill eval`: a model behind any OpenAI endpoint on public benchmarks or rows of one's own. Every sample is kept, every
+//! figure has its interval, and the same command goes on where it was stopped.
+
+pub mod benchmarks;
+pub mod compare;
+pub mod figures;
+pub mod page;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use futures_util::future::join_all;
+use potstill_cot::executor::{Counts, Outcome, Stage, StageError, feed, run};
+use potstill_cot::teacher::{AskError, Patience, Question, Teachers};
+use potstill_data::journal::Journal;
+use potstill_data::jsonl::write_records;
+use potstill_sandbox::{Limits, Sandbox};
+use potstill_shared::client::{Client, Endpoint};
+use potstill_shared::durable;
+use potstill_shared::id::ContentId;
+use potstill_shared::redact::Redacted;
+use potstill_verify::verifier::{Method, Verifier};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+
+use self::benchmarks::{EvalProfile, Item, Loaded};
+use self::figures::{Figures, figures};
+use crate::progress::Progress;
+
+/// What to evaluate, on what, and how.
+#[derive(Debug, Clone, clap::Args)]
+pub struct EvalArguments {
+    /// Base URL of an OpenAI endpoint, such as `http://127.0.0.1:8080/v1`.
+    #[arg(long)]
+    pub endpoint: String,
+    /// The model.
+    #[arg(long)]
+    pub model: String,
+    /// Benchmarks, by comma: gsm8k, math500, aime24, aime25, amc23, gpqa, humaneval, mbpp, lcb, or files that end in .jsonl.
+    #[arg(long, value_delimiter = ',', required = true)]
+    pub bench: Vec<String>,
+    /// Folder with the benchmarks as JSON lines.
+    #[arg(long, default_value = "benchmarks")]
+    pub data: PathBuf,
+    /// `paper`: as many samples as published figures have, 32,768 tokens. `quick`: few samples, 4,096 tokens.
+    #[arg(long, default_value = "quick", value_parser = profile)]
+    pub profile: EvalProfile,
+    /// Samples per problem, instead of the profile's.
+    #[arg(long)]
+    pub samples: Option<u32>,
+    /// Only the first problems of each benchmark.
+    #[arg(long)]
+    pub limit: Option<usize>,
+    /// Most tokens of an answer, instead of the profile's.
+    #[arg(long)]
+    pub max_tokens: Option<u32>,
+    /// Sampling temperature.
+    #[arg(long, default_value_t = 0.6)]
+    pub temperature: f64,
+    /// Nucleus sampling.
+    #[arg(long, default_value_t = 0.95)]
+    pub top_p: f64,
+    /// Seed of samples and of the order of choices.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Requests at once.
+    #[arg(long, default_value_t = 32)]
+    pub concurrency: usize,
+    /// Environment variable with the endpoint's key.
+    #[arg(long)]
+    pub api_key_env: Option<String>,
+    /// Price of a million prompt tokens.
+    #[arg(long, default_value_t = 0.0)]
+    pub price_prompt: f64,
+    /// Price of a million completion tokens.
+    #[arg(long, default_value_t = 0.0)]
+    pub price_completion: f64,
+    /// Run folder; `runs/eval-MODEL` if left out. The same command goes on where it was stopped.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Print the report as JSON on standard output.
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn profile(text: &str) -> Result<EvalProfile, String> {
+    match text {
+        "paper" => Ok(EvalProfile::Paper),
+        "quick" => Ok(EvalProfile::Quick),
+        _ => Err("one of quick, paper".to_owned()),
+    }
+}
+
+/// One answer to one problem.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Id of the problem in its benchmark.
+    pub problem: String,
+    /// Index of the sample.
+    pub sample: u32,
+    /// Level of the problem, where its source says.
+    pub level: Option<String>,
+    /// What was thought.
+    pub thinking: String,
+    /// What was written behind it.
+    pub text: String,
+    /// The final answer that was found in it.
+    pub answer: Option<String>,
+    /// Right, wrong or not decided.
+    pub correct: Option<bool>,
+    /// Who decided.
+    pub method: Option<Method>,
+    /// Why.
+    pub evidence: String,
+    /// Tokens written.
+    pub tokens: u64,
+    /// The limit cut it off.
+    pub truncated: bool,
+    /// The endpoint gave no answer.
+    pub failed: bool,
+}
+
+/// The report of an evaluation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvalReport {
+    /// The model.
+    pub model: String,
+    /// The endpoint.
+    pub endpoint: String,
+    /// Temperature, nucleus, most tokens, seed.
+    pub sampling: (f64, f64, u32, u64),
+    /// Figures by benchmark.
+    pub benchmarks: Vec<Figures>,
+    /// Rows of benchmarks that could not be read.
+    pub bad_rows: Vec<String>,
+    /// Prompt tokens that this process paid for.
+    pub prompt_tokens: u64,
+    /// Completion tokens that this process paid for.
+    pub completion_tokens: u64,
+    /// Their price.
+    pub cost: f64,
+    /// Seconds that this process took.
+    pub seconds: f64,
+}
+
+struct Evaluation {
+    calls: Teachers,
+    verifier: Arc<Verifier>,
+    settings: Arc<EvalArguments>,
+    samples: u32,
+    max_tokens: u32,
+    open: Arc<Semaphore>,
+    /// Programs at once.
+    programs: Arc<Semaphore>,
+}
+
+impl Evaluation {
+    async fn sample(&self, item: &Item, number: u32) -> Result<Sample, StageError> {
+        let stop = |problem: String| StageError { stage: "eval", problem };
+        let seed = ContentId::of(&[item.id.as_str(), &self.settings.seed.to_string(), &number.to_string()]);
+        let question = Question {
+            stage: "eval",
+            model: self.settings.model.clone(),
+            prompt: item.prompt.clone(),
+            temperature: self.settings.temperature,
+            top_p: self.settings.top_p,
+            max_tokens: self.max_tokens,
+            seed: (seed.seed() >> 2) as i64,
+            revision: Some(self.settings.endpoint.clone()),
+        };
+        let mut sample = Sample {
+            problem: item.name.clone(),
+            sample: number,
+            level: item.level.clone(),
+            ..Sample::default()
+        };
+        let entry = {
+            let _slot = self.open.acquire().await.map_err(|error| stop(error.to_string()))?;
+            match self.calls.ask(&question).await {
+                Ok(entry) => entry,
+                Err(AskError::Run(error)) => return Err(error),
+                Err(AskError::Row(problem)) => {
+                    return Ok(Sample { evidence: format!("no answer: {problem}"), failed: true, ..sample });
+                }
+            }
+        };
+        let completion = match &entry.reasoning {
+            Some(thinking) => format!("<think>{thinking}</think>{}", entry.content),
+            None => entry.content.clone(),
+        };
+        (sample.thinking, sample.text) = match completion.rsplit_once("</think>") {
+            Some((thinking, text)) => (thinking.replacen("<think>", "", 1), text.to_owned()),
+            None if completion.starts_with("<think>") => {
+                (completion.replacen("<think>", "", 1), String::new())
+            }
+            None => (String::new(), completion.clone()),
+        };
+        sample.tokens = entry.completion_tokens;
+        sample.truncated = entry.finish_reason == "length";
+        let _turn = self.programs.acquire().await.map_err(|error| stop(error.to_string()))?;
+        let (verifier, gold) = (Arc::clone(&self.verifier), item.gold.clone());
+        let verdict = tokio::task::spawn_blocking(move || verifier.verify(&gold, &completion))
+            .await
+            .map_err(|error| stop(error.to_string()))?
+            .map_err(|error| stop(error.to_string()))?;
+        // What the limit cut off may hold a box by chance; it was not the model's last word.
+        sample.correct = if sample.truncated { Some(false) } else { verdict.correct };
+        sample.evidence =
+            if sample.truncated { format!("cut off; {}", verdict.evidence) } else { verdict.evidence };
+        sample.method = Some(verdict.method);
+        sample.answer = verdict.answer;
+        Ok(sample)
+    }
+}
+
+impl Stage for Evaluation {
+    type In = Item;
+    type Out = Sample;
+
+    fn name(&self) -> &'static str {
+        "eval"
+    }
+
+    async fn process(&self, item: Item) -> Result<Outcome<Sample>, StageError> {
+        let samples = join_all((0..self.samples).map(|number| self.sample(&item, number))).await;
+        Ok(Outcome::Keep(samples.into_iter().collect::<Result<_, _>>()?))
+    }
+}
+
+/// Runs an evaluation and writes its folder: `report.json`, `report.html`, all samples as JSON lines and pages.
+pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
+    let progress = Progress::new();
+    let started = std::time::Instant::now();
+    anyhow::ensure!(arguments.samples != Some(0), "--samples must be at least 1");
+    anyhow::ensure!(
+        arguments.temperature >= 0.0 && arguments.top_p > 0.0 && arguments.top_p <= 1.0,
+        "--temperature must not be negative, --top-p must be above 0 and at most 1"
+    );
+    let loaded: Vec<Loaded> = arguments
+        .bench
+        .iter()
+        .map(|name| benchmarks::load(name, &arguments.data, arguments.profile, arguments.seed))
+        .collect::<anyhow::Result<_>>()?;
+    let out = arguments.out.clone().unwrap_or_else(|| {
+        Path::new("runs").join(format!("eval-{}", arguments.model.replace(['/', '\\'], "_")))
+    });
+    let sandbox = if loaded.iter().any(|loaded| loaded.code) {
+        // This program is its own helper.
+        Some(Sandbox::new(std::env::current_exe()?, Limits::default())?)
+    } else {
+        None
+    };
+    durable::create_folder(&out)?;
+    let journal = Arc::new(Journal::open(&out.join("journal.log"))?);
+    if !journal.is_empty() {
+        progress.say(format!("going on: the journal holds {} answers", journal.len()));
+    }
+    let calls = Teachers::new(client(&arguments)?, journal, Patience { stream: true, ..Patience::default() });
+    let served = calls
+        .client()
+        .models()
+        .await
+        .with_context(|| format!("cannot list the models of `{}`", arguments.endpoint))?;
+    anyhow::ensure!(
+        served.contains(&arguments.model),
+        "`{}` does not serve `{}`; it serves {}",
+        arguments.endpoint,
+        arguments.model,
+        served.join(", ")
+    );
+    let max_tokens = arguments.max_tokens.unwrap_or(match arguments.profile {
+        EvalProfile::Paper => 32_768,
+        EvalProfile::Quick => 4_096,
+    });
+    let settings = Arc::new(arguments);
+    let open = Arc::new(Semaphore::new(settings.concurrency.max(1)));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let programs = Arc::new(Semaphore::new(cores));
+    let verifier = Arc::new(Verifier::new(sandbox));
+    let (mut all, mut bad_rows) = (Vec::new(), Vec::new());
+    for mut benchmark in loaded {
+        for bad in &benchmark.bad {
+            let said = format!("{} line {}: {}", benchmark.name, bad.line, bad.problem);
+            progress.say(format!("left out: {said}"));
+            bad_rows.push(said);
+        }
+        benchmark.items.truncate(settings.limit.unwrap_or(usize::MAX));
+        let evaluation = Evaluation {
+            calls: calls.clone(),
+            verifier: Arc::clone(&verifier),
+            settings: Arc::clone(&settings),
+            samples: settings.samples.unwrap_or(benchmark.samples),
+            max_tokens,
+            open: Arc::clone(&open),
+            programs: Arc::clone(&programs),
+        };
+        let (counts, total) = (Arc::new(Counts::default()), benchmark.items.len() as u64);
+        let (mut output, handle) =
+            run(evaluation, feed(benchmark.items.clone()), settings.concurrency, Arc::clone(&counts));
+        let mut samples = Vec::new();
+        let drained = async {
+            while let Some(sample) = output.recv().await {
+                samples.push(sample);
+            }
+        };
+        progress.watch(&[("eval", counts)], total, drained).await;
+        handle.await??;
+        let order: std::collections::HashMap<&str, usize> =
+            benchmark.items.iter().enumerate().map(|(at, item)| (item.name.as_str(), at)).collect();
+        samples.sort_by_key(|sample| (order.get(sample.problem.as_str()).copied(), sample.sample));
+        write_records(&out.join(format!("{}.jsonl", benchmark.name)), &samples)?;
+        let figures = figures(&benchmark.name, &samples, benchmark.code);
+        progress.say(line(&figures));
+        page::problems(&out, &benchmark, &samples)?;
+        all.push((figures, samples));
+    }
+    let read = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
+    let (prompt_tokens, completion_tokens) =
+        (read(&calls.spent().prompt_tokens), read(&calls.spent().completion_tokens));
+    let report = EvalReport {
+        model: settings.model.clone(),
+        endpoint: settings.endpoint.clone(),
+        sampling: (settings.temperature, settings.top_p, max_tokens, settings.seed),
+        benchmarks: all.iter().map(|(figures, _)| figures.clone()).collect(),
+        bad_rows,
+        prompt_tokens,
+        completion_tokens,
+        cost: (prompt_tokens as f64 * settings.price_prompt
+            + completion_tokens as f64 * settings.price_completion)
+            / 1e6,
+        seconds: started.elapsed().as_secs_f64(),
+    };
+    page::report(&out, &report, &all)?;
+    progress.say(format!("report   {}", out.join("report.html").display()));
+    Ok(report)
+}
+
+fn client(arguments: &EvalArguments) -> anyhow::Result<Client> {
+    let mut endpoint = Endpoint::new(arguments.endpoint.trim_end_matches('/'));
+    if let Some(variable) = &arguments.api_key_env {
+        let key = std::env::var(variable)
+            .with_context(|| format!("environment variable `{variable}` is not set"))?;
+        endpoint.api_key = Some(Redacted::new(key));
+    }
+    // A node that queues says nothing for a while.
+    endpoint.idle = Duration::from_secs(600);
+    Ok(Client::new(endpoint)?)
+}
+
+/// Figures of a benchmark on one line.
+pub fn line(figures: &Figures) -> String {
+    format!(
+        "{}: {:.1} % [{:.1}, {:.1}] of {} problems x {}{}, {:.0} tokens, {:.1} % cut off, {:.1} % undecided",
+        figures.bench,
+        figures.accuracy,
+        figures.ci_low,
+        figures.ci_high,
+        figures.problems,
+        figures.samples,
+        figures.cons.map_or(String::new(), |cons| format!(", cons@{} {cons:.1} %", figures.samples)),
+        figures.tokens.mean,
+        figures.truncated,
+        figures.undecided
+    )
+}

@@ -1,0 +1,268 @@
+//! Figures of one benchmark, and the paired comparison of two runs. Pure.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::Sample;
+use crate::evaluate::metrics::{bootstrap, pass_at_k};
+
+/// Lengths in tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Lengths {
+    /// Samples.
+    pub count: usize,
+    /// Mean.
+    pub mean: f64,
+    /// Median.
+    pub p50: f64,
+    /// 95th percentile.
+    pub p95: f64,
+}
+
+impl Lengths {
+    fn of(tokens: impl Iterator<Item = u64>) -> Self {
+        let mut sorted: Vec<u64> = tokens.collect();
+        sorted.sort_unstable();
+        let at = |share: f64| {
+            sorted.get(((sorted.len() as f64 * share) as usize).min(sorted.len().saturating_sub(1)))
+        };
+        Self {
+            count: sorted.len(),
+            mean: sorted.iter().sum::<u64>() as f64 / sorted.len().max(1) as f64,
+            p50: at(0.5).map_or(0.0, |tokens| *tokens as f64),
+            p95: at(0.95).map_or(0.0, |tokens| *tokens as f64),
+        }
+    }
+}
+
+/// Figures of one benchmark; shares in percent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// The benchmark.
+    pub bench: String,
+    /// Problems.
+    pub problems: usize,
+    /// Fewest samples of a problem.
+    pub samples: u32,
+    /// Mean over problems of the share of right samples (pass@1).
+    pub accuracy: f64,
+    /// Lower end of the 95 % interval, by bootstrap over problems; exact where all or none are right.
+    pub ci_low: f64,
+    /// Upper end.
+    pub ci_high: f64,
+    /// Unbiased pass@k by k (Chen et al. 2021).
+    pub pass_at_k: BTreeMap<u32, f64>,
+    /// Share of problems whose most frequent answer is right; none for programs.
+    pub cons: Option<f64>,
+    /// Lengths of all samples.
+    pub tokens: Lengths,
+    /// Lengths of right ones.
+    pub tokens_right: Lengths,
+    /// Lengths of wrong ones.
+    pub tokens_wrong: Lengths,
+    /// Accuracy and mean length by level.
+    pub levels: BTreeMap<String, (f64, f64)>,
+    /// Share of samples that the limit cut off.
+    pub truncated: f64,
+    /// Share of samples that no rule could decide; they count as wrong.
+    pub undecided: f64,
+    /// Share of samples that the endpoint did not answer; they count as wrong.
+    pub failed: f64,
+}
+
+fn by_problem(samples: &[Sample]) -> BTreeMap<&str, Vec<&Sample>> {
+    let mut all: BTreeMap<&str, Vec<&Sample>> = BTreeMap::new();
+    for sample in samples {
+        all.entry(sample.problem.as_str()).or_default().push(sample);
+    }
+    all
+}
+
+fn share(samples: &[&Sample]) -> f64 {
+    samples.iter().filter(|sample| sample.correct == Some(true)).count() as f64 / samples.len().max(1) as f64
+}
+
+fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len().max(1);
+    values.sum::<f64>() / count as f64
+}
+
+/// Whether the most frequent answer of a problem is right.
+fn consensus(samples: &[&Sample]) -> Option<bool> {
+    let mut votes: Vec<(&str, usize, bool)> = Vec::new();
+    for sample in samples {
+        let Some(answer) = sample.answer.as_deref() else { continue };
+        let same = |known: &str| {
+            known == answer || potstill_verify::strict::compare_answers(known, answer).equal == Some(true)
+        };
+        match votes.iter_mut().find(|(known, ..)| same(known)) {
+            Some((_, count, _)) => *count += 1,
+            None => votes.push((answer, 1, sample.correct == Some(true))),
+        }
+    }
+    // The first of those with most votes.
+    votes.iter().rev().max_by_key(|(_, count, _)| *count).map(|(.., right)| *right)
+}
+
+/// Figures of the samples of one benchmark.
+pub fn figures(bench: &str, samples: &[Sample], code: bool) -> Figures {
+    let problems = by_problem(samples);
+    let shares: Vec<f64> = problems.values().map(|samples| share(samples)).collect();
+    let (low, high) = bootstrap(&shares, 0);
+    let fewest = problems.values().map(Vec::len).min().unwrap_or(0) as u32;
+    let counts: Vec<(u32, u32)> = problems
+        .values()
+        .map(|samples| {
+            let right = samples.iter().filter(|sample| sample.correct == Some(true)).count();
+            (samples.len() as u32, right as u32)
+        })
+        .collect();
+    let votes: Vec<bool> = problems.values().map(|samples| consensus(samples).unwrap_or(false)).collect();
+    let mut levels: BTreeMap<String, Vec<&Vec<&Sample>>> = BTreeMap::new();
+    for samples in problems.values() {
+        if let Some(level) = &samples[0].level {
+            levels.entry(level.clone()).or_default().push(samples);
+        }
+    }
+    let of = |is: &dyn Fn(&Sample) -> bool| {
+        100.0 * samples.iter().filter(|sample| is(sample)).count() as f64 / samples.len().max(1) as f64
+    };
+    let lengths = |is: &dyn Fn(&Sample) -> bool| {
+        Lengths::of(samples.iter().filter(|sample| !sample.failed && is(sample)).map(|sample| sample.tokens))
+    };
+    Figures {
+        bench: bench.to_owned(),
+        problems: problems.len(),
+        samples: fewest,
+        accuracy: 100.0 * mean(shares.iter().copied()),
+        ci_low: 100.0 * low,
+        ci_high: 100.0 * high,
+        pass_at_k: (1..=fewest)
+            .filter(|k| k.is_power_of_two() || *k == fewest)
+            .map(|k| (k, 100.0 * mean(counts.iter().map(|(n, c)| pass_at_k(*n, *c, k)))))
+            .collect(),
+        cons: (!code && fewest > 1)
+            .then(|| 100.0 * mean(votes.iter().map(|right| f64::from(u8::from(*right))))),
+        tokens: lengths(&|_| true),
+        tokens_right: lengths(&|sample| sample.correct == Some(true)),
+        tokens_wrong: lengths(&|sample| sample.correct != Some(true)),
+        levels: levels
+            .into_iter()
+            .map(|(level, problems)| {
+                let accuracy = 100.0 * mean(problems.iter().map(|samples| share(samples)));
+                let tokens = Lengths::of(
+                    problems.iter().flat_map(|samples| samples.iter().map(|sample| sample.tokens)),
+                );
+                (level, (accuracy, tokens.mean))
+            })
+            .collect(),
+        truncated: of(&|sample| sample.truncated),
+        undecided: of(&|sample| sample.correct.is_none() && !sample.failed),
+        failed: of(&|sample| sample.failed),
+    }
+}
+
+/// Two runs on the problems that both have.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Comparison {
+    /// The benchmark.
+    pub bench: String,
+    /// Problems in both.
+    pub problems: usize,
+    /// Accuracy of the first, in percent.
+    pub a: f64,
+    /// Of the second.
+    pub b: f64,
+    /// Second less first.
+    pub difference: f64,
+    /// Its 95 % interval, by bootstrap over pairs of problems.
+    pub ci_low: f64,
+    /// Upper end.
+    pub ci_high: f64,
+    /// Problems that the second does better and worse.
+    pub better: usize,
+    /// Worse.
+    pub worse: usize,
+    /// Mean tokens, second over first.
+    pub length_ratio: f64,
+}
+
+/// Compares two runs problem by problem: much tighter than two intervals beside each other.
+pub fn compare(bench: &str, a: &[Sample], b: &[Sample]) -> Option<Comparison> {
+    let (first, second) = (by_problem(a), by_problem(b));
+    let pairs: Vec<(f64, f64)> = first
+        .iter()
+        .filter_map(|(problem, samples)| Some((share(samples), share(second.get(problem)?))))
+        .collect();
+    if pairs.is_empty() {
+        return None;
+    }
+    let differences: Vec<f64> = pairs.iter().map(|(a, b)| b - a).collect();
+    let (low, high) = bootstrap(&differences, 0);
+    // No difference seen is no proof of none, in neither direction.
+    let low = if differences.iter().all(|difference| *difference == 0.0) { -high } else { low };
+    let tokens = |samples: &[Sample]| Lengths::of(samples.iter().map(|sample| sample.tokens)).mean;
+    Some(Comparison {
+        bench: bench.to_owned(),
+        problems: pairs.len(),
+        a: 100.0 * mean(pairs.iter().map(|(a, _)| *a)),
+        b: 100.0 * mean(pairs.iter().map(|(_, b)| *b)),
+        difference: 100.0 * mean(differences.iter().copied()),
+        ci_low: 100.0 * low,
+        ci_high: 100.0 * high,
+        better: differences.iter().filter(|difference| **difference > 0.0).count(),
+        worse: differences.iter().filter(|difference| **difference < 0.0).count(),
+        length_ratio: tokens(b) / tokens(a).max(1.0),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(problem: &str, number: u32, answer: &str, correct: Option<bool>, tokens: u64) -> Sample {
+        Sample {
+            problem: problem.to_owned(),
+            sample: number,
+            answer: Some(answer.to_owned()),
+            correct,
+            tokens,
+            ..Sample::default()
+        }
+    }
+
+    #[test]
+    fn figures_count_what_they_say() {
+        let samples = [
+            sample("a", 0, "1", Some(true), 10),
+            sample("a", 1, "1.0", Some(true), 20),
+            sample("a", 2, "2", Some(false), 30),
+            sample("b", 0, "3", Some(false), 40),
+            sample("b", 1, "4", None, 50),
+            sample("b", 2, "4", None, 60),
+        ];
+        let figures = figures("x", &samples, false);
+        assert_eq!((figures.problems, figures.samples, figures.cons), (2, 3, Some(50.0)));
+        assert!((figures.accuracy - 100.0 / 3.0).abs() < 1e-9);
+        assert_eq!(
+            (figures.tokens_right.mean, figures.tokens_wrong.p50, figures.tokens.p95),
+            (15.0, 50.0, 60.0)
+        );
+        assert!((figures.undecided - 100.0 / 3.0).abs() < 1e-9 && figures.pass_at_k[&1] == figures.accuracy);
+        assert!(figures.pass_at_k[&2] > figures.pass_at_k[&1] && figures.pass_at_k[&3] == 50.0);
+    }
+
+    #[test]
+    fn a_comparison_pairs_problems() {
+        let run = |shift: usize| -> Vec<Sample> {
+            (0..50)
+                .map(|n| sample(&n.to_string(), 0, "", Some(n % 5 < 2 + shift), 10 + shift as u64 * 10))
+                .collect()
+        };
+        let found = compare("x", &run(0), &run(1)).unwrap();
+        assert_eq!((found.problems, found.better, found.worse, found.length_ratio), (50, 10, 0, 2.0));
+        assert!((found.difference - 20.0).abs() < 1e-9 && found.ci_low > 0.0 && found.ci_high < 40.0);
+        assert!(compare("x", &run(0), &[]).is_none());
+    }
+}

@@ -1,0 +1,133 @@
+//! The pages of an evaluation: one with tables, pass@k curves and lengths, and one per problem with every sample. Static files
+//! without scripts; everything that a model wrote is escaped.
+
+use std::path::Path;
+
+use minijinja::value::Serde;
+use minijinja::{Environment, context};
+use potstill_shared::durable::{create_folder, write_file};
+use serde::Serialize;
+
+use super::benchmarks::Loaded;
+use super::figures::Figures;
+use super::{EvalReport, Sample};
+
+/// Bars of a histogram.
+const BARS: usize = 24;
+
+#[derive(Serialize)]
+struct Bench<'a> {
+    figures: &'a Figures,
+    /// Points of the curve of pass@k, in the units of the picture.
+    curve: String,
+    dots: Vec<(f64, f64, u32, f64)>,
+    bars: Vec<Bar>,
+    longest: u64,
+    problems: Vec<Problem<'a>>,
+}
+
+#[derive(Serialize)]
+struct Bar {
+    x: f64,
+    width: f64,
+    right: f64,
+    wrong: f64,
+}
+
+#[derive(Serialize)]
+struct Problem<'a> {
+    name: &'a str,
+    page: String,
+    right: usize,
+    of: usize,
+}
+
+fn environment() -> anyhow::Result<Environment<'static>> {
+    let mut environment = Environment::new();
+    environment.add_template("report.html", include_str!("report.html.jinja"))?;
+    environment.add_template("problem.html", include_str!("problem.html.jinja"))?;
+    Ok(environment)
+}
+
+/// Name of a problem's page: its place, since ids may hold anything.
+fn page_of(bench: &str, index: usize) -> String {
+    format!("{bench}-{index}.html")
+}
+
+/// Writes `report.json` and `report.html`.
+pub(super) fn report(out: &Path, report: &EvalReport, all: &[(Figures, Vec<Sample>)]) -> anyhow::Result<()> {
+    let json = serde_json::to_string_pretty(report)?;
+    write_file(&out.join("report.json"), format!("{json}\n").as_bytes())?;
+    let benches: Vec<Bench<'_>> = all.iter().map(|(figures, samples)| bench(figures, samples)).collect();
+    let environment = environment()?;
+    let html = environment.get_template("report.html")?.render(context! {
+        report => minijinja::Value::from(Serde(report)),
+        benches => minijinja::Value::from(Serde(&benches)),
+    })?;
+    Ok(write_file(&out.join("report.html"), html.as_bytes())?)
+}
+
+/// Writes a page for each problem.
+pub(super) fn problems(out: &Path, loaded: &Loaded, samples: &[Sample]) -> anyhow::Result<()> {
+    let folder = out.join("problems");
+    create_folder(&folder)?;
+    let environment = environment()?;
+    let template = environment.get_template("problem.html")?;
+    for (index, item) in loaded.items.iter().enumerate() {
+        let mine: Vec<&Sample> = samples.iter().filter(|sample| sample.problem == item.name).collect();
+        let html = template.render(context! {
+            bench => &item.bench,
+            name => &item.name,
+            prompt => &item.prompt,
+            gold => format!("{:?}", item.gold),
+            samples => minijinja::Value::from(Serde(&mine)),
+        })?;
+        write_file(&folder.join(page_of(&loaded.name, index)), html.as_bytes())?;
+    }
+    Ok(())
+}
+
+fn bench<'a>(figures: &'a Figures, samples: &'a [Sample]) -> Bench<'a> {
+    let most = figures.pass_at_k.keys().max().copied().unwrap_or(1);
+    let place = |k: u32| if most > 1 { 300.0 * f64::from(k).log2() / f64::from(most).log2() } else { 0.0 };
+    let dots: Vec<(f64, f64, u32, f64)> = figures
+        .pass_at_k
+        .iter()
+        .map(|(k, share)| (place(*k), 120.0 * (1.0 - share / 100.0), *k, *share))
+        .collect();
+    let curve = dots.iter().map(|(x, y, ..)| format!("{x:.1},{y:.1}")).collect::<Vec<_>>().join(" ");
+    let longest = samples.iter().map(|sample| sample.tokens).max().unwrap_or(0).max(1);
+    let mut counts = vec![(0usize, 0usize); BARS];
+    for sample in samples {
+        let at = (sample.tokens as usize * BARS / (longest as usize + 1)).min(BARS - 1);
+        if sample.correct == Some(true) {
+            counts[at].0 += 1;
+        } else {
+            counts[at].1 += 1;
+        }
+    }
+    let tallest = counts.iter().map(|(right, wrong)| right + wrong).max().unwrap_or(1).max(1) as f64;
+    let width = 300.0 / BARS as f64;
+    let bars = counts
+        .iter()
+        .enumerate()
+        .map(|(at, (right, wrong))| Bar {
+            x: at as f64 * width,
+            width: width - 1.0,
+            right: 100.0 * *right as f64 / tallest,
+            wrong: 100.0 * *wrong as f64 / tallest,
+        })
+        .collect();
+    let mut problems: Vec<Problem<'_>> = Vec::new();
+    for sample in samples {
+        if problems.last().is_none_or(|last| last.name != sample.problem) {
+            let page = format!("problems/{}", page_of(&figures.bench, problems.len()));
+            problems.push(Problem { name: &sample.problem, page, right: 0, of: 0 });
+        }
+        if let Some(last) = problems.last_mut() {
+            last.of += 1;
+            last.right += usize::from(sample.correct == Some(true));
+        }
+    }
+    Bench { figures, curve, dots, bars, longest, problems }
+}
