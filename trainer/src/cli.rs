@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
 
+use crate::bench::{self, BenchArguments};
 use crate::demo::{DemoArguments, demo};
 use crate::eval::{self, EvalArguments};
 use crate::pairs::{self, PairArguments};
@@ -70,6 +71,8 @@ enum Command {
     Serve(ServeArguments),
     /// Evaluate a model behind any OpenAI endpoint on benchmarks.
     Eval(Box<EvalArguments>),
+    /// Measure how fast a model reads and writes here.
+    Bench(BenchArguments),
     /// Compare two evaluations problem by problem.
     Compare {
         /// Folder of the first.
@@ -135,6 +138,11 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
             } else {
                 report.benchmarks.iter().for_each(|figures| say(&eval::line(figures)));
             }
+            Ok(())
+        }
+        Command::Bench(arguments) => {
+            let report = bench::run(&arguments)?;
+            say(&if arguments.json { serde_json::to_string_pretty(&report)? } else { bench::table(&report) });
             Ok(())
         }
         Command::Compare { a, b, json } => {

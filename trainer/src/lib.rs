@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod announce;
+pub mod bench;
 pub mod card;
 pub mod cli;
 pub mod demo;

@@ -52,7 +52,13 @@ pub fn base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
     };
     config.check(Path::new("student.init"))?;
     let weights = init::random(&config, recipe.seed)?;
-    Ok(LoadedModel { config, weights, tokenizer, template: Arc::new(tokenizer::template()?) })
+    Ok(LoadedModel {
+        config,
+        weights,
+        tokenizer,
+        template: Arc::new(tokenizer::template()?),
+        quantised: false,
+    })
 }
 
 /// What a student is trained on: conversations with the difficulty of each.

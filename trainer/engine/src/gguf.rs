@@ -1,13 +1,15 @@
 //! GGUF files: configuration, tensors (dequantised) and tokenizer from the metadata.
 //!
 //! llama.cpp's conversion permutes the rows of q and k for `llama`, since it rotates neighbouring elements; here they are
-//! permuted back to Hugging Face's half-split order. Quantised products are not used yet: weights become f32 when loaded.
+//! permuted back to Hugging Face's half-split order. Weights become f32 when loaded; a model that is served gets its matrices
+//! packed to eight bits again ([`crate::ops::packed`]).
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
+use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{Device, Tensor};
 use tokenizers::models::bpe::BPE;
@@ -123,6 +125,13 @@ impl Gguf {
         };
         config.check(&self.path)?;
         Ok(config)
+    }
+
+    /// Whether most of its matrices have fewer than 16 bits a weight.
+    pub fn is_quantised(&self) -> bool {
+        let matrices = || self.content.tensor_infos.values().filter(|info| info.shape.dims().len() == 2);
+        let small = |kind: GgmlDType| !matches!(kind, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
+        2 * matrices().filter(|info| small(info.ggml_dtype)).count() > matrices().count()
     }
 
     /// All tensors as f32 under Hugging Face names.

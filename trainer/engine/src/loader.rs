@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::config::{ModelConfig, OneOrMany};
 use crate::error::EngineError;
 use crate::gguf::Gguf;
+use crate::model::CausalLm;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -26,6 +27,19 @@ pub struct LoadedModel {
     pub tokenizer: Tokenizer,
     /// Its chat template.
     pub template: Arc<ChatTemplate>,
+    /// Its matrices were quantised in the file, so that eight bits lose next to nothing more.
+    pub quantised: bool,
+}
+
+impl LoadedModel {
+    /// The model for serving.
+    pub fn causal_lm(&self) -> Result<CausalLm, EngineError> {
+        if self.quantised {
+            CausalLm::packed(&self.config, &self.weights)
+        } else {
+            CausalLm::new(&self.config, &self.weights)
+        }
+    }
 }
 
 /// Loads `path` and brings the weights to `device` and `dtype`.
@@ -106,7 +120,7 @@ fn from_folder(folder: &Path) -> Result<LoadedModel, EngineError> {
     let bos_text = token_text(names.bos_token.as_ref());
     let template = template(source.as_deref(), bos_text, eos_text, &tokenizer, &config)?;
     let weights = Weights::new(read_safetensors(folder)?, &config)?;
-    Ok(LoadedModel { config, weights, tokenizer, template })
+    Ok(LoadedModel { config, weights, tokenizer, template, quantised: false })
 }
 
 fn from_gguf(path: &Path) -> Result<LoadedModel, EngineError> {
@@ -121,7 +135,8 @@ fn from_gguf(path: &Path) -> Result<LoadedModel, EngineError> {
     let (bos, eos) = (text_of(config.bos), text_of(config.eos.first().copied()));
     let template = template(source.as_deref(), bos, eos, &tokenizer, &config)?;
     let weights = Weights::new(gguf.tensors(&config)?, &config)?;
-    Ok(LoadedModel { config, weights, tokenizer, template })
+    let quantised = gguf.is_quantised();
+    Ok(LoadedModel { config, weights, tokenizer, template, quantised })
 }
 
 fn add_eos(config: &mut ModelConfig, ids: Vec<u32>) {

@@ -14,6 +14,7 @@ use crate::cache::KvCache;
 use crate::config::{Family, ModelConfig};
 use crate::error::EngineError;
 use crate::ops::attention::{Heads, Segment, attention};
+use crate::ops::packed::{Packed, is_fast};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::Rotary;
 use crate::ops::swiglu::swiglu;
@@ -27,17 +28,27 @@ pub struct CausalLm {
     blocks: Vec<Block>,
     norm: Tensor,
     head: Tensor,
+    packed_head: Option<Packed>,
     inverse_frequencies: Vec<f32>,
 }
 
 struct Linear {
-    weight: Tensor,
+    weight: Matrix,
     bias: Option<Tensor>,
+}
+
+enum Matrix {
+    Dense(Tensor),
+    /// Eight bits: for serving only, it has no gradient.
+    Packed(Packed),
 }
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor, EngineError> {
-        let y = x.matmul(&self.weight.t()?)?;
+        let y = match &self.weight {
+            Matrix::Dense(weight) => x.matmul(&weight.t()?)?,
+            Matrix::Packed(packed) => packed.forward(x)?,
+        };
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
@@ -68,15 +79,27 @@ enum Attend<'a, 'b> {
 impl CausalLm {
     /// Builds the model over `weights`, sharing their storage.
     pub fn new(config: &ModelConfig, weights: &Weights) -> Result<Self, EngineError> {
+        Self::build(config, weights, false)
+    }
+
+    /// The same with matrices of eight bits, for serving models that were quantised already: on CPUs with the fast kernel
+    /// only, elsewhere and where a shape does not fit, matrices stay as they are.
+    pub fn packed(config: &ModelConfig, weights: &Weights) -> Result<Self, EngineError> {
+        Self::build(config, weights, is_fast())
+    }
+
+    fn build(config: &ModelConfig, weights: &Weights, packed: bool) -> Result<Self, EngineError> {
         let embedding = weights.get("model.embed_tokens.weight")?;
         let head = if config.tied { embedding.clone() } else { weights.get("lm_head.weight")? };
-        let blocks =
-            (0..config.layers).map(|layer| Block::new(config, weights, layer)).collect::<Result<_, _>>()?;
+        let blocks = (0..config.layers)
+            .map(|layer| Block::new(config, weights, layer, packed))
+            .collect::<Result<_, _>>()?;
         Ok(Self {
             config: config.clone(),
             embedding,
             blocks,
             norm: weights.get("model.norm.weight")?,
+            packed_head: if packed && fused(&head) { Packed::new(&head)? } else { None },
             head,
             inverse_frequencies: config.inverse_frequencies(),
         })
@@ -108,7 +131,10 @@ impl CausalLm {
 
     /// Logits `[rows, vocabulary]` of hidden states.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
-        Ok(hidden.matmul(&self.head.t()?)?)
+        match &self.packed_head {
+            Some(packed) if fused(hidden) => Ok(packed.forward(hidden)?),
+            _ => Ok(hidden.matmul(&self.head.t()?)?),
+        }
     }
 
     fn run(&self, batch: &Batch, mut attend: Attend<'_, '_>) -> Result<Tensor, EngineError> {
@@ -123,11 +149,13 @@ impl CausalLm {
 }
 
 impl Block {
-    fn new(config: &ModelConfig, weights: &Weights, layer: usize) -> Result<Self, EngineError> {
+    fn new(config: &ModelConfig, weights: &Weights, layer: usize, packed: bool) -> Result<Self, EngineError> {
         let get = |name: &str| weights.get(&format!("model.layers.{layer}.{name}"));
         let projection = |name: &str, bias: bool| -> Result<Linear, EngineError> {
+            let weight = get(&format!("{name}.weight"))?;
+            let small = if packed && fused(&weight) { Packed::new(&weight)? } else { None };
             Ok(Linear {
-                weight: get(&format!("{name}.weight"))?,
+                weight: small.map_or(Matrix::Dense(weight), Matrix::Packed),
                 bias: if bias { Some(get(&format!("{name}.bias"))?) } else { None },
             })
         };

@@ -7,6 +7,7 @@
 pub mod attention;
 pub mod cross_entropy;
 pub mod exp;
+pub mod packed;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;

@@ -137,7 +137,7 @@ pub struct Engine {
 impl Engine {
     /// Starts the step loop over `model`.
     pub fn start(model: &LoadedModel, config: SchedulerConfig) -> Result<Self, EngineError> {
-        let lm = CausalLm::new(&model.config, &model.weights)?;
+        let lm = model.causal_lm()?;
         let context = model.config.max_positions.min(config.kv_tokens);
         let shared =
             Arc::new(Shared { queue: Mutex::default(), wake: Condvar::new(), stats: Stats::default() });

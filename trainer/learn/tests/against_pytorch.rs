@@ -86,7 +86,7 @@ fn model() -> (LoadedModel, Vec<Example>) {
             Example { tokens: source.tokens[..cut].to_vec(), learnt: (0..cut).map(|at| at >= 3).collect() }
         })
         .collect();
-    (LoadedModel { config, weights, tokenizer, template }, examples)
+    (LoadedModel { config, weights, tokenizer, template, quantised: false }, examples)
 }
 
 fn phases() -> Vec<Phase> {

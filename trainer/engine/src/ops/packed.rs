@@ -1,0 +1,392 @@
+//! Products with weights of eight bits: blocks of 32 along a row share a scale, activations are rounded to eight bits with a
+//! scale for each block of 32 too, sums within a block are whole numbers.
+//!
+//! Weights lie as the kernel reads them: 16 rows side by side, four columns at a time, so that one instruction multiplies 64
+//! weights with four activations (AVX-512 VNNI) and one load of weights serves a tile of activation rows. Values are
+//! stored plus 128 (unsigned); the 128 is taken back through the sum of the block's activations, which is one number for
+//! all rows.
+#![expect(unsafe_code, reason = "instructions that only some processors have")]
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::with_values;
+
+/// Weights that share a scale.
+const BLOCK: usize = 32;
+/// Rows that lie side by side.
+const LANES: usize = 16;
+/// Activation rows that are multiplied in one go.
+const TILE: usize = 8;
+/// Bytes of weights, times rows of activations, that are worth a task of their own.
+const TASK_BYTES: usize = 1 << 17;
+/// And from which on more than one thread is worth it.
+const PARALLEL_BYTES: usize = 4 << 20;
+
+/// A matrix `[rows, columns]` in blocks of eight bits.
+#[derive(Debug)]
+pub struct Packed {
+    rows: usize,
+    columns: usize,
+    /// For each 16 rows, for each block: 8 times 16 rows of four columns.
+    weights: Vec<u8>,
+    /// For each 16 rows, for each block: 16 scales.
+    scales: Vec<f32>,
+}
+
+/// Activation rows in blocks of eight bits.
+struct Activations {
+    blocks: usize,
+    /// Four columns as they are broadcast, row by row.
+    quads: Vec<i32>,
+    scales: Vec<f32>,
+    /// -128 times the sum of each block.
+    offsets: Vec<i32>,
+}
+
+/// Whether this processor has the fast kernel.
+pub fn is_fast() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vnni")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
+impl Packed {
+    /// Packs a matrix of f32 on the CPU; none when its columns do not fill blocks.
+    pub fn new(weight: &Tensor) -> Result<Option<Self>> {
+        let (rows, columns) = weight.dims2()?;
+        if !columns.is_multiple_of(BLOCK) {
+            return Ok(None);
+        }
+        let (groups, blocks) = (rows.div_ceil(LANES), columns / BLOCK);
+        let mut packed = Self {
+            rows,
+            columns,
+            weights: vec![128; groups * blocks * LANES * BLOCK],
+            scales: vec![0.0; groups * blocks * LANES],
+        };
+        let (weights, scales) = (&mut packed.weights, &mut packed.scales);
+        with_values([weight], |[values]| {
+            weights
+                .par_chunks_mut(blocks * LANES * BLOCK)
+                .zip(scales.par_chunks_mut(blocks * LANES))
+                .enumerate()
+                .for_each(|(group, (weights, scales))| {
+                    for lane in 0..LANES.min(rows - group * LANES) {
+                        let row = &values[(group * LANES + lane) * columns..][..columns];
+                        for (block, values) in row.chunks_exact(BLOCK).enumerate() {
+                            let most = values.iter().fold(0f32, |most, value| most.max(value.abs()));
+                            let scale = most / 127.0;
+                            scales[block * LANES + lane] = scale;
+                            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                            for (at, value) in values.iter().enumerate() {
+                                let byte = ((value * inverse).round() as i32 + 128) as u8;
+                                weights[block * LANES * BLOCK + (at / 4) * 4 * LANES + lane * 4 + at % 4] =
+                                    byte;
+                            }
+                        }
+                    }
+                });
+        })?;
+        Ok(Some(packed))
+    }
+
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        self.weights.len() + self.scales.len() * 4
+    }
+
+    /// `x W^T` for `x` of `[n, columns]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (n, columns) = x.dims2()?;
+        if columns != self.columns {
+            candle_core::bail!("a product of {columns} columns with a matrix of {}", self.columns);
+        }
+        let out = with_values([x], |[values]| self.product(values, n, is_fast()))?;
+        Tensor::from_vec(out, (n, self.rows), x.device())
+    }
+
+    fn product(&self, values: &[f32], n: usize, fast: bool) -> Vec<f32> {
+        let blocks = self.columns / BLOCK;
+        let activations = Activations::new(values, n, blocks, fast);
+        let groups = self.rows.div_ceil(LANES);
+        let mut out = vec![0f32; n * self.rows];
+        let target = Columns { start: out.as_mut_ptr(), rows: self.rows, n };
+        let group_bytes = blocks * LANES * BLOCK;
+        let work = |group: usize| {
+            let weights = &self.weights[group * group_bytes..][..group_bytes];
+            let scales = &self.scales[group * blocks * LANES..][..blocks * LANES];
+            let mut tile = [0f32; TILE * LANES];
+            for first in (0..n).step_by(TILE) {
+                let count = TILE.min(n - first);
+                tile_product(weights, scales, &activations, first, &mut tile[..count * LANES], fast);
+                for (row, values) in tile[..count * LANES].chunks_exact(LANES).enumerate() {
+                    target.write(first + row, group * LANES, values);
+                }
+            }
+        };
+        // A small product is done before another thread has woken up.
+        if rayon::current_num_threads() == 1 || groups * group_bytes * n < PARALLEL_BYTES {
+            (0..groups).for_each(work);
+        } else {
+            let per_task = (TASK_BYTES / (group_bytes * n.min(TILE)).max(1)).max(1);
+            (0..groups).into_par_iter().with_min_len(per_task).for_each(work);
+        }
+        out
+    }
+}
+
+/// The columns of a result, written by several tasks, each its own.
+struct Columns {
+    start: *mut f32,
+    rows: usize,
+    n: usize,
+}
+
+// SAFETY: tasks write disjoint columns; nobody reads before all are done.
+unsafe impl Sync for Columns {}
+
+impl Columns {
+    /// Writes up to 16 values of a row, from `column` on; what lies beyond the last column is padding and dropped.
+    fn write(&self, row: usize, column: usize, values: &[f32]) {
+        let count = values.len().min(self.rows - column);
+        assert!(row < self.n && column < self.rows);
+        // SAFETY: the row and the columns are within the result, by the assertion and the cut above.
+        unsafe {
+            std::ptr::copy_nonoverlapping(values.as_ptr(), self.start.add(row * self.rows + column), count);
+        }
+    }
+}
+
+impl Activations {
+    fn new(values: &[f32], n: usize, blocks: usize, fast: bool) -> Self {
+        let mut all = Self {
+            blocks,
+            quads: vec![0; n * blocks * BLOCK / 4],
+            scales: vec![0.0; n * blocks],
+            offsets: vec![0; n * blocks],
+        };
+        #[cfg(target_arch = "x86_64")]
+        if fast {
+            // SAFETY: `is_fast` has found the features that it is compiled for.
+            unsafe { avx512::quantise(values, &mut all) };
+            return all;
+        }
+        let _plain = fast;
+        quantise(values, &mut all);
+        all
+    }
+}
+
+/// Rounds activations to eight bits, block by block.
+#[inline(always)]
+fn quantise(values: &[f32], into: &mut Activations) {
+    let numbers = into.scales.iter_mut().zip(&mut into.offsets);
+    for ((block, quads), (scale, offset)) in
+        values.chunks_exact(BLOCK).zip(into.quads.chunks_exact_mut(BLOCK / 4)).zip(numbers)
+    {
+        let mut most = [0f32; 8];
+        for eight in block.chunks_exact(8) {
+            for (most, value) in most.iter_mut().zip(eight) {
+                *most = most.max(value.abs());
+            }
+        }
+        let most = most.iter().fold(0f32, |a, b| a.max(*b));
+        *scale = most / 127.0;
+        let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+        let mut whole = [0i32; BLOCK];
+        for (whole, value) in whole.iter_mut().zip(block) {
+            *whole = (value * inverse).round_ties_even() as i32;
+        }
+        *offset = -128 * whole.iter().sum::<i32>();
+        for (quad, four) in quads.iter_mut().zip(whole.chunks_exact(4)) {
+            *quad = (four[0] & 255) | ((four[1] & 255) << 8) | ((four[2] & 255) << 16) | (four[3] << 24);
+        }
+    }
+}
+
+/// 16 rows of weights times up to eight activation rows from `first` on.
+fn tile_product(
+    weights: &[u8],
+    scales: &[f32],
+    activations: &Activations,
+    first: usize,
+    out: &mut [f32],
+    fast: bool,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if fast {
+        // SAFETY: `is_fast` has found the features that each of these is compiled for.
+        unsafe {
+            match out.len() / LANES {
+                1 => avx512::tile::<1>(weights, scales, activations, first, out),
+                2 => avx512::tile::<2>(weights, scales, activations, first, out),
+                3 => avx512::tile::<3>(weights, scales, activations, first, out),
+                4 => avx512::tile::<4>(weights, scales, activations, first, out),
+                5 => avx512::tile::<5>(weights, scales, activations, first, out),
+                6 => avx512::tile::<6>(weights, scales, activations, first, out),
+                7 => avx512::tile::<7>(weights, scales, activations, first, out),
+                _ => avx512::tile::<8>(weights, scales, activations, first, out),
+            }
+        }
+        return;
+    }
+    let _plain = fast;
+    plain(weights, scales, activations, first, out);
+}
+
+/// The plain twin: the same sums in the same order.
+fn plain(weights: &[u8], scales: &[f32], activations: &Activations, first: usize, out: &mut [f32]) {
+    for (row, out) in out.chunks_exact_mut(LANES).enumerate() {
+        let row = first + row;
+        out.fill(0.0);
+        for block in 0..activations.blocks {
+            let at = row * activations.blocks + block;
+            let quads = &activations.quads[at * BLOCK / 4..][..BLOCK / 4];
+            let weights = &weights[block * LANES * BLOCK..][..LANES * BLOCK];
+            let mut sums = [activations.offsets[at]; LANES];
+            for (quad, weights) in quads.iter().zip(weights.chunks_exact(4 * LANES)) {
+                let bytes = quad.to_le_bytes();
+                for (sum, weights) in sums.iter_mut().zip(weights.chunks_exact(4)) {
+                    for (weight, byte) in weights.iter().zip(bytes) {
+                        *sum += i32::from(*weight) * i32::from(byte as i8);
+                    }
+                }
+            }
+            let scale = activations.scales[at];
+            for ((out, sum), weight_scale) in out.iter_mut().zip(sums).zip(&scales[block * LANES..]) {
+                *out = (sum as f32).mul_add(weight_scale * scale, *out);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{
+        __m512i, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
+        _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+        _mm512_storeu_ps,
+    };
+
+    use super::{Activations, BLOCK, LANES};
+
+    /// The same, compiled for wide registers.
+    ///
+    /// # Safety
+    ///
+    /// The processor must have the features named below.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) unsafe fn quantise(values: &[f32], into: &mut Activations) {
+        super::quantise(values, into);
+    }
+
+    /// `N` activation rows at once.
+    ///
+    /// # Safety
+    ///
+    /// The processor must have the features named below; `out` holds `N` rows of 16, `weights` and `scales` the blocks of one
+    /// group, and the activations at least `first + N` rows. The slices are indexed with checks outside the inner loop.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) unsafe fn tile<const N: usize>(
+        weights: &[u8],
+        scales: &[f32],
+        activations: &Activations,
+        first: usize,
+        out: &mut [f32],
+    ) {
+        let blocks = activations.blocks;
+        let quads_per_row = blocks * BLOCK / 4;
+        assert!(
+            out.len() == N * LANES
+                && weights.len() == blocks * LANES * BLOCK
+                && scales.len() == blocks * LANES
+        );
+        let quads = &activations.quads[first * quads_per_row..][..N * quads_per_row];
+        let row_scales = &activations.scales[first * blocks..][..N * blocks];
+        let offsets = &activations.offsets[first * blocks..][..N * blocks];
+        let mut totals = [_mm512_setzero_ps(); N];
+        for block in 0..blocks {
+            let mut sums = [_mm512_set1_epi32(0); N];
+            for (row, sum) in sums.iter_mut().enumerate() {
+                *sum = _mm512_set1_epi32(offsets[row * blocks + block]);
+            }
+            for step in 0..BLOCK / 4 {
+                // SAFETY: within `weights`, by the assertion above.
+                let weight: __m512i = unsafe {
+                    _mm512_loadu_si512(weights.as_ptr().add((block * (BLOCK / 4) + step) * 4 * LANES).cast())
+                };
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    // SAFETY: within `quads`, which holds N rows of `quads_per_row`.
+                    let quad =
+                        unsafe { *quads.get_unchecked(row * quads_per_row + block * (BLOCK / 4) + step) };
+                    *sum = _mm512_dpbusd_epi32(*sum, weight, _mm512_set1_epi32(quad));
+                }
+            }
+            // SAFETY: within `scales`, by the assertion above.
+            let weight_scale = unsafe { _mm512_loadu_ps(scales.as_ptr().add(block * LANES)) };
+            for (row, (sum, total)) in sums.iter().zip(&mut totals).enumerate() {
+                let scale = _mm512_mul_ps(weight_scale, _mm512_set1_ps(row_scales[row * blocks + block]));
+                *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*sum), scale, *total);
+            }
+        }
+        for (row, total) in totals.iter().enumerate() {
+            // SAFETY: `out` holds N rows of 16, by the assertion above.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(row * LANES), *total) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// The fast kernel is its plain twin, and both are near the product of what was packed.
+        #[test]
+        fn the_kernel_is_the_product(rows in 1usize..70, blocks in 1usize..6, n in 1usize..20, seed in any::<u64>()) {
+            let columns = blocks * BLOCK;
+            let mut state = seed | 1;
+            let mut next = || {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            };
+            let weight: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
+            let x: Vec<f32> = (0..n * columns).map(|_| next() * 3.0).collect();
+            let packed = Packed::new(&Tensor::from_slice(&weight, (rows, columns), &Device::Cpu).unwrap()).unwrap().unwrap();
+            let slow = packed.product(&x, n, false);
+            if is_fast() {
+                prop_assert_eq!(&packed.product(&x, n, true), &slow);
+            }
+            for (row, out) in slow.chunks_exact(rows).enumerate() {
+                for (column, found) in out.iter().enumerate() {
+                    let (w, x) = (&weight[column * columns..][..columns], &x[row * columns..][..columns]);
+                    let exact: f32 = w.iter().zip(x).map(|(a, b)| a * b).sum();
+                    // Rounding of both sides to eight bits: about 1 in 250 of each factor, adding up like a random walk.
+                    let bound = 3.0 * (columns as f32).sqrt() / 100.0 + 0.05;
+                    prop_assert!((found - exact).abs() < bound, "{found} {exact} {bound}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn columns_that_fill_no_block_are_refused() {
+        let weight = Tensor::zeros((4, 33), candle_core::DType::F32, &Device::Cpu).unwrap();
+        assert!(Packed::new(&weight).unwrap().is_none());
+    }
+}

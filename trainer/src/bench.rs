@@ -1,0 +1,232 @@
+//! `potstill bench`: how fast a model reads and writes on this machine, by wall clock and by processor time, which other
+//! programs on the machine do not change.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Context;
+use candle_core::Tensor;
+use potstill_engine::batch::Batch;
+use potstill_engine::cache::KvCache;
+use potstill_engine::device;
+use potstill_engine::loader::load;
+use potstill_engine::model::CausalLm;
+use serde::Serialize;
+
+/// What to measure.
+#[derive(Debug, clap::Args)]
+pub struct BenchArguments {
+    /// Model folder or `.gguf` file.
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Lengths of prompts, by comma.
+    #[arg(long, value_delimiter = ',', default_value = "128,512")]
+    pub prompt: Vec<usize>,
+    /// Tokens written behind the first prompt.
+    #[arg(long = "gen", default_value_t = 64)]
+    pub generate: usize,
+    /// Sequences at once, by comma.
+    #[arg(long, value_delimiter = ',', default_value = "1,16")]
+    pub batch: Vec<usize>,
+    /// Threads.
+    #[arg(long, default_value_t = 1)]
+    pub threads: usize,
+    /// Times that each is measured; the fastest counts.
+    #[arg(long, default_value_t = 3)]
+    pub rounds: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// One measurement.
+#[derive(Debug, Clone, Serialize)]
+pub struct Measured {
+    /// `prefill` or `decode`.
+    pub work: &'static str,
+    /// Tokens of each prompt.
+    pub prompt: usize,
+    /// Sequences at once.
+    pub batch: usize,
+    /// Tokens per second of wall time, all sequences together.
+    pub tokens_per_s: f64,
+    /// Tokens per second of processor time.
+    pub tokens_per_cpu_s: f64,
+    /// Milliseconds until the first token; for prefill.
+    pub first_token_ms: Option<f64>,
+}
+
+/// What was measured of a model.
+#[derive(Debug, Clone, Serialize)]
+pub struct BenchReport {
+    /// The model.
+    pub model: String,
+    /// Weights.
+    pub parameters: u64,
+    /// Threads.
+    pub threads: usize,
+    /// Most memory that the process held, in bytes, loading included.
+    pub peak_memory: u64,
+    /// The measurements.
+    pub measured: Vec<Measured>,
+}
+
+/// Measures.
+pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
+    anyhow::ensure!(
+        arguments.generate > 0 && arguments.threads > 0 && arguments.rounds > 0,
+        "--gen, --threads and --rounds must be at least 1"
+    );
+    let sizes = arguments.prompt.iter().chain(&arguments.batch);
+    anyhow::ensure!(sizes.clone().all(|size| *size > 0), "--prompt and --batch must be at least 1");
+    device::set_threads(arguments.threads);
+    let device = device::parse("cpu")?;
+    let loaded = load(&arguments.model, &device, device::compute_type(&device))
+        .with_context(|| format!("cannot load `{}`", arguments.model.display()))?;
+    let parameters = loaded.config.parameters() as u64;
+    let most = loaded.config.max_positions;
+    let model = loaded.causal_lm()?;
+    drop(loaded);
+    let longest = arguments.prompt.iter().max().copied().unwrap_or(1) + arguments.generate;
+    anyhow::ensure!(
+        longest <= most,
+        "--prompt and --gen make {longest} tokens; the model has room for {most}"
+    );
+    let mut measured = Vec::new();
+    for prompt in &arguments.prompt {
+        measured.push(prefill(&model, *prompt, arguments.rounds)?);
+    }
+    let first = arguments.prompt.first().copied().unwrap_or(1);
+    for batch in &arguments.batch {
+        measured.push(decode(&model, first, arguments.generate, *batch, arguments.rounds)?);
+    }
+    Ok(BenchReport {
+        model: arguments.model.display().to_string(),
+        parameters,
+        threads: arguments.threads,
+        peak_memory: peak_memory(),
+        measured,
+    })
+}
+
+/// Token ids that are all different enough; what they say does not change the time.
+fn prompt_of(model: &CausalLm, length: usize, sequence: usize) -> Vec<u32> {
+    let vocabulary = model.config().vocab_size;
+    (0..length).map(|at| ((at * 7919 + sequence * 104_729 + 11) % vocabulary) as u32).collect()
+}
+
+/// Reads a prompt and picks the most likely next token.
+fn step(model: &CausalLm, batch: &Batch, caches: &mut [KvCache]) -> anyhow::Result<Vec<u32>> {
+    let mut borrowed: Vec<&mut KvCache> = caches.iter_mut().collect();
+    let hidden = model.hidden_cached(batch, &mut borrowed)?;
+    let rows = batch.last_rows();
+    let rows = Tensor::from_slice(&rows, rows.len(), hidden.device())?;
+    let logits = model.logits(&hidden.index_select(&rows, 0)?)?;
+    Ok(logits.argmax(1)?.to_vec1::<u32>()?)
+}
+
+/// The fastest of some rounds: wall and processor seconds.
+fn fastest(
+    rounds: usize,
+    mut work: impl FnMut() -> anyhow::Result<(f64, f64)>,
+) -> anyhow::Result<(f64, f64)> {
+    let mut best = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..rounds {
+        let (wall, cpu) = work()?;
+        best = (best.0.min(wall), best.1.min(cpu));
+    }
+    Ok(best)
+}
+
+fn prefill(model: &CausalLm, prompt: usize, rounds: usize) -> anyhow::Result<Measured> {
+    let tokens = prompt_of(model, prompt, 0);
+    // Short prompts are read several times, as processor time comes in hundredths of a second.
+    let repeats = (1024 / prompt).max(1);
+    let (wall, cpu) = fastest(rounds, || {
+        let (begin, cpu) = (Instant::now(), cpu_seconds());
+        for _ in 0..repeats {
+            let batch = Batch::new([(tokens.as_slice(), 0)]);
+            step(model, &batch, &mut [KvCache::default()])?;
+        }
+        Ok((begin.elapsed().as_secs_f64(), cpu_seconds() - cpu))
+    })?;
+    let all = (prompt * repeats) as f64;
+    Ok(Measured {
+        work: "prefill",
+        prompt,
+        batch: 1,
+        tokens_per_s: all / wall,
+        tokens_per_cpu_s: all / cpu.max(0.01),
+        first_token_ms: Some(wall / repeats as f64 * 1e3),
+    })
+}
+
+fn decode(
+    model: &CausalLm,
+    prompt: usize,
+    generate: usize,
+    batch: usize,
+    rounds: usize,
+) -> anyhow::Result<Measured> {
+    let (wall, cpu) = fastest(rounds, || {
+        let mut caches: Vec<KvCache> = (0..batch).map(|_| KvCache::default()).collect();
+        let prompts: Vec<Vec<u32>> = (0..batch).map(|sequence| prompt_of(model, prompt, sequence)).collect();
+        let mut last =
+            step(model, &Batch::new(prompts.iter().map(|prompt| (prompt.as_slice(), 0))), &mut caches)?;
+        let (begin, cpu) = (Instant::now(), cpu_seconds());
+        for at in 0..generate {
+            let rows: Vec<[u32; 1]> = last.iter().map(|token| [*token]).collect();
+            last =
+                step(model, &Batch::new(rows.iter().map(|row| (row.as_slice(), prompt + at))), &mut caches)?;
+        }
+        Ok((begin.elapsed().as_secs_f64(), cpu_seconds() - cpu))
+    })?;
+    let all = (generate * batch) as f64;
+    Ok(Measured {
+        work: "decode",
+        prompt,
+        batch,
+        tokens_per_s: all / wall,
+        tokens_per_cpu_s: all / cpu.max(0.01),
+        first_token_ms: None,
+    })
+}
+
+/// Processor seconds of this process: user and system time of `/proc/self/stat`, in hundredths.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
+    (ticks(11) + ticks(12)) / 100.0
+}
+
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// The report for a terminal.
+pub fn table(report: &BenchReport) -> String {
+    let mut text = format!(
+        "{}: {:.1} M weights, {} threads, {:.0} MB at most\n{:<8} {:>7} {:>6} {:>12} {:>14} {:>14}",
+        report.model,
+        report.parameters as f64 / 1e6,
+        report.threads,
+        report.peak_memory as f64 / 1e6,
+        "work",
+        "prompt",
+        "batch",
+        "tokens/s",
+        "tokens/CPU s",
+        "first token"
+    );
+    for row in &report.measured {
+        let first = row.first_token_ms.map_or(String::new(), |ms| format!("{ms:.1} ms"));
+        text.push_str(&format!(
+            "\n{:<8} {:>7} {:>6} {:>12.1} {:>14.1} {:>14}",
+            row.work, row.prompt, row.batch, row.tokens_per_s, row.tokens_per_cpu_s, first
+        ));
+    }
+    text
+}
