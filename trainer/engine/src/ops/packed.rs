@@ -185,8 +185,7 @@ impl Activations {
     }
 }
 
-/// Rounds activations to eight bits, block by block.
-#[inline(always)]
+/// The plain twin of `avx512::quantise`.
 fn quantise(values: &[f32], into: &mut Activations) {
     let numbers = into.scales.iter_mut().zip(&mut into.offsets);
     for ((block, quads), (scale, offset)) in
@@ -271,21 +270,39 @@ fn plain(weights: &[u8], scales: &[f32], activations: &Activations, first: usize
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512i, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
-        _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-        _mm512_storeu_ps,
+        __m128i, __m512i, _mm_storeu_si128, _mm512_abs_ps, _mm512_add_epi32, _mm512_cvtepi32_epi8,
+        _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
+        _mm512_loadu_si512, _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_reduce_max_ps,
+        _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
     };
 
     use super::{Activations, BLOCK, LANES};
 
-    /// The same, compiled for wide registers.
+    /// Rounds activations to eight bits, block by block.
     ///
     /// # Safety
     ///
-    /// The processor must have the features named below.
+    /// The processor must have the features named below; `values` holds as many blocks as `into` has scales.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) unsafe fn quantise(values: &[f32], into: &mut Activations) {
-        super::quantise(values, into);
+        assert!(values.len() == into.scales.len() * BLOCK && into.quads.len() * 4 == values.len());
+        for (block, (scale, offset)) in into.scales.iter_mut().zip(&mut into.offsets).enumerate() {
+            // SAFETY: block by block within `values` and `quads`, by the assertion above.
+            unsafe {
+                let from = values.as_ptr().add(block * BLOCK);
+                let (low, high) = (_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(LANES)));
+                let most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+                *scale = most / 127.0;
+                let inverse = _mm512_set1_ps(if most > 0.0 { 127.0 / most } else { 0.0 });
+                // Conversion rounds to the nearest, ties to even.
+                let low = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
+                let high = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+                *offset = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+                let to: *mut __m128i = into.quads.as_mut_ptr().add(block * BLOCK / 4).cast();
+                _mm_storeu_si128(to, _mm512_cvtepi32_epi8(low));
+                _mm_storeu_si128(to.add(1), _mm512_cvtepi32_epi8(high));
+            }
+        }
     }
 
     /// `N` activation rows at once.
