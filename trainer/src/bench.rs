@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use potstill_engine::batch::Batch;
 use potstill_engine::cache::KvCache;
 use potstill_engine::device;
-use potstill_engine::loader::load;
+use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::model::CausalLm;
 use serde::Serialize;
 
@@ -34,9 +34,27 @@ pub struct BenchArguments {
     /// Times that each is measured; the fastest counts.
     #[arg(long, default_value_t = 3)]
     pub rounds: usize,
+    /// A text: how often matrices of eight bits choose the same next token as f32 on it, and how far apart they are.
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// How near the served form is to f32.
+#[derive(Debug, Clone, Serialize)]
+pub struct Quality {
+    /// Tokens of the text that were compared.
+    pub tokens: usize,
+    /// Share of tokens with the same most likely successor.
+    pub same_top: f64,
+    /// Mean Kullback-Leibler divergence from f32, in nats.
+    pub divergence: f64,
+    /// Perplexity of f32 on the text.
+    pub perplexity_f32: f64,
+    /// Perplexity of the served form.
+    pub perplexity: f64,
 }
 
 /// One measurement.
@@ -69,6 +87,8 @@ pub struct BenchReport {
     pub peak_memory: u64,
     /// The measurements.
     pub measured: Vec<Measured>,
+    /// Beside f32, where a text was given.
+    pub quality: Option<Quality>,
 }
 
 /// Measures.
@@ -86,6 +106,7 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     let parameters = loaded.config.parameters() as u64;
     let most = loaded.config.max_positions;
     let model = loaded.causal_lm()?;
+    let quality = arguments.text.as_ref().map(|text| quality(&loaded, &model, text)).transpose()?;
     drop(loaded);
     let longest = arguments.prompt.iter().max().copied().unwrap_or(1) + arguments.generate;
     anyhow::ensure!(
@@ -94,11 +115,12 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     );
     let mut measured = Vec::new();
     for prompt in &arguments.prompt {
-        measured.push(prefill(&model, *prompt, arguments.rounds)?);
+        measured.push(device::in_pool(|| prefill(&model, *prompt, arguments.rounds))?);
     }
     let first = arguments.prompt.first().copied().unwrap_or(1);
     for batch in &arguments.batch {
-        measured.push(decode(&model, first, arguments.generate, *batch, arguments.rounds)?);
+        let one = || decode(&model, first, arguments.generate, *batch, arguments.rounds);
+        measured.push(device::in_pool(one)?);
     }
     Ok(BenchReport {
         model: arguments.model.display().to_string(),
@@ -106,7 +128,51 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
         threads: arguments.threads,
         peak_memory: peak_memory(),
         measured,
+        quality,
     })
+}
+
+/// Tokens of a text that are compared.
+const COMPARED: usize = 1024;
+
+fn quality(loaded: &LoadedModel, served: &CausalLm, text: &std::path::Path) -> anyhow::Result<Quality> {
+    let text = std::fs::read_to_string(text).with_context(|| format!("cannot read `{}`", text.display()))?;
+    let mut tokens = loaded.tokenizer.encode(&text)?;
+    tokens.truncate(COMPARED.min(loaded.config.max_positions));
+    anyhow::ensure!(tokens.len() > 1, "the text has fewer than two tokens");
+    let exact = CausalLm::new(&loaded.config, &loaded.weights)?;
+    let logits = |model: &CausalLm| -> anyhow::Result<Vec<Vec<f32>>> {
+        let hidden = model.hidden(&Batch::new([(tokens.as_slice(), 0)]))?;
+        let log = candle_logs(&model.logits(&hidden)?)?;
+        Ok(log.to_vec2::<f32>()?)
+    };
+    let (p, q) = (logits(&exact)?, logits(served)?);
+    let top = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(at, _)| at);
+    let rows = tokens.len() - 1;
+    let (mut same, mut divergence, mut loss_p, mut loss_q) = (0, 0.0, 0.0, 0.0);
+    for (at, (p, q)) in p.iter().zip(&q).take(rows).enumerate() {
+        same += usize::from(top(p) == top(q));
+        divergence += p.iter().zip(q).map(|(p, q)| f64::from(p.exp()) * f64::from(p - q)).sum::<f64>();
+        let next = tokens[at + 1] as usize;
+        loss_p -= f64::from(p[next]);
+        loss_q -= f64::from(q[next]);
+    }
+    let mean = |sum: f64| sum / rows as f64;
+    Ok(Quality {
+        tokens: rows,
+        same_top: same as f64 / rows as f64,
+        divergence: mean(divergence),
+        perplexity_f32: mean(loss_p).exp(),
+        perplexity: mean(loss_q).exp(),
+    })
+}
+
+/// Logarithms of the softmax of each row.
+fn candle_logs(logits: &Tensor) -> anyhow::Result<Tensor> {
+    let most = logits.max_keepdim(1)?;
+    let shifted = logits.broadcast_sub(&most)?;
+    let sum = shifted.exp()?.sum_keepdim(1)?.log()?;
+    Ok(shifted.broadcast_sub(&sum)?)
 }
 
 /// Token ids that are all different enough; what they say does not change the time.
@@ -226,6 +292,16 @@ pub fn table(report: &BenchReport) -> String {
         text.push_str(&format!(
             "\n{:<8} {:>7} {:>6} {:>12.1} {:>14.1} {:>14}",
             row.work, row.prompt, row.batch, row.tokens_per_s, row.tokens_per_cpu_s, first
+        ));
+    }
+    if let Some(quality) = &report.quality {
+        text.push_str(&format!(
+            "\nbeside f32 on {} tokens: the same next token {:.1} %, divergence {:.4} nats, perplexity {:.3} (f32 {:.3})",
+            quality.tokens,
+            100.0 * quality.same_top,
+            quality.divergence,
+            quality.perplexity,
+            quality.perplexity_f32
         ));
     }
     text

@@ -38,3 +38,9 @@ pub fn set_threads(threads: usize) -> bool {
         .build_global()
         .is_ok()
 }
+
+/// Runs `work` on a thread of the pool, so that what it shares out needs no hand-over between threads: a step of a model
+/// has hundreds of small operations, and with one thread none of them wakes anybody.
+pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| work())
+}

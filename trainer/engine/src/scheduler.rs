@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use crate::batch::Batch;
 use crate::cache::KvCache;
+use crate::device::in_pool;
 use crate::error::EngineError;
 use crate::loader::LoadedModel;
 use crate::model::CausalLm;
@@ -280,7 +281,7 @@ struct StepLoop {
 impl StepLoop {
     fn run(&mut self) {
         while self.admit() {
-            if let Err(error) = self.step() {
+            if let Err(error) = in_pool(|| self.step()) {
                 tracing::error!(%error, "a step failed; the running requests end with an error");
                 for running in self.running.drain(..) {
                     let _gone = running.updates.try_send(Update::Failed(error.to_string()));
