@@ -12,11 +12,15 @@ fn rules() -> BTreeMap<&'static str, (&'static str, &'static [&'static str])> {
         ("shared", ("shared", &[] as &[_])),
         ("gateway", ("gateway", &["shared"])),
         ("data", ("trainer/data", &["shared"])),
-        ("verify", ("trainer/verify", &[])),
+        ("sandbox", ("trainer/sandbox", &[])),
+        ("verify", ("trainer/verify", &["sandbox"])),
         ("engine", ("trainer/engine", &["shared"])),
         ("cot", ("trainer/cot", &["data", "verify", "shared"])),
         ("learn", ("trainer/learn", &["data", "verify", "engine", "shared"])),
-        ("trainer", ("trainer", &["gateway", "data", "verify", "cot", "engine", "learn", "shared"])),
+        (
+            "trainer",
+            ("trainer", &["gateway", "data", "sandbox", "verify", "cot", "engine", "learn", "shared"]),
+        ),
     ])
 }
 
@@ -90,6 +94,8 @@ fn files_are_written_in_one_place() {
         // Logs of node processes are appended by the processes themselves.
         let allowed = place == "shared/src/durable.rs"
             || place == "gateway/src/autoscale/process.rs"
+            // Maps of a user namespace are set by writing to `/proc`.
+            || place == "trainer/sandbox/src/child.rs"
             || place.starts_with("tests/")
             || place.contains("/tests/");
         for writer in writers {
@@ -118,7 +124,8 @@ fn unsafe_code_stands_in_kernels_only() {
     for (path, text) in sources(&root()) {
         let place = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
         if place.starts_with("trainer/engine/src/ops/") {
-            assert_eq!(text.matches("unsafe {").count(), text.matches("// SAFETY:").count(), "`{place}`");
+            let uses = text.matches("unsafe {").count() + text.matches("unsafe impl").count();
+            assert_eq!(uses, text.matches("// SAFETY:").count(), "`{place}`");
         } else if place != "tests/tests/tidy.rs" {
             assert!(!text.contains("unsafe {"), "`{place}` holds unsafe code");
         }
