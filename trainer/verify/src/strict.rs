@@ -203,7 +203,11 @@ fn is_sentence(expr: &Expr) -> bool {
     match expr {
         Expr::Text(_) => false,
         Expr::Set(parts) | Expr::Tuple(parts) | Expr::Relation(parts, _) => parts.iter().any(is_sentence),
-        Expr::Quantity(inner, _) => is_sentence(inner),
+        // `I do not know` reads as letters with a unit behind them.
+        Expr::Quantity(inner, unit) => {
+            let letters = inner.any(&|part| matches!(part, Expr::Symbol(_)));
+            is_sentence(inner) || (letters && units::known(unit).is_none())
+        }
         other => other.any(&|part| matches!(part, Expr::Text(_) | Expr::Quantity(..))),
     }
 }
