@@ -1,7 +1,7 @@
 //! Programs that try to pass without being right, to get out, or to go on for ever. None passes, none gets out, each ends in
 //! time. Where the kernel cannot isolate, the sandbox must refuse to be built, and there is nothing else to try; with
 //! `POTSTILL_NEEDS_SANDBOX` set that is a failure.
-#![expect(clippy::unwrap_used, clippy::panic, clippy::print_stderr, reason = "helpers of tests")]
+#![expect(clippy::panic, clippy::print_stderr, reason = "helpers of tests")]
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
