@@ -1,7 +1,7 @@
 //! The default law. Demand that nobody announced is followed by its open requests; announced stages are planned.
 //!
 //! For demand `D` (open requests), arrivals `a` and completions `c` per second over a minute, and a cold start of `L`
-//! seconds, Little's law gives the mean stay `tau = D / c` without any model of lengths, and a node that is asked for now
+//! seconds, Little's law gives the mean stay `tau = D / c` without any model of lengths, and a node that starts now
 //! meets `D + g tau (1 - exp(-L / tau))` open requests, where `g` is `a - c` as far as it stands out of Poisson noise. The
 //! 98th percentile of `D` over the memory is kept besides: bursts come again.
 //!

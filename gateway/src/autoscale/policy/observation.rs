@@ -172,7 +172,7 @@ impl PoolObservation {
         Some(self.active? + self.queued?)
     }
 
-    /// Seconds until a node that is asked for now takes requests.
+    /// Seconds from the request for a node until it takes requests.
     pub fn cold_s(&self) -> f64 {
         self.cold_start_s_p90.unwrap_or(self.settings.cold_start_s).max(0.1)
     }
