@@ -4,8 +4,10 @@ use std::fmt::Write;
 use std::path::Path;
 
 use potstill_engine::loader::LoadedModel;
+use potstill_learn::reward_model::Agreement;
 use serde_json::Value;
 
+use crate::alignment::Metric;
 use crate::pipeline::Variant;
 use crate::recipe::Recipe;
 use crate::report::StudentFigures;
@@ -17,6 +19,8 @@ pub struct Training {
     pub steps: u64,
     /// Mean loss of the last tenth of the steps.
     pub final_loss: f64,
+    /// Highest learning rate of a step.
+    pub peak_rate: f64,
     /// From the first step to the last; pauses of a run that was stopped count too.
     pub seconds: f64,
 }
@@ -31,6 +35,7 @@ pub fn training_of(log: &Path) -> Option<Training> {
     Some(Training {
         steps: state.get("global_step")?.as_u64()?,
         final_loss: losses.iter().sum::<f64>() / losses.len().max(1) as f64,
+        peak_rate: history.iter().filter_map(|entry| number(entry, "learning_rate")).fold(0.0, f64::max),
         seconds: number(history.last()?, "wall_time")? - number(history.first()?, "wall_time")?,
     })
 }
@@ -72,10 +77,19 @@ pub fn text(
     line(match variant {
         Variant::Raw => "It was not trained: it is what the other students started from.".to_owned(),
         Variant::AnswersOnly => "It was trained on final answers only, without chains of thought.".to_owned(),
-        Variant::Distilled if recipe.sft.conversations.is_some() => {
+        Variant::Distilled if recipe.sft.as_ref().is_some_and(|sft| sft.conversations.is_some()) => {
             "It was trained on the conversations that the recipe names.".to_owned()
         }
         Variant::Distilled => "It was trained on verified chains of thought of its teachers.".to_owned(),
+        Variant::Kd => {
+            "After the step before it learnt its teacher's next-token distributions (white-box distillation)."
+                .to_owned()
+        }
+        Variant::Dpo => "After the step before it learnt preferences (DPO).".to_owned(),
+        Variant::Grpo => format!(
+            "After the step before it practised with rewards (GRPO) for format and accuracy{}.",
+            if recipe.reward.is_some() { ", verbosity (RV) and difficulty (CD)" } else { "" }
+        ),
     });
     if let Some(generate) = &recipe.generate {
         let teachers: Vec<String> = generate.teachers.iter().map(|t| format!("`{}`", t.model)).collect();
@@ -84,12 +98,12 @@ pub fn text(
     if let Some(training) = training {
         line("\n## Training\n".to_owned());
         line(format!(
-            "Recipe `{}`, seed {}: {} steps in {:.0} s, peak learning rate {}, last loss {:.4}.",
+            "Recipe `{}`, seed {}: {} steps in {:.0} s, peak learning rate {:.2e}, last loss {:.4}.",
             recipe.name,
             recipe.seed,
             training.steps,
             training.seconds,
-            recipe.sft.learning_rate,
+            training.peak_rate,
             training.final_loss
         ));
     }
@@ -112,6 +126,42 @@ pub fn text(
             f.mean_tokens,
             f.truncated
         ));
+    }
+    card
+}
+
+/// The card of a reward model.
+pub fn of_reward_model(
+    recipe: &Recipe,
+    metric: Metric,
+    model: &LoadedModel,
+    agreement: &Agreement,
+) -> String {
+    let (name, what) = match metric {
+        Metric::Rv => ("rv", "Reasoning Verbosity"),
+        Metric::Cd => ("cd", "Cognitive Difficulty"),
+    };
+    let mut card = format!(
+        "---\nlibrary_name: transformers\npipeline_tag: text-classification\ntags: [reward-model, potstill]\n---\n\n\
+         # {}-{name}\n\nPredicts the {what} of a chain of thought, 0 to 1 for a teacher's 0 to 9, from the chat-rendered \
+         problem and completion: {}. {} weights.\n\n## Agreement with the teacher on held-out problems\n\n\
+         | traces | mean error, points | the same for the mean alone | Spearman | within one point |\n|---|---|---|---|---|\n\
+         | {} | {:.2} | {:.2} | {:.2} | {:.0} % |\n\n| scores | traces | mean prediction, points |\n|---|---|---|\n",
+        recipe.student.name,
+        if model.config.classes == 1 {
+            "the sigmoid of its one output"
+        } else {
+            "the expectation of its ten classes over 9"
+        },
+        model.config.parameters(),
+        agreement.traces,
+        agreement.mae,
+        agreement.mae_of_mean,
+        agreement.spearman,
+        100.0 * agreement.within_one
+    );
+    for (band, (count, mean)) in &agreement.by_band {
+        let _infallible = writeln!(card, "| {band} | {count} | {mean:.1} |");
     }
     card
 }

@@ -102,8 +102,11 @@ enum Command {
     Score(RunArguments),
     /// Stage: choose what the student can learn.
     Sample(RunArguments),
-    /// Stage: train the students.
-    Sft(RunArguments),
+    /// Stage: train reward models for RV and CD on the teachers' scores.
+    Reward(RunArguments),
+    /// Stage: train the students, algorithm after algorithm.
+    #[command(visible_aliases = ["sft", "kd", "dpo", "grpo"])]
+    Train(RunArguments),
     /// Stage: write the students as model folders.
     Export(RunArguments),
     /// Stage: test the students on held-out problems.
@@ -166,7 +169,8 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         },
         Command::Score(run) => stage("score", run).await,
         Command::Sample(run) => stage("sample", run).await,
-        Command::Sft(run) => stage("sft", run).await,
+        Command::Reward(run) => stage("reward", run).await,
+        Command::Train(run) => stage("train", run).await,
         Command::Export(run) => stage("export", run).await,
         Command::Evaluate(run) => stage("evaluate", run).await,
         Command::Card(run) => stage("card", run).await,

@@ -88,6 +88,8 @@ fn shorten(recipe: &mut Recipe) {
         }
     }
     // Fewer traces, so more and smaller steps over each.
-    recipe.sft.run.batch_tokens = 1000;
-    recipe.sft.curriculum.medium_epochs = 12.0;
+    if let Some(sft) = &mut recipe.sft {
+        sft.run.batch_tokens = 1000;
+        sft.curriculum.medium_epochs = 12.0;
+    }
 }

@@ -4,6 +4,7 @@
 //! The trainer reaches every model over HTTP, through the gateway; [`local`] starts one in-process when there is none.
 #![forbid(unsafe_code)]
 
+pub mod alignment;
 pub mod announce;
 pub mod bench;
 pub mod card;

@@ -21,12 +21,14 @@ use potstill_cot::verify::Verify;
 use potstill_data::journal::Journal;
 use potstill_data::records::{Cot, Problem};
 use potstill_data::sampler;
+use potstill_engine::loader::LoadedModel;
 use potstill_shared::client::{Client, Endpoint};
 use potstill_shared::id::{ContentId, unique};
 use potstill_shared::redact::Redacted;
 use tokio_util::task::AbortOnDropHandle;
 
 use self::chain::Chain;
+use crate::alignment::{self, Metric};
 use crate::announce::{Announcer, Front};
 use crate::evaluate::{Evaluate, Sample, metrics};
 use crate::local::LocalGateway;
@@ -38,7 +40,7 @@ use crate::students::{Lessons, Plan, base, prompt};
 use crate::{card, export, report};
 
 /// Stages that run alone, in order.
-pub const STAGES: [&str; 11] = [
+pub const STAGES: [&str; 12] = [
     "collect",
     "generate",
     "difficulty",
@@ -46,7 +48,8 @@ pub const STAGES: [&str; 11] = [
     "verify",
     "score",
     "sample",
-    "sft",
+    "reward",
+    "train",
     "export",
     "evaluate",
     "card",
@@ -61,6 +64,12 @@ pub enum Variant {
     AnswersOnly,
     /// Chains of thought.
     Distilled,
+    /// And then a teacher's distributions.
+    Kd,
+    /// And then preferences.
+    Dpo,
+    /// And then practice with rewards.
+    Grpo,
 }
 
 impl Variant {
@@ -70,6 +79,9 @@ impl Variant {
             Self::Raw => "raw",
             Self::AnswersOnly => "answers_only",
             Self::Distilled => "distilled",
+            Self::Kd => "kd",
+            Self::Dpo => "dpo",
+            Self::Grpo => "grpo",
         }
     }
 }
@@ -145,14 +157,14 @@ impl Run {
 
     /// The whole pipeline.
     pub async fn all(&self) -> anyhow::Result<Report> {
-        let traces = if self.recipe.collect.is_some() {
-            let problems = self.collect()?;
+        let problems = if self.recipe.collect.is_some() { self.collect()? } else { Vec::new() };
+        let traces = if self.recipe.generate.is_some() {
             let scored = self.chains_of_thought(problems).await?;
+            self.reward_models(&scored).await?;
             self.sample(scored)?
         } else {
             Vec::new()
         };
-        self.train(&traces).await?;
         self.export(&traces).await?;
         let figures = self.evaluate().await?;
         self.cards(&figures)?;
@@ -184,7 +196,8 @@ impl Run {
                 let last = if self.recipe.score.is_some() { "score" } else { "verify" };
                 drop(self.sample(self.folder.read_stage(last)?)?);
             }
-            "sft" => self.train(&self.sampled()?).await?,
+            "reward" => self.reward_models(&self.folder.read_stage("score")?).await?,
+            "train" => self.train(&self.sampled()?).await?,
             "export" => self.export(&self.sampled()?).await?,
             "evaluate" => {
                 let figures = self.evaluate().await?;
@@ -201,9 +214,9 @@ impl Run {
         self.local.url()
     }
 
-    /// Puts the distilled student behind the gateway.
+    /// Puts the last student behind the gateway.
     pub fn serve_student(&self) -> anyhow::Result<String> {
-        self.serve_variant(Variant::Distilled)
+        self.serve_variant(self.variants().pop().context("the recipe trains no student")?)
     }
 
     /// Stops the gateway and its nodes.
@@ -347,11 +360,7 @@ impl Run {
     }
 
     fn sampled(&self) -> anyhow::Result<Vec<Cot>> {
-        if self.recipe.sft.conversations.is_some() {
-            Ok(Vec::new())
-        } else {
-            self.folder.read_stage("sample")
-        }
+        if self.recipe.generate.is_some() { self.folder.read_stage("sample") } else { Ok(Vec::new()) }
     }
 
     // ---- students ----
@@ -364,17 +373,53 @@ impl Run {
                 Baseline::AnswersOnly => Variant::AnswersOnly,
             })
             .collect();
-        variants.push(Variant::Distilled);
+        let recipe = &self.recipe;
+        for (wanted, variant) in [
+            (recipe.sft.is_some(), Variant::Distilled),
+            (recipe.kd.is_some(), Variant::Kd),
+            (recipe.dpo.is_some(), Variant::Dpo),
+            (recipe.grpo.is_some(), Variant::Grpo),
+        ] {
+            if wanted {
+                variants.push(variant);
+            }
+        }
         variants
     }
 
+    /// The last student has the recipe's name for it, the others say what they are.
     fn student_name(&self, variant: Variant) -> String {
         let name = &self.recipe.student.name;
-        match variant {
-            Variant::Raw => format!("{name}-raw"),
-            Variant::AnswersOnly => format!("{name}-answers-only"),
-            Variant::Distilled => name.clone(),
+        if self.variants().last() == Some(&variant) {
+            name.clone()
+        } else {
+            format!("{name}-{}", variant.name().replace('_', "-"))
         }
+    }
+
+    /// Trains the reward models that the recipe asks for and writes them as model folders.
+    async fn reward_models(&self, scored: &[Cot]) -> anyhow::Result<()> {
+        if self.recipe.reward.is_none() {
+            return Ok(());
+        }
+        let (recipe, progress, scored) = (Arc::clone(&self.recipe), self.progress.clone(), scored.to_vec());
+        let train = self.folder.path().join("train");
+        let targets = [Metric::Rv, Metric::Cd].map(|metric| (metric, self.reward_folder(metric)));
+        tokio::task::spawn_blocking(move || {
+            for (metric, target) in targets {
+                let folder = train.join(format!("reward-{}", metric.name()));
+                let (model, agreement) =
+                    alignment::reward_model(&recipe, metric, &scored, &folder, &progress)?;
+                let text = card::of_reward_model(&recipe, metric, model.loaded(), &agreement);
+                export::export(&target, model.loaded(), recipe.student.export, &text)?;
+            }
+            Ok(())
+        })
+        .await?
+    }
+
+    fn reward_folder(&self, metric: Metric) -> std::path::PathBuf {
+        self.folder.path().join("models").join(format!("{}-{}", self.recipe.student.name, metric.name()))
     }
 
     /// Trains every variant; a variant that was trained before comes back from its last checkpoint at once.
@@ -404,34 +449,73 @@ impl Run {
     async fn each_trained(
         &self,
         traces: &[Cot],
-        use_it: impl Fn(Variant, &potstill_engine::loader::LoadedModel) -> anyhow::Result<()> + Send + 'static,
+        use_it: impl Fn(Variant, &LoadedModel) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<()> {
         let (recipe, progress) = (Arc::clone(&self.recipe), self.progress.clone());
         let (variants, folder, traces) = (self.variants(), self.folder.path().join("train"), traces.to_vec());
         let held_out: Vec<String> = self.held_out()?.into_iter().map(|problem| problem.problem).collect();
+        let problems: Vec<Problem> =
+            if recipe.grpo.is_some() { self.folder.read_stage("collect")? } else { Vec::new() };
+        let own_rewards = if recipe.reward.is_some() {
+            [Metric::Rv, Metric::Cd].map(|metric| (metric.name(), self.reward_folder(metric))).into()
+        } else {
+            std::collections::HashMap::new()
+        };
         tokio::task::spawn_blocking(move || {
-            let model = base(&recipe)?;
-            let lessons = match &recipe.sft.conversations {
-                Some(section) => Lessons::conversations(section, &held_out)?,
-                None => Lessons::chains_of_thought(&recipe, &traces),
-            };
-            let plan = Plan::new(&recipe, &model, &lessons)?;
-            for variant in variants {
-                if variant == Variant::Raw {
-                    use_it(variant, &model)?;
-                    continue;
+            let base = base(&recipe)?;
+            let plan = match &recipe.sft {
+                None => None,
+                Some(sft) => {
+                    let lessons = match &sft.conversations {
+                        Some(section) => Lessons::conversations(section, &held_out)?,
+                        None => Lessons::chains_of_thought(&recipe, &traces),
+                    };
+                    Some(Plan::new(&recipe, &base, &lessons)?)
                 }
+            };
+            let mut student = base.clone();
+            for variant in variants {
                 let name = variant.name();
-                let answers;
-                let plan = if variant == Variant::AnswersOnly {
-                    let lessons = Lessons::answers_only(&recipe, &traces);
-                    answers = Plan::new(&recipe, &model, &lessons)?.stretched_to(plan.tokens());
-                    &answers
-                } else {
-                    &plan
+                let folder = folder.join(name);
+                let trained = match variant {
+                    Variant::Raw => {
+                        use_it(variant, &base)?;
+                        continue;
+                    }
+                    Variant::AnswersOnly => {
+                        let plan = plan.as_ref().context("`answers_only` needs `sft`")?;
+                        let lessons = Lessons::answers_only(&recipe, &traces);
+                        let answers = Plan::new(&recipe, &base, &lessons)?.stretched_to(plan.tokens());
+                        use_it(variant, &answers.train(&recipe, &base, &folder, name, &progress)?)?;
+                        continue;
+                    }
+                    Variant::Distilled => {
+                        let plan = plan.as_ref().context("the recipe has no `sft`")?;
+                        plan.train(&recipe, &base, &folder, name, &progress)?
+                    }
+                    Variant::Kd => {
+                        let section = recipe.kd.as_ref().context("the recipe has no `kd`")?;
+                        alignment::distributions(&recipe, section, &student, &traces, &folder, &progress)?
+                    }
+                    Variant::Dpo => {
+                        let section = recipe.dpo.as_ref().context("the recipe has no `dpo`")?;
+                        alignment::preferences(&recipe, section, &student, &traces, &folder, &progress)?
+                    }
+                    Variant::Grpo => {
+                        let section = recipe.grpo.as_ref().context("the recipe has no `grpo`")?;
+                        alignment::practice(
+                            &recipe,
+                            section,
+                            &student,
+                            &problems,
+                            &own_rewards,
+                            &folder,
+                            &progress,
+                        )?
+                    }
                 };
-                let (trained, _) = plan.train(&recipe, &model, &folder.join(name), name, &progress)?;
                 use_it(variant, &trained)?;
+                student = trained;
             }
             Ok(())
         })

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use potstill_data::sampler::SamplePolicy;
+use potstill_learn::run::RunConfig;
 use serde::{Deserialize, Serialize};
 
 mod sections;
@@ -41,8 +42,16 @@ pub struct Recipe {
     pub sample: SamplePolicy,
     /// The student.
     pub student: StudentSection,
-    /// How it is trained.
-    pub sft: SftSection,
+    /// How it is fine-tuned; without it the later algorithms start from `student.base`.
+    pub sft: Option<SftSection>,
+    /// Reward models for RV and CD.
+    pub reward: Option<RewardSection>,
+    /// Distillation of distributions.
+    pub kd: Option<KdSection>,
+    /// Preferences.
+    pub dpo: Option<DpoSection>,
+    /// Practice with rewards.
+    pub grpo: Option<GrpoSection>,
     /// How it is tested.
     pub evaluate: Option<EvaluateSection>,
 }
@@ -95,7 +104,9 @@ impl Recipe {
         let table = text.parse::<toml::Table>().map_err(|error| refused(vec![error.to_string()]))?;
         let mut sections = Sections { table, problems: Vec::new() };
         let s = &mut sections;
-        let (name, student, sft) = (s.need::<String>("name"), s.need("student"), s.need("sft"));
+        let (name, student) = (s.need::<String>("name"), s.need("student"));
+        let (sft, reward, kd, dpo, grpo) =
+            (s.take("sft"), s.take("reward"), s.take("kd"), s.take("dpo"), s.take("grpo"));
         let optional = (
             s.take("seed").unwrap_or(0),
             s.take("concurrency").unwrap_or(64),
@@ -113,10 +124,10 @@ impl Recipe {
         for key in s.table.keys() {
             s.problems.push(format!(
                 "`{key}` is not known; known are name, seed, concurrency, gateway, local, prompts, collect, generate, \
-                 difficulty, rewrite, verify, score, sample, student, sft, evaluate"
+                 difficulty, rewrite, verify, score, sample, student, sft, reward, kd, dpo, grpo, evaluate"
             ));
         }
-        let (Some(name), Some(student), Some(sft)) = (name, student, sft) else {
+        let (Some(name), Some(student)) = (name, student) else {
             return Err(refused(sections.problems));
         };
         let (
@@ -148,6 +159,10 @@ impl Recipe {
             sample,
             student,
             sft,
+            reward,
+            kd,
+            dpo,
+            grpo,
             evaluate,
         };
         recipe.resolve(path.parent().unwrap_or(Path::new(".")));
@@ -161,9 +176,13 @@ impl Recipe {
         self.prompts.iter_mut().for_each(fix);
         self.local.iter_mut().for_each(|model| fix(&mut model.path));
         self.student.base.iter_mut().for_each(fix);
-        if let Some(conversations) = &mut self.sft.conversations {
+        if let Some(conversations) = self.sft.iter_mut().find_map(|sft| sft.conversations.as_mut()) {
             conversations.path.iter_mut().for_each(fix);
         }
+        self.reward.iter_mut().flat_map(|section| &mut section.base).for_each(fix);
+        self.kd.iter_mut().for_each(|section| fix(&mut section.teacher));
+        self.dpo.iter_mut().flat_map(|section| &mut section.pairs).for_each(fix);
+        self.grpo.iter_mut().flat_map(|section| section.rv.iter_mut().chain(&mut section.cd)).for_each(fix);
         let collected = self.collect.iter_mut().flat_map(|section| &mut section.sources);
         let tested = self.evaluate.iter_mut().flat_map(|section| &mut section.sources);
         collected.chain(tested).for_each(|source| fix(&mut source.path));
@@ -211,26 +230,55 @@ impl Recipe {
                 format!("`student.init`: {} heads must divide hidden_size {}", init.heads, init.hidden_size),
             );
         }
-        let rate = self.sft.learning_rate;
-        need(
-            rate > 0.0 && rate < 1.0,
-            format!("`sft.learning_rate` must be above 0 and below 1, not {rate}"),
-        );
-        need(
-            self.sft.run.batch_tokens > 0 && self.sft.run.micro_batch_tokens > 0,
-            "`sft.run.batch_tokens` and `sft.run.micro_batch_tokens` must be at least 1".to_owned(),
-        );
-        let pipeline = self.collect.is_some() || self.generate.is_some();
-        if pipeline {
+        let rates = [
+            ("sft.learning_rate", self.sft.as_ref().map(|section| section.learning_rate)),
+            ("reward.train.learning_rate", self.reward.as_ref().map(|section| section.train.learning_rate)),
+            ("kd.train.learning_rate", self.kd.as_ref().map(|section| section.train.learning_rate)),
+            ("dpo.train.learning_rate", self.dpo.as_ref().map(|section| section.train.learning_rate)),
+            ("grpo.train.learning_rate", self.grpo.as_ref().map(|section| section.train.learning_rate)),
+        ];
+        for (key, rate) in rates.iter().filter_map(|(key, rate)| Some((key, (*rate)?))) {
+            need(rate > 0.0 && rate < 1.0, format!("`{key}` must be above 0 and below 1, not {rate}"));
+        }
+        for (key, run) in self.runs() {
+            need(
+                run.batch_tokens > 0 && run.micro_batch_tokens > 0,
+                format!("`{key}.batch_tokens` and `{key}.micro_batch_tokens` must be at least 1"),
+            );
+        }
+        if let Some(section) = &self.grpo {
+            for problem in section.train.problems() {
+                need(false, format!("`grpo.train`: {problem}"));
+            }
+        }
+        let own_traces = self.sft.as_ref().is_some_and(|sft| sft.conversations.is_none());
+        if self.generate.is_some() || own_traces {
             need(self.collect.is_some(), "`collect` is missing: where do the problems come from?".to_owned());
             need(
                 self.generate.is_some(),
-                "`generate` is missing: who writes the chains of thought?".to_owned(),
+                "`generate` is missing: who writes the chains of thought? (`sft.conversations` needs none)"
+                    .to_owned(),
             );
-        } else {
+        }
+        need(
+            self.sft.is_some() || self.kd.is_some() || self.dpo.is_some() || self.grpo.is_some(),
+            "nothing to train: give `sft`, `kd`, `dpo` or `grpo`".to_owned(),
+        );
+        need(
+            self.grpo.is_none() || self.collect.is_some(),
+            "`grpo` practises on the problems of `collect`, which is missing".to_owned(),
+        );
+        need(
+            self.reward.is_none() || self.score.is_some(),
+            "`reward` learns from the scores of `score`, which is missing".to_owned(),
+        );
+        for (key, missing) in [
+            ("kd", self.kd.is_some()),
+            ("dpo", self.dpo.as_ref().is_some_and(|section| section.pairs.is_none())),
+        ] {
             need(
-                self.sft.conversations.is_some(),
-                "nothing to train on: give `collect` and `generate`, or `sft.conversations`".to_owned(),
+                !missing || self.generate.is_some(),
+                format!("`{key}` works on the traces of `generate`, which is missing"),
             );
         }
         if let Some(collect) = &self.collect {
@@ -300,6 +348,19 @@ impl Recipe {
         problems
     }
 
+    /// Settings of every training, with their key.
+    fn runs(&self) -> impl Iterator<Item = (&'static str, &RunConfig)> {
+        [
+            ("sft.run", self.sft.as_ref().map(|section| &section.run)),
+            ("reward.train.run", self.reward.as_ref().map(|section| &section.train.run)),
+            ("kd.train.run", self.kd.as_ref().map(|section| &section.train.run)),
+            ("dpo.train.run", self.dpo.as_ref().map(|section| &section.train.run)),
+            ("grpo.train.run", self.grpo.as_ref().map(|section| &section.train.run)),
+        ]
+        .into_iter()
+        .filter_map(|(key, run)| Some((key, run?)))
+    }
+
     /// Every model that is called, with its key.
     pub fn models(&self) -> Vec<(String, &str)> {
         let mut models = Vec::new();
@@ -333,8 +394,16 @@ impl Recipe {
                 sources.map(|(i, source)| (format!("{key}.sources[{i}].path"), source.path.as_path())),
             );
         }
-        let path = self.sft.conversations.as_ref().and_then(|section| section.path.as_deref());
-        files.extend(path.map(|path| ("sft.conversations.path".to_owned(), path)));
+        let conversations = self.sft.iter().flat_map(|sft| &sft.conversations);
+        let single = [
+            ("sft.conversations.path", conversations.filter_map(|section| section.path.as_deref()).next()),
+            ("reward.base", self.reward.as_ref().and_then(|section| section.base.as_deref())),
+            ("kd.teacher", self.kd.as_ref().map(|section| section.teacher.as_path())),
+            ("dpo.pairs", self.dpo.as_ref().and_then(|section| section.pairs.as_deref())),
+            ("grpo.rv", self.grpo.as_ref().and_then(|section| section.rv.as_deref())),
+            ("grpo.cd", self.grpo.as_ref().and_then(|section| section.cd.as_deref())),
+        ];
+        files.extend(single.into_iter().filter_map(|(key, path)| Some((key.to_owned(), path?))));
         files
     }
 }

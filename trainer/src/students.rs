@@ -13,7 +13,8 @@ use potstill_engine::ops::attention::Heads;
 use potstill_learn::LearnError;
 use potstill_learn::curriculum::{Curriculum, Phase, phases};
 use potstill_learn::examples::{Example, encode};
-use potstill_learn::sft::{Progress as Step, SftReport, sft};
+use potstill_learn::run::{Observe, Progress as Step, RunConfig, RunReport};
+use potstill_learn::sft::sft;
 use potstill_shared::durable::remove_folder;
 use serde_json::{Value, json};
 
@@ -49,6 +50,7 @@ pub fn base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
         qkv_bias: init.family == potstill_engine::config::Family::Qwen2,
         eos: vec![end],
         bos: None,
+        classes: 0,
     };
     config.check(Path::new("student.init"))?;
     let weights = init::random(&config, recipe.seed)?;
@@ -136,14 +138,15 @@ impl Plan {
     pub fn new(recipe: &Recipe, model: &LoadedModel, lessons: &Lessons) -> anyhow::Result<Self> {
         let examples =
             lessons.messages.iter().map(|messages| encode(model, messages)).collect::<Result<Vec<_>, _>>()?;
-        let section = &recipe.sft.curriculum;
+        let sft = recipe.sft.as_ref().context("the recipe has no `sft`")?;
+        let section = &sft.curriculum;
         let curriculum = Curriculum {
             medium_epochs: section.medium_epochs,
             hard_epochs: section.hard_epochs,
             replay: section.replay,
             hard_rate: section.hard_rate,
         };
-        let phases = phases(&lessons.difficulties, curriculum, recipe.sft.learning_rate, recipe.seed);
+        let phases = phases(&lessons.difficulties, curriculum, sft.learning_rate, recipe.seed);
         Ok(Self { examples, phases })
     }
 
@@ -165,7 +168,12 @@ impl Plan {
         self
     }
 
-    /// Trains. `folder` gets checkpoints and logs; a run that is started again goes on from there.
+    /// The encoded lessons.
+    pub fn examples(&self) -> &[Example] {
+        &self.examples
+    }
+
+    /// Fine-tunes. `folder` gets checkpoints and logs; a run that is started again goes on from there.
     pub fn train(
         &self,
         recipe: &Recipe,
@@ -173,53 +181,81 @@ impl Plan {
         folder: &Path,
         name: &str,
         progress: &Progress,
-    ) -> anyhow::Result<(LoadedModel, SftReport)> {
-        let mut config = recipe.sft.run.clone();
-        config.seed = recipe.seed;
-        let started = std::time::Instant::now();
-        let mut tokens = 0;
-        let mut line = None;
-        let mut phase = String::new();
-        let mut observe = |now: &Step<'_>| {
-            tokens += now.tokens;
-            if phase != now.phase {
-                phase = now.phase.to_owned();
-                line = Some(progress.line(&format!("{name}/{phase}"), now.steps as u64));
-            }
-            if let Some(line) = &line {
-                let speed = tokens as f64 / started.elapsed().as_secs_f64();
-                line.update(
-                    now.step as u64,
-                    &format!("step {}/{}, loss {:.4}, {speed:.0} tokens/s", now.step, now.steps, now.loss),
-                );
-                if now.step == now.steps {
-                    line.clear();
-                }
-            }
-            true
-        };
-        let mut trained = sft(model, &self.examples, &self.phases, &config, folder, &mut observe);
-        if let Err(LearnError::OtherRun { path }) = &trained {
-            // Rows that failed before were answered this time, so the traces are others now.
-            progress.say(format!("`{}` belongs to other traces; training begins afresh", path.display()));
-            remove_folder(folder)?;
-            trained = sft(model, &self.examples, &self.phases, &config, folder, &mut observe);
-        }
-        let trained = trained?;
-        let (_, report) = &trained;
-        progress.say(format!(
-            "trained `{name}`: {} steps over {} examples ({} too long), last loss {:.4}, {:.0} s{}",
-            report.steps,
-            report.examples,
-            report.too_long,
-            report.final_loss,
-            started.elapsed().as_secs_f64(),
-            if report.resumed_from > 0 {
-                format!(", resumed at step {}", report.resumed_from)
-            } else {
-                String::new()
-            }
-        ));
-        Ok(trained)
+    ) -> anyhow::Result<LoadedModel> {
+        let section = recipe.sft.as_ref().context("the recipe has no `sft`")?;
+        let config = RunConfig { seed: recipe.seed, ..section.run.clone() };
+        let (learner, report) = watched(folder, name, progress, |observe| {
+            sft(model, &self.examples, &self.phases, &config, folder, observe)
+        })?;
+        ended(name, &report, progress);
+        Ok(learner.finish()?)
     }
+}
+
+/// Runs a training with its progress shown. Checkpoints of other data are removed and the training begins afresh: rows that
+/// failed before were answered this time, or the model that it starts from is another.
+pub fn watched<T>(
+    folder: &Path,
+    name: &str,
+    progress: &Progress,
+    mut train: impl FnMut(Observe<'_>) -> Result<T, LearnError>,
+) -> anyhow::Result<T> {
+    let mut trained = train(&mut watch(name, progress));
+    if let Err(LearnError::OtherRun { path }) = &trained {
+        progress.say(format!("`{}` belongs to other data; training begins afresh", path.display()));
+        remove_folder(folder)?;
+        trained = train(&mut watch(name, progress));
+    }
+    Ok(trained?)
+}
+
+/// Shows every step.
+fn watch(name: &str, progress: &Progress) -> impl FnMut(&Step<'_>) -> bool {
+    let (name, progress, started) = (name.to_owned(), progress.clone(), std::time::Instant::now());
+    let mut tokens = 0;
+    let mut line = None;
+    let mut phase = String::new();
+    move |now| {
+        tokens += now.tokens;
+        if phase != now.phase {
+            phase = now.phase.to_owned();
+            let title = if phase == name { phase.clone() } else { format!("{name}/{phase}") };
+            line = Some(progress.line(&title, now.steps as u64));
+        }
+        if let Some(line) = &line {
+            let speed = tokens as f64 / started.elapsed().as_secs_f64();
+            let entry = now.entry;
+            let mut text = format!(
+                "step {}/{}, loss {:.4}, norm {:.2}, rate {:.1e}, {speed:.0} tokens/s",
+                now.step, now.steps, entry.loss, entry.grad_norm, entry.learning_rate
+            );
+            for (name, value) in entry.metrics.iter().filter(|(name, _)| SHOWN.contains(&name.as_str())) {
+                text.push_str(&format!(", {} {value:.3}", name.rsplit('/').next().unwrap_or(name)));
+            }
+            line.update(now.step as u64, &text);
+            if now.step == now.steps {
+                line.clear();
+            }
+        }
+        true
+    }
+}
+
+/// Measures that a progress line has room for.
+const SHOWN: [&str; 5] =
+    ["reward", "reward/accuracy", "completions/tokens", "completions/truncated", "rewards/accuracy"];
+
+/// Says what a training did.
+pub fn ended(name: &str, report: &RunReport, progress: &Progress) {
+    let mut text = format!(
+        "trained `{name}`: {} steps over {} examples ({} too long), last loss {:.4}",
+        report.steps, report.examples, report.too_long, report.final_loss
+    );
+    for (name, value) in report.final_metrics.iter().filter(|(name, _)| SHOWN.contains(&name.as_str())) {
+        text.push_str(&format!(", {name} {value:.3}"));
+    }
+    if report.resumed_from > 0 {
+        text.push_str(&format!(", resumed at step {}", report.resumed_from));
+    }
+    progress.say(text);
 }

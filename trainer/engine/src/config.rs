@@ -107,6 +107,8 @@ pub struct ModelConfig {
     pub eos: Vec<u32>,
     /// Token that begins a text.
     pub bos: Option<u32>,
+    /// Outputs of the head over the last hidden state; 0 for a language model.
+    pub classes: usize,
 }
 
 #[derive(Deserialize)]
@@ -134,6 +136,10 @@ struct HfConfig {
     eos_token_id: Option<OneOrMany>,
     #[serde(default)]
     bos_token_id: Option<u32>,
+    #[serde(default)]
+    architectures: Vec<String>,
+    num_labels: Option<usize>,
+    id2label: Option<serde_json::Map<String, Value>>,
 }
 
 #[derive(Deserialize)]
@@ -204,6 +210,12 @@ impl ModelConfig {
             qkv_bias: family == Family::Qwen2,
             eos: hf.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
             bos: hf.bos_token_id,
+            classes: if hf.architectures.iter().any(|name| name.ends_with("ForSequenceClassification")) {
+                // transformers' default is two labels.
+                hf.num_labels.or(hf.id2label.map(|labels| labels.len())).unwrap_or(2)
+            } else {
+                0
+            },
         };
         config.check(path)?;
         Ok(config)
@@ -257,6 +269,14 @@ impl ModelConfig {
         if let Some(bos) = self.bos {
             value["bos_token_id"] = json!(bos);
         }
+        if self.classes > 0 {
+            let class = self.family.architecture().replace("ForCausalLM", "ForSequenceClassification");
+            value["architectures"] = json!([class]);
+            value["num_labels"] = json!(self.classes);
+            let labels = (0..self.classes).map(|label| (label.to_string(), json!(label.to_string())));
+            value["id2label"] = Value::Object(labels.collect());
+            value["pad_token_id"] = json!(self.eos.first());
+        }
         value
     }
 
@@ -287,6 +307,7 @@ impl ModelConfig {
 
     /// Every tensor of the model with its shape, in file order, by Hugging Face names.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        // The head of a classifier takes the place of the output layer.
         let (d, ff) = (self.hidden_size, self.intermediate_size);
         let (qw, kw, dim) =
             (self.heads.query * self.heads.dim, self.heads.kv * self.heads.dim, self.heads.dim);
@@ -313,7 +334,9 @@ impl ModelConfig {
             add("mlp.down_proj.weight", &[d, ff]);
         }
         tensors.push(("model.norm.weight".to_owned(), vec![d]));
-        if !self.tied {
+        if self.classes > 0 {
+            tensors.push(("score.weight".to_owned(), vec![self.classes, d]));
+        } else if !self.tied {
             tensors.push(("lm_head.weight".to_owned(), vec![self.vocab_size, d]));
         }
         tensors

@@ -122,6 +122,7 @@ impl Gguf {
             qkv_bias: family == Family::Qwen2,
             eos: self.integer("tokenizer.ggml.eos_token_id").map(|id| id as u32).into_iter().collect(),
             bos: self.integer("tokenizer.ggml.bos_token_id").map(|id| id as u32),
+            classes: 0,
         };
         config.check(&self.path)?;
         Ok(config)

@@ -19,6 +19,7 @@ pub mod sampler;
 pub mod scheduler;
 pub mod template;
 pub mod tokenizer;
+pub mod training;
 pub mod weights;
 
 pub use error::EngineError;

@@ -2,11 +2,13 @@
 //! a last norm, the output layer. Tensor names are Hugging Face's, so this file reads beside `modeling_qwen2.py`.
 //!
 //! Without caches every segment attends to its own rows (training, packed rows stay apart); with caches each segment
-//! continues one sequence (decoding).
+//! continues one sequence (decoding). A model made for training runs backward block by block (see [`crate::training`]).
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::quantized::QTensor;
+use candle_core::{Tensor, Var};
 use rayon::prelude::*;
 
 use crate::batch::Batch;
@@ -14,49 +16,60 @@ use crate::cache::KvCache;
 use crate::config::{Family, ModelConfig};
 use crate::error::EngineError;
 use crate::ops::attention::{Heads, Segment, attention};
+use crate::ops::linear::{linear, linear_quantised};
 use crate::ops::packed::{Packed, is_fast};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::Rotary;
 use crate::ops::swiglu::swiglu;
 use crate::ops::{fused, with_values};
-use crate::weights::Weights;
+use crate::training::Training;
+use crate::weights::{Adapter, Weights};
 
 /// A causal language model.
 pub struct CausalLm {
     config: ModelConfig,
     embedding: Tensor,
-    blocks: Vec<Block>,
+    blocks: Vec<Arc<Block>>,
     norm: Tensor,
     head: Tensor,
     packed_head: Option<Packed>,
     inverse_frequencies: Vec<f32>,
+    training: Option<Training>,
 }
 
 struct Linear {
     weight: Matrix,
     bias: Option<Tensor>,
+    adapter: Option<Adapter>,
 }
 
 enum Matrix {
     Dense(Tensor),
     /// Eight bits: for serving only, it has no gradient.
     Packed(Packed),
+    /// Few bits, frozen, under an adapter that learns.
+    Quantised(Arc<QTensor>),
 }
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor, EngineError> {
         let y = match &self.weight {
-            Matrix::Dense(weight) => x.matmul(&weight.t()?)?,
+            Matrix::Dense(weight) => linear(x, weight)?,
             Matrix::Packed(packed) => packed.forward(x)?,
+            Matrix::Quantised(weight) => linear_quantised(x, weight)?,
         };
-        Ok(match &self.bias {
+        let y = match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        };
+        Ok(match &self.adapter {
+            Some(adapter) => (y + adapter.forward(x)?)?,
             None => y,
         })
     }
 }
 
-struct Block {
+pub(crate) struct Block {
     input_norm: Tensor,
     q: Linear,
     k: Linear,
@@ -71,7 +84,7 @@ struct Block {
 }
 
 /// What attends to what in one forward pass.
-enum Attend<'a, 'b> {
+pub(crate) enum Attend<'a, 'b> {
     OwnRows(&'a Arc<Vec<Segment>>),
     Cached(&'a [Segment], &'a mut [&'b mut KvCache]),
 }
@@ -88,11 +101,24 @@ impl CausalLm {
         Self::build(config, weights, is_fast())
     }
 
+    /// The model with a backward pass that runs block by block.
+    pub fn trainable(
+        config: &ModelConfig,
+        weights: &Weights,
+        training: Training,
+    ) -> Result<Self, EngineError> {
+        Ok(Self { training: Some(training), ..Self::build(config, weights, false)? })
+    }
+
     fn build(config: &ModelConfig, weights: &Weights, packed: bool) -> Result<Self, EngineError> {
         let embedding = weights.get("model.embed_tokens.weight")?;
-        let head = if config.tied { embedding.clone() } else { weights.get("lm_head.weight")? };
+        let head = if config.tied || config.classes > 0 {
+            embedding.clone()
+        } else {
+            weights.get("lm_head.weight")?
+        };
         let blocks = (0..config.layers)
-            .map(|layer| Block::new(config, weights, layer, packed))
+            .map(|layer| Block::new(config, weights, layer, packed).map(Arc::new))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             config: config.clone(),
@@ -102,6 +128,7 @@ impl CausalLm {
             packed_head: if packed && fused(&head) { Packed::new(&head)? } else { None },
             head,
             inverse_frequencies: config.inverse_frequencies(),
+            training: None,
         })
     }
 
@@ -113,6 +140,19 @@ impl CausalLm {
     /// The output layer's weight, `[vocabulary, hidden]`.
     pub fn head(&self) -> &Tensor {
         &self.head
+    }
+
+    /// Adds the gradients of `loss` to what [`CausalLm::take_gradients`] gives.
+    pub fn backward(&self, loss: &Tensor) -> Result<(), EngineError> {
+        let training = self.training.as_ref().ok_or_else(|| {
+            EngineError::Stopped("this model was built for serving and has no backward pass".to_owned())
+        })?;
+        Ok(training.collect(&loss.backward()?)?)
+    }
+
+    /// The gradients that were added up since the last call, by name of the variable.
+    pub fn take_gradients(&self) -> BTreeMap<String, Tensor> {
+        self.training.as_ref().map(Training::take).unwrap_or_default()
     }
 
     /// Hidden states after the last norm, `[rows, hidden]`; every segment starts a sequence.
@@ -141,8 +181,17 @@ impl CausalLm {
         let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), self.embedding.device())?;
         let rotary = Rotary::new(&batch.positions, &self.inverse_frequencies);
         let mut x = self.embedding.index_select(&tokens, 0)?;
+        if self.training.is_some() && !x.track_op() {
+            // A frozen embedding: the blocks' gradients are wanted all the same.
+            x = Var::from_tensor(&x)?.as_tensor().clone();
+        }
         for (layer, block) in self.blocks.iter().enumerate() {
-            x = block.forward(&x, layer, &self.config, &rotary, &mut attend)?;
+            x = match (&self.training, &mut attend) {
+                (Some(training), Attend::OwnRows(segments)) => {
+                    training.step(block, &x, &self.config, &rotary, segments)?
+                }
+                (_, attend) => block.forward(&x, layer, &self.config, &rotary, attend)?,
+            };
         }
         Ok(rms_norm(&x, &self.norm, self.config.rms_norm_eps)?)
     }
@@ -152,11 +201,19 @@ impl Block {
     fn new(config: &ModelConfig, weights: &Weights, layer: usize, packed: bool) -> Result<Self, EngineError> {
         let get = |name: &str| weights.get(&format!("model.layers.{layer}.{name}"));
         let projection = |name: &str, bias: bool| -> Result<Linear, EngineError> {
-            let weight = get(&format!("{name}.weight"))?;
-            let small = if packed && fused(&weight) { Packed::new(&weight)? } else { None };
+            let full = format!("model.layers.{layer}.{name}");
+            let weight = match weights.quantised(&full) {
+                Some(weight) => Matrix::Quantised(weight),
+                None => {
+                    let weight = get(&format!("{name}.weight"))?;
+                    let small = if packed && fused(&weight) { Packed::new(&weight)? } else { None };
+                    small.map_or(Matrix::Dense(weight), Matrix::Packed)
+                }
+            };
             Ok(Linear {
-                weight: small.map_or(Matrix::Dense(weight), Matrix::Packed),
+                weight,
                 bias: if bias { Some(get(&format!("{name}.bias"))?) } else { None },
+                adapter: weights.adapter(&full),
             })
         };
         Ok(Self {
@@ -176,7 +233,7 @@ impl Block {
         })
     }
 
-    fn forward(
+    pub(crate) fn forward(
         &self,
         x: &Tensor,
         layer: usize,

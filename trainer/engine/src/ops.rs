@@ -5,9 +5,12 @@
 //! norm, rotary and softmax are not used: they drop gradients without a word.
 
 pub mod attention;
-pub mod cross_entropy;
 pub mod exp;
+pub mod linear;
+pub mod linear_loss;
+pub mod log_prob;
 pub mod packed;
+mod product;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
@@ -49,6 +52,17 @@ pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f
     Ok(f(slices))
 }
 
+/// Rows of logits that are worked on at once: they stay near 32 MiB of f32.
+fn logit_rows(vocabulary: usize) -> usize {
+    const VALUES: usize = 8 << 20;
+    (VALUES / vocabulary).clamp(16, 4096)
+}
+
+/// Whether `x` is worth a gradient: a variable, or computed from one.
+fn learns(x: &Tensor) -> bool {
+    x.track_op()
+}
+
 /// Sum of products in 16 lanes, so that the compiler may vectorise it; the order of additions is fixed.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -72,6 +86,20 @@ pub(crate) fn sum(values: &[f32]) -> f32 {
     for chunk in chunks {
         for i in 0..16 {
             lanes[i] += chunk[i];
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
+/// `Σ exp(value - max)` in 16 lanes.
+#[inline(always)]
+pub(crate) fn sum_exp(values: &[f32], max: f32) -> f32 {
+    let mut lanes = [0f32; 16];
+    let chunks = values.chunks_exact(16);
+    let tail: f32 = chunks.remainder().iter().map(|value| exp::exp(value - max)).sum();
+    for chunk in chunks {
+        for i in 0..16 {
+            lanes[i] += exp::exp(chunk[i] - max);
         }
     }
     lanes.iter().sum::<f32>() + tail

@@ -150,6 +150,11 @@ pub fn argmax(logits: &[f32]) -> u32 {
     best.0 as u32
 }
 
+/// The `k` likeliest tokens, likeliest first; none for 0.
+pub(crate) fn likeliest(logits: &[f32], k: usize) -> Vec<u32> {
+    if k == 0 { Vec::new() } else { candidates(logits, k) }
+}
+
 /// Ids by falling logit, the first `k` only when `k` > 0.
 fn candidates(logits: &[f32], k: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..logits.len() as u32).filter(|&id| !logits[id as usize].is_nan()).collect();

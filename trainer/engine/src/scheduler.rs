@@ -20,7 +20,7 @@ use crate::device::in_pool;
 use crate::error::EngineError;
 use crate::loader::LoadedModel;
 use crate::model::CausalLm;
-use crate::sampler::Sampling;
+use crate::sampler::{Sampling, likeliest};
 use crate::tokenizer::{StreamDecoder, Tokenizer};
 
 /// Bounds of the step loop.
@@ -53,6 +53,19 @@ pub struct Request {
     pub sampling: Sampling,
     /// Strings that end the completion; they are left out of it.
     pub stop: Vec<String>,
+    /// Report every token with its log-probability and so many of the likeliest alternatives.
+    pub log_probs: Option<usize>,
+}
+
+/// A token that was picked, with the distribution that it was picked from before temperature and filters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm of its probability.
+    pub log_prob: f32,
+    /// The likeliest tokens with theirs, likeliest first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// Why a completion ended.
@@ -75,8 +88,10 @@ impl FinishReason {
 }
 
 /// What a request's receiver gets, in order; the last is `Finished` or `Failed`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Update {
+    /// A token was picked; its text follows, now or with a later one. Only where the request asks for it.
+    Sampled(Sampled),
     /// More text.
     Text(String),
     /// The end.
@@ -161,6 +176,36 @@ impl Engine {
 
     /// Hands in a request. The receiver gets its text; dropping the receiver cancels it.
     pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Update>, EngineError> {
+        let receiver = self.submit_all(vec![request])?.pop();
+        receiver.ok_or_else(|| EngineError::Stopped("it took no request".to_owned()))
+    }
+
+    /// Hands in many at once, all or none: an idle engine then takes them in order, so that its steps, and with them every
+    /// rounding, are the same each time.
+    pub fn submit_all(&self, requests: Vec<Request>) -> Result<Vec<mpsc::Receiver<Update>>, EngineError> {
+        requests.iter().try_for_each(|request| self.check(request))?;
+        let mut queue = locked(&self.shared);
+        if let Some(reason) = &queue.stopped {
+            return Err(EngineError::Stopped(reason.clone()));
+        }
+        if queue.waiting.len() + requests.len() > self.config.max_waiting {
+            return Err(EngineError::Busy { waiting: queue.waiting.len() });
+        }
+        let mut receivers = Vec::with_capacity(requests.len());
+        for request in requests {
+            // Room for every token, every text piece and the end: sending never waits.
+            let per_token = if request.log_probs.is_some() { 2 } else { 1 };
+            let (updates, receiver) = mpsc::channel(per_token * request.max_tokens + 2);
+            queue.waiting.push_back(Waiting { request, updates });
+            receivers.push(receiver);
+        }
+        self.shared.stats.waiting.store(queue.waiting.len(), Ordering::Relaxed);
+        drop(queue);
+        self.shared.wake.notify_one();
+        Ok(receivers)
+    }
+
+    fn check(&self, request: &Request) -> Result<(), EngineError> {
         request.sampling.check()?;
         let prompt = request.prompt.len();
         let requested = prompt + request.max_tokens;
@@ -169,31 +214,18 @@ impl Engine {
             let expected = "token ids of the model's vocabulary";
             return Err(EngineError::Parameter { name: "prompt", expected, found: id.to_string() });
         }
-        if prompt == 0 || request.max_tokens == 0 || requested > limit {
-            if prompt == 0 || request.max_tokens == 0 {
-                let name = if prompt == 0 { "prompt" } else { "max_tokens" };
-                return Err(EngineError::Parameter {
-                    name,
-                    expected: "at least one token",
-                    found: "none".into(),
-                });
-            }
+        if prompt == 0 || request.max_tokens == 0 {
+            let name = if prompt == 0 { "prompt" } else { "max_tokens" };
+            return Err(EngineError::Parameter {
+                name,
+                expected: "at least one token",
+                found: "none".into(),
+            });
+        }
+        if requested > limit {
             return Err(EngineError::ContextTooLong { limit, requested, prompt });
         }
-        // Room for every text piece and the end: sending never waits.
-        let (updates, receiver) = mpsc::channel(request.max_tokens + 2);
-        let mut queue = locked(&self.shared);
-        if let Some(reason) = &queue.stopped {
-            return Err(EngineError::Stopped(reason.clone()));
-        }
-        if queue.waiting.len() >= self.config.max_waiting {
-            return Err(EngineError::Busy { waiting: queue.waiting.len() });
-        }
-        queue.waiting.push_back(Waiting { request, updates });
-        self.shared.stats.waiting.store(queue.waiting.len(), Ordering::Relaxed);
-        drop(queue);
-        self.shared.wake.notify_one();
-        Ok(receiver)
+        Ok(())
     }
 
     /// The counters.
@@ -374,9 +406,13 @@ impl StepLoop {
         let mut done = Vec::new();
         for ((running, _), mut logits) in sampled.into_iter().zip(logits) {
             let request = &running.request;
+            let distribution = request.log_probs.map(|top| Distribution::of(&logits, top));
             let token =
                 request.sampling.pick(&mut logits, &request.prompt, &running.completion, &mut running.rng);
             running.completion.push(token);
+            if let Some(distribution) = distribution {
+                let _gone = running.updates.try_send(Update::Sampled(distribution.sampled(token)));
+            }
             stats.completion_tokens.fetch_add(1, Ordering::Relaxed);
             if let Some(reason) = deliver(running, token, &self.tokenizer, eos)? {
                 running.finish(reason);
@@ -385,6 +421,26 @@ impl StepLoop {
         }
         self.running.retain(|running| !done.contains(&std::ptr::from_ref(running)));
         Ok(())
+    }
+}
+
+/// Log-probabilities of one step: kept until the token is known.
+struct Distribution {
+    logits: Vec<f32>,
+    normaliser: f32,
+    top: Vec<(u32, f32)>,
+}
+
+impl Distribution {
+    fn of(logits: &[f32], top: usize) -> Self {
+        let max = crate::ops::max(logits);
+        let normaliser = max + crate::ops::sum_exp(logits, max).ln();
+        let top = likeliest(logits, top).into_iter().map(|id| (id, logits[id as usize] - normaliser));
+        Self { top: top.collect(), normaliser, logits: logits.to_vec() }
+    }
+
+    fn sampled(self, token: u32) -> Sampled {
+        Sampled { token, log_prob: self.logits[token as usize] - self.normaliser, top: self.top }
     }
 }
 

@@ -1,16 +1,40 @@
-//! Named tensors, checked against the configuration before a model is built from them.
+//! Named tensors, checked against the configuration before a model is built from them. Over frozen ones may lie adapters of
+//! low rank that learn in their place.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::config::ModelConfig;
 use crate::error::EngineError;
+use crate::ops::linear::linear;
+
+/// What LoRA (Hu et al. 2021) adds to a frozen matrix: `scale B A`.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// `[rank, in]`.
+    pub a: Tensor,
+    /// `[out, rank]`.
+    pub b: Tensor,
+    /// `alpha / rank`.
+    pub scale: f64,
+}
+
+impl Adapter {
+    pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        linear(&linear(x, &self.a)?, &self.b)? * self.scale
+    }
+}
 
 /// A model's tensors by Hugging Face name.
 #[derive(Debug, Clone, Default)]
 pub struct Weights {
     tensors: BTreeMap<String, Tensor>,
+    /// By module: the name without `.weight`.
+    quantised: BTreeMap<String, Arc<QTensor>>,
+    adapters: BTreeMap<String, Adapter>,
 }
 
 impl Weights {
@@ -35,7 +59,7 @@ impl Weights {
                 "tensors that the architecture does not use were left out"
             );
         }
-        Ok(Self { tensors })
+        Ok(Self { tensors, ..Self::default() })
     }
 
     /// The tensor of that name; `new` has checked that it is there.
@@ -58,7 +82,7 @@ impl Weights {
             .iter()
             .map(|(name, tensor)| Ok((name.clone(), tensor.to_device(device)?.to_dtype(dtype)?)))
             .collect::<Result<_, EngineError>>()?;
-        Ok(Self { tensors: moved })
+        Ok(Self { tensors: moved, ..Self::default() })
     }
 
     /// Trainable copies in f32, and weights that share their storage: an optimiser step on the variables changes what a
@@ -71,6 +95,52 @@ impl Weights {
             tensors.insert(name.clone(), variable.as_tensor().clone());
             variables.insert(name.clone(), variable);
         }
-        Ok((Self { tensors }, variables))
+        Ok((Self { tensors, ..Self::default() }, variables))
+    }
+
+    /// The same memory without gradients.
+    pub fn detached(&self) -> Self {
+        let adapters = self.adapters.iter().map(|(module, adapter)| {
+            let Adapter { a, b, scale } = adapter;
+            (module.clone(), Adapter { a: a.detach(), b: b.detach(), scale: *scale })
+        });
+        Self {
+            tensors: self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.detach())).collect(),
+            quantised: self.quantised.clone(),
+            adapters: adapters.collect(),
+        }
+    }
+
+    /// The same frozen weights with adapters over the named modules.
+    pub fn with_adapters(&self, adapters: BTreeMap<String, Adapter>) -> Self {
+        Self { adapters, ..self.clone() }
+    }
+
+    /// The same with the named modules' weights kept in `kind`, which needs rows that its blocks divide; modules whose rows
+    /// do not fit stay as they are.
+    pub fn with_quantised(&self, modules: &[String], kind: GgmlDType) -> Result<Self, EngineError> {
+        let mut all = self.clone();
+        for module in modules {
+            let name = format!("{module}.weight");
+            let weight = self.get(&name)?;
+            if weight.dim(1)?.is_multiple_of(kind.block_size()) {
+                all.quantised.insert(module.clone(), Arc::new(QTensor::quantize(&weight, kind)?));
+                all.tensors.remove(&name);
+            }
+        }
+        Ok(all)
+    }
+
+    /// One more tensor, or another in its place.
+    pub fn insert(&mut self, name: &str, tensor: Tensor) {
+        self.tensors.insert(name.to_owned(), tensor);
+    }
+
+    pub(crate) fn adapter(&self, module: &str) -> Option<Adapter> {
+        self.adapters.get(module).cloned()
+    }
+
+    pub(crate) fn quantised(&self, module: &str) -> Option<Arc<QTensor>> {
+        self.quantised.get(module).cloned()
     }
 }

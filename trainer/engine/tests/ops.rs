@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
 use potstill_engine::ops::attention::{Heads, Segment, attention, plain as plain_attention};
-use potstill_engine::ops::cross_entropy::{linear_cross_entropy, plain as plain_cross_entropy};
+use potstill_engine::ops::linear_loss::{linear_cross_entropy, plain as plain_cross_entropy};
 use potstill_engine::ops::rms_norm::{plain as plain_rms_norm, rms_norm};
 use potstill_engine::ops::rope::Rotary;
 use potstill_engine::ops::swiglu::{plain as plain_swiglu, swiglu};

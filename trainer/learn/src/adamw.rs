@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
 use potstill_engine::ops::{fused, with_values};
 use rayon::prelude::*;
@@ -67,11 +66,10 @@ impl AdamW {
     }
 
     /// Euclidean norm over all gradients. Every variable must have one.
-    pub fn gradient_norm(&self, gradients: &GradStore) -> Result<f64, LearnError> {
+    pub fn gradient_norm(&self, gradients: &BTreeMap<String, Tensor>) -> Result<f64, LearnError> {
         let mut total = 0f64;
-        for (name, slot) in &self.slots {
-            let gradient =
-                gradients.get(&slot.variable).ok_or_else(|| LearnError::NoGradient(name.clone()))?;
+        for name in self.slots.keys() {
+            let gradient = gradients.get(name).ok_or_else(|| LearnError::NoGradient(name.clone()))?;
             total += if fused(gradient) {
                 with_values([gradient], |[values]| {
                     let parts: Vec<f64> = values
@@ -88,15 +86,19 @@ impl AdamW {
     }
 
     /// One step at rate `lr`; `norm` is what [`AdamW::gradient_norm`] returned.
-    pub fn step(&mut self, gradients: &GradStore, norm: f64, lr: f64) -> Result<(), LearnError> {
+    pub fn step(
+        &mut self,
+        gradients: &BTreeMap<String, Tensor>,
+        norm: f64,
+        lr: f64,
+    ) -> Result<(), LearnError> {
         self.step += 1;
         let clip = (self.config.max_grad_norm / (norm + 1e-6)).min(1.0);
         let (beta1, beta2) = (self.config.beta1, self.config.beta2);
         let correction1 = 1.0 - beta1.powi(self.step as i32);
         let correction2 = 1.0 - beta2.powi(self.step as i32);
         for (name, slot) in &mut self.slots {
-            let gradient =
-                gradients.get(&slot.variable).ok_or_else(|| LearnError::NoGradient(name.clone()))?;
+            let gradient = gradients.get(name).ok_or_else(|| LearnError::NoGradient(name.clone()))?;
             let decay = if slot.decays { lr * self.config.weight_decay } else { 0.0 };
             if fused(gradient) {
                 let gradient = gradient.contiguous()?;
@@ -122,14 +124,19 @@ impl AdamW {
         Ok(())
     }
 
-    /// Moments as tensors `m.NAME` and `v.NAME`, and the step count.
-    pub fn state(&self) -> (HashMap<String, Tensor>, usize) {
+    /// Moments as tensors `m.NAME` and `v.NAME`.
+    pub fn state(&self) -> HashMap<String, Tensor> {
         let mut state = HashMap::new();
         for (name, slot) in &self.slots {
             state.insert(format!("m.{name}"), slot.m.clone());
             state.insert(format!("v.{name}"), slot.v.clone());
         }
-        (state, self.step)
+        state
+    }
+
+    /// Steps since the moments were fresh.
+    pub fn steps(&self) -> usize {
+        self.step
     }
 
     /// Puts back what [`AdamW::state`] gave.
@@ -238,7 +245,8 @@ mod tests {
         let (mut theta, mut m, mut v) = (2.0f64, 0.0f64, 0.0f64);
         for step in 1..=5 {
             let loss = (variable.as_tensor().sqr().unwrap() * 1.5).unwrap().sum_all().unwrap();
-            let gradients = loss.backward().unwrap();
+            let store = loss.backward().unwrap();
+            let gradients = BTreeMap::from([("w".to_owned(), store.get(&variable).unwrap().clone())]);
             let norm = optimiser.gradient_norm(&gradients).unwrap();
             assert!((norm - 3.0 * theta.abs()).abs() < 1e-4);
             optimiser.step(&gradients, norm, 0.1).unwrap();

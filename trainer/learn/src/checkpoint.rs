@@ -43,6 +43,9 @@ pub struct LogEntry {
     pub learning_rate: f64,
     /// Seconds since 1970.
     pub wall_time: f64,
+    /// What else the algorithm measures: rewards, margins, divergences.
+    #[serde(flatten)]
+    pub metrics: BTreeMap<String, f64>,
 }
 
 fn broken(path: &Path, problem: impl ToString) -> LearnError {
@@ -59,7 +62,7 @@ pub fn save(
 ) -> Result<(), LearnError> {
     let weights: HashMap<String, Tensor> =
         variables.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone())).collect();
-    let (moments, _) = optimiser.state();
+    let moments = optimiser.state();
     let path = folder.join(format!("checkpoint-{}", cursor.global_step));
     publish_folder::<LearnError>(&path, |folder| {
         write_tensors(&folder.join("model.safetensors"), &weights)?;

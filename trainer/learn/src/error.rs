@@ -23,6 +23,20 @@ pub enum LearnError {
         /// Loss or gradient.
         what: &'static str,
     },
+    /// Most completions do not end within the limit: their rewards say nothing.
+    #[error(
+        "{:.0} % of the completions of the last ten steps were cut off at {limit} tokens; the last checkpoint is kept, \
+         raise `max_tokens`, or `max_truncated` to go on all the same", share * 100.0
+    )]
+    Truncated {
+        /// Share of them.
+        share: f64,
+        /// The limit.
+        limit: usize,
+    },
+    /// The engine that writes completions failed.
+    #[error("writing completions: {0}")]
+    Rollout(String),
     /// The newest checkpoint belongs to other data or settings.
     #[error("`{path}` belongs to other data or settings; remove it, or choose another output folder")]
     OtherRun {

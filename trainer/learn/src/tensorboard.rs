@@ -14,7 +14,7 @@ pub struct Scalar {
     /// Training step.
     pub step: u64,
     /// Name, such as `train/loss`.
-    pub tag: &'static str,
+    pub tag: String,
     /// Value.
     pub value: f32,
 }

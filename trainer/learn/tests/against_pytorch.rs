@@ -2,91 +2,43 @@
 //! gradient for every trainable tensor.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+mod fixture;
 
-use candle_core::{DType, Device, Tensor};
-use potstill_engine::config::ModelConfig;
+use candle_core::Device;
+use fixture::{bits, folder, load, model, same_gradient};
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::model::CausalLm;
-use potstill_engine::template::ChatTemplate;
-use potstill_engine::tokenizer::Tokenizer;
-use potstill_engine::weights::Weights;
+use potstill_engine::training::Training;
 use potstill_learn::LearnError;
 use potstill_learn::curriculum::Phase;
 use potstill_learn::examples::Example;
-use potstill_learn::sft::{SftConfig, sft, sft_loss};
-
-fn folder(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
-}
-
-fn load(name: &str) -> (ModelConfig, Weights, Vec<Example>) {
-    let path = folder(name).join("config.json");
-    let config = ModelConfig::from_json(&std::fs::read_to_string(&path).unwrap(), &path).unwrap();
-    let tensors =
-        candle_core::safetensors::load(folder(name).join("model.safetensors"), &Device::Cpu).unwrap();
-    let weights = Weights::new(tensors.into_iter().collect(), &config).unwrap();
-    let rows: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(folder(name).join("rows.json")).unwrap()).unwrap();
-    let tokens: Vec<Vec<u32>> = serde_json::from_value(rows["rows"].clone()).unwrap();
-    let from: Vec<usize> = serde_json::from_value(rows["learnt_from"].clone()).unwrap();
-    let examples = tokens
-        .into_iter()
-        .zip(from)
-        .map(|(tokens, from)| Example { learnt: (0..tokens.len()).map(|i| i >= from).collect(), tokens })
-        .collect();
-    (config, weights, examples)
-}
+use potstill_learn::run::RunConfig;
+use potstill_learn::sft::{sft, sft_loss};
 
 #[test]
 fn loss_and_gradients_agree() {
     for name in ["qwen2", "qwen3", "llama"] {
         let (config, weights, examples) = load(name);
-        let (weights, variables) = weights.trainable().unwrap();
-        let lm = CausalLm::new(&config, &weights).unwrap();
-        let targets: usize = examples.iter().map(Example::targets).sum();
-        let loss = sft_loss(&lm, &examples, targets as f64).unwrap();
-        let expected =
-            candle_core::safetensors::load(folder(name).join("expected.safetensors"), &Device::Cpu).unwrap();
-        let reference = expected["loss"].to_vec1::<f32>().unwrap()[0];
-        let ours = loss.to_scalar::<f32>().unwrap();
-        assert!((ours - reference).abs() <= 1e-4 * reference, "{name}: loss {ours}, PyTorch {reference}");
-        let gradients = loss.backward().unwrap();
-        for (tensor, variable) in &variables {
-            let ours =
-                gradients.get(variable).unwrap_or_else(|| panic!("{name}: `{tensor}` got no gradient"));
-            let theirs = &expected[&format!("grad.{tensor}")];
-            let norm = |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
-            let (error, size) = (norm(&(ours - theirs).unwrap()), norm(theirs));
-            // A key bias shifts all scores of a row alike: its true gradient is zero, both sides hold rounding noise.
-            assert!(
-                error <= 1e-4 * size.max(1e-3),
-                "{name}: gradient of `{tensor}` is off by {error} of {size}"
-            );
-            assert!(size > 0.0, "{name}: the fixture's gradient of `{tensor}` is zero");
+        for recompute in [false, true] {
+            let (weights, variables) = weights.trainable().unwrap();
+            let lm = CausalLm::trainable(&config, &weights, Training::new(&variables, recompute)).unwrap();
+            let targets: usize = examples.iter().map(Example::targets).sum();
+            let loss = sft_loss(&lm, &examples, targets as f64).unwrap();
+            let expected =
+                candle_core::safetensors::load(folder(name).join("expected.safetensors"), &Device::Cpu)
+                    .unwrap();
+            let reference = expected["loss"].to_vec1::<f32>().unwrap()[0];
+            let ours = loss.to_scalar::<f32>().unwrap();
+            assert!((ours - reference).abs() <= 1e-4 * reference, "{name}: loss {ours}, PyTorch {reference}");
+            lm.backward(&loss).unwrap();
+            let gradients = lm.take_gradients();
+            for tensor in variables.keys() {
+                let ours =
+                    gradients.get(tensor).unwrap_or_else(|| panic!("{name}: `{tensor}` got no gradient"));
+                same_gradient(&format!("{name}: {tensor}"), ours, &expected[&format!("grad.{tensor}")]);
+            }
         }
     }
-}
-
-fn model() -> (LoadedModel, Vec<Example>) {
-    let (config, weights, examples) = load("qwen2");
-    let tokenizer = Tokenizer::from_json(
-        r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,"pre_tokenizer":null,
-            "post_processor":null,"decoder":null,"model":{"type":"WordLevel","vocab":{"a":0,"b":1},"unk_token":"a"}}"#,
-        Path::new("inline"),
-    )
-    .unwrap();
-    let template = Arc::new(ChatTemplate::chatml().unwrap());
-    let examples = (0..40)
-        .map(|i| {
-            let source = &examples[i % 2];
-            let cut = 8 + i % 13;
-            Example { tokens: source.tokens[..cut].to_vec(), learnt: (0..cut).map(|at| at >= 3).collect() }
-        })
-        .collect();
-    (LoadedModel { config, weights, tokenizer, template, quantised: false }, examples)
 }
 
 fn phases() -> Vec<Phase> {
@@ -99,19 +51,14 @@ fn phases() -> Vec<Phase> {
     vec![phase("medium", 0, 30, 2.0), phase("hard", 25, 40, 1.5)]
 }
 
-fn bits(model: &LoadedModel) -> BTreeMap<String, Vec<u32>> {
-    let values =
-        |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    model.weights.iter().map(|(n, t)| (n.clone(), values(t).iter().map(|v| v.to_bits()).collect())).collect()
-}
-
 #[test]
 fn a_run_cut_anywhere_gives_the_same_bits() {
     let (model, examples) = model();
     let config =
-        SftConfig { batch_tokens: 60, micro_batch_tokens: 30, checkpoint_every: 3, ..SftConfig::default() };
+        RunConfig { batch_tokens: 60, micro_batch_tokens: 30, checkpoint_every: 3, ..RunConfig::default() };
     let whole = tempfile::tempdir().unwrap();
-    let (expected, report) = sft(&model, &examples, &phases(), &config, whole.path(), &mut |_| true).unwrap();
+    let (learner, report) = sft(&model, &examples, &phases(), &config, whole.path(), &mut |_| true).unwrap();
+    let expected = learner.finish().unwrap();
     assert!(report.steps > 15, "{report:?}");
     for stop_at in [1, 4, report.steps - 1] {
         let cut = tempfile::tempdir().unwrap();
@@ -123,7 +70,7 @@ fn a_run_cut_anywhere_gives_the_same_bits() {
         assert!(matches!(stopped, Err(LearnError::Stopped { .. })));
         let (resumed, again) = sft(&model, &examples, &phases(), &config, cut.path(), &mut |_| true).unwrap();
         assert_eq!(again.resumed_from, stop_at);
-        assert_eq!(bits(&resumed), bits(&expected), "stopped after {stop_at} steps");
+        assert_eq!(bits(&resumed.finish().unwrap()), bits(&expected), "stopped after {stop_at} steps");
     }
     let (first, _) = model_loss(&model, &examples);
     let (last, _) = model_loss(&expected, &examples);
@@ -139,7 +86,7 @@ fn model_loss(model: &LoadedModel, examples: &[Example]) -> (f32, usize) {
 #[test]
 fn a_checkpoint_of_other_data_is_refused() {
     let (model, examples) = model();
-    let config = SftConfig { batch_tokens: 100, max_steps: 2, ..SftConfig::default() };
+    let config = RunConfig { batch_tokens: 100, max_steps: 2, ..RunConfig::default() };
     let folder = tempfile::tempdir().unwrap();
     sft(&model, &examples, &phases(), &config, folder.path(), &mut |_| true).unwrap();
     let other = sft(&model, &examples[..39], &[phases().remove(0)], &config, folder.path(), &mut |_| true);
@@ -151,7 +98,7 @@ fn a_loss_that_is_not_finite_stops_the_run() {
     let (model, examples) = model();
     let mut phases = phases();
     phases[0].learning_rate = 1e30;
-    let config = SftConfig { batch_tokens: 60, warmup_ratio: 0.0, ..SftConfig::default() };
+    let config = RunConfig { batch_tokens: 60, warmup_ratio: 0.0, ..RunConfig::default() };
     let folder = tempfile::tempdir().unwrap();
     let error = sft(&model, &examples, &phases, &config, folder.path(), &mut |_| true).err().unwrap();
     assert!(matches!(error, LearnError::NotFinite { .. }), "{error}");

@@ -5,7 +5,11 @@ use std::path::PathBuf;
 use potstill_cot::generate::TeacherConfig;
 use potstill_data::jsonl::Source;
 use potstill_engine::config::Family;
-use potstill_learn::sft::SftConfig;
+use potstill_learn::dpo::DpoConfig;
+use potstill_learn::grpo::GrpoConfig;
+use potstill_learn::kd::KdConfig;
+use potstill_learn::reward_model::RewardConfig;
+use potstill_learn::run::RunConfig;
 use serde::{Deserialize, Serialize};
 
 /// An endpoint that serves the teachers.
@@ -211,7 +215,7 @@ pub struct SftSection {
     pub curriculum: CurriculumSection,
     /// Steps, optimiser, checkpoints.
     #[serde(default)]
-    pub run: SftConfig,
+    pub run: RunConfig,
 }
 
 /// Conversations that do not come from this run's teachers.
@@ -242,6 +246,62 @@ impl Default for CurriculumSection {
     fn default() -> Self {
         Self { medium_epochs: 3.0, hard_epochs: 1.0, replay: 0.2, hard_rate: 0.5 }
     }
+}
+
+/// Reward models for RV and CD, learnt from the teachers' scores of this run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RewardSection {
+    /// Model folder or `.gguf` file to start from; the student's own start if left out.
+    pub base: Option<PathBuf>,
+    /// How they are trained.
+    #[serde(default)]
+    pub train: RewardConfig,
+}
+
+/// Distillation of a teacher's distributions, behind the fine-tuning.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KdSection {
+    /// Model folder or `.gguf` file of a teacher with the student's vocabulary.
+    pub teacher: PathBuf,
+    /// The student writes, the teacher says what it would have written.
+    #[serde(default)]
+    pub on_policy: bool,
+    /// How the student is trained.
+    #[serde(default)]
+    pub train: KdConfig,
+}
+
+/// Preferences.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DpoSection {
+    /// JSONL with `prompt`, `chosen`, `rejected` and, for CogPO, `beta`. Without it the teachers' right traces are chosen over
+    /// the student's own wrong answers to the same problems.
+    pub pairs: Option<PathBuf>,
+    /// Answers that the student writes per problem.
+    #[serde(default = "default_samples")]
+    pub samples: u32,
+    /// Limit on their new tokens.
+    #[serde(default = "default_eval_tokens")]
+    pub max_tokens: u32,
+    /// How the student is trained.
+    #[serde(default)]
+    pub train: DpoConfig,
+}
+
+/// Practice on problems with known answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GrpoSection {
+    /// Folder of a reward model for RV; that of this run's `[reward]` if left out, none without one.
+    pub rv: Option<PathBuf>,
+    /// The same for CD.
+    pub cd: Option<PathBuf>,
+    /// How the student is trained.
+    #[serde(default)]
+    pub train: GrpoConfig,
 }
 
 /// How students are tested.

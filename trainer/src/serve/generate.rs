@@ -174,6 +174,7 @@ fn submit(
                 max_tokens,
                 sampling: sampling(options, u64::from(index)),
                 stop: stop.clone(),
+                log_probs: None,
             };
             let receiver = node.engine.submit(request)?;
             updates.push(numbered(index, receiver).boxed());
@@ -198,7 +199,7 @@ fn numbered(index: u32, receiver: mpsc::Receiver<Update>) -> impl Stream<Item = 
     stream::unfold(Some(receiver), move |receiver| async move {
         let mut receiver = receiver?;
         match receiver.recv().await {
-            Some(update @ Update::Text(_)) => Some(((index, update), Some(receiver))),
+            Some(update @ (Update::Text(_) | Update::Sampled(_))) => Some(((index, update), Some(receiver))),
             Some(last) => Some(((index, last), None)),
             None => Some(((index, Update::Failed("the engine has stopped".to_owned())), None)),
         }
@@ -260,6 +261,7 @@ async fn collect(mut job: Job) -> Result<Response, NodeError> {
     while let Some((index, update)) = job.updates.next().await {
         let choice = &mut choices[index as usize];
         match update {
+            Update::Sampled(_) => {}
             Update::Text(text) => choice.push(&text),
             Update::Finished { reason, completion_tokens } => {
                 written += completion_tokens as u64;
@@ -375,6 +377,7 @@ impl Streaming {
 
     fn update(&mut self, index: u32, update: Update) {
         match update {
+            Update::Sampled(_) => {}
             Update::Text(text) => match &mut self.splitters[index as usize] {
                 None => self.text_chunk(index, text, None),
                 Some(splitter) => {

@@ -11,6 +11,7 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor
 use rayon::prelude::*;
 
 use super::exp::exp;
+use super::product::Product;
 use super::{dot, fused, max, sum, values, with_values};
 
 /// Query rows per tile.
@@ -149,7 +150,8 @@ fn probabilities(
             }
         }
     } else {
-        let product = Product { m: tile, n: keys, k: heads.dim, scale: heads.scale(), add: false };
+        let product =
+            Product { m: tile, n: keys, k: heads.dim, scale: heads.scale(), add: false, threads: 1 };
         product.run(scores, (keys, 1), q, (q_stride, 1), k, (1, k_stride));
     }
     for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
@@ -184,62 +186,8 @@ fn weighted_sum(
             }
         }
     } else {
-        let product = Product { m: tile, n: dim, k: keys, scale: 1.0, add: false };
+        let product = Product { m: tile, n: dim, k: keys, scale: 1.0, add: false, threads: 1 };
         product.run(out, (out_stride, 1), scores, (keys, 1), v, (v_stride, 1));
-    }
-}
-
-/// `dst = scale * lhs * rhs (+ dst)` for `[m, k] x [k, n]`, each with (row, column) strides.
-struct Product {
-    m: usize,
-    n: usize,
-    k: usize,
-    scale: f32,
-    add: bool,
-}
-
-impl Product {
-    fn run(
-        &self,
-        dst: &mut [f32],
-        dst_strides: (usize, usize),
-        lhs: &[f32],
-        lhs_strides: (usize, usize),
-        rhs: &[f32],
-        rhs_strides: (usize, usize),
-    ) {
-        let last = |rows: usize, columns: usize, strides: (usize, usize)| {
-            (rows - 1) * strides.0 + (columns - 1) * strides.1
-        };
-        assert!(last(self.m, self.n, dst_strides) < dst.len(), "product: destination too small");
-        assert!(last(self.m, self.k, lhs_strides) < lhs.len(), "product: left side too small");
-        assert!(last(self.k, self.n, rhs_strides) < rhs.len(), "product: right side too small");
-        #[expect(unsafe_code, reason = "gemm takes raw pointers")]
-        // SAFETY: the largest offset that each matrix touches was just checked against its slice, strides are
-        // non-negative, and `dst` is borrowed mutably, so it overlaps neither input.
-        unsafe {
-            gemm::gemm(
-                self.m,
-                self.n,
-                self.k,
-                dst.as_mut_ptr(),
-                dst_strides.1 as isize,
-                dst_strides.0 as isize,
-                self.add,
-                lhs.as_ptr(),
-                lhs_strides.1 as isize,
-                lhs_strides.0 as isize,
-                rhs.as_ptr(),
-                rhs_strides.1 as isize,
-                rhs_strides.0 as isize,
-                if self.add { 1.0 } else { 0.0 },
-                self.scale,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
-        }
     }
 }
 
@@ -343,7 +291,7 @@ impl Attention {
                     let keys = first + tile;
                     let q0 = first * qw + head * dim;
                     probabilities(&q[q0..], qw, &k[k0..], kw, heads, tile, keys, &mut probs);
-                    let product = |m, n, k, scale, add| Product { m, n, k, scale, add };
+                    let product = |m, n, k, scale, add| Product { m, n, k, scale, add, threads: 1 };
                     product(keys, dim, tile, 1.0, true).run(
                         &mut dv[k0..],
                         (kw, 1),

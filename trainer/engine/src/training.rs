@@ -1,0 +1,214 @@
+//! Backward block by block, as one operation per block (Chen et al. 2016).
+//!
+//! To candle's graph a block is a single node. What happened inside is either kept until the node's backward, or only the
+//! block's input is kept and the block is computed again then (`recompute`): memory falls to one block's worth for about
+//! a third more work. The gradients of a block's weights go straight into the sums of the step, so nothing holds the
+//! gradients of a micro-batch twice, and frozen weights cost nothing.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CustomOp1, InplaceOp2, Layout, Result, Shape, Storage, Tensor, TensorId, Var};
+use rayon::prelude::*;
+
+use crate::config::ModelConfig;
+use crate::model::{Attend, Block};
+use crate::ops::attention::Segment;
+use crate::ops::fused;
+use crate::ops::rope::Rotary;
+
+/// What a model needs to learn: its variables, and where their gradients add up.
+#[derive(Clone)]
+pub struct Training {
+    recompute: bool,
+    sums: Arc<Sums>,
+}
+
+struct Sums {
+    names: HashMap<TensorId, String>,
+    sums: Mutex<BTreeMap<String, Tensor>>,
+}
+
+impl Training {
+    /// Gradients are kept for `variables` and nothing else.
+    pub fn new(variables: &BTreeMap<String, Var>, recompute: bool) -> Self {
+        let names = variables.iter().map(|(name, variable)| (variable.as_tensor().id(), name.clone()));
+        Self { recompute, sums: Arc::new(Sums { names: names.collect(), sums: Mutex::default() }) }
+    }
+
+    pub(crate) fn collect(&self, store: &GradStore) -> Result<()> {
+        self.sums.collect(store)
+    }
+
+    pub(crate) fn take(&self) -> BTreeMap<String, Tensor> {
+        std::mem::take(&mut *self.sums.locked())
+    }
+
+    /// One block, as one node of the graph.
+    pub(crate) fn step(
+        &self,
+        block: &Arc<Block>,
+        x: &Tensor,
+        config: &ModelConfig,
+        rotary: &Rotary,
+        segments: &Arc<Vec<Segment>>,
+    ) -> std::result::Result<Tensor, crate::EngineError> {
+        let inside = Inside {
+            block: Arc::clone(block),
+            config: config.clone(),
+            rotary: rotary.clone(),
+            segments: Arc::clone(segments),
+        };
+        let input = Var::from_tensor(&x.detach())?;
+        let output = inside.run(input.as_tensor())?;
+        let value = output.detach();
+        let kept = if self.recompute { None } else { Some((input, output)) };
+        let node = BlockNode { inside, value, kept: Mutex::new(kept), sums: Arc::clone(&self.sums) };
+        Ok(x.apply_op1(node)?)
+    }
+}
+
+impl Sums {
+    fn locked(&self) -> MutexGuard<'_, BTreeMap<String, Tensor>> {
+        self.sums.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn collect(&self, store: &GradStore) -> Result<()> {
+        let mut sums = self.locked();
+        for id in store.get_ids() {
+            let (Some(name), Some(gradient)) = (self.names.get(id), store.get_id(*id)) else { continue };
+            match sums.get_mut(name) {
+                None => {
+                    sums.insert(name.clone(), gradient.detach());
+                }
+                Some(sum) if fused(sum) && sum.is_contiguous() => {
+                    sum.inplace_op2(&gradient.contiguous()?, &Add)?
+                }
+                Some(sum) => *sum = (&*sum + gradient)?.detach(),
+            }
+        }
+        Ok(())
+    }
+}
+
+struct Inside {
+    block: Arc<Block>,
+    config: ModelConfig,
+    rotary: Rotary,
+    segments: Arc<Vec<Segment>>,
+}
+
+impl Inside {
+    fn run(&self, x: &Tensor) -> Result<Tensor> {
+        // The layer's number only matters to caches.
+        let mut attend = Attend::OwnRows(&self.segments);
+        self.block
+            .forward(x, 0, &self.config, &self.rotary, &mut attend)
+            .map_err(|error| candle_core::Error::Msg(error.to_string()))
+    }
+}
+
+struct BlockNode {
+    inside: Inside,
+    value: Tensor,
+    kept: Mutex<Option<(Var, Tensor)>>,
+    sums: Arc<Sums>,
+}
+
+impl CustomOp1 for BlockNode {
+    fn name(&self) -> &'static str {
+        "block"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        let value = self.value.contiguous()?;
+        match &*value.storage_and_layout().0 {
+            Storage::Cpu(storage) => Ok((storage.clone(), value.shape().clone())),
+            _ => candle_core::bail!("a block's value left the CPU"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let value = self.value.contiguous()?;
+        let (storage, layout) = value.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, value.shape().clone())),
+            _ => candle_core::bail!("a block's value left the device"),
+        }
+    }
+
+    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (input, output) = match kept {
+            Some(kept) => kept,
+            None => {
+                let input = Var::from_tensor(&x.detach())?;
+                let output = self.inside.run(input.as_tensor())?;
+                (input, output)
+            }
+        };
+        let store = output.apply_op1(Seed { grad: grad.detach() })?.backward()?;
+        self.sums.collect(&store)?;
+        Ok(store.get(&input).cloned())
+    }
+}
+
+/// A scalar whose gradient is known: starts the backward pass inside a block.
+struct Seed {
+    grad: Tensor,
+}
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        storage: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        use candle_core::backend::{BackendDevice, BackendStorage};
+        let zero = storage.device().zeros_impl(&Shape::from(()), candle_core::DType::F32)?;
+        Ok((zero, Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _res: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.grad.clone()))
+    }
+}
+
+/// `sum += gradient`.
+struct Add;
+
+impl InplaceOp2 for Add {
+    fn name(&self) -> &'static str {
+        "add-gradient"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, _: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        let (CpuStorage::F32(sum), CpuStorage::F32(more)) = (s1, s2) else {
+            candle_core::bail!("gradients must be f32")
+        };
+        let (start, end) = l2.contiguous_offsets().unwrap_or((0, 0));
+        if end - start != sum.len() {
+            candle_core::bail!("gradients of different sizes");
+        }
+        sum.par_chunks_mut(1 << 14).zip(more[start..end].par_chunks(1 << 14)).for_each(|(sum, more)| {
+            sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,514 @@
+//! Group relative policy optimisation (Shao et al. 2024, equation 3) with the rewards of "Thinking with DistilQwen".
+//!
+//! One step: every prompt gets a group of completions from the model as it is; their rewards ([`crate::rewards`]), centred
+//! within the group, are the advantages `A`; then, per token, with `r = exp(log π - log π_old)`:
+//! `L = -min(r A, clip(r, 1 - ε_low, 1 + ε_high) A) + β (exp(d) - d - 1)`, `d = log π₀ - log π` (the k3 estimate of the
+//! divergence from the model that training starts from). Differences from the papers: the upper clip is higher (DAPO),
+//! tokens of all completions weigh the same by default (DAPO), completions that the limit cut off are not learnt from.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::Tensor;
+use potstill_engine::loader::LoadedModel;
+use potstill_engine::model::CausalLm;
+use potstill_engine::ops::log_prob::{linear_log_prob, mean_entropy};
+use potstill_verify::verifier::{Gold, Verifier};
+use serde::{Deserialize, Serialize};
+
+use crate::curriculum::Phase;
+use crate::error::LearnError;
+use crate::examples::Example;
+use crate::learner::Learner;
+use crate::packing;
+use crate::reward_model::RewardModel;
+use crate::rewards::{Interval, Reward, advantages, total, well_formed};
+use crate::rollouts::{Completion, Draw, Rollouts};
+use crate::run::{
+    Observe, PlannedPhase, RunConfig, RunReport, StepOutcome, plan, run, run_hash, tokens_hash,
+};
+use crate::sft::Learnt;
+
+/// How tokens of different completions weigh.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Weighting {
+    /// Every token of the step the same (DAPO).
+    #[default]
+    Token,
+    /// Every completion the same (DeepSeekMath).
+    Sequence,
+    /// Every token the same, over the limit instead of the length (Dr. GRPO).
+    Limit,
+}
+
+/// Settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GrpoConfig {
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Prompts per step.
+    pub prompts: usize,
+    /// Times that each prompt is seen.
+    pub epochs: f64,
+    /// Completions per prompt.
+    pub group: usize,
+    /// Optimiser steps on the completions of one step.
+    pub updates: usize,
+    /// Sampling temperature.
+    pub temperature: f64,
+    /// Nucleus sampling.
+    pub top_p: f64,
+    /// Limit on new tokens.
+    pub max_tokens: usize,
+    /// How far a token's probability may fall before its gradient ends.
+    pub clip_low: f64,
+    /// How far it may rise.
+    pub clip_high: f64,
+    /// Weight of the divergence from the start; 0 saves the reference model.
+    pub kl: f64,
+    /// Divide advantages by the deviation within the group.
+    pub by_deviation: bool,
+    /// How tokens weigh.
+    pub weighting: Weighting,
+    /// Learn from completions that the limit cut off, too.
+    pub learn_truncated: bool,
+    /// The run stops when more of the completions than this are cut off, on the mean of ten steps.
+    pub max_truncated: f64,
+    /// Where RV shall lie, for runs with an RV reward model.
+    pub rv: Interval,
+    /// Where CD shall lie, likewise.
+    pub cd: Interval,
+    /// Reward the style of right answers only.
+    pub style_if_correct: bool,
+    /// Steps, optimiser, checkpoints; `batch_tokens` is not used.
+    pub run: RunConfig,
+}
+
+impl Default for GrpoConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-6,
+            prompts: 16,
+            epochs: 1.0,
+            group: 8,
+            updates: 1,
+            temperature: 1.0,
+            top_p: 1.0,
+            max_tokens: 8192,
+            clip_low: 0.2,
+            clip_high: 0.28,
+            kl: 0.001,
+            by_deviation: true,
+            weighting: Weighting::Token,
+            learn_truncated: false,
+            max_truncated: 0.5,
+            rv: Interval::default(),
+            cd: Interval::default(),
+            style_if_correct: false,
+            run: RunConfig { weight_decay: 0.0, checkpoint_every: 20, ..RunConfig::default() },
+        }
+    }
+}
+
+impl GrpoConfig {
+    /// Every setting that cannot be, with its name.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut need = |fine: bool, problem: &str| {
+            if !fine {
+                problems.push(problem.to_owned());
+            }
+        };
+        need(self.group >= 2, "`group` must be at least 2: advantages are differences within a group");
+        need(self.prompts >= 1 && self.updates >= 1, "`prompts` and `updates` must be at least 1");
+        need(self.max_tokens >= 1, "`max_tokens` must be at least 1");
+        need(
+            self.temperature > 0.0 && self.temperature <= 2.0,
+            "`temperature` must be above 0 and at most 2",
+        );
+        need(self.top_p > 0.0 && self.top_p <= 1.0, "`top_p` must be above 0 and at most 1");
+        need(
+            (0.0..1.0).contains(&self.clip_low) && self.clip_high >= 0.0,
+            "`clip_low` must be 0 to 1, `clip_high` at least 0",
+        );
+        need(self.kl >= 0.0, "`kl` must be at least 0");
+        need(
+            self.rv.is_valid() && self.cd.is_valid(),
+            "`rv` and `cd` need 0 <= low <= high <= 1 and lambda >= 0",
+        );
+        need((0.0..=1.0).contains(&self.max_truncated), "`max_truncated` must be 0 to 1");
+        problems
+    }
+}
+
+/// A problem to practise on.
+#[derive(Debug, Clone)]
+pub struct Prompt {
+    /// The problem alone, as reward models see it.
+    pub problem: String,
+    /// What the model is asked, up to where it goes on.
+    pub tokens: Vec<u32>,
+    /// The prompt ends inside the thinking.
+    pub opened: bool,
+    /// What is right.
+    pub gold: Gold,
+}
+
+/// Scores completions: rules for form and answer, reward models for RV and CD where there are some.
+#[derive(Default)]
+pub struct Rewards {
+    /// Decides whether answers are right.
+    pub verifier: Verifier,
+    /// Predicts Reasoning Verbosity.
+    pub rv: Option<RewardModel>,
+    /// Predicts Cognitive Difficulty.
+    pub cd: Option<RewardModel>,
+}
+
+impl Rewards {
+    /// Rewards in the order of `completions`.
+    pub fn score(
+        &self,
+        completions: &[(&Prompt, &Completion)],
+        config: &GrpoConfig,
+    ) -> Result<Vec<Reward>, LearnError> {
+        let texts: Vec<String> = completions
+            .iter()
+            .map(|(prompt, completion)| {
+                let opened = prompt.opened && !completion.text.trim_start().starts_with("<think>");
+                format!("{}{}", if opened { "<think>" } else { "" }, completion.text)
+            })
+            .collect();
+        let predict = |model: &Option<RewardModel>| -> Result<Option<Vec<f32>>, LearnError> {
+            let Some(model) = model else { return Ok(None) };
+            let rows = completions
+                .iter()
+                .zip(&texts)
+                .map(|((prompt, _), text)| RewardModel::encode(model.loaded(), &prompt.problem, text))
+                .collect::<Result<Vec<_>, _>>()?;
+            model.predict(&rows, config.run.micro_batch_tokens).map(Some)
+        };
+        let (rv, cd) = (predict(&self.rv)?, predict(&self.cd)?);
+        let mut rewards = Vec::with_capacity(completions.len());
+        for (index, ((prompt, completion), text)) in completions.iter().zip(&texts).enumerate() {
+            let verdict = self
+                .verifier
+                .verify(&prompt.gold, text)
+                .map_err(|error| LearnError::Data(format!("cannot judge a program: {error}")))?;
+            let correct = verdict.correct == Some(true) && !completion.truncated;
+            let scored = |values: &Option<Vec<f32>>, interval| {
+                values.as_ref().map(|values| (f64::from(values[index]), interval))
+            };
+            let formed = well_formed(text, false) && !completion.truncated;
+            rewards.push(total(
+                formed,
+                correct,
+                scored(&rv, config.rv),
+                scored(&cd, config.cd),
+                config.style_if_correct,
+            ));
+        }
+        Ok(rewards)
+    }
+}
+
+/// Completions of one step, ready to learn from.
+struct Experience {
+    rollout: usize,
+    examples: Vec<Example>,
+    advantages: Vec<f64>,
+    /// Weight of each token of a completion in the loss; 0 leaves it out.
+    weights: Vec<f64>,
+    /// `log π_old` and `log π₀` of the completions' tokens, by completion; computed where they are needed.
+    old: Option<Vec<Vec<f32>>>,
+    reference: Option<Vec<Vec<f32>>>,
+    metrics: BTreeMap<String, f64>,
+}
+
+/// Trains a copy of `model` on the prompts. Files go to `folder`.
+pub fn grpo(
+    model: &LoadedModel,
+    prompts: &[Prompt],
+    rewards: &Rewards,
+    config: &GrpoConfig,
+    folder: &Path,
+    observe: Observe<'_>,
+) -> Result<(Learner, RunReport), LearnError> {
+    let problems = config.problems();
+    if !problems.is_empty() {
+        return Err(LearnError::Data(problems.join("; ")));
+    }
+    let room = model.config.max_positions.min(config.run.max_length);
+    let fits = |prompt: &Prompt| prompt.tokens.len() + config.max_tokens <= room;
+    let usable: Vec<usize> = (0..prompts.len()).filter(|&index| fits(&prompts[index])).collect();
+    let too_long = prompts.len() - usable.len();
+    if usable.len() < config.prompts {
+        return Err(LearnError::Data(format!(
+            "{} of {} prompts leave room for {} new tokens in a context of {room}; a step needs {}",
+            usable.len(),
+            prompts.len(),
+            config.max_tokens,
+            config.prompts
+        )));
+    }
+    let phase = Phase {
+        name: "grpo".to_owned(),
+        examples: usable,
+        epochs: config.epochs,
+        learning_rate: config.learning_rate,
+    };
+    let plan = steps(phase, prompts.len(), config);
+    let mut parts = vec![format!("grpo {config:?}")];
+    for prompt in prompts {
+        parts.push(tokens_hash(&prompt.tokens));
+        parts.push(format!("{:?}", prompt.gold));
+    }
+    for reward_model in [&rewards.rv, &rewards.cd] {
+        parts.push(match reward_model {
+            Some(reward_model) => run_hash(reward_model.loaded(), Vec::new())?,
+            None => "none".to_owned(),
+        });
+    }
+    let hash = run_hash(model, parts)?;
+    // A checkpoint lies between the completions of one step and the next: those of a half-used step cannot be drawn again.
+    let settings =
+        RunConfig { checkpoint_every: config.run.checkpoint_every * config.updates, ..config.run.clone() };
+    let mut learner = Learner::new(model, &settings, &[])?;
+    let rollouts = Rollouts::start(&learner.decoder(), config.prompts * config.group)?;
+    let reference =
+        if config.kl > 0.0 { Some(CausalLm::new(&model.config, &model.weights.detached())?) } else { None };
+    let mut experience: Option<Experience> = None;
+    let mut truncated = std::collections::VecDeque::new();
+    let mut gradients = |learner: &Learner, step: usize, items: &[usize]| {
+        let rollout = step / config.updates;
+        if experience.as_ref().is_none_or(|held| held.rollout != rollout) {
+            let asked: Vec<&Prompt> = items.iter().map(|&index| &prompts[index]).collect();
+            let mut fresh = experience_of(&rollouts, rollout, &asked, rewards, config)?;
+            let lm = &learner.lm;
+            fresh.reference =
+                reference.as_ref().map(|lm| token_log_probs(lm, &fresh.examples, config)).transpose()?;
+            if config.updates > 1 {
+                fresh.old = Some(token_log_probs(lm, &fresh.examples, config)?);
+            }
+            truncated.push_back(fresh.metrics["completions/truncated"]);
+            if truncated.len() > 10 {
+                truncated.pop_front();
+            }
+            let share = truncated.iter().sum::<f64>() / truncated.len() as f64;
+            if truncated.len() == 10 && share > config.max_truncated {
+                return Err(LearnError::Truncated { share, limit: config.max_tokens });
+            }
+            experience = Some(fresh);
+        }
+        match &experience {
+            Some(experience) => policy_gradients(learner, experience, config),
+            None => Ok(StepOutcome::default()),
+        }
+    };
+    let mut seen = 0;
+    let mut whole_steps = |progress: &crate::run::Progress<'_>| {
+        seen = progress.entry.step;
+        observe(progress) || !seen.is_multiple_of(config.updates)
+    };
+    let report = run(&mut learner, &plan, &settings, hash, folder, &mut gradients, &mut whole_steps)?;
+    Ok((learner, RunReport { examples: prompts.len() - too_long, too_long, ..report }))
+}
+
+/// Every step has as many prompts, and stands `updates` times in the plan.
+fn steps(phase: Phase, count: usize, config: &GrpoConfig) -> Vec<PlannedPhase> {
+    let run = RunConfig { batch_tokens: config.prompts, max_steps: 0, ..config.run.clone() };
+    let mut planned = plan(&[phase], &vec![1; count], usize::MAX, &run);
+    for phase in &mut planned {
+        phase.steps.retain(|step| step.len() == config.prompts);
+        if config.run.max_steps > 0 {
+            phase.steps.truncate(config.run.max_steps);
+        }
+        phase.steps =
+            phase.steps.iter().flat_map(|step| std::iter::repeat_n(step.clone(), config.updates)).collect();
+    }
+    planned
+}
+
+/// Draws, scores and weighs the completions of one step.
+fn experience_of(
+    rollouts: &Rollouts,
+    rollout: usize,
+    prompts: &[&Prompt],
+    rewards: &Rewards,
+    config: &GrpoConfig,
+) -> Result<Experience, LearnError> {
+    let draw = Draw {
+        group: config.group,
+        temperature: config.temperature,
+        top_p: config.top_p,
+        max_tokens: config.max_tokens,
+    };
+    let asked: Vec<&[u32]> = prompts.iter().map(|prompt| prompt.tokens.as_slice()).collect();
+    let groups = rollouts.sample(&asked, draw, &format!("{}/{rollout}", config.run.seed))?;
+    let pairs: Vec<(&Prompt, &Completion)> = prompts
+        .iter()
+        .zip(&groups)
+        .flat_map(|(prompt, group)| group.iter().map(move |one| (*prompt, one)))
+        .collect();
+    let scored = rewards.score(&pairs, config)?;
+    let mut all_advantages = Vec::with_capacity(pairs.len());
+    let (mut same, mut deviation) = (0, 0.0);
+    for group in scored.chunks(config.group) {
+        let totals: Vec<f64> = group.iter().map(|reward| reward.total).collect();
+        let mean = totals.iter().sum::<f64>() / totals.len() as f64;
+        deviation += (totals.iter().map(|total| (total - mean).powi(2)).sum::<f64>()
+            / (totals.len() - 1) as f64)
+            .sqrt();
+        all_advantages.extend(advantages(&totals, config.by_deviation).unwrap_or_else(|| {
+            same += 1;
+            vec![0.0; totals.len()]
+        }));
+    }
+    let learnt = |completion: &Completion| config.learn_truncated || !completion.truncated;
+    let used: Vec<bool> = pairs.iter().map(|(_, completion)| learnt(completion)).collect();
+    let sequences = used.iter().filter(|used| **used).count().max(1) as f64;
+    let tokens: usize =
+        pairs.iter().zip(&used).filter(|(_, used)| **used).map(|((_, one), _)| one.tokens.len()).sum();
+    let weights = pairs.iter().zip(&used).map(|((_, completion), used)| match (used, config.weighting) {
+        (false, _) => 0.0,
+        (true, Weighting::Token) => 1.0 / tokens.max(1) as f64,
+        (true, Weighting::Sequence) => 1.0 / (sequences * completion.tokens.len() as f64),
+        (true, Weighting::Limit) => 1.0 / (sequences * config.max_tokens as f64),
+    });
+    let n = pairs.len() as f64;
+    let mean = |value: &dyn Fn(usize) -> f64| (0..pairs.len()).map(value).sum::<f64>() / n;
+    let metrics = [
+        ("reward", mean(&|i| scored[i].total)),
+        ("reward/deviation", deviation / groups.len() as f64),
+        ("reward/format", mean(&|i| scored[i].format)),
+        ("reward/accuracy", mean(&|i| scored[i].accuracy)),
+        ("reward/rv", mean(&|i| scored[i].rv)),
+        ("reward/cd", mean(&|i| scored[i].cd)),
+        ("groups/same_reward", f64::from(same) / groups.len() as f64),
+        ("completions/tokens", mean(&|i| pairs[i].1.tokens.len() as f64)),
+        ("completions/truncated", mean(&|i| if pairs[i].1.truncated { 1.0 } else { 0.0 })),
+    ];
+    Ok(Experience {
+        rollout,
+        examples: pairs.iter().map(|(prompt, completion)| completion.example(&prompt.tokens)).collect(),
+        weights: weights.collect(),
+        advantages: all_advantages,
+        old: None,
+        reference: None,
+        metrics: metrics.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+    })
+}
+
+/// Log-probabilities of the completions' tokens, at the temperature that they were drawn with; no gradient.
+fn token_log_probs(
+    lm: &CausalLm,
+    examples: &[Example],
+    config: &GrpoConfig,
+) -> Result<Vec<Vec<f32>>, LearnError> {
+    let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
+    let order: Vec<usize> = (0..examples.len()).collect();
+    let mut all = Vec::with_capacity(examples.len());
+    for chunk in packing::chunks(&order, &lengths, config.run.micro_batch_tokens) {
+        let learnt = Learnt::new(chunk.iter().map(|&index| &examples[index]));
+        let hidden = (learnt.hidden(lm)?.detach() / config.temperature)?;
+        let values = linear_log_prob(&hidden, &lm.head().detach(), &learnt.targets)?.to_vec1::<f32>()?;
+        let mut rest = values.as_slice();
+        for count in learnt.counts {
+            let (own, more) = rest.split_at(count);
+            all.push(own.to_vec());
+            rest = more;
+        }
+    }
+    Ok(all)
+}
+
+fn policy_gradients(
+    learner: &Learner,
+    experience: &Experience,
+    config: &GrpoConfig,
+) -> Result<StepOutcome, LearnError> {
+    let mut outcome = StepOutcome { metrics: experience.metrics.clone(), ..StepOutcome::default() };
+    let counts = |index: &usize| {
+        experience.weights[*index] > 0.0 && (experience.advantages[*index] != 0.0 || config.kl > 0.0)
+    };
+    let used: Vec<usize> = (0..experience.examples.len()).filter(counts).collect();
+    outcome.skipped = used.is_empty();
+    let lengths: Vec<usize> = experience.examples.iter().map(|example| example.tokens.len()).collect();
+    let (mut entropy, mut kl, mut clipped, mut tokens) = (0.0, 0.0, 0.0, 0.0);
+    for micro in packing::chunks(&used, &lengths, config.run.micro_batch_tokens) {
+        let learnt = Learnt::new(micro.iter().map(|&index| &experience.examples[index]));
+        let hidden = (learnt.hidden(&learner.lm)? / config.temperature)?;
+        let log_probs = linear_log_prob(&hidden, learner.lm.head(), &learnt.targets)?;
+        let gather = |rows: &Option<Vec<Vec<f32>>>| -> Result<Option<Tensor>, LearnError> {
+            let Some(rows) = rows else { return Ok(None) };
+            let values: Vec<f32> = micro.iter().flat_map(|&index| rows[index].iter().copied()).collect();
+            Ok(Some(Tensor::from_vec(values, log_probs.dim(0)?, log_probs.device())?))
+        };
+        let spread = |values: &[f64]| -> Result<Tensor, LearnError> {
+            let each = micro.iter().zip(&learnt.counts);
+            let values: Vec<f32> =
+                each.flat_map(|(&index, &count)| std::iter::repeat_n(values[index] as f32, count)).collect();
+            Ok(Tensor::from_vec(values, log_probs.dim(0)?, log_probs.device())?)
+        };
+        let old = gather(&experience.old)?.unwrap_or_else(|| log_probs.detach());
+        let reference = gather(&experience.reference)?;
+        let part = policy_loss(
+            &log_probs,
+            &old,
+            reference.as_ref(),
+            &spread(&experience.advantages)?,
+            &spread(&experience.weights)?,
+            config,
+        )?;
+        let rows = learnt.targets.len() as f64;
+        entropy += rows * mean_entropy(&hidden, learner.lm.head())?;
+        kl += part.kl;
+        clipped += part.clipped;
+        tokens += rows;
+        outcome.loss += f64::from(part.loss.to_scalar::<f32>()?);
+        outcome.tokens += micro.iter().map(|&index| lengths[index]).sum::<usize>();
+        learner.lm.backward(&part.loss)?;
+    }
+    for (name, sum) in [("policy/entropy", entropy), ("policy/kl", kl), ("policy/clipped", clipped)] {
+        outcome.metrics.insert(name.to_owned(), sum / f64::max(tokens, 1.0));
+    }
+    Ok(outcome)
+}
+
+/// The loss of some tokens, and sums over them.
+pub struct PolicyLoss {
+    /// Weighted sum.
+    pub loss: Tensor,
+    /// Sum of the k3 estimates.
+    pub kl: f64,
+    /// Tokens whose gradient the clip ended.
+    pub clipped: f64,
+}
+
+/// The formula at the head of this file, over `[tokens]`, summed with `weights`.
+pub fn policy_loss(
+    log_probs: &Tensor,
+    old: &Tensor,
+    reference: Option<&Tensor>,
+    advantages: &Tensor,
+    weights: &Tensor,
+    config: &GrpoConfig,
+) -> Result<PolicyLoss, LearnError> {
+    let ratio = (log_probs - old)?.exp()?;
+    let bound = |value: f64| ratio.ones_like()?.affine(value, 0.0);
+    let inside = ratio.maximum(&bound(1.0 - config.clip_low)?)?.minimum(&bound(1.0 + config.clip_high)?)?;
+    let (free, held) = ((&ratio * advantages)?, (inside * advantages)?);
+    let gain = free.minimum(&held)?;
+    let cut = held.lt(&free)?.to_dtype(candle_core::DType::F32)?.sum_all()?;
+    let mut loss = gain.neg()?;
+    let mut kl = 0.0;
+    if let Some(reference) = reference {
+        let d = (reference - log_probs)?;
+        let k3 = ((d.exp()? - &d)? - 1.0)?;
+        kl = f64::from(k3.detach().sum_all()?.to_scalar::<f32>()?);
+        loss = (loss + (k3 * config.kl)?)?;
+    }
+    Ok(PolicyLoss { loss: (loss * weights)?.sum_all()?, kl, clipped: f64::from(cut.to_scalar::<f32>()?) })
+}

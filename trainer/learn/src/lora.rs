@@ -1,0 +1,193 @@
+//! LoRA (Hu et al. 2021): `W x + (alpha / rank) B A x` with `W` frozen, `A` uniform as Kaiming's rule has it, `B` zero. With
+//! `quantise`, `W` is kept in few bits meanwhile (QLoRA, Dettmers et al. 2023; round to nearest in GGUF's formats instead
+//! of NF4). Deliberately absent: dropout, rank-stabilised scales.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{Device, Tensor, Var};
+use potstill_engine::checkpoint_files::write_tensors;
+use potstill_engine::config::ModelConfig;
+use potstill_engine::weights::{Adapter, Weights};
+use potstill_shared::durable::write_file;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::error::LearnError;
+
+/// Which modules get adapters, and how large.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoraConfig {
+    /// Rank of the adapters.
+    pub rank: usize,
+    /// Their scale is `alpha / rank`.
+    pub alpha: f64,
+    /// Names of modules, such as `q_proj`.
+    pub targets: Vec<String>,
+    /// Keep the frozen matrices in few bits.
+    pub quantise: Option<FrozenBits>,
+}
+
+/// Formats of frozen matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FrozenBits {
+    /// Eight bits and a scale for 32 weights.
+    Q8_0,
+    /// Four bits and a scale for 32 weights.
+    Q4_0,
+    /// Four bits in blocks of 256 weights with scales of six bits.
+    Q4K,
+}
+
+impl FrozenBits {
+    fn kind(self) -> GgmlDType {
+        match self {
+            Self::Q8_0 => GgmlDType::Q8_0,
+            Self::Q4_0 => GgmlDType::Q4_0,
+            Self::Q4K => GgmlDType::Q4K,
+        }
+    }
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        let targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+        Self { rank: 16, alpha: 32.0, targets: targets.map(str::to_owned).to_vec(), quantise: None }
+    }
+}
+
+/// Adapters of one model.
+pub struct Lora {
+    config: LoraConfig,
+    /// Module name, inputs, outputs.
+    modules: Vec<(String, usize, usize)>,
+    seed: u64,
+}
+
+fn names(module: &str) -> (String, String) {
+    (format!("{module}.lora_A.weight"), format!("{module}.lora_B.weight"))
+}
+
+impl Lora {
+    /// Finds the modules in a model of this shape.
+    pub fn new(model: &ModelConfig, config: &LoraConfig, seed: u64) -> Result<Self, LearnError> {
+        if config.rank == 0 || config.targets.is_empty() {
+            return Err(LearnError::Data("`lora` needs a rank of at least 1 and some targets".to_owned()));
+        }
+        let matrices: Vec<(String, Vec<usize>)> = model
+            .tensors()
+            .into_iter()
+            .filter(|(name, shape)| shape.len() == 2 && name.contains("_proj."))
+            .map(|(name, shape)| (name.trim_end_matches(".weight").to_owned(), shape))
+            .collect();
+        let of = |module: &str| module.rsplit('.').next().unwrap_or_default().to_owned();
+        let mut known: Vec<String> = matrices.iter().map(|(name, _)| of(name)).collect();
+        known.sort();
+        known.dedup();
+        if let Some(unknown) = config.targets.iter().find(|target| !known.contains(target)) {
+            let known = known.join(", ");
+            return Err(LearnError::Data(format!(
+                "`lora.targets`: the model has no module `{unknown}`; it has {known}"
+            )));
+        }
+        let modules = matrices
+            .into_iter()
+            .filter(|(name, _)| config.targets.contains(&of(name)))
+            .map(|(name, shape)| (name, shape[1], shape[0]))
+            .collect();
+        Ok(Self { config: config.clone(), modules, seed })
+    }
+
+    fn scale(&self) -> f64 {
+        self.config.alpha / self.config.rank as f64
+    }
+
+    /// Frozen weights under fresh adapters, and what learns: the adapters and the tensors named in `extra`.
+    pub fn over(
+        &self,
+        base: &Weights,
+        extra: &[&str],
+    ) -> Result<(Weights, BTreeMap<String, Var>), LearnError> {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+        let (mut variables, mut adapters) = (BTreeMap::new(), BTreeMap::new());
+        for (module, inputs, outputs) in &self.modules {
+            // Uniform in ±sqrt(3 / inputs) / sqrt(3): what `kaiming_uniform_(a = sqrt(5))` gives.
+            let bound = 1.0 / (*inputs as f32).sqrt();
+            let values: Vec<f32> =
+                (0..self.config.rank * inputs).map(|_| rng.random_range(-bound..bound)).collect();
+            let a = Var::from_tensor(&Tensor::from_vec(values, (self.config.rank, *inputs), &Device::Cpu)?)?;
+            let zero = Tensor::zeros((*outputs, self.config.rank), candle_core::DType::F32, &Device::Cpu)?;
+            let b = Var::from_tensor(&zero)?;
+            let adapter = Adapter { a: a.as_tensor().clone(), b: b.as_tensor().clone(), scale: self.scale() };
+            adapters.insert(module.clone(), adapter);
+            let (name_a, name_b) = names(module);
+            variables.insert(name_a, a);
+            variables.insert(name_b, b);
+        }
+        let mut frozen = base.detached();
+        if let Some(bits) = self.config.quantise {
+            let modules: Vec<String> = self.modules.iter().map(|(module, ..)| module.clone()).collect();
+            frozen = frozen.with_quantised(&modules, bits.kind())?;
+        }
+        for name in extra {
+            let variable = Var::from_tensor(&base.get(name)?.copy()?)?;
+            frozen.insert(name, variable.as_tensor().clone());
+            variables.insert((*name).to_owned(), variable);
+        }
+        Ok((frozen.with_adapters(adapters), variables))
+    }
+
+    /// `W + scale B A` for every module, the other tensors as they are.
+    pub fn merged(&self, base: &Weights, variables: &BTreeMap<String, Var>) -> Result<Weights, LearnError> {
+        let mut merged = base.detached();
+        let find = |name: &str| {
+            variables.get(name).ok_or_else(|| LearnError::Data(format!("adapter `{name}` is missing")))
+        };
+        let mut left: BTreeMap<&String, &Var> = variables.iter().collect();
+        for (module, ..) in &self.modules {
+            let (name_a, name_b) = names(module);
+            let product = find(&name_b)?.as_detached_tensor().matmul(&find(&name_a)?.as_detached_tensor())?;
+            let name = format!("{module}.weight");
+            merged.insert(&name, (base.get(&name)? + (product * self.scale())?)?);
+            left.remove(&name_a);
+            left.remove(&name_b);
+        }
+        for (name, variable) in left {
+            merged.insert(name, variable.as_detached_tensor().copy()?);
+        }
+        Ok(merged)
+    }
+
+    /// Writes the adapters as PEFT reads them: `adapter_config.json` and `adapter_model.safetensors`.
+    pub fn write_adapter(
+        &self,
+        folder: &Path,
+        variables: &BTreeMap<String, Var>,
+        base_model: &str,
+    ) -> Result<(), LearnError> {
+        let config = json!({
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "r": self.config.rank,
+            "lora_alpha": self.config.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+            "target_modules": self.config.targets,
+        });
+        write_file(&folder.join("adapter_config.json"), format!("{config:#}\n").as_bytes())?;
+        let tensors: HashMap<String, Tensor> = variables
+            .iter()
+            .filter(|(name, _)| name.contains(".lora_"))
+            .map(|(name, variable)| (format!("base_model.model.{name}"), variable.as_detached_tensor()))
+            .collect();
+        Ok(write_tensors(&folder.join("adapter_model.safetensors"), &tensors)?)
+    }
+}

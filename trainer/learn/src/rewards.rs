@@ -1,0 +1,166 @@
+//! Rewards of a completion, equations 1 to 3 of "Thinking with DistilQwen": pure functions.
+//!
+//! `R_RV = -|f - clip(f, low, high)|`, likewise `R_CD`, and `R = R_format + R_accuracy + λ_RV R_RV + λ_CD R_CD`, with `f` the
+//! prediction of a reward model, 0 to 1. Both penalties lie in `[-1, 0]` and are zero inside the interval.
+
+use serde::{Deserialize, Serialize};
+
+/// Where a score shall lie, and what it costs to leave.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Interval {
+    /// Lower end, 0 to 1.
+    pub low: f64,
+    /// Upper end.
+    pub high: f64,
+    /// Weight of the penalty.
+    pub lambda: f64,
+}
+
+impl Default for Interval {
+    fn default() -> Self {
+        Self { low: 3.0 / 9.0, high: 6.0 / 9.0, lambda: 0.5 }
+    }
+}
+
+impl Interval {
+    /// Equations 1 and 2: minus the distance of `f` to the interval.
+    pub fn reward(&self, f: f64) -> f64 {
+        -(f - f.clamp(self.low, self.high)).abs()
+    }
+
+    /// Whether it is one.
+    pub fn is_valid(&self) -> bool {
+        0.0 <= self.low
+            && self.low <= self.high
+            && self.high <= 1.0
+            && self.lambda >= 0.0
+            && self.lambda.is_finite()
+    }
+}
+
+/// The parts of a reward.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Reward {
+    /// 1 for one block of thinking and an answer behind it.
+    pub format: f64,
+    /// 1 for the right answer.
+    pub accuracy: f64,
+    /// Equation 1, at most 0; 0 without a reward model.
+    pub rv: f64,
+    /// Equation 2, likewise.
+    pub cd: f64,
+    /// Equation 3.
+    pub total: f64,
+}
+
+/// Equation 3. With `only_correct` the style of a wrong answer is not rewarded: in a group that is wrong throughout,
+/// nothing but style would be left to learn.
+pub fn total(
+    format: bool,
+    correct: bool,
+    rv: Option<(f64, Interval)>,
+    cd: Option<(f64, Interval)>,
+    only_correct: bool,
+) -> Reward {
+    let one = |yes: bool| if yes { 1.0 } else { 0.0 };
+    let styled = correct || !only_correct;
+    let part = |scored: Option<(f64, Interval)>| match scored {
+        Some((f, interval)) if styled => (interval.reward(f), interval.lambda),
+        _ => (0.0, 0.0),
+    };
+    let ((rv, lambda_rv), (cd, lambda_cd)) = (part(rv), part(cd));
+    let (format, accuracy) = (one(format), one(correct));
+    Reward { format, accuracy, rv, cd, total: format + accuracy + lambda_rv * rv + lambda_cd * cd }
+}
+
+/// Whether a completion is one block of thinking and an answer behind it. `opened`: the prompt ends inside the block.
+pub fn well_formed(completion: &str, opened: bool) -> bool {
+    let text = completion.trim_start();
+    let inside = match text.strip_prefix("<think>") {
+        Some(rest) => rest,
+        None if opened => text,
+        None => return false,
+    };
+    match inside.split_once("</think>") {
+        Some((thinking, answer)) => {
+            let nested = |part: &str| part.contains("<think>") || part.contains("</think>");
+            !nested(thinking) && !nested(answer) && !thinking.trim().is_empty() && !answer.trim().is_empty()
+        }
+        None => false,
+    }
+}
+
+/// Advantages within a group (DeepSeekMath, equation 3): rewards less their mean, over their deviation where asked for.
+/// `None` for a group whose rewards are all the same: there is nothing to learn from it.
+pub fn advantages(rewards: &[f64], by_deviation: bool) -> Option<Vec<f64>> {
+    let n = rewards.len().max(1) as f64;
+    let mean = rewards.iter().sum::<f64>() / n;
+    let centred: Vec<f64> = rewards.iter().map(|reward| reward - mean).collect();
+    // As PyTorch's `std`: divided by n - 1.
+    let deviation = (centred.iter().map(|value| value * value).sum::<f64>() / (n - 1.0).max(1.0)).sqrt();
+    if deviation < 1e-8 {
+        return None;
+    }
+    let scale = if by_deviation { 1.0 / (deviation + 1e-4) } else { 1.0 };
+    Some(centred.into_iter().map(|value| value * scale).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn the_worked_example() {
+        let interval = Interval::default();
+        let reward = total(true, true, Some((0.20, interval)), Some((0.80, interval)), false);
+        assert!((reward.rv + 0.133_333_333).abs() < 1e-8);
+        assert!((reward.cd + 0.133_333_333).abs() < 1e-8);
+        assert!((reward.total - 1.866_666_667).abs() < 1e-8);
+    }
+
+    #[test]
+    fn forms() {
+        for (text, opened, fine) in [
+            ("<think>a</think>b", false, true),
+            ("a</think>b", true, true),
+            ("<think>a</think>b", true, true),
+            ("a</think>b", false, false),
+            ("<think>a</think>", false, false),
+            ("<think> </think>b", false, false),
+            ("<think>a", false, false),
+            ("<think>a<think>b</think>c", false, false),
+            ("<think>a</think>b</think>c", false, false),
+            ("b", false, false),
+        ] {
+            assert_eq!(well_formed(text, opened), fine, "{text}");
+        }
+    }
+
+    proptest! {
+        /// Inside the interval nothing is lost, and with λ up to 0.5 a right answer outranks every wrong one of its form.
+        #[test]
+        fn penalties_are_bounded(f in 0.0f64..=1.0, g in 0.0f64..=1.0, low in 0.0f64..=1.0, width in 0.0f64..=1.0) {
+            let interval = Interval { low, high: (low + width).min(1.0), lambda: 0.5 };
+            prop_assert!(interval.is_valid());
+            prop_assert!((-1.0..=0.0).contains(&interval.reward(f)));
+            prop_assert_eq!(interval.reward(f) == 0.0, f >= interval.low && f <= interval.high);
+            let right = total(true, true, Some((f, interval)), Some((g, interval)), false).total;
+            let wrong = total(true, false, Some((g, interval)), Some((f, interval)), false).total;
+            prop_assert!(right >= wrong);
+        }
+
+        #[test]
+        fn advantages_are_centred(rewards in prop::collection::vec(-1.0f64..2.0, 2..20)) {
+            let n = rewards.len() as f64;
+            if let Some(advantages) = advantages(&rewards, true) {
+                prop_assert!(advantages.iter().sum::<f64>().abs() < 1e-6);
+                let variance = advantages.iter().map(|a| a * a).sum::<f64>() / (n - 1.0);
+                prop_assert!(variance <= 1.0 + 1e-9);
+            }
+            prop_assert_eq!(super::advantages(&vec![0.7; rewards.len()], true), None);
+        }
+    }
+}

@@ -1,0 +1,475 @@
+//! DPO, GRPO, reward models, distillation and LoRA: losses and gradients against PyTorch, exact resume, what they promise.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod fixture;
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_core::{DType, Device, Tensor, Var};
+use fixture::{bits, folder, load, model, same_gradient};
+use potstill_engine::batch::Batch;
+use potstill_engine::loader::LoadedModel;
+use potstill_engine::model::CausalLm;
+use potstill_engine::ops::log_prob::linear_log_prob;
+use potstill_engine::training::Training;
+use potstill_learn::LearnError;
+use potstill_learn::divergence::Divergence;
+use potstill_learn::dpo::{DpoConfig, Pair, dpo, dpo_loss};
+use potstill_learn::examples::Example;
+use potstill_learn::grpo::{GrpoConfig, Prompt, Rewards, grpo, policy_loss};
+use potstill_learn::kd::{KdConfig, TopK, kd, kd_loss, on_policy, read_top_k, top_k, write_top_k};
+use potstill_learn::learner::Learner;
+use potstill_learn::lora::{FrozenBits, LoraConfig};
+use potstill_learn::reward_model::{RewardConfig, RewardLoss, RewardModel, Scored, reward_loss, train};
+use potstill_learn::run::{Progress, RunConfig, RunReport};
+use potstill_verify::verifier::Gold;
+
+struct Fixture {
+    lm: CausalLm,
+    variables: BTreeMap<String, Var>,
+    examples: Vec<Example>,
+    expected: HashMap<String, Tensor>,
+    facts: serde_json::Value,
+}
+
+/// The Qwen2 fixture, ready to learn, with the rows of `make_algorithms.py`.
+fn fixture() -> Fixture {
+    let (config, weights, _) = load("qwen2");
+    let (weights, variables) = weights.trainable().unwrap();
+    let lm = CausalLm::trainable(&config, &weights, Training::new(&variables, false)).unwrap();
+    let facts: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(folder("algorithms.json")).unwrap()).unwrap();
+    let rows: Vec<Vec<u32>> = serde_json::from_value(facts["rows"].clone()).unwrap();
+    let from: Vec<usize> = serde_json::from_value(facts["learnt_from"].clone()).unwrap();
+    let example = |(tokens, from): (Vec<u32>, usize)| Example {
+        learnt: (0..tokens.len()).map(|at| at >= from).collect(),
+        tokens,
+    };
+    let examples = rows.into_iter().zip(from).map(example).collect();
+    let expected = candle_core::safetensors::load(folder("algorithms.safetensors"), &Device::Cpu).unwrap();
+    Fixture { lm, variables, examples, expected, facts }
+}
+
+impl Fixture {
+    /// Loss and gradients against what PyTorch computed under `name`.
+    fn agrees(&self, name: &str, loss: &Tensor) {
+        let (ours, theirs) = (
+            loss.to_scalar::<f32>().unwrap(),
+            self.expected[&format!("{name}.loss")].to_vec1::<f32>().unwrap()[0],
+        );
+        assert!((ours - theirs).abs() <= 1e-4 * theirs.abs(), "{name}: loss {ours}, PyTorch {theirs}");
+        self.lm.backward(loss).unwrap();
+        let gradients = self.lm.take_gradients();
+        let prefix = format!("{name}.grad.");
+        let mut compared = 0;
+        for (key, theirs) in &self.expected {
+            if let Some(tensor) =
+                key.strip_prefix(&prefix).filter(|tensor| self.variables.contains_key(*tensor))
+            {
+                same_gradient(&format!("{name}: {tensor}"), &gradients[tensor], theirs);
+                compared += 1;
+            }
+        }
+        assert_eq!(compared, 6, "{name}");
+    }
+
+    /// Rows that predict a learnt token, and these.
+    fn learnt(&self) -> (Tensor, Vec<u32>) {
+        let batch = Batch::new(self.examples.iter().map(|example| (example.tokens.as_slice(), 0)));
+        let (mut rows, mut targets) = (Vec::new(), Vec::new());
+        for (example, segment) in self.examples.iter().zip(batch.segments.iter()) {
+            for at in (1..example.tokens.len()).filter(|&at| example.learnt[at]) {
+                rows.push((segment.start + at - 1) as u32);
+                targets.push(example.tokens[at]);
+            }
+        }
+        let hidden = self.lm.hidden(&batch).unwrap();
+        (hidden.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap(), targets)
+    }
+}
+
+#[test]
+fn dpo_agrees() {
+    let f = fixture();
+    let betas: Vec<f64> = serde_json::from_value(f.facts["betas"].clone()).unwrap();
+    let reference: Vec<[f32; 2]> = serde_json::from_value(f.facts["reference"].clone()).unwrap();
+    let pairs: Vec<Pair> = f
+        .examples
+        .chunks_exact(2)
+        .zip(betas)
+        .map(|(pair, beta)| Pair { chosen: pair[0].clone(), rejected: pair[1].clone(), beta: Some(beta) })
+        .collect();
+    let config = DpoConfig { nll: 0.1, ..DpoConfig::default() };
+    let found = dpo_loss(&f.lm, &pairs.iter().collect::<Vec<_>>(), &reference, &config, 2.0).unwrap();
+    f.agrees("dpo", &found.loss);
+}
+
+#[test]
+fn grpo_agrees() {
+    let f = fixture();
+    let (hidden, targets) = f.learnt();
+    let log_probs = linear_log_prob(&hidden, f.lm.head(), &targets).unwrap();
+    let n = targets.len();
+    let weights = Tensor::full(1.0 / n as f32, n, &Device::Cpu).unwrap();
+    let config = GrpoConfig { kl: 0.05, ..GrpoConfig::default() };
+    let [old, reference, advantages] =
+        ["old", "reference", "advantages"].map(|name| &f.expected[&format!("grpo.{name}")]);
+    let found = policy_loss(&log_probs, old, Some(reference), advantages, &weights, &config).unwrap();
+    assert!(found.clipped > 0.0, "the fixture reaches the clip");
+    f.agrees("grpo", &found.loss);
+}
+
+#[test]
+fn reward_models_agree() {
+    for (name, loss) in [
+        ("huber", RewardLoss::Huber),
+        ("ordinal", RewardLoss::Ordinal),
+        ("bradley_terry", RewardLoss::BradleyTerry),
+    ] {
+        let f = fixture();
+        let head = Var::from_tensor(&f.expected[&format!("{name}.head")]).unwrap();
+        let scores: Vec<u8> = serde_json::from_value(f.facts["scores"].clone()).unwrap();
+        let scores = if loss == RewardLoss::BradleyTerry { &scores[..2] } else { &scores };
+        let batch = Batch::new(f.examples.iter().map(|example| (example.tokens.as_slice(), 0)));
+        let last = Tensor::new(batch.last_rows(), &Device::Cpu).unwrap();
+        let hidden = f.lm.hidden(&batch).unwrap().index_select(&last, 0).unwrap();
+        let logits = hidden.matmul(&head.t().unwrap()).unwrap();
+        let found = reward_loss(&logits, scores, loss).unwrap();
+        let of_head = found.backward().unwrap();
+        same_gradient(name, of_head.get(&head).unwrap(), &f.expected[&format!("{name}.grad.score.weight")]);
+        // That backward pass left the blocks' sums behind.
+        f.lm.take_gradients();
+        let f = Fixture { ..f };
+        let hidden = f.lm.hidden(&batch).unwrap().index_select(&last, 0).unwrap();
+        f.agrees(name, &reward_loss(&hidden.matmul(&head.t().unwrap()).unwrap(), scores, loss).unwrap());
+    }
+}
+
+#[test]
+fn distillation_agrees() {
+    for (name, divergence) in [
+        ("forward_kl", Divergence::ForwardKl),
+        ("reverse_kl", Divergence::ReverseKl),
+        ("jsd", Divergence::Jsd(0.3)),
+        ("adaptive_kl", Divergence::AdaptiveKl),
+    ] {
+        let f = fixture();
+        let ids = f.expected["kd.ids"].to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap();
+        let log_probs = f.expected["kd.log_probs"].to_vec2::<f32>().unwrap();
+        let mut start = 0;
+        let rows: Vec<TopK> = f
+            .examples
+            .iter()
+            .map(|example| {
+                let range = start..start + example.targets();
+                start = range.end;
+                TopK { k: 4, ids: ids[range.clone()].concat(), log_probs: log_probs[range].concat() }
+            })
+            .collect();
+        let config = KdConfig { divergence, ratio: 0.6, ..KdConfig::default() };
+        let chosen: Vec<(&Example, &TopK)> = f.examples.iter().zip(&rows).collect();
+        f.agrees(name, &kd_loss(&f.lm, &chosen, &config, start as f64).unwrap());
+    }
+}
+
+fn settings() -> RunConfig {
+    RunConfig { batch_tokens: 60, micro_batch_tokens: 30, checkpoint_every: 3, ..RunConfig::default() }
+}
+
+type Trained = Result<(LoadedModel, RunReport), LearnError>;
+
+/// Whatever is trained: cut after any step and started again, it ends with the same bits.
+fn resumes(run: &dyn Fn(&std::path::Path, &mut dyn FnMut(&Progress<'_>) -> bool) -> Trained) {
+    let whole = tempfile::tempdir().unwrap();
+    let (expected, report) = run(whole.path(), &mut |_| true).unwrap();
+    assert!(report.steps >= 6, "{report:?}");
+    for stop_at in [1, 4, report.steps - 1] {
+        let cut = tempfile::tempdir().unwrap();
+        let mut seen = 0;
+        let stopped = run(cut.path(), &mut |_| {
+            seen += 1;
+            seen < stop_at
+        });
+        assert!(matches!(stopped, Err(LearnError::Stopped { .. })), "{:?}", stopped.err());
+        let (resumed, again) = run(cut.path(), &mut |_| true).unwrap();
+        assert!(again.resumed_from >= stop_at);
+        assert_eq!(bits(&resumed), bits(&expected), "stopped after {stop_at} steps");
+    }
+}
+
+fn some_pairs() -> (LoadedModel, Vec<Pair>) {
+    let (model, examples) = model();
+    let pairs = examples
+        .chunks_exact(2)
+        .map(|pair| Pair { chosen: pair[0].clone(), rejected: pair[1].clone(), beta: None })
+        .collect();
+    (model, pairs)
+}
+
+#[test]
+fn dpo_resumes_and_learns() {
+    let (model, pairs) = some_pairs();
+    let config = DpoConfig { learning_rate: 1e-3, epochs: 2.0, run: settings(), ..DpoConfig::default() };
+    resumes(&|folder, observe| {
+        let (learner, report) = dpo(&model, &pairs, &config, folder, observe)?;
+        Ok((learner.finish()?, report))
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let mut entries = Vec::new();
+    dpo(&model, &pairs, &config, folder.path(), &mut |progress| {
+        entries.push(progress.entry.clone());
+        true
+    })
+    .unwrap();
+    let (first, last) = (&entries[0], entries.last().unwrap());
+    assert!(first.metrics["rewards/margin"].abs() < 1e-3, "training starts at the reference: {first:?}");
+    assert!(last.metrics["rewards/margin"] > 0.1 && last.metrics["rewards/accuracy"] > 0.5, "{last:?}");
+    let same = Pair { rejected: pairs[0].chosen.clone(), ..pairs[0].clone() };
+    let refused = dpo(&model, &[same], &config, folder.path(), &mut |_| true).err().unwrap();
+    assert!(refused.to_string().contains("pair 0"), "{refused}");
+}
+
+fn some_scores() -> (LoadedModel, Vec<Scored>) {
+    let (model, _) = model();
+    // A score that can be seen: how often the last word is word 5, or that of its neighbour.
+    let traces = (0..80u32)
+        .map(|i| Scored {
+            tokens: vec![4 + i % 7, 10 + i % 11, if i % 2 == 0 { 5 } else { 30 }],
+            score: if i % 2 == 0 { 8 } else { 1 },
+            problem: format!("problem {}", i / 2),
+        })
+        .collect();
+    (model, traces)
+}
+
+#[test]
+fn reward_models_resume_and_learn() {
+    let (model, traces) = some_scores();
+    for loss in [RewardLoss::Huber, RewardLoss::Ordinal, RewardLoss::BradleyTerry] {
+        let run = RunConfig {
+            batch_tokens: 48,
+            micro_batch_tokens: 24,
+            checkpoint_every: 3,
+            ..RunConfig::default()
+        };
+        let config = RewardConfig { loss, learning_rate: 1e-2, epochs: 6.0, held_out: 0.2, run };
+        let fit = |folder: &std::path::Path, observe: &mut dyn FnMut(&Progress<'_>) -> bool| {
+            train(&model, &traces, &config, folder, observe)
+        };
+        if loss == RewardLoss::Huber {
+            resumes(&|folder, observe| {
+                let (model, report, _) = fit(folder, observe)?;
+                Ok((model.loaded().clone(), report))
+            });
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let (trained, _, agreement) = fit(folder.path(), &mut |_| true).unwrap();
+        assert!(agreement.spearman > 0.8, "{loss:?}: {agreement:?}");
+        if loss != RewardLoss::BradleyTerry {
+            assert!(agreement.mae < 0.4 * agreement.mae_of_mean, "{loss:?}: {agreement:?}");
+        }
+        let predictions =
+            trained.predict(&[traces[0].tokens.clone(), traces[1].tokens.clone()], 100).unwrap();
+        assert!(predictions.iter().all(|value| (0.0..=1.0).contains(value)));
+        assert!(predictions[0] > predictions[1]);
+    }
+    let bad = Scored { score: 10, ..traces[0].clone() };
+    let folder = tempfile::tempdir().unwrap();
+    let refused =
+        train(&model, &[bad], &RewardConfig::default(), folder.path(), &mut |_| true).err().unwrap();
+    assert!(refused.to_string().contains("outside 0 to 9"), "{refused}");
+}
+
+/// A reward model written as a folder and read back predicts the same.
+#[test]
+fn reward_models_survive_the_disk() {
+    let (model, traces) = some_scores();
+    let config = RewardConfig {
+        learning_rate: 1e-2,
+        epochs: 1.0,
+        held_out: 0.2,
+        run: settings(),
+        ..RewardConfig::default()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let (trained, _, _) = train(&model, &traces, &config, folder.path(), &mut |_| true).unwrap();
+    let out = folder.path().join("model");
+    potstill_shared::durable::create_folder(&out).unwrap();
+    potstill_engine::checkpoint_files::write_model(&out, trained.loaded(), DType::F32).unwrap();
+    let text = std::fs::read_to_string(out.join("config.json")).unwrap();
+    assert!(text.contains("Qwen2ForSequenceClassification") && text.contains("\"num_labels\": 1"), "{text}");
+    let read =
+        RewardModel::new(potstill_engine::loader::load(&out, &Device::Cpu, DType::F32).unwrap()).unwrap();
+    let rows = [traces[0].tokens.clone(), traces[3].tokens.clone()];
+    assert_eq!(read.predict(&rows, 100).unwrap(), trained.predict(&rows, 100).unwrap());
+}
+
+fn practice() -> (LoadedModel, Vec<Prompt>, GrpoConfig) {
+    let (mut model, _) = model();
+    model.config.eos = vec![2];
+    let prompts = (0..12u32)
+        .map(|i| Prompt {
+            problem: format!("w{}", 3 + i),
+            tokens: vec![3 + i, 20 + i, 4],
+            opened: false,
+            gold: Gold::Answer("7".to_owned()),
+        })
+        .collect();
+    let config = GrpoConfig {
+        learning_rate: 2e-3,
+        prompts: 4,
+        epochs: 4.0,
+        group: 8,
+        max_tokens: 3,
+        kl: 0.01,
+        learn_truncated: true,
+        max_truncated: 1.0,
+        run: RunConfig { micro_batch_tokens: 64, checkpoint_every: 3, ..RunConfig::default() },
+        ..GrpoConfig::default()
+    };
+    (model, prompts, config)
+}
+
+#[test]
+fn grpo_resumes() {
+    let (model, prompts, config) = practice();
+    for updates in [1, 2] {
+        let config = GrpoConfig { updates, ..config.clone() };
+        resumes(&|folder, observe| {
+            let (learner, report) = grpo(&model, &prompts, &Rewards::default(), &config, folder, observe)?;
+            Ok((learner.finish()?, report))
+        });
+    }
+}
+
+/// One word is a whole right answer; the model learns to say it and stop.
+#[test]
+fn grpo_finds_what_is_rewarded() {
+    let (model, prompts, config) = practice();
+    let config = GrpoConfig { learning_rate: 1e-2, epochs: 40.0, kl: 0.0, ..config };
+    let folder = tempfile::tempdir().unwrap();
+    let mut rewards = Vec::new();
+    grpo(&model, &prompts, &Rewards::default(), &config, folder.path(), &mut |progress| {
+        rewards.push(progress.entry.metrics["reward"]);
+        true
+    })
+    .unwrap();
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    let (first, last) = (mean(&rewards[..10]), mean(&rewards[rewards.len() - 10..]));
+    assert!(last > 1.0 && first < 0.3, "rewards {first} to {last}");
+}
+
+#[test]
+fn grpo_refuses_to_go_on_when_nothing_ends() {
+    let (mut model, prompts, config) = practice();
+    model.config.eos = vec![];
+    let config = GrpoConfig { max_truncated: 0.5, learn_truncated: false, ..config };
+    let folder = tempfile::tempdir().unwrap();
+    let mut steps = 0;
+    let refused = grpo(&model, &prompts, &Rewards::default(), &config, folder.path(), &mut |progress| {
+        steps = progress.entry.step;
+        assert_eq!(progress.entry.metrics["completions/truncated"], 1.0);
+        true
+    });
+    assert!(matches!(refused, Err(LearnError::Truncated { .. })), "{:?}", refused.err());
+    assert_eq!(steps, 9, "ten steps are looked at");
+}
+
+#[test]
+fn distillation_copies_the_teacher() {
+    let (teacher, examples) = model();
+    let (mut student, _) = model();
+    student.weights = potstill_engine::init::random(&student.config, 5).unwrap();
+    let run = RunConfig { checkpoint_every: 1000, ..settings() };
+    let config = KdConfig {
+        ratio: 1.0,
+        top_k: 8,
+        learning_rate: 1e-2,
+        epochs: 12.0,
+        max_tokens: 8,
+        run,
+        ..KdConfig::default()
+    };
+    let rows = top_k(&teacher, &examples, 8, 100).unwrap();
+    let file = tempfile::tempdir().unwrap();
+    let path = file.path().join("rows.safetensors");
+    write_top_k(&path, &rows, &teacher.tokenizer).unwrap();
+    assert_eq!(read_top_k(&path, &student.tokenizer).unwrap(), rows);
+    let mut losses = Vec::new();
+    let mut observe = |progress: &Progress<'_>| {
+        losses.push(progress.entry.loss);
+        true
+    };
+    let folder = tempfile::tempdir().unwrap();
+    kd(&student, &examples, &rows, &config, folder.path(), &mut observe).unwrap();
+    let last = *losses.last().unwrap();
+    assert!(last < 0.5 * losses[0], "{} to {last}", losses[0]);
+    let short =
+        kd(&student, &examples[1..], &rows[..39], &config, folder.path(), &mut |_| true).err().unwrap();
+    assert!(short.to_string().contains("learnt tokens"), "{short}");
+
+    let prompts: Vec<Vec<u32>> = (0..16u32).map(|i| vec![3 + i, 20 + i]).collect();
+    let run =
+        RunConfig { batch_tokens: 80, micro_batch_tokens: 80, checkpoint_every: 3, ..RunConfig::default() };
+    let config = KdConfig {
+        divergence: Divergence::ReverseKl,
+        top_k: 48,
+        learning_rate: 2e-3,
+        epochs: 6.0,
+        run,
+        ..config
+    };
+    resumes(&|folder, observe| {
+        let (learner, report) = on_policy(&student, &teacher, &prompts, &config, folder, observe)?;
+        Ok((learner.finish()?, report))
+    });
+}
+
+#[test]
+fn adapters_learn_alone_and_merge() {
+    let (model, pairs) = some_pairs();
+    for quantise in [None, Some(FrozenBits::Q8_0)] {
+        let lora = LoraConfig { rank: 4, alpha: 8.0, quantise, ..LoraConfig::default() };
+        let config = DpoConfig {
+            learning_rate: 1e-2,
+            epochs: 3.0,
+            run: RunConfig { lora: Some(lora), ..settings() },
+            ..DpoConfig::default()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let (learner, _) = dpo(&model, &pairs, &config, folder.path(), &mut |_| true).unwrap();
+        assert!(learner.variables().keys().all(|name| name.contains(".lora_")));
+        assert_eq!(learner.variables().len(), 2 * 7 * model.config.layers);
+        let merged = learner.finish().unwrap();
+        let embedding = "model.embed_tokens.weight";
+        assert_eq!(bits(&merged)[embedding], bits(&model)[embedding], "what is frozen stays");
+        // Adapters beside the matrices and merged into them compute the same, up to what eight bits lose.
+        let logits = |model: &LoadedModel| {
+            let lm = CausalLm::new(&model.config, &model.weights).unwrap();
+            lm.logits(&lm.hidden(&Batch::new([(&pairs[0].chosen.tokens[..], 0)])).unwrap()).unwrap()
+        };
+        let (apart, together) = (logits(&learner.decoder()), logits(&merged));
+        let gap = (&apart - &together).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        let moved = (&logits(&model) - &together)
+            .unwrap()
+            .abs()
+            .unwrap()
+            .max_all()
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap();
+        assert!(
+            gap < if quantise.is_some() { 0.2 } else { 1e-3 } && moved > 0.05,
+            "gap {gap}, moved {moved}"
+        );
+        let out = folder.path().join("adapter");
+        potstill_shared::durable::create_folder(&out).unwrap();
+        learner.lora().unwrap().write_adapter(&out, learner.variables(), "base").unwrap();
+        let tensors =
+            candle_core::safetensors::load(out.join("adapter_model.safetensors"), &Device::Cpu).unwrap();
+        assert_eq!(tensors["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"].dims(), [4, 56]);
+    }
+    let lora = LoraConfig { targets: vec!["query".to_owned()], ..LoraConfig::default() };
+    let refused = Learner::new(&model, &RunConfig { lora: Some(lora), ..settings() }, &[]).err().unwrap();
+    assert!(refused.to_string().contains("no module `query`"), "{refused}");
+}

@@ -1,0 +1,303 @@
+//! What comes behind fine-tuning: reward models from the teachers' scores, distillation of distributions, preferences, and
+//! practice with rewards. Each function takes the student as it is and gives it back trained.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::Context;
+use candle_core::{DType, Device};
+use potstill_data::jsonl::{read_records, write_records};
+use potstill_data::records::{Cot, Problem};
+use potstill_engine::loader::{LoadedModel, load};
+use potstill_learn::dpo::{DpoConfig, Pair, dpo};
+use potstill_learn::examples::{Example, encode};
+use potstill_learn::grpo::{GrpoConfig, Prompt, Rewards, grpo};
+use potstill_learn::kd::{KdConfig, kd, on_policy, same_vocabulary, top_k};
+use potstill_learn::reward_model::{Agreement, RewardConfig, RewardModel, Scored, train};
+use potstill_learn::rollouts::{Draw, Rollouts};
+use potstill_learn::run::RunConfig;
+use potstill_shared::durable::create_folder;
+use potstill_shared::id::ContentId;
+use potstill_verify::verifier::{Gold, Verifier};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::progress::Progress;
+use crate::recipe::{DpoSection, GrpoSection, KdSection, Recipe};
+use crate::students::{Lessons, base, ended, prompt, watched};
+
+/// The two scores of a trace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Metric {
+    /// Reasoning Verbosity.
+    Rv,
+    /// Cognitive Difficulty.
+    Cd,
+}
+
+impl Metric {
+    /// As in file names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rv => "rv",
+            Self::Cd => "cd",
+        }
+    }
+
+    fn of(self, trace: &Cot) -> Option<u8> {
+        let scores = trace.scores?;
+        match self {
+            Self::Rv => scores.rv,
+            Self::Cd => scores.cd,
+        }
+    }
+}
+
+/// Trains a reward model on what the teachers said of the traces.
+pub fn reward_model(
+    recipe: &Recipe,
+    metric: Metric,
+    traces: &[Cot],
+    folder: &Path,
+    progress: &Progress,
+) -> anyhow::Result<(RewardModel, Agreement)> {
+    let section = recipe.reward.as_ref().context("the recipe has no `reward`")?;
+    let start = match &section.base {
+        Some(path) => load(path, &Device::Cpu, DType::F32)
+            .with_context(|| format!("cannot load `reward.base` `{}`", path.display()))?,
+        None => base(recipe)?,
+    };
+    let mut scored = Vec::new();
+    for trace in traces {
+        if let Some(score) = metric.of(trace) {
+            scored.push(Scored {
+                tokens: RewardModel::encode(&start, &trace.problem.problem, &trace.completion())?,
+                score,
+                problem: trace.problem.id.to_string(),
+            });
+        }
+    }
+    let config = RewardConfig { run: seeded(recipe, &section.train.run), ..section.train.clone() };
+    let name = format!("reward-{}", metric.name());
+    let (model, report, agreement) =
+        watched(folder, &name, progress, |observe| train(&start, &scored, &config, folder, observe))?;
+    ended(&name, &report, progress);
+    progress.say(format!(
+        "`{name}` on {} held-out traces: mean error {:.2} points (the mean alone {:.2}), Spearman {:.2}, within one {:.0} %",
+        agreement.traces,
+        agreement.mae,
+        agreement.mae_of_mean,
+        agreement.spearman,
+        100.0 * agreement.within_one
+    ));
+    Ok((model, agreement))
+}
+
+fn seeded(recipe: &Recipe, run: &RunConfig) -> RunConfig {
+    RunConfig { seed: recipe.seed, ..run.clone() }
+}
+
+/// White-box distillation on the traces, or on what the student writes about their problems.
+pub fn distributions(
+    recipe: &Recipe,
+    section: &KdSection,
+    student: &LoadedModel,
+    traces: &[Cot],
+    folder: &Path,
+    progress: &Progress,
+) -> anyhow::Result<LoadedModel> {
+    let teacher = load(&section.teacher, &Device::Cpu, DType::F32)
+        .with_context(|| format!("cannot load `kd.teacher` `{}`", section.teacher.display()))?;
+    same_vocabulary(&teacher.tokenizer, &student.tokenizer)?;
+    let config = KdConfig { run: seeded(recipe, &section.train.run), ..section.train.clone() };
+    let trained = if section.on_policy {
+        let mut problems: Vec<&Problem> = traces.iter().map(|trace| &trace.problem).collect();
+        problems.dedup_by(|a, b| a.id == b.id);
+        let prompts = problems
+            .iter()
+            .map(|problem| Ok(question(recipe, student, problem)?.0))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        watched(folder, "kd", progress, |observe| {
+            on_policy(student, &teacher, &prompts, &config, folder, observe)
+        })?
+    } else {
+        let lessons = Lessons::chains_of_thought(recipe, traces);
+        let examples = encoded(student, &lessons)?;
+        let rows = top_k(&teacher, &examples, config.top_k, config.run.micro_batch_tokens)?;
+        watched(folder, "kd", progress, |observe| kd(student, &examples, &rows, &config, folder, observe))?
+    };
+    ended("kd", &trained.1, progress);
+    Ok(trained.0.finish()?)
+}
+
+fn encoded(student: &LoadedModel, lessons: &Lessons) -> anyhow::Result<Vec<Example>> {
+    Ok(lessons.messages.iter().map(|messages| encode(student, messages)).collect::<Result<_, _>>()?)
+}
+
+/// A row of a file of preferences; the columns are those of TRL and EasyDistill.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct PairRow {
+    prompt: Value,
+    chosen: Value,
+    rejected: Value,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    beta: Option<f64>,
+}
+
+impl PairRow {
+    fn pair(&self, student: &LoadedModel) -> anyhow::Result<Pair> {
+        let side = |answer: &Value| -> anyhow::Result<Example> {
+            let mut messages = turns(&self.prompt, "user")?;
+            messages.extend(turns(answer, "assistant")?);
+            Ok(encode(student, &messages)?)
+        };
+        Ok(Pair { chosen: side(&self.chosen)?, rejected: side(&self.rejected)?, beta: self.beta })
+    }
+}
+
+/// A text, or a list of messages.
+fn turns(value: &Value, role: &str) -> anyhow::Result<Vec<Value>> {
+    match value {
+        Value::String(text) => Ok(vec![json!({"role": role, "content": text})]),
+        Value::Array(messages) => Ok(messages.clone()),
+        other => anyhow::bail!("expected a text or a list of messages, found `{other}`"),
+    }
+}
+
+/// Preferences from the recipe's file, or the teachers' traces over the student's own wrong answers.
+pub fn preferences(
+    recipe: &Recipe,
+    section: &DpoSection,
+    student: &LoadedModel,
+    traces: &[Cot],
+    folder: &Path,
+    progress: &Progress,
+) -> anyhow::Result<LoadedModel> {
+    let (path, rows) = match &section.pairs {
+        Some(path) => (path.clone(), read_records(path)?),
+        None => {
+            create_folder(folder)?;
+            let path = folder.join(format!("pairs-{}.jsonl", fingerprint(student)?));
+            if !path.exists() {
+                let rows = own_mistakes(recipe, section, student, traces, progress)?;
+                write_records(&path, &rows)?;
+            }
+            (path.clone(), read_records(&path)?)
+        }
+    };
+    let pairs = rows
+        .iter()
+        .enumerate()
+        .map(|(row, pair): (usize, &PairRow)| {
+            pair.pair(student).with_context(|| format!("`{}` row {}", path.display(), row + 1))
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let config = DpoConfig { run: seeded(recipe, &section.train.run), ..section.train.clone() };
+    let trained = watched(folder, "dpo", progress, |observe| dpo(student, &pairs, &config, folder, observe))?;
+    ended("dpo", &trained.1, progress);
+    Ok(trained.0.finish()?)
+}
+
+/// Tells weights of one shape apart.
+fn fingerprint(model: &LoadedModel) -> anyhow::Result<String> {
+    let mut hashes = Vec::new();
+    for (name, tensor) in model.weights.iter().filter(|(name, _)| name.contains("norm")) {
+        let values = tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        hashes.push(format!("{name}{}", ContentId::of_bytes(&bytes)));
+    }
+    let id = ContentId::of(&hashes.iter().map(String::as_str).collect::<Vec<_>>()).to_string();
+    Ok(id.chars().take(16).collect())
+}
+
+/// One pair for every problem that the student got wrong at least once: the teacher's trace over the first wrong answer.
+fn own_mistakes(
+    recipe: &Recipe,
+    section: &DpoSection,
+    student: &LoadedModel,
+    traces: &[Cot],
+    progress: &Progress,
+) -> anyhow::Result<Vec<PairRow>> {
+    let mut once: Vec<&Cot> = traces.iter().filter(|trace| trace.problem.answer.is_some()).collect();
+    let mut seen = std::collections::HashSet::new();
+    once.retain(|trace| seen.insert(trace.problem.id.clone()));
+    let draw = Draw {
+        group: section.samples as usize,
+        temperature: 1.0,
+        top_p: 1.0,
+        max_tokens: section.max_tokens as usize,
+    };
+    let rollouts = Rollouts::start(student, once.len() * draw.group)?;
+    let asked = once
+        .iter()
+        .map(|trace| question(recipe, student, &trace.problem))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let tokens: Vec<&[u32]> = asked.iter().map(|(tokens, _)| tokens.as_slice()).collect();
+    let verifier = Verifier::default();
+    let mut rows = Vec::new();
+    for (trace, group) in once.iter().zip(rollouts.sample(&tokens, draw, &format!("dpo/{}", recipe.seed))?) {
+        let gold = Gold::Answer(trace.problem.answer.clone().unwrap_or_default());
+        for completion in group.iter().filter(|completion| !completion.truncated) {
+            if verifier.verify(&gold, &completion.text)?.correct == Some(false) {
+                rows.push(PairRow {
+                    prompt: json!(prompt(recipe, &trace.problem.problem)),
+                    chosen: json!(trace.completion()),
+                    rejected: json!(completion.text),
+                    beta: None,
+                });
+                break;
+            }
+        }
+    }
+    progress.say(format!("dpo: {} problems, the student was wrong on {}", once.len(), rows.len()));
+    Ok(rows)
+}
+
+/// What the student is asked, and whether the prompt ends inside the thinking.
+fn question(recipe: &Recipe, student: &LoadedModel, problem: &Problem) -> anyhow::Result<(Vec<u32>, bool)> {
+    let messages = json!([{"role": "user", "content": prompt(recipe, &problem.problem)}]);
+    let text = student.template.render(&messages, true, &json!({}))?;
+    Ok((student.tokenizer.encode(&text)?, text.trim_end().ends_with("<think>")))
+}
+
+/// Practice on the problems that have an answer.
+pub fn practice(
+    recipe: &Recipe,
+    section: &GrpoSection,
+    student: &LoadedModel,
+    problems: &[Problem],
+    own: &HashMap<&'static str, std::path::PathBuf>,
+    folder: &Path,
+    progress: &Progress,
+) -> anyhow::Result<LoadedModel> {
+    let reward =
+        |given: &Option<std::path::PathBuf>, metric: Metric| -> anyhow::Result<Option<RewardModel>> {
+            let Some(path) = given.as_ref().or_else(|| own.get(metric.name())) else { return Ok(None) };
+            let model = load(path, &Device::Cpu, DType::F32)
+                .with_context(|| format!("cannot load the reward model `{}`", path.display()))?;
+            Ok(Some(RewardModel::new(model).with_context(|| path.display().to_string())?))
+        };
+    let rewards = Rewards {
+        verifier: Verifier::default(),
+        rv: reward(&section.rv, Metric::Rv)?,
+        cd: reward(&section.cd, Metric::Cd)?,
+    };
+    let mut prompts = Vec::new();
+    for problem in problems {
+        if let Some(answer) = &problem.answer {
+            let (tokens, opened) = question(recipe, student, problem)?;
+            prompts.push(Prompt {
+                problem: problem.problem.clone(),
+                tokens,
+                opened,
+                gold: Gold::Answer(answer.clone()),
+            });
+        }
+    }
+    let config = GrpoConfig { run: seeded(recipe, &section.train.run), ..section.train.clone() };
+    let trained = watched(folder, "grpo", progress, |observe| {
+        grpo(student, &prompts, &rewards, &config, folder, observe)
+    })?;
+    ended("grpo", &trained.1, progress);
+    Ok(trained.0.finish()?)
+}
