@@ -1,6 +1,8 @@
 //! `potstill bench`: how fast a model reads and writes on this machine, by wall clock and by processor time, which other
 //! programs on the machine do not change.
 
+mod train;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -13,12 +15,18 @@ use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::model::CausalLm;
 use serde::Serialize;
 
+pub use train::{TrainArguments, TrainReport, run as run_train};
+
 /// What to measure.
 #[derive(Debug, clap::Args)]
+#[command(subcommand_negates_reqs = true, args_conflicts_with_subcommands = true)]
 pub struct BenchArguments {
+    /// A training step instead.
+    #[command(subcommand)]
+    pub work: Option<Work>,
     /// Model folder or `.gguf` file.
-    #[arg(long)]
-    pub model: PathBuf,
+    #[arg(long, required = true)]
+    pub model: Option<PathBuf>,
     /// Lengths of prompts, by comma.
     #[arg(long, value_delimiter = ',', default_value = "128,512")]
     pub prompt: Vec<usize>,
@@ -40,6 +48,13 @@ pub struct BenchArguments {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// What else can be measured.
+#[derive(Debug, clap::Subcommand)]
+pub enum Work {
+    /// Training steps of a fresh model on made-up tokens.
+    Train(TrainArguments),
 }
 
 /// How near the served form is to f32.
@@ -101,8 +116,9 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     anyhow::ensure!(sizes.clone().all(|size| *size > 0), "--prompt and --batch must be at least 1");
     device::set_threads(arguments.threads);
     let device = device::parse("cpu")?;
-    let loaded = load(&arguments.model, &device, device::compute_type(&device))
-        .with_context(|| format!("cannot load `{}`", arguments.model.display()))?;
+    let path = arguments.model.as_ref().context("--model is missing")?;
+    let loaded = load(path, &device, device::compute_type(&device))
+        .with_context(|| format!("cannot load `{}`", path.display()))?;
     let parameters = loaded.config.parameters() as u64;
     let most = loaded.config.max_positions;
     let model = loaded.causal_lm()?;
@@ -123,7 +139,7 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
         measured.push(device::in_pool(one)?);
     }
     Ok(BenchReport {
-        model: arguments.model.display().to_string(),
+        model: path.display().to_string(),
         parameters,
         threads: arguments.threads,
         peak_memory: peak_memory(),

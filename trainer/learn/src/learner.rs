@@ -54,6 +54,17 @@ impl Learner {
         Ok(Self { lm, variables, optimiser, weights, base: model.clone(), lora })
     }
 
+    /// Moves the variables by the gradients that were added up, clipped, at this rate; returns the gradients' norm. Nothing
+    /// moves when it is not finite.
+    pub fn update(&mut self, rate: f64) -> Result<f64, LearnError> {
+        let gradients = self.lm.take_gradients();
+        let norm = self.optimiser.gradient_norm(&gradients)?;
+        if norm.is_finite() {
+            self.optimiser.step(&gradients, norm, rate)?;
+        }
+        Ok(norm)
+    }
+
     /// One tensor of the model as it stands, for losses over more than the logits.
     pub fn tensor(&self, name: &str) -> Result<Tensor, LearnError> {
         Ok(self.weights.get(name)?)

@@ -198,7 +198,6 @@ pub fn run(
         };
         while let Some(items) = phase.steps.get(cursor.step) {
             let outcome = gradients(learner, cursor.global_step, items)?;
-            let sums = learner.lm.take_gradients();
             let not_finite =
                 |what| LearnError::NotFinite { phase: phase.name.clone(), step: cursor.step, what };
             if !outcome.loss.is_finite() {
@@ -207,11 +206,10 @@ pub fn run(
             let rate = schedule.rate(cursor.step);
             let mut norm = 0.0;
             if !outcome.skipped {
-                norm = learner.optimiser.gradient_norm(&sums)?;
+                norm = learner.update(rate)?;
                 if !norm.is_finite() {
                     return Err(not_finite("the gradient"));
                 }
-                learner.optimiser.step(&sums, norm, rate)?;
             }
             tokens += outcome.tokens;
             cursor.step += 1;

@@ -1,0 +1,208 @@
+//! `potstill bench train`: training steps (forward, backward, clip, AdamW) of a fresh model on made-up tokens.
+//! `load-tests/peers/train.py` measures the same shapes with PyTorch beside it.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context;
+use potstill_engine::config::{Family, ModelConfig};
+use potstill_engine::loader::LoadedModel;
+use potstill_engine::ops::attention::Heads;
+use potstill_engine::template::ChatTemplate;
+use potstill_engine::{device, init};
+use potstill_learn::examples::Example;
+use potstill_learn::learner::Learner;
+use potstill_learn::lora::LoraConfig;
+use potstill_learn::run::RunConfig;
+use potstill_learn::sft::sft_loss;
+use serde::Serialize;
+
+use super::{cpu_seconds, peak_memory};
+use crate::demo::tokenizer;
+
+/// What to measure.
+#[derive(Debug, clap::Args)]
+pub struct TrainArguments {
+    /// `10m`: 6 layers of width 256, vocabulary 16,384. `135m`: 30 layers of width 576, vocabulary 49,152 (SmolLM2's shape).
+    #[arg(long, value_enum, default_value_t = Shape::M10)]
+    pub shape: Shape,
+    /// Sequences of a step.
+    #[arg(long, default_value_t = 4)]
+    pub batch: usize,
+    /// Tokens of each.
+    #[arg(long, default_value_t = 512)]
+    pub seq: usize,
+    /// Type of the products; weights and moments are f32 always.
+    #[arg(long, value_enum, default_value_t = Type::F32)]
+    pub dtype: Type,
+    /// Train adapters of rank 16 on all linear layers instead of all weights.
+    #[arg(long)]
+    pub lora: bool,
+    /// Compute every block again in the backward pass.
+    #[arg(long)]
+    pub recompute: bool,
+    /// Threads.
+    #[arg(long, default_value_t = 1)]
+    pub threads: usize,
+    /// Steps that are measured, after one that is not; the fastest counts.
+    #[arg(long, default_value_t = 3)]
+    pub rounds: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Shapes of models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Shape {
+    /// 10.5 million weights.
+    #[value(name = "10m")]
+    M10,
+    /// 134.5 million weights.
+    #[value(name = "135m")]
+    M135,
+}
+
+/// Types of products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Type {
+    /// 32 bits.
+    F32,
+    /// 16 bits: on CUDA only.
+    Bf16,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct TrainReport {
+    /// Weights of the model.
+    pub parameters: u64,
+    /// Weights that learn.
+    pub trainable: u64,
+    /// Tokens of a step.
+    pub tokens: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Tokens per second of wall time.
+    pub tokens_per_s: f64,
+    /// Tokens per second of processor time.
+    pub tokens_per_cpu_s: f64,
+    /// Most memory that the process held, in bytes.
+    pub peak_memory: u64,
+    /// Losses of the steps: the same tokens each time, so they fall.
+    pub losses: Vec<f32>,
+}
+
+impl Shape {
+    fn config(self) -> ModelConfig {
+        let (vocab_size, hidden_size, intermediate_size, layers, query, kv) = match self {
+            Self::M10 => (16_384, 256, 1024, 6, 4, 2),
+            Self::M135 => (49_152, 576, 1536, 30, 9, 3),
+        };
+        ModelConfig {
+            family: Family::Qwen2,
+            vocab_size,
+            hidden_size,
+            intermediate_size,
+            layers,
+            heads: Heads { query, kv, dim: 64 },
+            max_positions: 1 << 14,
+            rms_norm_eps: 1e-6,
+            rope_theta: 10_000.0,
+            rope_scaling: None,
+            tied: true,
+            qkv_bias: true,
+            eos: vec![0],
+            bos: None,
+            classes: 0,
+        }
+    }
+}
+
+/// Measures.
+pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
+    anyhow::ensure!(
+        arguments.batch > 0 && arguments.seq > 1 && arguments.threads > 0 && arguments.rounds > 0,
+        "--batch, --threads and --rounds must be at least 1, --seq at least 2"
+    );
+    anyhow::ensure!(
+        arguments.dtype == Type::F32,
+        "bf16 products need a CUDA device; this bench runs on the processor, where f32 is the only type"
+    );
+    device::set_threads(arguments.threads);
+    let config = arguments.shape.config();
+    config.check(Path::new("--shape"))?;
+    let model = LoadedModel {
+        weights: init::random(&config, 1)?,
+        tokenizer: tokenizer::tokenizer()?,
+        template: Arc::new(ChatTemplate::chatml()?),
+        quantised: false,
+        config,
+    };
+    let vocabulary = model.config.vocab_size;
+    let examples: Vec<Example> = (0..arguments.batch)
+        .map(|row| {
+            let token = |at: usize| ((at * 7919 + row * 104_729 + at * at * 31) % vocabulary) as u32;
+            Example {
+                tokens: (0..arguments.seq).map(token).collect(),
+                learnt: (0..arguments.seq).map(|at| at > 0).collect(),
+            }
+        })
+        .collect();
+    let settings = RunConfig {
+        recompute: arguments.recompute,
+        lora: arguments.lora.then(LoraConfig::default),
+        ..RunConfig::default()
+    };
+    let parameters = model.config.parameters() as u64;
+    let mut learner = Learner::new(&model, &settings, &[])?;
+    if !arguments.lora {
+        drop(model);
+    }
+    let trainable = learner.variables().values().map(|variable| variable.elem_count() as u64).sum();
+    let tokens = arguments.batch * arguments.seq;
+    let targets = (arguments.batch * (arguments.seq - 1)) as f64;
+    let mut losses = Vec::new();
+    let mut best = (f64::INFINITY, f64::INFINITY);
+    for round in 0..=arguments.rounds {
+        let (begin, cpu) = (Instant::now(), cpu_seconds());
+        let loss = device::in_pool(|| -> anyhow::Result<f32> {
+            let loss = sft_loss(&learner.lm, &examples, targets)?;
+            learner.lm.backward(&loss)?;
+            learner.update(1e-4)?;
+            loss.to_scalar::<f32>().context("the loss is no scalar")
+        })?;
+        losses.push(loss);
+        if round > 0 {
+            best = (best.0.min(begin.elapsed().as_secs_f64()), best.1.min(cpu_seconds() - cpu));
+        }
+    }
+    Ok(TrainReport {
+        parameters,
+        trainable,
+        tokens,
+        threads: arguments.threads,
+        tokens_per_s: tokens as f64 / best.0,
+        tokens_per_cpu_s: tokens as f64 / best.1.max(0.01),
+        peak_memory: peak_memory(),
+        losses,
+    })
+}
+
+impl fmt::Display for TrainReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:.1} M weights, {:.1} M learn, {} tokens a step, {} threads: {:.0} tokens/s, {:.0} tokens/CPU s, {:.0} MB at most",
+            self.parameters as f64 / 1e6,
+            self.trainable as f64 / 1e6,
+            self.tokens,
+            self.threads,
+            self.tokens_per_s,
+            self.tokens_per_cpu_s,
+            self.peak_memory as f64 / 1e6
+        )
+    }
+}
