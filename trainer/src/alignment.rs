@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 
 use crate::progress::Progress;
 use crate::recipe::{DpoSection, GrpoSection, KdSection, Recipe};
-use crate::students::{Lessons, base, ended, prompt, watched};
+use crate::students::{Lessons, base, ended, finished, prompt, watched};
 
 /// The two scores of a trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,7 +127,7 @@ pub fn distributions(
         watched(folder, "kd", progress, |observe| kd(student, &examples, &rows, &config, folder, observe))?
     };
     ended("kd", &trained.1, progress);
-    Ok(trained.0.finish()?)
+    finished(&trained.0, folder, recipe)
 }
 
 fn encoded(student: &LoadedModel, lessons: &Lessons) -> anyhow::Result<Vec<Example>> {
@@ -195,7 +195,7 @@ pub fn preferences(
     let config = DpoConfig { run: seeded(recipe, &section.train.run), ..section.train.clone() };
     let trained = watched(folder, "dpo", progress, |observe| dpo(student, &pairs, &config, folder, observe))?;
     ended("dpo", &trained.1, progress);
-    Ok(trained.0.finish()?)
+    finished(&trained.0, folder, recipe)
 }
 
 /// Tells weights of one shape apart.
@@ -299,5 +299,5 @@ pub fn practice(
         grpo(student, &prompts, &rewards, &config, folder, observe)
     })?;
     ended("grpo", &trained.1, progress);
-    Ok(trained.0.finish()?)
+    finished(&trained.0, folder, recipe)
 }

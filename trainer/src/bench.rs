@@ -11,9 +11,11 @@ use candle_core::Tensor;
 use potstill_engine::batch::Batch;
 use potstill_engine::cache::KvCache;
 use potstill_engine::device;
-use potstill_engine::loader::{LoadedModel, load};
+use potstill_engine::loader::load;
 use potstill_engine::model::CausalLm;
 use serde::Serialize;
+
+use crate::compress::{self, Quality};
 
 pub use train::{TrainArguments, TrainReport, run as run_train};
 
@@ -57,21 +59,6 @@ pub enum Work {
     Train(TrainArguments),
 }
 
-/// How near the served form is to f32.
-#[derive(Debug, Clone, Serialize)]
-pub struct Quality {
-    /// Tokens of the text that were compared.
-    pub tokens: usize,
-    /// Share of tokens with the same most likely successor.
-    pub same_top: f64,
-    /// Mean Kullback-Leibler divergence from f32, in nats.
-    pub divergence: f64,
-    /// Perplexity of f32 on the text.
-    pub perplexity_f32: f64,
-    /// Perplexity of the served form.
-    pub perplexity: f64,
-}
-
 /// One measurement.
 #[derive(Debug, Clone, Serialize)]
 pub struct Measured {
@@ -106,6 +93,9 @@ pub struct BenchReport {
     pub quality: Option<Quality>,
 }
 
+/// Tokens of a text that are compared.
+const COMPARED: usize = 1024;
+
 /// Measures.
 pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     anyhow::ensure!(
@@ -122,7 +112,14 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     let parameters = loaded.config.parameters() as u64;
     let most = loaded.config.max_positions;
     let model = loaded.causal_lm()?;
-    let quality = arguments.text.as_ref().map(|text| quality(&loaded, &model, text)).transpose()?;
+    let quality = match &arguments.text {
+        Some(text) => {
+            let tokens = compress::tokens_of(&loaded, text)?;
+            let exact = CausalLm::new(&loaded.config, &loaded.weights)?;
+            Some(compress::quality(&exact, &model, &tokens[..tokens.len().min(COMPARED)])?)
+        }
+        None => None,
+    };
     drop(loaded);
     let longest = arguments.prompt.iter().max().copied().unwrap_or(1) + arguments.generate;
     anyhow::ensure!(
@@ -146,49 +143,6 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
         measured,
         quality,
     })
-}
-
-/// Tokens of a text that are compared.
-const COMPARED: usize = 1024;
-
-fn quality(loaded: &LoadedModel, served: &CausalLm, text: &std::path::Path) -> anyhow::Result<Quality> {
-    let text = std::fs::read_to_string(text).with_context(|| format!("cannot read `{}`", text.display()))?;
-    let mut tokens = loaded.tokenizer.encode(&text)?;
-    tokens.truncate(COMPARED.min(loaded.config.max_positions));
-    anyhow::ensure!(tokens.len() > 1, "the text has fewer than two tokens");
-    let exact = CausalLm::new(&loaded.config, &loaded.weights)?;
-    let logits = |model: &CausalLm| -> anyhow::Result<Vec<Vec<f32>>> {
-        let hidden = model.hidden(&Batch::new([(tokens.as_slice(), 0)]))?;
-        let log = candle_logs(&model.logits(&hidden)?)?;
-        Ok(log.to_vec2::<f32>()?)
-    };
-    let (p, q) = (logits(&exact)?, logits(served)?);
-    let top = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(at, _)| at);
-    let rows = tokens.len() - 1;
-    let (mut same, mut divergence, mut loss_p, mut loss_q) = (0, 0.0, 0.0, 0.0);
-    for (at, (p, q)) in p.iter().zip(&q).take(rows).enumerate() {
-        same += usize::from(top(p) == top(q));
-        divergence += p.iter().zip(q).map(|(p, q)| f64::from(p.exp()) * f64::from(p - q)).sum::<f64>();
-        let next = tokens[at + 1] as usize;
-        loss_p -= f64::from(p[next]);
-        loss_q -= f64::from(q[next]);
-    }
-    let mean = |sum: f64| sum / rows as f64;
-    Ok(Quality {
-        tokens: rows,
-        same_top: same as f64 / rows as f64,
-        divergence: mean(divergence),
-        perplexity_f32: mean(loss_p).exp(),
-        perplexity: mean(loss_q).exp(),
-    })
-}
-
-/// Logarithms of the softmax of each row.
-fn candle_logs(logits: &Tensor) -> anyhow::Result<Tensor> {
-    let most = logits.max_keepdim(1)?;
-    let shifted = logits.broadcast_sub(&most)?;
-    let sum = shifted.exp()?.sum_keepdim(1)?.log()?;
-    Ok(shifted.broadcast_sub(&sum)?)
 }
 
 /// Token ids that are all different enough; what they say does not change the time.
@@ -311,14 +265,7 @@ pub fn table(report: &BenchReport) -> String {
         ));
     }
     if let Some(quality) = &report.quality {
-        text.push_str(&format!(
-            "\nbeside f32 on {} tokens: the same next token {:.1} %, divergence {:.4} nats, perplexity {:.3} (f32 {:.3})",
-            quality.tokens,
-            100.0 * quality.same_top,
-            quality.divergence,
-            quality.perplexity,
-            quality.perplexity_f32
-        ));
+        text.push_str(&format!("\nbeside f32: {quality}"));
     }
     text
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, Subcommand};
 
 use crate::bench::{self, BenchArguments};
+use crate::compress::{self, QuantiseArguments};
 use crate::demo::{DemoArguments, demo};
 use crate::eval::{self, EvalArguments};
 use crate::pairs::{self, PairArguments};
@@ -73,6 +74,8 @@ enum Command {
     Eval(Box<EvalArguments>),
     /// Measure how fast a model reads and writes here.
     Bench(BenchArguments),
+    /// Write a model as GGUF in fewer bits, if it loses little enough on a text.
+    Quantise(QuantiseArguments),
     /// Compare two evaluations problem by problem.
     Compare {
         /// Folder of the first.
@@ -151,6 +154,11 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Bench(arguments) => {
             let report = bench::run(&arguments)?;
             say(&if arguments.json { serde_json::to_string_pretty(&report)? } else { bench::table(&report) });
+            Ok(())
+        }
+        Command::Quantise(arguments) => {
+            let written = compress::quantise(&arguments)?;
+            say(&if arguments.json { serde_json::to_string_pretty(&written)? } else { written.to_string() });
             Ok(())
         }
         Command::Compare { a, b, json } => {

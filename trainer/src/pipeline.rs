@@ -4,6 +4,9 @@
 
 mod chain;
 mod problems;
+mod students;
+
+pub use students::Variant;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,22 +24,20 @@ use potstill_cot::verify::Verify;
 use potstill_data::journal::Journal;
 use potstill_data::records::{Cot, Problem};
 use potstill_data::sampler;
-use potstill_engine::loader::LoadedModel;
 use potstill_shared::client::{Client, Endpoint};
 use potstill_shared::id::{ContentId, unique};
 use potstill_shared::redact::Redacted;
 use tokio_util::task::AbortOnDropHandle;
 
 use self::chain::Chain;
-use crate::alignment::{self, Metric};
 use crate::announce::{Announcer, Front};
 use crate::evaluate::{Evaluate, Sample, metrics};
 use crate::local::LocalGateway;
 use crate::progress::Progress;
-use crate::recipe::{Baseline, JudgeSection, LocalModel, Recipe};
+use crate::recipe::{JudgeSection, Recipe};
 use crate::report::{Report, StudentFigures};
 use crate::run::RunFolder;
-use crate::students::{Lessons, Plan, base, prompt};
+use crate::students::prompt;
 use crate::{card, export, report};
 
 /// Stages that run alone, in order.
@@ -54,37 +55,6 @@ pub const STAGES: [&str; 12] = [
     "evaluate",
     "card",
 ];
-
-/// A student variant: what it is trained on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Variant {
-    /// Not trained.
-    Raw,
-    /// Final answers only.
-    AnswersOnly,
-    /// Chains of thought.
-    Distilled,
-    /// And then a teacher's distributions.
-    Kd,
-    /// And then preferences.
-    Dpo,
-    /// And then practice with rewards.
-    Grpo,
-}
-
-impl Variant {
-    /// As in reports and file names.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::AnswersOnly => "answers_only",
-            Self::Distilled => "distilled",
-            Self::Kd => "kd",
-            Self::Dpo => "dpo",
-            Self::Grpo => "grpo",
-        }
-    }
-}
 
 /// A run that is under way.
 pub struct Run {
@@ -361,181 +331,6 @@ impl Run {
 
     fn sampled(&self) -> anyhow::Result<Vec<Cot>> {
         if self.recipe.generate.is_some() { self.folder.read_stage("sample") } else { Ok(Vec::new()) }
-    }
-
-    // ---- students ----
-
-    fn variants(&self) -> Vec<Variant> {
-        let compared = self.recipe.evaluate.iter().flat_map(|section| &section.compare);
-        let mut variants: Vec<Variant> = compared
-            .map(|baseline| match baseline {
-                Baseline::Raw => Variant::Raw,
-                Baseline::AnswersOnly => Variant::AnswersOnly,
-            })
-            .collect();
-        let recipe = &self.recipe;
-        for (wanted, variant) in [
-            (recipe.sft.is_some(), Variant::Distilled),
-            (recipe.kd.is_some(), Variant::Kd),
-            (recipe.dpo.is_some(), Variant::Dpo),
-            (recipe.grpo.is_some(), Variant::Grpo),
-        ] {
-            if wanted {
-                variants.push(variant);
-            }
-        }
-        variants
-    }
-
-    /// The last student has the recipe's name for it, the others say what they are.
-    fn student_name(&self, variant: Variant) -> String {
-        let name = &self.recipe.student.name;
-        if self.variants().last() == Some(&variant) {
-            name.clone()
-        } else {
-            format!("{name}-{}", variant.name().replace('_', "-"))
-        }
-    }
-
-    /// Trains the reward models that the recipe asks for and writes them as model folders.
-    async fn reward_models(&self, scored: &[Cot]) -> anyhow::Result<()> {
-        if self.recipe.reward.is_none() {
-            return Ok(());
-        }
-        let (recipe, progress, scored) = (Arc::clone(&self.recipe), self.progress.clone(), scored.to_vec());
-        let train = self.folder.path().join("train");
-        let targets = [Metric::Rv, Metric::Cd].map(|metric| (metric, self.reward_folder(metric)));
-        tokio::task::spawn_blocking(move || {
-            for (metric, target) in targets {
-                let folder = train.join(format!("reward-{}", metric.name()));
-                let (model, agreement) =
-                    alignment::reward_model(&recipe, metric, &scored, &folder, &progress)?;
-                let text = card::of_reward_model(&recipe, metric, model.loaded(), &agreement);
-                export::export(&target, model.loaded(), recipe.student.export, &text)?;
-            }
-            Ok(())
-        })
-        .await?
-    }
-
-    fn reward_folder(&self, metric: Metric) -> std::path::PathBuf {
-        self.folder.path().join("models").join(format!("{}-{}", self.recipe.student.name, metric.name()))
-    }
-
-    /// Trains every variant; a variant that was trained before comes back from its last checkpoint at once.
-    async fn train(&self, traces: &[Cot]) -> anyhow::Result<()> {
-        self.each_trained(traces, |_, _| Ok(())).await
-    }
-
-    /// Writes every variant as a model folder.
-    async fn export(&self, traces: &[Cot]) -> anyhow::Result<()> {
-        let (models, recipe, progress) =
-            (self.folder.path().join("models"), Arc::clone(&self.recipe), self.progress.clone());
-        potstill_shared::durable::create_folder(&models)?;
-        let names: Vec<(Variant, String)> =
-            self.variants().into_iter().map(|v| (v, self.student_name(v))).collect();
-        self.each_trained(traces, move |variant, model| {
-            let name = &names.iter().find(|(other, _)| *other == variant).context("an unknown variant")?.1;
-            let folder = models.join(name);
-            let text = card::text(&recipe, name, variant, model, None, None);
-            export::export(&folder, model, recipe.student.export, &text)?;
-            progress.say(format!("exported `{}`", folder.display()));
-            Ok(())
-        })
-        .await
-    }
-
-    /// Hands every variant, trained, to `use_it`. Training keeps the processor busy, so it has a thread of its own.
-    async fn each_trained(
-        &self,
-        traces: &[Cot],
-        use_it: impl Fn(Variant, &LoadedModel) -> anyhow::Result<()> + Send + 'static,
-    ) -> anyhow::Result<()> {
-        let (recipe, progress) = (Arc::clone(&self.recipe), self.progress.clone());
-        let (variants, folder, traces) = (self.variants(), self.folder.path().join("train"), traces.to_vec());
-        let held_out: Vec<String> = self.held_out()?.into_iter().map(|problem| problem.problem).collect();
-        let problems: Vec<Problem> =
-            if recipe.grpo.is_some() { self.folder.read_stage("collect")? } else { Vec::new() };
-        let own_rewards = if recipe.reward.is_some() {
-            [Metric::Rv, Metric::Cd].map(|metric| (metric.name(), self.reward_folder(metric))).into()
-        } else {
-            std::collections::HashMap::new()
-        };
-        tokio::task::spawn_blocking(move || {
-            let base = base(&recipe)?;
-            let plan = match &recipe.sft {
-                None => None,
-                Some(sft) => {
-                    let lessons = match &sft.conversations {
-                        Some(section) => Lessons::conversations(section, &held_out)?,
-                        None => Lessons::chains_of_thought(&recipe, &traces),
-                    };
-                    Some(Plan::new(&recipe, &base, &lessons)?)
-                }
-            };
-            let mut student = base.clone();
-            for variant in variants {
-                let name = variant.name();
-                let folder = folder.join(name);
-                let trained = match variant {
-                    Variant::Raw => {
-                        use_it(variant, &base)?;
-                        continue;
-                    }
-                    Variant::AnswersOnly => {
-                        let plan = plan.as_ref().context("`answers_only` needs `sft`")?;
-                        let lessons = Lessons::answers_only(&recipe, &traces);
-                        let answers = Plan::new(&recipe, &base, &lessons)?.stretched_to(plan.tokens());
-                        use_it(variant, &answers.train(&recipe, &base, &folder, name, &progress)?)?;
-                        continue;
-                    }
-                    Variant::Distilled => {
-                        let plan = plan.as_ref().context("the recipe has no `sft`")?;
-                        plan.train(&recipe, &base, &folder, name, &progress)?
-                    }
-                    Variant::Kd => {
-                        let section = recipe.kd.as_ref().context("the recipe has no `kd`")?;
-                        alignment::distributions(&recipe, section, &student, &traces, &folder, &progress)?
-                    }
-                    Variant::Dpo => {
-                        let section = recipe.dpo.as_ref().context("the recipe has no `dpo`")?;
-                        alignment::preferences(&recipe, section, &student, &traces, &folder, &progress)?
-                    }
-                    Variant::Grpo => {
-                        let section = recipe.grpo.as_ref().context("the recipe has no `grpo`")?;
-                        alignment::practice(
-                            &recipe,
-                            section,
-                            &student,
-                            &problems,
-                            &own_rewards,
-                            &folder,
-                            &progress,
-                        )?
-                    }
-                };
-                use_it(variant, &trained)?;
-                student = trained;
-            }
-            Ok(())
-        })
-        .await?
-    }
-
-    fn serve_variant(&self, variant: Variant) -> anyhow::Result<String> {
-        let model = self.student_name(variant);
-        let path = self.folder.path().join("models").join(&model);
-        anyhow::ensure!(path.exists(), "`{}` does not exist; run `potstill export` first", path.display());
-        let threads = self.recipe.student.threads;
-        self.local.add_model(&LocalModel {
-            model: model.clone(),
-            path,
-            min: 0,
-            max: 1,
-            slots: 64,
-            threads,
-        })?;
-        Ok(model)
     }
 
     // ---- figures ----

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::evaluate::metrics::Figures;
 use crate::run::Manifest;
+use crate::training_view;
 
 /// Figures of one student; accuracies in percent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -142,6 +143,17 @@ impl Report {
     }
 }
 
+/// Name and curves of every training of the run, in the order in which they happen.
+fn trainings(folder: &Path) -> Vec<(&'static str, String)> {
+    ["reward-rv", "reward-cd", "answers_only", "distilled", "kd", "dpo", "grpo"]
+        .into_iter()
+        .filter_map(|name| {
+            let entries = training_view::entries_of(&folder.join("train").join(name));
+            (!entries.is_empty()).then(|| (name, training_view::curves(&entries)))
+        })
+        .collect()
+}
+
 /// Writes `report.json` and `report.html` into a run folder.
 pub fn write(folder: &Path, report: &Report) -> anyhow::Result<()> {
     let json = serde_json::to_string_pretty(report)?;
@@ -150,6 +162,8 @@ pub fn write(folder: &Path, report: &Report) -> anyhow::Result<()> {
     environment.add_template("report.html", include_str!("report.html.jinja"))?;
     let html = environment.get_template("report.html")?.render(context! {
         report => minijinja::Value::from(Serde(report)),
+        style => training_view::STYLE,
+        trainings => trainings(folder),
     })?;
     Ok(write_file(&folder.join("report.html"), html.as_bytes())?)
 }

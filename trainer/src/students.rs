@@ -11,16 +11,18 @@ use potstill_engine::init;
 use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::ops::attention::Heads;
 use potstill_learn::LearnError;
-use potstill_learn::curriculum::{Curriculum, Phase, phases};
+use potstill_learn::curriculum::{Lesson, Phase, phases};
 use potstill_learn::examples::{Example, encode};
+use potstill_learn::learner::Learner;
 use potstill_learn::run::{Observe, Progress as Step, RunConfig, RunReport};
 use potstill_learn::sft::sft;
-use potstill_shared::durable::remove_folder;
+use potstill_shared::durable::{publish_folder, remove_folder};
 use serde_json::{Value, json};
 
 use crate::demo::{roles, tokenizer};
 use crate::progress::Progress;
 use crate::recipe::{Conversations, Recipe};
+use crate::training_view::View;
 
 /// The student before training.
 pub fn base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
@@ -63,12 +65,12 @@ pub fn base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
     })
 }
 
-/// What a student is trained on: conversations with the difficulty of each.
+/// What a student is trained on: conversations, and how difficult each is.
 pub struct Lessons {
     /// Conversations.
     pub messages: Vec<Vec<Value>>,
-    /// As many difficulties.
-    pub difficulties: Vec<Difficulty>,
+    /// What is known of each.
+    pub known: Vec<Lesson>,
 }
 
 impl Lessons {
@@ -89,16 +91,19 @@ impl Lessons {
         traces: impl Iterator<Item = &'a Cot>,
         completion: impl Fn(&Cot) -> String,
     ) -> Self {
-        let (mut messages, mut difficulties) = (Vec::new(), Vec::new());
+        let (mut messages, mut known) = (Vec::new(), Vec::new());
         for trace in traces {
             let prompt = prompt(recipe, &trace.problem.problem);
             messages.push(vec![
                 json!({"role": "user", "content": prompt}),
                 json!({"role": "assistant", "content": completion(trace)}),
             ]);
-            difficulties.push(trace.difficulty.unwrap_or(Difficulty::Unscored));
+            known.push(Lesson {
+                difficulty: trace.difficulty.unwrap_or(Difficulty::Unscored),
+                cd: trace.scores.and_then(|scores| scores.cd),
+            });
         }
-        Self { messages, difficulties }
+        Self { messages, known }
     }
 
     /// Conversations that do not come from this run's teachers; all count as medium.
@@ -117,8 +122,8 @@ impl Lessons {
                 })?);
             }
         }
-        let difficulties = vec![Difficulty::Medium; messages.len()];
-        Ok(Self { messages, difficulties })
+        let known = vec![Lesson { difficulty: Difficulty::Medium, cd: None }; messages.len()];
+        Ok(Self { messages, known })
     }
 }
 
@@ -139,14 +144,7 @@ impl Plan {
         let examples =
             lessons.messages.iter().map(|messages| encode(model, messages)).collect::<Result<Vec<_>, _>>()?;
         let sft = recipe.sft.as_ref().context("the recipe has no `sft`")?;
-        let section = &sft.curriculum;
-        let curriculum = Curriculum {
-            medium_epochs: section.medium_epochs,
-            hard_epochs: section.hard_epochs,
-            replay: section.replay,
-            hard_rate: section.hard_rate,
-        };
-        let phases = phases(&lessons.difficulties, curriculum, sft.learning_rate, recipe.seed);
+        let phases = phases(&lessons.known, sft.curriculum, sft.learning_rate, recipe.seed);
         Ok(Self { examples, phases })
     }
 
@@ -188,8 +186,23 @@ impl Plan {
             sft(model, &self.examples, &self.phases, &config, folder, observe)
         })?;
         ended(name, &report, progress);
-        Ok(learner.finish()?)
+        finished(&learner, folder, recipe)
     }
+}
+
+/// The trained model. Adapters are merged into it, and written for PEFT beside the checkpoints as well.
+pub fn finished(learner: &Learner, folder: &Path, recipe: &Recipe) -> anyhow::Result<LoadedModel> {
+    if let Some(lora) = learner.lora() {
+        let base = recipe
+            .student
+            .base
+            .as_ref()
+            .map_or_else(|| recipe.student.name.clone(), |p| p.display().to_string());
+        publish_folder::<anyhow::Error>(&folder.join("adapter"), |adapter| {
+            Ok(lora.write_adapter(adapter, learner.variables(), &base)?)
+        })?;
+    }
+    Ok(learner.finish()?)
 }
 
 /// Runs a training with its progress shown. Checkpoints of other data are removed and the training begins afresh: rows that
@@ -200,22 +213,24 @@ pub fn watched<T>(
     progress: &Progress,
     mut train: impl FnMut(Observe<'_>) -> Result<T, LearnError>,
 ) -> anyhow::Result<T> {
-    let mut trained = train(&mut watch(name, progress));
+    let mut trained = train(&mut watch(name, folder, progress));
     if let Err(LearnError::OtherRun { path }) = &trained {
         progress.say(format!("`{}` belongs to other data; training begins afresh", path.display()));
         remove_folder(folder)?;
-        trained = train(&mut watch(name, progress));
+        trained = train(&mut watch(name, folder, progress));
     }
     Ok(trained?)
 }
 
 /// Shows every step.
-fn watch(name: &str, progress: &Progress) -> impl FnMut(&Step<'_>) -> bool {
+fn watch(name: &str, folder: &Path, progress: &Progress) -> impl FnMut(&Step<'_>) -> bool {
+    let mut view = View::new(name, folder);
     let (name, progress, started) = (name.to_owned(), progress.clone(), std::time::Instant::now());
     let mut tokens = 0;
     let mut line = None;
     let mut phase = String::new();
     move |now| {
+        view.step(now);
         tokens += now.tokens;
         if phase != now.phase {
             phase = now.phase.to_owned();

@@ -11,6 +11,7 @@ pub mod config;
 pub mod device;
 pub mod error;
 pub mod gguf;
+pub mod gguf_files;
 pub mod init;
 pub mod loader;
 pub mod model;

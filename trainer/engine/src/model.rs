@@ -4,8 +4,8 @@
 //! Without caches every segment attends to its own rows (training, packed rows stay apart); with caches each segment
 //! continues one sequence (decoding). A model made for training runs backward block by block (see [`crate::training`]).
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::quantized::QTensor;
 use candle_core::{Tensor, Var};
@@ -41,6 +41,8 @@ struct Linear {
     weight: Matrix,
     bias: Option<Tensor>,
     adapter: Option<Adapter>,
+    /// Sums of the squares of the inputs, with the number of rows: only while somebody calibrates.
+    probe: Option<Arc<Mutex<(Vec<f64>, usize)>>>,
 }
 
 enum Matrix {
@@ -53,6 +55,13 @@ enum Matrix {
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor, EngineError> {
+        if let Some(probe) = &self.probe {
+            let squares = x.sqr()?.sum(0)?.to_vec1::<f32>()?;
+            let mut held = probe.lock().unwrap_or_else(PoisonError::into_inner);
+            held.0.resize(squares.len(), 0.0);
+            held.0.iter_mut().zip(squares).for_each(|(sum, square)| *sum += f64::from(square));
+            held.1 += x.dim(0)?;
+        }
         let y = match &self.weight {
             Matrix::Dense(weight) => linear(x, weight)?,
             Matrix::Packed(packed) => packed.forward(x)?,
@@ -142,6 +151,31 @@ impl CausalLm {
         &self.head
     }
 
+    /// Mean square of every input of the blocks' matrices over `batches`, by the weight's name: what matters when the
+    /// matrices are rounded.
+    pub fn input_squares(
+        config: &ModelConfig,
+        weights: &Weights,
+        batches: &[Batch],
+    ) -> Result<HashMap<String, Vec<f32>>, EngineError> {
+        let mut model = Self::new(config, weights)?;
+        let mut probes = Vec::new();
+        for (layer, block) in model.blocks.iter_mut().enumerate() {
+            let Some(block) = Arc::get_mut(block) else { continue };
+            for (name, linear) in block.linears() {
+                let probe = Arc::default();
+                linear.probe = Some(Arc::clone(&probe));
+                probes.push((format!("model.layers.{layer}.{name}.weight"), probe));
+            }
+        }
+        batches.iter().try_for_each(|batch| model.hidden(batch).map(drop))?;
+        let mean = |probe: Arc<Mutex<(Vec<f64>, usize)>>| {
+            let held = probe.lock().unwrap_or_else(PoisonError::into_inner);
+            held.0.iter().map(|sum| (sum / held.1.max(1) as f64) as f32).collect()
+        };
+        Ok(probes.into_iter().map(|(name, probe)| (name, mean(probe))).collect())
+    }
+
     /// Adds the gradients of `loss` to what [`CausalLm::take_gradients`] gives.
     pub fn backward(&self, loss: &Tensor) -> Result<(), EngineError> {
         let training = self.training.as_ref().ok_or_else(|| {
@@ -214,6 +248,7 @@ impl Block {
                 weight,
                 bias: if bias { Some(get(&format!("{name}.bias"))?) } else { None },
                 adapter: weights.adapter(&full),
+                probe: None,
             })
         };
         Ok(Self {
@@ -231,6 +266,18 @@ impl Block {
             up: projection("mlp.up_proj", false)?,
             down: projection("mlp.down_proj", false)?,
         })
+    }
+
+    fn linears(&mut self) -> [(&'static str, &mut Linear); 7] {
+        [
+            ("self_attn.q_proj", &mut self.q),
+            ("self_attn.k_proj", &mut self.k),
+            ("self_attn.v_proj", &mut self.v),
+            ("self_attn.o_proj", &mut self.o),
+            ("mlp.gate_proj", &mut self.gate),
+            ("mlp.up_proj", &mut self.up),
+            ("mlp.down_proj", &mut self.down),
+        ]
     }
 
     pub(crate) fn forward(

@@ -1,10 +1,12 @@
-//! The curriculum of DistilQwen2.5-R1: medium traces first, then hard ones with a share of the medium ones replayed at a
-//! lower rate. Optimiser and schedule start afresh in each phase.
+//! The order of the lessons. As DistilQwen2.5-R1 has it: medium traces first, then hard ones with a share of the medium
+//! ones replayed at a lower rate. When asked, by cognitive difficulty, window after window, as for the adaptive series; or
+//! all at once, shuffled, to compare with. Optimiser and schedule start afresh in each phase.
 
 use potstill_data::records::Difficulty;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
 /// One phase of a training run.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,50 +21,100 @@ pub struct Phase {
     pub learning_rate: f64,
 }
 
+/// What the lessons are ordered by.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Difficulty of the trace for the student: medium, then hard.
+    #[default]
+    Difficulty,
+    /// Cognitive difficulty: 0 to 2, 3 to 5, 6 to 9.
+    Cd,
+    /// None: one phase over everything, as long as the first two orders take together.
+    Shuffled,
+}
+
 /// How the phases are made.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Curriculum {
-    /// Epochs over the medium traces.
+    /// What the lessons are ordered by.
+    pub order: Order,
+    /// Epochs over the medium traces, and over each window of cognitive difficulty.
     pub medium_epochs: f64,
     /// Epochs over the hard traces and the replayed ones.
     pub hard_epochs: f64,
-    /// Share of the medium traces that the hard phase replays, 0 to 1.
+    /// Share of the earlier traces that a later phase replays, 0 to 1.
     pub replay: f64,
-    /// Rate of the hard phase as a share of the first one.
+    /// Rate of the later phases as a share of the first one.
     pub hard_rate: f64,
 }
 
-/// Phases for examples of the given difficulties. Easy and unscored traces count as medium: what is left of them after
-/// the rewrite stage has been verified. A side without examples gives no phase.
-pub fn phases(
-    difficulties: &[Difficulty],
+impl Default for Curriculum {
+    fn default() -> Self {
+        Self { order: Order::Difficulty, medium_epochs: 3.0, hard_epochs: 1.0, replay: 0.2, hard_rate: 0.5 }
+    }
+}
+
+/// What is known of a lesson.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lesson {
+    /// Difficulty of the trace for the student.
+    pub difficulty: Difficulty,
+    /// Cognitive difficulty, 0 to 9.
+    pub cd: Option<u8>,
+}
+
+/// Phases for the lessons. Easy and unscored traces count as medium: what is left of them after the rewrite stage has been
+/// verified. Lessons without a cognitive difficulty count as the middle window. A side without lessons gives no phase.
+pub fn phases(lessons: &[Lesson], curriculum: Curriculum, learning_rate: f64, seed: u64) -> Vec<Phase> {
+    let by_difficulty = || {
+        let (mut hard, mut medium) = (Vec::new(), Vec::new());
+        for (index, lesson) in lessons.iter().enumerate() {
+            if lesson.difficulty == Difficulty::Hard { hard.push(index) } else { medium.push(index) }
+        }
+        let epochs = [curriculum.medium_epochs, curriculum.hard_epochs];
+        staged([("medium", medium), ("hard", hard)].into_iter().zip(epochs), curriculum, learning_rate, seed)
+    };
+    match curriculum.order {
+        Order::Difficulty => by_difficulty(),
+        Order::Cd => {
+            let window = |low: u8, high: u8| {
+                let inside = |index: &usize| (low..=high).contains(&lessons[*index].cd.unwrap_or(4));
+                (0..lessons.len()).filter(inside).collect::<Vec<usize>>()
+            };
+            let windows = [("cd 0-2", window(0, 2)), ("cd 3-5", window(3, 5)), ("cd 6-9", window(6, 9))];
+            staged(windows.map(|part| (part, curriculum.medium_epochs)), curriculum, learning_rate, seed)
+        }
+        Order::Shuffled => {
+            let visits: f64 =
+                by_difficulty().iter().map(|phase| phase.epochs * phase.examples.len() as f64).sum();
+            let epochs = visits / lessons.len().max(1) as f64;
+            let examples = (0..lessons.len()).collect();
+            vec![Phase { name: "shuffled".to_owned(), examples, epochs, learning_rate }]
+        }
+    }
+}
+
+/// One phase after the other; each later one replays a share of what came before.
+fn staged<'a>(
+    parts: impl IntoIterator<Item = ((&'a str, Vec<usize>), f64)>,
     curriculum: Curriculum,
     learning_rate: f64,
     seed: u64,
 ) -> Vec<Phase> {
-    let (mut hard, mut medium) = (Vec::new(), Vec::new());
-    for (index, difficulty) in difficulties.iter().enumerate() {
-        if *difficulty == Difficulty::Hard { hard.push(index) } else { medium.push(index) }
-    }
-    let mut phases = Vec::new();
-    if !medium.is_empty() {
-        phases.push(Phase {
-            name: "medium".to_owned(),
-            examples: medium.clone(),
-            epochs: curriculum.medium_epochs,
-            learning_rate,
-        });
-    }
-    if !hard.is_empty() {
-        medium.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
-        medium.truncate((medium.len() as f64 * curriculum.replay).round() as usize);
-        hard.extend(medium);
-        phases.push(Phase {
-            name: "hard".to_owned(),
-            examples: hard,
-            epochs: curriculum.hard_epochs,
-            learning_rate: learning_rate * curriculum.hard_rate,
-        });
+    let (mut phases, mut before) = (Vec::new(), Vec::new());
+    for ((name, own), epochs) in parts {
+        if own.is_empty() {
+            continue;
+        }
+        let mut replayed = before.clone();
+        replayed.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+        replayed.truncate((before.len() as f64 * curriculum.replay).round() as usize);
+        let rate = if phases.is_empty() { 1.0 } else { curriculum.hard_rate };
+        let examples = [own.as_slice(), &replayed].concat();
+        before.extend(own);
+        phases.push(Phase { name: name.to_owned(), examples, epochs, learning_rate: learning_rate * rate });
     }
     phases
 }
@@ -71,14 +123,31 @@ pub fn phases(
 mod tests {
     use super::*;
 
+    fn lesson(difficulty: Difficulty, cd: u8) -> Lesson {
+        Lesson { difficulty, cd: Some(cd) }
+    }
+
     #[test]
     fn medium_first_then_hard_with_replay() {
         use Difficulty::{Easy, Hard, Medium};
-        let curriculum = Curriculum { medium_epochs: 3.0, hard_epochs: 1.0, replay: 0.5, hard_rate: 0.5 };
-        let phases = phases(&[Medium, Hard, Easy, Hard, Medium, Medium], curriculum, 1.0, 7);
-        assert_eq!(phases[0].examples, [0, 2, 4, 5]);
-        assert_eq!(phases[1].examples[..2], [1, 3]);
-        assert_eq!(phases[1].examples.len(), 4, "half of the four medium ones are replayed");
-        assert!((phases[1].learning_rate - 0.5).abs() < 1e-12);
+        let curriculum = Curriculum { replay: 0.5, ..Curriculum::default() };
+        let lessons: Vec<Lesson> = [(Medium, 1), (Hard, 7), (Easy, 4), (Hard, 5), (Medium, 2), (Medium, 3)]
+            .map(|(d, cd)| lesson(d, cd))
+            .into();
+        let found = phases(&lessons, curriculum, 1.0, 7);
+        assert_eq!(found[0].examples, [0, 2, 4, 5]);
+        assert_eq!(found[1].examples[..2], [1, 3]);
+        assert_eq!(found[1].examples.len(), 4, "half of the four medium ones are replayed");
+        assert!((found[1].learning_rate - 0.5).abs() < 1e-12);
+
+        let by_cd = phases(&lessons, Curriculum { order: Order::Cd, replay: 0.0, ..curriculum }, 1.0, 7);
+        let examples: Vec<&[usize]> = by_cd.iter().map(|phase| phase.examples.as_slice()).collect();
+        assert_eq!(examples, [&[0, 4][..], &[2, 3, 5], &[1]]);
+
+        let shuffled = phases(&lessons, Curriculum { order: Order::Shuffled, ..curriculum }, 1.0, 7);
+        let visits =
+            |phases: &[Phase]| phases.iter().map(|p| p.epochs * p.examples.len() as f64).sum::<f64>();
+        assert_eq!(shuffled.len(), 1);
+        assert!((visits(&shuffled) - visits(&found)).abs() < 1e-9, "both are as long");
     }
 }

@@ -225,6 +225,8 @@ struct Experience {
     old: Option<Vec<Vec<f32>>>,
     reference: Option<Vec<Vec<f32>>>,
     metrics: BTreeMap<String, f64>,
+    /// One problem and what was written about it, with its reward.
+    sample: Option<String>,
 }
 
 /// Trains a copy of `model` on the prompts. Files go to `folder`.
@@ -397,6 +399,9 @@ fn experience_of(
         advantages: all_advantages,
         old: None,
         reference: None,
+        sample: pairs.first().map(|(prompt, completion)| {
+            format!("{}\n\n{}\n\n{:?}", prompt.problem, completion.text, scored[0])
+        }),
         metrics: metrics.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
     })
 }
@@ -429,7 +434,11 @@ fn policy_gradients(
     experience: &Experience,
     config: &GrpoConfig,
 ) -> Result<StepOutcome, LearnError> {
-    let mut outcome = StepOutcome { metrics: experience.metrics.clone(), ..StepOutcome::default() };
+    let mut outcome = StepOutcome {
+        metrics: experience.metrics.clone(),
+        sample: experience.sample.clone(),
+        ..StepOutcome::default()
+    };
     let counts = |index: &usize| {
         experience.weights[*index] > 0.0 && (experience.advantages[*index] != 0.0 || config.kl > 0.0)
     };

@@ -93,6 +93,8 @@ pub struct Progress<'a> {
     pub entry: &'a LogEntry,
     /// Tokens of the last step.
     pub tokens: usize,
+    /// Something that the model wrote in it.
+    pub sample: Option<&'a str>,
 }
 
 /// Sees every step; stops the run, with a checkpoint, by returning false.
@@ -139,6 +141,8 @@ pub struct StepOutcome {
     pub tokens: usize,
     /// Further measures.
     pub metrics: BTreeMap<String, f64>,
+    /// Something that the model wrote.
+    pub sample: Option<String>,
     /// There was nothing to learn from: the optimiser stands still.
     pub skipped: bool,
 }
@@ -229,6 +233,7 @@ pub fn run(
                 steps: phase.steps.len(),
                 entry: &entry,
                 tokens: outcome.tokens,
+                sample: outcome.sample.as_deref(),
             });
             cursor.log.push(entry);
             if !go_on || cursor.global_step.is_multiple_of(config.checkpoint_every.max(1)) {

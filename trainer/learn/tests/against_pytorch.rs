@@ -2,6 +2,7 @@
 //! gradient for every trainable tensor.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+#[path = "fixture/models.rs"]
 mod fixture;
 
 use candle_core::Device;

@@ -1,6 +1,7 @@
 //! DPO, GRPO, reward models, distillation and LoRA: losses and gradients against PyTorch, exact resume, what they promise.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+#[path = "fixture/models.rs"]
 mod fixture;
 
 use std::collections::{BTreeMap, HashMap};

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use potstill_cot::generate::TeacherConfig;
 use potstill_data::jsonl::Source;
 use potstill_engine::config::Family;
+use potstill_learn::curriculum::Curriculum;
 use potstill_learn::dpo::DpoConfig;
 use potstill_learn::grpo::GrpoConfig;
 use potstill_learn::kd::KdConfig;
@@ -210,9 +211,9 @@ pub struct SftSection {
     pub learning_rate: f64,
     /// Conversations to train on instead of the sampled traces.
     pub conversations: Option<Conversations>,
-    /// Medium first, then hard.
+    /// In which order: medium first, then hard.
     #[serde(default)]
-    pub curriculum: CurriculumSection,
+    pub curriculum: Curriculum,
     /// Steps, optimiser, checkpoints.
     #[serde(default)]
     pub run: RunConfig,
@@ -226,26 +227,6 @@ pub struct Conversations {
     pub path: Option<PathBuf>,
     /// Rows that teach all teacher roles of a task.
     pub builtin: Option<Builtin>,
-}
-
-/// The two phases.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct CurriculumSection {
-    /// Epochs over the medium traces.
-    pub medium_epochs: f64,
-    /// Epochs over the hard ones and what is replayed.
-    pub hard_epochs: f64,
-    /// Share of the medium traces that the hard phase replays.
-    pub replay: f64,
-    /// Rate of the hard phase as a share of the first.
-    pub hard_rate: f64,
-}
-
-impl Default for CurriculumSection {
-    fn default() -> Self {
-        Self { medium_epochs: 3.0, hard_epochs: 1.0, replay: 0.2, hard_rate: 0.5 }
-    }
 }
 
 /// Reward models for RV and CD, learnt from the teachers' scores of this run.

@@ -1,0 +1,134 @@
+//! Every algorithm behind fine-tuning as one process: reward models, distillation of distributions, preferences, practice with
+//! rewards; killed in the middle of each, it ends with the same bytes.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use system_tests::programs::{Running, program, root};
+
+const RECIPE: &str = r#"
+[kd]
+teacher = "TEACHER"
+[kd.train]
+learning_rate = 1e-3
+epochs = 1
+top_k = 10
+[kd.train.run]
+batch_tokens = 1000
+max_steps = 4
+checkpoint_every = 2
+
+[dpo]
+samples = 2
+max_tokens = 200
+[dpo.train]
+learning_rate = 1e-4
+[dpo.train.run]
+batch_tokens = 2000
+max_steps = 4
+checkpoint_every = 2
+"#;
+
+/// `demo-reward.toml` with all algorithms and little of everything.
+fn recipe(folder: &Path) -> PathBuf {
+    let recipes = root().join("trainer/recipes");
+    let teacher = recipes.join("demo-teacher");
+    let text = std::fs::read_to_string(recipes.join("demo-reward.toml")).unwrap();
+    let more = RECIPE.replace("TEACHER", teacher.to_str().unwrap());
+    let mut table: toml::Table = format!("{text}{more}").parse().unwrap();
+    let absolute = |path: &Path| toml::Value::from(path.to_str().unwrap());
+    table["prompts"] = absolute(&recipes.join("demo-prompts"));
+    table["local"][0]["path"] = absolute(&teacher);
+    table["reward"]["base"] = absolute(&teacher);
+    table["collect"]["builtin"]["problems"] = 60.into();
+    table["evaluate"]["builtin"]["problems"] = 9.into();
+    table["evaluate"]["samples"] = 2.into();
+    let mut set = |section: [&str; 2], steps: i64| {
+        let mut run = table.get_mut(section[0]).unwrap();
+        for key in section[1].split('.').filter(|key| !key.is_empty()) {
+            run = run.get_mut(key).unwrap();
+        }
+        let run = run.as_table_mut().unwrap();
+        run.insert("max_steps".to_owned(), steps.into());
+        run.insert("checkpoint_every".to_owned(), 2.into());
+    };
+    set(["sft", "run"], 20);
+    set(["reward", "train.run"], 4);
+    set(["grpo", "train.run"], 4);
+    table["reward"]["train"]["run"]["batch_tokens"] = 1500.into();
+    let practice = table["grpo"]["train"].as_table_mut().unwrap();
+    practice.insert("prompts".to_owned(), 8.into());
+    practice.insert("max_tokens".to_owned(), 120.into());
+    practice.insert("max_truncated".to_owned(), 1.0.into());
+    let path = folder.join("recipe.toml");
+    potstill_shared::durable::write_file(&path, toml::to_string(&table).unwrap().as_bytes()).unwrap();
+    path
+}
+
+fn start(recipe: &Path, out: &Path) -> Running {
+    let mut command = Command::new(program("potstill"));
+    command.arg("run").arg(recipe).arg("--out").arg(out);
+    Running(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap())
+}
+
+fn finish(recipe: &Path, out: &Path) -> String {
+    let mut running = start(recipe, out);
+    let mut log = String::new();
+    std::io::Read::read_to_string(&mut running.0.stderr.take().unwrap(), &mut log).unwrap();
+    assert!(running.0.wait().unwrap().success(), "{log}");
+    log
+}
+
+fn has_checkpoint(folder: &Path) -> bool {
+    let names = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.filter_map(|name| name.into_string().ok()).any(|name| name.starts_with("checkpoint-"))
+}
+
+#[test]
+fn every_algorithm_survives_a_kill_and_leaves_what_it_promises() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = recipe(folder.path());
+    let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+    let log = finish(&recipe, &whole);
+    for part in ["trained `reward-rv`", "trained `kd`", "trained `dpo`", "trained `grpo`", "`grpo`: "] {
+        assert!(log.contains(part), "`{part}` is not in:\n{log}");
+    }
+
+    let trainings = ["reward-rv", "reward-cd", "distilled", "kd", "dpo", "grpo"];
+    for training in ["reward-rv", "kd", "dpo", "grpo"] {
+        let running = start(&recipe, &killed);
+        let checkpoints = killed.join("train").join(training);
+        let begin = Instant::now();
+        while !has_checkpoint(&checkpoints) {
+            assert!(begin.elapsed() < Duration::from_secs(120), "`{training}` wrote no checkpoint");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        drop(running);
+    }
+    let log = finish(&recipe, &killed);
+    assert!(log.contains("resumed at step"), "{log}");
+
+    let models = [
+        "reward-student",
+        "reward-student-distilled",
+        "reward-student-kd",
+        "reward-student-dpo",
+        "reward-student-rv",
+        "reward-student-cd",
+    ];
+    for model in models {
+        let weights =
+            |out: &Path| std::fs::read(out.join("models").join(model).join("model.safetensors")).unwrap();
+        assert!(weights(&whole) == weights(&killed), "`{model}` differs");
+    }
+    let read = |path: &str| std::fs::read_to_string(killed.join(path)).unwrap();
+    assert!(read("models/reward-student/README.md").contains("practised with rewards"));
+    assert!(read("models/reward-student-cd/README.md").contains("Spearman"));
+    let page = read("report.html");
+    for training in trainings {
+        assert!(page.contains(&format!("Training {training}")), "`{training}` has no curves");
+    }
+    assert!(read("train/grpo/trainer_state.json").contains("\"reward/accuracy\""));
+}

@@ -1,0 +1,396 @@
+//! Writes GGUF version 3 as llama.cpp reads it: f16, Q8_0 or the mixture Q4_K_M, tokenizer and chat template included.
+//!
+//! Q4_K_M follows llama.cpp's rules: the output layer and half of the value and down projections get six bits, the other
+//! matrices four; rows that blocks of 256 do not divide get Q8_0 and Q5_0 instead. Norms and biases stay f32. With an
+//! importance per input (from a calibration text) the blocks of 256 are rounded to lose least where the inputs are large.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::path::Path;
+
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor};
+use potstill_shared::durable::write_with;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::config::{Family, RopeScaling};
+use crate::error::EngineError;
+use crate::loader::LoadedModel;
+
+const ALIGNMENT: usize = 32;
+
+/// Formats of files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// 16 bits.
+    F16,
+    /// Eight bits and a scale for 32 weights.
+    Q8_0,
+    /// About 4.8 bits.
+    Q4KM,
+}
+
+impl Format {
+    /// As in file names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Q8_0 => "q8_0",
+            Self::Q4KM => "q4_k_m",
+        }
+    }
+
+    /// llama.cpp's number for `general.file_type`.
+    fn file_type(self) -> u32 {
+        match self {
+            Self::F16 => 1,
+            Self::Q8_0 => 7,
+            Self::Q4KM => 15,
+        }
+    }
+}
+
+/// Mean square of every input of a matrix, by Hugging Face name.
+pub type Importance = HashMap<String, Vec<f32>>;
+
+/// Writes `model` to `path`.
+pub fn write_gguf(
+    path: &Path,
+    model: &LoadedModel,
+    name: &str,
+    format: Format,
+    importance: Option<&Importance>,
+) -> Result<(), EngineError> {
+    let header = metadata(path, model, name, format)?;
+    let mut tensors = Vec::new();
+    for (hf_name, shape) in model.config.tensors() {
+        let mut tensor = model.weights.get(&hf_name)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+        if model.config.family == Family::Llama {
+            for (part, heads) in
+                [("q_proj.weight", model.config.heads.query), ("k_proj.weight", model.config.heads.kv)]
+            {
+                if hf_name.ends_with(part) {
+                    tensor = permute(&tensor, heads)?;
+                }
+            }
+        }
+        let kind = kind_of(&hf_name, &shape, format, model.config.tied, model.config.layers);
+        let weighted = importance.and_then(|all| all.get(&hf_name)).filter(|_| is_weighted(kind));
+        let quantised = match weighted {
+            Some(importance) => QTensor::quantize_imatrix(&tensor.contiguous()?, importance, kind)?,
+            None => QTensor::quantize(&tensor.contiguous()?, kind)?,
+        };
+        tensors.push((
+            gguf_name(&hf_name).ok_or_else(|| unsupported(path, &hf_name))?,
+            shape,
+            kind,
+            quantised,
+        ));
+    }
+    let data: Vec<_> =
+        tensors.iter().map(|(.., tensor)| tensor.data()).collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(write_with(path, |file| {
+        file.write_all(b"GGUF")?;
+        file.write_all(&3u32.to_le_bytes())?;
+        file.write_all(&(tensors.len() as u64).to_le_bytes())?;
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        let mut written = 24;
+        for (key, value) in &header {
+            let mut bytes = Vec::new();
+            text(&mut bytes, key);
+            bytes.extend_from_slice(&value.kind().to_le_bytes());
+            value.write(&mut bytes);
+            written += bytes.len();
+            file.write_all(&bytes)?;
+        }
+        let mut offset = 0;
+        for ((name, shape, kind, _), data) in tensors.iter().zip(&data) {
+            let mut bytes = Vec::new();
+            text(&mut bytes, name);
+            bytes.extend_from_slice(&(shape.len() as u32).to_le_bytes());
+            // The innermost dimension comes first.
+            shape.iter().rev().for_each(|size| bytes.extend_from_slice(&(*size as u64).to_le_bytes()));
+            bytes.extend_from_slice(&number_of(*kind).to_le_bytes());
+            bytes.extend_from_slice(&(offset as u64).to_le_bytes());
+            offset += data.len().next_multiple_of(ALIGNMENT);
+            written += bytes.len();
+            file.write_all(&bytes)?;
+        }
+        pad(file, written)?;
+        data.iter().try_for_each(|data| {
+            file.write_all(data)?;
+            pad(file, data.len())
+        })
+    })?)
+}
+
+fn pad(file: &mut impl Write, written: usize) -> io::Result<()> {
+    file.write_all(&[0; ALIGNMENT][..written.next_multiple_of(ALIGNMENT) - written])
+}
+
+fn unsupported(path: &Path, name: &str) -> EngineError {
+    EngineError::malformed(path, format!("tensor `{name}` has no name in GGUF"))
+}
+
+/// Which formats take an importance.
+fn is_weighted(kind: GgmlDType) -> bool {
+    matches!(kind, GgmlDType::Q4K | GgmlDType::Q6K)
+}
+
+fn number_of(kind: GgmlDType) -> u32 {
+    match kind {
+        GgmlDType::F16 => 1,
+        GgmlDType::Q5_0 => 6,
+        GgmlDType::Q8_0 => 8,
+        GgmlDType::Q4K => 12,
+        GgmlDType::Q6K => 14,
+        _ => 0,
+    }
+}
+
+fn kind_of(name: &str, shape: &[usize], format: Format, tied: bool, layers: usize) -> GgmlDType {
+    let [_, inner] = shape else { return GgmlDType::F32 };
+    let fit = |wanted: GgmlDType, instead: GgmlDType, last: GgmlDType| {
+        if inner.is_multiple_of(wanted.block_size()) {
+            wanted
+        } else if inner.is_multiple_of(instead.block_size()) {
+            instead
+        } else {
+            last
+        }
+    };
+    match format {
+        Format::F16 => GgmlDType::F16,
+        Format::Q8_0 => fit(GgmlDType::Q8_0, GgmlDType::Q8_0, GgmlDType::F16),
+        Format::Q4KM => {
+            let layer = name.split('.').nth(2).and_then(|layer| layer.parse::<usize>().ok()).unwrap_or(0);
+            let (first, last) = (layers / 8, 7 * layers / 8);
+            let finer = layer < first || layer >= last || (layer - first) % 3 == 2;
+            let six = match name {
+                "lm_head.weight" => true,
+                "model.embed_tokens.weight" => tied,
+                _ => finer && (name.contains("v_proj") || name.contains("down_proj")),
+            };
+            if six {
+                fit(GgmlDType::Q6K, GgmlDType::Q8_0, GgmlDType::F16)
+            } else {
+                fit(GgmlDType::Q4K, GgmlDType::Q5_0, GgmlDType::F16)
+            }
+        }
+    }
+}
+
+fn gguf_name(name: &str) -> Option<String> {
+    Some(match name {
+        "model.embed_tokens.weight" => "token_embd.weight".to_owned(),
+        "model.norm.weight" => "output_norm.weight".to_owned(),
+        "lm_head.weight" => "output.weight".to_owned(),
+        _ => {
+            let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+            let (part, kind) = rest.rsplit_once('.')?;
+            let part = match part {
+                "input_layernorm" => "attn_norm",
+                "self_attn.q_proj" => "attn_q",
+                "self_attn.k_proj" => "attn_k",
+                "self_attn.v_proj" => "attn_v",
+                "self_attn.q_norm" => "attn_q_norm",
+                "self_attn.k_norm" => "attn_k_norm",
+                "self_attn.o_proj" => "attn_output",
+                "post_attention_layernorm" => "ffn_norm",
+                "mlp.gate_proj" => "ffn_gate",
+                "mlp.up_proj" => "ffn_up",
+                "mlp.down_proj" => "ffn_down",
+                _ => return None,
+            };
+            format!("blk.{layer}.{part}.{kind}")
+        }
+    })
+}
+
+/// Rows `[head][half][pair]` to `[head][pair][half]`, as llama.cpp rotates them.
+fn permute(tensor: &Tensor, heads: usize) -> Result<Tensor, EngineError> {
+    let (rows, columns) = tensor.dims2()?;
+    let half = rows / heads / 2;
+    Ok(tensor.reshape((heads, 2, half, columns))?.transpose(1, 2)?.contiguous()?.reshape((rows, columns))?)
+}
+
+/// A value of the metadata.
+enum Meta {
+    U32(u32),
+    F32(f32),
+    Bool(bool),
+    Text(String),
+    Integers(Vec<i32>),
+    Texts(Vec<String>),
+}
+
+fn text(bytes: &mut Vec<u8>, text: &str) {
+    bytes.extend_from_slice(&(text.len() as u64).to_le_bytes());
+    bytes.extend_from_slice(text.as_bytes());
+}
+
+impl Meta {
+    fn kind(&self) -> u32 {
+        match self {
+            Self::U32(_) => 4,
+            Self::F32(_) => 6,
+            Self::Bool(_) => 7,
+            Self::Text(_) => 8,
+            Self::Integers(_) | Self::Texts(_) => 9,
+        }
+    }
+
+    fn write(&self, bytes: &mut Vec<u8>) {
+        match self {
+            Self::U32(value) => bytes.extend_from_slice(&value.to_le_bytes()),
+            Self::F32(value) => bytes.extend_from_slice(&value.to_le_bytes()),
+            Self::Bool(value) => bytes.push(u8::from(*value)),
+            Self::Text(value) => text(bytes, value),
+            Self::Integers(list) => {
+                bytes.extend_from_slice(&5u32.to_le_bytes());
+                bytes.extend_from_slice(&(list.len() as u64).to_le_bytes());
+                list.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
+            }
+            Self::Texts(list) => {
+                bytes.extend_from_slice(&8u32.to_le_bytes());
+                bytes.extend_from_slice(&(list.len() as u64).to_le_bytes());
+                list.iter().for_each(|value| text(bytes, value));
+            }
+        }
+    }
+}
+
+fn metadata(
+    path: &Path,
+    model: &LoadedModel,
+    name: &str,
+    format: Format,
+) -> Result<Vec<(String, Meta)>, EngineError> {
+    let config = &model.config;
+    let family = config.family.name();
+    let mut all: Vec<(String, Meta)> = Vec::new();
+    let mut put = |key: &str, value: Meta| all.push((key.replace("{arch}", family), value));
+    put("general.architecture", Meta::Text(family.to_owned()));
+    put("general.name", Meta::Text(name.to_owned()));
+    put("general.file_type", Meta::U32(format.file_type()));
+    put("general.quantization_version", Meta::U32(2));
+    put("{arch}.block_count", Meta::U32(config.layers as u32));
+    put("{arch}.context_length", Meta::U32(config.max_positions as u32));
+    put("{arch}.embedding_length", Meta::U32(config.hidden_size as u32));
+    put("{arch}.feed_forward_length", Meta::U32(config.intermediate_size as u32));
+    put("{arch}.attention.head_count", Meta::U32(config.heads.query as u32));
+    put("{arch}.attention.head_count_kv", Meta::U32(config.heads.kv as u32));
+    put("{arch}.attention.key_length", Meta::U32(config.heads.dim as u32));
+    put("{arch}.attention.value_length", Meta::U32(config.heads.dim as u32));
+    put("{arch}.rope.dimension_count", Meta::U32(config.heads.dim as u32));
+    put("{arch}.rope.freq_base", Meta::F32(config.rope_theta));
+    put("{arch}.attention.layer_norm_rms_epsilon", Meta::F32(config.rms_norm_eps as f32));
+    match &config.rope_scaling {
+        None => {}
+        Some(RopeScaling::Linear { factor }) => {
+            put("{arch}.rope.scaling.type", Meta::Text("linear".to_owned()));
+            put("{arch}.rope.scaling.factor", Meta::F32(*factor));
+        }
+        Some(RopeScaling::Llama3 { .. }) => {
+            let problem =
+                "rope scaling `llama3` cannot be written to GGUF; export a safetensors folder instead";
+            return Err(EngineError::malformed(path, problem));
+        }
+    }
+    put("{arch}.vocab_size", Meta::U32(config.vocab_size as u32));
+    let words = Words::of(path, model)?;
+    put("tokenizer.ggml.model", Meta::Text("gpt2".to_owned()));
+    put("tokenizer.ggml.pre", Meta::Text(words.pre.to_owned()));
+    put("tokenizer.ggml.tokens", Meta::Texts(words.tokens));
+    put("tokenizer.ggml.token_type", Meta::Integers(words.kinds));
+    put("tokenizer.ggml.merges", Meta::Texts(words.merges));
+    put("tokenizer.ggml.add_bos_token", Meta::Bool(false));
+    // Chat models end a turn with the last of their end tokens.
+    if let Some(eos) = model.tokenizer.id(model.template.eos()).or(config.eos.first().copied()) {
+        put("tokenizer.ggml.eos_token_id", Meta::U32(eos));
+        put("tokenizer.ggml.padding_token_id", Meta::U32(eos));
+    }
+    if let Some(bos) = config.bos {
+        put("tokenizer.ggml.bos_token_id", Meta::U32(bos));
+    }
+    put("tokenizer.chat_template", Meta::Text(model.template.source().to_owned()));
+    Ok(all)
+}
+
+/// A byte-level BPE vocabulary as GGUF has it.
+struct Words {
+    tokens: Vec<String>,
+    /// 1 plain, 3 control, 4 added, 5 unused.
+    kinds: Vec<i32>,
+    merges: Vec<String>,
+    pre: &'static str,
+}
+
+impl Words {
+    fn of(path: &Path, model: &LoadedModel) -> Result<Self, EngineError> {
+        let json: Value = serde_json::from_str(&model.tokenizer.to_json()?)
+            .map_err(|error| EngineError::Tokenizer(error.to_string()))?;
+        let kind = json["model"]["type"].as_str().unwrap_or_default();
+        if kind != "BPE" || json["model"]["byte_fallback"] == Value::Bool(true) {
+            let problem = format!(
+                "only byte-level BPE tokenizers can be written to GGUF, this one is {kind}; export a safetensors folder instead"
+            );
+            return Err(EngineError::malformed(path, problem));
+        }
+        let size = model.config.vocab_size;
+        let mut tokens: Vec<String> = (0..size).map(|id| format!("[PAD{id}]")).collect();
+        let mut kinds = vec![5; size];
+        for (token, id) in json["model"]["vocab"].as_object().into_iter().flatten() {
+            if let Some(at) = id.as_u64().map(|id| id as usize).filter(|at| *at < size) {
+                tokens[at].clone_from(token);
+                kinds[at] = 1;
+            }
+        }
+        for added in json["added_tokens"].as_array().into_iter().flatten() {
+            let at = added["id"].as_u64().map(|id| id as usize).filter(|at| *at < size);
+            if let (Some(at), Some(content)) = (at, added["content"].as_str()) {
+                content.clone_into(&mut tokens[at]);
+                kinds[at] = if added["special"] == Value::Bool(true) { 3 } else { 4 };
+            }
+        }
+        let merges = json["model"]["merges"].as_array().into_iter().flatten();
+        let merges = merges.map(|merge| match merge {
+            Value::Array(pair) => {
+                pair.iter().map(|part| part.as_str().unwrap_or_default()).collect::<Vec<_>>().join(" ")
+            }
+            other => other.as_str().unwrap_or_default().to_owned(),
+        });
+        // How text was split before the merges were learnt, by llama.cpp's names for it.
+        let split = json["pre_tokenizer"].to_string();
+        let pre = if split.contains(r"\\p{N}{1,3}") {
+            "llama-bpe"
+        } else if split.contains("\"Digits\"") {
+            "smollm"
+        } else if split.contains(r"\\p{N}") {
+            "qwen2"
+        } else {
+            "gpt-2"
+        };
+        Ok(Self { tokens, kinds, merges: merges.collect(), pre })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn q4_k_m_gives_six_bits_where_llama_cpp_does() {
+        let kind = |name: &str, inner: usize| kind_of(name, &[512, inner], Format::Q4KM, true, 24);
+        assert_eq!(kind("model.layers.0.self_attn.q_proj.weight", 1024), GgmlDType::Q4K);
+        assert_eq!(kind("model.layers.0.self_attn.v_proj.weight", 1024), GgmlDType::Q6K);
+        assert_eq!(kind("model.layers.3.mlp.down_proj.weight", 1024), GgmlDType::Q4K);
+        assert_eq!(kind("model.layers.5.mlp.down_proj.weight", 1024), GgmlDType::Q6K);
+        assert_eq!(kind("model.layers.23.mlp.down_proj.weight", 896), GgmlDType::Q8_0);
+        assert_eq!(kind("model.layers.4.mlp.up_proj.weight", 896), GgmlDType::Q5_0);
+        assert_eq!(kind("model.embed_tokens.weight", 1024), GgmlDType::Q6K);
+        assert_eq!(kind_of("model.norm.weight", &[512], Format::Q8_0, true, 24), GgmlDType::F32);
+    }
+}

@@ -1,0 +1,266 @@
+//! Compression: a model as GGUF in fewer bits, with what that costs measured on a text and written beside the file. A file
+//! that loses more than the limit is not published.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use candle_core::{DType, Device, Tensor};
+use clap::ValueEnum;
+use potstill_engine::batch::Batch;
+use potstill_engine::gguf_files::{Format, write_gguf};
+use potstill_engine::loader::{LoadedModel, load};
+use potstill_engine::model::CausalLm;
+use potstill_shared::durable::{create_folder, publish_folder, write_file};
+use serde::Serialize;
+
+/// What to write.
+#[derive(Debug, clap::Args)]
+pub struct QuantiseArguments {
+    /// Model folder or `.gguf` file.
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Format of the weights.
+    #[arg(long, value_enum)]
+    pub to: Bits,
+    /// Folder that is written: the file, a model card, the figures.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// A text like what the model will read and write: its first half calibrates, its second half measures.
+    #[arg(long)]
+    pub text: PathBuf,
+    /// Most that the perplexity may rise, in percent; a file that loses more is not published.
+    #[arg(long, default_value_t = 5.0)]
+    pub limit: f64,
+    /// Round to nearest, without calibration.
+    #[arg(long)]
+    pub no_calibration: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Formats, as llama.cpp names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Bits {
+    /// 16 bits.
+    F16,
+    /// Eight bits.
+    #[value(name = "q8_0")]
+    Q8,
+    /// About 4.8 bits.
+    #[value(name = "q4_k_m")]
+    Q4,
+}
+
+impl Bits {
+    fn format(self) -> Format {
+        match self {
+            Self::F16 => Format::F16,
+            Self::Q8 => Format::Q8_0,
+            Self::Q4 => Format::Q4KM,
+        }
+    }
+}
+
+/// How near a model is to another form of it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Quality {
+    /// Tokens of the text that were compared.
+    pub tokens: usize,
+    /// Share of tokens with the same most likely successor.
+    pub same_top: f64,
+    /// Mean Kullback-Leibler divergence from f32, in nats.
+    pub divergence: f64,
+    /// Perplexity of f32 on the text.
+    pub perplexity_f32: f64,
+    /// Perplexity of the other form.
+    pub perplexity: f64,
+}
+
+impl fmt::Display for Quality {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "on {} tokens the same next token {:.1} %, divergence {:.4} nats, perplexity {:.3} (f32 {:.3})",
+            self.tokens,
+            100.0 * self.same_top,
+            self.divergence,
+            self.perplexity,
+            self.perplexity_f32
+        )
+    }
+}
+
+/// A file that was published.
+#[derive(Debug, Clone, Serialize)]
+pub struct Written {
+    /// The file.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Its rounding was calibrated.
+    pub calibrated: bool,
+    /// What it lost.
+    pub quality: Quality,
+}
+
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {:.1} MB, {}", self.path.display(), self.bytes as f64 / 1e6, self.quality)
+    }
+}
+
+/// Tokens that are looked at in one piece.
+const WINDOW: usize = 512;
+/// Pieces that calibrate, and that measure, at most.
+const WINDOWS: usize = 16;
+
+/// Tokens of a text, at least two.
+pub fn tokens_of(model: &LoadedModel, text: &Path) -> anyhow::Result<Vec<u32>> {
+    let text = std::fs::read_to_string(text).with_context(|| format!("cannot read `{}`", text.display()))?;
+    let tokens = model.tokenizer.encode(&text)?;
+    anyhow::ensure!(tokens.len() > 1, "the text has fewer than two tokens");
+    Ok(tokens)
+}
+
+/// Writes, measures, publishes.
+pub fn quantise(arguments: &QuantiseArguments) -> anyhow::Result<Written> {
+    let model = load(&arguments.model, &Device::Cpu, DType::F32)
+        .with_context(|| format!("cannot load `{}`", arguments.model.display()))?;
+    let tokens = tokens_of(&model, &arguments.text)?;
+    let window = WINDOW.min(model.config.max_positions);
+    anyhow::ensure!(
+        tokens.len() >= 2 * window,
+        "`{}` has {} tokens; calibration and measurement need at least {}",
+        arguments.text.display(),
+        tokens.len(),
+        2 * window
+    );
+    let (first, second) = tokens.split_at(tokens.len() / 2);
+    let importance = if arguments.no_calibration || arguments.to != Bits::Q4 {
+        None
+    } else {
+        let batches: Vec<Batch> =
+            first.chunks(window).take(WINDOWS).map(|part| Batch::new([(part, 0)])).collect();
+        Some(CausalLm::input_squares(&model.config, &model.weights, &batches)?)
+    };
+    let format = arguments.to.format();
+    let name = arguments
+        .model
+        .file_stem()
+        .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned());
+    let file = format!("{name}-{}.gguf", format.name());
+    let mut found = None;
+    if let Some(parent) = arguments.out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        create_folder(parent)?;
+    }
+    publish_folder::<anyhow::Error>(&arguments.out, |folder| {
+        let path = folder.join(&file);
+        write_gguf(&path, &model, &name, format, importance.as_ref())?;
+        let back = load(&path, &Device::Cpu, DType::F32)?;
+        let exact = CausalLm::new(&model.config, &model.weights)?;
+        let small = CausalLm::new(&back.config, &back.weights)?;
+        let measured = &second[..second.len().min(window * WINDOWS)];
+        let quality = quality_in_windows(&exact, &small, measured, window)?;
+        let rise = 100.0 * (quality.perplexity / quality.perplexity_f32 - 1.0);
+        anyhow::ensure!(
+            rise <= arguments.limit,
+            "not published: the perplexity rises by {rise:.1} %, the limit is {} % ({quality})",
+            arguments.limit
+        );
+        let bytes = std::fs::metadata(&path)?.len();
+        let written =
+            Written { path: arguments.out.join(&file), bytes, calibrated: importance.is_some(), quality };
+        write_file(&folder.join("README.md"), card(&name, format, &written).as_bytes())?;
+        write_file(
+            &folder.join("quality.json"),
+            format!("{:#}\n", serde_json::to_value(&written)?).as_bytes(),
+        )?;
+        found = Some(written);
+        Ok(())
+    })?;
+    found.context("nothing was written")
+}
+
+fn card(name: &str, format: Format, written: &Written) -> String {
+    let q = &written.quality;
+    format!(
+        "---\nlibrary_name: gguf\npipeline_tag: text-generation\nbase_model: {name}\ntags: [gguf, potstill]\n---\n\n# {name}, {}\n\n\
+         {:.1} MB, {}.\n\n| tokens compared | perplexity f32 | perplexity here | same next token | divergence, nats |\n\
+         |---|---|---|---|---|\n| {} | {:.3} | {:.3} | {:.1} % | {:.4} |\n",
+        format.name(),
+        written.bytes as f64 / 1e6,
+        if written.calibrated {
+            "rounded with importances from a calibration text"
+        } else {
+            "rounded to nearest"
+        },
+        q.tokens,
+        q.perplexity_f32,
+        q.perplexity,
+        100.0 * q.same_top,
+        q.divergence
+    )
+}
+
+/// Compares over pieces of `window` tokens that know nothing of each other.
+fn quality_in_windows(
+    exact: &CausalLm,
+    other: &CausalLm,
+    tokens: &[u32],
+    window: usize,
+) -> anyhow::Result<Quality> {
+    let parts: Vec<Quality> = tokens
+        .chunks(window)
+        .filter(|part| part.len() > 1)
+        .map(|part| quality(exact, other, part))
+        .collect::<anyhow::Result<_>>()?;
+    let total: usize = parts.iter().map(|part| part.tokens).sum();
+    let mean = |value: &dyn Fn(&Quality) -> f64| {
+        parts.iter().map(|part| value(part) * part.tokens as f64).sum::<f64>() / total.max(1) as f64
+    };
+    Ok(Quality {
+        tokens: total,
+        same_top: mean(&|part| part.same_top),
+        divergence: mean(&|part| part.divergence),
+        perplexity_f32: mean(&|part| part.perplexity_f32.ln()).exp(),
+        perplexity: mean(&|part| part.perplexity.ln()).exp(),
+    })
+}
+
+/// Compares two forms of a model on a text.
+pub fn quality(exact: &CausalLm, other: &CausalLm, tokens: &[u32]) -> anyhow::Result<Quality> {
+    let logits = |model: &CausalLm| -> anyhow::Result<Vec<Vec<f32>>> {
+        let hidden = model.hidden(&Batch::new([(tokens, 0)]))?;
+        let log = log_softmax(&model.logits(&hidden)?)?;
+        Ok(log.to_vec2::<f32>()?)
+    };
+    let (p, q) = (logits(exact)?, logits(other)?);
+    let top = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(at, _)| at);
+    let rows = tokens.len() - 1;
+    let (mut same, mut divergence, mut loss_p, mut loss_q) = (0, 0.0, 0.0, 0.0);
+    for (at, (p, q)) in p.iter().zip(&q).take(rows).enumerate() {
+        same += usize::from(top(p) == top(q));
+        divergence += p.iter().zip(q).map(|(p, q)| f64::from(p.exp()) * f64::from(p - q)).sum::<f64>();
+        let next = tokens[at + 1] as usize;
+        loss_p -= f64::from(p[next]);
+        loss_q -= f64::from(q[next]);
+    }
+    let mean = |sum: f64| sum / rows as f64;
+    Ok(Quality {
+        tokens: rows,
+        same_top: same as f64 / rows as f64,
+        divergence: mean(divergence),
+        perplexity_f32: mean(loss_p).exp(),
+        perplexity: mean(loss_q).exp(),
+    })
+}
+
+/// Logarithms of the softmax of each row.
+fn log_softmax(logits: &Tensor) -> anyhow::Result<Tensor> {
+    let most = logits.max_keepdim(1)?;
+    let shifted = logits.broadcast_sub(&most)?;
+    let sum = shifted.exp()?.sum_keepdim(1)?.log()?;
+    Ok(shifted.broadcast_sub(&sum)?)
+}

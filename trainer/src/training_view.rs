@@ -1,0 +1,174 @@
+//! A training as people look at it: curves of every measure, the last sample, speed and memory. While a training runs, the run's
+//! `report.html` is this page and loads itself again; when the run is over, the curves stand in the report.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use potstill_learn::checkpoint::LogEntry;
+use potstill_learn::run::Progress;
+use potstill_shared::durable::write_file;
+use serde_json::Value;
+
+/// Time between two writings of the page.
+const EVERY: Duration = Duration::from_secs(5);
+/// Points of a curve; longer histories are thinned.
+const POINTS: usize = 400;
+/// Characters of a sample that are shown.
+const SAMPLE: usize = 2000;
+
+/// Draws a training while it runs.
+pub struct View {
+    name: String,
+    page: PathBuf,
+    entries: Vec<LogEntry>,
+    sample: String,
+    tokens: usize,
+    started: Instant,
+    written: Instant,
+}
+
+impl View {
+    /// For the training in `RUN/train/NAME`: the page is `RUN/report.html`.
+    pub fn new(name: &str, folder: &Path) -> Self {
+        let run = folder.parent().and_then(Path::parent).unwrap_or(folder);
+        let now = Instant::now();
+        Self {
+            name: name.to_owned(),
+            page: run.join("report.html"),
+            entries: Vec::new(),
+            sample: String::new(),
+            tokens: 0,
+            started: now,
+            written: now,
+        }
+    }
+
+    /// Takes a step in; writes the page now and then. A page that cannot be written does not stop a training.
+    pub fn step(&mut self, now: &Progress<'_>) {
+        self.entries.push(now.entry.clone());
+        self.tokens += now.tokens;
+        if let Some(sample) = now.sample {
+            self.sample = sample.chars().take(SAMPLE).collect();
+        }
+        if self.written.elapsed() >= EVERY {
+            self.written = Instant::now();
+            let speed = self.tokens as f64 / self.started.elapsed().as_secs_f64();
+            let mut page = format!(
+                "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" content=\"5\">\
+                 <title>{0}</title><style>body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; \
+                 padding: 0 1em; color: #1c2430 }} {STYLE}</style><h1>Training {0}</h1>\
+                 <p>Phase {1}, step {2} of {3}; {speed:.0} tokens/s, {4:.0} MB in memory.</p>{5}",
+                escaped(&self.name),
+                escaped(now.phase),
+                now.step,
+                now.steps,
+                resident() as f64 / 1e6,
+                curves(&self.entries)
+            );
+            if !self.sample.is_empty() {
+                let _infallible =
+                    write!(page, "<h2>The last sample</h2><pre>{}</pre>", escaped(&self.sample));
+            }
+            page.push_str("</html>\n");
+            if let Err(error) = write_file(&self.page, page.as_bytes()) {
+                tracing::warn!(%error, "the page of the training could not be written");
+            }
+        }
+    }
+}
+
+/// How curves look; the report has it too.
+pub const STYLE: &str = ".curves { display: flex; flex-wrap: wrap; gap: 1em } .curves figure { margin: 0 } \
+    .curves svg { width: 18em; height: 7em; background: #f4f6f9 } .curves path { fill: none; stroke: #3b76b8; stroke-width: 1.5 } \
+    .curves figcaption { font-size: .85em; color: #5b6673 } pre { white-space: pre-wrap; background: #f4f6f9; padding: .6em }";
+
+/// The log of a training that has ended or was checkpointed.
+pub fn entries_of(folder: &Path) -> Vec<LogEntry> {
+    let read = || -> Option<Vec<LogEntry>> {
+        let state = std::fs::read_to_string(folder.join("trainer_state.json")).ok()?;
+        let mut state: Value = serde_json::from_str(&state).ok()?;
+        serde_json::from_value(state.get_mut("log_history")?.take()).ok()
+    };
+    read().unwrap_or_default()
+}
+
+/// One picture per measure.
+pub fn curves(entries: &[LogEntry]) -> String {
+    let mut html = "<div class=\"curves\">".to_owned();
+    let mut names: Vec<&str> = vec!["loss", "learning_rate", "grad_norm"];
+    names.extend(entries.last().into_iter().flat_map(|entry| entry.metrics.keys().map(String::as_str)));
+    for name in names {
+        let value = |entry: &LogEntry| match name {
+            "loss" => Some(entry.loss),
+            "learning_rate" => Some(entry.learning_rate),
+            "grad_norm" => Some(entry.grad_norm),
+            other => entry.metrics.get(other).copied(),
+        };
+        let values: Vec<f64> = entries.iter().filter_map(value).filter(|value| value.is_finite()).collect();
+        let Some(last) = values.last() else { continue };
+        let _infallible = write!(
+            html,
+            "<figure>{}<figcaption>{}: {last:.4}</figcaption></figure>",
+            svg(&thinned(&values)),
+            escaped(name)
+        );
+    }
+    html.push_str("</div>");
+    html
+}
+
+/// Means of equal stretches.
+fn thinned(values: &[f64]) -> Vec<f64> {
+    let size = values.len().div_ceil(POINTS).max(1);
+    values.chunks(size).map(|chunk| chunk.iter().sum::<f64>() / chunk.len() as f64).collect()
+}
+
+fn svg(values: &[f64]) -> String {
+    let low = values.iter().copied().fold(f64::INFINITY, f64::min);
+    let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let span = if high > low { high - low } else { 1.0 };
+    let mut path = String::new();
+    for (at, value) in values.iter().enumerate() {
+        let x = 2.0 + 296.0 * at as f64 / (values.len() - 1).max(1) as f64;
+        let y = 97.0 - 94.0 * (value - low) / span;
+        let _infallible = write!(path, "{}{x:.1} {y:.1}", if at == 0 { "M" } else { "L" });
+    }
+    format!("<svg viewBox=\"0 0 300 100\" preserveAspectRatio=\"none\"><path d=\"{path}\"/></svg>")
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}
+
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn every_measure_has_a_curve_and_nothing_is_taken_for_markup() {
+        let entry = |step: usize, loss: f64| LogEntry {
+            step,
+            epoch: 0.0,
+            loss,
+            grad_norm: 1.0,
+            learning_rate: 0.1,
+            wall_time: 0.0,
+            metrics: BTreeMap::from([("reward/<b>".to_owned(), 0.5)]),
+        };
+        let entries: Vec<LogEntry> =
+            (0..1000).map(|i| entry(i, if i == 3 { f64::NAN } else { i as f64 })).collect();
+        let html = curves(&entries);
+        assert_eq!(html.matches("<svg").count(), 4);
+        assert!(html.contains("reward/&lt;b&gt;") && !html.contains("NaN"));
+        assert!(thinned(&vec![1.0; 1000]).len() <= POINTS);
+    }
+}
