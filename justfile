@@ -42,6 +42,7 @@ deny:
 fixtures:
     python3 -m venv .venv && .venv/bin/pip install torch transformers safetensors
     .venv/bin/python tests/fixtures/make_fixtures.py
+    .venv/bin/python tests/fixtures/make_algorithms.py
 
 # Trains the demonstration's teacher again, about a quarter of an hour on two cores.
 teacher:
@@ -58,3 +59,13 @@ elastic *ARGS:
 bench-verify PYTHON="python3":
     cargo build --release --locked
     {{PYTHON}} load-tests/peers/verify.py target/release/potstill
+
+# Training steps beside PyTorch and transformers, which must be installed in the Python that is named.
+bench-train PYTHON="python3" *ARGS:
+    cargo build --release --locked
+    {{PYTHON}} load-tests/peers/train.py target/release/potstill {{ARGS}}
+
+# What GRPO's rewards or the order of lessons do, several seeds: just experiment rewards, just experiment curriculum
+experiment NAME *ARGS:
+    cargo build --release --locked
+    python3 load-tests/experiments/training.py target/release/potstill {{NAME}} {{ARGS}}

@@ -22,6 +22,13 @@ pub fn write_model(folder: &Path, model: &LoadedModel, dtype: DType) -> Result<(
         DType::F16 => "float16",
         _ => "float32",
     });
+    if model.config.classes > 0 {
+        // transformers reads a classifier's output at the last token that is no padding: padding must be a token that never ends
+        // a row. Without one it reads the last token, of one row at a time.
+        let padding = ["<|endoftext|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>"];
+        let padding = padding.into_iter().filter(|token| *token != model.template.eos());
+        config["pad_token_id"] = json!(padding.filter_map(|token| model.tokenizer.id(token)).next());
+    }
     json("config.json", config)?;
     json(
         "generation_config.json",

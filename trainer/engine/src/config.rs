@@ -275,7 +275,6 @@ impl ModelConfig {
             value["num_labels"] = json!(self.classes);
             let labels = (0..self.classes).map(|label| (label.to_string(), json!(label.to_string())));
             value["id2label"] = Value::Object(labels.collect());
-            value["pad_token_id"] = json!(self.eos.first());
         }
         value
     }

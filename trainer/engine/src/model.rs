@@ -42,8 +42,11 @@ struct Linear {
     bias: Option<Tensor>,
     adapter: Option<Adapter>,
     /// Sums of the squares of the inputs, with the number of rows: only while somebody calibrates.
-    probe: Option<Arc<Mutex<(Vec<f64>, usize)>>>,
+    probe: Option<Probe>,
 }
+
+/// Sums of squares by input, and how many rows they are over.
+type Probe = Arc<Mutex<(Vec<f64>, usize)>>;
 
 enum Matrix {
     Dense(Tensor),
@@ -163,13 +166,13 @@ impl CausalLm {
         for (layer, block) in model.blocks.iter_mut().enumerate() {
             let Some(block) = Arc::get_mut(block) else { continue };
             for (name, linear) in block.linears() {
-                let probe = Arc::default();
+                let probe = Probe::default();
                 linear.probe = Some(Arc::clone(&probe));
                 probes.push((format!("model.layers.{layer}.{name}.weight"), probe));
             }
         }
         batches.iter().try_for_each(|batch| model.hidden(batch).map(drop))?;
-        let mean = |probe: Arc<Mutex<(Vec<f64>, usize)>>| {
+        let mean = |probe: Probe| {
             let held = probe.lock().unwrap_or_else(PoisonError::into_inner);
             held.0.iter().map(|sum| (sum / held.1.max(1) as f64) as f32).collect()
         };

@@ -119,6 +119,9 @@ pub struct RunReport {
     pub resumed_from: usize,
 }
 
+/// Adds up the gradients of one step in the learner: number of the step over all phases, its items.
+pub type Gradients<'a> = &'a mut dyn FnMut(&Learner, usize, &[usize]) -> Result<StepOutcome, LearnError>;
+
 /// All steps of a phase: item numbers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PlannedPhase {
@@ -177,15 +180,14 @@ pub fn plan(phases: &[Phase], lengths: &[usize], max_length: usize, config: &Run
     planned.collect()
 }
 
-/// Runs the plan. `gradients` adds up the gradients of the items of one step in `learner.lm`; its second argument is the
-/// number of the step over all phases.
+/// Runs the plan.
 pub fn run(
     learner: &mut Learner,
     plan: &[PlannedPhase],
     config: &RunConfig,
     run_hash: String,
     folder: &Path,
-    gradients: &mut dyn FnMut(&Learner, usize, &[usize]) -> Result<StepOutcome, LearnError>,
+    gradients: Gradients<'_>,
     observe: Observe<'_>,
 ) -> Result<RunReport, LearnError> {
     create_folder(folder)?;

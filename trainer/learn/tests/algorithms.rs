@@ -22,7 +22,7 @@ use potstill_learn::kd::{KdConfig, TopK, kd, kd_loss, on_policy, read_top_k, top
 use potstill_learn::learner::Learner;
 use potstill_learn::lora::{FrozenBits, LoraConfig};
 use potstill_learn::reward_model::{RewardConfig, RewardLoss, RewardModel, Scored, reward_loss, train};
-use potstill_learn::run::{Progress, RunConfig, RunReport};
+use potstill_learn::run::{Observe, Progress, RunConfig, RunReport};
 use potstill_verify::verifier::Gold;
 
 struct Fixture {
@@ -180,7 +180,7 @@ fn settings() -> RunConfig {
 type Trained = Result<(LoadedModel, RunReport), LearnError>;
 
 /// Whatever is trained: cut after any step and started again, it ends with the same bits.
-fn resumes(run: &dyn Fn(&std::path::Path, &mut dyn FnMut(&Progress<'_>) -> bool) -> Trained) {
+fn resumes(run: &dyn Fn(&std::path::Path, Observe<'_>) -> Trained) {
     let whole = tempfile::tempdir().unwrap();
     let (expected, report) = run(whole.path(), &mut |_| true).unwrap();
     assert!(report.steps >= 6, "{report:?}");
@@ -254,9 +254,8 @@ fn reward_models_resume_and_learn() {
             ..RunConfig::default()
         };
         let config = RewardConfig { loss, learning_rate: 1e-2, epochs: 6.0, held_out: 0.2, run };
-        let fit = |folder: &std::path::Path, observe: &mut dyn FnMut(&Progress<'_>) -> bool| {
-            train(&model, &traces, &config, folder, observe)
-        };
+        let fit =
+            |folder: &std::path::Path, observe: Observe<'_>| train(&model, &traces, &config, folder, observe);
         if loss == RewardLoss::Huber {
             resumes(&|folder, observe| {
                 let (model, report, _) = fit(folder, observe)?;
