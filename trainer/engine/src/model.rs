@@ -16,7 +16,7 @@ use crate::cache::KvCache;
 use crate::config::{Family, ModelConfig};
 use crate::error::EngineError;
 use crate::ops::attention::{Heads, Segment, attention};
-use crate::ops::linear::{linear, linear_quantised};
+use crate::ops::linear::{Frozen, linear, linear_adapted, linear_quantised};
 use crate::ops::packed::{Packed, is_fast};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::Rotary;
@@ -65,17 +65,19 @@ impl Linear {
             held.0.iter_mut().zip(squares).for_each(|(sum, square)| *sum += f64::from(square));
             held.1 += x.dim(0)?;
         }
-        let y = match &self.weight {
-            Matrix::Dense(weight) => linear(x, weight)?,
-            Matrix::Packed(packed) => packed.forward(x)?,
-            Matrix::Quantised(weight) => linear_quantised(x, weight)?,
+        let y = match (&self.weight, &self.adapter) {
+            (Matrix::Dense(weight), None) => linear(x, weight)?,
+            (Matrix::Quantised(weight), None) => linear_quantised(x, weight)?,
+            (Matrix::Packed(packed), _) => packed.forward(x)?,
+            (Matrix::Dense(weight), Some(over)) => {
+                linear_adapted(x, &Frozen::Dense(weight.clone()), &over.a, &over.b, over.scale)?
+            }
+            (Matrix::Quantised(weight), Some(over)) => {
+                linear_adapted(x, &Frozen::Quantised(Arc::clone(weight)), &over.a, &over.b, over.scale)?
+            }
         };
-        let y = match &self.bias {
+        Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        };
-        Ok(match &self.adapter {
-            Some(adapter) => (y + adapter.forward(x)?)?,
             None => y,
         })
     }
@@ -243,7 +245,9 @@ impl Block {
                 Some(weight) => Matrix::Quantised(weight),
                 None => {
                     let weight = get(&format!("{name}.weight"))?;
-                    let small = if packed && fused(&weight) { Packed::new(&weight)? } else { None };
+                    let adapted = weights.adapter(&full).is_some();
+                    let small =
+                        if packed && !adapted && fused(&weight) { Packed::new(&weight)? } else { None };
                     small.map_or(Matrix::Dense(weight), Matrix::Packed)
                 }
             };

@@ -9,7 +9,6 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use crate::config::ModelConfig;
 use crate::error::EngineError;
-use crate::ops::linear::linear;
 
 /// What LoRA (Hu et al. 2021) adds to a frozen matrix: `scale B A`.
 #[derive(Debug, Clone)]
@@ -20,12 +19,6 @@ pub struct Adapter {
     pub b: Tensor,
     /// `alpha / rank`.
     pub scale: f64,
-}
-
-impl Adapter {
-    pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        linear(&linear(x, &self.a)?, &self.b)? * self.scale
-    }
 }
 
 /// A model's tensors by Hugging Face name.

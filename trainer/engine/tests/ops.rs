@@ -3,9 +3,12 @@
 
 use std::sync::Arc;
 
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor, Var};
 use potstill_engine::ops::attention::{Heads, Segment, attention, plain as plain_attention};
+use potstill_engine::ops::linear::{Frozen, linear, linear_adapted, plain_adapted};
 use potstill_engine::ops::linear_loss::{linear_cross_entropy, plain as plain_cross_entropy};
+use potstill_engine::ops::log_prob::{linear_log_prob, plain as plain_log_prob};
 use potstill_engine::ops::rms_norm::{plain as plain_rms_norm, rms_norm};
 use potstill_engine::ops::rope::Rotary;
 use potstill_engine::ops::swiglu::{plain as plain_swiglu, swiglu};
@@ -51,6 +54,33 @@ proptest! {
     fn swiglu_agrees(rows in 1usize..300, d in 1usize..70, seed: u64) {
         let (gate, up) = (random(&[rows, d], seed), random(&[rows, d], seed ^ 1));
         same(&[&gate, &up], &swiglu(&gate, &up).unwrap(), &plain_swiglu(&gate, &up).unwrap());
+    }
+
+    #[test]
+    fn linear_agrees(rows in 1usize..80, inner in 1usize..40, out in 1usize..40, seed: u64) {
+        let (x, w) = (random(&[rows, inner], seed), random(&[out, inner], seed ^ 1));
+        same(&[&x, &w], &linear(&x, &w).unwrap(), &x.matmul(&w.t().unwrap()).unwrap());
+    }
+
+    #[test]
+    fn adapted_linear_agrees(rows in 1usize..60, blocks in 1usize..3, out in 1usize..40, rank in 1usize..6, quantised: bool, seed: u64) {
+        let inner = 32 * blocks;
+        let (x, a, b) = (random(&[rows, inner], seed), random(&[rank, inner], seed ^ 1), random(&[out, rank], seed ^ 2));
+        let w = random(&[out, inner], seed ^ 3).as_detached_tensor();
+        let w = if quantised {
+            Frozen::Quantised(Arc::new(QTensor::quantize(&w, GgmlDType::Q8_0).unwrap()))
+        } else {
+            Frozen::Dense(w)
+        };
+        let (fused, plain) = (linear_adapted(&x, &w, &a, &b, 0.5).unwrap(), plain_adapted(&x, &w, &a, &b, 0.5).unwrap());
+        same(&[&x, &a, &b], &fused, &plain);
+    }
+
+    #[test]
+    fn log_probs_agree(rows in 1usize..100, d in 1usize..40, vocabulary in 2usize..90, seed: u64) {
+        let (h, w) = (random(&[rows, d], seed), random(&[vocabulary, d], seed ^ 1));
+        let targets: Vec<u32> = (0..rows as u32).map(|i| (i * 13 + 5) % vocabulary as u32).collect();
+        same(&[&h, &w], &linear_log_prob(&h, &w, &targets).unwrap(), &plain_log_prob(&h, &w, &targets).unwrap());
     }
 
     #[test]

@@ -51,7 +51,10 @@ impl Learner {
                 max_grad_norm: config.max_grad_norm,
             },
         )?;
-        Ok(Self { lm, variables, optimiser, weights, base: model.clone(), lora })
+        // Only what adapters are merged into is needed again.
+        let base_weights = if lora.is_some() { model.weights.detached() } else { Weights::default() };
+        let base = LoadedModel { weights: base_weights, ..model.clone() };
+        Ok(Self { lm, variables, optimiser, weights, base, lora })
     }
 
     /// Moves the variables by the gradients that were added up, clipped, at this rate; returns the gradients' norm. Nothing
