@@ -109,9 +109,10 @@ pub fn curves(entries: &[LogEntry]) -> String {
         let Some(last) = values.last() else { continue };
         let _infallible = write!(
             html,
-            "<figure>{}<figcaption>{}: {last:.4}</figcaption></figure>",
+            "<figure>{}<figcaption>{}: {}</figcaption></figure>",
             svg(&thinned(&values)),
-            escaped(name)
+            escaped(name),
+            if last.abs() < 1e-3 { format!("{last:.1e}") } else { format!("{last:.4}") }
         );
     }
     html.push_str("</div>");

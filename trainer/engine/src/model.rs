@@ -16,7 +16,7 @@ use crate::cache::KvCache;
 use crate::config::{Family, ModelConfig};
 use crate::error::EngineError;
 use crate::ops::attention::{Heads, Segment, attention};
-use crate::ops::linear::{Frozen, linear, linear_adapted, linear_quantised};
+use crate::ops::linear::{Frozen, linear, linear_adapted};
 use crate::ops::packed::{Packed, is_fast};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::Rotary;
@@ -67,7 +67,7 @@ impl Linear {
         }
         let y = match (&self.weight, &self.adapter) {
             (Matrix::Dense(weight), None) => linear(x, weight)?,
-            (Matrix::Quantised(weight), None) => linear_quantised(x, weight)?,
+            (Matrix::Quantised(weight), None) => linear(x, &weight.dequantize(x.device())?)?,
             (Matrix::Packed(packed), _) => packed.forward(x)?,
             (Matrix::Dense(weight), Some(over)) => {
                 linear_adapted(x, &Frozen::Dense(weight.clone()), &over.a, &over.b, over.scale)?

@@ -6,7 +6,6 @@
 //! default), ten classes with the expectation as prediction (`ordinal`), and Bradley-Terry over pairs of traces.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use potstill_engine::batch::Batch;
@@ -380,9 +379,6 @@ fn ranks(values: &[f64]) -> Vec<f64> {
     }
     ranks
 }
-
-/// Reward models are shared between threads of a run.
-pub type SharedRewardModel = Arc<RewardModel>;
 
 #[cfg(test)]
 mod tests {

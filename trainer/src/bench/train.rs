@@ -129,6 +129,9 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
         arguments.batch > 0 && arguments.seq > 1 && arguments.threads > 0 && arguments.rounds > 0,
         "--batch, --threads and --rounds must be at least 1, --seq at least 2"
     );
+    if arguments.dtype == Type::Bf16 {
+        tracing::warn!("there is no bf16 product for processors yet; measuring f32");
+    }
     device::set_threads(arguments.threads);
     let config = arguments.shape.config();
     config.check(Path::new("--shape"))?;

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use candle_core::quantized::QTensor;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::product::Product;
 use super::{fused, learns, values};
@@ -13,11 +13,6 @@ use super::{fused, learns, values};
 /// `x`: `[rows, in]`, `weight`: `[out, in]`; the result is `[rows, out]`.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if fused(x) { x.contiguous()?.apply_op2(weight, Linear) } else { x.matmul(&weight.t()?) }
-}
-
-/// The same with a weight that is kept in few bits and never learns.
-pub fn linear_quantised(x: &Tensor, weight: &Arc<QTensor>) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(Quantised { weight: Arc::clone(weight) })
 }
 
 /// A weight that never learns.
@@ -95,29 +90,6 @@ impl CustomOp2 for Linear {
         let dx = if learns(x) { Some(grad.matmul(&weight.detach())?) } else { None };
         let dw = if learns(weight) { Some(grad.t()?.matmul(&x.detach())?) } else { None };
         Ok((dx, dw))
-    }
-}
-
-struct Quantised {
-    weight: Arc<QTensor>,
-}
-
-impl CustomOp1 for Quantised {
-    fn name(&self) -> &'static str {
-        "linear-quantised"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, inner) = layout.shape().dims2()?;
-        let (out, _) = self.weight.shape().dims2()?;
-        let weight = self.weight.dequantize(&candle_core::Device::Cpu)?;
-        let x = values(storage, layout)?;
-        let y = super::with_values([&weight], |[weight]| forward(x, weight, rows, inner, out))?;
-        Ok((CpuStorage::F32(y), Shape::from((rows, out))))
-    }
-
-    fn bwd(&self, _x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(grad.matmul(&self.weight.dequantize(grad.device())?)?))
     }
 }
 
