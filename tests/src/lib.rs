@@ -5,6 +5,7 @@
 
 pub mod cloud;
 pub mod gateway;
+pub mod hub;
 pub mod mock;
 pub mod programs;
 pub mod raw;

@@ -8,6 +8,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 use system_tests::gateway::{TestGateway, config, pool};
+use system_tests::hub::{COMMIT, Hub, TOKEN};
 use system_tests::mock::{Behaviour, Mock, chunk};
 use system_tests::programs::program;
 
@@ -17,14 +18,24 @@ fn answers(text: &str, finish: &str) -> Behaviour {
     Behaviour::Events(events + "data: [DONE]\n\n")
 }
 
-async fn run(arguments: Vec<String>) -> Output {
-    let potstill = program("potstill");
-    tokio::task::spawn_blocking(move || Command::new(potstill).args(arguments).output().unwrap())
-        .await
-        .unwrap()
+type Environment<'a> = &'a [(&'a str, &'a str)];
+
+/// No test asks the real hub: without another one, nobody listens there.
+async fn run(arguments: Vec<String>, environment: Environment<'_>) -> Output {
+    let mut command = Command::new(program("potstill"));
+    command.env("HF_ENDPOINT", "http://127.0.0.1:9").env_remove("HF_TOKEN").args(arguments);
+    command.envs(environment.iter().copied());
+    tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
 }
 
-async fn eval(gateway: &TestGateway, data: &Path, out: &Path, more: &[&str]) -> (bool, String, String) {
+/// Runs an evaluation with its caches in `data`: whether it went well, its report, and what it said.
+async fn eval_with(
+    gateway: &TestGateway,
+    data: &Path,
+    out: &Path,
+    more: &[&str],
+    environment: Environment<'_>,
+) -> (bool, Value, String) {
     let mut arguments: Vec<String> =
         ["eval", "--model", "m", "--data", data.to_str().unwrap(), "--json"].map(Into::into).to_vec();
     arguments.extend([
@@ -34,9 +45,16 @@ async fn eval(gateway: &TestGateway, data: &Path, out: &Path, more: &[&str]) -> 
         out.to_str().unwrap().to_owned(),
     ]);
     arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
-    let output = run(arguments).await;
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    (output.status.success(), text(output.stdout), text(output.stderr))
+    let home = data.join("hub-cache");
+    let mut all = vec![("HF_HOME", home.to_str().unwrap())];
+    all.extend(environment);
+    let output = run(arguments, &all).await;
+    let said = String::from_utf8(output.stderr).unwrap();
+    (output.status.success(), serde_json::from_slice(&output.stdout).unwrap_or_default(), said)
+}
+
+async fn eval(gateway: &TestGateway, data: &Path, out: &Path, more: &[&str]) -> (bool, Value, String) {
+    eval_with(gateway, data, out, more, &[]).await
 }
 
 #[tokio::test]
@@ -51,8 +69,7 @@ async fn figures_pages_and_resumption() {
     let (a, b) = (data.join("a"), data.join("b"));
     let (fine, report, said) = eval(&gateway, data, &a, &["--bench", "own.jsonl", "--samples", "3"]).await;
     assert!(fine, "{said}");
-    assert!(said.contains("own line 2") && said.contains("own line 4"), "{said}");
-    let report: Value = serde_json::from_str(&report).unwrap();
+    assert!(said.contains("own row 2") && said.contains("own row 4"), "{said}");
     let figures = &report["benchmarks"][0];
     assert_eq!(
         (&figures["problems"], &figures["accuracy"], &figures["cons"]),
@@ -76,17 +93,17 @@ async fn figures_pages_and_resumption() {
     let asked = node.asked();
     assert_eq!(asked, 6);
     let (fine, again, _) = eval(&gateway, data, &a, &["--bench", "own.jsonl", "--samples", "3"]).await;
-    let again: Value = serde_json::from_str(&again).unwrap();
     assert!(fine && node.asked() == asked && again["benchmarks"] == report["benchmarks"]);
     // A second model, cut off: nothing counts as right, and the comparison says by how much.
     node.behave(answers("\\boxed{4}", "length"));
     let (fine, cut, _) =
         eval(&gateway, data, &b, &["--bench", "own.jsonl", "--samples", "3", "--seed", "1"]).await;
-    let cut: Value = serde_json::from_str(&cut).unwrap();
     assert!(fine && cut["benchmarks"][0]["truncated"] == 100.0 && cut["benchmarks"][0]["accuracy"] == 0.0);
-    let compared =
-        run(vec!["compare".into(), a.to_str().unwrap().into(), b.to_str().unwrap().into(), "--json".into()])
-            .await;
+    let compared = run(
+        vec!["compare".into(), a.to_str().unwrap().into(), b.to_str().unwrap().into(), "--json".into()],
+        &[],
+    )
+    .await;
     let compared: Value = serde_json::from_slice(&compared.stdout).unwrap();
     assert_eq!((&compared[0]["difference"], &compared[0]["worse"]), (&(-50.0).into(), &1.into()));
 }
@@ -111,4 +128,90 @@ async fn what_cannot_be_evaluated_is_said_before_anything_is_asked() {
         assert!(!fine && said.contains(word), "{arguments:?}: {said}");
     }
     assert_eq!(node.asked(), 0);
+}
+
+/// GSM8K as the hub has it: one Parquet file, downloaded once, its commit in the report, read again without a network.
+#[tokio::test]
+async fn benchmarks_come_from_the_hub() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path();
+    let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/data/tests/fixtures/gsm8k.parquet");
+    let table = bytes::Bytes::from(std::fs::read(table).unwrap());
+    let aime = bytes::Bytes::from_static(b"{\"question\": \"2+2?\", \"answer\": \"4\"}\n");
+    let gpqa = "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\n\"Which, a?\",a,b,c,d\n";
+    let mut hub = Hub::start(
+        &[
+            ("openai/gsm8k", "README.md", "no table".into(), "0"),
+            ("openai/gsm8k", "main/test-00000-of-00001.parquet", table, "1"),
+            ("opencompass/AIME2025", "aime2025-I.jsonl", aime.clone(), &"ab".repeat(32)),
+            ("math-ai/amc23", "test.jsonl", aime, "3"),
+            ("Idavidrein/gpqa", "gpqa_diamond.csv", gpqa.into(), "4"),
+        ],
+        Some("Idavidrein/gpqa"),
+    )
+    .await;
+    let url = hub.url();
+    let at_hub = [("HF_ENDPOINT", url.as_str())];
+    let node = Mock::start(answers("It is \\boxed{4}", "stop")).await;
+    let gateway = TestGateway::start(config(pool(&[&node], 8))).await;
+    let out = data.join("out");
+    // The download breaks off once and goes on where it was.
+    hub.cut_next(1000);
+    let (fine, report, said) = eval_with(&gateway, data, &out, &["--bench", "gsm8k"], &at_hub).await;
+    assert!(fine, "{said}");
+    let figures = &report["benchmarks"][0];
+    assert_eq!(figures["problems"], 3);
+    assert!((figures["accuracy"].as_f64().unwrap() - 100.0 / 3.0).abs() < 1e-6);
+    let address = format!("hf://datasets/openai/gsm8k@{COMMIT}/main/test-00000-of-00001.parquet");
+    assert_eq!(report["files"], serde_json::json!([address]));
+    assert_eq!(hub.downloads(), (2, 1));
+    // Again: nothing is downloaded. With the commit's own address: the user's table, from the same cache.
+    let (fine, _, _) = eval_with(&gateway, data, &out, &["--bench", "gsm8k"], &at_hub).await;
+    assert!(fine && hub.downloads() == (2, 1));
+    // A gated set says what is missing, and opens with the token.
+    let (fine, _, said) = eval_with(&gateway, data, &out, &["--bench", "gpqa"], &at_hub).await;
+    assert!(!fine && said.contains("HF_TOKEN") && said.contains("gpqa_diamond"), "{said}");
+    let with_token = [at_hub[0], ("HF_TOKEN", TOKEN)];
+    let (fine, report, said) = eval_with(&gateway, data, &out, &["--bench", "gpqa"], &with_token).await;
+    assert!(fine && report["benchmarks"][0]["problems"] == 1, "{said}");
+    // A file that is not what the hub says it is.
+    let (fine, _, said) = eval_with(&gateway, data, &out, &["--bench", "aime25"], &at_hub).await;
+    assert!(!fine && said.contains("SHA-256"), "{said}");
+    // Without the hub, what was read is still there; what was not is named with what to do.
+    hub.stop();
+    let (fine, report, said) = eval_with(&gateway, data, &out, &["--bench", "gsm8k"], &at_hub).await;
+    assert!(fine && report["files"][0] == address.as_str(), "{said}");
+    let offline = [("HF_HUB_OFFLINE", "1")];
+    let (fine, _, said) = eval_with(&gateway, data, &out, &["--bench", "gsm8k,amc23"], &offline).await;
+    assert!(!fine && said.contains("amc23") && said.contains("HF_HUB_OFFLINE"), "{said}");
+}
+
+/// Only what rules cannot decide is asked, once, and the verdict says who gave it.
+#[tokio::test]
+async fn a_judge_decides_where_rules_cannot() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path();
+    let rows = "{\"id\": \"plain\", \"problem\": \"2+2?\", \"answer\": \"4\"}\n\
+                {\"id\": \"words\", \"problem\": \"Who?\", \"answer\": \"the smallest prime of them, squared and doubled\"}\n";
+    std::fs::write(data.join("own.jsonl"), rows).unwrap();
+    let node = Mock::start(answers("I think it is the least one.", "stop")).await;
+    let judge = Mock::start(answers("They mean the same thing: 1", "stop")).await;
+    let gateway = TestGateway::start(config(pool(&[&node], 8))).await;
+    let other = TestGateway::start(config(pool(&[&judge], 8))).await;
+    let (without, with) = (data.join("without"), data.join("with"));
+    let (fine, report, said) =
+        eval(&gateway, data, &without, &["--bench", "own.jsonl", "--samples", "1"]).await;
+    assert!(fine && report["benchmarks"][0]["accuracy"] == 0.0, "{said}");
+    let undecided = report["benchmarks"][0]["undecided"].as_f64().unwrap();
+    assert!(undecided > 0.0);
+    let (fine, _, said) = eval(&gateway, data, &with, &["--bench", "own.jsonl", "--judge", "nobody"]).await;
+    assert!(!fine && said.contains("does not serve `nobody`"), "{said}");
+    let url = other.url("/v1");
+    let asked = ["--bench", "own.jsonl", "--samples", "1", "--judge", "m", "--judge-endpoint", &url];
+    let (fine, report, said) = eval(&gateway, data, &with, &asked).await;
+    assert!(fine, "{said}");
+    assert_eq!((&report["judge"], &report["benchmarks"][0]["undecided"]), (&"m".into(), &0.0.into()));
+    assert_eq!(judge.asked() as f64, undecided / 100.0 * 2.0);
+    let samples = std::fs::read_to_string(with.join("own.jsonl")).unwrap();
+    assert!(samples.contains("\"judge\"") && samples.contains("`m` says 1"), "{samples}");
 }

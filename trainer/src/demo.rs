@@ -39,7 +39,7 @@ const FILES: [(&str, &[u8]); 14] = [
     ("demo-prompts/difficulty.jinja", include_bytes!("../recipes/demo-prompts/difficulty.jinja")),
     ("demo-prompts/extend.jinja", include_bytes!("../recipes/demo-prompts/extend.jinja")),
     ("demo-prompts/simplify.jinja", include_bytes!("../recipes/demo-prompts/simplify.jinja")),
-    ("demo-prompts/verify.jinja", include_bytes!("../recipes/demo-prompts/verify.jinja")),
+    ("demo-prompts/process.jinja", include_bytes!("../recipes/demo-prompts/process.jinja")),
     ("demo-prompts/rv.jinja", include_bytes!("../recipes/demo-prompts/rv.jinja")),
     ("demo-prompts/cd.jinja", include_bytes!("../recipes/demo-prompts/cd.jinja")),
     ("demo-teacher/config.json", include_bytes!("../recipes/demo-teacher/config.json")),

@@ -12,22 +12,28 @@ use std::time::Duration;
 
 use anyhow::Context;
 use futures_util::future::join_all;
+use potstill_cot::difficulty::Judge;
 use potstill_cot::executor::{Counts, Outcome, Stage, StageError, feed, run};
+use potstill_cot::prompts::{Prompts, Role};
 use potstill_cot::teacher::{AskError, Patience, Question, Teachers};
 use potstill_data::journal::Journal;
 use potstill_data::jsonl::write_records;
+use potstill_data::records::Problem;
 use potstill_sandbox::{Limits, Sandbox};
 use potstill_shared::client::{Client, Endpoint};
 use potstill_shared::durable;
 use potstill_shared::id::ContentId;
 use potstill_shared::redact::Redacted;
-use potstill_verify::verifier::{Method, Verifier};
+use potstill_verify::verifier::{Gold, Method, Verifier};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
 use self::benchmarks::{EvalProfile, Item, Loaded};
 use self::figures::{Figures, figures};
 use crate::progress::Progress;
+
+/// Most tokens of a judge's answer: it may think before its digit.
+const JUDGE_TOKENS: u32 = 2048;
 
 /// What to evaluate, on what, and how.
 #[derive(Debug, Clone, clap::Args)]
@@ -38,10 +44,11 @@ pub struct EvalArguments {
     /// The model.
     #[arg(long)]
     pub model: String,
-    /// Benchmarks, by comma: gsm8k, math500, aime24, aime25, amc23, gpqa, humaneval, mbpp, lcb, or files that end in .jsonl.
+    /// Benchmarks, by comma: gsm8k, math500, aime24, aime25, amc23, gpqa, humaneval, mbpp, lcb (each also as NAME@REVISION of
+    /// the hub), or tables of your own (JSON lines, JSON, CSV, Parquet, hf://datasets/OWNER/NAME/FILE).
     #[arg(long, value_delimiter = ',', required = true)]
     pub bench: Vec<String>,
-    /// Folder with the benchmarks as JSON lines.
+    /// Folder with the benchmarks; what is not there is read from the Hugging Face Hub and kept in its cache.
     #[arg(long, default_value = "benchmarks")]
     pub data: PathBuf,
     /// `paper`: as many samples as published figures have, 32,768 tokens. `quick`: few samples, 4,096 tokens.
@@ -71,6 +78,15 @@ pub struct EvalArguments {
     /// Environment variable with the endpoint's key.
     #[arg(long)]
     pub api_key_env: Option<String>,
+    /// Model that is asked whether an answer is the known one where no rule can tell; those answers count as wrong otherwise.
+    #[arg(long)]
+    pub judge: Option<String>,
+    /// Base URL of the judge's endpoint; the model's own if left out.
+    #[arg(long, requires = "judge")]
+    pub judge_endpoint: Option<String>,
+    /// Environment variable with the key of the judge's endpoint.
+    #[arg(long, requires = "judge")]
+    pub judge_key_env: Option<String>,
     /// Price of a million prompt tokens.
     #[arg(long, default_value_t = 0.0)]
     pub price_prompt: f64,
@@ -133,6 +149,12 @@ pub struct EvalReport {
     pub sampling: (f64, f64, u32, u64),
     /// Figures by benchmark.
     pub benchmarks: Vec<Figures>,
+    /// The files that the problems were read from; those of the hub with their commit.
+    #[serde(default)]
+    pub files: Vec<String>,
+    /// Who was asked where no rule could tell.
+    #[serde(default)]
+    pub judge: Option<String>,
     /// Rows of benchmarks that could not be read.
     pub bad_rows: Vec<String>,
     /// Prompt tokens that this process paid for.
@@ -154,6 +176,7 @@ struct Evaluation {
     open: Arc<Semaphore>,
     /// Programs at once.
     programs: Arc<Semaphore>,
+    judge: Option<Judge>,
 }
 
 impl Evaluation {
@@ -199,12 +222,31 @@ impl Evaluation {
         };
         sample.tokens = entry.completion_tokens;
         sample.truncated = entry.finish_reason == "length";
-        let _turn = self.programs.acquire().await.map_err(|error| stop(error.to_string()))?;
-        let (verifier, gold) = (Arc::clone(&self.verifier), item.gold.clone());
-        let verdict = tokio::task::spawn_blocking(move || verifier.verify(&gold, &completion))
-            .await
-            .map_err(|error| stop(error.to_string()))?
-            .map_err(|error| stop(error.to_string()))?;
+        let mut verdict = {
+            let _turn = self.programs.acquire().await.map_err(|error| stop(error.to_string()))?;
+            let (verifier, gold, completion) =
+                (Arc::clone(&self.verifier), item.gold.clone(), completion.clone());
+            tokio::task::spawn_blocking(move || verifier.verify(&gold, &completion))
+                .await
+                .map_err(|error| stop(error.to_string()))?
+                .map_err(|error| stop(error.to_string()))?
+        };
+        if let (None, false, Some(judge)) = (verdict.correct, sample.truncated, &self.judge) {
+            let known = match &item.gold {
+                Gold::Answer(answer) => answer.clone(),
+                Gold::Choice(letter) => letter.to_string(),
+                // Tests always decide.
+                Gold::Functions { .. } | Gold::Prints(_) => String::new(),
+            };
+            let problem = Problem::new(item.prompt.clone(), Some(known), item.name.clone());
+            let _slot = self.open.acquire().await.map_err(|error| stop(error.to_string()))?;
+            // What was thought before is not the answer.
+            if let Some(said) = judge.decide("eval", Role::Solution, &problem, &sample.text).await? {
+                verdict.correct = Some(said);
+                verdict.method = Method::Judge;
+                verdict.evidence = format!("{}; `{}` says {}", verdict.evidence, judge.model, u8::from(said));
+            }
+        }
         // What the limit cut off may hold a box by chance; it was not the model's last word.
         sample.correct = if sample.truncated { Some(false) } else { verdict.correct };
         sample.evidence =
@@ -238,11 +280,12 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
         arguments.temperature >= 0.0 && arguments.top_p > 0.0 && arguments.top_p <= 1.0,
         "--temperature must not be negative, --top-p must be above 0 and at most 1"
     );
-    let loaded: Vec<Loaded> = arguments
-        .bench
-        .iter()
-        .map(|name| benchmarks::load(name, &arguments.data, arguments.profile, arguments.seed))
-        .collect::<anyhow::Result<_>>()?;
+    let (names, data) = (arguments.bench.clone(), arguments.data.clone());
+    let (profile, seed) = (arguments.profile, arguments.seed);
+    let loaded: Vec<Loaded> = tokio::task::spawn_blocking(move || {
+        names.iter().map(|name| benchmarks::load(name, &data, profile, seed)).collect::<anyhow::Result<_>>()
+    })
+    .await??;
     let out = arguments.out.clone().unwrap_or_else(|| {
         Path::new("runs").join(format!("eval-{}", arguments.model.replace(['/', '\\'], "_")))
     });
@@ -257,19 +300,25 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
     if !journal.is_empty() {
         progress.say(format!("going on: the journal holds {} answers", journal.len()));
     }
-    let calls = Teachers::new(client(&arguments)?, journal, Patience { stream: true, ..Patience::default() });
-    let served = calls
-        .client()
-        .models()
-        .await
-        .with_context(|| format!("cannot list the models of `{}`", arguments.endpoint))?;
-    anyhow::ensure!(
-        served.contains(&arguments.model),
-        "`{}` does not serve `{}`; it serves {}",
-        arguments.endpoint,
-        arguments.model,
-        served.join(", ")
-    );
+    let calls = teachers(
+        &arguments.endpoint,
+        arguments.api_key_env.as_deref(),
+        &arguments.model,
+        Arc::clone(&journal),
+    )
+    .await?;
+    let judge = match &arguments.judge {
+        None => None,
+        Some(model) => {
+            let (endpoint, key) = match &arguments.judge_endpoint {
+                Some(endpoint) => (endpoint, arguments.judge_key_env.as_deref()),
+                None => (&arguments.endpoint, arguments.api_key_env.as_deref()),
+            };
+            let calls = teachers(endpoint, key, model, journal).await?;
+            let prompts = Prompts::load(None)?;
+            Some(Judge { model: model.clone(), max_tokens: JUDGE_TOKENS, reasks: 2, calls, prompts })
+        }
+    };
     let max_tokens = arguments.max_tokens.unwrap_or(match arguments.profile {
         EvalProfile::Paper => 32_768,
         EvalProfile::Quick => 4_096,
@@ -279,10 +328,10 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let programs = Arc::new(Semaphore::new(cores));
     let verifier = Arc::new(Verifier::new(sandbox));
-    let (mut all, mut bad_rows) = (Vec::new(), Vec::new());
+    let (mut all, mut bad_rows, mut files) = (Vec::new(), Vec::new(), Vec::new());
     for mut benchmark in loaded {
         for bad in &benchmark.bad {
-            let said = format!("{} line {}: {}", benchmark.name, bad.line, bad.problem);
+            let said = format!("{} row {} of `{}`: {}", benchmark.name, bad.line, bad.file, bad.problem);
             progress.say(format!("left out: {said}"));
             bad_rows.push(said);
         }
@@ -295,7 +344,9 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
             max_tokens,
             open: Arc::clone(&open),
             programs: Arc::clone(&programs),
+            judge: judge.clone(),
         };
+        files.append(&mut benchmark.files);
         let (counts, total) = (Arc::new(Counts::default()), benchmark.items.len() as u64);
         let (mut output, handle) =
             run(evaluation, feed(benchmark.items.clone()), settings.concurrency, Arc::clone(&counts));
@@ -317,13 +368,16 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
         all.push((figures, samples));
     }
     let read = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
-    let (prompt_tokens, completion_tokens) =
-        (read(&calls.spent().prompt_tokens), read(&calls.spent().completion_tokens));
+    let askers = || std::iter::once(&calls).chain(judge.as_ref().map(|judge| &judge.calls));
+    let prompt_tokens = askers().map(|calls| read(&calls.spent().prompt_tokens)).sum();
+    let completion_tokens = askers().map(|calls| read(&calls.spent().completion_tokens)).sum();
     let report = EvalReport {
         model: settings.model.clone(),
         endpoint: settings.endpoint.clone(),
         sampling: (settings.temperature, settings.top_p, max_tokens, settings.seed),
         benchmarks: all.iter().map(|(figures, _)| figures.clone()).collect(),
+        files,
+        judge: settings.judge.clone(),
         bad_rows,
         prompt_tokens,
         completion_tokens,
@@ -337,16 +391,30 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
     Ok(report)
 }
 
-fn client(arguments: &EvalArguments) -> anyhow::Result<Client> {
-    let mut endpoint = Endpoint::new(arguments.endpoint.trim_end_matches('/'));
-    if let Some(variable) = &arguments.api_key_env {
+/// Questions to a model that the endpoint serves.
+async fn teachers(
+    url: &str,
+    key_variable: Option<&str>,
+    model: &str,
+    journal: Arc<Journal>,
+) -> anyhow::Result<Teachers> {
+    let mut endpoint = Endpoint::new(url.trim_end_matches('/'));
+    if let Some(variable) = key_variable {
         let key = std::env::var(variable)
             .with_context(|| format!("environment variable `{variable}` is not set"))?;
         endpoint.api_key = Some(Redacted::new(key));
     }
     // A node that queues says nothing for a while.
     endpoint.idle = Duration::from_secs(600);
-    Ok(Client::new(endpoint)?)
+    let calls = Teachers::new(Client::new(endpoint)?, journal, Patience::default());
+    let served =
+        calls.client().models().await.with_context(|| format!("cannot list the models of `{url}`"))?;
+    anyhow::ensure!(
+        served.iter().any(|name| name == model),
+        "`{url}` does not serve `{model}`; it serves {}",
+        served.join(", ")
+    );
+    Ok(calls)
 }
 
 /// Figures of a benchmark on one line.

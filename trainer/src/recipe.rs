@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use potstill_data::hub;
 use potstill_data::sampler::SamplePolicy;
 use potstill_learn::run::RunConfig;
 use serde::{Deserialize, Serialize};
@@ -185,7 +186,8 @@ impl Recipe {
         self.grpo.iter_mut().flat_map(|section| section.rv.iter_mut().chain(&mut section.cd)).for_each(fix);
         let collected = self.collect.iter_mut().flat_map(|section| &mut section.sources);
         let tested = self.evaluate.iter_mut().flat_map(|section| &mut section.sources);
-        collected.chain(tested).for_each(|source| fix(&mut source.path));
+        let here = collected.chain(tested).filter(|source| !hub::is_address(&source.path));
+        here.for_each(|source| fix(&mut source.path));
     }
 
     /// Everything that is wrong beyond types.
@@ -391,7 +393,9 @@ impl Recipe {
         ] {
             let sources = sources.into_iter().flatten().enumerate();
             files.extend(
-                sources.map(|(i, source)| (format!("{key}.sources[{i}].path"), source.path.as_path())),
+                sources
+                    .filter(|(_, source)| !hub::is_address(&source.path))
+                    .map(|(i, source)| (format!("{key}.sources[{i}].path"), source.path.as_path())),
             );
         }
         let conversations = self.sft.iter().flat_map(|sft| &sft.conversations);

@@ -1,7 +1,7 @@
 //! Difficulty scorer: is the trace too terse, fitting or too convoluted for the student? An unreadable answer is asked
 //! again twice, then the trace counts as unscored.
 
-use potstill_data::records::{Cot, Difficulty};
+use potstill_data::records::{Cot, Difficulty, Problem};
 
 use crate::executor::{Outcome, Stage, StageError};
 use crate::prompts::{Prompts, Role};
@@ -31,11 +31,23 @@ impl Judge {
         cot: &Cot,
         read: impl Fn(&str) -> Option<T>,
     ) -> Result<Option<T>, StageError> {
+        self.ask_about(stage, role, &cot.problem, &cot.completion(), read).await
+    }
+
+    /// The same about a completion.
+    pub async fn ask_about<T>(
+        &self,
+        stage: &'static str,
+        role: Role,
+        problem: &Problem,
+        completion: &str,
+        read: impl Fn(&str) -> Option<T>,
+    ) -> Result<Option<T>, StageError> {
         let stop = |problem| StageError { stage, problem };
         let question = Question {
             stage,
             model: self.model.clone(),
-            prompt: self.prompts.for_cot(role, cot).map_err(stop)?,
+            prompt: self.prompts.for_completion(role, problem, completion).map_err(stop)?,
             temperature: 0.0,
             top_p: 1.0,
             max_tokens: self.max_tokens,
@@ -46,10 +58,22 @@ impl Judge {
             Ok(value) => Ok(value),
             Err(AskError::Run(error)) => Err(error),
             Err(AskError::Row(reason)) => {
-                tracing::warn!(trace = %cot.id, stage, reason, "a judge gave no answer");
+                tracing::warn!(problem = %problem.id, stage, reason, "a judge gave no answer");
                 Ok(None)
             }
         }
+    }
+
+    /// A question that is answered by 1 or 0.
+    pub async fn decide(
+        &self,
+        stage: &'static str,
+        role: Role,
+        problem: &Problem,
+        completion: &str,
+    ) -> Result<Option<bool>, StageError> {
+        let words = [("1", true), ("0", false)];
+        self.ask_about(stage, role, problem, completion, |answer| last_word(answer, &words)).await
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use minijinja::{Environment, context};
-use potstill_data::records::{Cot, Problem};
+use potstill_data::records::Problem;
 use potstill_shared::id::ContentId;
 
 /// What a prompt is for.
@@ -18,8 +18,10 @@ pub enum Role {
     Extend,
     /// Make a convoluted trace simpler.
     Simplify,
-    /// Judge whether a trace is right.
-    Verify,
+    /// Judge whether a final answer is the known one.
+    Solution,
+    /// Judge whether the reasoning holds and leads to its answer.
+    Process,
     /// Reasoning Verbosity.
     Rv,
     /// Cognitive Difficulty.
@@ -28,8 +30,16 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Generate, Self::Difficulty, Self::Extend, Self::Simplify, Self::Verify, Self::Rv, Self::Cd];
+    pub const ALL: [Self; 8] = [
+        Self::Generate,
+        Self::Difficulty,
+        Self::Extend,
+        Self::Simplify,
+        Self::Solution,
+        Self::Process,
+        Self::Rv,
+        Self::Cd,
+    ];
 
     /// File name without `.jinja`.
     pub fn name(self) -> &'static str {
@@ -38,7 +48,8 @@ impl Role {
             Self::Difficulty => "difficulty",
             Self::Extend => "extend",
             Self::Simplify => "simplify",
-            Self::Verify => "verify",
+            Self::Solution => "solution",
+            Self::Process => "process",
             Self::Rv => "rv",
             Self::Cd => "cd",
         }
@@ -50,7 +61,8 @@ impl Role {
             Self::Difficulty => include_str!("../prompts/difficulty.jinja"),
             Self::Extend => include_str!("../prompts/extend.jinja"),
             Self::Simplify => include_str!("../prompts/simplify.jinja"),
-            Self::Verify => include_str!("../prompts/verify.jinja"),
+            Self::Solution => include_str!("../prompts/solution.jinja"),
+            Self::Process => include_str!("../prompts/process.jinja"),
             Self::Rv => include_str!("../prompts/rv.jinja"),
             Self::Cd => include_str!("../prompts/cd.jinja"),
         }
@@ -77,6 +89,9 @@ pub struct Prompts {
 impl Prompts {
     /// The built-in prompts, replaced by the files `ROLE.jinja` of `folder` that exist.
     pub fn load(folder: Option<&Path>) -> Result<Self, PromptError> {
+        if let Some(folder) = folder {
+            known_files(folder)?;
+        }
         let mut environment = Environment::new();
         environment.set_fuel(Some(1_000_000));
         let mut hashes = Vec::new();
@@ -125,10 +140,26 @@ impl Prompts {
         self.render(Role::Generate, problem, "")
     }
 
-    /// The prompt that asks about a trace.
-    pub fn for_cot(&self, role: Role, cot: &Cot) -> Result<String, String> {
-        self.render(role, &cot.problem, &cot.completion())
+    /// The prompt that asks about a completion.
+    pub fn for_completion(&self, role: Role, problem: &Problem, completion: &str) -> Result<String, String> {
+        self.render(role, problem, completion)
     }
+}
+
+/// A file that no role reads is a misspelt one.
+fn known_files(folder: &Path) -> Result<(), PromptError> {
+    let wrong = |path: &Path, problem: String| PromptError { path: path.to_owned(), problem };
+    let entries = std::fs::read_dir(folder).map_err(|error| wrong(folder, error.to_string()))?;
+    for entry in entries {
+        let path = entry.map_err(|error| wrong(folder, error.to_string()))?.path();
+        let is_prompt = path.extension().is_some_and(|extension| extension == "jinja");
+        let stem = path.file_stem().unwrap_or_default();
+        if is_prompt && !Role::ALL.iter().any(|role| stem == role.name()) {
+            let known = Role::ALL.map(|role| format!("{}.jinja", role.name())).join(", ");
+            return Err(wrong(&path, format!("is no prompt; there are {known}")));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -143,5 +174,14 @@ mod tests {
         for role in Role::ALL {
             assert!(prompts.render(role, &problem, "trace").unwrap().contains("1 + 1?"));
         }
+    }
+
+    #[test]
+    fn a_misspelt_prompt_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("verify.jinja");
+        potstill_shared::durable::write_file(&file, b"{{ problem }}").unwrap();
+        let said = Prompts::load(Some(folder.path())).err().unwrap().to_string();
+        assert!(said.contains("verify.jinja") && said.contains("process.jinja"), "{said}");
     }
 }

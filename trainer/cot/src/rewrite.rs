@@ -68,7 +68,7 @@ impl Stage for Rewrite {
         let question = Question {
             stage: "rewrite",
             model: model.clone(),
-            prompt: self.prompts.for_cot(role, &cot).map_err(stop)?,
+            prompt: self.prompts.for_completion(role, &cot.problem, &cot.completion()).map_err(stop)?,
             temperature: self.temperature,
             top_p: 0.95,
             max_tokens: self.max_tokens,

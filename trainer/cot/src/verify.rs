@@ -3,7 +3,7 @@
 
 use potstill_data::records::{Cot, Verdict, VerdictMethod};
 
-use crate::difficulty::{Judge, last_word};
+use crate::difficulty::Judge;
 use crate::executor::{Outcome, Stage, StageError};
 use crate::prompts::Role;
 use crate::rewrite::Candidate;
@@ -30,20 +30,26 @@ impl Verify {
             let evidence = "no rule applies and no judge is configured".to_owned();
             return Ok(Verdict { correct: None, method: VerdictMethod::Unknown, evidence });
         };
-        let words = [("1", true), ("0", false)];
-        let said = judge.ask("verify", Role::Verify, cot, |answer| last_word(answer, &words)).await?;
-        Ok(match said {
-            Some(correct) => Verdict {
-                correct: Some(correct),
-                method: VerdictMethod::Judge,
-                evidence: format!("`{}` says {}", judge.model, u8::from(correct)),
-            },
-            None => Verdict {
-                correct: None,
-                method: VerdictMethod::Unknown,
-                evidence: format!("`{}` gave no readable answer", judge.model),
-            },
-        })
+        // Two questions apart: whether the answer is the known one (where one is known), and whether the reasoning holds.
+        let completion = cot.completion();
+        let ask = |role| judge.decide("verify", role, &cot.problem, &completion);
+        let solution = match &cot.problem.answer {
+            Some(_) => ask(Role::Solution).await?,
+            None => Some(true),
+        };
+        let process = if solution == Some(true) { ask(Role::Process).await? } else { None };
+        let correct = if solution == Some(true) { process } else { solution };
+        let word = |said: Option<bool>| said.map_or("nothing readable", |said| if said { "1" } else { "0" });
+        let mut said = Vec::new();
+        if cot.problem.answer.is_some() {
+            said.push(format!("solution {}", word(solution)));
+        }
+        if solution == Some(true) {
+            said.push(format!("process {}", word(process)));
+        }
+        let method = if correct.is_some() { VerdictMethod::Judge } else { VerdictMethod::Unknown };
+        let evidence = format!("`{}` says {}", judge.model, said.join(", "));
+        Ok(Verdict { correct, method, evidence })
     }
 }
 

@@ -1,18 +1,17 @@
-//! JSONL in and out. A line that cannot be read is put aside with its number and the reason; the run goes on until more
-//! than a bounded share of the lines is bad.
+//! Problems in, records in and out as JSON lines. A row that cannot be read is put aside with its number and the reason; the
+//! run goes on until more than a bounded share of the rows is bad.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use potstill_shared::durable::{DurableError, write_with};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
+use crate::hub::{HubError, Located, locate};
 use crate::records::Problem;
-
-/// Longest line that is read.
-const MAX_LINE: u64 = 16 << 20;
+use crate::rows::{self, TableError};
 
 /// Why a file could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -25,21 +24,25 @@ pub enum ReadError {
         /// The cause.
         source: std::io::Error,
     },
-    /// Too many lines are bad.
-    #[error(
-        "`{path}`: {bad} of {lines} lines are bad, more than {limit} %; the first is line {line}: {reason}"
-    )]
+    /// The table of a source.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// A file of the hub.
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    /// Too many rows are bad.
+    #[error("`{path}`: {bad} of {rows} rows are bad, more than {limit} %; the first is row {row}: {reason}")]
     TooManyBad {
         /// The file.
-        path: PathBuf,
-        /// Bad lines.
+        path: String,
+        /// Bad rows.
         bad: usize,
-        /// Lines in all.
-        lines: usize,
+        /// Rows in all.
+        rows: usize,
         /// The share allowed, in percent.
         limit: f64,
-        /// Number of the first bad line.
-        line: usize,
+        /// Number of the first bad row.
+        row: usize,
         /// What is wrong with it.
         reason: String,
     },
@@ -55,12 +58,12 @@ pub enum ReadError {
     },
 }
 
-/// A line that was put aside.
+/// A row that was put aside.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quarantined {
     /// The file.
     pub file: String,
-    /// Number of the line, from 1.
+    /// Its line in files of lines, else its place; from 1.
     pub line: usize,
     /// What is wrong with it.
     pub reason: String,
@@ -72,7 +75,7 @@ pub struct Quarantined {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// JSONL file.
+    /// JSON lines, a JSON array, CSV or Parquet (`.gz` and `.zst` too), here or on the hub (`hf://datasets/…`).
     pub path: PathBuf,
     /// Field that holds the problem.
     #[serde(default = "problem_field")]
@@ -93,85 +96,66 @@ fn answer_field() -> String {
     "answer".to_owned()
 }
 
-/// The share of bad lines that stops a run, in percent.
+/// The share of bad rows that stops a run, in percent.
 pub const MAX_BAD_PERCENT: f64 = 1.0;
 
 /// Reads the problems of a source.
 pub fn read_problems(source: &Source) -> Result<(Vec<Problem>, Vec<Quarantined>), ReadError> {
-    let path = &source.path;
-    let io = |error| ReadError::Io { path: path.clone(), source: error };
-    let mut reader = BufReader::new(File::open(path).map_err(io)?);
-    let (mut problems, mut bad, mut lines) = (Vec::new(), Vec::new(), 0);
-    let mut buffer = Vec::new();
-    while source.limit == 0 || problems.len() < source.limit {
-        buffer.clear();
-        let read = reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut buffer).map_err(io)?;
-        if read == 0 {
-            break;
-        }
-        lines += 1;
-        if read as u64 == MAX_LINE && buffer.last() != Some(&b'\n') {
-            skip_line(&mut reader).map_err(io)?;
-        }
-        if buffer.iter().all(u8::is_ascii_whitespace) {
-            continue;
-        }
-        match parse_problem(&buffer, source, lines) {
-            Ok(problem) => problems.push(problem),
-            Err(reason) => bad.push(Quarantined {
-                file: path.display().to_string(),
-                line: lines,
-                reason,
-                text: String::from_utf8_lossy(&buffer).chars().take(200).collect(),
-            }),
+    let (mut problems, mut bad, mut read) = (Vec::new(), Vec::new(), 0);
+    'files: for Located { shown, path } in locate(&source.path)? {
+        for row in rows::open(&path)? {
+            if source.limit > 0 && problems.len() >= source.limit {
+                break 'files;
+            }
+            let row = row?;
+            read += 1;
+            let (reason, text) = match row.fields {
+                Ok(fields) => match problem(fields, source, format!("{shown}:{}", row.number)) {
+                    Ok(problem) => {
+                        problems.push(problem);
+                        continue;
+                    }
+                    Err((reason, fields)) => {
+                        (reason, Value::Object(fields).to_string().chars().take(200).collect())
+                    }
+                },
+                Err(broken) => (broken.reason, broken.text),
+            };
+            bad.push(Quarantined { file: shown.clone(), line: row.number, reason, text });
         }
     }
-    // A handful of rows must not stop a run by one bad line alone.
-    let allowed = ((lines as f64 * MAX_BAD_PERCENT / 100.0).floor() as usize).max(1);
+    // A handful of rows must not stop a run by one bad row alone.
+    let allowed = ((read as f64 * MAX_BAD_PERCENT / 100.0).floor() as usize).max(1);
     match bad.first() {
         Some(first) if bad.len() > allowed => Err(ReadError::TooManyBad {
-            path: path.clone(),
+            path: first.file.clone(),
             bad: bad.len(),
-            lines,
+            rows: read,
             limit: MAX_BAD_PERCENT,
-            line: first.line,
+            row: first.line,
             reason: first.reason.clone(),
         }),
         _ => Ok((problems, bad)),
     }
 }
 
-fn skip_line(reader: &mut impl BufRead) -> std::io::Result<()> {
-    loop {
-        let chunk = reader.fill_buf()?;
-        let (used, done) = match chunk.iter().position(|&byte| byte == b'\n') {
-            Some(at) => (at + 1, true),
-            None => (chunk.len(), chunk.is_empty()),
-        };
-        reader.consume(used);
-        if done {
-            return Ok(());
-        }
-    }
-}
+type Fields = Map<String, Value>;
 
-fn parse_problem(line: &[u8], source: &Source, number: usize) -> Result<Problem, String> {
-    let text = std::str::from_utf8(line).map_err(|error| format!("not UTF-8: {error}"))?;
-    let row: Value =
-        serde_json::from_str(text.trim_start_matches('\u{feff}')).map_err(|error| error.to_string())?;
-    let Value::Object(mut row) = row else { return Err("not a JSON object".to_owned()) };
-    let problem = match row.remove(&source.problem) {
-        Some(Value::String(text)) if !text.trim().is_empty() => text,
-        Some(_) => return Err(format!("field `{}` is empty or not a string", source.problem)),
-        None => return Err(format!("field `{}` is missing", source.problem)),
+fn problem(mut row: Fields, source: &Source, place: String) -> Result<Problem, (String, Fields)> {
+    let problem = match row.get(&source.problem) {
+        Some(Value::String(text)) if !text.trim().is_empty() => text.clone(),
+        Some(_) => return Err((format!("field `{}` is empty or not a string", source.problem), row)),
+        None => return Err((format!("field `{}` is missing", source.problem), row)),
     };
-    let answer = match row.remove(&source.answer) {
+    let answer = match row.get(&source.answer) {
         None | Some(Value::Null) => None,
-        Some(Value::String(text)) => Some(text),
+        Some(Value::String(text)) => Some(text.clone()),
         Some(Value::Number(number)) => Some(number.to_string()),
-        Some(_) => return Err(format!("field `{}` is neither a string nor a number", source.answer)),
+        Some(_) => return Err((format!("field `{}` is neither a string nor a number", source.answer), row)),
     };
-    let mut record = Problem::new(problem, answer, format!("{}:{number}", source.path.display()));
+    row.remove(&source.problem);
+    row.remove(&source.answer);
+    let mut record = Problem::new(problem, answer, place);
     record.metadata = row;
     Ok(record)
 }
@@ -231,6 +215,6 @@ mod tests {
     fn many_bad_lines_stop_the_run() {
         let (_folder, source) = source(b"{\"problem\": \"p\"}\nnot json\n{\"answer\": 1}\n\xff\xfe\n");
         let error = read_problems(&source).unwrap_err().to_string();
-        assert!(error.contains("3 of 4 lines are bad") && error.contains("line 2"), "{error}");
+        assert!(error.contains("3 of 4 rows are bad") && error.contains("row 2"), "{error}");
     }
 }

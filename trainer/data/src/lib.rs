@@ -7,7 +7,9 @@
 pub mod arithmetic;
 pub mod decontaminate;
 pub mod dedup;
+pub mod hub;
 pub mod journal;
 pub mod jsonl;
 pub mod records;
+pub mod rows;
 pub mod sampler;

@@ -1,8 +1,12 @@
 //! The benchmarks: which files hold them, how their rows are read, how models are asked, how answers are judged.
 
+mod livecodebench;
+
 use std::path::{Path, PathBuf};
 
-use potstill_sandbox::Example;
+use anyhow::Context;
+use potstill_data::hub::{self, Located};
+use potstill_data::rows;
 use potstill_shared::id::ContentId;
 use potstill_verify::verifier::Gold;
 use rand::seq::SliceRandom;
@@ -14,10 +18,10 @@ use serde_json::Value;
 pub struct Benchmark {
     /// Its name on the command line.
     pub name: &'static str,
-    /// Names of its file, without `.jsonl`.
+    /// Names of its file in a folder, without the extension.
     files: &'static [&'static str],
-    /// Where it is published.
-    source: &'static str,
+    /// Its files on the hub, behind `hf://datasets/`; `@REVISION` goes behind the repository.
+    hub: &'static [(&'static str, &'static str)],
     kind: Kind,
     /// Samples per problem of the paper's profile and of the quick one.
     samples: (u32, u32),
@@ -32,34 +36,78 @@ enum Kind {
     LiveCodeBench,
 }
 
+/// What tables in a folder may end in.
+const EXTENSIONS: [&str; 8] =
+    ["jsonl", "json", "csv", "parquet", "jsonl.gz", "jsonl.zst", "json.gz", "csv.gz"];
+
 const ALL: [Benchmark; 10] = [
-    bench("gsm8k", &["gsm8k_test", "gsm8k"], "openai/gsm8k", Kind::Math, (1, 1)),
-    bench("math500", &["math500", "math_500"], "HuggingFaceH4/MATH-500", Kind::Math, (4, 1)),
-    bench("aime24", &["aime24", "aime2024", "aime_2024"], "HuggingFaceH4/aime_2024", Kind::Math, (64, 4)),
-    bench("aime25", &["aime25", "aime2025", "aime_2025"], "opencompass/AIME2025", Kind::Math, (64, 4)),
-    bench("amc23", &["amc23"], "AI-MO/aimo-validation-amc", Kind::Math, (16, 1)),
-    bench("gpqa", &["gpqa_diamond", "gpqa"], "Idavidrein/gpqa", Kind::Choice, (8, 1)),
-    bench("humaneval", &["humaneval", "HumanEval"], "openai/openai_humaneval", Kind::HumanEval, (8, 1)),
-    bench("mbpp", &["mbpp_test", "mbpp"], "google-research-datasets/mbpp", Kind::Mbpp, (8, 1)),
+    bench("gsm8k", &["gsm8k_test", "gsm8k"], &[("openai/gsm8k", "main/test-*.parquet")], Kind::Math, (1, 1)),
+    bench(
+        "math500",
+        &["math500", "math_500"],
+        &[("HuggingFaceH4/MATH-500", "test.jsonl")],
+        Kind::Math,
+        (4, 1),
+    ),
+    bench(
+        "aime24",
+        &["aime24", "aime2024", "aime_2024"],
+        &[("HuggingFaceH4/aime_2024", "data/train-*.parquet")],
+        Kind::Math,
+        (64, 4),
+    ),
+    bench(
+        "aime25",
+        &["aime25", "aime2025", "aime_2025"],
+        &[("opencompass/AIME2025", "aime2025-*.jsonl")],
+        Kind::Math,
+        (64, 4),
+    ),
+    bench("amc23", &["amc23"], &[("math-ai/amc23", "*test*")], Kind::Math, (16, 1)),
+    bench(
+        "gpqa",
+        &["gpqa_diamond", "gpqa"],
+        &[("Idavidrein/gpqa", "gpqa_diamond.csv")],
+        Kind::Choice,
+        (8, 1),
+    ),
+    bench(
+        "humaneval",
+        &["humaneval", "HumanEval"],
+        &[("openai/openai_humaneval", "openai_humaneval/test-*.parquet")],
+        Kind::HumanEval,
+        (8, 1),
+    ),
+    bench(
+        "mbpp",
+        &["mbpp_test", "mbpp"],
+        &[("google-research-datasets/mbpp", "full/test-*.parquet")],
+        Kind::Mbpp,
+        (8, 1),
+    ),
+    // Release 2 is the first two files.
     bench(
         "lcb",
         &["livecodebench_v2", "livecodebench", "lcb"],
-        "livecodebench/code_generation_lite",
+        &[
+            ("livecodebench/code_generation_lite", "test.jsonl"),
+            ("livecodebench/code_generation_lite", "test2.jsonl"),
+        ],
         Kind::LiveCodeBench,
         (8, 1),
     ),
     // Rows of the user's own: `problem` and `answer`.
-    bench("own", &[], "your own file", Kind::Math, (4, 1)),
+    bench("own", &[], &[], Kind::Math, (4, 1)),
 ];
 
 const fn bench(
     name: &'static str,
     files: &'static [&'static str],
-    source: &'static str,
+    hub: &'static [(&'static str, &'static str)],
     kind: Kind,
     samples: (u32, u32),
 ) -> Benchmark {
-    Benchmark { name, files, source, kind, samples }
+    Benchmark { name, files, hub, kind, samples }
 }
 
 /// How many samples, and of what.
@@ -91,7 +139,9 @@ pub struct Item {
 /// A row that could not be read.
 #[derive(Debug, Clone)]
 pub struct BadRow {
-    /// Line in the file.
+    /// The file.
+    pub file: String,
+    /// Its line, or its place where rows are no lines; from 1.
     pub line: usize,
     /// Why.
     pub problem: String,
@@ -109,64 +159,94 @@ pub struct Loaded {
     pub bad: Vec<BadRow>,
     /// Whether programs are run.
     pub code: bool,
+    /// The files that it was read from, those of the hub with their commit.
+    pub files: Vec<String>,
 }
 
-/// Reads a benchmark by its name from a folder, or the user's own file by its path.
+/// Reads a benchmark by its name, from a folder or else from the hub, or the user's own table by its path.
 pub fn load(name: &str, folder: &Path, profile: EvalProfile, seed: u64) -> anyhow::Result<Loaded> {
-    let (benchmark, path) = find(name, folder)?;
-    let text =
-        std::fs::read_to_string(&path).map_err(|error| anyhow::anyhow!("`{}`: {error}", path.display()))?;
+    let (benchmark, files) = find(name, folder)?;
     let shown = if benchmark.name == "own" {
-        path.file_stem().map_or(name.to_owned(), |stem| stem.to_string_lossy().into_owned())
+        let stem = Path::new(name).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        stem.split(['.', '*']).next().filter(|stem| !stem.is_empty()).unwrap_or("own").to_owned()
     } else {
         benchmark.name.to_owned()
     };
     let (mut items, mut bad) = (Vec::new(), Vec::new());
-    for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let read = serde_json::from_str::<Value>(line)
-            .map_err(|error| error.to_string())
-            .and_then(|row| item(&benchmark, &shown, index, &row, seed));
-        match read {
-            Ok(item) => items.push(item),
-            Err(problem) => bad.push(BadRow { line: index + 1, problem }),
+    for file in &files {
+        for row in rows::open(&file.path)? {
+            let row = row?;
+            // Choices are shuffled by the problem's place, which is its own in every file.
+            let read = row.fields.map_err(|broken| broken.reason).and_then(|fields| {
+                item(&benchmark, &shown, items.len() + bad.len(), &Value::Object(fields), seed)
+            });
+            match read {
+                Ok(item) => items.push(item),
+                Err(problem) => bad.push(BadRow { file: file.shown.clone(), line: row.number, problem }),
+            }
         }
     }
+    let files: Vec<String> = files.into_iter().map(|file| file.shown).collect();
     anyhow::ensure!(
         !items.is_empty(),
         "`{}` holds no row of `{shown}` that can be read{}",
-        path.display(),
-        bad.first().map_or(String::new(), |bad| format!("; line {}: {}", bad.line, bad.problem))
+        files.join("`, `"),
+        bad.first().map_or(String::new(), |bad| format!("; row {}: {}", bad.line, bad.problem))
     );
     let samples = if profile == EvalProfile::Paper { benchmark.samples.0 } else { benchmark.samples.1 };
     let code = matches!(benchmark.kind, Kind::HumanEval | Kind::Mbpp | Kind::LiveCodeBench);
-    Ok(Loaded { name: shown, samples, items, bad, code })
+    Ok(Loaded { name: shown, samples, items, bad, code, files })
 }
 
-fn find(name: &str, folder: &Path) -> anyhow::Result<(Benchmark, PathBuf)> {
-    if name.ends_with(".jsonl") {
-        let path = if Path::new(name).exists() { PathBuf::from(name) } else { folder.join(name) };
-        return Ok((ALL[ALL.len() - 1], path));
+/// `NAME`, `NAME@REVISION` (then from the hub), or the path or address of a table.
+fn find(name: &str, folder: &Path) -> anyhow::Result<(Benchmark, Vec<Located>)> {
+    let own = ALL[ALL.len() - 1];
+    if hub::is_address(Path::new(name)) {
+        return Ok((own, hub::locate(Path::new(name))?));
     }
-    let lower = name.to_lowercase();
+    if EXTENSIONS.iter().any(|extension| name.ends_with(&format!(".{extension}"))) {
+        let path = if Path::new(name).exists() { PathBuf::from(name) } else { folder.join(name) };
+        return Ok((own, hub::locate(&path)?));
+    }
+    let (lower, revision) = match name.split_once('@') {
+        Some((name, revision)) => (name.to_lowercase(), Some(revision)),
+        None => (name.to_lowercase(), None),
+    };
     let known = ALL.iter().find(|benchmark| {
         benchmark.name == lower || benchmark.files.iter().any(|file| file.eq_ignore_ascii_case(&lower))
     });
     let names =
         || ALL.iter().filter(|one| one.name != "own").map(|one| one.name).collect::<Vec<_>>().join(", ");
     let benchmark = known.ok_or_else(|| {
-        anyhow::anyhow!("no benchmark `{name}`; known are {}, and files that end in .jsonl", names())
-    })?;
-    let path =
-        benchmark.files.iter().map(|file| folder.join(format!("{file}.jsonl"))).find(|path| path.exists());
-    let path = path.ok_or_else(|| {
         anyhow::anyhow!(
-            "`{}.jsonl` is not in `{}`; export the rows of `{}` as JSON lines there, or point --data at the folder that has them",
-            benchmark.files[0],
-            folder.display(),
-            benchmark.source
+            "no benchmark `{name}`; known are {}, and files that end in .{}",
+            names(),
+            EXTENSIONS.join(", .")
         )
     })?;
-    Ok((*benchmark, path))
+    let here = benchmark
+        .files
+        .iter()
+        .flat_map(|file| EXTENSIONS.map(|extension| folder.join(format!("{file}.{extension}"))))
+        .find(|path| path.exists());
+    if let (Some(path), None) = (here, revision) {
+        return Ok((*benchmark, hub::locate(&path)?));
+    }
+    let mut located = Vec::new();
+    for (repository, file) in benchmark.hub {
+        let at = revision.map_or(String::new(), |revision| format!("@{revision}"));
+        let address = format!("hf://datasets/{repository}{at}/{file}");
+        let found = hub::locate(Path::new(&address)).with_context(|| {
+            format!(
+                "`{name}` is not at hand: `{}` has no `{}.jsonl`, and the hub did not give it; put the rows there as JSON \
+                 lines, or point --data at the folder that has them",
+                folder.display(),
+                benchmark.files[0]
+            )
+        })?;
+        located.extend(found);
+    }
+    Ok((*benchmark, located))
 }
 
 fn text(row: &Value, names: &[&str]) -> Result<String, String> {
@@ -187,7 +267,7 @@ fn item(benchmark: &Benchmark, bench: &str, index: usize, row: &Value, seed: u64
         Kind::Choice => choice(row, seed, index)?,
         Kind::HumanEval => humaneval(row)?,
         Kind::Mbpp => mbpp(row)?,
-        Kind::LiveCodeBench => livecodebench(row)?,
+        Kind::LiveCodeBench => livecodebench::read(row)?,
     };
     let level = row.get("level").or_else(|| row.get("difficulty")).and_then(|level| match level {
         Value::String(text) => Some(text.clone()),
@@ -304,80 +384,6 @@ fn called(test: &str) -> Option<String> {
     None
 }
 
-/// Tests as JSON lists, public and private; private ones that are packed cannot be read and are an error.
-fn livecodebench(row: &Value) -> Result<(String, Gold), String> {
-    let question = text(row, &["question_content", "problem"])?;
-    let starter = text(row, &["starter_code"]).unwrap_or_default();
-    let mut all: Vec<Value> = Vec::new();
-    for name in ["public_test_cases", "private_test_cases"] {
-        let cases = match row.get(name) {
-            None => continue,
-            Some(Value::String(text)) if text.trim().is_empty() => continue,
-            Some(Value::String(text)) => serde_json::from_str(text).map_err(|_| {
-                format!("`{name}` is packed; unpack the tests to JSON before (the dataset's own loader does)")
-            })?,
-            Some(other) => other.clone(),
-        };
-        all.extend(cases.as_array().ok_or_else(|| format!("`{name}` is no list"))?.iter().cloned());
-    }
-    if all.is_empty() {
-        return Err("no test cases".to_owned());
-    }
-    let field =
-        |case: &Value, name: &str| case.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let functional = all.iter().any(|case| field(case, "testtype") == "functional");
-    if !functional {
-        let examples = all
-            .iter()
-            .map(|case| Example { input: field(case, "input"), output: field(case, "output") })
-            .collect();
-        let asked = format!("{question}\n\nRead from standard input and write to standard output. {PYTHON}");
-        return Ok((asked, Gold::Prints(examples)));
-    }
-    let metadata = match row.get("metadata") {
-        Some(Value::String(text)) => serde_json::from_str(text).unwrap_or_default(),
-        Some(other) => other.clone(),
-        None => Value::Null,
-    };
-    let function =
-        metadata.get("func_name").and_then(Value::as_str).ok_or("`metadata.func_name` is missing")?;
-    let entry =
-        if starter.contains("class Solution") { format!("Solution.{function}") } else { function.to_owned() };
-    let tests: Vec<String> = all
-        .iter()
-        .map(|case| {
-            let arguments: Vec<String> = field(case, "input").lines().map(python_of).collect();
-            format!("assert candidate({}) == {}", arguments.join(", "), python_of(&field(case, "output")))
-        })
-        .collect();
-    let asked = format!("{question}\n\nUse this beginning:\n\n```python\n{starter}\n```\n\n{PYTHON}");
-    let head =
-        "from typing import *\nimport collections, itertools, functools, math, heapq, bisect, re, string\n"
-            .to_owned();
-    Ok((asked, Gold::Functions { head, tests: tests.join("\n"), entry }))
-}
-
-/// A JSON value as Python writes it.
-fn python_of(json: &str) -> String {
-    fn show(value: &Value) -> String {
-        match value {
-            Value::Null => "None".to_owned(),
-            Value::Bool(true) => "True".to_owned(),
-            Value::Bool(false) => "False".to_owned(),
-            Value::Array(items) => format!("[{}]", items.iter().map(show).collect::<Vec<_>>().join(", ")),
-            Value::Object(map) => {
-                let pairs: Vec<String> = map
-                    .iter()
-                    .map(|(key, value)| format!("{}: {}", Value::from(key.as_str()), show(value)))
-                    .collect();
-                format!("{{{}}}", pairs.join(", "))
-            }
-            other => other.to_string(),
-        }
-    }
-    serde_json::from_str::<Value>(json.trim()).map_or_else(|_| json.trim().to_owned(), |value| show(&value))
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -434,7 +440,6 @@ mod tests {
             ("gsm8k", json!({"question": "q"}), "answer"),
             ("gsm8k", json!({"question": "q", "answer": ""}), "empty"),
             ("mbpp", json!({"text": "q", "test_list": []}), "empty"),
-            ("lcb", json!({"question_content": "q", "private_test_cases": "eJx"}), "packed"),
             ("gpqa", json!({"Question": "q", "Correct Answer": "x"}), "Incorrect Answer 1"),
         ] {
             assert!(of(kind, &row).unwrap_err().contains(word));

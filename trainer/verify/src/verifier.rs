@@ -34,6 +34,8 @@ pub enum Method {
     Rule,
     /// Tests were run.
     Tests,
+    /// A model was asked, because no rule could decide.
+    Judge,
     /// Nothing could decide; it counts as wrong.
     Undecided,
 }

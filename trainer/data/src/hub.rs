@@ -1,0 +1,344 @@
+//! Files of the Hugging Face Hub as `hf://datasets/OWNER/NAME[@REVISION]/FILE` (the form that fsspec, DuckDB and Polars read);
+//! FILE may hold `*`. The revision is resolved to its commit first, so that what was read can be said exactly; files lie in
+//! the cache that Python's `huggingface_hub` uses, and what lies there is read without a network.
+//!
+//! `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` (or the token file of `hf auth login`) and `HF_HUB_OFFLINE` are obeyed.
+
+use std::path::{Path, PathBuf};
+
+use hf_hub::api::sync::{Api, ApiBuilder};
+use hf_hub::{Cache, Repo, RepoType};
+use sha2::{Digest, Sha256};
+
+/// What such addresses begin with.
+const SCHEME: &str = "hf://";
+/// Most files that one address may name.
+const MAX_FILES: usize = 10_000;
+
+/// Why a file of the hub is not at hand.
+#[derive(Debug, thiserror::Error)]
+#[error("`{address}`: {problem}")]
+pub struct HubError {
+    /// The address.
+    pub address: String,
+    /// What is wrong, and what to do.
+    pub problem: String,
+}
+
+/// A file at hand, with the address that says which it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Located {
+    /// Path as it was given, or the address with the commit in it.
+    pub shown: String,
+    /// Where it lies.
+    pub path: PathBuf,
+}
+
+/// Whether a path is an address of the hub.
+pub fn is_address(path: &Path) -> bool {
+    path.to_string_lossy().starts_with(SCHEME)
+}
+
+/// The files that a path names: itself, or what an address of the hub stands for, downloaded where they are not in the cache.
+pub fn locate(path: &Path) -> Result<Vec<Located>, HubError> {
+    let shown = path.to_string_lossy().into_owned();
+    if !is_address(path) {
+        return Ok(vec![Located { shown, path: path.to_owned() }]);
+    }
+    let address = Address::parse(&shown)?;
+    address.fetch(
+        Cache::from_env(),
+        std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| !matches!(value.as_str(), "" | "0")),
+    )
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Address {
+    text: String,
+    kind: &'static str,
+    repo: String,
+    revision: Option<String>,
+    file: String,
+}
+
+impl Address {
+    fn parse(text: &str) -> Result<Self, HubError> {
+        let wrong = |problem: &str| HubError { address: text.to_owned(), problem: problem.to_owned() };
+        let form = "is not of the form hf://datasets/OWNER/NAME[@REVISION]/FILE";
+        let rest = text.strip_prefix(SCHEME).ok_or_else(|| wrong(form))?;
+        let (kind, rest) = match rest.strip_prefix("datasets/") {
+            Some(rest) => ("datasets/", rest),
+            None => ("", rest),
+        };
+        let mut parts = rest.splitn(3, '/');
+        let (Some(owner), Some(name), Some(file)) = (parts.next(), parts.next(), parts.next()) else {
+            return Err(wrong(form));
+        };
+        let (name, revision) = match name.split_once('@') {
+            Some((name, revision)) => (name, Some(revision.to_owned())),
+            None => (name, None),
+        };
+        // These become paths in the cache.
+        let plain = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        };
+        if !plain(owner) || !plain(name) || !revision.as_deref().is_none_or(plain) || file.is_empty() {
+            return Err(wrong(form));
+        }
+        if !safe(file) {
+            return Err(wrong("the file's path must stay inside the repository"));
+        }
+        let repo = format!("{owner}/{name}");
+        Ok(Self { text: text.to_owned(), kind, repo, revision, file: file.to_owned() })
+    }
+
+    fn at(&self, revision: &str) -> Repo {
+        let kind = if self.kind.is_empty() { RepoType::Model } else { RepoType::Dataset };
+        Repo::with_revision(self.repo.clone(), kind, revision.to_owned())
+    }
+
+    fn located(&self, commit: &str, file: &str, path: PathBuf) -> Located {
+        Located { shown: format!("{SCHEME}{}{}@{commit}/{file}", self.kind, self.repo), path }
+    }
+
+    fn wrong(&self, problem: impl Into<String>) -> HubError {
+        HubError { address: self.text.clone(), problem: problem.into() }
+    }
+
+    fn fetch(&self, cache: Cache, offline: bool) -> Result<Vec<Located>, HubError> {
+        let revision = self.revision.as_deref().unwrap_or("main");
+        if offline {
+            return self.cached(&cache, revision)?.ok_or_else(|| {
+                self.wrong("is not in the cache, and HF_HUB_OFFLINE is set; run once without it")
+            });
+        }
+        let mut builder = ApiBuilder::from_env().with_progress(false).with_retries(3);
+        if let Ok(token) = std::env::var("HF_TOKEN")
+            && !token.trim().is_empty()
+        {
+            builder = builder.with_token(Some(token.trim().to_owned()));
+        }
+        let api = builder.build().map_err(|error| self.wrong(error.to_string()))?;
+        let info = match api.repo(self.at(revision)).info() {
+            Ok(info) => info,
+            Err(error) => {
+                let problem = explained(&error.to_string());
+                // Without a network, what was read before will do; its commit stands in its address.
+                return match self.cached(&cache, revision)? {
+                    Some(located) => {
+                        tracing::warn!(
+                            address = self.text,
+                            problem,
+                            "the hub cannot be asked; read from the cache"
+                        );
+                        Ok(located)
+                    }
+                    None => Err(self.wrong(problem)),
+                };
+            }
+        };
+        if !is_commit(&info.sha) {
+            return Err(self.wrong("the hub named no commit for this revision"));
+        }
+        let names: Vec<String> = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
+        let mut files: Vec<&String> =
+            names.iter().filter(|name| safe(name) && matches(&self.file, name)).collect();
+        if files.is_empty() {
+            let some = names.iter().take(8).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+            return Err(self.wrong(format!("no such file at this revision; there are {some}")));
+        }
+        if files.len() > MAX_FILES {
+            return Err(self.wrong(format!("names {} files; at most {MAX_FILES} are read", files.len())));
+        }
+        files.sort();
+        let mut located = Vec::with_capacity(files.len());
+        for file in files {
+            let path = self.one(&api, &cache, &info.sha, file)?;
+            located.push(self.located(&info.sha, file, path));
+        }
+        // Only now: a branch in the cache never points at a commit of which files are missing.
+        cache
+            .repo(self.at(revision))
+            .create_ref(&info.sha)
+            .map_err(|error| self.wrong(format!("cannot write the cache: {error}")))?;
+        Ok(located)
+    }
+
+    /// One file of a commit: from the cache, else downloaded, measured and (where the hub says its hash) hashed.
+    fn one(&self, api: &Api, cache: &Cache, commit: &str, file: &str) -> Result<PathBuf, HubError> {
+        let failed = |error: &dyn std::fmt::Display| {
+            self.wrong(format!("`{file}`: {}", explained(&error.to_string())))
+        };
+        let folder = cache.repo(self.at(commit)).pointer_path(commit);
+        let path = folder.join(file);
+        if path.exists() {
+            return Ok(path);
+        }
+        let repo = api.repo(self.at(commit));
+        let said = api.metadata(&repo.url(file)).map_err(|error| failed(&error))?;
+        let path = repo.download(file).map_err(|error| failed(&error))?;
+        let fault = match std::fs::metadata(&path) {
+            Err(error) => Some(error.to_string()),
+            Ok(found) if found.len() != said.size() as u64 => {
+                Some(format!("{} of {} bytes arrived", found.len(), said.size()))
+            }
+            Ok(_)
+                if said.etag().len() == 64 && hash(&path).map_err(|error| failed(&error))? != said.etag() =>
+            {
+                Some("its SHA-256 is not the one that the hub names".to_owned())
+            }
+            Ok(_) => None,
+        };
+        match fault {
+            None => Ok(path),
+            Some(fault) => {
+                let blob = path.canonicalize().unwrap_or_else(|_| path.clone());
+                for broken in [blob, path] {
+                    let _gone = std::fs::remove_file(broken);
+                }
+                Err(failed(&format!("{fault}; it was thrown away, try again")))
+            }
+        }
+    }
+
+    /// What the cache holds of a revision; all files that match are taken to be there.
+    fn cached(&self, cache: &Cache, revision: &str) -> Result<Option<Vec<Located>>, HubError> {
+        let repo = cache.repo(self.at(revision));
+        let commit = if is_commit(revision) {
+            revision.to_owned()
+        } else {
+            let folder = cache.path().join(self.at(revision).folder_name());
+            match std::fs::read_to_string(folder.join("refs").join(revision)) {
+                Ok(commit) if is_commit(commit.trim()) => commit.trim().to_owned(),
+                _ => return Ok(None),
+            }
+        };
+        let folder = repo.pointer_path(&commit);
+        let mut names = Vec::new();
+        walk(&folder, "", &mut names)
+            .map_err(|error| self.wrong(format!("`{}`: {error}", folder.display())))?;
+        names.retain(|name| matches(&self.file, name));
+        names.sort();
+        let located: Vec<Located> =
+            names.iter().map(|name| self.located(&commit, name, folder.join(name))).collect();
+        Ok((!located.is_empty()).then_some(located))
+    }
+}
+
+fn is_commit(text: &str) -> bool {
+    text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// Whether a path from outside stays inside the folder that it is put into.
+fn safe(file: &str) -> bool {
+    !file.starts_with('/')
+        && !file.contains('\\')
+        && file.split('/').all(|part| !matches!(part, "" | "." | ".."))
+}
+
+fn walk(folder: &Path, inside: &str, names: &mut Vec<String>) -> std::io::Result<()> {
+    let entries = match std::fs::read_dir(folder) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let name = format!("{inside}{}", entry.file_name().to_string_lossy());
+        // Files are links into the blobs, folders are folders.
+        if entry.file_type()?.is_dir() {
+            walk(&entry.path(), &format!("{name}/"), names)?;
+        } else if names.len() <= MAX_FILES {
+            names.push(name);
+        }
+    }
+    Ok(())
+}
+
+/// Whether `name` matches a pattern in which `*` stands for any text, `/` included.
+fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = name.strip_prefix(first) else { return false };
+    let mut parts: Vec<&str> = parts.collect();
+    let Some(last) = parts.pop() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+fn hash(path: &Path) -> std::io::Result<String> {
+    let mut hasher = Sha256::new();
+    std::io::copy(&mut std::fs::File::open(path)?, &mut HashWriter(&mut hasher))?;
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl std::io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The hub's answer with what to do about it.
+fn explained(problem: &str) -> String {
+    let advice = if problem.contains("401") || problem.contains("403") {
+        "; it is private or gated: accept its terms on the hub and set HF_TOKEN"
+    } else if problem.contains("404") {
+        "; the repository or the revision is not there"
+    } else {
+        ""
+    };
+    format!("{problem}{advice}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_and_refused() {
+        let address = Address::parse("hf://datasets/openai/gsm8k@abc/main/test-*.parquet").unwrap();
+        assert_eq!(
+            (address.repo.as_str(), address.revision.as_deref(), address.file.as_str()),
+            ("openai/gsm8k", Some("abc"), "main/test-*.parquet")
+        );
+        assert_eq!(Address::parse("hf://a/b/c.json").unwrap().kind, "");
+        for wrong in [
+            "hf://",
+            "hf://datasets/a/b",
+            "hf://datasets/../b/c",
+            "hf://datasets/a/b@../../x/c",
+            "hf://datasets/a/b/../c",
+            "hf://datasets/a/b//c",
+        ] {
+            assert!(Address::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn stars_stand_for_any_text() {
+        for (pattern, name, fits) in [
+            ("a.jsonl", "a.jsonl", true),
+            ("a.jsonl", "b.jsonl", false),
+            ("data/*.parquet", "data/train-0.parquet", true),
+            ("data/*.parquet", "data/readme.md", false),
+            ("*test*.jsonl", "x/test-1.jsonl", true),
+            ("a*a", "a", false),
+            ("*", "anything/at/all", true),
+        ] {
+            assert_eq!(matches(pattern, name), fits, "{pattern} {name}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Rows of LiveCodeBench: programs that read and print, or functions; the private tests are packed as its loader expects them,
+//! base64 of zlib of a pickled string of JSON.
+
+use std::io::Read;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use potstill_sandbox::Example;
+use potstill_verify::verifier::Gold;
+use serde_json::Value;
+
+use super::{PYTHON, text};
+
+/// Longest list of tests that is unpacked.
+const MAX_TESTS: u64 = 512 << 20;
+
+/// One row. Tests are JSON lists, public and private, the private ones packed.
+pub(super) fn read(row: &Value) -> Result<(String, Gold), String> {
+    let question = text(row, &["question_content", "problem"])?;
+    let starter = text(row, &["starter_code"]).unwrap_or_default();
+    let mut all: Vec<Value> = Vec::new();
+    for name in ["public_test_cases", "private_test_cases"] {
+        let cases = match row.get(name) {
+            None => continue,
+            Some(Value::String(text)) if text.trim().is_empty() => continue,
+            Some(Value::String(text)) => match serde_json::from_str(text) {
+                Ok(cases) => cases,
+                Err(_) => {
+                    let cases = unpacked(text).map_err(|problem| format!("`{name}`: {problem}"))?;
+                    serde_json::from_str(&cases).map_err(|error| format!("`{name}`: {error}"))?
+                }
+            },
+            Some(other) => other.clone(),
+        };
+        all.extend(cases.as_array().ok_or_else(|| format!("`{name}` is no list"))?.iter().cloned());
+    }
+    if all.is_empty() {
+        return Err("no test cases".to_owned());
+    }
+    let field =
+        |case: &Value, name: &str| case.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let functional = all.iter().any(|case| field(case, "testtype") == "functional");
+    if !functional {
+        let examples = all
+            .iter()
+            .map(|case| Example { input: field(case, "input"), output: field(case, "output") })
+            .collect();
+        let asked = format!("{question}\n\nRead from standard input and write to standard output. {PYTHON}");
+        return Ok((asked, Gold::Prints(examples)));
+    }
+    let metadata = match row.get("metadata") {
+        Some(Value::String(text)) => serde_json::from_str(text).unwrap_or_default(),
+        Some(other) => other.clone(),
+        None => Value::Null,
+    };
+    let function =
+        metadata.get("func_name").and_then(Value::as_str).ok_or("`metadata.func_name` is missing")?;
+    let entry =
+        if starter.contains("class Solution") { format!("Solution.{function}") } else { function.to_owned() };
+    let tests: Vec<String> = all
+        .iter()
+        .map(|case| {
+            let arguments: Vec<String> = field(case, "input").lines().map(python_of).collect();
+            format!("assert candidate({}) == {}", arguments.join(", "), python_of(&field(case, "output")))
+        })
+        .collect();
+    let asked = format!("{question}\n\nUse this beginning:\n\n```python\n{starter}\n```\n\n{PYTHON}");
+    let head =
+        "from typing import *\nimport collections, itertools, functools, math, heapq, bisect, re, string\n"
+            .to_owned();
+    Ok((asked, Gold::Functions { head, tests: tests.join("\n"), entry }))
+}
+
+/// A JSON value as Python writes it.
+fn python_of(json: &str) -> String {
+    fn show(value: &Value) -> String {
+        match value {
+            Value::Null => "None".to_owned(),
+            Value::Bool(true) => "True".to_owned(),
+            Value::Bool(false) => "False".to_owned(),
+            Value::Array(items) => format!("[{}]", items.iter().map(show).collect::<Vec<_>>().join(", ")),
+            Value::Object(map) => {
+                let pairs: Vec<String> = map
+                    .iter()
+                    .map(|(key, value)| format!("{}: {}", Value::from(key.as_str()), show(value)))
+                    .collect();
+                format!("{{{}}}", pairs.join(", "))
+            }
+            other => other.to_string(),
+        }
+    }
+    serde_json::from_str::<Value>(json.trim()).map_or_else(|_| json.trim().to_owned(), |value| show(&value))
+}
+
+/// The string in a packed field. Nothing else that a pickle may do is read, let alone run.
+fn unpacked(packed: &str) -> Result<String, String> {
+    let bytes =
+        STANDARD.decode(packed.trim()).map_err(|error| format!("neither JSON nor base64: {error}"))?;
+    let mut pickle = Vec::new();
+    let mut limited = flate2::read::ZlibDecoder::new(bytes.as_slice()).take(MAX_TESTS + 1);
+    limited.read_to_end(&mut pickle).map_err(|error| format!("not packed by zlib: {error}"))?;
+    if pickle.len() as u64 > MAX_TESTS {
+        return Err(format!("unpacks to more than {} MiB", MAX_TESTS >> 20));
+    }
+    pickled_string(&pickle)
+        .and_then(|bytes| std::str::from_utf8(bytes).ok())
+        .map(str::to_owned)
+        .ok_or_else(|| "holds no pickled string".to_owned())
+}
+
+/// Protocol (`\x80 n`), perhaps a frame (`\x95`), then a string with its length in one, four or eight bytes
+/// (`\x8c`, `X`, `\x8d`).
+fn pickled_string(pickle: &[u8]) -> Option<&[u8]> {
+    let mut rest = pickle.strip_prefix(&[0x80])?.get(1..)?;
+    if let Some(framed) = rest.strip_prefix(&[0x95]) {
+        rest = framed.get(8..)?;
+    }
+    let (kind, rest) = rest.split_first()?;
+    let width = match kind {
+        0x8c => 1,
+        b'X' => 4,
+        0x8d => 8,
+        _ => return None,
+    };
+    let mut length = [0; 8];
+    length[..width].copy_from_slice(rest.get(..width)?);
+    rest.get(width..)?.get(..usize::try_from(u64::from_le_bytes(length)).ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// `base64.b64encode(zlib.compress(pickle.dumps(json.dumps(…), protocol)))` of two tests, by Python.
+    const PACKED: [&str; 2] = [
+        "eJxrYIooZWBgiK5WyswrKC1RslJQMlQwislT0lFQyi8tgQoZg7glqcUlJZUFqSCB4pKUzDylWh0FJH3GCjGlBgapluiazXBoji1k0AMACbAlCw==",
+        "eJxrYJlayQABPaXR1UqZeQWlJUpWCkqGCkYxeUo6Ckr5pSVQIWMQtyS1uKSksiAVJFBckpKZp1Sro4Ckz1ghptTAINUSXbMZDs2xU/QAiAEmcg==",
+    ];
+
+    #[test]
+    fn packed_tests_are_those_that_python_packed() {
+        for packed in PACKED {
+            let row = json!({"question_content": "q", "private_test_cases": packed});
+            let Gold::Prints(examples) = read(&row).unwrap().1 else { panic!() };
+            assert_eq!(
+                (examples.len(), examples[1].input.as_str(), examples[1].output.as_str()),
+                (2, "3 é\n", "6")
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_no_packed_string_is_said() {
+        let zipped = |bytes: &[u8]| {
+            let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+            std::io::Write::write_all(&mut encoder, bytes).unwrap();
+            STANDARD.encode(encoder.finish().unwrap())
+        };
+        for (packed, word) in [
+            ("{broken".to_owned(), "base64"),
+            ("aGVsbG8=".to_owned(), "zlib"),
+            (zipped(b"cos\nsystem\n(S'true'\ntR."), "no pickled string"),
+            (zipped(b"\x80\x04X\xff\xff\xff\xffshort"), "no pickled string"),
+            (zipped(b"\x80\x04X\x01\0\0\0{."), "private_test_cases"),
+        ] {
+            let row = json!({"question_content": "q", "private_test_cases": packed});
+            let problem = read(&row).unwrap_err();
+            assert!(problem.contains(word), "{problem}");
+        }
+    }
+}
