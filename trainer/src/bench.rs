@@ -9,8 +9,8 @@ use std::time::Instant;
 use anyhow::Context;
 use candle_core::Tensor;
 use potstill_engine::batch::Batch;
-use potstill_engine::cache::KvCache;
 use potstill_engine::device;
+use potstill_engine::kv::{KvCache, Table};
 use potstill_engine::loader::load;
 use potstill_engine::model::CausalLm;
 use serde::Serialize;
@@ -151,10 +151,29 @@ fn prompt_of(model: &CausalLm, length: usize, sequence: usize) -> Vec<u32> {
     (0..length).map(|at| ((at * 7919 + sequence * 104_729 + 11) % vocabulary) as u32).collect()
 }
 
+/// Tokens of a block, as in the engine.
+const BLOCK: usize = 16;
+
+/// A cache with the blocks of some sequences.
+struct Sequences {
+    cache: KvCache,
+    tables: Vec<Vec<u32>>,
+}
+
+impl Sequences {
+    fn new(model: &CausalLm, count: usize, tokens: usize) -> anyhow::Result<Self> {
+        let each = tokens.div_ceil(BLOCK);
+        let head = model.head();
+        let cache = KvCache::new(model.config(), BLOCK, count * each, head.device(), head.dtype())?;
+        let tables = (0..count).map(|at| (at * each..(at + 1) * each).map(|block| block as u32).collect());
+        Ok(Self { cache, tables: tables.collect() })
+    }
+}
+
 /// Reads a prompt and picks the most likely next token.
-fn step(model: &CausalLm, batch: &Batch, caches: &mut [KvCache]) -> anyhow::Result<Vec<u32>> {
-    let mut borrowed: Vec<&mut KvCache> = caches.iter_mut().collect();
-    let hidden = model.hidden_cached(batch, &mut borrowed)?;
+fn step(model: &CausalLm, batch: &Batch, sequences: &mut Sequences) -> anyhow::Result<Vec<u32>> {
+    let tables: Vec<Table<'_>> = sequences.tables.iter().map(Vec::as_slice).collect();
+    let hidden = model.hidden_cached(batch, &mut sequences.cache, &tables)?;
     let rows = batch.last_rows();
     let rows = Tensor::from_slice(&rows, rows.len(), hidden.device())?;
     let logits = model.logits(&hidden.index_select(&rows, 0)?)?;
@@ -178,11 +197,12 @@ fn prefill(model: &CausalLm, prompt: usize, rounds: usize) -> anyhow::Result<Mea
     let tokens = prompt_of(model, prompt, 0);
     // Short prompts are read several times, as processor time comes in hundredths of a second.
     let repeats = (1024 / prompt).max(1);
+    let mut sequences = Sequences::new(model, 1, prompt)?;
     let (wall, cpu) = fastest(rounds, || {
         let (begin, cpu) = (Instant::now(), cpu_seconds());
         for _ in 0..repeats {
             let batch = Batch::new([(tokens.as_slice(), 0)]);
-            step(model, &batch, &mut [KvCache::default()])?;
+            step(model, &batch, &mut sequences)?;
         }
         Ok((begin.elapsed().as_secs_f64(), cpu_seconds() - cpu))
     })?;
@@ -204,16 +224,16 @@ fn decode(
     batch: usize,
     rounds: usize,
 ) -> anyhow::Result<Measured> {
+    let mut sequences = Sequences::new(model, batch, prompt + generate)?;
     let (wall, cpu) = fastest(rounds, || {
-        let mut caches: Vec<KvCache> = (0..batch).map(|_| KvCache::default()).collect();
         let prompts: Vec<Vec<u32>> = (0..batch).map(|sequence| prompt_of(model, prompt, sequence)).collect();
         let mut last =
-            step(model, &Batch::new(prompts.iter().map(|prompt| (prompt.as_slice(), 0))), &mut caches)?;
+            step(model, &Batch::new(prompts.iter().map(|prompt| (prompt.as_slice(), 0))), &mut sequences)?;
         let (begin, cpu) = (Instant::now(), cpu_seconds());
         for at in 0..generate {
             let rows: Vec<[u32; 1]> = last.iter().map(|token| [*token]).collect();
-            last =
-                step(model, &Batch::new(rows.iter().map(|row| (row.as_slice(), prompt + at))), &mut caches)?;
+            let batch = Batch::new(rows.iter().map(|row| (row.as_slice(), prompt + at)));
+            last = step(model, &batch, &mut sequences)?;
         }
         Ok((begin.elapsed().as_secs_f64(), cpu_seconds() - cpu))
     })?;

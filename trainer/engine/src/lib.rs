@@ -5,7 +5,6 @@
 //! Architecture invariants: no HTTP and no pipeline records here; `unsafe` only in the kernels under [`ops`].
 
 pub mod batch;
-pub mod cache;
 pub mod checkpoint_files;
 pub mod config;
 pub mod device;
@@ -13,12 +12,15 @@ pub mod error;
 pub mod gguf;
 pub mod gguf_files;
 pub mod init;
+pub mod kv;
 pub mod loader;
 pub mod model;
 pub mod ops;
 pub mod sampler;
+mod schedule;
 pub mod scheduler;
 pub mod template;
+mod text_end;
 pub mod tokenizer;
 pub mod training;
 pub mod weights;

@@ -9,19 +9,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::quantized::QTensor;
 use candle_core::{Tensor, Var};
-use rayon::prelude::*;
 
 use crate::batch::Batch;
-use crate::cache::KvCache;
 use crate::config::{Family, ModelConfig};
 use crate::error::EngineError;
-use crate::ops::attention::{Heads, Segment, attention};
+use crate::kv::{KvCache, Table};
+use crate::ops::attention::{Segment, attention};
+use crate::ops::fused;
 use crate::ops::linear::{Frozen, linear, linear_adapted};
 use crate::ops::packed::{Packed, is_fast};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::Rotary;
 use crate::ops::swiglu::swiglu;
-use crate::ops::{fused, with_values};
 use crate::training::Training;
 use crate::weights::{Adapter, Weights};
 
@@ -98,9 +97,9 @@ pub(crate) struct Block {
 }
 
 /// What attends to what in one forward pass.
-pub(crate) enum Attend<'a, 'b> {
+pub(crate) enum Attend<'a> {
     OwnRows(&'a Arc<Vec<Segment>>),
-    Cached(&'a [Segment], &'a mut [&'b mut KvCache]),
+    Cached(&'a [Segment], &'a mut KvCache, &'a [Table<'a>]),
 }
 
 impl CausalLm {
@@ -199,13 +198,14 @@ impl CausalLm {
         self.run(batch, Attend::OwnRows(&batch.segments))
     }
 
-    /// The same, each segment continuing the sequence in its cache (one cache per segment, in order).
-    pub fn hidden_cached(&self, batch: &Batch, caches: &mut [&mut KvCache]) -> Result<Tensor, EngineError> {
-        let hidden = self.run(batch, Attend::Cached(&batch.segments, caches))?;
-        for (cache, segment) in caches.iter_mut().zip(batch.segments.iter()) {
-            cache.advance(segment.len);
-        }
-        Ok(hidden)
+    /// The same, each segment continuing the sequence whose blocks its table names.
+    pub fn hidden_cached(
+        &self,
+        batch: &Batch,
+        cache: &mut KvCache,
+        tables: &[Table<'_>],
+    ) -> Result<Tensor, EngineError> {
+        self.run(batch, Attend::Cached(&batch.segments, cache, tables))
     }
 
     /// Logits `[rows, vocabulary]` of hidden states.
@@ -216,7 +216,7 @@ impl CausalLm {
         }
     }
 
-    fn run(&self, batch: &Batch, mut attend: Attend<'_, '_>) -> Result<Tensor, EngineError> {
+    fn run(&self, batch: &Batch, mut attend: Attend<'_>) -> Result<Tensor, EngineError> {
         let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), self.embedding.device())?;
         let rotary = Rotary::new(&batch.positions, &self.inverse_frequencies);
         let mut x = self.embedding.index_select(&tokens, 0)?;
@@ -293,7 +293,7 @@ impl Block {
         layer: usize,
         config: &ModelConfig,
         rotary: &Rotary,
-        attend: &mut Attend<'_, '_>,
+        attend: &mut Attend<'_>,
     ) -> Result<Tensor, EngineError> {
         let eps = config.rms_norm_eps;
         let normed = rms_norm(x, &self.input_norm, eps)?;
@@ -306,8 +306,8 @@ impl Block {
         let (q, k) = (rotary.apply(&q)?, rotary.apply(&k)?);
         let attended = match attend {
             Attend::OwnRows(segments) => attention(&q, &k, &v, config.heads, segments)?,
-            Attend::Cached(segments, caches) => {
-                attend_cached(&q, &k, &v, layer, config.heads, segments, caches)?
+            Attend::Cached(segments, cache, tables) => {
+                cache.attend(layer, [&q, &k, &v], config.heads, segments, tables)?
             }
         };
         let x = (x + self.o.forward(&attended)?)?;
@@ -322,44 +322,4 @@ fn norm_heads(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, EngineErr
     let dim = weight.dim(0)?;
     let heads = x.reshape((rows * (width / dim), dim))?;
     Ok(rms_norm(&heads, weight, eps)?.reshape((rows, width))?)
-}
-
-fn attend_cached(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    layer: usize,
-    heads: Heads,
-    segments: &[Segment],
-    caches: &mut [&mut KvCache],
-) -> Result<Tensor, EngineError> {
-    if !fused(q) {
-        let mut parts = Vec::with_capacity(segments.len());
-        for (s, cache) in segments.iter().zip(caches.iter_mut()) {
-            let rows = |t: &Tensor| t.narrow(0, s.start, s.len);
-            parts.push(cache.attend_device(layer, &rows(q)?, &rows(k)?, &rows(v)?, heads)?);
-        }
-        return Ok(Tensor::cat(&parts, 0)?);
-    }
-    let (qw, kw) = (heads.query * heads.dim, heads.kv * heads.dim);
-    let out = with_values([q, k, v], |[q, k, v]| {
-        let mut out = vec![0f32; q.len()];
-        let mut rest = out.as_mut_slice();
-        let mut rows_of = Vec::with_capacity(segments.len());
-        for s in segments {
-            let (rows, tail) = rest.split_at_mut(s.len * qw);
-            rows_of.push(rows);
-            rest = tail;
-        }
-        segments
-            .par_iter()
-            .zip(caches.par_iter_mut())
-            .zip(rows_of)
-            .try_for_each(|((s, cache), out)| {
-                let (qr, kr) = (s.start * qw..(s.start + s.len) * qw, s.start * kw..(s.start + s.len) * kw);
-                cache.attend_host(layer, [&q[qr], &k[kr.clone()], &v[kr]], heads, out)
-            })
-            .map(|()| out)
-    })??;
-    Ok(Tensor::from_vec(out, q.shape(), q.device())?)
 }

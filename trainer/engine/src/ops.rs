@@ -110,3 +110,18 @@ pub(crate) fn sum_exp(values: &[f32], max: f32) -> f32 {
 pub(crate) fn max(values: &[f32]) -> f32 {
     values.iter().copied().fold(f32::NEG_INFINITY, f32::max)
 }
+
+/// `out += a * x`.
+#[inline(always)]
+pub(crate) fn axpy(a: f32, x: &[f32], out: &mut [f32]) {
+    out.iter_mut().zip(x).for_each(|(out, x)| *out = a.mul_add(*x, *out));
+}
+
+/// Softmax in place.
+#[inline(always)]
+pub(crate) fn softmax(scores: &mut [f32]) {
+    let max = max(scores);
+    scores.iter_mut().for_each(|score| *score = exp::exp(*score - max));
+    let inverse = 1.0 / sum(scores);
+    scores.iter_mut().for_each(|score| *score *= inverse);
+}

@@ -1,8 +1,7 @@
-//! The step loop: one OS thread decodes all running requests together, a ragged batch per step.
+//! The step loop: one OS thread computes all running requests together, a ragged batch per step. What a step computes is decided
+//! in [`crate::schedule`]; here are the front that takes requests in, the model, and what is done with its hidden states.
 //!
-//! Each step takes one row from every decoding request and fills the rest of its token budget with prompt chunks of the
-//! newest ones. A request starts only when its prompt and limit fit the KV budget, so nothing is ever evicted. A request
-//! whose receiver is gone leaves at the next step. Deliberately absent here: paging and prefix sharing.
+//! A request whose receiver is gone leaves at the next step.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -12,52 +11,101 @@ use std::thread::JoinHandle;
 use candle_core::{DType, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use tokio::sync::mpsc;
 
 use crate::batch::Batch;
-use crate::cache::KvCache;
-use crate::device::in_pool;
+use crate::device::{compute_type, in_pool};
 use crate::error::EngineError;
+use crate::kv::blocks::Blocks;
+use crate::kv::{KvCache, Table};
 use crate::loader::LoadedModel;
 use crate::model::CausalLm;
 use crate::sampler::{Sampling, likeliest};
-use crate::tokenizer::{StreamDecoder, Tokenizer};
+use crate::schedule::{Limits, Schedule, Sequence};
+use crate::text_end::TextEnd;
+use crate::tokenizer::Tokenizer;
+
+/// Tokens of a block of the KV cache.
+const BLOCK: usize = 16;
+/// Most blocks, however small they are.
+const MAX_BLOCKS: usize = 1 << 17;
+/// Rows of a prompt whose logits are looked at together.
+const SCORED_ROWS: usize = 64;
 
 /// Bounds of the step loop.
 #[derive(Debug, Clone)]
 pub struct SchedulerConfig {
-    /// Requests decoded together.
+    /// Requests computed together.
     pub max_running: usize,
     /// Requests that may wait; more are refused as busy.
     pub max_waiting: usize,
-    /// Rows per step.
+    /// Rows per step: more are computed a little faster, fewer let those who write wait less for prompts.
     pub step_tokens: usize,
-    /// Tokens that all running requests may hold in their caches.
-    pub kv_tokens: usize,
+    /// Memory of the KV cache in bytes. On the CPU it is taken as it is used.
+    pub kv_bytes: usize,
 }
 
 impl Default for SchedulerConfig {
     fn default() -> Self {
-        Self { max_running: 64, max_waiting: 512, step_tokens: 2048, kv_tokens: 1 << 18 }
+        Self { max_running: 64, max_waiting: 512, step_tokens: 512, kv_bytes: 4 << 30 }
     }
 }
 
-/// One completion to make.
-#[derive(Debug, Clone)]
+/// What a request wants to know.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Goal {
+    /// A completion.
+    #[default]
+    Complete,
+    /// The last hidden state of the prompt, or the mean of all, of length 1.
+    Embed(Pooling),
+}
+
+/// Which hidden states an embedding is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// That of the last token.
+    Last,
+    /// The mean over all tokens.
+    Mean,
+}
+
+/// When thinking has to end.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ThinkingLimit {
+    /// Most tokens before the end of the thinking.
+    pub tokens: usize,
+    /// What is written then, whatever the model would write.
+    pub ending: Vec<u32>,
+    /// The tokens that end the thinking, as the model writes them.
+    pub mark: Vec<u32>,
+}
+
+/// One completion to make, or something to find out about a prompt.
+#[derive(Debug, Clone, Default)]
 pub struct Request {
     /// Token ids of the prompt, at least one.
     pub prompt: Vec<u32>,
-    /// At most so many new tokens.
+    /// What for.
+    pub goal: Goal,
+    /// At most so many new tokens; 0 only to look at the prompt.
     pub max_tokens: usize,
     /// How to pick tokens.
     pub sampling: Sampling,
     /// Strings that end the completion; they are left out of it.
     pub stop: Vec<String>,
+    /// Go on behind end tokens.
+    pub ignore_end: bool,
     /// Report every token with its log-probability and so many of the likeliest alternatives.
     pub log_probs: Option<usize>,
+    /// The same for the tokens of the prompt behind the first.
+    pub prompt_log_probs: Option<usize>,
+    /// When thinking has to end.
+    pub thinking: Option<ThinkingLimit>,
 }
 
-/// A token that was picked, with the distribution that it was picked from before temperature and filters.
+/// A token with the distribution that it was picked from, before temperature and filters.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampled {
     /// The token.
@@ -90,16 +138,22 @@ impl FinishReason {
 /// What a request's receiver gets, in order; the last is `Finished` or `Failed`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Update {
+    /// How likely a token of the prompt is behind those before it: from the second on, in order.
+    Prompt(Sampled),
     /// A token was picked; its text follows, now or with a later one. Only where the request asks for it.
     Sampled(Sampled),
     /// More text.
     Text(String),
+    /// The embedding.
+    Embedding(Vec<f32>),
     /// The end.
     Finished {
         /// Why.
         reason: FinishReason,
         /// Tokens written, the end token included.
         completion_tokens: usize,
+        /// Tokens of the prompt that were at hand from requests before.
+        cached_tokens: usize,
     },
     /// The engine failed; the completion is not whole.
     Failed(String),
@@ -108,16 +162,22 @@ pub enum Update {
 /// Counters of a step loop.
 #[derive(Debug, Default)]
 pub struct Stats {
-    /// Requests being decoded.
+    /// Requests being computed.
     pub running: AtomicUsize,
     /// Requests waiting.
     pub waiting: AtomicUsize,
     /// Prompt tokens computed.
     pub prompt_tokens: AtomicU64,
+    /// Prompt tokens that were at hand.
+    pub cached_tokens: AtomicU64,
     /// Tokens written.
     pub completion_tokens: AtomicU64,
     /// Steps taken.
     pub steps: AtomicU64,
+    /// Requests that gave their blocks back to be computed again.
+    pub preempted: AtomicU64,
+    /// Blocks of the KV cache in use.
+    pub blocks_used: AtomicUsize,
 }
 
 struct Waiting {
@@ -127,7 +187,11 @@ struct Waiting {
 
 #[derive(Default)]
 struct Queue {
-    waiting: VecDeque<Waiting>,
+    arrived: VecDeque<Waiting>,
+    /// Those that the step loop has taken in and not started.
+    taken: usize,
+    /// The weights are others now.
+    forget: bool,
     stopped: Option<String>,
 }
 
@@ -147,6 +211,7 @@ pub struct Engine {
     thread: Option<JoinHandle<()>>,
     config: SchedulerConfig,
     context: usize,
+    blocks: usize,
     vocabulary: usize,
 }
 
@@ -154,15 +219,25 @@ impl Engine {
     /// Starts the step loop over `model`.
     pub fn start(model: &LoadedModel, config: SchedulerConfig) -> Result<Self, EngineError> {
         let lm = model.causal_lm()?;
-        let context = model.config.max_positions.min(config.kv_tokens);
+        let device = lm.head().device().clone();
+        let dtype = compute_type(&device);
+        let block_bytes = BLOCK * KvCache::bytes_per_token(&model.config, dtype);
+        let blocks = (config.kv_bytes / block_bytes).min(MAX_BLOCKS);
+        if blocks == 0 {
+            let expected = "room for one block of the KV cache";
+            let found = format!("{} bytes, a block takes {block_bytes}", config.kv_bytes);
+            return Err(EngineError::Parameter { name: "kv_bytes", expected, found });
+        }
+        let context = model.config.max_positions.min(blocks * BLOCK);
         let shared =
             Arc::new(Shared { queue: Mutex::default(), wake: Condvar::new(), stats: Stats::default() });
+        let limits = Limits { running: config.max_running.max(1), rows: config.step_tokens.max(1) };
         let mut steps = StepLoop {
             shared: Arc::clone(&shared),
             model: lm,
             tokenizer: model.tokenizer.clone(),
-            config: config.clone(),
-            running: Vec::new(),
+            cache: KvCache::new(&model.config, BLOCK, blocks, &device, dtype)?,
+            schedule: Schedule::new(Blocks::new(BLOCK, blocks), limits),
         };
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
@@ -171,7 +246,8 @@ impl Engine {
                 steps.run();
             })
             .map_err(|error| EngineError::Stopped(error.to_string()))?;
-        Ok(Self { shared, thread: Some(thread), config, context, vocabulary: model.config.vocab_size })
+        let vocabulary = model.config.vocab_size;
+        Ok(Self { shared, thread: Some(thread), config, context, blocks, vocabulary })
     }
 
     /// Hands in a request. The receiver gets its text; dropping the receiver cancels it.
@@ -188,33 +264,44 @@ impl Engine {
         if let Some(reason) = &queue.stopped {
             return Err(EngineError::Stopped(reason.clone()));
         }
-        if queue.waiting.len() + requests.len() > self.config.max_waiting {
-            return Err(EngineError::Busy { waiting: queue.waiting.len() });
+        let waiting = queue.arrived.len() + queue.taken;
+        if waiting + requests.len() > self.config.max_waiting {
+            return Err(EngineError::Busy { waiting });
         }
         let mut receivers = Vec::with_capacity(requests.len());
         for request in requests {
             // Room for every token, every text piece and the end: sending never waits.
             let per_token = if request.log_probs.is_some() { 2 } else { 1 };
-            let (updates, receiver) = mpsc::channel(per_token * request.max_tokens + 2);
-            queue.waiting.push_back(Waiting { request, updates });
+            let scored = if request.prompt_log_probs.is_some() { request.prompt.len() } else { 0 };
+            let (updates, receiver) = mpsc::channel(per_token * request.max_tokens + scored + 3);
+            queue.arrived.push_back(Waiting { request, updates });
             receivers.push(receiver);
         }
-        self.shared.stats.waiting.store(queue.waiting.len(), Ordering::Relaxed);
+        self.shared.stats.waiting.store(queue.arrived.len() + queue.taken, Ordering::Relaxed);
         drop(queue);
         self.shared.wake.notify_one();
         Ok(receivers)
     }
 
+    /// The weights have changed: what was computed with the old ones is not shared any more. Call it while no request is under
+    /// way.
+    pub fn forget(&self) {
+        locked(&self.shared).forget = true;
+    }
+
     fn check(&self, request: &Request) -> Result<(), EngineError> {
-        request.sampling.check()?;
+        request.sampling.check(self.vocabulary)?;
         let prompt = request.prompt.len();
         let requested = prompt + request.max_tokens;
         let limit = self.context;
-        if let Some(id) = request.prompt.iter().find(|&&id| id as usize >= self.vocabulary) {
+        let given = request.thinking.iter().flat_map(|thinking| &thinking.ending);
+        if let Some(id) = request.prompt.iter().chain(given).find(|&&id| id as usize >= self.vocabulary) {
             let expected = "token ids of the model's vocabulary";
             return Err(EngineError::Parameter { name: "prompt", expected, found: id.to_string() });
         }
-        if prompt == 0 || request.max_tokens == 0 {
+        let nothing_wanted =
+            request.max_tokens == 0 && request.prompt_log_probs.is_none() && request.goal == Goal::Complete;
+        if prompt == 0 || nothing_wanted {
             let name = if prompt == 0 { "prompt" } else { "max_tokens" };
             return Err(EngineError::Parameter {
                 name,
@@ -243,7 +330,12 @@ impl Engine {
         self.context
     }
 
-    /// Requests that it decodes together.
+    /// Blocks of the KV cache.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Requests that it computes together.
     pub fn slots(&self) -> usize {
         self.config.max_running
     }
@@ -266,39 +358,63 @@ impl Drop for EndMark {
     fn drop(&mut self) {
         let mut queue = locked(&self.0);
         queue.stopped.get_or_insert_with(|| "its step loop ended".to_owned());
-        queue.waiting.clear();
+        queue.arrived.clear();
     }
 }
 
+/// What belongs to a sequence besides its tokens.
 struct Running {
     request: Request,
     updates: mpsc::Sender<Update>,
-    cache: KvCache,
-    /// Rows computed of prompt plus completion.
-    completion: Vec<u32>,
     rng: ChaCha8Rng,
     text: TextEnd,
+    /// Tokens of the prompt that were reported.
+    scored: usize,
+    /// Sum of the hidden states so far.
+    sum: Vec<f32>,
+    /// How much of the ending of the thinking is written; `None` once the thinking is over.
+    ending: Option<usize>,
+    finished: bool,
 }
 
 impl Running {
-    fn reserved(&self) -> usize {
-        self.request.prompt.len() + self.request.max_tokens
-    }
-
-    /// What the cache does not hold yet, at most `limit` tokens.
-    fn pending(&self, limit: usize) -> &[u32] {
-        let done = self.cache.len();
-        let prompt = &self.request.prompt;
-        if done < prompt.len() {
-            &prompt[done..prompt.len().min(done + limit)]
-        } else {
-            &self.completion[done - prompt.len()..]
+    fn new(Waiting { request, updates }: Waiting) -> Self {
+        Self {
+            rng: ChaCha8Rng::seed_from_u64(request.sampling.seed),
+            text: TextEnd::new(request.stop.clone()),
+            scored: 1,
+            sum: Vec::new(),
+            ending: request.thinking.is_some().then_some(0),
+            finished: false,
+            request,
+            updates,
         }
     }
 
-    fn finish(&mut self, reason: FinishReason) {
-        let update = Update::Finished { reason, completion_tokens: self.completion.len() };
+    fn send(&self, update: Update) {
         let _gone = self.updates.try_send(update);
+    }
+
+    /// The token that has to come now, whatever the model would write: the ending of a thinking that is too long.
+    fn forced(&mut self, completion: &[u32]) -> Option<u32> {
+        let (limit, written) = (self.request.thinking.as_ref()?, self.ending?);
+        if written == 0 && !limit.mark.is_empty() && completion.ends_with(&limit.mark) {
+            self.ending = None;
+            return None;
+        }
+        if written == 0 && completion.len() < limit.tokens {
+            return None;
+        }
+        match limit.ending.get(written) {
+            Some(token) => {
+                self.ending = Some(written + 1);
+                Some(*token)
+            }
+            None => {
+                self.ending = None;
+                None
+            }
+        }
     }
 }
 
@@ -306,8 +422,8 @@ struct StepLoop {
     shared: Arc<Shared>,
     model: CausalLm,
     tokenizer: Tokenizer,
-    config: SchedulerConfig,
-    running: Vec<Running>,
+    cache: KvCache,
+    schedule: Schedule<Running>,
 }
 
 impl StepLoop {
@@ -315,44 +431,43 @@ impl StepLoop {
         while self.admit() {
             if let Err(error) = in_pool(|| self.step()) {
                 tracing::error!(%error, "a step failed; the running requests end with an error");
-                for running in self.running.drain(..) {
-                    let _gone = running.updates.try_send(Update::Failed(error.to_string()));
-                }
+                self.fail(&error.to_string());
             }
-            self.shared.stats.running.store(self.running.len(), Ordering::Relaxed);
         }
-        for running in self.running.drain(..) {
-            let _gone = running.updates.try_send(Update::Failed("the engine was shut down".to_owned()));
+        self.fail("the engine was shut down");
+    }
+
+    fn fail(&mut self, reason: &str) {
+        for running in self.schedule.drain() {
+            running.send(Update::Failed(reason.to_owned()));
         }
     }
 
-    /// Moves waiting requests in while they fit; waits while there is nothing to do. False when the engine ends.
+    /// Takes in what arrived; waits while there is nothing to do. False when the engine ends.
     fn admit(&mut self) -> bool {
-        self.running.retain(|running| !running.updates.is_closed());
+        self.schedule.retain(|sequence| !sequence.payload.updates.is_closed());
         let mut queue = locked(&self.shared);
         loop {
             if queue.stopped.is_some() {
-                queue.waiting.clear();
+                queue.arrived.clear();
                 return false;
             }
-            queue.waiting.retain(|waiting| !waiting.updates.is_closed());
-            let mut held: usize = self.running.iter().map(Running::reserved).sum();
-            while let Some(next) = queue.waiting.front() {
-                let needed = next.request.prompt.len() + next.request.max_tokens;
-                if self.running.len() >= self.config.max_running || held + needed > self.config.kv_tokens {
-                    break;
-                }
-                held += needed;
-                if let Some(Waiting { request, updates }) = queue.waiting.pop_front() {
-                    let rng = ChaCha8Rng::seed_from_u64(request.sampling.seed);
-                    let text = TextEnd::new(request.stop.clone());
-                    let cache = KvCache::default();
-                    self.running.push(Running { request, updates, cache, completion: Vec::new(), rng, text });
-                }
+            if std::mem::take(&mut queue.forget) {
+                self.schedule.forget();
             }
-            self.shared.stats.waiting.store(queue.waiting.len(), Ordering::Relaxed);
-            self.shared.stats.running.store(self.running.len(), Ordering::Relaxed);
-            if !self.running.is_empty() {
+            for waiting in queue.arrived.drain(..).filter(|waiting| !waiting.updates.is_closed()) {
+                let request = &waiting.request;
+                // What has to be looked at row by row is computed row by row.
+                let sharing =
+                    request.prompt_log_probs.is_none() && request.goal != Goal::Embed(Pooling::Mean);
+                self.schedule.add(request.prompt.clone(), sharing, Running::new(waiting));
+            }
+            queue.taken = self.schedule.waiting();
+            let stats = &self.shared.stats;
+            stats.waiting.store(queue.taken, Ordering::Relaxed);
+            stats.running.store(self.schedule.running().len(), Ordering::Relaxed);
+            stats.blocks_used.store(self.schedule.usage().0, Ordering::Relaxed);
+            if !self.schedule.is_empty() {
                 return true;
             }
             queue = self.shared.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
@@ -360,71 +475,167 @@ impl StepLoop {
     }
 
     fn step(&mut self) -> Result<(), EngineError> {
-        let decoding = |running: &Running| running.cache.len() >= running.request.prompt.len();
-        let mut budget = self.config.step_tokens.max(1);
-        budget = budget.saturating_sub(self.running.iter().filter(|running| decoding(running)).count());
-        let mut rows = Vec::with_capacity(self.running.len());
-        for running in &self.running {
-            if decoding(running) {
-                rows.push(running.pending(1).to_vec());
-            } else {
-                let chunk = running.pending(budget).to_vec();
-                budget -= chunk.len();
-                rows.push(chunk);
+        let rows = self.schedule.plan();
+        let active = || rows.iter().enumerate().filter(|(_, rows)| **rows > 0).map(|(at, rows)| (at, *rows));
+        let running = self.schedule.running();
+        let batch = Batch::new(active().map(|(at, rows)| (running[at].rows(rows), running[at].computed())));
+        let tables: Vec<Table<'_>> = active().map(|(at, _)| running[at].table()).collect();
+        let hidden = self.model.hidden_cached(&batch, &mut self.cache, &tables)?;
+        self.count(&rows);
+        self.schedule.computed(&rows);
+
+        let mut picking = Vec::new();
+        for ((at, _), segment) in active().zip(batch.segments.iter()) {
+            let sequence = &mut self.schedule.running()[at];
+            let mine = |first: usize, rows: usize| hidden.narrow(0, segment.start + first, rows);
+            if sequence.payload.request.prompt_log_probs.is_some() {
+                score(&self.model, sequence, segment.past, segment.len, mine)?;
+            }
+            if let Goal::Embed(pooling) = sequence.payload.request.goal {
+                embed(sequence, pooling, segment.past, &mine(0, segment.len)?)?;
+            } else if sequence.is_complete() {
+                if sequence.payload.request.max_tokens == 0 {
+                    finish(sequence, FinishReason::Length);
+                } else {
+                    picking.push((at, (segment.start + segment.len - 1) as u32));
+                }
             }
         }
-        // Prompts that got no budget sit this step out.
-        let mut active: Vec<(&mut Running, Vec<u32>)> =
-            self.running.iter_mut().zip(rows).filter(|(_, rows)| !rows.is_empty()).collect();
-        let batch = Batch::new(active.iter().map(|(running, rows)| (rows.as_slice(), running.cache.len())));
-        let mut caches: Vec<&mut KvCache> =
-            active.iter_mut().map(|(running, _)| &mut running.cache).collect();
-        let hidden = self.model.hidden_cached(&batch, &mut caches)?;
-        drop(caches);
+        self.pick(&hidden, &picking)?;
+        self.schedule.retain(|sequence| !sequence.payload.finished);
+        Ok(())
+    }
+
+    fn count(&mut self, rows: &[usize]) {
         let stats = &self.shared.stats;
         stats.steps.fetch_add(1, Ordering::Relaxed);
-
-        // Only requests whose prompt is complete by now get a token.
-        let last_rows = batch.last_rows();
-        let mut sampled = Vec::new();
-        for ((running, rows), last) in active.iter_mut().zip(last_rows) {
-            if running.completion.is_empty() {
-                stats.prompt_tokens.fetch_add(rows.len() as u64, Ordering::Relaxed);
-            }
-            if running.cache.len() >= running.request.prompt.len() {
-                sampled.push((&mut **running, last));
-            }
+        stats.preempted.store(self.schedule.preempted(), Ordering::Relaxed);
+        for (sequence, rows) in self.schedule.running().iter().zip(rows) {
+            let left = sequence.prompt().len().saturating_sub(sequence.computed());
+            stats.prompt_tokens.fetch_add(left.min(*rows) as u64, Ordering::Relaxed);
         }
-        if sampled.is_empty() {
+    }
+
+    /// Picks the next token of every sequence `at` whose last row is `row`.
+    fn pick(&mut self, hidden: &Tensor, picking: &[(usize, u32)]) -> Result<(), EngineError> {
+        if picking.is_empty() {
             return Ok(());
         }
-        let wanted: Vec<u32> = sampled.iter().map(|(_, row)| *row).collect();
-        let wanted = Tensor::from_slice(&wanted, wanted.len(), hidden.device())?;
-        let logits =
-            self.model.logits(&hidden.index_select(&wanted, 0)?)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-        let eos = &self.model.config().eos;
-        let mut done = Vec::new();
-        for ((running, _), mut logits) in sampled.into_iter().zip(logits) {
-            let request = &running.request;
-            let distribution = request.log_probs.map(|top| Distribution::of(&logits, top));
-            let token =
-                request.sampling.pick(&mut logits, &request.prompt, &running.completion, &mut running.rng);
-            running.completion.push(token);
-            if let Some(distribution) = distribution {
-                let _gone = running.updates.try_send(Update::Sampled(distribution.sampled(token)));
-            }
-            stats.completion_tokens.fetch_add(1, Ordering::Relaxed);
-            if let Some(reason) = deliver(running, token, &self.tokenizer, eos)? {
-                running.finish(reason);
-                done.push(std::ptr::from_ref(running));
+        let rows: Vec<u32> = picking.iter().map(|(_, row)| *row).collect();
+        let rows = Tensor::from_vec(rows, picking.len(), hidden.device())?;
+        let logits = self.model.logits(&hidden.index_select(&rows, 0)?)?.to_dtype(DType::F32)?;
+        let mut logits = logits.to_vec2::<f32>()?;
+        let mut chosen = Vec::with_capacity(picking.len());
+        // In the order of the sequences, which is the order of `picking`.
+        let mut wanted = picking.iter().zip(&mut logits).peekable();
+        for (at, sequence) in self.schedule.running().iter_mut().enumerate() {
+            if let Some((_, logits)) = wanted.next_if(|((wanted, _), _)| *wanted == at) {
+                chosen.push((sequence, logits));
             }
         }
-        self.running.retain(|running| !done.contains(&std::ptr::from_ref(running)));
+        let tokens: Vec<u32> =
+            chosen.into_par_iter().map(|(sequence, logits)| choose(sequence, logits)).collect();
+        let eos = &self.model.config().eos;
+        for ((at, _), token) in picking.iter().zip(tokens) {
+            self.schedule.push(*at, token);
+            self.shared.stats.completion_tokens.fetch_add(1, Ordering::Relaxed);
+            let sequence = &mut self.schedule.running()[*at];
+            let completion_tokens = sequence.completion().len();
+            if completion_tokens == 1 {
+                self.shared.stats.cached_tokens.fetch_add(sequence.found() as u64, Ordering::Relaxed);
+            }
+            let running = &mut sequence.payload;
+            let ended = !running.request.ignore_end && eos.contains(&token);
+            let full = completion_tokens >= running.request.max_tokens;
+            let (text, stopped) = running.text.token(&self.tokenizer, token, ended, ended || full)?;
+            if !text.is_empty() {
+                running.send(Update::Text(text));
+            }
+            if ended || stopped {
+                finish(sequence, FinishReason::Stop);
+            } else if full {
+                finish(sequence, FinishReason::Length);
+            }
+        }
         Ok(())
     }
 }
 
-/// Log-probabilities of one step: kept until the token is known.
+fn finish(sequence: &mut Sequence<Running>, reason: FinishReason) {
+    let completion_tokens = sequence.completion().len();
+    let cached_tokens = sequence.found();
+    sequence.payload.finished = true;
+    sequence.payload.send(Update::Finished { reason, completion_tokens, cached_tokens });
+}
+
+/// One token from its logits.
+fn choose(sequence: &mut Sequence<Running>, logits: &mut [f32]) -> u32 {
+    let (prompt, completion, running) = sequence.parts();
+    let distribution = running.request.log_probs.map(|top| Distribution::of(logits, top));
+    let token = match running.forced(completion) {
+        Some(token) => token,
+        None => running.request.sampling.pick(logits, prompt, completion, &mut running.rng),
+    };
+    if let Some(distribution) = distribution {
+        running.send(Update::Sampled(distribution.sampled(token)));
+    }
+    token
+}
+
+/// Reports how likely the prompt's tokens are behind the rows `past .. past + rows`.
+fn score(
+    model: &CausalLm,
+    sequence: &mut Sequence<Running>,
+    past: usize,
+    rows: usize,
+    hidden: impl Fn(usize, usize) -> candle_core::Result<Tensor>,
+) -> Result<(), EngineError> {
+    let top = sequence.payload.request.prompt_log_probs.unwrap_or(0);
+    // Row `at` tells about token `at + 1`; what was told before a pause is not told again.
+    let first = (sequence.payload.scored - 1).max(past);
+    let end = (past + rows).min(sequence.prompt().len() - 1);
+    for from in (first..end).step_by(SCORED_ROWS) {
+        let count = SCORED_ROWS.min(end - from);
+        let logits = model.logits(&hidden(from - past, count)?)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        for (at, logits) in (from..).zip(logits) {
+            let told = Distribution::of(&logits, top).sampled(sequence.prompt()[at + 1]);
+            sequence.payload.send(Update::Prompt(told));
+        }
+        sequence.payload.scored = from + count + 1;
+    }
+    Ok(())
+}
+
+fn embed(
+    sequence: &mut Sequence<Running>,
+    pooling: Pooling,
+    past: usize,
+    hidden: &Tensor,
+) -> Result<(), EngineError> {
+    let rows = hidden.dim(0)?;
+    let part = match pooling {
+        Pooling::Last => hidden.get(rows - 1)?,
+        Pooling::Mean => hidden.sum(0)?,
+    };
+    let part = part.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+    let sum = &mut sequence.payload.sum;
+    if past == 0 || pooling == Pooling::Last {
+        *sum = part;
+    } else {
+        sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+    if sequence.is_complete() {
+        // Of length 1, so that the mean needs no division.
+        let mut vector = std::mem::take(&mut sequence.payload.sum);
+        let norm = vector.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt().max(1e-12);
+        vector.iter_mut().for_each(|x| *x = (f64::from(*x) / norm) as f32);
+        sequence.payload.send(Update::Embedding(vector));
+        finish(sequence, FinishReason::Stop);
+    }
+    Ok(())
+}
+
+/// Log-probabilities of one place: kept until the token is known.
 struct Distribution {
     logits: Vec<f32>,
     normaliser: f32,
@@ -441,97 +652,5 @@ impl Distribution {
 
     fn sampled(self, token: u32) -> Sampled {
         Sampled { token, log_prob: self.logits[token as usize] - self.normaliser, top: self.top }
-    }
-}
-
-/// Sends the text that `token` completes; says whether the request is over.
-fn deliver(
-    running: &mut Running,
-    token: u32,
-    tokenizer: &Tokenizer,
-    eos: &[u32],
-) -> Result<Option<FinishReason>, EngineError> {
-    let ended = eos.contains(&token);
-    let full = running.completion.len() >= running.request.max_tokens;
-    let mut piece = if ended { String::new() } else { running.text.decoder.push(tokenizer, token)? };
-    if ended || full {
-        piece.push_str(&running.text.decoder.finish(tokenizer)?);
-    }
-    let (text, stopped) = running.text.push(&piece, ended || full);
-    if !text.is_empty() {
-        let _gone = running.updates.try_send(Update::Text(text));
-    }
-    Ok(if ended || stopped {
-        Some(FinishReason::Stop)
-    } else if full {
-        Some(FinishReason::Length)
-    } else {
-        None
-    })
-}
-
-/// Cuts the text at the first stop string, which may lie across tokens: text that could begin one is held back.
-struct TextEnd {
-    decoder: StreamDecoder,
-    stop: Vec<String>,
-    held: String,
-}
-
-impl TextEnd {
-    fn new(mut stop: Vec<String>) -> Self {
-        stop.retain(|text| !text.is_empty());
-        Self { decoder: StreamDecoder::default(), stop, held: String::new() }
-    }
-
-    fn push(&mut self, piece: &str, last: bool) -> (String, bool) {
-        self.held.push_str(piece);
-        if let Some(at) = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
-            self.held.truncate(at);
-            return (std::mem::take(&mut self.held), true);
-        }
-        let keep =
-            if last { 0 } else { self.stop.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0) };
-        let ready = self.held.len() - keep;
-        (self.held.drain(..ready).collect(), false)
-    }
-}
-
-/// Length of the longest suffix of `text` that is a proper prefix of `stop`.
-fn overlap(text: &str, stop: &str) -> usize {
-    stop.char_indices()
-        .map(|(at, _)| at)
-        .skip(1)
-        .filter(|&at| text.ends_with(&stop[..at]))
-        .last()
-        .unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn stop_strings_cut_the_same_for_every_chunking(text in "[ab é]{0,30}", stop in "[ab é]{1,4}", cuts in prop::collection::vec(1usize..4, 1..30)) {
-            let mut ends = TextEnd::new(vec![stop.clone()]);
-            let (mut got, mut over) = (String::new(), false);
-            let mut characters = text.chars().peekable();
-            for cut in cuts {
-                let piece: String = characters.by_ref().take(cut).collect();
-                if !over {
-                    let (more, stopped) = ends.push(&piece, false);
-                    got.push_str(&more);
-                    over = stopped;
-                }
-            }
-            if !over {
-                let rest: String = characters.collect();
-                let (more, _) = ends.push(&rest, true);
-                got.push_str(&more);
-            }
-            prop_assert_eq!(got, text.split(&stop).next().unwrap());
-        }
     }
 }

@@ -4,10 +4,10 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use potstill_engine::batch::Batch;
-use potstill_engine::cache::KvCache;
 use potstill_engine::config::ModelConfig;
+use potstill_engine::kv::KvCache;
 use potstill_engine::model::CausalLm;
 use potstill_engine::weights::Weights;
 
@@ -30,6 +30,10 @@ fn fixture(name: &str) -> Fixture {
         rows: serde_json::from_value(rows["rows"].clone()).unwrap(),
         expected: candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap(),
     }
+}
+
+fn cache(model: &CausalLm, blocks: usize) -> KvCache {
+    KvCache::new(model.config(), 16, blocks, &Device::Cpu, DType::F32).unwrap()
 }
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
@@ -58,12 +62,12 @@ fn logits_with_a_cache_agree_for_every_cut() {
         let fixture = fixture(name);
         for cuts in [vec![83], vec![1, 82], vec![40, 1, 1, 41], vec![70, 13]] {
             let row = &fixture.rows[0];
-            let mut cache = KvCache::default();
+            let mut cache = cache(&fixture.model, 6);
             let mut parts = Vec::new();
             let mut done = 0;
             for cut in cuts {
                 let batch = Batch::new([(&row[done..done + cut], done)]);
-                let hidden = fixture.model.hidden_cached(&batch, &mut [&mut cache]).unwrap();
+                let hidden = fixture.model.hidden_cached(&batch, &mut cache, &[&[3, 0, 4, 1, 5, 2]]).unwrap();
                 parts.push(fixture.model.logits(&hidden).unwrap());
                 done += cut;
             }
@@ -77,11 +81,11 @@ fn logits_with_a_cache_agree_for_every_cut() {
 #[test]
 fn sequences_decoded_together_do_not_mix() {
     let fixture = fixture("qwen2");
-    let (mut first, mut second) = (KvCache::default(), KvCache::default());
+    let mut cache = cache(&fixture.model, 4);
     let mut last = Vec::new();
     for range in [0..9, 9..10, 10..21] {
         let batch = Batch::new(fixture.rows.iter().map(|row| (&row[range.clone()], range.start)));
-        let hidden = fixture.model.hidden_cached(&batch, &mut [&mut first, &mut second]).unwrap();
+        let hidden = fixture.model.hidden_cached(&batch, &mut cache, &[&[0, 3], &[2, 1]]).unwrap();
         let logits = fixture.model.logits(&hidden).unwrap();
         last = batch.segments.iter().map(|s| logits.narrow(0, s.start, s.len).unwrap()).collect::<Vec<_>>();
     }

@@ -76,11 +76,12 @@ impl Rollouts {
                         seed,
                         ..Sampling::default()
                     },
-                    stop: Vec::new(),
                     log_probs: Some(0),
+                    ..Request::default()
                 });
             }
         }
+        self.engine.forget();
         let mut all = Vec::with_capacity(requests.len());
         for mut updates in self.engine.submit_all(requests)? {
             let mut completion = Completion { tokens: Vec::new(), text: String::new(), truncated: false };
@@ -92,6 +93,7 @@ impl Rollouts {
                         completion.truncated = reason == FinishReason::Length;
                         break;
                     }
+                    Some(Update::Prompt(_) | Update::Embedding(_)) => {}
                     Some(Update::Failed(problem)) => return Err(LearnError::Rollout(problem)),
                     None => return Err(LearnError::Rollout("the engine has stopped".to_owned())),
                 }

@@ -10,14 +10,13 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::exp::exp;
 use super::product::Product;
-use super::{dot, fused, max, sum, values, with_values};
+use super::{axpy, dot, fused, softmax, values, with_values};
 
 /// Query rows per tile.
 const TILE: usize = 64;
 /// Up to this many rows plain dot products beat the packing of a matrix product.
-const FEW_ROWS: usize = 4;
+pub(crate) const FEW_ROWS: usize = 4;
 
 /// Rows `start .. start + len` of the batch are tokens `past .. past + len` of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,11 +41,11 @@ pub struct Heads {
 }
 
 impl Heads {
-    fn scale(self) -> f32 {
+    pub(crate) fn scale(self) -> f32 {
         1.0 / (self.dim as f32).sqrt()
     }
 
-    fn query_width(self) -> usize {
+    pub(crate) fn query_width(self) -> usize {
         self.query * self.dim
     }
 
@@ -55,7 +54,7 @@ impl Heads {
     }
 
     /// Query heads that read key head `kv`.
-    fn group(self, kv: usize) -> Range<usize> {
+    pub(crate) fn group(self, kv: usize) -> Range<usize> {
         let size = self.query / self.kv;
         kv * size..(kv + 1) * size
     }
@@ -107,23 +106,36 @@ pub fn plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, past: usize) -> R
     out.reshape((rows, heads.query_width()))
 }
 
-/// Attention of one segment's query rows over keys and values that lie in its cache (its own rows included).
-/// `q` and `out` are the segment's rows; `k` and `v` hold `past + rows` rows. Runs on the calling thread.
-pub fn cached(q: &[f32], k: &[f32], v: &[f32], heads: Heads, past: usize, out: &mut [f32]) {
+/// Attention of one sequence's rows over themselves. Runs on the calling thread.
+fn own_rows(q: &[f32], k: &[f32], v: &[f32], heads: Heads, out: &mut [f32]) {
     let (qw, kw) = (heads.query_width(), heads.kv_width());
-    let rows = q.len() / qw;
-    let mut scores = Vec::new();
     for kv in 0..heads.kv {
+        let k0 = kv * heads.dim;
         for head in heads.group(kv) {
-            for first in (0..rows).step_by(TILE) {
-                let tile = TILE.min(rows - first);
-                let keys = past + first + tile;
-                let (q0, k0) = (first * qw + head * heads.dim, kv * heads.dim);
-                probabilities(&q[q0..], qw, &k[k0..], kw, heads, tile, keys, &mut scores);
-                let out = &mut out[q0..];
-                weighted_sum(&scores, &v[k0..], kw, heads.dim, tile, keys, out, qw);
-            }
+            let q0 = head * heads.dim;
+            let out = (&mut out[q0..], qw);
+            attend_head((&q[q0..], qw), (&k[k0..], &v[k0..], kw), heads, 0, q.len() / qw, out);
         }
+    }
+}
+
+/// Attention of one head: `rows` queries over `past + rows` keys and values, their own included. Every matrix comes with
+/// the distance between its rows; `k` and `v` share theirs.
+pub(crate) fn attend_head(
+    (q, q_stride): (&[f32], usize),
+    (k, v, kv_stride): (&[f32], &[f32], usize),
+    heads: Heads,
+    past: usize,
+    rows: usize,
+    (out, out_stride): (&mut [f32], usize),
+) {
+    let mut scores = Vec::new();
+    for first in (0..rows).step_by(TILE) {
+        let tile = TILE.min(rows - first);
+        let keys = past + first + tile;
+        probabilities(&q[first * q_stride..], q_stride, k, kv_stride, heads, tile, keys, &mut scores);
+        let out = &mut out[first * out_stride..];
+        weighted_sum(&scores, v, kv_stride, heads.dim, tile, keys, out, out_stride);
     }
 }
 
@@ -156,10 +168,7 @@ fn probabilities(
     }
     for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
         let (seen, unseen) = scores.split_at_mut(keys - tile + row + 1);
-        let max = max(seen);
-        seen.iter_mut().for_each(|score| *score = exp(*score - max));
-        let inverse = 1.0 / sum(seen);
-        seen.iter_mut().for_each(|score| *score *= inverse);
+        softmax(seen);
         unseen.fill(0.0);
     }
 }
@@ -181,8 +190,7 @@ fn weighted_sum(
             let out = &mut out[row * out_stride..row * out_stride + dim];
             out.fill(0.0);
             for (key, &score) in scores.iter().enumerate() {
-                let v = &v[key * v_stride..key * v_stride + dim];
-                out.iter_mut().zip(v).for_each(|(out, v)| *out = score.mul_add(*v, *out));
+                axpy(score, &v[key * v_stride..key * v_stride + dim], out);
             }
         }
     } else {
@@ -231,7 +239,7 @@ impl CustomOp3 for Attention {
                     debug_assert!((s.start + s.len) * width <= data.len());
                     s.start * width..(s.start + s.len) * width
                 };
-                cached(&q[rows(q, qw)], &k[rows(k, kw)], &v[rows(v, kw)], self.heads, 0, out);
+                own_rows(&q[rows(q, qw)], &k[rows(k, kw)], &v[rows(v, kw)], self.heads, out);
             },
         );
         Ok((CpuStorage::F32(out), l1.shape().clone()))

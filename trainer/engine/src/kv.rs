@@ -1,0 +1,338 @@
+//! Keys and values of all sequences, in blocks. On the CPU every block is one piece of memory, made when it is first used; on
+//! other devices each layer has one tensor, of which blocks are ranges of rows.
+
+pub(crate) mod blocks;
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+use crate::config::ModelConfig;
+use crate::error::EngineError;
+use crate::ops::attention::{FEW_ROWS, Heads, Segment, attend_head, plain};
+use crate::ops::{axpy, dot, fused, softmax, with_values};
+
+/// The blocks of a model's cache.
+#[derive(Debug)]
+pub struct KvCache {
+    /// Tokens of a block.
+    size: usize,
+    /// Values of one token's keys in one layer.
+    width: usize,
+    layers: usize,
+    store: Store,
+}
+
+#[derive(Debug)]
+enum Store {
+    /// By block: of every layer the keys of its tokens, then the values.
+    Host(Vec<Box<[f32]>>),
+    /// By layer: keys and values, a row for each token of each block.
+    Device(Vec<(Tensor, Tensor)>),
+}
+
+/// One sequence's blocks, in the order of its tokens.
+pub type Table<'a> = &'a [u32];
+
+impl KvCache {
+    /// `count` blocks of `size` tokens.
+    pub fn new(
+        config: &ModelConfig,
+        size: usize,
+        count: usize,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self, EngineError> {
+        let width = config.heads.kv * config.heads.dim;
+        let store = if device.is_cpu() && dtype == DType::F32 {
+            Store::Host(vec![Box::default(); count])
+        } else {
+            let rows = || Tensor::zeros((count * size, width), dtype, device);
+            let layers = (0..config.layers).map(|_| Ok((rows()?, rows()?)));
+            Store::Device(layers.collect::<Result<_, EngineError>>()?)
+        };
+        Ok(Self { size, width, layers: config.layers, store })
+    }
+
+    /// Bytes that one token takes.
+    pub fn bytes_per_token(config: &ModelConfig, dtype: DType) -> usize {
+        2 * config.layers * config.heads.kv * config.heads.dim * dtype.size_in_bytes()
+    }
+
+    /// Writes the rows' keys and values of `layer` into the blocks of their sequences; the rows' attention.
+    pub(crate) fn attend(
+        &mut self,
+        layer: usize,
+        [q, k, v]: [&Tensor; 3],
+        heads: Heads,
+        segments: &[Segment],
+        tables: &[Table<'_>],
+    ) -> Result<Tensor, EngineError> {
+        for (segment, table) in segments.iter().zip(tables) {
+            if segment.past + segment.len > table.len() * self.size {
+                return Err(EngineError::Stopped("a sequence is longer than its blocks".to_owned()));
+            }
+        }
+        match &mut self.store {
+            Store::Host(blocks) if fused(q) => {
+                let layout = Layout { size: self.size, width: self.width, layers: self.layers };
+                Ok(with_values([q, k, v], |[qd, kd, vd]| {
+                    for (segment, table) in segments.iter().zip(tables) {
+                        layout.write(blocks, layer, [kd, vd], segment, table);
+                    }
+                    let out = layout.attend(blocks, layer, qd, heads, segments, tables);
+                    Tensor::from_vec(out, q.shape(), q.device())
+                })??)
+            }
+            Store::Device(layers) => {
+                let (keys, values) = &layers[layer];
+                attend_device([keys, values], [q, k, v], heads, segments, tables, self.size)
+            }
+            Store::Host(_) => Err(EngineError::Stopped("a cache moved between devices".to_owned())),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Layout {
+    size: usize,
+    width: usize,
+    layers: usize,
+}
+
+impl Layout {
+    /// Keys and values of a block in `layer`.
+    fn keys_and_values<'a>(
+        &self,
+        blocks: &'a [Box<[f32]>],
+        block: u32,
+        layer: usize,
+    ) -> (&'a [f32], &'a [f32]) {
+        let half = self.size * self.width;
+        blocks[block as usize][2 * layer * half..2 * (layer + 1) * half].split_at(half)
+    }
+
+    fn write(
+        &self,
+        blocks: &mut [Box<[f32]>],
+        layer: usize,
+        [k, v]: [&[f32]; 2],
+        segment: &Segment,
+        table: Table<'_>,
+    ) {
+        let half = self.size * self.width;
+        for row in 0..segment.len {
+            let (place, token) = (segment.past + row, (segment.start + row) * self.width);
+            let block = &mut blocks[table[place / self.size] as usize];
+            if block.is_empty() {
+                *block = vec![0f32; 2 * self.layers * half].into_boxed_slice();
+            }
+            let at = 2 * layer * half + place % self.size * self.width;
+            block[at..at + self.width].copy_from_slice(&k[token..token + self.width]);
+            block[at + half..at + half + self.width].copy_from_slice(&v[token..token + self.width]);
+        }
+    }
+
+    /// Attention of all rows. Each sequence and key head is a task of its own; its queries' results lie together until the end.
+    fn attend(
+        &self,
+        blocks: &[Box<[f32]>],
+        layer: usize,
+        q: &[f32],
+        heads: Heads,
+        segments: &[Segment],
+        tables: &[Table<'_>],
+    ) -> Vec<f32> {
+        let (query_width, group_width) = (heads.query_width(), heads.query_width() / heads.kv);
+        let mut by_head = vec![0f32; q.len()];
+        let mut tasks = Vec::with_capacity(segments.len() * heads.kv);
+        let mut rest = by_head.as_mut_slice();
+        for (segment, table) in segments.iter().zip(tables) {
+            for head in 0..heads.kv {
+                let (out, tail) = rest.split_at_mut(segment.len * group_width);
+                tasks.push((segment, *table, head, out));
+                rest = tail;
+            }
+        }
+        tasks.into_par_iter().for_each(|(segment, table, head, out)| {
+            let q = &q[segment.start * query_width..(segment.start + segment.len) * query_width];
+            let blocks = table[..(segment.past + segment.len).div_ceil(self.size)]
+                .iter()
+                .map(|block| self.keys_and_values(blocks, *block, layer));
+            if segment.len <= FEW_ROWS {
+                self.few(blocks, q, heads, head, *segment, out);
+            } else {
+                self.many(blocks, q, heads, head, *segment, out);
+            }
+        });
+        let mut out = vec![0f32; q.len()];
+        let mut from = by_head.as_slice();
+        for segment in segments {
+            for head in 0..heads.kv {
+                for row in segment.start..segment.start + segment.len {
+                    let (values, tail) = from.split_at(group_width);
+                    let at = row * query_width + head * group_width;
+                    out[at..at + group_width].copy_from_slice(values);
+                    from = tail;
+                }
+            }
+        }
+        out
+    }
+
+    /// Few queries: their keys and values are read where they lie.
+    fn few<'a>(
+        &self,
+        blocks: impl Iterator<Item = (&'a [f32], &'a [f32])> + Clone,
+        q: &[f32],
+        heads: Heads,
+        head: usize,
+        segment: Segment,
+        out: &mut [f32],
+    ) {
+        let (dim, k0) = (heads.dim, head * heads.dim);
+        let mut scores = Vec::with_capacity(segment.past + segment.len);
+        let queries = (0..segment.len).flat_map(|row| heads.group(head).map(move |head| (row, head)));
+        for ((row, head), out) in queries.zip(out.chunks_exact_mut(dim)) {
+            let seen = segment.past + row + 1;
+            let q = &q[row * heads.query_width() + head * dim..][..dim];
+            scores.clear();
+            for (keys, _) in blocks.clone() {
+                let rows = keys.chunks_exact(self.width).take(seen - scores.len());
+                scores.extend(rows.map(|key| heads.scale() * dot(q, &key[k0..k0 + dim])));
+            }
+            softmax(&mut scores);
+            let mut left = scores.as_slice();
+            for (_, values) in blocks.clone() {
+                let (these, others) = left.split_at(left.len().min(self.size));
+                for (score, value) in these.iter().zip(values.chunks_exact(self.width)) {
+                    axpy(*score, &value[k0..k0 + dim], out);
+                }
+                left = others;
+            }
+        }
+    }
+
+    /// Many queries: the head's keys and values are laid out once for matrix products.
+    fn many<'a>(
+        &self,
+        blocks: impl Iterator<Item = (&'a [f32], &'a [f32])>,
+        q: &[f32],
+        heads: Heads,
+        head: usize,
+        segment: Segment,
+        out: &mut [f32],
+    ) {
+        let (dim, k0) = (heads.dim, head * heads.dim);
+        let length = segment.past + segment.len;
+        let (mut k, mut v) = (Vec::with_capacity(length * dim), Vec::with_capacity(length * dim));
+        for (keys, values) in blocks {
+            let rows = (length - k.len() / dim).min(self.size);
+            for row in 0..rows {
+                let at = row * self.width + k0;
+                k.extend_from_slice(&keys[at..at + dim]);
+                v.extend_from_slice(&values[at..at + dim]);
+            }
+        }
+        let width = heads.query_width() / heads.kv;
+        for (at, head) in heads.group(head).enumerate() {
+            let (q, out) = ((&q[head * dim..], heads.query_width()), (&mut out[at * dim..], width));
+            attend_head(q, (&k, &v, dim), heads, segment.past, segment.len, out);
+        }
+    }
+}
+
+/// The rows' places in the tensors of a layer, in the order of the tokens.
+fn places(table: Table<'_>, size: usize, tokens: usize) -> Vec<u32> {
+    (0..tokens).map(|at| table[at / size] * size as u32 + (at % size) as u32).collect()
+}
+
+fn attend_device(
+    [keys, values]: [&Tensor; 2],
+    [q, k, v]: [&Tensor; 3],
+    heads: Heads,
+    segments: &[Segment],
+    tables: &[Table<'_>],
+    size: usize,
+) -> Result<Tensor, EngineError> {
+    let (k, v) = (k.contiguous()?, v.contiguous()?);
+    let mut parts = Vec::with_capacity(segments.len());
+    for (s, table) in segments.iter().zip(tables) {
+        // Runs of rows that lie in one block.
+        let mut row = 0;
+        while row < s.len {
+            let place = s.past + row;
+            let run = (size - place % size).min(s.len - row);
+            let at = table[place / size] as usize * size + place % size;
+            keys.slice_set(&k.narrow(0, s.start + row, run)?, 0, at)?;
+            values.slice_set(&v.narrow(0, s.start + row, run)?, 0, at)?;
+            row += run;
+        }
+        let length = s.past + s.len;
+        let places = Tensor::from_vec(places(table, size, length), length, q.device())?;
+        let (k, v) = (keys.index_select(&places, 0)?, values.index_select(&places, 0)?);
+        parts.push(plain(&q.narrow(0, s.start, s.len)?, &k, &v, heads, s.past)?);
+    }
+    Ok(Tensor::cat(&parts, 0)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> ModelConfig {
+        let text = r#"{"model_type": "llama", "vocab_size": 8, "hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 2,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e4}"#;
+        ModelConfig::from_json(text, std::path::Path::new("config.json")).unwrap()
+    }
+
+    /// Both stores against the plain form over whole sequences, with blocks in any order and steps of any length.
+    #[test]
+    fn blocks_give_what_whole_sequences_give() {
+        let config = config();
+        let heads = Heads { query: 6, kv: 2, dim: 4 };
+        let make = |rows: usize, width: usize, salt: usize| {
+            let value = |i: usize| ((i * 7919 + salt * 31) % 997) as f32 / 498.0 - 1.0;
+            Tensor::from_vec((0..rows * width).map(value).collect::<Vec<_>>(), (rows, width), &Device::Cpu)
+                .unwrap()
+        };
+        let lengths = [13usize, 40];
+        let whole: Vec<[Tensor; 3]> =
+            lengths.iter().map(|&n| [make(n, 24, n), make(n, 8, n + 1), make(n, 8, n + 2)]).collect();
+        let tables: [Vec<u32>; 2] = [vec![9, 2, 5, 0], vec![1, 3, 4, 6, 7, 8, 11, 10, 13, 12]];
+        for dtype in [DType::F32, DType::F64] {
+            let mut cache = KvCache::new(&config, 4, 14, &Device::Cpu, dtype).unwrap();
+            let mut past = [0usize; 2];
+            for steps in [[1usize, 20], [7, 1], [1, 5], [3, 1], [1, 13]] {
+                let rows = |which: usize| {
+                    let parts: Vec<Tensor> = (0..2)
+                        .map(|s| {
+                            whole[s][which].narrow(0, past[s], steps[s]).unwrap().to_dtype(dtype).unwrap()
+                        })
+                        .collect();
+                    Tensor::cat(&parts, 0).unwrap()
+                };
+                let (q, k, v) = (rows(0), rows(1), rows(2));
+                let segments = [
+                    Segment { start: 0, len: steps[0], past: past[0] },
+                    Segment { start: steps[0], len: steps[1], past: past[1] },
+                ];
+                let borrowed: Vec<Table<'_>> = tables.iter().map(Vec::as_slice).collect();
+                let ours = cache.attend(1, [&q, &k, &v], heads, &segments, &borrowed).unwrap();
+                for s in 0..2 {
+                    let until = |which: usize| whole[s][which].narrow(0, 0, past[s] + steps[s]).unwrap();
+                    let q = whole[s][0].narrow(0, past[s], steps[s]).unwrap();
+                    let expected = plain(&q, &until(1), &until(2), heads, past[s]).unwrap();
+                    let ours =
+                        ours.narrow(0, segments[s].start, steps[s]).unwrap().to_dtype(DType::F32).unwrap();
+                    let difference = (ours - expected).unwrap().abs().unwrap().flatten_all().unwrap();
+                    assert!(difference.max(0).unwrap().to_scalar::<f32>().unwrap() < 1e-5);
+                }
+                (0..2).for_each(|s| past[s] += steps[s]);
+            }
+            let all = Segment { start: 0, len: 1, past: 16 };
+            let row = make(1, 24, 0).to_dtype(dtype).unwrap();
+            let kv = make(1, 8, 0).to_dtype(dtype).unwrap();
+            assert!(cache.attend(0, [&row, &kv, &kv], heads, &[all], &[&tables[0]]).is_err());
+        }
+    }
+}

@@ -1,0 +1,402 @@
+//! What the next step computes: which sequences, how many rows of each, in which blocks. No tensors, no clocks, no channels, so
+//! that thousands of random runs can be tried in a second.
+//!
+//! Sequences that write take one row each. What is left of the step's budget goes to prompts, shared out so that short ones
+//! finish first and none waits for a long one. A sequence starts when the blocks of all its known tokens are free; when a
+//! writing one finds no block, the youngest gives its blocks back and is computed again later (its beginning is often still at
+//! hand). A prompt whose beginning somebody else is computing waits for that instead of computing it twice.
+
+use std::collections::{HashSet, VecDeque};
+
+use crate::kv::blocks::{Blocks, Key};
+
+/// Bounds of a step.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Sequences at once.
+    pub(crate) running: usize,
+    /// Rows per step.
+    pub(crate) rows: usize,
+}
+
+/// A sequence with whatever belongs to it.
+#[derive(Debug)]
+pub(crate) struct Sequence<T> {
+    /// Prompt and completion as far as they are known.
+    tokens: Vec<u32>,
+    prompt: usize,
+    /// Tokens whose keys and values are in the blocks.
+    computed: usize,
+    table: Vec<u32>,
+    keys: Vec<Key>,
+    /// Whether blocks that are at hand may be used instead of computing.
+    sharing: bool,
+    /// Tokens that were at hand when it first started.
+    found: Option<usize>,
+    /// What belongs to it.
+    pub(crate) payload: T,
+}
+
+impl<T> Sequence<T> {
+    pub(crate) fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt]
+    }
+
+    pub(crate) fn completion(&self) -> &[u32] {
+        &self.tokens[self.prompt..]
+    }
+
+    /// Prompt, completion, and what belongs to the sequence.
+    pub(crate) fn parts(&mut self) -> (&[u32], &[u32], &mut T) {
+        let (prompt, completion) = self.tokens.split_at(self.prompt);
+        (prompt, completion, &mut self.payload)
+    }
+
+    /// Whether a next token can be picked: every known one is computed.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.computed == self.tokens.len()
+    }
+
+    pub(crate) fn computed(&self) -> usize {
+        self.computed
+    }
+
+    pub(crate) fn table(&self) -> &[u32] {
+        &self.table
+    }
+
+    /// Tokens of the prompt that did not have to be computed.
+    pub(crate) fn found(&self) -> usize {
+        self.found.unwrap_or(0)
+    }
+
+    /// The next `rows` tokens to compute.
+    pub(crate) fn rows(&self, rows: usize) -> &[u32] {
+        &self.tokens[self.computed..self.computed + rows]
+    }
+
+    fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+}
+
+/// All sequences.
+#[derive(Debug)]
+pub(crate) struct Schedule<T> {
+    blocks: Blocks,
+    limits: Limits,
+    waiting: VecDeque<Sequence<T>>,
+    /// Oldest first.
+    running: Vec<Sequence<T>>,
+    preempted: u64,
+}
+
+impl<T> Schedule<T> {
+    pub(crate) fn new(blocks: Blocks, limits: Limits) -> Self {
+        Self { blocks, limits, waiting: VecDeque::new(), running: Vec::new(), preempted: 0 }
+    }
+
+    /// Takes a sequence in. It must fit the blocks alone, prompt and limit together.
+    pub(crate) fn add(&mut self, prompt: Vec<u32>, sharing: bool, payload: T) {
+        let mut keys = Vec::with_capacity(prompt.len() / self.blocks.size());
+        for block in prompt.chunks_exact(self.blocks.size()) {
+            keys.push(Key::after(keys.last().copied(), block));
+        }
+        let (length, table) = (prompt.len(), Vec::new());
+        self.waiting.push_back(Sequence {
+            tokens: prompt,
+            prompt: length,
+            computed: 0,
+            table,
+            keys,
+            sharing,
+            found: None,
+            payload,
+        });
+    }
+
+    pub(crate) fn running(&mut self) -> &mut [Sequence<T>] {
+        &mut self.running
+    }
+
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Sequences that gave their blocks back since the start.
+    pub(crate) fn preempted(&self) -> u64 {
+        self.preempted
+    }
+
+    /// Blocks in use, and all of them.
+    pub(crate) fn usage(&self) -> (usize, usize) {
+        (self.blocks.count() - self.blocks.free(), self.blocks.count())
+    }
+
+    /// Keeps what `wanted` says; the others' blocks are free.
+    pub(crate) fn retain(&mut self, wanted: impl Fn(&Sequence<T>) -> bool) {
+        self.waiting.retain(|sequence| wanted(sequence));
+        let blocks = &mut self.blocks;
+        self.running.retain(|sequence| {
+            let wanted = wanted(sequence);
+            if !wanted {
+                blocks.release(&sequence.table);
+            }
+            wanted
+        });
+    }
+
+    /// Nothing that was computed before can be shared any more.
+    pub(crate) fn forget(&mut self) {
+        self.blocks.forget();
+    }
+
+    /// Takes everything out.
+    pub(crate) fn drain(&mut self) -> Vec<T> {
+        for sequence in &self.running {
+            self.blocks.release(&sequence.table);
+        }
+        self.running.drain(..).chain(self.waiting.drain(..)).map(|sequence| sequence.payload).collect()
+    }
+
+    /// The next step: for each running sequence in order how many of its tokens to compute, 0 for those that sit it out. Their
+    /// blocks are theirs already.
+    pub(crate) fn plan(&mut self) -> Vec<usize> {
+        self.room_for_writing();
+        self.start_waiting();
+        let mut rows: Vec<usize> =
+            self.running.iter().map(|sequence| usize::from(sequence.pending() == 1)).collect();
+        let writing: usize = rows.iter().sum();
+        // However many write, prompts go on by a block.
+        let mut budget = self.limits.rows.saturating_sub(writing).max(self.blocks.size());
+        let mut prompts: Vec<usize> = (0..rows.len()).filter(|&at| self.running[at].pending() > 1).collect();
+        prompts.sort_by_key(|&at| self.running[at].pending());
+        for (done, &at) in prompts.iter().enumerate() {
+            let share = budget.div_ceil(prompts.len() - done);
+            rows[at] = self.running[at].pending().min(share);
+            budget -= rows[at];
+        }
+        rows
+    }
+
+    /// Gives every writing sequence, oldest first, the block that its next token needs.
+    fn room_for_writing(&mut self) {
+        let mut at = 0;
+        while at < self.running.len() {
+            let sequence = &self.running[at];
+            if sequence.tokens.len() <= sequence.table.len() * self.blocks.size() {
+                at += 1;
+            } else if let Some(block) = self.blocks.take(1) {
+                self.running[at].table.extend(block);
+                at += 1;
+            } else if let Some(mut youngest) = self.running.pop() {
+                self.blocks.release(&youngest.table);
+                youngest.table.clear();
+                youngest.computed = 0;
+                self.waiting.push_front(youngest);
+                self.preempted += 1;
+            }
+        }
+    }
+
+    fn start_waiting(&mut self) {
+        let size = self.blocks.size();
+        let mut computing: HashSet<Key> = HashSet::new();
+        for sequence in self.running.iter().filter(|sequence| sequence.pending() > 1) {
+            computing.extend(&sequence.keys[sequence.computed / size..]);
+        }
+        let mut at = 0;
+        while at < self.waiting.len() && self.running.len() < self.limits.running {
+            let next = &self.waiting[at];
+            // The last token is always computed: what follows it is not in any block.
+            let keys = &next.keys[..next.keys.len().min((next.tokens.len() - 1) / size)];
+            let (shared, unused) = if next.sharing { self.blocks.at_hand(keys) } else { (0, 0) };
+            if next.sharing && keys.get(shared).is_some_and(|key| computing.contains(key)) {
+                at += 1;
+                continue;
+            }
+            let needed = next.tokens.len().div_ceil(size) - shared;
+            // One more block for everybody who writes, or the next step would throw somebody out.
+            let spare = if self.running.is_empty() { 0 } else { self.running.len() + 1 };
+            if self.blocks.free() < needed + unused + spare {
+                return;
+            }
+            let Some(mut sequence) = self.waiting.remove(at) else { return };
+            sequence.table = self.blocks.share(&sequence.keys[..shared]);
+            sequence.table.extend(self.blocks.take(needed).unwrap_or_default());
+            sequence.computed = shared * size;
+            sequence.found.get_or_insert(sequence.computed);
+            computing.extend(&sequence.keys[shared..]);
+            self.running.push(sequence);
+        }
+    }
+
+    /// The step is done: `rows` as planned. Blocks that became full can be shared.
+    pub(crate) fn computed(&mut self, rows: &[usize]) {
+        let size = self.blocks.size();
+        for (sequence, rows) in self.running.iter_mut().zip(rows) {
+            let full = sequence.computed / size;
+            sequence.computed += rows;
+            for at in full..sequence.computed / size {
+                if at == sequence.keys.len() {
+                    let tokens = &sequence.tokens[at * size..(at + 1) * size];
+                    sequence.keys.push(Key::after(sequence.keys.last().copied(), tokens));
+                }
+                self.blocks.publish(sequence.table[at], sequence.keys[at]);
+            }
+        }
+    }
+
+    /// The running sequence at `at` goes on with `token`.
+    pub(crate) fn push(&mut self, at: usize, token: u32) {
+        self.running[at].tokens.push(token);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A model that writes the sum of everything before, and keeps in every slot of every block what was computed there.
+    struct Toy {
+        schedule: Schedule<usize>,
+        /// Token and all tokens before it, by block and place.
+        slots: Vec<Vec<u64>>,
+        done: Vec<Option<Vec<u32>>>,
+        rows: usize,
+    }
+
+    fn after(before: u64, token: u32) -> u64 {
+        before.wrapping_mul(31).wrapping_add(u64::from(token) + 1)
+    }
+
+    const END: usize = 9;
+
+    impl Toy {
+        fn new(blocks: usize, limits: Limits) -> Self {
+            let schedule = Schedule::new(Blocks::new(4, blocks), limits);
+            Self { schedule, slots: vec![vec![0; 4]; blocks], done: Vec::new(), rows: 0 }
+        }
+
+        fn add(&mut self, prompt: Vec<u32>) {
+            self.schedule.add(prompt, true, self.done.len());
+            self.done.push(None);
+        }
+
+        fn step(&mut self) {
+            let rows = self.schedule.plan();
+            let mut next = Vec::new();
+            for (sequence, &rows) in self.schedule.running().iter().zip(&rows) {
+                self.rows += rows;
+                for (offset, &token) in sequence.rows(rows).iter().enumerate() {
+                    let at = sequence.computed() + offset;
+                    let slot = |at: usize| (sequence.table()[at / 4] as usize, at % 4);
+                    let before = if at == 0 {
+                        0
+                    } else {
+                        let (block, place) = slot(at - 1);
+                        self.slots[block][place]
+                    };
+                    let (block, place) = slot(at);
+                    self.slots[block][place] = after(before, token);
+                }
+                if rows == 0 {
+                    next.push(0);
+                    continue;
+                }
+                let end = sequence.computed() + rows;
+                let (block, place) = (sequence.table()[(end - 1) / 4] as usize, (end - 1) % 4);
+                next.push((self.slots[block][place] % 5) as u32);
+            }
+            assert!(rows.iter().any(|rows| *rows > 0), "a step must compute something");
+            self.schedule.computed(&rows);
+            for (at, token) in next.into_iter().enumerate() {
+                if rows[at] > 0 && self.schedule.running()[at].is_complete() {
+                    self.schedule.push(at, token);
+                }
+            }
+            for sequence in self.schedule.running() {
+                if sequence.completion().len() == END {
+                    self.done[sequence.payload] = Some(sequence.completion().to_vec());
+                }
+            }
+            self.schedule.retain(|sequence| sequence.completion().len() < END);
+        }
+    }
+
+    /// What a prompt alone is answered.
+    fn alone(prompt: &[u32]) -> Vec<u32> {
+        let mut state = prompt.iter().fold(0, |state, token| after(state, *token));
+        (0..END)
+            .map(|_| {
+                let token = (state % 5) as u32;
+                state = after(state, token);
+                token
+            })
+            .collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        /// Whatever joins, shares, waits or is thrown out: everybody gets what it would get alone, and all blocks come back.
+        #[test]
+        fn everybody_gets_what_it_would_get_alone(
+            prompts in prop::collection::vec(prop::collection::vec(0u32..2, 1..20), 1..14),
+            blocks in 8usize..30, running in 1usize..6, rows in 1usize..24, pace in 0usize..4, leaves in 0usize..40,
+        ) {
+            let mut toy = Toy::new(blocks, Limits { running, rows });
+            let mut arriving = prompts.clone().into_iter();
+            let (mut steps, mut left) = (0, None);
+            for prompt in arriving.by_ref().take(3) {
+                toy.add(prompt);
+            }
+            while !toy.schedule.is_empty() || arriving.len() > 0 {
+                if pace == 0 || steps % (pace + 1) == 0 {
+                    if let Some(prompt) = arriving.next() { toy.add(prompt) }
+                }
+                if steps == leaves {
+                    left = Some(0);
+                    toy.schedule.retain(|sequence| sequence.payload != 0);
+                }
+                steps += 1;
+                prop_assert!(steps < 3000, "it never ends");
+                if !toy.schedule.is_empty() { toy.step() }
+            }
+            prop_assert_eq!(toy.schedule.usage().0, 0);
+            for (at, prompt) in prompts.iter().enumerate() {
+                match &toy.done[at] {
+                    Some(done) => prop_assert_eq!(done, &alone(prompt)),
+                    None => prop_assert_eq!(left, Some(at)),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn samples_of_one_prompt_compute_it_once() {
+        let mut toy = Toy::new(200, Limits { running: 16, rows: 16 });
+        let prompt: Vec<u32> = (0..61).map(|at| at % 3).collect();
+        (0..8).for_each(|_| toy.add(prompt.clone()));
+        while !toy.schedule.is_empty() {
+            toy.step();
+        }
+        // 61 rows once, then of each sample what is behind the last full block, and all but the last of its tokens.
+        assert_eq!(toy.rows, 61 + 7 + 8 * (END - 1));
+        assert!(toy.done.iter().all(|done| done.as_deref() == Some(alone(&prompt).as_slice())));
+    }
+
+    #[test]
+    fn a_long_prompt_does_not_hold_up_short_ones() {
+        let mut schedule = Schedule::new(Blocks::new(4, 1000), Limits { running: 8, rows: 40 });
+        schedule.add((0..900).collect(), true, 0);
+        schedule.add((2000..2010).collect(), true, 1);
+        schedule.add((3000..3010).collect(), true, 2);
+        assert_eq!(schedule.plan(), [20, 10, 10]);
+    }
+}

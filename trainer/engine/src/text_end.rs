@@ -1,0 +1,87 @@
+//! The text of a completion as it grows: whole characters only, cut at the first stop string.
+
+use crate::error::EngineError;
+use crate::tokenizer::{StreamDecoder, Tokenizer};
+
+/// Cuts the text at the first stop string, which may lie across tokens: text that could begin one is held back.
+#[derive(Debug)]
+pub(crate) struct TextEnd {
+    decoder: StreamDecoder,
+    stop: Vec<String>,
+    held: String,
+}
+
+impl TextEnd {
+    pub(crate) fn new(mut stop: Vec<String>) -> Self {
+        stop.retain(|text| !text.is_empty());
+        Self { decoder: StreamDecoder::default(), stop, held: String::new() }
+    }
+
+    /// The text that `token` makes certain; `last` ends the completion and `quiet` tokens (end tokens) have no text. Whether a
+    /// stop string was met.
+    pub(crate) fn token(
+        &mut self,
+        tokenizer: &Tokenizer,
+        token: u32,
+        quiet: bool,
+        last: bool,
+    ) -> Result<(String, bool), EngineError> {
+        let mut piece = if quiet { String::new() } else { self.decoder.push(tokenizer, token)? };
+        if last {
+            piece.push_str(&self.decoder.finish(tokenizer)?);
+        }
+        Ok(self.push(&piece, last))
+    }
+
+    fn push(&mut self, piece: &str, last: bool) -> (String, bool) {
+        self.held.push_str(piece);
+        if let Some(at) = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
+            self.held.truncate(at);
+            return (std::mem::take(&mut self.held), true);
+        }
+        let keep =
+            if last { 0 } else { self.stop.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0) };
+        let ready = self.held.len() - keep;
+        (self.held.drain(..ready).collect(), false)
+    }
+}
+
+/// Length of the longest suffix of `text` that is a proper prefix of `stop`.
+fn overlap(text: &str, stop: &str) -> usize {
+    stop.char_indices()
+        .map(|(at, _)| at)
+        .skip(1)
+        .filter(|&at| text.ends_with(&stop[..at]))
+        .last()
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn stop_strings_cut_the_same_for_every_chunking(text in "[ab é]{0,30}", stop in "[ab é]{1,4}", cuts in prop::collection::vec(1usize..4, 1..30)) {
+            let mut ends = TextEnd::new(vec![stop.clone()]);
+            let (mut got, mut over) = (String::new(), false);
+            let mut characters = text.chars().peekable();
+            for cut in cuts {
+                let piece: String = characters.by_ref().take(cut).collect();
+                if !over {
+                    let (more, stopped) = ends.push(&piece, false);
+                    got.push_str(&more);
+                    over = stopped;
+                }
+            }
+            if !over {
+                let rest: String = characters.collect();
+                let (more, _) = ends.push(&rest, true);
+                got.push_str(&more);
+            }
+            prop_assert_eq!(got, text.split(&stop).next().unwrap());
+        }
+    }
+}
