@@ -287,12 +287,29 @@ pub struct Usage {
     /// Their sum.
     #[serde(default)]
     pub total_tokens: u64,
+    /// More about the prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt_tokens_details: Option<PromptTokens>,
+}
+
+/// What is known about a prompt's tokens besides their number.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromptTokens {
+    /// Those that did not have to be computed.
+    #[serde(default)]
+    pub cached_tokens: u64,
 }
 
 impl Usage {
     /// Counts with their sum.
     pub fn new(prompt_tokens: u64, completion_tokens: u64) -> Self {
-        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+        let total_tokens = prompt_tokens + completion_tokens;
+        Self { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details: None }
+    }
+
+    /// The same with the prompt's tokens that did not have to be computed.
+    pub fn with_cached(self, cached_tokens: u64) -> Self {
+        Self { prompt_tokens_details: Some(PromptTokens { cached_tokens }), ..self }
     }
 }
 
@@ -321,7 +338,7 @@ pub struct CompletionChoice {
     pub index: u32,
     /// The text, or the piece that a chunk adds.
     pub text: String,
-    /// Always null here: log-probabilities are not computed yet.
+    /// Log-probabilities of the tokens, where they were asked for.
     pub logprobs: Option<Value>,
     /// Why the choice ended.
     pub finish_reason: Option<String>,

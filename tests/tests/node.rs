@@ -60,7 +60,8 @@ async fn the_api_of_a_node() {
     assert_eq!(text("content"), "\\boxed{13}");
     assert_eq!(text("reasoning_content"), message["reasoning_content"].as_str().unwrap());
     let last = chunks.last().unwrap();
-    assert_eq!((&last["choices"], &last["usage"]), (&json!([]), usage));
+    let total = |usage: &Value| usage["total_tokens"].as_u64().unwrap();
+    assert_eq!((&last["choices"], total(&last["usage"])), (&json!([]), total(usage)));
 
     // Limits, stops, several choices, seeds.
     let (_, short) = post(&chat_url, chat(json!({"max_tokens": 3}))).await;
@@ -169,10 +170,19 @@ async fn a_full_node_answers_429_and_a_client_that_leaves_frees_it() {
     }
 }
 
+/// Of a node's own numbers.
+async fn number(url: &str, what: &str) -> f64 {
+    let metrics = http().get(format!("{url}/metrics")).send().await.unwrap().text().await.unwrap();
+    let line = metrics.lines().find(|line| line.contains(&format!("what=\"{what}\""))).unwrap();
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// All at once, one by one, with blocks for a handful, and with prompts at hand: the same answers.
 #[tokio::test]
-async fn requests_decoded_together_give_what_they_give_alone() {
+async fn requests_computed_together_give_what_they_give_alone() {
     let (_running, url) = serve_teacher(&[]).await;
-    let chat_url = format!("{url}/v1/chat/completions");
+    let (_other, tight) = serve_teacher(&["--kv-mib", "1", "--step-tokens", "40"]).await;
+    let path = "/v1/chat/completions";
     let bodies: Vec<Value> = (0..24)
         .map(|i| {
             let problem =
@@ -180,18 +190,177 @@ async fn requests_decoded_together_give_what_they_give_alone() {
             chat(json!({"messages": [{"role": "user", "content": problem}]}))
         })
         .collect();
-    let together: Vec<_> =
-        bodies.iter().map(|body| tokio::spawn(post_owned(chat_url.clone(), body.clone()))).collect();
     let mut answers = Vec::new();
-    for answer in together {
-        answers.push(answer.await.unwrap());
+    for url in [&url, &tight] {
+        let all = bodies.iter().map(|body| tokio::spawn(post_owned(format!("{url}{path}"), body.clone())));
+        for answer in all.collect::<Vec<_>>() {
+            answers.push(answer.await.unwrap());
+        }
     }
-    for (body, together) in bodies.into_iter().zip(answers) {
-        let (_, alone) = post(&chat_url, body).await;
-        assert_eq!(alone["choices"], together["choices"]);
+    for (at, body) in bodies.iter().enumerate() {
+        let (_, alone) = post(&format!("{url}{path}"), body.clone()).await;
+        assert_eq!(alone["choices"][0]["finish_reason"], "stop", "{alone}");
+        assert_eq!(alone["choices"], answers[at]["choices"]);
+        assert_eq!(alone["choices"], answers[bodies.len() + at]["choices"]);
+        // The prompt was asked before: its whole blocks are at hand.
+        assert!(alone["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() >= 16, "{alone}");
     }
+    assert!(number(&tight, "preempted").await > 0.0);
+    assert!(number(&url, "preempted").await == 0.0);
+    for url in [&url, &tight] {
+        assert_eq!((number(url, "blocks_used").await, number(url, "running").await), (0.0, 0.0));
+    }
+    // Samples of one prompt compute it once.
+    let (computed, long) = (number(&url, "prompt_tokens").await, vec!["A Tom has 3 pens."; 40].join(" "));
+    let body = json!({"model": "teacher", "prompt": long, "n": 8, "max_tokens": 3, "temperature": 1.0});
+    let (_, answer) = post(&format!("{url}/v1/completions"), body).await;
+    let length = answer["usage"]["prompt_tokens"].as_f64().unwrap();
+    let computed = number(&url, "prompt_tokens").await - computed;
+    assert!(length > 200.0 && computed <= length + 7.0 * 16.0, "{computed} rows for a prompt of {length}");
 }
 
 async fn post_owned(url: String, body: Value) -> Value {
     post(&url, body).await.1
+}
+
+fn numbers(values: &Value) -> Vec<f64> {
+    values.as_array().unwrap().iter().map(|value| value.as_f64().unwrap_or(f64::NAN)).collect()
+}
+
+#[tokio::test]
+async fn log_probabilities_of_answers_and_prompts() {
+    let (_running, url) = serve_teacher(&[]).await;
+    let (chat_url, text_url) = (format!("{url}/v1/chat/completions"), format!("{url}/v1/completions"));
+    let asked = chat(json!({"logprobs": true, "top_logprobs": 3}));
+    let (_, whole) = post(&chat_url, asked.clone()).await;
+    let entries = whole["choices"][0]["logprobs"]["content"].as_array().unwrap().clone();
+    assert_eq!(entries.len() as u64, whole["usage"]["completion_tokens"].as_u64().unwrap());
+    let message = &whole["choices"][0]["message"];
+    let said = format!(
+        "<think>{}</think>{}<|end|>",
+        message["reasoning_content"].as_str().unwrap(),
+        message["content"].as_str().unwrap()
+    );
+    assert_eq!(entries.iter().map(|entry| entry["token"].as_str().unwrap()).collect::<String>(), said);
+    for entry in &entries {
+        let top = entry["top_logprobs"].as_array().unwrap();
+        assert_eq!(
+            (top.len(), &top[0]["token"], &top[0]["logprob"]),
+            (3, &entry["token"], &entry["logprob"])
+        );
+        assert!(
+            entry["logprob"].as_f64().unwrap() <= 0.0
+                && top[0]["logprob"].as_f64() >= top[1]["logprob"].as_f64()
+        );
+        assert_eq!(entry["bytes"].as_array().unwrap().len(), entry["token"].as_str().unwrap().len());
+    }
+    let mut streamed = asked;
+    streamed["stream"] = true.into();
+    let response = http().post(&chat_url).json(&streamed).send().await.unwrap();
+    let events = Decoder::default().push(&response.bytes().await.unwrap()).unwrap();
+    let chunks =
+        events[..events.len() - 1].iter().map(|event| serde_json::from_str::<Value>(&event.data).unwrap());
+    let pieces: Vec<Value> = chunks
+        .flat_map(|chunk| chunk["choices"][0]["logprobs"]["content"].as_array().cloned().unwrap_or_default())
+        .collect();
+    assert_eq!(pieces, entries);
+
+    // What a completion says of its tokens, the echo of prompt and completion says again.
+    let prompt = "<|user|>A Dan has 11 cards.";
+    let asked =
+        json!({"model": "teacher", "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 2});
+    let (_, written) = post(&text_url, asked).await;
+    let choice = &written["choices"][0];
+    let tokens = choice["logprobs"]["tokens"].as_array().unwrap();
+    let text = tokens.iter().map(|token| token.as_str().unwrap()).collect::<String>();
+    for (max_tokens, count) in [(0, 0), (1, 1)] {
+        let asked = json!({"model": "teacher", "prompt": format!("{prompt}{text}"), "max_tokens": max_tokens, "temperature": 0,
+            "logprobs": 2, "echo": true});
+        let (status, echoed) = post(&text_url, asked).await;
+        assert_eq!(status, 200, "{echoed}");
+        let log_probs = &echoed["choices"][0]["logprobs"];
+        let all = numbers(&log_probs["token_logprobs"]);
+        let length = echoed["usage"]["prompt_tokens"].as_u64().unwrap() as usize;
+        assert!(all[0].is_nan() && log_probs["top_logprobs"][0].is_null());
+        assert_eq!(
+            (all.len(), log_probs["text_offset"].as_array().unwrap().len()),
+            (length + count, length + count)
+        );
+        assert_eq!((&log_probs["text_offset"][0], &log_probs["text_offset"][1]), (&0.into(), &8.into()));
+        for (again, first) in
+            all[length - tokens.len()..length].iter().zip(numbers(&choice["logprobs"]["token_logprobs"]))
+        {
+            assert!((again - first).abs() < 1e-3, "{again} {first}");
+        }
+    }
+    for (body, word) in [
+        (chat(json!({"top_logprobs": 3})), "logprobs"),
+        (chat(json!({"logprobs": true, "top_logprobs": 21})), "top_logprobs"),
+        (chat(json!({"logprobs": 5})), "logprobs"),
+        (chat(json!({"logit_bias": {"x": 1}})), "logit_bias"),
+        (chat(json!({"logit_bias": {"99999": 1}})), "logit_bias"),
+        (chat(json!({"logit_bias": {"1": 101}})), "logit_bias"),
+        (chat(json!({"tools": [{"type": "function"}]})), "tools"),
+        (chat(json!({"tool_choice": "required"})), "tool_choice"),
+        (chat(json!({"thinking_budget": "much"})), "thinking_budget"),
+    ] {
+        let (status, answer) = post(&chat_url, body.clone()).await;
+        assert_eq!((status, answer["error"]["param"].as_str()), (400, Some(word)), "{body}: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn biases_thinking_budgets_and_embeddings() {
+    let (_running, url) = serve_teacher(&[]).await;
+    let chat_url = format!("{url}/v1/chat/completions");
+    let (_, tokens) = post(
+        &format!("{url}/tokenize"),
+        json!({"model": "teacher", "prompt": "7", "return_token_strs": true}),
+    )
+    .await;
+    assert_eq!((&tokens["count"], &tokens["token_strs"]), (&1.into(), &json!(["7"])));
+    let seven = tokens["tokens"][0].to_string();
+    let (_, text) =
+        post(&format!("{url}/detokenize"), json!({"model": "teacher", "tokens": tokens["tokens"]})).await;
+    assert_eq!(text["prompt"], "7");
+    let (_, forced) =
+        post(&chat_url, chat(json!({"logit_bias": {seven.clone(): 100}, "max_tokens": 5}))).await;
+    assert_eq!(forced["choices"][0]["message"]["content"], "77777");
+
+    let (_, free) = post(&chat_url, chat(json!({}))).await;
+    let thinking = free["choices"][0]["message"]["reasoning_content"].as_str().unwrap();
+    for extra in [json!({"thinking_budget": 4}), json!({"chat_template_kwargs": {"thinking_budget": 4}})] {
+        let (_, short) = post(&chat_url, chat(extra)).await;
+        let message = &short["choices"][0]["message"];
+        let cut = message["reasoning_content"].as_str().unwrap();
+        assert!(cut.len() < thinking.len() && thinking.starts_with(cut.trim_end()), "{cut}");
+        // What the small teacher makes of an ending that it never saw is its own affair.
+        assert!(message["content"].as_str().unwrap().starts_with("\n\n"), "{short}");
+    }
+    // A budget that is not used up changes nothing.
+    let (_, ample) = post(&chat_url, chat(json!({"thinking_budget": 500}))).await;
+    assert_eq!(ample["choices"], free["choices"]);
+
+    let embed = |extra: Value| {
+        let mut body = json!({"model": "teacher", "input": ["A Dan has 3 cards.", "B Eve gets 2 more."]});
+        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        post_owned(format!("{url}/v1/embeddings"), body)
+    };
+    let both = embed(json!({})).await;
+    let vector = numbers(&both["data"][1]["embedding"]);
+    assert!((vector.iter().map(|x| x * x).sum::<f64>() - 1.0).abs() < 1e-5 && vector.len() == 128);
+    let alone = embed(json!({"input": "B Eve gets 2 more."})).await;
+    for (one, other) in vector.iter().zip(numbers(&alone["data"][0]["embedding"])) {
+        assert!((one - other).abs() < 1e-5);
+    }
+    let mean = embed(json!({"pooling": "mean", "dimensions": 16})).await;
+    let mean = numbers(&mean["data"][1]["embedding"]);
+    assert!(
+        mean.len() == 16
+            && mean[..] != vector[..16]
+            && (mean.iter().map(|x| x * x).sum::<f64>() - 1.0).abs() < 1e-5
+    );
+    let packed = embed(json!({"encoding_format": "base64"})).await;
+    assert_eq!(packed["data"][1]["embedding"].as_str().unwrap().len(), (128 * 4usize).div_ceil(3) * 4);
+    assert!(embed(json!({"dimensions": 500})).await["error"]["param"] == "dimensions");
 }

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use system_tests::programs::{Running, program, root};
+use serde_json::{Value, json};
+use system_tests::programs::{Running, answers, free_port, program, root};
 
 const RECIPE: &str = r#"
 [kd]
@@ -131,4 +132,45 @@ fn every_algorithm_survives_a_kill_and_leaves_what_it_promises() {
         assert!(page.contains(&format!("Training {training}")), "`{training}` has no curves");
     }
     assert!(read("train/grpo/trainer_state.json").contains("\"reward/accuracy\""));
+
+    // The reward models behind the node: scores from 0 to 1, each model's own and all together, and an order by them.
+    let port = free_port();
+    let mut command = Command::new(program("potstill"));
+    command.args(["serve", "--port", &port.to_string()]);
+    for name in ["rv", "cd"] {
+        let folder = killed.join(format!("models/reward-student-{name}"));
+        command.args(["--reward", &format!("{name}={}", folder.display())]);
+    }
+    let _node = Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    let url = format!("http://127.0.0.1:{port}");
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        answers(&format!("{url}/health")).await;
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        let post = async |path: &str, body: Value| -> Value {
+            http.post(format!("{url}{path}")).json(&body).send().await.unwrap().json().await.unwrap()
+        };
+        let texts = ["<think>A=3</think>\\boxed{3}", "<think>A=3;B=3+4;B=7</think>\\boxed{7}"];
+        let all = post("/v1/score", json!({"problem": "A Dan has 3 cards.", "completion": texts})).await;
+        let one =
+            post("/score", json!({"model": "cd", "text_1": "A Dan has 3 cards.", "text_2": texts})).await;
+        for at in 0..2 {
+            let scores = &all["data"][at]["scores"];
+            assert!(
+                ["rv", "cd"].iter().all(|name| (0.0..=1.0).contains(&scores[*name].as_f64().unwrap())),
+                "{all}"
+            );
+            assert_eq!(one["data"][at]["score"], scores["cd"]);
+        }
+        let ranked =
+            post("/rerank", json!({"model": "cd", "query": "A Dan has 3 cards.", "documents": texts})).await;
+        let ranked = ranked["results"].as_array().unwrap();
+        assert!(
+            ranked[0]["relevance_score"].as_f64() >= ranked[1]["relevance_score"].as_f64()
+                && ranked.len() == 2
+        );
+        let wrong = post("/rerank", json!({"query": "q", "documents": texts})).await;
+        assert!(wrong["error"]["message"].as_str().unwrap().contains("`cd`, `rv`"), "{wrong}");
+        let wrong = post("/v1/score", json!({"model": "no", "problem": "q", "completion": "c"})).await;
+        assert_eq!(wrong["error"]["code"], "model_not_found");
+    });
 }

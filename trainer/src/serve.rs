@@ -1,21 +1,29 @@
 //! A student, or a small teacher, as an OpenAI-compatible node: the engine behind axum. The gateway treats it like any
 //! other node.
 
+mod choice;
 mod error;
 mod generate;
+mod log_probs;
 mod metrics;
+mod options;
+mod rewards;
+mod stream;
+mod tools;
+mod vectors;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
-use axum::extract::{DefaultBodyLimit, Path, State};
-use axum::response::{IntoResponse, Response};
+use axum::extract::{DefaultBodyLimit, Path as AtPath, State};
+use axum::response::IntoResponse;
+use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use http::{Uri, header};
-use potstill_engine::loader::{LoadedModel, load};
+use potstill_engine::loader::load;
 use potstill_engine::scheduler::{Engine, SchedulerConfig};
 use potstill_engine::template::ChatTemplate;
 use potstill_engine::tokenizer::Tokenizer;
@@ -26,6 +34,8 @@ use tokio::net::TcpListener;
 
 use error::NodeError;
 use metrics::NodeMetrics;
+pub use rewards::RewardArgument;
+use rewards::Rewards;
 
 /// Largest request body.
 const BODY_BYTES: usize = 32 << 20;
@@ -34,8 +44,11 @@ const BODY_BYTES: usize = 32 << 20;
 #[derive(Debug, Clone, clap::Args)]
 pub struct ServeArguments {
     /// Model folder (safetensors) or `.gguf` file.
+    #[arg(long, required_unless_present = "reward")]
+    pub model: Option<PathBuf>,
+    /// A reward model, as NAME=FOLDER: it answers `/v1/score` and `/rerank`. May be given several times.
     #[arg(long)]
-    pub model: PathBuf,
+    pub reward: Vec<RewardArgument>,
     /// Name that clients use; the file or folder name if left out.
     #[arg(long)]
     pub name: Option<String>,
@@ -51,27 +64,36 @@ pub struct ServeArguments {
     /// `cpu`, `cuda` or `cuda:N`.
     #[arg(long, default_value = "cpu")]
     pub device: String,
-    /// Requests decoded together.
+    /// Requests computed together.
     #[arg(long, default_value_t = 64)]
     pub max_running: usize,
     /// Requests that may wait; more are answered 429.
     #[arg(long, default_value_t = 512)]
     pub max_waiting: usize,
-    /// Tokens that all running requests may hold in the KV cache.
-    #[arg(long, default_value_t = 1 << 18)]
-    pub kv_tokens: usize,
+    /// Memory of the KV cache in MiB; what fits no more is computed again.
+    #[arg(long, default_value_t = 4096)]
+    pub kv_mib: usize,
+    /// Rows of a step: prompts are read in pieces of so many tokens between the tokens of those who write.
+    #[arg(long, default_value_t = 512)]
+    pub step_tokens: usize,
     /// Exit when standard input closes, so that a node never outlives who started it.
     #[arg(long)]
     pub exit_with_parent: bool,
 }
 
-/// What every request can reach.
+/// What every request to the model can reach.
 pub(crate) struct Node {
     pub(crate) name: String,
     pub(crate) engine: Engine,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) template: Arc<ChatTemplate>,
     pub(crate) metrics: NodeMetrics,
+}
+
+/// Everything that is served.
+pub(crate) struct Served {
+    node: Option<Arc<Node>>,
+    rewards: Rewards,
     created: u64,
 }
 
@@ -80,53 +102,54 @@ pub async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
     if let Some(threads) = arguments.threads {
         device::set_threads(threads);
     }
-    let device = device::parse(&arguments.device)?;
-    let name = arguments.name.clone().unwrap_or_else(|| {
-        arguments
-            .model
-            .file_stem()
-            .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
-    });
-    let path = arguments.model.clone();
     let started = std::time::Instant::now();
-    let model = tokio::task::spawn_blocking(move || load(&path, &device, device::compute_type(&device)))
-        .await?
-        .with_context(|| format!("cannot serve `{}`", arguments.model.display()))?;
-    let node = Arc::new(start(
-        &model,
-        name,
-        SchedulerConfig {
-            max_running: arguments.max_running,
-            max_waiting: arguments.max_waiting,
-            kv_tokens: arguments.kv_tokens,
-            ..SchedulerConfig::default()
-        },
-    )?);
-    let parameters = model.config.parameters();
-    drop(model);
+    let served = tokio::task::spawn_blocking({
+        let arguments = arguments.clone();
+        move || start(&arguments)
+    })
+    .await??;
     let address = SocketAddr::new(arguments.host, arguments.port);
     let listener =
         TcpListener::bind(address).await.with_context(|| format!("cannot listen on `{address}`"))?;
     tracing::info!(
-        model = node.name,
-        parameters,
+        models = cards(&served).iter().map(|card| card.id.as_str()).collect::<Vec<_>>().join(", "),
         address = %listener.local_addr()?,
         seconds = started.elapsed().as_secs_f64(),
         "serving"
     );
     let stop = stop_signal(arguments.exit_with_parent)?;
-    axum::serve(listener, router(node)).with_graceful_shutdown(stop).await?;
+    axum::serve(listener, router(Arc::new(served))).with_graceful_shutdown(stop).await?;
     Ok(())
 }
 
-fn start(model: &LoadedModel, name: String, config: SchedulerConfig) -> Result<Node, EngineError> {
+fn start(arguments: &ServeArguments) -> anyhow::Result<Served> {
+    let rewards = Rewards::load(&arguments.reward)?;
+    let node = match &arguments.model {
+        Some(path) => Some(Arc::new(
+            start_node(path, arguments).with_context(|| format!("cannot serve `{}`", path.display()))?,
+        )),
+        None => None,
+    };
+    Ok(Served { node, rewards, created: now_seconds() })
+}
+
+fn start_node(path: &Path, arguments: &ServeArguments) -> anyhow::Result<Node> {
+    let device = device::parse(&arguments.device)?;
+    let model = load(path, &device, device::compute_type(&device))?;
+    anyhow::ensure!(model.config.classes == 0, "it is a reward model: serve it with --reward NAME=FOLDER");
+    let stem = || path.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy());
+    let config = SchedulerConfig {
+        max_running: arguments.max_running,
+        max_waiting: arguments.max_waiting,
+        step_tokens: arguments.step_tokens,
+        kv_bytes: arguments.kv_mib << 20,
+    };
     Ok(Node {
-        engine: Engine::start(model, config)?,
+        name: arguments.name.clone().unwrap_or_else(|| stem().into_owned()),
+        engine: Engine::start(&model, config)?,
         tokenizer: model.tokenizer.clone(),
         template: Arc::clone(&model.template),
-        metrics: NodeMetrics::new().map_err(|error| EngineError::Stopped(error.to_string()))?,
-        created: now_seconds(),
-        name,
+        metrics: NodeMetrics::new()?,
     })
 }
 
@@ -157,58 +180,65 @@ fn stop_signal(with_parent: bool) -> std::io::Result<impl Future<Output = ()>> {
     })
 }
 
-fn router(node: Arc<Node>) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(generate::chat))
-        .route("/v1/completions", post(generate::completions))
+fn router(served: Arc<Served>) -> Router {
+    let mut router = Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*model}", get(model))
-        .route("/tokenize", post(tokenize))
         .route("/health", get(health))
-        .route("/metrics", get(metrics))
+        .route("/metrics", get(metrics));
+    if served.rewards.names().next().is_some() {
+        router = router
+            .route("/v1/score", post(rewards::score))
+            .route("/score", post(rewards::score))
+            .route("/v1/rerank", post(rewards::rerank))
+            .route("/rerank", post(rewards::rerank));
+    }
+    let mut router = router.with_state(Arc::clone(&served));
+    if let Some(node) = &served.node {
+        let generation = Router::new()
+            .route("/v1/chat/completions", post(generate::chat))
+            .route("/v1/completions", post(generate::completions))
+            .route("/v1/embeddings", post(vectors::embeddings))
+            .route("/tokenize", post(vectors::tokenize))
+            .route("/detokenize", post(vectors::detokenize));
+        router = router.merge(generation.with_state(Arc::clone(node)));
+    }
+    router
         .method_not_allowed_fallback(async || NodeError::MethodNotAllowed)
         .fallback(async |uri: Uri| NodeError::NotFound(uri.path().to_owned()))
         .layer(DefaultBodyLimit::max(BODY_BYTES))
-        .with_state(node)
 }
 
-fn card(node: &Node) -> ModelCard {
-    let mut card = ModelCard::new(&node.name, node.created, "potstill");
-    card.extra.insert("max_model_len".to_owned(), json!(node.engine.context()));
-    card
+fn cards(served: &Served) -> Vec<ModelCard> {
+    let card = |name: &str| ModelCard::new(name, served.created, "potstill");
+    let model = served.node.iter().map(|node| {
+        let mut card = card(&node.name);
+        card.extra.insert("max_model_len".to_owned(), json!(node.engine.context()));
+        card
+    });
+    model.chain(served.rewards.names().map(|name| card(name))).collect()
 }
 
-async fn health(State(node): State<Arc<Node>>) -> Result<&'static str, NodeError> {
-    match node.engine.stopped() {
+async fn health(State(served): State<Arc<Served>>) -> Result<&'static str, NodeError> {
+    match served.node.as_ref().and_then(|node| node.engine.stopped()) {
         None => Ok("ok"),
         Some(reason) => Err(EngineError::Stopped(reason).into()),
     }
 }
 
-async fn models(State(node): State<Arc<Node>>) -> Json<ModelList> {
-    Json(ModelList::new(vec![card(&node)]))
+async fn models(State(served): State<Arc<Served>>) -> Json<ModelList> {
+    Json(ModelList::new(cards(&served)))
 }
 
 async fn model(
-    State(node): State<Arc<Node>>,
-    Path(name): Path<String>,
+    State(served): State<Arc<Served>>,
+    AtPath(name): AtPath<String>,
 ) -> Result<Json<ModelCard>, NodeError> {
-    if name == node.name { Ok(Json(card(&node))) } else { Err(NodeError::ModelNotFound(name)) }
+    let card = cards(&served).into_iter().find(|card| card.id == name);
+    card.map(Json).ok_or(NodeError::ModelNotFound(name))
 }
 
-#[derive(serde::Deserialize)]
-struct Tokenize {
-    prompt: String,
-}
-
-async fn tokenize(State(node): State<Arc<Node>>, body: bytes::Bytes) -> Result<Response, NodeError> {
-    let request: Tokenize = generate::read(&body)?;
-    let tokens = node.tokenizer.encode(&request.prompt)?;
-    let context = node.engine.context();
-    Ok(Json(json!({"count": tokens.len(), "max_model_len": context, "tokens": tokens})).into_response())
-}
-
-async fn metrics(State(node): State<Arc<Node>>) -> Response {
-    let text = node.metrics.render(&node.name, node.engine.stats());
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+async fn metrics(State(served): State<Arc<Served>>) -> Response {
+    let text = served.node.as_ref().map(|node| node.metrics.render(&node.name, node.engine.stats()));
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text.unwrap_or_default()).into_response()
 }

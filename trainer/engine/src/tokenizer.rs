@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use tokenizers::Tokenizer as Inner;
+use tokenizers::{DecoderWrapper, Tokenizer as Inner};
 
 use crate::error::EngineError;
 
@@ -10,6 +10,40 @@ use crate::error::EngineError;
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Inner,
+    spelling: Spelling,
+}
+
+/// How the entries of a vocabulary spell bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spelling {
+    /// A character for every byte, as GPT-2 chose them.
+    Bytes,
+    /// Text with `▁` for a space, and `<0x0A>` for bytes that are no whole character (SentencePiece).
+    Pieces,
+    /// The text itself.
+    Text,
+}
+
+fn spelling(decoder: Option<&DecoderWrapper>) -> Spelling {
+    match decoder {
+        Some(DecoderWrapper::ByteLevel(_)) => Spelling::Bytes,
+        Some(DecoderWrapper::Metaspace(_) | DecoderWrapper::ByteFallback(_)) => Spelling::Pieces,
+        Some(DecoderWrapper::Sequence(parts)) => {
+            let parts = parts.get_decoders().iter().map(|part| spelling(Some(part)));
+            parts.into_iter().find(|found| *found != Spelling::Text).unwrap_or(Spelling::Text)
+        }
+        _ => Spelling::Text,
+    }
+}
+
+/// The byte that a character of GPT-2's alphabet stands for: printable ones for themselves, the others in order from 256 on.
+fn byte_of(character: char) -> Option<u8> {
+    let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let code = u32::from(character);
+    if code < 256 {
+        return printable(code).then_some(code as u8);
+    }
+    (0..=255u32).filter(|byte| !printable(*byte)).nth((code - 256) as usize).map(|byte| byte as u8)
 }
 
 fn failed(error: impl std::fmt::Display) -> EngineError {
@@ -20,7 +54,8 @@ impl Tokenizer {
     /// Wraps a tokenizer; truncation and padding are switched off.
     pub fn new(mut inner: Inner) -> Result<Self, EngineError> {
         inner.with_padding(None).with_truncation(None).map_err(failed)?;
-        Ok(Self { inner })
+        let spelling = spelling(inner.get_decoder());
+        Ok(Self { inner, spelling })
     }
 
     /// Reads the text of a `tokenizer.json`.
@@ -52,6 +87,28 @@ impl Tokenizer {
     /// Exact text of a token.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
+    }
+
+    /// The bytes that a token stands for, special tokens by their text. Nothing for ids outside the vocabulary.
+    pub fn bytes(&self, id: u32) -> Vec<u8> {
+        let Some(text) = self.inner.id_to_token(id) else { return Vec::new() };
+        if self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id) {
+            return text.into_bytes();
+        }
+        match self.spelling {
+            Spelling::Text => text.into_bytes(),
+            Spelling::Bytes => {
+                let bytes: Option<Vec<u8>> = text.chars().map(byte_of).collect();
+                bytes.unwrap_or_else(|| text.into_bytes())
+            }
+            Spelling::Pieces => {
+                let byte = text.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+                match byte.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+                    Some(byte) => vec![byte],
+                    None => text.replace('\u{2581}', " ").into_bytes(),
+                }
+            }
+        }
     }
 
     /// Number of entries, added tokens included.
@@ -95,5 +152,34 @@ impl StreamDecoder {
         let after = tokenizer.decode(&self.ids[self.context..])?;
         self.read = self.ids.len();
         Ok(after.get(before.len()..).unwrap_or_default().to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokenizer(decoder: &str, vocabulary: &str) -> Tokenizer {
+        let json = format!(
+            r#"{{"version": "1.0", "added_tokens": [{{"id": 0, "content": "<|é|>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true}}], "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+            "decoder": {decoder}, "model": {{"type": "WordLevel", "vocab": {vocabulary}, "unk_token": "?"}}}}"#
+        );
+        Tokenizer::from_json(&json, Path::new("tokenizer.json")).unwrap()
+    }
+
+    #[test]
+    fn tokens_are_bytes_in_every_spelling() {
+        let level =
+            r#"{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}"#;
+        let gpt2 = tokenizer(level, r#"{"<|é|>": 0, "Ġa": 1, "Ã": 2, "?": 3, "Ċ": 4}"#);
+        assert_eq!([0, 1, 2, 4].map(|id| gpt2.bytes(id)), ["<|é|>".as_bytes(), b" a", b"\xc3", b"\n"]);
+        let pieces = r#"{"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}"#;
+        let llama = tokenizer(pieces, r#"{"<|é|>": 0, "▁a": 1, "<0xC3>": 2, "?": 3}"#);
+        assert_eq!([1, 2].map(|id| llama.bytes(id)), [b" a".as_slice(), b"\xc3"]);
+        assert!(llama.bytes(99).is_empty());
+        let all: std::collections::BTreeSet<u8> =
+            (0..512).filter_map(char::from_u32).filter_map(byte_of).collect();
+        assert_eq!(all.len(), 256);
     }
 }

@@ -1,64 +1,74 @@
 //! `POST /v1/chat/completions` and `/v1/completions`. One request becomes one engine request per choice; the answer is
-//! collected, or streamed as the choices grow. Dropping the answer drops the receivers, which cancels the choices.
+//! collected here, or streamed as the choices grow (`stream.rs`). Dropping the answer drops the receivers, which cancels the
+//! choices.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::body::{Body, Bytes};
+use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, SelectAll};
 use futures_util::{Stream, StreamExt};
-use http::{HeaderValue, header};
 use potstill_engine::EngineError;
-use potstill_engine::sampler::Sampling;
 use potstill_engine::scheduler::{Request, Update};
 use potstill_shared::id::unique;
 use potstill_shared::openai::{
     ChatChoice, ChatMessage, ChatRequest, ChatResponse, CompletionChoice, CompletionRequest,
-    CompletionResponse, Content, Delta, ErrorBody, GenerationOptions, Prompt, Stop, Usage, now_seconds,
+    CompletionResponse, Content, Delta, GenerationOptions, Prompt, Usage, now_seconds,
 };
-use potstill_shared::reasoning::{OPEN, Piece, Splitter};
-use potstill_shared::sse;
-use rand::Rng;
+use potstill_shared::reasoning::OPEN;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::Node;
+use super::choice::{Choice, Shape};
 use super::error::NodeError;
+use super::options::{self, invalid};
+use super::stream::streamed;
+use super::tools::{self, ToolFormat};
 
 /// Most choices of one request.
 const MAX_CHOICES: u32 = 64;
-/// Most stop strings.
-const MAX_STOPS: usize = 16;
 
 pub(super) fn read<T: for<'de> serde::Deserialize<'de>>(body: &[u8]) -> Result<T, NodeError> {
     serde_json::from_slice(body).map_err(|error| NodeError::InvalidJson(error.to_string()))
 }
 
-/// The two shapes of an answer.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Shape {
-    /// Thinking apart from the answer; `inside`: the template has opened the thinking already.
-    Chat {
-        inside: bool,
-    },
-    Text,
+/// The choices of one request while they grow.
+pub(super) struct Job {
+    pub(super) node: Arc<Node>,
+    pub(super) id: String,
+    pub(super) created: u64,
+    pub(super) started: Instant,
+    pub(super) shape: Shape,
+    pub(super) choices: Vec<Choice>,
+    /// What each choice begins with (`echo`).
+    pub(super) prefixes: Vec<String>,
+    pub(super) include_usage: bool,
+    pub(super) counts: Counts,
+    pub(super) updates: SelectAll<futures_util::stream::BoxStream<'static, (u32, Update)>>,
 }
 
-/// The choices of one request while they grow.
-struct Job {
-    node: Arc<Node>,
-    id: String,
-    created: u64,
-    started: Instant,
-    shape: Shape,
-    prompt_tokens: u64,
-    include_usage: bool,
-    /// What each choice begins with (`echo`).
-    prefixes: Vec<String>,
-    updates: SelectAll<futures_util::stream::BoxStream<'static, (u32, Update)>>,
+/// Tokens of all choices.
+#[derive(Default)]
+pub(super) struct Counts {
+    prompt: u64,
+    cached: u64,
+    written: u64,
+}
+
+impl Counts {
+    /// A choice has ended.
+    pub(super) fn finished(&mut self, completion_tokens: usize, cached_tokens: usize) {
+        self.written += completion_tokens as u64;
+        // Of several samples all but the first find the prompt at hand: what the request found is what its first one found.
+        self.cached = self.cached.min(cached_tokens as u64);
+    }
+
+    pub(super) fn usage(&self) -> Usage {
+        Usage::new(self.prompt, self.written).with_cached(self.cached.min(self.prompt))
+    }
 }
 
 /// `POST /v1/chat/completions`.
@@ -70,23 +80,43 @@ pub(super) async fn chat(State(node): State<Arc<Node>>, body: Bytes) -> Result<R
     }
     let messages: Vec<Value> = request.messages.iter().map(template_message).collect();
     let mut extra = request.extra.get("chat_template_kwargs").cloned().unwrap_or_else(|| json!({}));
-    if let (Some(tools), Some(object)) = (request.extra.get("tools"), extra.as_object_mut()) {
-        object.insert("tools".to_owned(), tools.clone());
+    let tools = tools_of(&node, &request)?;
+    if let (Some(_), Some(object)) = (tools, extra.as_object_mut()) {
+        object.insert("tools".to_owned(), request.extra["tools"].clone());
     }
     let text = node.template.render(&Value::Array(messages), true, &extra)?;
     let inside = text.trim_end().ends_with(OPEN);
     let prompt = node.tokenizer.encode(&text)?;
-    let job = submit(&node, vec![(prompt, String::new())], &request.options, Shape::Chat { inside })?;
+    let mut wanted = options::request(&request.options, &request.extra)?;
+    wanted.log_probs = options::chat_log_probs(&request.extra)?;
+    wanted.thinking = options::thinking_limit(&node, &request.extra)?;
+    let shape = Shape::Chat { inside, tools };
+    let job = submit(&node, vec![(prompt, String::new())], wanted, &request.options, shape)?;
     answer(job, &request.options).await
+}
+
+/// Whether the template is given functions, and how it has them called.
+fn tools_of(node: &Node, request: &ChatRequest) -> Result<Option<ToolFormat>, NodeError> {
+    let some = request.extra.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty());
+    match request.extra.get("tool_choice") {
+        Some(Value::String(choice)) if choice == "none" => return Ok(None),
+        None | Some(Value::Null) => {}
+        Some(Value::String(choice)) if choice == "auto" => {}
+        Some(_) => {
+            return Err(invalid("tool_choice", "must be `auto` or `none`; this node cannot force a call"));
+        }
+    }
+    if !some {
+        return Ok(None);
+    }
+    let format = ToolFormat::of(node.template.source());
+    format.map(Some).ok_or_else(|| invalid("tools", "are not known to this model's chat template"))
 }
 
 /// `POST /v1/completions`.
 pub(super) async fn completions(State(node): State<Arc<Node>>, body: Bytes) -> Result<Response, NodeError> {
     let request: CompletionRequest = read(&body)?;
     check_model(&node, &request.model)?;
-    if request.extra.get("logprobs").is_some_and(|value| !value.is_null()) {
-        return Err(invalid("logprobs", "is not supported by this node"));
-    }
     let echo = request.echo.unwrap_or(false);
     let from_text =
         |text: String| Ok((node.tokenizer.encode(&text)?, if echo { text } else { String::new() }));
@@ -106,18 +136,19 @@ pub(super) async fn completions(State(node): State<Arc<Node>>, body: Bytes) -> R
     if prompts.is_empty() || prompts.len() > MAX_CHOICES as usize {
         return Err(invalid("prompt", format!("must hold 1 to {MAX_CHOICES} prompts")));
     }
+    let mut wanted = options::request(&request.options, &request.extra)?;
+    wanted.log_probs = options::text_log_probs(&request.extra)?;
+    if echo {
+        wanted.prompt_log_probs = wanted.log_probs;
+    }
     let mut options = request.options;
     // OpenAI's default for this endpoint.
     options.max_tokens = options.token_limit().or(Some(16));
-    let job = submit(&node, prompts, &options, Shape::Text)?;
+    let job = submit(&node, prompts, wanted, &options, Shape::Text)?;
     answer(job, &options).await
 }
 
-fn invalid(param: &'static str, problem: impl Into<String>) -> NodeError {
-    NodeError::InvalidField { param, problem: problem.into() }
-}
-
-fn check_model(node: &Node, model: &str) -> Result<(), NodeError> {
+pub(super) fn check_model(node: &Node, model: &str) -> Result<(), NodeError> {
     if model == node.name { Ok(()) } else { Err(NodeError::ModelNotFound(model.to_owned())) }
 }
 
@@ -129,27 +160,16 @@ fn template_message(message: &ChatMessage) -> Value {
     if let Some(thinking) = message.thinking() {
         value["reasoning_content"] = json!(thinking);
     }
-    value
-}
-
-fn sampling(options: &GenerationOptions, choice: u64) -> Sampling {
-    let number = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
-    let base = options.seed.map_or_else(|| rand::rng().random(), |seed| seed as u64);
-    Sampling {
-        temperature: number(options.temperature, 1.0),
-        top_p: number(options.top_p, 1.0),
-        top_k: options.top_k.filter(|k| *k > 0).map_or(0, |k| k as usize),
-        min_p: number(options.min_p, 0.0),
-        repetition_penalty: number(options.repetition_penalty, 1.0),
-        presence_penalty: number(options.presence_penalty, 0.0),
-        frequency_penalty: number(options.frequency_penalty, 0.0),
-        seed: base.wrapping_add(choice),
+    if let Some(calls) = message.extra.get("tool_calls") {
+        value["tool_calls"] = tools::for_template(calls);
     }
+    value
 }
 
 fn submit(
     node: &Arc<Node>,
     prompts: Vec<(Vec<u32>, String)>,
+    wanted: Request,
     options: &GenerationOptions,
     shape: Shape,
 ) -> Result<Job, NodeError> {
@@ -157,40 +177,38 @@ fn submit(
     if n == 0 || n as usize * prompts.len() > MAX_CHOICES as usize {
         return Err(invalid("n", format!("must give 1 to {MAX_CHOICES} choices")));
     }
-    let stop = options.stop.clone().map(Stop::into_vec).unwrap_or_default();
-    if stop.len() > MAX_STOPS {
-        return Err(invalid("stop", format!("must hold at most {MAX_STOPS} strings")));
-    }
-    let (mut prompt_tokens, mut prefixes, mut updates) = (0, Vec::new(), SelectAll::new());
+    let (mut requests, mut prefixes, mut choices) = (Vec::new(), Vec::new(), Vec::new());
+    let mut counts = Counts { cached: u64::MAX, ..Counts::default() };
     for (prompt, prefix) in prompts {
-        prompt_tokens += prompt.len() as u64;
+        counts.prompt += prompt.len() as u64;
         let room = node.engine.context().saturating_sub(prompt.len());
         // A prompt without room for one token is refused below, with its numbers.
         let max_tokens = options.token_limit().map_or(room.max(1), |limit| limit as usize);
         for _ in 0..n {
-            let index = prefixes.len() as u32;
-            let request = Request {
-                prompt: prompt.clone(),
-                max_tokens,
-                sampling: sampling(options, u64::from(index)),
-                stop: stop.clone(),
-                log_probs: None,
-            };
-            let receiver = node.engine.submit(request)?;
-            updates.push(numbered(index, receiver).boxed());
+            let mut request = Request { prompt: prompt.clone(), max_tokens, ..wanted.clone() };
+            request.sampling.seed = request.sampling.seed.wrapping_add(requests.len() as u64);
+            let mut choice = Choice::new(shape);
+            if let (Some(_), Some(first)) = (request.prompt_log_probs, prompt.first()) {
+                choice.first(&node.tokenizer, *first);
+            }
+            requests.push(request);
+            choices.push(choice);
             prefixes.push(prefix.clone());
         }
     }
+    let receivers = node.engine.submit_all(requests)?;
+    let numbered = (0..).zip(receivers).map(|(index, receiver)| numbered(index, receiver).boxed());
     Ok(Job {
         node: Arc::clone(node),
         id: unique(if shape == Shape::Text { "cmpl" } else { "chatcmpl" }),
         created: now_seconds(),
         started: Instant::now(),
         shape,
-        prompt_tokens,
-        include_usage: options.stream_options.as_ref().is_some_and(|options| options.include_usage),
+        choices,
         prefixes,
-        updates,
+        include_usage: options.stream_options.as_ref().is_some_and(|options| options.include_usage),
+        counts,
+        updates: numbered.collect(),
     })
 }
 
@@ -199,76 +217,76 @@ fn numbered(index: u32, receiver: mpsc::Receiver<Update>) -> impl Stream<Item = 
     stream::unfold(Some(receiver), move |receiver| async move {
         let mut receiver = receiver?;
         match receiver.recv().await {
-            Some(update @ (Update::Text(_) | Update::Sampled(_))) => Some(((index, update), Some(receiver))),
-            Some(last) => Some(((index, last), None)),
+            Some(last @ (Update::Finished { .. } | Update::Failed(_))) => Some(((index, last), None)),
+            Some(update) => Some(((index, update), Some(receiver))),
             None => Some(((index, Update::Failed("the engine has stopped".to_owned())), None)),
         }
     })
 }
 
 async fn answer(job: Job, options: &GenerationOptions) -> Result<Response, NodeError> {
-    if !options.streamed() {
-        return collect(job).await;
-    }
-    let mut response = Response::new(Body::from_stream(events(job)));
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    Ok(response)
+    if options.streamed() { Ok(streamed(job)) } else { collect(job).await }
 }
 
 /// One choice of a whole answer.
+#[derive(Default)]
 struct Collected {
-    splitter: Option<Splitter>,
     text: String,
     thinking: Option<String>,
+    calls: Vec<Value>,
     finish_reason: Option<String>,
 }
 
 impl Collected {
-    fn push(&mut self, text: &str) {
-        match &mut self.splitter {
-            None => self.text.push_str(text),
-            Some(splitter) => {
-                let pieces = splitter.push(text);
-                self.take(pieces);
+    fn take(&mut self, deltas: Vec<Delta>) {
+        for delta in deltas {
+            self.text.push_str(delta.content.as_deref().unwrap_or_default());
+            if let Some(text) = delta.reasoning_content {
+                self.thinking.get_or_insert_default().push_str(&text);
+            }
+            if let Some(Value::Array(calls)) = delta.extra.get("tool_calls") {
+                self.calls.extend(calls.iter().cloned().map(|mut call| {
+                    // Only chunks number their calls.
+                    call.as_object_mut().map(|call| call.remove("index"));
+                    call
+                }));
             }
         }
     }
 
-    fn take(&mut self, pieces: impl IntoIterator<Item = Piece>) {
-        for piece in pieces {
-            match piece {
-                Piece::Answer(text) => self.text.push_str(&text),
-                Piece::Thinking(text) => self.thinking.get_or_insert_default().push_str(&text),
-            }
+    fn message(self) -> ChatMessage {
+        let mut message = ChatMessage {
+            role: "assistant".to_owned(),
+            content: (!self.text.is_empty() || self.calls.is_empty()).then_some(Content::Text(self.text)),
+            reasoning_content: self.thinking,
+            ..ChatMessage::default()
+        };
+        if !self.calls.is_empty() {
+            message.extra.insert("tool_calls".to_owned(), Value::Array(self.calls));
         }
+        message
     }
 }
 
 async fn collect(mut job: Job) -> Result<Response, NodeError> {
-    let mut choices: Vec<Collected> = job
+    let mut all: Vec<Collected> = job
         .prefixes
         .iter()
-        .map(|prefix| Collected {
-            splitter: splitter(job.shape),
-            text: prefix.clone(),
-            thinking: None,
-            finish_reason: None,
-        })
+        .map(|prefix| Collected { text: prefix.clone(), ..Collected::default() })
         .collect();
-    let mut written = 0;
+    let tokenizer = job.node.tokenizer.clone();
     while let Some((index, update)) = job.updates.next().await {
-        let choice = &mut choices[index as usize];
+        let (choice, collected) = (&mut job.choices[index as usize], &mut all[index as usize]);
         match update {
-            Update::Sampled(_) => {}
-            Update::Text(text) => choice.push(&text),
-            Update::Finished { reason, completion_tokens } => {
-                written += completion_tokens as u64;
-                let last = choice.splitter.as_mut().and_then(Splitter::finish);
-                choice.take(last);
-                choice.finish_reason = Some(reason.name().to_owned());
-                job.node.metrics.finished(&job.node.name, reason.name(), job.started.elapsed());
+            Update::Sampled(sampled) | Update::Prompt(sampled) => choice.sampled(&tokenizer, &sampled),
+            Update::Text(text) => collected.take(choice.push(&text)),
+            Update::Embedding(_) => {}
+            Update::Finished { reason, completion_tokens, cached_tokens } => {
+                job.counts.finished(completion_tokens, cached_tokens);
+                let (deltas, reason) = choice.finish(reason);
+                collected.take(deltas);
+                collected.finish_reason = Some(reason.to_owned());
+                job.node.metrics.finished(&job.node.name, reason, job.started.elapsed());
             }
             Update::Failed(reason) => {
                 job.node.metrics.finished(&job.node.name, "failed", job.started.elapsed());
@@ -276,8 +294,9 @@ async fn collect(mut job: Job) -> Result<Response, NodeError> {
             }
         }
     }
-    let usage = Some(Usage::new(job.prompt_tokens, written));
-    let choices = choices.into_iter().zip(0u32..);
+    let usage = Some(job.counts.usage());
+    let log_probs: Vec<Option<Value>> = job.choices.iter_mut().map(Choice::log_probs).collect();
+    let choices = all.into_iter().zip(log_probs).zip(0u32..);
     Ok(match job.shape {
         Shape::Text => axum::Json(CompletionResponse {
             id: job.id,
@@ -285,10 +304,10 @@ async fn collect(mut job: Job) -> Result<Response, NodeError> {
             created: job.created,
             model: job.node.name.clone(),
             choices: choices
-                .map(|(choice, index)| CompletionChoice {
+                .map(|((choice, logprobs), index)| CompletionChoice {
                     index,
                     text: choice.text,
-                    logprobs: None,
+                    logprobs,
                     finish_reason: choice.finish_reason,
                 })
                 .collect(),
@@ -301,17 +320,7 @@ async fn collect(mut job: Job) -> Result<Response, NodeError> {
             created: job.created,
             model: job.node.name.clone(),
             choices: choices
-                .map(|(choice, index)| ChatChoice {
-                    index,
-                    message: Some(ChatMessage {
-                        role: "assistant".to_owned(),
-                        content: Some(Content::Text(choice.text)),
-                        reasoning_content: choice.thinking,
-                        ..ChatMessage::default()
-                    }),
-                    finish_reason: choice.finish_reason,
-                    ..ChatChoice::default()
-                })
+                .map(|((choice, log_probs), index)| chat_choice(choice, log_probs, index))
                 .collect(),
             usage,
             ..ChatResponse::default()
@@ -320,155 +329,12 @@ async fn collect(mut job: Job) -> Result<Response, NodeError> {
     })
 }
 
-fn splitter(shape: Shape) -> Option<Splitter> {
-    match shape {
-        Shape::Chat { inside } => Some(Splitter::new(inside)),
-        Shape::Text => None,
+fn chat_choice(mut collected: Collected, log_probs: Option<Value>, index: u32) -> ChatChoice {
+    let finish_reason = collected.finish_reason.take();
+    let mut choice =
+        ChatChoice { index, message: Some(collected.message()), finish_reason, ..ChatChoice::default() };
+    if let Some(log_probs) = log_probs {
+        choice.extra.insert("logprobs".to_owned(), log_probs);
     }
-}
-
-/// A stream on its way out.
-struct Streaming {
-    job: Job,
-    splitters: Vec<Option<Splitter>>,
-    written: u64,
-    ready: VecDeque<Bytes>,
-    ended: bool,
-}
-
-fn events(job: Job) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
-    let splitters = job.prefixes.iter().map(|_| splitter(job.shape)).collect();
-    let mut streaming = Streaming { splitters, written: 0, ready: VecDeque::new(), ended: false, job };
-    streaming.begin();
-    stream::unfold(streaming, |mut streaming| async move {
-        loop {
-            if let Some(event) = streaming.ready.pop_front() {
-                return Some((Ok(event), streaming));
-            }
-            if streaming.ended {
-                return None;
-            }
-            match streaming.job.updates.next().await {
-                Some((index, update)) => streaming.update(index, update),
-                None => streaming.finish(),
-            }
-        }
-    })
-}
-
-impl Streaming {
-    /// The role of each chat choice, the echo of each text choice.
-    fn begin(&mut self) {
-        for (index, prefix) in self.job.prefixes.clone().into_iter().enumerate() {
-            match self.job.shape {
-                Shape::Chat { .. } => {
-                    let delta = Delta {
-                        role: Some("assistant".to_owned()),
-                        content: Some(String::new()),
-                        ..Delta::default()
-                    };
-                    self.chat_chunk(index as u32, delta, None);
-                }
-                Shape::Text if !prefix.is_empty() => self.text_chunk(index as u32, prefix, None),
-                Shape::Text => {}
-            }
-        }
-    }
-
-    fn update(&mut self, index: u32, update: Update) {
-        match update {
-            Update::Sampled(_) => {}
-            Update::Text(text) => match &mut self.splitters[index as usize] {
-                None => self.text_chunk(index, text, None),
-                Some(splitter) => {
-                    let pieces = splitter.push(&text);
-                    self.pieces(index, pieces);
-                }
-            },
-            Update::Finished { reason, completion_tokens } => {
-                self.written += completion_tokens as u64;
-                let last = self.splitters[index as usize].as_mut().and_then(Splitter::finish);
-                self.pieces(index, last);
-                let reason = Some(reason.name().to_owned());
-                self.job.node.metrics.finished(
-                    &self.job.node.name,
-                    reason.as_deref().unwrap_or_default(),
-                    self.job.started.elapsed(),
-                );
-                match self.job.shape {
-                    Shape::Chat { .. } => self.chat_chunk(index, Delta::default(), reason),
-                    Shape::Text => self.text_chunk(index, String::new(), reason),
-                }
-            }
-            Update::Failed(reason) => {
-                self.job.node.metrics.finished(&self.job.node.name, "failed", self.job.started.elapsed());
-                let body = ErrorBody::new(reason, "server_error", None, Some("engine_stopped"));
-                self.ready.push_back(sse::data(&body.to_json()));
-                // No `[DONE]` after an error.
-                self.ended = true;
-            }
-        }
-    }
-
-    fn pieces(&mut self, index: u32, pieces: impl IntoIterator<Item = Piece>) {
-        for piece in pieces {
-            let delta = match piece {
-                Piece::Answer(text) => Delta { content: Some(text), ..Delta::default() },
-                Piece::Thinking(text) => Delta { reasoning_content: Some(text), ..Delta::default() },
-            };
-            self.chat_chunk(index, delta, None);
-        }
-    }
-
-    fn finish(&mut self) {
-        if self.job.include_usage {
-            let usage = Some(Usage::new(self.job.prompt_tokens, self.written));
-            match self.job.shape {
-                Shape::Chat { .. } => self.push_chat(Vec::new(), usage),
-                Shape::Text => self.push_text(Vec::new(), usage),
-            }
-        }
-        self.ready.push_back(Bytes::from_static(sse::DONE));
-        self.ended = true;
-    }
-
-    fn chat_chunk(&mut self, index: u32, delta: Delta, finish_reason: Option<String>) {
-        self.push_chat(
-            vec![ChatChoice { index, delta: Some(delta), finish_reason, ..ChatChoice::default() }],
-            None,
-        );
-    }
-
-    fn text_chunk(&mut self, index: u32, text: String, finish_reason: Option<String>) {
-        self.push_text(vec![CompletionChoice { index, text, logprobs: None, finish_reason }], None);
-    }
-
-    fn push_chat(&mut self, choices: Vec<ChatChoice>, usage: Option<Usage>) {
-        let chunk = ChatResponse {
-            id: self.job.id.clone(),
-            object: "chat.completion.chunk".to_owned(),
-            created: self.job.created,
-            model: self.job.node.name.clone(),
-            choices,
-            usage,
-            ..ChatResponse::default()
-        };
-        self.push(&chunk);
-    }
-
-    fn push_text(&mut self, choices: Vec<CompletionChoice>, usage: Option<Usage>) {
-        let chunk = CompletionResponse {
-            id: self.job.id.clone(),
-            object: "text_completion".to_owned(),
-            created: self.job.created,
-            model: self.job.node.name.clone(),
-            choices,
-            usage,
-        };
-        self.push(&chunk);
-    }
-
-    fn push(&mut self, chunk: &impl serde::Serialize) {
-        self.ready.push_back(sse::data(&serde_json::to_string(chunk).unwrap_or_default()));
-    }
+    choice
 }

@@ -30,7 +30,8 @@ impl NodeMetrics {
         let state = IntGaugeVec::new(
             Opts::new(
                 "potstill_node_engine",
-                "Engine: running and waiting requests; prompt tokens, completion tokens and steps since the start",
+                "Engine: running and waiting requests and KV blocks in use; prompt tokens computed and found at hand, completion \
+                 tokens, steps and requests that were put back since the start",
             ),
             &["model", "what"],
         )?;
@@ -51,6 +52,9 @@ impl NodeMetrics {
             ("waiting", stats.waiting.load(Ordering::Relaxed) as i64),
             ("prompt_tokens", stats.prompt_tokens.load(Ordering::Relaxed) as i64),
             ("completion_tokens", stats.completion_tokens.load(Ordering::Relaxed) as i64),
+            ("cached_tokens", stats.cached_tokens.load(Ordering::Relaxed) as i64),
+            ("preempted", stats.preempted.load(Ordering::Relaxed) as i64),
+            ("blocks_used", stats.blocks_used.load(Ordering::Relaxed) as i64),
             ("steps", stats.steps.load(Ordering::Relaxed) as i64),
         ] {
             self.state.with_label_values(&[model, what]).set(value);

@@ -1,0 +1,117 @@
+//! One choice of an answer while it grows, whether it is collected or streamed: thinking, answer and calls apart, log-probabilities
+//! kept until they are sent.
+
+use potstill_engine::scheduler::{FinishReason, Sampled};
+use potstill_engine::tokenizer::Tokenizer;
+use potstill_shared::openai::Delta;
+use potstill_shared::reasoning::{Piece, Splitter};
+use serde_json::{Value, json};
+
+use super::log_probs::{self, TextLogProbs};
+use super::tools::{Part, ToolFormat, ToolParser};
+
+/// The two shapes of an answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// Thinking apart from the answer; `inside`: the template has opened the thinking already. `tools`: calls are looked for.
+    Chat { inside: bool, tools: Option<ToolFormat> },
+    /// As the model writes it.
+    Text,
+}
+
+/// A choice.
+pub(super) struct Choice {
+    splitter: Option<Splitter>,
+    tools: Option<ToolParser>,
+    chat_log_probs: Vec<Value>,
+    text_log_probs: TextLogProbs,
+}
+
+impl Choice {
+    pub(super) fn new(shape: Shape) -> Self {
+        let (splitter, tools) = match shape {
+            Shape::Chat { inside, tools } => (Some(Splitter::new(inside)), tools.map(ToolParser::new)),
+            Shape::Text => (None, None),
+        };
+        Self { splitter, tools, chat_log_probs: Vec::new(), text_log_probs: TextLogProbs::default() }
+    }
+
+    /// What more text adds.
+    pub(super) fn push(&mut self, text: &str) -> Vec<Delta> {
+        match &mut self.splitter {
+            None => vec![content(text.to_owned())],
+            Some(splitter) => {
+                let pieces = splitter.push(text);
+                pieces.into_iter().flat_map(|piece| self.piece(piece)).collect()
+            }
+        }
+    }
+
+    /// What the end adds, and OpenAI's word for it.
+    pub(super) fn finish(&mut self, reason: FinishReason) -> (Vec<Delta>, &'static str) {
+        let last = self.splitter.as_mut().and_then(Splitter::finish);
+        let mut deltas: Vec<Delta> = last.into_iter().flat_map(|piece| self.piece(piece)).collect();
+        let mut called = false;
+        if let Some(tools) = &mut self.tools {
+            let mut calls = tools.calls();
+            deltas.extend(tools.finish().into_iter().map(|part| part_delta(part, &mut calls)));
+            called = tools.calls() > 0;
+        }
+        (deltas, if called && reason == FinishReason::Stop { "tool_calls" } else { reason.name() })
+    }
+
+    fn piece(&mut self, piece: Piece) -> Vec<Delta> {
+        match (piece, &mut self.tools) {
+            (Piece::Thinking(text), _) => {
+                vec![Delta { reasoning_content: Some(text), ..Delta::default() }]
+            }
+            (Piece::Answer(text), None) => vec![content(text)],
+            (Piece::Answer(text), Some(tools)) => {
+                let mut calls = tools.calls();
+                let parts = tools.push(&text);
+                parts.into_iter().map(|part| part_delta(part, &mut calls)).collect()
+            }
+        }
+    }
+
+    /// The first token of a prompt that is repeated.
+    pub(super) fn first(&mut self, tokenizer: &Tokenizer, token: u32) {
+        self.text_log_probs.first(tokenizer, token);
+    }
+
+    /// A token with its log-probability.
+    pub(super) fn sampled(&mut self, tokenizer: &Tokenizer, sampled: &Sampled) {
+        if self.splitter.is_some() {
+            self.chat_log_probs.push(log_probs::chat_entry(tokenizer, sampled));
+        } else {
+            self.text_log_probs.push(tokenizer, sampled);
+        }
+    }
+
+    /// The log-probabilities that were not given out yet.
+    pub(super) fn log_probs(&mut self) -> Option<Value> {
+        if self.splitter.is_none() {
+            return self.text_log_probs.take();
+        }
+        let entries = std::mem::take(&mut self.chat_log_probs);
+        (!entries.is_empty()).then(|| log_probs::chat(entries))
+    }
+}
+
+fn content(text: String) -> Delta {
+    Delta { content: Some(text), ..Delta::default() }
+}
+
+/// A part as a chunk says it; calls are numbered in their order.
+fn part_delta(part: Part, calls: &mut usize) -> Delta {
+    match part {
+        Part::Text(text) => content(text),
+        Part::Call(mut call) => {
+            call["index"] = json!(*calls);
+            *calls += 1;
+            let mut delta = Delta::default();
+            delta.extra.insert("tool_calls".to_owned(), json!([call]));
+            delta
+        }
+    }
+}

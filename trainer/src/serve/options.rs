@@ -1,0 +1,106 @@
+//! A request's options as the engine takes them.
+
+use potstill_engine::sampler::Sampling;
+use potstill_engine::scheduler::{Request, ThinkingLimit};
+use potstill_shared::openai::{Extra, GenerationOptions, Stop};
+use potstill_shared::reasoning::CLOSE;
+use rand::Rng;
+use serde_json::Value;
+
+use super::Node;
+use super::error::NodeError;
+
+/// Most stop strings.
+const MAX_STOPS: usize = 16;
+/// Most alternatives of each token.
+const MAX_TOP: u64 = 20;
+/// Most tokens whose logits are shifted.
+const MAX_BIASED: usize = 1024;
+
+pub(super) fn invalid(param: &'static str, problem: impl Into<String>) -> NodeError {
+    NodeError::InvalidField { param, problem: problem.into() }
+}
+
+/// The engine's request of one choice, but for its prompt.
+pub(super) fn request(options: &GenerationOptions, extra: &Extra) -> Result<Request, NodeError> {
+    let stop = options.stop.clone().map(Stop::into_vec).unwrap_or_default();
+    if stop.len() > MAX_STOPS {
+        return Err(invalid("stop", format!("must hold at most {MAX_STOPS} strings")));
+    }
+    let number = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
+    let sampling = Sampling {
+        temperature: number(options.temperature, 1.0),
+        top_p: number(options.top_p, 1.0),
+        top_k: options.top_k.filter(|k| *k > 0).map_or(0, |k| k as usize),
+        min_p: number(options.min_p, 0.0),
+        repetition_penalty: number(options.repetition_penalty, 1.0),
+        presence_penalty: number(options.presence_penalty, 0.0),
+        frequency_penalty: number(options.frequency_penalty, 0.0),
+        logit_bias: logit_bias(extra)?,
+        seed: options.seed.map_or_else(|| rand::rng().random(), |seed| seed as u64),
+    };
+    let ignore_end = extra.get("ignore_eos").and_then(Value::as_bool).unwrap_or(false);
+    Ok(Request { sampling, stop, ignore_end, ..Request::default() })
+}
+
+fn logit_bias(extra: &Extra) -> Result<Vec<(u32, f32)>, NodeError> {
+    let wrong = || invalid("logit_bias", "must be an object of token ids with numbers from -100 to 100");
+    match extra.get("logit_bias") {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Object(map)) if map.len() <= MAX_BIASED => map
+            .iter()
+            .map(|(token, bias)| {
+                let token = token.parse().map_err(|_| wrong())?;
+                Ok((token, bias.as_f64().ok_or_else(wrong)? as f32))
+            })
+            .collect(),
+        Some(Value::Object(_)) => {
+            Err(invalid("logit_bias", format!("must hold at most {MAX_BIASED} tokens")))
+        }
+        Some(_) => Err(wrong()),
+    }
+}
+
+/// Chat: `logprobs: true` with `top_logprobs`.
+pub(super) fn chat_log_probs(extra: &Extra) -> Result<Option<usize>, NodeError> {
+    let top = count(extra, "top_logprobs")?;
+    match (extra.get("logprobs"), top) {
+        (Some(Value::Bool(true)), top) => Ok(Some(top.unwrap_or(0))),
+        (None | Some(Value::Null | Value::Bool(false)), None | Some(0)) => Ok(None),
+        (None | Some(Value::Null | Value::Bool(false)), Some(_)) => {
+            Err(invalid("top_logprobs", "needs `logprobs` to be true"))
+        }
+        (Some(_), _) => Err(invalid("logprobs", "must be true or false")),
+    }
+}
+
+/// Completions: `logprobs: N`.
+pub(super) fn text_log_probs(extra: &Extra) -> Result<Option<usize>, NodeError> {
+    count(extra, "logprobs")
+}
+
+fn count(extra: &Extra, name: &'static str) -> Result<Option<usize>, NodeError> {
+    match extra.get(name) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match value.as_u64() {
+            Some(count) if count <= MAX_TOP => Ok(Some(count as usize)),
+            _ => Err(invalid(name, format!("must be a number from 0 to {MAX_TOP}"))),
+        },
+    }
+}
+
+/// `thinking_budget`, in the request or in `chat_template_kwargs`: after so many tokens of thinking the node ends it.
+pub(super) fn thinking_limit(node: &Node, extra: &Extra) -> Result<Option<ThinkingLimit>, NodeError> {
+    let inner = extra.get("chat_template_kwargs").and_then(|inner| inner.get("thinking_budget"));
+    let Some(budget) = extra.get("thinking_budget").or(inner).filter(|value| !value.is_null()) else {
+        return Ok(None);
+    };
+    let Some(tokens) = budget.as_u64() else {
+        return Err(invalid("thinking_budget", "must be a number of tokens"));
+    };
+    Ok(Some(ThinkingLimit {
+        tokens: tokens as usize,
+        ending: node.tokenizer.encode(&format!("\n{CLOSE}\n\n"))?,
+        mark: node.tokenizer.encode(CLOSE)?,
+    }))
+}

@@ -1,0 +1,252 @@
+//! Calls of functions in what a model writes, as its template taught it to write them: `<tool_call>` around JSON (Hermes, Qwen),
+//! `[TOOL_CALLS]` before a list (Mistral), or nothing but JSON with `name` and `parameters` (Llama 3).
+
+use potstill_shared::id::unique;
+use serde_json::{Value, json};
+
+const OPEN: &str = "<tool_call>";
+const CLOSE: &str = "</tool_call>";
+const LIST: &str = "[TOOL_CALLS]";
+const PYTHON: &str = "<|python_tag|>";
+
+/// How a template has calls written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ToolFormat {
+    /// Each call between tags.
+    Tagged,
+    /// One list behind a mark.
+    List,
+    /// The whole answer is a call.
+    Whole,
+}
+
+impl ToolFormat {
+    /// By what the template's source mentions.
+    pub(super) fn of(template: &str) -> Option<Self> {
+        if template.contains(OPEN) {
+            Some(Self::Tagged)
+        } else if template.contains(LIST) {
+            Some(Self::List)
+        } else if template.contains("parameters") && template.contains("tools") {
+            Some(Self::Whole)
+        } else {
+            None
+        }
+    }
+
+    fn mark(self) -> &'static str {
+        match self {
+            Self::Tagged => OPEN,
+            Self::List => LIST,
+            Self::Whole => "",
+        }
+    }
+}
+
+/// A piece of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Part {
+    Text(String),
+    /// OpenAI's `tool_calls` entry, without its index.
+    Call(Value),
+}
+
+/// Takes calls out of an answer as it grows. Text that could begin a call is held back; what turns out to be none is text again.
+#[derive(Debug)]
+pub(super) struct ToolParser {
+    format: ToolFormat,
+    held: String,
+    inside: bool,
+    calls: usize,
+}
+
+impl ToolParser {
+    pub(super) fn new(format: ToolFormat) -> Self {
+        Self { format, held: String::new(), inside: format == ToolFormat::Whole, calls: 0 }
+    }
+
+    /// Calls found so far.
+    pub(super) fn calls(&self) -> usize {
+        self.calls
+    }
+
+    pub(super) fn push(&mut self, text: &str) -> Vec<Part> {
+        self.held.push_str(text);
+        let mut parts = Vec::new();
+        loop {
+            if !self.inside {
+                let mark = self.format.mark();
+                match self.held.find(mark) {
+                    Some(at) => {
+                        let before: String = self.held.drain(..at).collect();
+                        self.text(&mut parts, before);
+                        self.inside = true;
+                    }
+                    None => {
+                        let keep =
+                            (1..mark.len()).rev().find(|&n| self.held.ends_with(&mark[..n])).unwrap_or(0);
+                        let ready = self.held.len() - keep;
+                        let before: String = self.held.drain(..ready).collect();
+                        self.text(&mut parts, before);
+                        return parts;
+                    }
+                }
+            }
+            if self.format != ToolFormat::Tagged {
+                return parts;
+            }
+            let Some(end) = self.held.find(CLOSE) else { return parts };
+            let block: String = self.held.drain(..end + CLOSE.len()).collect();
+            self.inside = false;
+            match call(&block[OPEN.len()..end]) {
+                Some(call) => self.call(&mut parts, call),
+                None => parts.push(Part::Text(block)),
+            }
+        }
+    }
+
+    /// What is left when the answer is over.
+    pub(super) fn finish(&mut self) -> Vec<Part> {
+        let rest = std::mem::take(&mut self.held);
+        let mut parts = Vec::new();
+        let body = match self.format {
+            _ if !self.inside => rest.as_str(),
+            // The end of the answer ends the last call as well.
+            ToolFormat::Tagged => rest.strip_prefix(OPEN).unwrap_or(&rest),
+            ToolFormat::List => rest.strip_prefix(LIST).unwrap_or(&rest),
+            ToolFormat::Whole => rest.trim().strip_prefix(PYTHON).unwrap_or(rest.trim()),
+        };
+        let calls = if self.inside { calls(body) } else { None };
+        match calls {
+            Some(calls) => calls.into_iter().for_each(|call| self.call(&mut parts, call)),
+            None => self.text(&mut parts, rest),
+        }
+        parts
+    }
+
+    fn call(&mut self, parts: &mut Vec<Part>, call: Value) {
+        self.calls += 1;
+        parts.push(Part::Call(call));
+    }
+
+    fn text(&self, parts: &mut Vec<Part>, text: String) {
+        // Blanks between calls are no answer.
+        if !text.is_empty() && (self.calls == 0 || !text.trim().is_empty()) {
+            parts.push(Part::Text(text));
+        }
+    }
+}
+
+/// One call, or a list of calls.
+fn calls(text: &str) -> Option<Vec<Value>> {
+    match serde_json::from_str(text.trim()).ok()? {
+        Value::Array(list) if !list.is_empty() => list.iter().map(entry).collect(),
+        one => Some(vec![entry(&one)?]),
+    }
+}
+
+fn call(text: &str) -> Option<Value> {
+    entry(&serde_json::from_str(text.trim()).ok()?)
+}
+
+fn entry(call: &Value) -> Option<Value> {
+    let name = call.get("name")?.as_str()?;
+    let arguments = match call.get("arguments").or_else(|| call.get("parameters")) {
+        Some(Value::String(text)) => text.clone(),
+        Some(arguments) => arguments.to_string(),
+        None => "{}".to_owned(),
+    };
+    Some(
+        json!({"id": unique("call"), "type": "function", "function": {"name": name, "arguments": arguments}}),
+    )
+}
+
+/// A message's `tool_calls` as templates expect them: arguments as an object, not as text.
+pub(super) fn for_template(calls: &Value) -> Value {
+    let mut calls = calls.clone();
+    for call in calls.as_array_mut().into_iter().flatten() {
+        if let Some(arguments) = call.pointer_mut("/function/arguments")
+            && let Value::String(text) = arguments
+            && let Ok(read) = serde_json::from_str::<Value>(text)
+        {
+            *arguments = read;
+        }
+    }
+    calls
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Text and names of calls, whatever the cuts.
+    fn read(format: ToolFormat, text: &str, cut: usize) -> (String, Vec<(String, String)>) {
+        let mut parser = ToolParser::new(format);
+        let characters: Vec<char> = text.chars().collect();
+        let mut parts: Vec<Part> =
+            characters.chunks(cut).flat_map(|chunk| parser.push(&chunk.iter().collect::<String>())).collect();
+        parts.extend(parser.finish());
+        let (mut text, mut calls) = (String::new(), Vec::new());
+        for part in parts {
+            match part {
+                Part::Text(more) => text.push_str(&more),
+                Part::Call(call) => {
+                    let field = |name: &str| call["function"][name].as_str().unwrap().to_owned();
+                    calls.push((field("name"), field("arguments")));
+                }
+            }
+        }
+        assert_eq!(calls.len(), parser.calls());
+        (text, calls)
+    }
+
+    #[test]
+    fn calls_are_found_in_every_format() {
+        let call = ("f".to_owned(), "{\"x\":1}".to_owned());
+        for (format, text, rest, count) in [
+            (
+                ToolFormat::Tagged,
+                "I look.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 1}}\n</tool_call>\n<tool_call>{\"name\":\"f\",\"arguments\":\"{\\\"x\\\":1}\"}</tool_call>",
+                "I look.\n",
+                2,
+            ),
+            (ToolFormat::Tagged, "<tool_call>{\"name\": \"f\", \"arguments\": {\"x\": 1}}", "", 1),
+            (
+                ToolFormat::Tagged,
+                "a <tool_call>no json</tool_call> b",
+                "a <tool_call>no json</tool_call> b",
+                0,
+            ),
+            (ToolFormat::Tagged, "1 < 2 <tool", "1 < 2 <tool", 0),
+            (ToolFormat::List, "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {\"x\": 1}}]", "", 1),
+            (ToolFormat::Whole, "<|python_tag|>{\"name\": \"f\", \"parameters\": {\"x\": 1}}", "", 1),
+            (ToolFormat::Whole, "{\"name\": 7}", "{\"name\": 7}", 0),
+            (ToolFormat::Whole, "Hello.", "Hello.", 0),
+        ] {
+            for cut in [1, 3, 1000] {
+                let (said, calls) = read(format, text, cut);
+                assert_eq!((said.as_str(), calls), (rest, vec![call.clone(); count]), "{text}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn text_without_calls_passes_whole(text in "[<tol_ca>/x é]{0,40}", cut in 1usize..7) {
+            prop_assume!(!text.contains(OPEN));
+            prop_assert_eq!(read(ToolFormat::Tagged, &text, cut), (text, vec![]));
+        }
+    }
+
+    #[test]
+    fn arguments_of_earlier_calls_are_objects_in_templates() {
+        let calls = json!([{"function": {"name": "f", "arguments": "{\"x\": 1}"}}, {"function": {"arguments": "no"}}]);
+        let read = for_template(&calls);
+        assert_eq!(
+            (&read[0]["function"]["arguments"]["x"], &read[1]["function"]["arguments"]),
+            (&json!(1), &json!("no"))
+        );
+    }
+}
