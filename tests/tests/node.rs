@@ -294,7 +294,7 @@ async fn log_probabilities_of_answers_and_prompts() {
         }
     }
     for (body, word) in [
-        (chat(json!({"top_logprobs": 3})), "logprobs"),
+        (chat(json!({"top_logprobs": 3})), "top_logprobs"),
         (chat(json!({"logprobs": true, "top_logprobs": 21})), "top_logprobs"),
         (chat(json!({"logprobs": 5})), "logprobs"),
         (chat(json!({"logit_bias": {"x": 1}})), "logit_bias"),
@@ -302,6 +302,8 @@ async fn log_probabilities_of_answers_and_prompts() {
         (chat(json!({"logit_bias": {"1": 101}})), "logit_bias"),
         (chat(json!({"tools": [{"type": "function"}]})), "tools"),
         (chat(json!({"tool_choice": "required"})), "tool_choice"),
+        (chat(json!({"response_format": {"type": "xml"}})), "response_format"),
+        (chat(json!({"guided_regex": "("})), "response_format"),
         (chat(json!({"thinking_budget": "much"})), "thinking_budget"),
     ] {
         let (status, answer) = post(&chat_url, body.clone()).await;
@@ -337,6 +339,18 @@ async fn biases_thinking_budgets_and_embeddings() {
         // What the small teacher makes of an ending that it never saw is its own affair.
         assert!(message["content"].as_str().unwrap().starts_with("\n\n"), "{short}");
     }
+    // The form holds for the answer; what fits it is the model's own.
+    let (_, one) =
+        post(&chat_url, chat(json!({"guided_choice": ["7 cards", "9 cards"], "temperature": 1.0}))).await;
+    let text = one["choices"][0]["message"]["content"].as_str().unwrap();
+    assert!(["7 cards", "9 cards"].contains(&text) && one["choices"][0]["finish_reason"] == "stop", "{one}");
+    let digits = json!({"guided_regex": "[1-4]{3}", "temperature": 1.0, "n": 5});
+    let (_, several) = post(&chat_url, chat(digits)).await;
+    for choice in several["choices"].as_array().unwrap() {
+        let text = choice["message"]["content"].as_str().unwrap();
+        assert!(text.len() == 3 && text.chars().all(|c| ('1'..='4').contains(&c)), "{text}");
+    }
+
     // A budget that is not used up changes nothing.
     let (_, ample) = post(&chat_url, chat(json!({"thinking_budget": 500}))).await;
     assert_eq!(ample["choices"], free["choices"]);

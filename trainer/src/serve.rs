@@ -3,6 +3,7 @@
 
 mod choice;
 mod error;
+mod forms;
 mod generate;
 mod log_probs;
 mod metrics;
@@ -14,7 +15,7 @@ mod vectors;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
 use axum::extract::{DefaultBodyLimit, Path as AtPath, State};
@@ -23,6 +24,7 @@ use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use http::{Uri, header};
+use potstill_engine::grammar::Grammars;
 use potstill_engine::loader::load;
 use potstill_engine::scheduler::{Engine, SchedulerConfig};
 use potstill_engine::template::ChatTemplate;
@@ -88,6 +90,10 @@ pub(crate) struct Node {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) template: Arc<ChatTemplate>,
     pub(crate) metrics: NodeMetrics,
+    /// Outputs of the model, and which of them end an answer.
+    pub(crate) vocabulary: (usize, Vec<u32>),
+    /// Made when the first answer of a given form is asked for: it looks at the whole vocabulary.
+    pub(crate) grammars: OnceLock<Result<Grammars, String>>,
 }
 
 /// Everything that is served.
@@ -150,6 +156,8 @@ fn start_node(path: &Path, arguments: &ServeArguments) -> anyhow::Result<Node> {
         tokenizer: model.tokenizer.clone(),
         template: Arc::clone(&model.template),
         metrics: NodeMetrics::new()?,
+        vocabulary: (model.config.vocab_size, model.config.eos.clone()),
+        grammars: OnceLock::new(),
     })
 }
 
@@ -200,7 +208,8 @@ fn router(served: Arc<Served>) -> Router {
             .route("/v1/completions", post(generate::completions))
             .route("/v1/embeddings", post(vectors::embeddings))
             .route("/tokenize", post(vectors::tokenize))
-            .route("/detokenize", post(vectors::detokenize));
+            .route("/detokenize", post(vectors::detokenize))
+            .route("/tokenizer_info", get(vectors::tokenizer_info));
         router = router.merge(generation.with_state(Arc::clone(node)));
     }
     router

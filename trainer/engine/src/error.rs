@@ -52,6 +52,9 @@ pub enum EngineError {
     /// Text could not be turned into tokens or back.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// The form of an answer is none, or cannot be followed.
+    #[error("form of the answer: {0}")]
+    Grammar(String),
     /// The chat template failed.
     #[error("chat template: {0}")]
     Template(String),

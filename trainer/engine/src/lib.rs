@@ -11,6 +11,7 @@ pub mod device;
 pub mod error;
 pub mod gguf;
 pub mod gguf_files;
+pub mod grammar;
 pub mod init;
 pub mod kv;
 pub mod loader;

@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use crate::batch::Batch;
 use crate::device::{compute_type, in_pool};
 use crate::error::EngineError;
+use crate::grammar::Constraint;
 use crate::kv::blocks::Blocks;
 use crate::kv::{KvCache, Table};
 use crate::loader::LoadedModel;
@@ -103,6 +104,10 @@ pub struct Request {
     pub prompt_log_probs: Option<usize>,
     /// When thinking has to end.
     pub thinking: Option<ThinkingLimit>,
+    /// The form of the answer.
+    pub constraint: Option<Constraint>,
+    /// The form holds behind these tokens only: the end of the thinking.
+    pub free_until: Vec<u32>,
 }
 
 /// A token with the distribution that it was picked from, before temperature and filters.
@@ -374,6 +379,10 @@ struct Running {
     sum: Vec<f32>,
     /// How much of the ending of the thinking is written; `None` once the thinking is over.
     ending: Option<usize>,
+    /// Whether the form of the answer holds by now.
+    constrained: bool,
+    /// The form is fulfilled and nothing may follow.
+    whole: bool,
     finished: bool,
 }
 
@@ -385,6 +394,8 @@ impl Running {
             scored: 1,
             sum: Vec::new(),
             ending: request.thinking.is_some().then_some(0),
+            constrained: request.free_until.is_empty(),
+            whole: false,
             finished: false,
             request,
             updates,
@@ -533,10 +544,19 @@ impl StepLoop {
                 chosen.push((sequence, logits));
             }
         }
-        let tokens: Vec<u32> =
-            chosen.into_par_iter().map(|(sequence, logits)| choose(sequence, logits)).collect();
         let eos = &self.model.config().eos;
+        let tokens: Vec<Result<u32, EngineError>> =
+            chosen.into_par_iter().map(|(sequence, logits)| choose(sequence, logits, eos)).collect();
         for ((at, _), token) in picking.iter().zip(tokens) {
+            let token = match token {
+                Ok(token) => token,
+                Err(error) => {
+                    let running = &mut self.schedule.running()[*at].payload;
+                    running.finished = true;
+                    running.send(Update::Failed(error.to_string()));
+                    continue;
+                }
+            };
             self.schedule.push(*at, token);
             self.shared.stats.completion_tokens.fetch_add(1, Ordering::Relaxed);
             let sequence = &mut self.schedule.running()[*at];
@@ -546,12 +566,14 @@ impl StepLoop {
             }
             let running = &mut sequence.payload;
             let ended = !running.request.ignore_end && eos.contains(&token);
+            let ended_by_form = running.whole;
             let full = completion_tokens >= running.request.max_tokens;
-            let (text, stopped) = running.text.token(&self.tokenizer, token, ended, ended || full)?;
+            let (text, stopped) =
+                running.text.token(&self.tokenizer, token, ended, ended || ended_by_form || full)?;
             if !text.is_empty() {
                 running.send(Update::Text(text));
             }
-            if ended || stopped {
+            if ended || ended_by_form || stopped {
                 finish(sequence, FinishReason::Stop);
             } else if full {
                 finish(sequence, FinishReason::Length);
@@ -569,17 +591,28 @@ fn finish(sequence: &mut Sequence<Running>, reason: FinishReason) {
 }
 
 /// One token from its logits.
-fn choose(sequence: &mut Sequence<Running>, logits: &mut [f32]) -> u32 {
+fn choose(sequence: &mut Sequence<Running>, logits: &mut [f32], eos: &[u32]) -> Result<u32, EngineError> {
     let (prompt, completion, running) = sequence.parts();
     let distribution = running.request.log_probs.map(|top| Distribution::of(logits, top));
-    let token = match running.forced(completion) {
-        Some(token) => token,
-        None => running.request.sampling.pick(logits, prompt, completion, &mut running.rng),
+    if !running.constrained && completion.ends_with(&running.request.free_until) {
+        running.constrained = true;
+    }
+    let forced = running.forced(completion);
+    let constraint = running.request.constraint.as_mut().filter(|_| running.constrained && forced.is_none());
+    let token = match (forced, constraint) {
+        (Some(token), _) => token,
+        (None, None) => running.request.sampling.pick(logits, prompt, completion, &mut running.rng),
+        (None, Some(constraint)) => {
+            constraint.mask(logits)?;
+            let token = running.request.sampling.pick(logits, prompt, completion, &mut running.rng);
+            running.whole = !eos.contains(&token) && constraint.push(token)?;
+            token
+        }
     };
     if let Some(distribution) = distribution {
         running.send(Update::Sampled(distribution.sampled(token)));
     }
-    token
+    Ok(token)
 }
 
 /// Reports how likely the prompt's tokens are behind the rows `past .. past + rows`.

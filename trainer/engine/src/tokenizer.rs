@@ -111,6 +111,12 @@ impl Tokenizer {
         }
     }
 
+    /// Whether a token is a mark that no text spells.
+    pub fn is_special(&self, id: u32) -> bool {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        added.get(&id).is_some_and(|token| token.special)
+    }
+
     /// Number of entries, added tokens included.
     pub fn len(&self) -> usize {
         self.inner.get_vocab_size(true)

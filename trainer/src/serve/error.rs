@@ -35,6 +35,9 @@ impl NodeError {
                     (StatusCode::BAD_REQUEST, Some("messages"), "context_length_exceeded")
                 }
                 EngineError::Parameter { name, .. } => (StatusCode::BAD_REQUEST, Some(name), "invalid_value"),
+                EngineError::Grammar(_) => {
+                    (StatusCode::BAD_REQUEST, Some("response_format"), "invalid_value")
+                }
                 EngineError::Template(_) | EngineError::Tokenizer(_) => {
                     (StatusCode::BAD_REQUEST, Some("messages"), "invalid_messages")
                 }

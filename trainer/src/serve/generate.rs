@@ -15,15 +15,16 @@ use potstill_engine::scheduler::{Request, Update};
 use potstill_shared::id::unique;
 use potstill_shared::openai::{
     ChatChoice, ChatMessage, ChatRequest, ChatResponse, CompletionChoice, CompletionRequest,
-    CompletionResponse, Content, Delta, GenerationOptions, Prompt, Usage, now_seconds,
+    CompletionResponse, Content, Delta, Extra, GenerationOptions, Prompt, Usage, now_seconds,
 };
-use potstill_shared::reasoning::OPEN;
+use potstill_shared::reasoning::{CLOSE, OPEN};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::Node;
 use super::choice::{Choice, Shape};
 use super::error::NodeError;
+use super::forms;
 use super::options::{self, invalid};
 use super::stream::streamed;
 use super::tools::{self, ToolFormat};
@@ -80,7 +81,7 @@ pub(super) async fn chat(State(node): State<Arc<Node>>, body: Bytes) -> Result<R
     }
     let messages: Vec<Value> = request.messages.iter().map(template_message).collect();
     let mut extra = request.extra.get("chat_template_kwargs").cloned().unwrap_or_else(|| json!({}));
-    let tools = tools_of(&node, &request)?;
+    let tools = tools_of(&node, &request.extra)?;
     if let (Some(_), Some(object)) = (tools, extra.as_object_mut()) {
         object.insert("tools".to_owned(), request.extra["tools"].clone());
     }
@@ -90,23 +91,21 @@ pub(super) async fn chat(State(node): State<Arc<Node>>, body: Bytes) -> Result<R
     let mut wanted = options::request(&request.options, &request.extra)?;
     wanted.log_probs = options::chat_log_probs(&request.extra)?;
     wanted.thinking = options::thinking_limit(&node, &request.extra)?;
+    if let Some(form) = forms::chat(&request.extra, tools)? {
+        wanted.constraint = Some(forms::compile(&node, form).await?);
+        if inside {
+            wanted.free_until = node.tokenizer.encode(CLOSE)?;
+        }
+    }
     let shape = Shape::Chat { inside, tools };
     let job = submit(&node, vec![(prompt, String::new())], wanted, &request.options, shape)?;
     answer(job, &request.options).await
 }
 
 /// Whether the template is given functions, and how it has them called.
-fn tools_of(node: &Node, request: &ChatRequest) -> Result<Option<ToolFormat>, NodeError> {
-    let some = request.extra.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty());
-    match request.extra.get("tool_choice") {
-        Some(Value::String(choice)) if choice == "none" => return Ok(None),
-        None | Some(Value::Null) => {}
-        Some(Value::String(choice)) if choice == "auto" => {}
-        Some(_) => {
-            return Err(invalid("tool_choice", "must be `auto` or `none`; this node cannot force a call"));
-        }
-    }
-    if !some {
+fn tools_of(node: &Node, extra: &Extra) -> Result<Option<ToolFormat>, NodeError> {
+    let some = extra.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty());
+    if !some || extra.get("tool_choice").is_some_and(|choice| choice == "none") {
         return Ok(None);
     }
     let format = ToolFormat::of(node.template.source());
@@ -138,6 +137,9 @@ pub(super) async fn completions(State(node): State<Arc<Node>>, body: Bytes) -> R
     }
     let mut wanted = options::request(&request.options, &request.extra)?;
     wanted.log_probs = options::text_log_probs(&request.extra)?;
+    if let Some(form) = forms::text(&request.extra)? {
+        wanted.constraint = Some(forms::compile(&node, form).await?);
+    }
     if echo {
         wanted.prompt_log_probs = wanted.log_probs;
     }

@@ -1,4 +1,4 @@
-//! `POST /v1/embeddings`, `/tokenize` and `/detokenize`.
+//! `POST /v1/embeddings`, `/tokenize`, `/detokenize` and `/tokenizer_info`.
 
 use std::sync::Arc;
 
@@ -122,4 +122,15 @@ pub(super) async fn detokenize(State(node): State<Arc<Node>>, body: Bytes) -> Re
     let request: DetokenizeRequest = read(&body)?;
     let bytes: Vec<u8> = request.tokens.iter().flat_map(|id| node.tokenizer.bytes(*id)).collect();
     Ok(Json(json!({"prompt": String::from_utf8_lossy(&bytes)})))
+}
+
+/// `GET /tokenizer_info`: what clients need who render and cut prompts themselves.
+pub(super) async fn tokenizer_info(State(node): State<Arc<Node>>) -> Json<Value> {
+    let text = |text: &str| if text.is_empty() { Value::Null } else { json!(text) };
+    Json(json!({
+        "bos_token": text(node.template.bos()),
+        "eos_token": text(node.template.eos()),
+        "chat_template": node.template.source(),
+        "vocab_size": node.vocabulary.0,
+    }))
 }

@@ -1,0 +1,192 @@
+//! Answers of a given form: JSON that fits a schema, a regular expression, one of some texts, a grammar. At every step llguidance
+//! says which tokens may come next; the others are not picked.
+
+use std::sync::Arc;
+
+use llguidance::api::TopLevelGrammar;
+use llguidance::{Matcher, ParserFactory};
+use serde_json::Value;
+use toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
+
+use crate::error::EngineError;
+use crate::tokenizer::Tokenizer;
+
+/// The form of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Grammar {
+    /// JSON that fits this schema.
+    Json(Value),
+    /// A regular expression over the whole answer.
+    Regex(String),
+    /// One of these texts.
+    Choice(Vec<String>),
+    /// A grammar in llguidance's form of Lark.
+    Lark(String),
+}
+
+/// Compiles grammars for one vocabulary.
+pub struct Grammars {
+    factory: ParserFactory,
+}
+
+fn failed(error: impl std::fmt::Display) -> EngineError {
+    EngineError::Grammar(error.to_string())
+}
+
+impl Grammars {
+    /// For a model with `vocabulary` outputs that ends with one of the tokens `eos`.
+    pub fn new(tokenizer: &Tokenizer, vocabulary: usize, eos: &[u32]) -> Result<Self, EngineError> {
+        let words: Vec<Vec<u8>> = (0..vocabulary as u32)
+            .map(|id| {
+                let mut bytes = tokenizer.bytes(id);
+                if tokenizer.is_special(id) {
+                    // No text spells these.
+                    bytes.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
+                }
+                bytes
+            })
+            .collect();
+        let end = *eos.first().ok_or_else(|| failed("the model has no end token"))?;
+        let info = TokRxInfo::new(vocabulary as u32, end);
+        let tokens: TokEnv = Arc::new(ApproximateTokEnv::new(TokTrie::from(&info, &words)));
+        let mut factory = ParserFactory::new_simple(&tokens).map_err(failed)?;
+        factory.quiet();
+        Ok(Self { factory })
+    }
+
+    /// A grammar at its beginning.
+    pub fn compile(&self, grammar: &Grammar) -> Result<Constraint, EngineError> {
+        let form = match grammar {
+            Grammar::Json(schema) => TopLevelGrammar::from_json_schema(schema.clone()),
+            Grammar::Regex(pattern) => TopLevelGrammar::from_regex(pattern),
+            Grammar::Choice(texts) => {
+                let texts = texts.iter().map(|text| Value::from(text.as_str()).to_string());
+                TopLevelGrammar::from_lark(format!("start: {}", texts.collect::<Vec<_>>().join(" | ")))
+            }
+            Grammar::Lark(text) => TopLevelGrammar::from_lark(text.clone()),
+        };
+        let mut matcher = Matcher::new(self.factory.create_parser(form));
+        match matcher.get_error() {
+            Some(error) => Err(failed(error)),
+            None => {
+                matcher.compute_mask().map_err(failed)?;
+                Ok(Constraint(matcher))
+            }
+        }
+    }
+}
+
+/// Where an answer stands in its grammar.
+pub struct Constraint(Matcher);
+
+impl Clone for Constraint {
+    fn clone(&self) -> Self {
+        Self(self.0.deep_clone())
+    }
+}
+
+impl std::fmt::Debug for Constraint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Constraint")
+    }
+}
+
+impl Constraint {
+    /// Takes away what may not come next.
+    pub(crate) fn mask(&mut self, logits: &mut [f32]) -> Result<(), EngineError> {
+        let allowed = self.0.compute_mask_or_eos().map_err(failed)?;
+        for (id, logit) in logits.iter_mut().enumerate() {
+            if id >= allowed.len() || !allowed.is_allowed(id as u32) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on with `token`; whether the answer is whole and nothing may follow.
+    pub(crate) fn push(&mut self, token: u32) -> Result<bool, EngineError> {
+        self.0.consume_token(token).map_err(failed)?;
+        Ok(self.0.is_stopped())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+    use serde_json::json;
+
+    use super::*;
+    use crate::sampler::Sampling;
+
+    /// One token for each printable byte, some longer ones, and an end.
+    fn tokenizer() -> Tokenizer {
+        let mut words: Vec<String> = vec!["<end>".to_owned()];
+        words.extend((32u8..127).map(|byte| char::from(byte).to_string()));
+        words.extend(["true", "\": ", "12", "red", "gre"].map(str::to_owned));
+        let vocabulary: serde_json::Map<String, Value> =
+            words.iter().enumerate().map(|(id, word)| (word.clone(), json!(id))).collect();
+        let file = json!({"version": "1.0", "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Fuse"},
+            "added_tokens": [{"id": 0, "content": "<end>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": " "}});
+        Tokenizer::from_json(&file.to_string(), std::path::Path::new("tokenizer.json")).unwrap()
+    }
+
+    /// What a model without any idea writes under a grammar.
+    fn written(grammar: &Grammar, seed: u64) -> Option<String> {
+        let tokenizer = tokenizer();
+        let grammars = Grammars::new(&tokenizer, 110, &[0]).unwrap();
+        let mut constraint = grammars.compile(grammar).unwrap().clone();
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut text = Vec::new();
+        for _ in 0..400 {
+            let mut logits = vec![0f32; 110];
+            constraint.mask(&mut logits).unwrap();
+            let token = Sampling::default().pick(&mut logits, &[], &[], &mut rng);
+            if token == 0 {
+                return String::from_utf8(text).ok();
+            }
+            text.extend(tokenizer.bytes(token));
+            if constraint.push(token).unwrap() {
+                return String::from_utf8(text).ok();
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn whatever_is_picked_fits() {
+        let schema = json!({"type": "object", "properties": {"ok": {"type": "boolean"}, "n": {"$ref": "#/$defs/digit"}},
+            "required": ["ok", "n"], "additionalProperties": false, "$defs": {"digit": {"type": "integer", "minimum": 3, "maximum": 40}}});
+        let mut whole = 0;
+        for seed in 0..30 {
+            if let Some(text) = written(&Grammar::Json(schema.clone()), seed) {
+                let value: Value = serde_json::from_str(&text).unwrap();
+                assert!(
+                    value["ok"].is_boolean() && (3..=40).contains(&value["n"].as_i64().unwrap()),
+                    "{text}"
+                );
+                whole += 1;
+            }
+            let text = written(&Grammar::Regex("[a-c]{2}-[0-9]+x".to_owned()), seed);
+            if let Some(text) = text {
+                assert!(text.len() >= 5 && text.ends_with('x') && text.as_bytes()[2] == b'-', "{text}");
+            }
+            let choice = Grammar::Choice(vec!["red".to_owned(), "gre\"y".to_owned()]);
+            assert!(["red", "gre\"y"].contains(&written(&choice, seed).unwrap().as_str()));
+        }
+        assert!(whole > 20);
+    }
+
+    #[test]
+    fn what_is_no_grammar_is_said() {
+        let grammars = Grammars::new(&tokenizer(), 110, &[0]).unwrap();
+        for grammar in [
+            Grammar::Regex("(".to_owned()),
+            Grammar::Json(json!({"type": "nothing"})),
+            Grammar::Lark("start: x".to_owned()),
+        ] {
+            assert!(matches!(grammars.compile(&grammar), Err(EngineError::Grammar(_))), "{grammar:?}");
+        }
+    }
+}
