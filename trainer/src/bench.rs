@@ -1,6 +1,7 @@
 //! `potstill bench`: how fast a model reads and writes on this machine, by wall clock and by processor time, which other
 //! programs on the machine do not change.
 
+mod arrivals;
 mod train;
 
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use serde::Serialize;
 
 use crate::compress::{self, Quality};
 
+pub use arrivals::{ArrivalArguments, ArrivalReport, run as run_arrivals};
 pub use train::{TrainArguments, TrainReport, run as run_train};
 
 /// What to measure.
@@ -57,6 +59,8 @@ pub struct BenchArguments {
 pub enum Work {
     /// Training steps of a fresh model on made-up tokens.
     Train(TrainArguments),
+    /// Requests of unequal length that arrive at random, beside static batching.
+    Arrivals(ArrivalArguments),
 }
 
 /// One measurement.

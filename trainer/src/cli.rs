@@ -151,6 +151,11 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
             say(&if arguments.json { serde_json::to_string_pretty(&report)? } else { report.to_string() });
             Ok(())
         }
+        Command::Bench(BenchArguments { work: Some(bench::Work::Arrivals(arguments)), .. }) => {
+            let report = bench::run_arrivals(&arguments)?;
+            say(&if arguments.json { serde_json::to_string_pretty(&report)? } else { report.to_string() });
+            Ok(())
+        }
         Command::Bench(arguments) => {
             let report = bench::run(&arguments)?;
             say(&if arguments.json { serde_json::to_string_pretty(&report)? } else { bench::table(&report) });

@@ -1,5 +1,4 @@
 //! `potstill`: distil, train, evaluate and serve reasoning models.
-#![forbid(unsafe_code)]
 
 // Training allocates and frees large buffers all the time; the system allocator hands each back to the kernel, which costs
 // half of the speed.
@@ -11,6 +10,18 @@ fn main() -> anyhow::Result<std::process::ExitCode> {
     if std::env::args_os().nth(1).is_some_and(|first| first == potstill_sandbox::HELPER) {
         return Ok(potstill_sandbox::child::main(std::env::args_os().skip(2)));
     }
+    no_second_pool();
     potstill_trainer::cli::main()?;
     Ok(std::process::ExitCode::SUCCESS)
+}
+
+/// candle keeps threads of its own that spin between operations, whatever `--threads` says; without them training on two cores is a
+/// quarter faster. What is large is shared out by the one pool of the engine.
+#[expect(unsafe_code, reason = "the environment is changed before the first thread starts")]
+fn no_second_pool() {
+    const VARIABLE: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(VARIABLE).is_none() {
+        // SAFETY: this process has one thread as yet.
+        unsafe { std::env::set_var(VARIABLE, "1") };
+    }
 }

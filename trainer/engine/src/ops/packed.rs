@@ -1,11 +1,13 @@
 //! Products with weights of eight bits: blocks of 32 along a row share a scale, activations are rounded to eight bits with a
 //! scale for each block of 32 too, sums within a block are whole numbers.
 //!
-//! Weights lie as the kernel reads them: 16 rows side by side, four columns at a time, so that one instruction multiplies 64
+//! Weights lie as the kernels read them: 16 rows side by side, four columns at a time, so that one instruction multiplies 64
 //! weights with four activations (AVX-512 VNNI) and one load of weights serves a tile of activation rows. Values are
 //! stored plus 128 (unsigned); the 128 is taken back through the sum of the block's activations, which is one number for
-//! all rows.
+//! all rows. Which kernel runs is found out when the program does; all give the same bits.
 #![expect(unsafe_code, reason = "instructions that only some processors have")]
+
+use std::sync::OnceLock;
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -18,6 +20,9 @@ const BLOCK: usize = 32;
 const LANES: usize = 16;
 /// Activation rows that are multiplied in one go.
 const TILE: usize = 8;
+/// The same for AVX2.
+#[cfg(target_arch = "x86_64")]
+const AVX2_TILE: usize = 3;
 /// Bytes of weights, times rows of activations, that are worth a task of their own.
 const TASK_BYTES: usize = 1 << 17;
 /// And from which on more than one thread is worth it.
@@ -44,18 +49,54 @@ struct Activations {
     offsets: Vec<i32>,
 }
 
-/// Whether this processor has the fast kernel.
+/// The instructions that products are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kernel {
+    /// Any processor.
+    Plain,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 with VNNI.
+    Avx512,
+}
+
+impl Kernel {
+    /// The best that this processor has, or a lesser one that `POTSTILL_KERNEL` (`plain`, `avx2`) names, to compare them.
+    fn best() -> Self {
+        static BEST: OnceLock<Kernel> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            let most = match std::env::var("POTSTILL_KERNEL").as_deref() {
+                Ok("plain") => Self::Plain,
+                Ok("avx2") => Self::Avx2,
+                _ => Self::Avx512,
+            };
+            Self::all().into_iter().filter(|kernel| *kernel <= most).max().unwrap_or(Self::Plain)
+        })
+    }
+
+    /// Those that this processor can run.
+    fn all() -> Vec<Self> {
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "only x86 has others"))]
+        let mut all = vec![Self::Plain];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                all.push(Self::Avx2);
+            }
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vnni")
+            {
+                all.push(Self::Avx512);
+            }
+        }
+        all
+    }
+}
+
+/// Whether products of eight bits are faster than those of f32 here.
 pub fn is_fast() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vnni")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        false
-    }
+    Kernel::best() > Kernel::Plain
 }
 
 impl Packed {
@@ -109,13 +150,13 @@ impl Packed {
         if columns != self.columns {
             candle_core::bail!("a product of {columns} columns with a matrix of {}", self.columns);
         }
-        let out = with_values([x], |[values]| self.product(values, n, is_fast()))?;
+        let out = with_values([x], |[values]| self.product(values, n, Kernel::best()))?;
         Tensor::from_vec(out, (n, self.rows), x.device())
     }
 
-    fn product(&self, values: &[f32], n: usize, fast: bool) -> Vec<f32> {
+    fn product(&self, values: &[f32], n: usize, kernel: Kernel) -> Vec<f32> {
         let blocks = self.columns / BLOCK;
-        let activations = Activations::new(values, n, blocks, fast);
+        let activations = Activations::new(values, n, blocks, kernel);
         let groups = self.rows.div_ceil(LANES);
         let mut out = vec![0f32; n * self.rows];
         let target = Columns { start: out.as_mut_ptr(), rows: self.rows, n };
@@ -126,7 +167,7 @@ impl Packed {
             let mut tile = [0f32; TILE * LANES];
             for first in (0..n).step_by(TILE) {
                 let count = TILE.min(n - first);
-                tile_product(weights, scales, &activations, first, &mut tile[..count * LANES], fast);
+                tile_product(weights, scales, &activations, first, &mut tile[..count * LANES], kernel);
                 for (row, values) in tile[..count * LANES].chunks_exact(LANES).enumerate() {
                     target.write(first + row, group * LANES, values);
                 }
@@ -166,26 +207,28 @@ impl Columns {
 }
 
 impl Activations {
-    fn new(values: &[f32], n: usize, blocks: usize, fast: bool) -> Self {
+    fn new(values: &[f32], n: usize, blocks: usize, kernel: Kernel) -> Self {
         let mut all = Self {
             blocks,
             quads: vec![0; n * blocks * BLOCK / 4],
             scales: vec![0.0; n * blocks],
             offsets: vec![0; n * blocks],
         };
-        #[cfg(target_arch = "x86_64")]
-        if fast {
-            // SAFETY: `is_fast` has found the features that it is compiled for.
-            unsafe { avx512::quantise(values, &mut all) };
-            return all;
+        match kernel {
+            // SAFETY: a kernel is only chosen where the processor has what it is compiled for.
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512 => unsafe { avx512::quantise(values, &mut all) },
+            // SAFETY: the same.
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx2 => unsafe { avx2::quantise(values, &mut all) },
+            _ => quantise(values, &mut all),
         }
-        let _plain = fast;
-        quantise(values, &mut all);
         all
     }
 }
 
-/// The plain twin of `avx512::quantise`.
+/// Rounds activations to eight bits, block by block.
+#[inline(always)]
 fn quantise(values: &[f32], into: &mut Activations) {
     let numbers = into.scales.iter_mut().zip(&mut into.offsets);
     for ((block, quads), (scale, offset)) in
@@ -218,12 +261,12 @@ fn tile_product(
     activations: &Activations,
     first: usize,
     out: &mut [f32],
-    fast: bool,
+    kernel: Kernel,
 ) {
-    #[cfg(target_arch = "x86_64")]
-    if fast {
-        // SAFETY: `is_fast` has found the features that each of these is compiled for.
-        unsafe {
+    match kernel {
+        // SAFETY: a kernel is only chosen where the processor has what it is compiled for.
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Avx512 => unsafe {
             match out.len() / LANES {
                 1 => avx512::tile::<1>(weights, scales, activations, first, out),
                 2 => avx512::tile::<2>(weights, scales, activations, first, out),
@@ -234,11 +277,24 @@ fn tile_product(
                 7 => avx512::tile::<7>(weights, scales, activations, first, out),
                 _ => avx512::tile::<8>(weights, scales, activations, first, out),
             }
+        },
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Avx2 => {
+            // It has half as many registers, of half the width.
+            for (part, out) in out.chunks_mut(AVX2_TILE * LANES).enumerate() {
+                let first = first + part * AVX2_TILE;
+                // SAFETY: the same.
+                unsafe {
+                    match out.len() / LANES {
+                        1 => avx2::tile::<1>(weights, scales, activations, first, out),
+                        2 => avx2::tile::<2>(weights, scales, activations, first, out),
+                        _ => avx2::tile::<3>(weights, scales, activations, first, out),
+                    }
+                }
+            }
         }
-        return;
+        _ => plain(weights, scales, activations, first, out),
     }
-    let _plain = fast;
-    plain(weights, scales, activations, first, out);
 }
 
 /// The plain twin: the same sums in the same order.
@@ -268,6 +324,96 @@ fn plain(weights: &[u8], scales: &[f32], activations: &Activations, first: usize
 }
 
 #[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::{
+        __m256, __m256i, _mm256_abs_epi8, _mm256_add_epi32, _mm256_cvtepi32_ps, _mm256_fmadd_ps,
+        _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps,
+        _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
+        _mm256_setzero_si256, _mm256_sign_epi8, _mm256_storeu_ps, _mm256_xor_si256,
+    };
+
+    use super::{Activations, BLOCK, LANES};
+
+    /// The plain form, compiled for wider registers.
+    ///
+    /// # Safety
+    ///
+    /// The processor must have the features named below.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn quantise(values: &[f32], into: &mut Activations) {
+        super::quantise(values, into);
+    }
+
+    /// `N` activation rows at once. The only product of bytes takes one side unsigned and adds pairs in 16 bits: with the
+    /// sign of the activation moved to the weight, two products of at most 127 times 127 fit.
+    ///
+    /// # Safety
+    ///
+    /// The processor must have the features named below; `out` holds `N` rows of 16, `weights` and `scales` the blocks of one
+    /// group, and the activations at least `first + N` rows. The slices are indexed with checks outside the inner loop.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn tile<const N: usize>(
+        weights: &[u8],
+        scales: &[f32],
+        activations: &Activations,
+        first: usize,
+        out: &mut [f32],
+    ) {
+        let blocks = activations.blocks;
+        let quads_per_row = blocks * BLOCK / 4;
+        assert!(
+            out.len() == N * LANES
+                && weights.len() == blocks * LANES * BLOCK
+                && scales.len() == blocks * LANES
+        );
+        let quads = &activations.quads[first * quads_per_row..][..N * quads_per_row];
+        let row_scales = &activations.scales[first * blocks..][..N * blocks];
+        let (signed, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
+        let mut totals: [[__m256; 2]; N] = [[_mm256_setzero_ps(); 2]; N];
+        for block in 0..blocks {
+            let mut sums = [[_mm256_setzero_si256(); 2]; N];
+            for step in 0..BLOCK / 4 {
+                // SAFETY: two times 32 bytes within `weights`, by the assertion above.
+                let weight: [__m256i; 2] = unsafe {
+                    let at: *const __m256i =
+                        weights.as_ptr().add((block * (BLOCK / 4) + step) * 4 * LANES).cast();
+                    [
+                        _mm256_xor_si256(_mm256_loadu_si256(at), signed),
+                        _mm256_xor_si256(_mm256_loadu_si256(at.add(1)), signed),
+                    ]
+                };
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: within `quads`, which holds N rows of `quads_per_row`.
+                    let quad =
+                        unsafe { *quads.get_unchecked(row * quads_per_row + block * (BLOCK / 4) + step) };
+                    let quad = _mm256_set1_epi32(quad);
+                    let size = _mm256_abs_epi8(quad);
+                    for (sum, weight) in sums.iter_mut().zip(weight) {
+                        let pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(weight, quad));
+                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+            }
+            for half in 0..2 {
+                // SAFETY: within `scales`, by the assertion above.
+                let weight_scale =
+                    unsafe { _mm256_loadu_ps(scales.as_ptr().add(block * LANES + half * LANES / 2)) };
+                for (row, (sums, totals)) in sums.iter().zip(&mut totals).enumerate() {
+                    let scale = _mm256_mul_ps(weight_scale, _mm256_set1_ps(row_scales[row * blocks + block]));
+                    totals[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[half]), scale, totals[half]);
+                }
+            }
+        }
+        for (row, totals) in totals.iter().enumerate() {
+            for (half, total) in totals.iter().enumerate() {
+                // SAFETY: `out` holds N rows of 16, by the assertion above.
+                unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(row * LANES + half * LANES / 2), *total) };
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
         __m128i, __m512i, _mm_storeu_si128, _mm512_abs_ps, _mm512_add_epi32, _mm512_cvtepi32_epi8,
@@ -278,7 +424,7 @@ mod avx512 {
 
     use super::{Activations, BLOCK, LANES};
 
-    /// Rounds activations to eight bits, block by block.
+    /// The same as the plain form.
     ///
     /// # Safety
     ///
@@ -371,9 +517,9 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        /// The fast kernel is its plain twin, and both are near the product of what was packed.
+        /// Every kernel is its plain twin, and all are near the product of what was packed.
         #[test]
-        fn the_kernel_is_the_product(rows in 1usize..70, blocks in 1usize..6, n in 1usize..20, seed in any::<u64>()) {
+        fn the_kernels_are_the_product(rows in 1usize..70, blocks in 1usize..6, n in 1usize..20, seed in any::<u64>()) {
             let columns = blocks * BLOCK;
             let mut state = seed | 1;
             let mut next = || {
@@ -385,9 +531,9 @@ mod tests {
             let weight: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
             let x: Vec<f32> = (0..n * columns).map(|_| next() * 3.0).collect();
             let packed = Packed::new(&Tensor::from_slice(&weight, (rows, columns), &Device::Cpu).unwrap()).unwrap().unwrap();
-            let slow = packed.product(&x, n, false);
-            if is_fast() {
-                prop_assert_eq!(&packed.product(&x, n, true), &slow);
+            let slow = packed.product(&x, n, Kernel::Plain);
+            for kernel in Kernel::all() {
+                prop_assert_eq!(&packed.product(&x, n, kernel), &slow);
             }
             for (row, out) in slow.chunks_exact(rows).enumerate() {
                 for (column, found) in out.iter().enumerate() {

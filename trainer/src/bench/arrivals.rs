@@ -1,0 +1,251 @@
+//! Requests of unequal length that arrive at random: the step loop, which lets them join and leave at every step, beside static
+//! batching, which collects what has arrived, computes all of it until the longest is done, and only then looks again.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use potstill_engine::device;
+use potstill_engine::loader::load;
+use potstill_engine::sampler::Sampling;
+use potstill_engine::scheduler::{Engine, Request, SchedulerConfig, Update};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+/// Requests that static batching takes at once.
+const STATIC: usize = 16;
+/// Tokens of a prompt, and of an answer: between these, long ones rarer.
+const PROMPT: (f64, f64) = (16.0, 256.0);
+const ANSWER: (f64, f64) = (16.0, 256.0);
+
+/// What to measure.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ArrivalArguments {
+    /// Model folder or `.gguf` file.
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Requests.
+    #[arg(long, default_value_t = 48)]
+    pub requests: usize,
+    /// Seconds in which they arrive.
+    #[arg(long, default_value_t = 4.0)]
+    pub within: f64,
+    /// Threads.
+    #[arg(long, default_value_t = 1)]
+    pub threads: usize,
+    /// Seed of lengths and arrivals.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How one way of batching did.
+#[derive(Debug, Clone, Serialize)]
+pub struct Batching {
+    /// `continuous` or `static`.
+    pub way: &'static str,
+    /// Tokens of answers per second, from the first arrival to the last token.
+    pub tokens_per_s: f64,
+    /// Seconds from arrival to the first token: median and 99th percentile.
+    pub first_token_s: (f64, f64),
+    /// Seconds from arrival to the last token: median and 99th percentile.
+    pub whole_s: (f64, f64),
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct ArrivalReport {
+    /// The model.
+    pub model: String,
+    /// Threads.
+    pub threads: usize,
+    /// Requests, and tokens of their answers.
+    pub requests: (usize, usize),
+    /// Both ways.
+    pub ways: Vec<Batching>,
+}
+
+struct Arrival {
+    at: Duration,
+    prompt: Vec<u32>,
+    answer: usize,
+}
+
+/// First and last token of a request, from the begin.
+#[derive(Clone, Copy, Default)]
+struct Times {
+    first: Duration,
+    last: Duration,
+}
+
+/// Measures.
+pub fn run(arguments: &ArrivalArguments) -> anyhow::Result<ArrivalReport> {
+    anyhow::ensure!(
+        arguments.requests > 0 && arguments.threads > 0,
+        "--requests and --threads must be at least 1"
+    );
+    device::set_threads(arguments.threads);
+    let device = device::parse("cpu")?;
+    let model = load(&arguments.model, &device, device::compute_type(&device))
+        .with_context(|| format!("cannot load `{}`", arguments.model.display()))?;
+    let arrivals = arrivals(arguments, model.config.vocab_size);
+    let tokens: usize = arrivals.iter().map(|arrival| arrival.answer).sum();
+    let config = SchedulerConfig { max_waiting: arguments.requests, ..SchedulerConfig::default() };
+    let mut ways = Vec::new();
+    for (way, measure) in [
+        ("continuous", continuous as fn(&Engine, &[Arrival]) -> anyhow::Result<Vec<Times>>),
+        ("static", in_batches),
+    ] {
+        let engine = Engine::start(&model, config.clone())?;
+        let times = measure(&engine, &arrivals)?;
+        let end = times.iter().map(|times| times.last).max().unwrap_or_default();
+        let percentiles = |of: fn(&Times) -> Duration| {
+            let waits =
+                times.iter().zip(&arrivals).map(|(times, arrival)| of(times).saturating_sub(arrival.at));
+            let mut waits: Vec<f64> = waits.map(|wait| wait.as_secs_f64()).collect();
+            waits.sort_by(f64::total_cmp);
+            let at =
+                |share: f64| waits[((waits.len() as f64 * share).ceil() as usize).clamp(1, waits.len()) - 1];
+            (at(0.5), at(0.99))
+        };
+        ways.push(Batching {
+            way,
+            tokens_per_s: tokens as f64 / end.as_secs_f64(),
+            first_token_s: percentiles(|times| times.first),
+            whole_s: percentiles(|times| times.last),
+        });
+    }
+    Ok(ArrivalReport {
+        model: arguments.model.display().to_string(),
+        threads: arguments.threads,
+        requests: (arrivals.len(), tokens),
+        ways,
+    })
+}
+
+fn arrivals(arguments: &ArrivalArguments, vocabulary: usize) -> Vec<Arrival> {
+    let mut random = ChaCha8Rng::seed_from_u64(arguments.seed);
+    let mut length =
+        |(least, most): (f64, f64)| (least * (most / least).powf(random.random::<f64>())) as usize;
+    let lengths: Vec<(usize, usize)> =
+        (0..arguments.requests).map(|_| (length(PROMPT), length(ANSWER))).collect();
+    let mut arrivals: Vec<Arrival> = lengths
+        .into_iter()
+        .map(|(prompt, answer)| Arrival {
+            at: Duration::from_secs_f64(random.random::<f64>() * arguments.within.max(0.0)),
+            prompt: (0..prompt).map(|_| random.random_range(0..vocabulary as u32)).collect(),
+            answer,
+        })
+        .collect();
+    arrivals.sort_by_key(|arrival| arrival.at);
+    arrivals
+}
+
+fn request(prompt: &[u32], max_tokens: usize) -> Request {
+    let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+    Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling,
+        ignore_end: true,
+        log_probs: Some(0),
+        ..Request::default()
+    }
+}
+
+/// When the first of all tokens and the token number `count` came.
+fn watch(mut updates: mpsc::Receiver<Update>, count: usize, begin: Instant) -> anyhow::Result<Times> {
+    let (mut times, mut written) = (Times::default(), 0);
+    while let Some(update) = updates.blocking_recv() {
+        match update {
+            Update::Sampled(_) => {
+                written += 1;
+                if written == 1 {
+                    times.first = begin.elapsed();
+                }
+                if written == count {
+                    times.last = begin.elapsed();
+                }
+            }
+            Update::Failed(reason) => anyhow::bail!("the engine failed: {reason}"),
+            _ => {}
+        }
+    }
+    anyhow::ensure!(written >= count, "only {written} of {count} tokens were written");
+    Ok(times)
+}
+
+/// Every request on a thread of its own, at its time.
+fn continuous(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times>> {
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = arrivals
+            .iter()
+            .map(|arrival| {
+                scope.spawn(move || {
+                    std::thread::sleep(arrival.at.saturating_sub(begin.elapsed()));
+                    let updates = engine.submit(request(&arrival.prompt, arrival.answer))?;
+                    watch(updates, arrival.answer, begin)
+                })
+            })
+            .collect();
+        clients
+            .into_iter()
+            .map(|client| client.join().map_err(|_| anyhow::anyhow!("a client failed"))?)
+            .collect()
+    })
+}
+
+/// What has arrived is computed together, all as long as the longest, since a static batch keeps its shape.
+fn in_batches(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times>> {
+    let begin = Instant::now();
+    let mut all = Vec::with_capacity(arrivals.len());
+    let mut left = arrivals;
+    while let Some(first) = left.first() {
+        std::thread::sleep(first.at.saturating_sub(begin.elapsed()));
+        let arrived =
+            left.iter().take(STATIC).take_while(|arrival| arrival.at <= begin.elapsed()).count().max(1);
+        let (batch, rest) = left.split_at(arrived);
+        let longest = batch.iter().map(|arrival| arrival.answer).max().unwrap_or(1);
+        let requests = batch.iter().map(|arrival| request(&arrival.prompt, longest)).collect();
+        let updates = engine.submit_all(requests)?;
+        let times: anyhow::Result<Vec<Times>> = std::thread::scope(|scope| {
+            let clients: Vec<_> = updates
+                .into_iter()
+                .zip(batch)
+                .map(|(updates, arrival)| scope.spawn(move || watch(updates, arrival.answer, begin)))
+                .collect();
+            clients
+                .into_iter()
+                .map(|client| client.join().map_err(|_| anyhow::anyhow!("a client failed"))?)
+                .collect()
+        });
+        all.extend(times?);
+        left = rest;
+    }
+    Ok(all)
+}
+
+impl std::fmt::Display for ArrivalReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (requests, tokens) = self.requests;
+        write!(f, "{}, {} threads: {requests} requests, {tokens} tokens", self.model, self.threads)?;
+        for way in &self.ways {
+            write!(
+                f,
+                "\n{:<11} {:>7.1} tokens/s, first token {:.2} s (p99 {:.2}), whole answer {:.2} s (p99 {:.2})",
+                way.way,
+                way.tokens_per_s,
+                way.first_token_s.0,
+                way.first_token_s.1,
+                way.whole_s.0,
+                way.whole_s.1
+            )?;
+        }
+        Ok(())
+    }
+}
