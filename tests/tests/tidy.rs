@@ -72,6 +72,9 @@ fn heavy_libraries_enter_where_they_belong() {
         may("axum", &["gateway", "trainer"]);
         may("reqwest", &["shared"]);
         may("hyper", &["gateway"]);
+        may("hf-hub", &["data"]);
+        may("parquet", &["data"]);
+        may("llguidance", &["engine"]);
     }
     for (path, text) in sources(&root().join("trainer/src")) {
         let local = path.strip_prefix(root().join("trainer/src")).unwrap();

@@ -357,8 +357,8 @@ mod tests {
                 toy.add(prompt);
             }
             while !toy.schedule.is_empty() || arriving.len() > 0 {
-                if pace == 0 || steps % (pace + 1) == 0 {
-                    if let Some(prompt) = arriving.next() { toy.add(prompt) }
+                if steps % (pace + 1) == 0 && let Some(prompt) = arriving.next() {
+                    toy.add(prompt);
                 }
                 if steps == leaves {
                     left = Some(0);

@@ -6,6 +6,7 @@ use std::path::Path;
 use minijinja::value::Serde;
 use minijinja::{Environment, context};
 use potstill_shared::durable::{create_folder, write_file};
+use potstill_verify::verifier::Gold;
 use serde::Serialize;
 
 use super::benchmarks::Loaded;
@@ -79,12 +80,26 @@ pub(super) fn problems(out: &Path, loaded: &Loaded, samples: &[Sample]) -> anyho
             bench => &item.bench,
             name => &item.name,
             prompt => &item.prompt,
-            gold => format!("{:?}", item.gold),
+            gold => known(&item.gold),
             samples => minijinja::Value::from(Serde(&mine)),
         })?;
         write_file(&folder.join(page_of(&loaded.name, index)), html.as_bytes())?;
     }
     Ok(())
+}
+
+/// What is right, for people.
+fn known(gold: &Gold) -> String {
+    match gold {
+        Gold::Answer(answer) => answer.clone(),
+        Gold::Choice(letter) => letter.to_string(),
+        Gold::Functions { tests, entry, .. } => format!("{entry} passes\n{tests}"),
+        Gold::Prints(examples) => {
+            let shown =
+                examples.iter().take(3).map(|example| format!("{}→ {}", example.input, example.output));
+            format!("{} tests, such as\n{}", examples.len(), shown.collect::<Vec<_>>().join("\n"))
+        }
+    }
 }
 
 fn bench<'a>(figures: &'a Figures, samples: &'a [Sample]) -> Bench<'a> {
