@@ -60,6 +60,11 @@ bench-verify PYTHON="python3":
     cargo build --release --locked
     {{PYTHON}} load-tests/peers/verify.py target/release/potstill
 
+# GSM8K by `potstill eval` and by lm-eval at one endpoint; lm-eval must be installed in the Python that is named.
+bench-lm-eval PYTHON="python3" *ARGS:
+    cargo build --release --locked
+    {{PYTHON}} load-tests/peers/lm_eval.py --potstill target/release/potstill {{ARGS}}
+
 # Training steps beside PyTorch and transformers, which must be installed in the Python that is named.
 bench-train PYTHON="python3" *ARGS:
     cargo build --release --locked
