@@ -48,6 +48,25 @@ assert events[0].type == "response.created" and events[-1].type == "response.com
 assert events[-1].response.output_text == message.content
 assert [event.sequence_number for event in events] == list(range(len(events)))
 
+# What the node answers besides text: probabilities, forms, vectors, all through the gateway.
+told = client.chat.completions.create(
+    model=model, messages=question, temperature=0, max_tokens=200, logprobs=True, top_logprobs=2
+)
+entries = told.choices[0].logprobs.content
+assert len(entries) == told.usage.completion_tokens and all(len(entry.top_logprobs) == 2 for entry in entries)
+assert "".join(entry.token for entry in entries).endswith(message.content + "<|end|>")
+assert told.usage.prompt_tokens_details.cached_tokens >= 16, told.usage
+echoed = client.completions.create(model=model, prompt="A Dan has 58", max_tokens=0, echo=True, logprobs=1)
+assert echoed.choices[0].text == "A Dan has 58" and echoed.choices[0].logprobs.token_logprobs[0] is None, echoed
+pattern = {"guided_regex": "[1-4]{3}"}
+formed = client.chat.completions.create(model=model, messages=question, n=3, max_tokens=20, extra_body=pattern)
+assert all(len(choice.message.content) == 3 for choice in formed.choices), formed
+numbers = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [1, 22, 333]}}}
+formed = client.chat.completions.create(model=model, messages=question, max_tokens=20, response_format=numbers)
+assert int(formed.choices[0].message.content) in (1, 22, 333), formed
+vectors = client.embeddings.create(model=model, input=["A Dan has 58 cards.", "B Eve gets 2 more."])
+assert len(vectors.data) == 2 and abs(sum(x * x for x in vectors.data[0].embedding) - 1) < 1e-4
+
 for kind, call in [
     (openai.NotFoundError, lambda: client.chat.completions.create(model="nope", messages=question)),
     (openai.BadRequestError, lambda: client.chat.completions.create(model=model, messages=[])),

@@ -288,6 +288,10 @@ impl Recipe {
                 !collect.sources.is_empty() || collect.builtin.is_some(),
                 "`collect` needs `sources` or `builtin`".to_owned(),
             );
+            need(
+                collect.near.is_none_or(|near| near > 0.0 && near <= 1.0),
+                "`collect.near`: expected a share above 0 and at most 1".to_owned(),
+            );
         }
         for (i, model) in self.local.iter().enumerate() {
             need(

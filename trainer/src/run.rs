@@ -6,6 +6,7 @@
 //! RUN/run.json        manifest: counts and hashes by stage
 //! RUN/journal.log     every answer that was paid for
 //! RUN/quarantine.jsonl lines of sources that could not be read
+//! RUN/dropped.jsonl    problems that were left out: copies, nearly so, or in the test
 //! RUN/stages/*.jsonl  records, ordered by id
 //! RUN/train/NAME/     checkpoints, trainer_state.json, TensorBoard events
 //! RUN/models/NAME/    exported students

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use crate::dedup::normalised;
+use crate::dedup::words;
 use crate::records::Problem;
 
 /// Words in a run.
@@ -16,11 +16,6 @@ pub struct Contaminated {
     pub problem: String,
     /// The evaluation problem it overlaps with.
     pub evaluation: String,
-}
-
-fn words(text: &str) -> Vec<String> {
-    let kept: String = normalised(text).chars().map(|c| if c.is_alphanumeric() { c } else { ' ' }).collect();
-    kept.split_whitespace().map(str::to_owned).collect()
 }
 
 /// Splits `problems` into those that are clean against `evaluation` and those that are not.

@@ -16,6 +16,12 @@ pub fn normalised(text: &str) -> String {
     out
 }
 
+/// The words of a text, without case and signs.
+pub(crate) fn words(text: &str) -> Vec<String> {
+    let kept: String = normalised(text).chars().map(|c| if c.is_alphanumeric() { c } else { ' ' }).collect();
+    kept.split_whitespace().map(str::to_owned).collect()
+}
+
 /// Keeps the first of each group of copies; returns the rest as dropped.
 pub fn exact(problems: Vec<Problem>) -> (Vec<Problem>, Vec<Problem>) {
     let mut seen = HashSet::new();

@@ -9,6 +9,7 @@ use potstill_shared::durable::{DurableError, write_with};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::formats::Format;
 use crate::hub::{HubError, Located, locate};
 use crate::records::Problem;
 use crate::rows::{self, TableError};
@@ -77,6 +78,9 @@ pub struct Quarantined {
 pub struct Source {
     /// JSON lines, a JSON array, CSV or Parquet (`.gz` and `.zst` too), here or on the hub (`hf://datasets/…`).
     pub path: PathBuf,
+    /// A published dataset whose fields are known; `problem` and `answer` are not looked at then.
+    #[serde(default)]
+    pub format: Option<Format>,
     /// Field that holds the problem.
     #[serde(default = "problem_field")]
     pub problem: String,
@@ -142,6 +146,16 @@ pub fn read_problems(source: &Source) -> Result<(Vec<Problem>, Vec<Quarantined>)
 type Fields = Map<String, Value>;
 
 fn problem(mut row: Fields, source: &Source, place: String) -> Result<Problem, (String, Fields)> {
+    if let Some(format) = source.format {
+        return match format.read(&row) {
+            Ok((problem, answer)) => {
+                let mut record = Problem::new(problem, answer, place);
+                record.metadata = row;
+                Ok(record)
+            }
+            Err(reason) => Err((reason, row)),
+        };
+    }
     let problem = match row.get(&source.problem) {
         Some(Value::String(text)) if !text.trim().is_empty() => text.clone(),
         Some(_) => return Err((format!("field `{}` is empty or not a string", source.problem), row)),
@@ -196,7 +210,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("p.jsonl");
         potstill_shared::durable::write_file(&path, text).unwrap();
-        (folder, Source { path, problem: problem_field(), answer: answer_field(), limit: 0 })
+        (folder, Source { path, format: None, problem: problem_field(), answer: answer_field(), limit: 0 })
     }
 
     #[test]

@@ -7,9 +7,11 @@
 pub mod arithmetic;
 pub mod decontaminate;
 pub mod dedup;
+pub mod formats;
 pub mod hub;
 pub mod journal;
 pub mod jsonl;
+pub mod near;
 pub mod records;
 pub mod rows;
 pub mod sampler;

@@ -3,11 +3,28 @@
 use anyhow::Context;
 use potstill_cot::executor::Summary;
 use potstill_data::jsonl::{read_problems, write_records};
+use potstill_data::near::near;
 use potstill_data::records::Problem;
 use potstill_data::{arithmetic, decontaminate, dedup};
 
+use serde::Serialize;
+
 use super::Run;
 use crate::recipe::Builtin;
+
+/// A line of `dropped.jsonl`: a problem that was left out, why, and what it is like.
+#[derive(Serialize)]
+struct Dropped<'a> {
+    reason: &'static str,
+    problem: &'a str,
+    like: &'a str,
+}
+
+impl<'a> Dropped<'a> {
+    fn new(reason: &'static str, problem: &'a str, like: &'a str) -> Self {
+        Self { reason, problem, like }
+    }
+}
 
 impl Run {
     pub(super) fn collect(&self) -> anyhow::Result<Vec<Problem>> {
@@ -28,7 +45,11 @@ impl Run {
             self.progress.say(format!("{count} lines could not be read; see `{}`", path.display()));
         }
         let (problems, contaminated) = decontaminate::decontaminate(problems, &held_out);
-        let (mut problems, copies) = dedup::exact(problems);
+        let (problems, copies) = dedup::exact(problems);
+        let (mut problems, near_copies) = match section.near {
+            Some(threshold) => near(problems, threshold),
+            None => (problems, Vec::new()),
+        };
         // Generated problems differ from the held-out ones by construction; their few sentence patterns would all count
         // as shared runs of words.
         if let Some(builtin) = &section.builtin {
@@ -37,18 +58,25 @@ impl Run {
             taken += made.len();
             problems.extend(made);
         }
-        for hit in &contaminated {
-            tracing::warn!(
-                problem = hit.problem,
-                evaluation = hit.evaluation,
-                "dropped: overlaps an evaluation problem"
-            );
+        let dropped: Vec<Dropped> = contaminated
+            .iter()
+            .map(|hit| Dropped::new("contaminated", &hit.problem, &hit.evaluation))
+            .chain(copies.iter().map(|copy| Dropped::new("duplicate", &copy.problem, &copy.problem)))
+            .chain(
+                near_copies
+                    .iter()
+                    .map(|copy| Dropped::new("near_duplicate", &copy.problem.problem, &copy.like)),
+            )
+            .collect();
+        if !dropped.is_empty() {
+            write_records(&self.folder.path().join("dropped.jsonl"), &dropped)?;
         }
         problems.sort_by(|a, b| a.id.cmp(&b.id));
         let mut summary = Summary { taken, kept: problems.len(), ..Summary::default() };
         for (reason, count) in [
             ("quarantined", quarantined.len()),
             ("duplicate", copies.len()),
+            ("near_duplicate", near_copies.len()),
             ("contaminated", contaminated.len()),
         ] {
             if count > 0 {
@@ -57,10 +85,11 @@ impl Run {
         }
         self.folder.write_stage("collect", &problems, summary)?;
         self.progress.say(format!(
-            "collect: {taken} in, {} kept ({} quarantined, {} duplicate, {} contaminated)",
+            "collect: {taken} in, {} kept ({} quarantined, {} duplicate, {} nearly so, {} contaminated)",
             problems.len(),
             quarantined.len(),
             copies.len(),
+            near_copies.len(),
             contaminated.len()
         ));
         anyhow::ensure!(!problems.is_empty(), "no problem is left to work on");

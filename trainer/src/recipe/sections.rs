@@ -89,6 +89,9 @@ pub struct CollectSection {
     pub sources: Vec<Source>,
     /// Generated problems.
     pub builtin: Option<Builtin>,
+    /// Problems of the sources that share so much of their five-word runs, and all numbers, are one; 0 to 1, nothing is compared
+    /// if left out.
+    pub near: Option<f64>,
 }
 
 /// Who writes chains of thought.
