@@ -163,3 +163,52 @@ fn a_wrong_recipe_stops_before_the_first_call() {
     assert!(message.contains("recipe.toml") && message.contains("learning_rat"), "{message}");
     assert!(!out.exists());
 }
+
+/// Problems out of tables of several formats: what is a copy, nearly one, broken or in the test is counted and listed.
+#[test]
+fn sources_of_any_format_are_collected() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = recipe(folder.path());
+    let mut table: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
+    let parquet = root().join("trainer/data/tests/fixtures/gsm8k.parquet");
+    let train = "A train leaves Hamburg at noon and drives to Munich with 90 kilometres an hour while a second one leaves Munich an hour \
+                 later and drives to Hamburg: where do they meet?";
+    let other = train.replace("90", "80");
+    let rows = format!(
+        "problem,answer\n\"{train}\",1\n\"{train} Explain.\",1\n\"{other}\",2\nWhat is  2 + 2?,4\nIs 7 prime?,yes\n"
+    );
+    let csv = folder.path().join("problems.csv");
+    potstill_shared::durable::write_file(&csv, rows.as_bytes()).unwrap();
+    let held_out = folder.path().join("held-out.jsonl");
+    potstill_shared::durable::write_file(&held_out, b"{\"problem\": \"Is 7 prime?\", \"answer\": \"yes\"}\n")
+        .unwrap();
+    let source = |path: &Path| toml::Table::from_iter([("path".to_owned(), path.to_str().unwrap().into())]);
+    let mut published = source(&parquet);
+    published.insert("format".to_owned(), "gsm8k".into());
+    let collect = table["collect"].as_table_mut().unwrap();
+    collect.remove("builtin");
+    collect.insert("near".to_owned(), 0.8.into());
+    collect.insert("sources".to_owned(), vec![published, source(&csv)].into());
+    table["evaluate"].as_table_mut().unwrap().insert("sources".to_owned(), vec![source(&held_out)].into());
+    potstill_shared::durable::write_file(&path, toml::to_string(&table).unwrap().as_bytes()).unwrap();
+    let out = folder.path().join("out");
+    let run =
+        Command::new(program("potstill")).arg("collect").arg(&path).arg("--out").arg(&out).output().unwrap();
+    let said = String::from_utf8(run.stderr).unwrap();
+    assert!(
+        run.status.success()
+            && said.contains("8 in, 5 kept (0 quarantined, 1 duplicate, 1 nearly so, 1 contaminated)"),
+        "{said}"
+    );
+    let lines = |name: &str| -> Vec<serde_json::Value> {
+        let text = std::fs::read_to_string(out.join(name)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let dropped: Vec<_> =
+        lines("dropped.jsonl").iter().map(|line| line["reason"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(dropped, ["contaminated", "duplicate", "near_duplicate"]);
+    let kept = lines("stages/collect.jsonl");
+    let thousand = kept.iter().find(|problem| problem["problem"] == "What is 500 + 500?").unwrap();
+    assert_eq!((&thousand["answer"], &thousand["metadata"]["level"]), (&"1000".into(), &2.into()));
+    assert!(thousand["source"].as_str().unwrap().ends_with("gsm8k.parquet:3"));
+}

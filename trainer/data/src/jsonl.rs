@@ -149,6 +149,7 @@ fn problem(mut row: Fields, source: &Source, place: String) -> Result<Problem, (
     if let Some(format) = source.format {
         return match format.read(&row) {
             Ok((problem, answer)) => {
+                row.retain(|_, value| value.as_str() != Some(problem.as_str()));
                 let mut record = Problem::new(problem, answer, place);
                 record.metadata = row;
                 Ok(record)
