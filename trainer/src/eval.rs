@@ -356,7 +356,13 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
                 samples.push(sample);
             }
         };
-        progress.watch(&[("eval", counts)], total, drained).await;
+        let remark = || {
+            let (prompt, completion) = spent(&calls, judge.as_ref());
+            let cost = price(&settings, prompt, completion);
+            let cost = if cost > 0.0 { format!(", cost {cost:.2}") } else { String::new() };
+            format!(", {completion} tokens written{cost}")
+        };
+        progress.watch_with(&[("eval", counts)], total, remark, drained).await;
         handle.await??;
         let order: std::collections::HashMap<&str, usize> =
             benchmark.items.iter().enumerate().map(|(at, item)| (item.name.as_str(), at)).collect();
@@ -367,10 +373,7 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
         page::problems(&out, &benchmark, &samples)?;
         all.push((figures, samples));
     }
-    let read = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
-    let askers = || std::iter::once(&calls).chain(judge.as_ref().map(|judge| &judge.calls));
-    let prompt_tokens = askers().map(|calls| read(&calls.spent().prompt_tokens)).sum();
-    let completion_tokens = askers().map(|calls| read(&calls.spent().completion_tokens)).sum();
+    let (prompt_tokens, completion_tokens) = spent(&calls, judge.as_ref());
     let report = EvalReport {
         model: settings.model.clone(),
         endpoint: settings.endpoint.clone(),
@@ -381,14 +384,26 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
         bad_rows,
         prompt_tokens,
         completion_tokens,
-        cost: (prompt_tokens as f64 * settings.price_prompt
-            + completion_tokens as f64 * settings.price_completion)
-            / 1e6,
+        cost: price(&settings, prompt_tokens, completion_tokens),
         seconds: started.elapsed().as_secs_f64(),
     };
     page::report(&out, &report, &all)?;
     progress.say(format!("report   {}", out.join("report.html").display()));
     Ok(report)
+}
+
+/// Prompt and completion tokens that the model and its judge took.
+fn spent(calls: &Teachers, judge: Option<&Judge>) -> (u64, u64) {
+    let read = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
+    let all = std::iter::once(calls).chain(judge.map(|judge| &judge.calls)).map(Teachers::spent);
+    all.fold((0, 0), |(prompt, completion), spent| {
+        (prompt + read(&spent.prompt_tokens), completion + read(&spent.completion_tokens))
+    })
+}
+
+fn price(settings: &EvalArguments, prompt_tokens: u64, completion_tokens: u64) -> f64 {
+    (prompt_tokens as f64 * settings.price_prompt + completion_tokens as f64 * settings.price_completion)
+        / 1e6
 }
 
 /// Questions to a model that the endpoint serves.

@@ -27,6 +27,7 @@ use potstill_data::sampler;
 use potstill_shared::client::{Client, Endpoint};
 use potstill_shared::id::{ContentId, unique};
 use potstill_shared::redact::Redacted;
+use potstill_verify::verifier::Verifier;
 use tokio_util::task::AbortOnDropHandle;
 
 use self::chain::Chain;
@@ -233,7 +234,8 @@ impl Run {
     }
 
     fn verifier(&self) -> Verify {
-        Verify { judge: self.recipe.verify.as_ref().map(|section| self.judge(section)) }
+        let judge = self.recipe.verify.as_ref().map(|section| self.judge(section));
+        Verify { verifier: Verifier::default(), judge }
     }
 
     fn scorer(&self) -> anyhow::Result<Score> {

@@ -79,6 +79,18 @@ impl Progress {
         total: u64,
         done: impl Future<Output = ()>,
     ) {
+        self.watch_with(stages, total, String::new, done).await;
+    }
+
+    /// The same with a remark behind the counts, and the time left where the number of steps is known.
+    pub async fn watch_with(
+        &self,
+        stages: &[(&'static str, Arc<Counts>)],
+        total: u64,
+        remark: impl Fn() -> String,
+        done: impl Future<Output = ()>,
+    ) {
+        let begun = Instant::now();
         let lines: Vec<Line> = stages
             .iter()
             .map(|(name, _)| self.line(name, if stages.len() == 1 { total } else { 0 }))
@@ -94,10 +106,13 @@ impl Progress {
                 let summary = counts.summary();
                 let dropped: usize = summary.dropped.values().sum();
                 let position = counts.done.load(Ordering::Relaxed) as u64;
-                line.update(
-                    position,
-                    &format!("{} in, {} kept, {dropped} dropped", summary.taken, summary.kept),
-                );
+                let mut message = format!("{} in, {} kept, {dropped} dropped", summary.taken, summary.kept);
+                message.push_str(&remark());
+                if stages.len() == 1 && (1..total).contains(&position) {
+                    let left = begun.elapsed().as_secs_f64() * (total - position) as f64 / position as f64;
+                    message.push_str(&format!(", {left:.0} s left"));
+                }
+                line.update(position, &message);
             }
             if over {
                 for (line, (name, counts)) in lines.iter().zip(stages) {

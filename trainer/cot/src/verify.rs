@@ -2,6 +2,7 @@
 //! falls back to its original, if that one is.
 
 use potstill_data::records::{Cot, Verdict, VerdictMethod};
+use potstill_verify::verifier::{Gold, Verifier};
 
 use crate::difficulty::Judge;
 use crate::executor::{Outcome, Stage, StageError};
@@ -10,6 +11,8 @@ use crate::rewrite::Candidate;
 
 /// The stage.
 pub struct Verify {
+    /// The rules, the same as in rewards and evaluations.
+    pub verifier: Verifier,
     /// Who is asked where rules cannot decide; without one such traces are dropped.
     pub judge: Option<Judge>,
 }
@@ -17,7 +20,10 @@ pub struct Verify {
 impl Verify {
     async fn verdict(&self, cot: &Cot) -> Result<Verdict, StageError> {
         if let Some(answer) = &cot.problem.answer {
-            let finding = potstill_verify::check(answer, &cot.completion());
+            let finding = self
+                .verifier
+                .verify(&Gold::Answer(answer.clone()), &cot.completion())
+                .map_err(|error| StageError { stage: "verify", problem: error.to_string() })?;
             if finding.correct.is_some() {
                 return Ok(Verdict {
                     correct: finding.correct,

@@ -61,14 +61,29 @@ pub struct Figures {
     pub tokens_right: Lengths,
     /// Lengths of wrong ones.
     pub tokens_wrong: Lengths,
-    /// Accuracy and mean length by level.
-    pub levels: BTreeMap<String, (f64, f64)>,
+    /// The same by level.
+    pub levels: BTreeMap<String, LevelFigures>,
     /// Share of samples that the limit cut off.
     pub truncated: f64,
     /// Share of samples that no rule could decide; they count as wrong.
     pub undecided: f64,
     /// Share of samples that the endpoint did not answer; they count as wrong.
     pub failed: f64,
+}
+
+/// The samples of the problems of one level.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LevelFigures {
+    /// Problems.
+    pub problems: usize,
+    /// Mean share of right samples, in percent.
+    pub accuracy: f64,
+    /// Lengths of all answers.
+    pub tokens: Lengths,
+    /// Lengths of right ones.
+    pub tokens_right: Lengths,
+    /// Lengths of wrong ones.
+    pub tokens_wrong: Lengths,
 }
 
 fn by_problem(samples: &[Sample]) -> BTreeMap<&str, Vec<&Sample>> {
@@ -150,11 +165,20 @@ pub fn figures(bench: &str, samples: &[Sample], code: bool) -> Figures {
         levels: levels
             .into_iter()
             .map(|(level, problems)| {
-                let accuracy = 100.0 * mean(problems.iter().map(|samples| share(samples)));
-                let tokens = Lengths::of(
-                    problems.iter().flat_map(|samples| samples.iter().map(|sample| sample.tokens)),
-                );
-                (level, (accuracy, tokens.mean))
+                let lengths = |is: &dyn Fn(&Sample) -> bool| {
+                    let samples = problems.iter().flat_map(|samples| samples.iter());
+                    Lengths::of(
+                        samples.filter(|sample| !sample.failed && is(sample)).map(|sample| sample.tokens),
+                    )
+                };
+                let figures = LevelFigures {
+                    problems: problems.len(),
+                    accuracy: 100.0 * mean(problems.iter().map(|samples| share(samples))),
+                    tokens: lengths(&|_| true),
+                    tokens_right: lengths(&|sample| sample.correct == Some(true)),
+                    tokens_wrong: lengths(&|sample| sample.correct != Some(true)),
+                };
+                (level, figures)
             })
             .collect(),
         truncated: of(&|sample| sample.truncated),
