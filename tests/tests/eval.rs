@@ -146,6 +146,8 @@ async fn benchmarks_come_from_the_hub() {
             ("opencompass/AIME2025", "aime2025-I.jsonl", aime.clone(), &"ab".repeat(32)),
             ("math-ai/amc23", "test.jsonl", aime, "3"),
             ("Idavidrein/gpqa", "gpqa_diamond.csv", gpqa.into(), "4"),
+            ("own/parts", "one.jsonl", "{\"problem\": \"2+2?\", \"answer\": \"4\"}\n".into(), "5"),
+            ("own/parts", "two.jsonl", "{\"problem\": \"2+3?\", \"answer\": \"5\"}\n".into(), "6"),
         ],
         Some("Idavidrein/gpqa"),
     )
@@ -177,11 +179,21 @@ async fn benchmarks_come_from_the_hub() {
     // A file that is not what the hub says it is.
     let (fine, _, said) = eval_with(&gateway, data, &out, &["--bench", "aime25"], &at_hub).await;
     assert!(!fine && said.contains("SHA-256"), "{said}");
+    // One file of two is in the cache: that is not all of them.
+    let parts = |file: &str| format!("hf://datasets/own/parts/{file}.jsonl");
+    let (fine, _, said) = eval_with(&gateway, data, &out, &["--bench", &parts("one")], &at_hub).await;
+    assert!(fine, "{said}");
+    let offline = [("HF_HUB_OFFLINE", "1")];
+    let (fine, _, _) = eval_with(&gateway, data, &out, &["--bench", &parts("one")], &offline).await;
+    assert!(fine);
+    let (fine, _, said) = eval_with(&gateway, data, &out, &["--bench", &parts("*")], &offline).await;
+    assert!(!fine && said.contains("not in the cache"), "{said}");
+    let (fine, report, said) = eval_with(&gateway, data, &out, &["--bench", &parts("*")], &at_hub).await;
+    assert!(fine && report["benchmarks"][0]["problems"] == 2, "{said}");
     // Without the hub, what was read is still there; what was not is named with what to do.
     hub.stop();
     let (fine, report, said) = eval_with(&gateway, data, &out, &["--bench", "gsm8k"], &at_hub).await;
     assert!(fine && report["files"][0] == address.as_str(), "{said}");
-    let offline = [("HF_HUB_OFFLINE", "1")];
     let (fine, _, said) = eval_with(&gateway, data, &out, &["--bench", "gsm8k,amc23"], &offline).await;
     assert!(!fine && said.contains("amc23") && said.contains("HF_HUB_OFFLINE"), "{said}");
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use hf_hub::api::sync::{Api, ApiBuilder};
 use hf_hub::{Cache, Repo, RepoType};
+use potstill_shared::durable::{create_folder, write_file};
 use sha2::{Digest, Sha256};
 
 /// What such addresses begin with.
@@ -158,7 +159,13 @@ impl Address {
             let path = self.one(&api, &cache, &info.sha, file)?;
             located.push(self.located(&info.sha, file, path));
         }
-        // Only now: a branch in the cache never points at a commit of which files are missing.
+        // What there is at this commit: without it nobody could tell later whether all files that an address names are in the cache.
+        let listing = serde_json::to_vec(&names).map_err(|error| self.wrong(error.to_string()))?;
+        let at = self.listing(&cache, &info.sha);
+        create_folder(at.parent().unwrap_or(cache.path()))
+            .and_then(|()| write_file(&at, &listing))
+            .map_err(|error| self.wrong(format!("cannot write the cache: {error}")))?;
+        // Only now: a branch in the cache points at a commit that was read.
         cache
             .repo(self.at(revision))
             .create_ref(&info.sha)
@@ -203,7 +210,12 @@ impl Address {
         }
     }
 
-    /// What the cache holds of a revision; all files that match are taken to be there.
+    /// Where the names of a commit's files lie, beside the folders of Python's cache.
+    fn listing(&self, cache: &Cache, commit: &str) -> PathBuf {
+        cache.path().join(self.at(commit).folder_name()).join("listings").join(format!("{commit}.json"))
+    }
+
+    /// What the cache holds of a revision; nothing where one of the files that the address names is missing.
     fn cached(&self, cache: &Cache, revision: &str) -> Result<Option<Vec<Located>>, HubError> {
         let repo = cache.repo(self.at(revision));
         let commit = if is_commit(revision) {
@@ -216,14 +228,20 @@ impl Address {
             }
         };
         let folder = repo.pointer_path(&commit);
-        let mut names = Vec::new();
-        walk(&folder, "", &mut names)
-            .map_err(|error| self.wrong(format!("`{}`: {error}", folder.display())))?;
-        names.retain(|name| matches(&self.file, name));
+        let listed: Option<Vec<String>> = std::fs::read(self.listing(cache, &commit))
+            .ok()
+            .and_then(|text| serde_json::from_slice(&text).ok());
+        let mut names = match listed {
+            Some(names) => names,
+            // Another program's cache: it can only be asked for a file by its whole name.
+            None => vec![self.file.clone()],
+        };
+        names.retain(|name| safe(name) && matches(&self.file, name));
         names.sort();
-        let located: Vec<Located> =
-            names.iter().map(|name| self.located(&commit, name, folder.join(name))).collect();
-        Ok((!located.is_empty()).then_some(located))
+        if names.is_empty() || !names.iter().all(|name| folder.join(name).exists()) {
+            return Ok(None);
+        }
+        Ok(Some(names.iter().map(|name| self.located(&commit, name, folder.join(name))).collect()))
     }
 }
 
@@ -236,24 +254,6 @@ fn safe(file: &str) -> bool {
     !file.starts_with('/')
         && !file.contains('\\')
         && file.split('/').all(|part| !matches!(part, "" | "." | ".."))
-}
-
-fn walk(folder: &Path, inside: &str, names: &mut Vec<String>) -> std::io::Result<()> {
-    let entries = match std::fs::read_dir(folder) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        entries => entries?,
-    };
-    for entry in entries {
-        let entry = entry?;
-        let name = format!("{inside}{}", entry.file_name().to_string_lossy());
-        // Files are links into the blobs, folders are folders.
-        if entry.file_type()?.is_dir() {
-            walk(&entry.path(), &format!("{name}/"), names)?;
-        } else if names.len() <= MAX_FILES {
-            names.push(name);
-        }
-    }
-    Ok(())
 }
 
 /// Whether `name` matches a pattern in which `*` stands for any text, `/` included.
