@@ -9,6 +9,7 @@ use futures_util::StreamExt;
 
 use crate::openai::{ChatRequest, ChatResponse, ErrorBody, ModelList, StreamOptions, Usage};
 use crate::redact::Redacted;
+use crate::repetition::loops;
 use crate::sse::Decoder;
 
 /// Where the endpoint is and how long to wait for it.
@@ -39,6 +40,12 @@ impl Endpoint {
     }
 }
 
+/// The finish reason of an answer that repeats one passage without end. A stream is left there; its tokens are counted by its
+/// pieces, and its prompt at a token for four bytes, as the endpoint does not come to say.
+pub const LOOP: &str = "loop";
+/// Bytes of an answer between two looks for a loop.
+const LOOK_EVERY: usize = 2048;
+
 /// A whole answer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Completion {
@@ -46,7 +53,7 @@ pub struct Completion {
     pub content: String,
     /// The thinking, when the endpoint gives it apart.
     pub reasoning: Option<String>,
-    /// `stop`, `length`, …
+    /// `stop`, `length`, …, or [`LOOP`].
     pub finish_reason: String,
     /// Token counts.
     pub usage: Usage,
@@ -62,6 +69,8 @@ pub enum CallError {
         message: String,
         /// `Retry-After` of the endpoint.
         after: Option<Duration>,
+        /// The endpoint has too much to do (429, 503, 529).
+        busy: bool,
     },
     /// Asking again would give the same.
     #[error("{message}")]
@@ -76,7 +85,7 @@ pub enum CallError {
 }
 
 fn retry(message: String) -> CallError {
-    CallError::Retry { message, after: None }
+    CallError::Retry { message, after: None, busy: false }
 }
 
 /// A client of one endpoint; cheap to clone.
@@ -155,7 +164,13 @@ impl Client {
         };
         let response = builder.send().await.map_err(|error| transport(&url, &error))?;
         let response = checked(response).await?;
-        if streamed { collect_stream(&url, response).await } else { whole(&url, response).await }
+        let mut completion =
+            if streamed { collect_stream(&url, response).await? } else { whole(&url, response).await? };
+        if completion.finish_reason == LOOP {
+            let bytes: usize = request.messages.iter().map(|message| message.plain().len()).sum();
+            completion.usage.prompt_tokens = bytes as u64 / 4;
+        }
+        Ok(completion)
     }
 }
 
@@ -185,7 +200,9 @@ async fn checked(response: reqwest::Response) -> Result<reqwest::Response, CallE
     };
     let message = format!("the endpoint answered {status}: {detail}");
     match status.as_u16() {
-        408 | 409 | 429 | 500 | 502 | 503 | 504 | 529 => Err(CallError::Retry { message, after }),
+        status @ (408 | 409 | 429 | 500 | 502 | 503 | 504 | 529) => {
+            Err(CallError::Retry { message, after, busy: matches!(status, 429 | 503 | 529) })
+        }
         status => Err(CallError::Refused { message, status, code }),
     }
 }
@@ -194,12 +211,12 @@ async fn whole(url: &str, response: reqwest::Response) -> Result<Completion, Cal
     let body: ChatResponse = response.json().await.map_err(|error| transport(url, &error))?;
     let choice = body.choices.into_iter().next().ok_or_else(|| retry("the answer holds no choice".into()))?;
     let message = choice.message.ok_or_else(|| retry("the choice holds no message".into()))?;
-    Ok(Completion {
-        content: message.plain(),
-        reasoning: message.thinking().map(str::to_owned),
-        finish_reason: choice.finish_reason.ok_or_else(|| retry("the answer has no finish reason".into()))?,
-        usage: body.usage.unwrap_or_default(),
-    })
+    let mut finish = choice.finish_reason.ok_or_else(|| retry("the answer has no finish reason".into()))?;
+    let (content, reasoning) = (message.plain(), message.thinking().map(str::to_owned));
+    if finish == "length" && (loops(&content).is_some() || reasoning.as_deref().and_then(loops).is_some()) {
+        finish = LOOP.to_owned();
+    }
+    Ok(Completion { content, reasoning, finish_reason: finish, usage: body.usage.unwrap_or_default() })
 }
 
 async fn collect_stream(url: &str, response: reqwest::Response) -> Result<Completion, CallError> {
@@ -207,6 +224,7 @@ async fn collect_stream(url: &str, response: reqwest::Response) -> Result<Comple
     let mut stream = response.bytes_stream();
     let mut completion = Completion::default();
     let (mut reasoning, mut finish) = (None::<String>, None);
+    let (mut looked_at, mut pieces) = (0, 0);
     while let Some(bytes) = stream.next().await {
         let bytes = bytes.map_err(|error| transport(url, &error))?;
         for event in decoder.push(&bytes).map_err(|error| retry(error.to_string()))? {
@@ -229,6 +247,19 @@ async fn collect_stream(url: &str, response: reqwest::Response) -> Result<Comple
                 if let Some(text) = delta.thinking() {
                     reasoning.get_or_insert_default().push_str(text);
                 }
+                pieces += 1;
+            }
+        }
+        let thought = reasoning.as_deref().unwrap_or_default();
+        let written = completion.content.len() + thought.len();
+        if finish.is_none() && written >= looked_at + LOOK_EVERY {
+            looked_at = written;
+            // Where it writes now: the answer, once it has begun.
+            if loops(if completion.content.is_empty() { thought } else { &completion.content }).is_some() {
+                completion.finish_reason = LOOP.to_owned();
+                completion.usage.completion_tokens = pieces;
+                completion.reasoning = reasoning;
+                return Ok(completion);
             }
         }
     }

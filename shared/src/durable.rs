@@ -3,7 +3,9 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Why a file could not be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -121,7 +123,11 @@ pub fn remove_folder(path: &Path) -> Result<(), DurableError> {
 pub struct AppendLog {
     path: PathBuf,
     file: io::BufWriter<File>,
+    end: u64,
 }
+
+/// Digits of the checksum and the blank before a payload.
+const CHECKSUM: u64 = 9;
 
 /// What opening a log found.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -135,8 +141,8 @@ pub struct Recovery {
 }
 
 impl AppendLog {
-    /// Opens or creates the log, hands each whole payload to `line`, and cuts off a torn tail.
-    pub fn open(path: &Path, mut line: impl FnMut(&str)) -> Result<(Self, Recovery), DurableError> {
+    /// Opens or creates the log, hands each whole payload and where it stands to `line`, and cuts off a torn tail.
+    pub fn open(path: &Path, mut line: impl FnMut(u64, &str)) -> Result<(Self, Recovery), DurableError> {
         let is_new = !path.exists();
         let mut file = OpenOptions::new()
             .read(true)
@@ -149,30 +155,10 @@ impl AppendLog {
             Err(fs::TryLockError::WouldBlock) => return Err(DurableError::InUse { path: path.to_owned() }),
             Err(fs::TryLockError::Error(source)) => return Err(at("lock", path)(source)),
         }
-        let mut recovery = Recovery::default();
-        let (mut offset, mut good_end, mut last_line_end) = (0u64, 0u64, 0u64);
-        let mut reader = BufReader::with_capacity(1 << 20, file.try_clone().map_err(at("open", path))?);
-        let mut buffer = Vec::new();
-        loop {
-            buffer.clear();
-            let read = reader.read_until(b'\n', &mut buffer).map_err(at("read the log", path))?;
-            if read == 0 {
-                break;
-            }
-            offset += read as u64;
-            if buffer.ends_with(b"\n") {
-                last_line_end = offset;
-            }
-            match checked_payload(&buffer) {
-                Some(payload) => {
-                    line(payload);
-                    recovery.lines += 1;
-                    good_end = offset;
-                }
-                None if buffer.ends_with(b"\n") => recovery.damaged_lines += 1,
-                None => {}
-            }
-        }
+        let reader = file.try_clone().map_err(at("open", path))?;
+        let Ends { mut recovery, offset, good_end, last_line_end } =
+            scan(reader, &mut line).map_err(at("read the log", path))?;
+        let mut end = offset;
         // Damage that no good line follows is a torn tail; damage in the middle stays where it is.
         let torn = tail_is_torn(&mut file, good_end, offset);
         if torn || last_line_end < offset {
@@ -180,27 +166,167 @@ impl AppendLog {
             let keep = if torn { good_end } else { last_line_end };
             recovery.cut_bytes = offset - keep;
             recovery.damaged_lines -= u64::from(torn && recovery.damaged_lines > 0);
-            good_end = keep;
-            file.set_len(good_end).map_err(at("cut the torn tail of", path))?;
+            end = keep;
+            file.set_len(end).map_err(at("cut the torn tail of", path))?;
             file.sync_all().map_err(at("sync", path))?;
         }
         if is_new {
             sync_folder(path.parent().unwrap_or(Path::new(".")))?;
         }
-        Ok((Self { path: path.to_owned(), file: io::BufWriter::with_capacity(1 << 16, file) }, recovery))
+        Ok((Self { path: path.to_owned(), file: io::BufWriter::with_capacity(1 << 16, file), end }, recovery))
     }
 
-    /// Appends a payload (no line breaks inside). It is safe only after [`AppendLog::sync`].
-    pub fn append(&mut self, payload: &str) -> Result<(), DurableError> {
+    /// Hands each whole payload and where it stands to `line`, of a log that another process may be writing. Nothing is changed.
+    pub fn scan(path: &Path, mut line: impl FnMut(u64, &str)) -> Result<Recovery, DurableError> {
+        let file = File::open(path).map_err(at("open the log", path))?;
+        Ok(scan(file, &mut line).map_err(at("read the log", path))?.recovery)
+    }
+
+    /// Appends a payload (no line breaks inside) and says where it stands. It is safe only after [`AppendLog::sync`].
+    pub fn append(&mut self, payload: &str) -> Result<u64, DurableError> {
         debug_assert!(!payload.contains('\n'));
         writeln!(self.file, "{:08x} {payload}", crc32fast::hash(payload.as_bytes()))
-            .map_err(at("append to", &self.path))
+            .map_err(at("append to", &self.path))?;
+        let begin = self.end + CHECKSUM;
+        self.end = begin + payload.len() as u64 + 1;
+        Ok(begin)
+    }
+
+    /// Reads payloads by where they stand, beside the writer.
+    pub fn lines(&self) -> Result<Lines, DurableError> {
+        let file = self.file.get_ref().try_clone().map_err(at("open", &self.path))?;
+        Ok(Lines { path: self.path.clone(), file })
     }
 
     /// Brings all appended lines to the disk. One call for many lines is a group commit.
     pub fn sync(&mut self) -> Result<(), DurableError> {
         self.file.flush().map_err(at("append to", &self.path))?;
         self.file.get_ref().sync_data().map_err(at("sync", &self.path))
+    }
+}
+
+/// Lines of a file, read by where they begin.
+#[derive(Debug)]
+pub struct Lines {
+    path: PathBuf,
+    file: File,
+}
+
+impl Lines {
+    /// Opens a file of lines.
+    pub fn open(path: &Path) -> Result<Self, DurableError> {
+        let file = File::open(path).map_err(at("open", path))?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    /// The line that begins at `offset`, without its end.
+    pub fn read(&self, offset: u64) -> Result<String, DurableError> {
+        read_line(&self.file, offset).map_err(at("read a line of", &self.path))
+    }
+}
+
+fn read_line(file: &File, offset: u64) -> io::Result<String> {
+    let (mut line, mut piece) = (Vec::new(), [0; 4096]);
+    loop {
+        match file.read_at(&mut piece, offset + line.len() as u64) {
+            Ok(0) => break,
+            Ok(read) => match piece[..read].iter().position(|&byte| byte == b'\n') {
+                Some(end) => {
+                    line.extend_from_slice(&piece[..end]);
+                    break;
+                }
+                None => line.extend_from_slice(&piece[..read]),
+            },
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    String::from_utf8(line).map_err(io::Error::other)
+}
+
+/// Lines on the disk that no name leads to: they are gone with this value, or with the process. For what is too much for
+/// memory until its order is known.
+#[derive(Debug)]
+pub struct Scratch {
+    path: PathBuf,
+    file: io::BufWriter<File>,
+    end: u64,
+}
+
+impl Scratch {
+    /// On the disk of `folder`, which exists.
+    pub fn new(folder: &Path) -> Result<Self, DurableError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = folder.join(format!(".scratch.{}.{number}.tmp", std::process::id()));
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .map_err(at("open the scratch file", &path))?;
+        fs::remove_file(&path).map_err(at("hide the scratch file", &path))?;
+        Ok(Self { path, file: io::BufWriter::with_capacity(1 << 16, file), end: 0 })
+    }
+
+    /// Appends a line (no line breaks inside) and says where it begins.
+    pub fn append(&mut self, line: &[u8]) -> Result<u64, DurableError> {
+        debug_assert!(!line.contains(&b'\n'));
+        let written = self.file.write_all(line).and_then(|()| self.file.write_all(b"\n"));
+        written.map_err(at("write to", &self.path))?;
+        let begin = self.end;
+        self.end += line.len() as u64 + 1;
+        Ok(begin)
+    }
+
+    /// A line that was appended before.
+    pub fn read(&mut self, offset: u64) -> Result<String, DurableError> {
+        if offset >= self.end - self.file.buffer().len() as u64 {
+            self.file.flush().map_err(at("write to", &self.path))?;
+        }
+        read_line(self.file.get_ref(), offset).map_err(at("read a line of", &self.path))
+    }
+
+    /// Ends the writing; the lines can be read.
+    pub fn lines(self) -> Result<Lines, DurableError> {
+        let file = self.file.into_inner().map_err(|error| at("write to", &self.path)(error.into_error()))?;
+        Ok(Lines { path: self.path, file })
+    }
+}
+
+/// Where the lines of a log end.
+struct Ends {
+    recovery: Recovery,
+    offset: u64,
+    good_end: u64,
+    last_line_end: u64,
+}
+
+fn scan(file: File, line: &mut impl FnMut(u64, &str)) -> io::Result<Ends> {
+    let mut ends = Ends { recovery: Recovery::default(), offset: 0, good_end: 0, last_line_end: 0 };
+    let mut reader = BufReader::with_capacity(1 << 20, file);
+    let mut buffer = Vec::new();
+    loop {
+        buffer.clear();
+        let read = reader.read_until(b'\n', &mut buffer)?;
+        if read == 0 {
+            return Ok(ends);
+        }
+        let begin = ends.offset;
+        ends.offset += read as u64;
+        if buffer.ends_with(b"\n") {
+            ends.last_line_end = ends.offset;
+        }
+        match checked_payload(&buffer) {
+            Some(payload) => {
+                line(begin + CHECKSUM, payload);
+                ends.recovery.lines += 1;
+                ends.good_end = ends.offset;
+            }
+            None if buffer.ends_with(b"\n") => ends.recovery.damaged_lines += 1,
+            None => {}
+        }
     }
 }
 
@@ -258,6 +384,19 @@ mod tests {
         assert_eq!(fs::read(path.join("w")).unwrap(), b"1");
     }
 
+    #[test]
+    fn scratch_lines_have_a_place_and_no_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut scratch = Scratch::new(folder.path()).unwrap();
+        let texts = ["", "one", &"long ".repeat(3000), "end"];
+        let places: Vec<u64> = texts.iter().map(|text| scratch.append(text.as_bytes()).unwrap()).collect();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        let lines = scratch.lines().unwrap();
+        for (place, text) in places.iter().zip(texts).rev() {
+            assert_eq!(lines.read(*place).unwrap(), text);
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
@@ -265,7 +404,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("log");
             {
-                let (mut log, _) = AppendLog::open(&path, |_| {}).unwrap();
+                let (mut log, _) = AppendLog::open(&path, |_, _| {}).unwrap();
                 for payload in &payloads {
                     log.append(payload).unwrap();
                 }
@@ -276,14 +415,22 @@ mod tests {
             let whole = bytes[..cut].iter().filter(|&&byte| byte == b'\n').count();
             OpenOptions::new().write(true).open(&path).unwrap().set_len(cut as u64).unwrap();
             let mut seen = Vec::new();
-            let (mut log, recovery) = AppendLog::open(&path, |line| seen.push(line.to_owned())).unwrap();
+            let mut places = Vec::new();
+            let (mut log, recovery) = AppendLog::open(&path, |place, line| {
+                seen.push(line.to_owned());
+                places.push(place);
+            }).unwrap();
             prop_assert_eq!(&seen[..], &payloads[..whole]);
             prop_assert_eq!(recovery.damaged_lines, 0);
-            log.append("after").unwrap();
+            places.push(log.append("after").unwrap());
             log.sync().unwrap();
+            let lines = log.lines().unwrap();
+            for (place, line) in places.iter().zip(seen.iter().map(String::as_str).chain(["after"])) {
+                prop_assert_eq!(lines.read(*place).unwrap(), line);
+            }
             drop(log);
             let mut again = Vec::new();
-            AppendLog::open(&path, |line| again.push(line.to_owned())).unwrap();
+            AppendLog::open(&path, |_, line| again.push(line.to_owned())).unwrap();
             prop_assert_eq!(again.len(), whole + 1);
         }
     }

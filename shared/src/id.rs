@@ -39,6 +39,22 @@ impl ContentId {
     }
 }
 
+/// Hashes bytes that come piece by piece, as [`ContentId::of_bytes`] does with all at once.
+#[derive(Default)]
+pub struct ContentHasher(blake3::Hasher);
+
+impl ContentHasher {
+    /// Takes the next piece.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The id of all pieces.
+    pub fn finish(&self) -> ContentId {
+        ContentId(self.0.finalize().to_hex()[..32].to_owned())
+    }
+}
+
 impl fmt::Display for ContentId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

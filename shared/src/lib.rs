@@ -10,5 +10,6 @@ pub mod id;
 pub mod openai;
 pub mod reasoning;
 pub mod redact;
+pub mod repetition;
 pub mod sse;
 pub mod telemetry;

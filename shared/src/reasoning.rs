@@ -125,6 +125,21 @@ pub fn split(text: &str, inside: bool) -> (Option<String>, String) {
     (closed.then(|| thinking.trim().to_owned()), answer.trim().to_owned())
 }
 
+/// Thinking and answer of a text in any of the forms that teachers and published datasets write: think tags (opened here or in the
+/// prompt), or OpenThoughts' two sections.
+pub fn read(text: &str) -> (Option<String>, String) {
+    if let Some((_, rest)) = text.split_once("<|begin_of_thought|>") {
+        let Some((thinking, rest)) = rest.split_once("<|end_of_thought|>") else {
+            return (None, rest.trim().to_owned());
+        };
+        let answer = rest.split_once("<|begin_of_solution|>").map_or(rest, |(_, answer)| answer);
+        let answer = answer.split_once("<|end_of_solution|>").map_or(answer, |(answer, _)| answer);
+        return (Some(thinking.trim().to_owned()), answer.trim().to_owned());
+    }
+    // A text that closes the tag without opening it began inside: the template had opened it.
+    split(text, !text.trim_start().starts_with(OPEN) && text.contains(CLOSE))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -153,6 +168,16 @@ mod tests {
         assert_eq!(split("\n<think>x</think>y", false), (Some("x".into()), "y".into()));
         assert_eq!(split("<think>x", false).0, None);
         assert!(joined(&["<think> a </thi"], false).2);
+    }
+
+    #[test]
+    fn every_form_is_read() {
+        let sections = "<|begin_of_thought|>\n\na\n\n<|end_of_thought|>\n\n<|begin_of_solution|>b<|end_of_solution|>";
+        for text in [sections, "<think>a</think>b", "a</think>b", "<|begin_of_thought|>a<|end_of_thought|>b"] {
+            assert_eq!(read(text), (Some("a".into()), "b".into()), "{text}");
+        }
+        assert_eq!(read("<|begin_of_thought|>a").0, None, "cut off");
+        assert_eq!(read("a b"), (None, "a b".into()));
     }
 
     proptest! {

@@ -197,16 +197,24 @@ fn sources_of_any_format_are_collected() {
     let said = String::from_utf8(run.stderr).unwrap();
     assert!(
         run.status.success()
-            && said.contains("8 in, 5 kept (0 quarantined, 1 duplicate, 1 nearly so, 1 contaminated)"),
+            && said.contains("8 in, 5 kept (1 contaminated_ngram, 1 duplicate, 1 near_duplicate)"),
         "{said}"
     );
     let lines = |name: &str| -> Vec<serde_json::Value> {
         let text = std::fs::read_to_string(out.join(name)).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     };
-    let dropped: Vec<_> =
-        lines("dropped.jsonl").iter().map(|line| line["reason"].as_str().unwrap().to_owned()).collect();
-    assert_eq!(dropped, ["contaminated", "duplicate", "near_duplicate"]);
+    let mut dropped: Vec<_> = lines("stages/collect.dropped.jsonl")
+        .iter()
+        .map(|line| (line["reason"].as_str().unwrap().to_owned(), line["like"].as_str().unwrap().to_owned()))
+        .collect();
+    dropped.sort();
+    assert_eq!(dropped.iter().map(|(reason, _)| reason.as_str()).collect::<Vec<_>>(), [
+        "contaminated_ngram",
+        "duplicate",
+        "near_duplicate"
+    ]);
+    assert_eq!((dropped[0].1.as_str(), dropped[2].1.as_str()), ("Is 7 prime?", train));
     let kept = lines("stages/collect.jsonl");
     let thousand = kept.iter().find(|problem| problem["problem"] == "What is 500 + 500?").unwrap();
     assert_eq!((&thousand["answer"], &thousand["metadata"]["level"]), (&"1000".into(), &2.into()));

@@ -1,11 +1,13 @@
 //! Announces to the gateway what the CoT stages of this run still have to ask, so that it starts nodes for known work and
 //! not for guesses. A gateway that does not take plans is only told once; the run goes on without.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use potstill_cot::executor::Counts;
+use potstill_cot::gate::Gates;
 use potstill_shared::client::Client;
 use serde_json::{Value, json};
 
@@ -45,6 +47,7 @@ pub struct Announcer {
     front: Front,
     run: String,
     open: usize,
+    gates: Arc<Gates>,
     problems: u64,
     per_problem: f64,
     steps: Vec<Step>,
@@ -58,6 +61,7 @@ impl Announcer {
         recipe: &Recipe,
         problems: u64,
         counts: &[(&'static str, Arc<Counts>)],
+        gates: Arc<Gates>,
     ) -> Self {
         let teachers = recipe.generate.iter().flat_map(|section| &section.teachers);
         let asks_of = |stage: &str| -> Vec<Ask> {
@@ -66,6 +70,7 @@ impl Announcer {
                 vec![Ask { model: model.to_owned(), per_record, tokens: f64::from(most) / 2.0 }]
             };
             match stage {
+                "classify" => recipe.classify.iter().flat_map(|s| one(&s.model, 1.0, s.max_tokens)).collect(),
                 "generate" => teachers
                     .clone()
                     .map(|teacher| Ask {
@@ -91,7 +96,7 @@ impl Announcer {
             .collect();
         let per_problem =
             teachers.map(|teacher| teacher.temperatures.len() as f64 * f64::from(teacher.samples)).sum();
-        Self { front, run: run.to_owned(), open: recipe.concurrency, problems, per_problem, steps }
+        Self { front, run: run.to_owned(), open: recipe.concurrency, gates, problems, per_problem, steps }
     }
 
     /// What is left now. All stages run at once, as records stream through them.
@@ -118,12 +123,35 @@ impl Announcer {
         json!({ "run": self.run, "ttl_s": FORGOTTEN_S, "stages": stages })
     }
 
-    async fn declare(&self, plan: Value) -> Result<(), String> {
+    async fn declare(&self, plan: Value) -> Result<Value, String> {
         match &self.front {
             Front::Local(plans) => plans.declare(plan),
-            Front::Remote(client) => {
-                client.declare_stages(&plan).await.map(drop).map_err(|error| error.to_string())
-            }
+            Front::Remote(client) => client.declare_stages(&plan).await.map_err(|error| error.to_string()),
+        }
+    }
+
+    /// No more requests are opened at a model than the gateway says that its nodes can use. Where all that is left may be open,
+    /// and where it says nothing, there is no limit but the recipe's.
+    fn follow(&self, plan: &Value, answer: &Value) {
+        let rows = |of: &Value, list: &str, field: &str| -> HashMap<(String, String), u64> {
+            let rows = of.get(list).and_then(Value::as_array).into_iter().flatten();
+            rows.filter_map(|row| {
+                let text = |name: &str| row.get(name)?.as_str().map(str::to_owned);
+                Some(((text("model")?, text("stage")?), row.get(field)?.as_u64()?))
+            })
+            .collect()
+        };
+        let remaining = rows(plan, "stages", "remaining");
+        let mut open: HashMap<String, u64> = HashMap::new();
+        for (stage, advised) in rows(answer, "forecasts", "advised_open") {
+            let all = remaining.get(&stage).is_none_or(|remaining| advised >= *remaining);
+            // Stages of one model share its nodes: what the largest of them can use.
+            let most = open.entry(stage.0).or_default();
+            *most = (*most).max(if all { u64::MAX } else { advised });
+        }
+        for ask in self.steps.iter().flat_map(|step| &step.asks) {
+            let advised = open.get(&ask.model).copied().unwrap_or(u64::MAX);
+            self.gates.of(&ask.model).advise(usize::try_from(advised).unwrap_or(usize::MAX));
         }
     }
 
@@ -133,9 +161,13 @@ impl Announcer {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            if let Err(problem) = self.declare(self.plan()).await {
-                tracing::warn!(problem, "the gateway took no plan; it follows the requests alone");
-                return;
+            let plan = self.plan();
+            match self.declare(plan.clone()).await {
+                Ok(answer) => self.follow(&plan, &answer),
+                Err(problem) => {
+                    tracing::warn!(problem, "the gateway took no plan; it follows the requests alone");
+                    return;
+                }
             }
         }
     }
@@ -173,7 +205,17 @@ mod tests {
         let counts = [("generate", Arc::<Counts>::default()), ("difficulty", Arc::default())];
         let front =
             Front::Remote(Client::new(potstill_shared::client::Endpoint::new("http://127.0.0.1:9")).unwrap());
-        let announcer = Announcer::new(front, "r", &recipe, 10, &counts);
+        let gates = Arc::new(Gates::new(recipe.concurrency));
+        let announcer = Announcer::new(front, "r", &recipe, 10, &counts, Arc::clone(&gates));
+        let forecast = |stage: &str, advised: u64| {
+            json!({ "forecasts": [{ "model": "m", "stage": stage, "advised_open": advised }] })
+        };
+        for (answer, limit) in
+            [(forecast("generate", 9), 9), (forecast("generate", 40), 64), (forecast("other", 3), 64), (json!({}), 64)]
+        {
+            announcer.follow(&announcer.plan(), &answer);
+            assert_eq!(gates.of("m").limit(), limit, "{answer}");
+        }
         let remaining = |plan: &Value| -> Vec<u64> {
             plan["stages"]
                 .as_array()

@@ -1,19 +1,25 @@
 //! The command line: one variant per subcommand, behaviour elsewhere.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use potstill_shared::redact::Redacted;
 
 use crate::bench::{self, BenchArguments};
 use crate::compress::{self, QuantiseArguments};
+use crate::dataset;
 use crate::demo::{DemoArguments, demo};
 use crate::eval::{self, EvalArguments};
+use crate::import;
+use crate::lineage;
 use crate::pairs::{self, PairArguments};
-use crate::pipeline::{Run, STAGES};
+use crate::pipeline::{Run, STAGES, SharedStore, plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::Report;
 use crate::serve::{ServeArguments, serve};
+use crate::status;
 
 /// Distil reasoning models: teachers write chains of thought, students learn from them, everyone is served through one
 /// OpenAI-compatible API.
@@ -35,6 +41,26 @@ struct RunArguments {
     /// Port of the local gateway on 127.0.0.1; any free one if left out.
     #[arg(long, default_value_t = 0)]
     port: u16,
+    /// PostgreSQL database that holds the answers for several workers; the run folder's journal if left out.
+    #[arg(long, value_name = "postgres://…", env = "POTSTILL_STORE", hide_env_values = true)]
+    store: Option<String>,
+    /// Shards that a new run in that database is split into.
+    #[arg(long, default_value_t = 64, requires = "store", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    shards: u32,
+}
+
+impl RunArguments {
+    fn store(&self) -> Option<SharedStore> {
+        let url = Redacted::new(self.store.clone()?);
+        Some(SharedStore { url, shards: self.shards })
+    }
+
+    /// Opens the run with its recipe.
+    async fn start(&self, progress: Progress) -> anyhow::Result<Run> {
+        let recipe = Recipe::read(&self.recipe)?;
+        let out = folder(self, &recipe);
+        Run::start(recipe, &self.recipe, &out, self.port, self.store().as_ref(), progress).await
+    }
 }
 
 /// The stage, or pairs of answers.
@@ -68,6 +94,14 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Do a share of a run's asking, beside other workers with the same recipe and `--store`.
+    Work {
+        #[command(flatten)]
+        run: RunArguments,
+        /// Seconds after which the shard of a worker that is not heard of any more goes to another.
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(3..=3600))]
+        lease: u64,
+    },
     /// Serve a model folder or GGUF file as an OpenAI-compatible node.
     Serve(ServeArguments),
     /// Evaluate a model behind any OpenAI endpoint on benchmarks.
@@ -86,6 +120,42 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Predict tokens, node-hours and cost of a recipe from a few of its problems.
+    Plan {
+        #[command(flatten)]
+        run: RunArguments,
+        /// Problems of the pilot. The run itself does not ask them again.
+        #[arg(long, default_value_t = 64)]
+        pilot: usize,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write the traces of a run as a dataset that others read.
+    Dataset(dataset::DatasetArguments),
+    /// Turn another toolkit's configuration into a recipe.
+    Import(import::ImportArguments),
+    /// Show how far a run is and what it has spent.
+    Status {
+        /// The run folder.
+        run: PathBuf,
+        /// Show it again every two seconds, until no process works on it.
+        #[arg(long)]
+        watch: bool,
+        /// Print JSON.
+        #[arg(long, conflicts_with = "watch")]
+        json: bool,
+    },
+    /// Say where a row of a run comes from: problem, teacher, prompt, verdicts, parent.
+    Why {
+        /// The run folder.
+        run: PathBuf,
+        /// Id of a trace or a problem, or the beginning of it.
+        row: String,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Check a recipe and say what is wrong with it.
     Check {
         /// The TOML recipe.
@@ -93,6 +163,10 @@ enum Command {
     },
     /// Stage: read sources, drop copies and test problems.
     Collect(RunArguments),
+    /// Stage: sort problems into 32 tasks.
+    Classify(RunArguments),
+    /// Stage: draw so many problems of each task as its share says.
+    Resample(RunArguments),
     /// Stage: teachers write chains of thought.
     Generate(RunArguments),
     /// Stage: grade traces for the student.
@@ -133,7 +207,14 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Run { run, serve, json } => {
             let recipe = Recipe::read(&run.recipe)?;
             let out = folder(&run, &recipe);
-            whole(recipe, &run.recipe, &out, run.port, End { serve, json }).await
+            let store = run.store();
+            whole(recipe, &run.recipe, &out, run.port, store, End { serve, json }).await
+        }
+        Command::Work { run, lease } => {
+            let run = run.start(Progress::new()).await?;
+            let worked = run.work(Duration::from_secs(lease)).await;
+            run.stop().await;
+            worked
         }
         Command::Serve(arguments) => serve(arguments).await,
         Command::Eval(arguments) => {
@@ -171,18 +252,59 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
             say(&if json { serde_json::to_string_pretty(&found)? } else { eval::compare::table(&found) });
             Ok(())
         }
+        Command::Plan { run, pilot, json } => {
+            let run = run.start(Progress::new()).await?;
+            let planned = run.plan(pilot).await;
+            run.stop().await;
+            let planned = planned?;
+            say(&if json { serde_json::to_string_pretty(&planned)? } else { plan::table(&planned) });
+            Ok(())
+        }
+        Command::Dataset(arguments) => {
+            let written = dataset::write(&arguments)?;
+            say(&format!("{} rows in `{}`", written.rows, written.path.display()));
+            Ok(())
+        }
+        Command::Import(arguments) => {
+            say(import::import(&arguments)?.trim_end());
+            Ok(())
+        }
+        Command::Status { run, watch, json } => {
+            let mut seen = status::read(&run)?;
+            if json {
+                say(&serde_json::to_string_pretty(&seen)?);
+                return Ok(());
+            }
+            while watch && seen.running {
+                // From the top of a cleared screen.
+                say(&format!("\x1b[2J\x1b[H{}", status::table(&seen)));
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                seen = status::read(&run)?;
+            }
+            say(status::table(&seen).trim_end());
+            Ok(())
+        }
+        Command::Why { run, row, json } => {
+            let found = lineage::why(&run, &row)?;
+            say(&if json { serde_json::to_string_pretty(&found)? } else { lineage::table(&found) });
+            Ok(())
+        }
         Command::Check { recipe } => {
             let checked = Recipe::read(&recipe)?;
             say(&format!("`{}` is fine: run `{}`", recipe.display(), checked.name));
             Ok(())
         }
         Command::Collect(run) => stage("collect", run).await,
+        Command::Classify(run) => stage("classify", run).await,
+        Command::Resample(run) => stage("resample", run).await,
         Command::Generate(run) => stage("generate", run).await,
         Command::Difficulty(run) => stage("difficulty", run).await,
         Command::Rewrite(run) => stage("rewrite", run).await,
         Command::Verify(VerifyArguments { pairs, recipe, out, port }) => match (pairs.pairs, recipe) {
             (Some(path), _) => pairs::run(&path, pairs.profile),
-            (None, Some(recipe)) => stage("verify", RunArguments { recipe, out, port }).await,
+            (None, Some(recipe)) => {
+                stage("verify", RunArguments { recipe, out, port, store: None, shards: 1 }).await
+            }
             (None, None) => anyhow::bail!("`verify` needs a recipe or --pairs"),
         },
         Command::Score(run) => stage("score", run).await,
@@ -201,9 +323,7 @@ fn folder(run: &RunArguments, recipe: &Recipe) -> PathBuf {
 
 async fn stage(name: &str, arguments: RunArguments) -> anyhow::Result<()> {
     debug_assert!(STAGES.contains(&name));
-    let recipe = Recipe::read(&arguments.recipe)?;
-    let out = folder(&arguments, &recipe);
-    let run = Run::start(recipe, &arguments.recipe, &out, arguments.port, Progress::new()).await?;
+    let run = arguments.start(Progress::new()).await?;
     let result = run.stage(name).await;
     run.stop().await;
     result
@@ -223,10 +343,11 @@ pub(crate) async fn whole(
     path: &Path,
     out: &Path,
     port: u16,
+    store: Option<SharedStore>,
     end: End,
 ) -> anyhow::Result<()> {
     let progress = Progress::new();
-    let run = Run::start(recipe, path, out, port, progress.clone()).await?;
+    let run = Run::start(recipe, path, out, port, store.as_ref(), progress.clone()).await?;
     let finished = run.all().await;
     let report = match finished {
         Ok(report) => report,

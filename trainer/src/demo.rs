@@ -60,7 +60,7 @@ pub async fn demo(arguments: DemoArguments) -> anyhow::Result<()> {
         shorten(&mut recipe);
     }
     let end = End { serve: !arguments.exit, json: arguments.json };
-    whole(recipe, &path, &arguments.out, arguments.port, end).await
+    whole(recipe, &path, &arguments.out, arguments.port, None, end).await
 }
 
 fn unpack(folder: &Path) -> Result<(), DurableError> {

@@ -16,7 +16,7 @@ use potstill_cot::difficulty::Judge;
 use potstill_cot::executor::{Counts, Outcome, Stage, StageError, feed, run};
 use potstill_cot::prompts::{Prompts, Role};
 use potstill_cot::teacher::{AskError, Patience, Question, Teachers};
-use potstill_data::journal::Journal;
+use potstill_data::store::Store;
 use potstill_data::jsonl::write_records;
 use potstill_data::records::Problem;
 use potstill_sandbox::{Limits, Sandbox};
@@ -267,7 +267,7 @@ impl Stage for Evaluation {
 
     async fn process(&self, item: Item) -> Result<Outcome<Sample>, StageError> {
         let samples = join_all((0..self.samples).map(|number| self.sample(&item, number))).await;
-        Ok(Outcome::Keep(samples.into_iter().collect::<Result<_, _>>()?))
+        Ok(Outcome::keep(samples.into_iter().collect::<Result<_, _>>()?))
     }
 }
 
@@ -296,15 +296,16 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
         None
     };
     durable::create_folder(&out)?;
-    let journal = Arc::new(Journal::open(&out.join("journal.log"))?);
-    if !journal.is_empty() {
-        progress.say(format!("going on: the journal holds {} answers", journal.len()));
+    let store = Arc::new(Store::folder(&out.join("journal.log"))?);
+    let known = store.len().await?;
+    if known > 0 {
+        progress.say(format!("going on: the journal holds {known} answers"));
     }
     let calls = teachers(
         &arguments.endpoint,
         arguments.api_key_env.as_deref(),
         &arguments.model,
-        Arc::clone(&journal),
+        Arc::clone(&store),
     )
     .await?;
     let judge = match &arguments.judge {
@@ -314,7 +315,7 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
                 Some(endpoint) => (endpoint, arguments.judge_key_env.as_deref()),
                 None => (&arguments.endpoint, arguments.api_key_env.as_deref()),
             };
-            let calls = teachers(endpoint, key, model, journal).await?;
+            let calls = teachers(endpoint, key, model, store).await?;
             let prompts = Prompts::load(None)?;
             Some(Judge { model: model.clone(), max_tokens: JUDGE_TOKENS, reasks: 2, calls, prompts })
         }
@@ -349,7 +350,7 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
         files.append(&mut benchmark.files);
         let (counts, total) = (Arc::new(Counts::default()), benchmark.items.len() as u64);
         let (mut output, handle) =
-            run(evaluation, feed(benchmark.items.clone()), settings.concurrency, Arc::clone(&counts));
+            run(evaluation, feed(benchmark.items.clone()), settings.concurrency, Arc::clone(&counts), ());
         let mut samples = Vec::new();
         let drained = async {
             while let Some(sample) = output.recv().await {
@@ -411,7 +412,7 @@ async fn teachers(
     url: &str,
     key_variable: Option<&str>,
     model: &str,
-    journal: Arc<Journal>,
+    store: Arc<Store>,
 ) -> anyhow::Result<Teachers> {
     let mut endpoint = Endpoint::new(url.trim_end_matches('/'));
     if let Some(variable) = key_variable {
@@ -421,7 +422,7 @@ async fn teachers(
     }
     // A node that queues says nothing for a while.
     endpoint.idle = Duration::from_secs(600);
-    let calls = Teachers::new(Client::new(endpoint)?, journal, Patience::default());
+    let calls = Teachers::new(Client::new(endpoint)?, store, Patience::default());
     let served =
         calls.client().models().await.with_context(|| format!("cannot list the models of `{url}`"))?;
     anyhow::ensure!(

@@ -93,6 +93,6 @@ impl Stage for Evaluate {
                 truncated,
             });
         }
-        Ok(Outcome::Keep(samples))
+        Ok(Outcome::keep(samples))
     }
 }

@@ -113,9 +113,10 @@ impl LocalGateway {
 pub struct LocalPlans(Gateway);
 
 impl LocalPlans {
-    /// Announces the stages of a run, in the form that the gateway's admin API takes.
-    pub fn declare(&self, plan: serde_json::Value) -> Result<(), String> {
+    /// Announces the stages of a run, in the form that the gateway's admin API takes; answers in its form, too.
+    pub fn declare(&self, plan: serde_json::Value) -> Result<serde_json::Value, String> {
         let plan: RunPlan = serde_json::from_value(plan).map_err(|error| error.to_string())?;
-        self.0.declare(plan).map(drop)
+        let forecasts = self.0.declare(plan)?;
+        Ok(serde_json::json!({ "forecasts": forecasts }))
     }
 }

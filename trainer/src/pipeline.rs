@@ -1,10 +1,13 @@
-//! The pipeline on one screen: collect -> generate -> difficulty -> rewrite -> verify -> score -> sample -> train ->
-//! export -> evaluate -> card -> report. [`Run::all`] streams records from stage to stage; [`Run::stage`] runs one of
-//! them over the file that the stage before it left.
+//! The pipeline on one screen: collect -> classify -> resample -> generate -> difficulty -> rewrite -> verify -> score -> sample
+//! -> train -> export -> evaluate -> card -> report. [`Run::all`] streams records from stage to stage; [`Run::stage`] runs one
+//! of them over the file that the stage before it left. Records go through the disk: a million are as fine as a hundred.
 
 mod chain;
+pub mod plan;
 mod problems;
+mod stages;
 mod students;
+mod work;
 
 pub use students::Variant;
 
@@ -13,37 +16,41 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use potstill_cot::difficulty::{Grade, Judge};
-use potstill_cot::executor::{Counts, Stage, Summary, feed, run};
-use potstill_cot::generate::Generate;
+use potstill_cot::executor::{Counts, Stage, Summary, feed, feed_file, run};
+use potstill_cot::gate::Gates;
+use potstill_cot::ledger::{Ledger, Limits};
 use potstill_cot::prompts::Prompts;
-use potstill_cot::rewrite::{Candidate, Rewrite};
-use potstill_cot::rv_cd::Score;
 use potstill_cot::teacher::{Patience, Teachers};
-use potstill_cot::verify::Verify;
-use potstill_data::journal::Journal;
-use potstill_data::records::{Cot, Problem};
-use potstill_data::sampler;
+use potstill_data::postgres::Database;
+use potstill_data::records::{Cot, Dropped, Problem};
+use potstill_data::sampler::{self, Candidate, SamplePolicy};
+use potstill_data::spool::Keyed;
+use potstill_data::store::Store;
 use potstill_shared::client::{Client, Endpoint};
-use potstill_shared::id::{ContentId, unique};
+use potstill_shared::durable::Lines;
+use potstill_shared::id::unique;
 use potstill_shared::redact::Redacted;
-use potstill_verify::verifier::Verifier;
+use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use self::chain::Chain;
+use self::stages::Stages;
 use crate::announce::{Announcer, Front};
 use crate::evaluate::{Evaluate, Sample, metrics};
 use crate::local::LocalGateway;
 use crate::progress::Progress;
-use crate::recipe::{JudgeSection, Recipe};
+use crate::recipe::Recipe;
 use crate::report::{Report, StudentFigures};
 use crate::run::RunFolder;
+use crate::status::Status;
 use crate::students::prompt;
 use crate::{card, export, report};
 
 /// Stages that run alone, in order.
-pub const STAGES: [&str; 12] = [
+pub const STAGES: [&str; 14] = [
     "collect",
+    "classify",
+    "resample",
     "generate",
     "difficulty",
     "rewrite",
@@ -57,16 +64,23 @@ pub const STAGES: [&str; 12] = [
     "card",
 ];
 
+/// A database that holds the answers of a run for all who work on it.
+pub struct SharedStore {
+    /// `postgres://user:password@host/database`.
+    pub url: Redacted<String>,
+    /// Shards that a new run is split into.
+    pub shards: u32,
+}
+
 /// A run that is under way.
 pub struct Run {
     recipe: Arc<Recipe>,
     folder: RunFolder,
     progress: Progress,
     local: LocalGateway,
-    teachers: Teachers,
+    stages: Stages,
     /// The same journal, but the local gateway, where the students are.
     students: Teachers,
-    prompts: Prompts,
     started: Instant,
 }
 
@@ -77,14 +91,27 @@ impl Run {
         recipe_path: &Path,
         out: &Path,
         port: u16,
+        store: Option<&SharedStore>,
         progress: Progress,
     ) -> anyhow::Result<Self> {
         let started = Instant::now();
         let folder = RunFolder::open(out, recipe_path, &recipe.name)?;
         let prompts = Prompts::load(recipe.prompts.as_deref())?;
-        let journal = Arc::new(Journal::open(&out.join("journal.log"))?);
-        if !journal.is_empty() {
-            progress.say(format!("resuming: the journal holds {} answers", journal.len()));
+        let store = Arc::new(match store {
+            None => Store::folder(&out.join("journal.log"))?,
+            Some(shared) => {
+                anyhow::ensure!(
+                    recipe.budget.run() == Limits::default() && recipe.budget.stages.is_empty(),
+                    "`budget` is kept by one process and cannot be shared yet: leave its limits out with `--store`, or run without it"
+                );
+                let hash = folder.manifest().recipe_hash;
+                let opened = Database::open(shared.url.expose(), &recipe.name, &hash, shared.shards).await;
+                Store::Shared(opened?)
+            }
+        });
+        let known = store.len().await?;
+        if known > 0 {
+            progress.say(format!("resuming: {known} answers are there already"));
         }
         let local = LocalGateway::start(port, &out.join("logs")).await?;
         for model in &recipe.local {
@@ -120,25 +147,34 @@ impl Run {
                 );
             }
         }
-        let teachers = Teachers::new(remote, Arc::clone(&journal), patience);
+        let ledger = Arc::new(Ledger::new(recipe.budget.clone(), &store.totals().await?));
+        let teachers = Teachers::new(remote, Arc::clone(&store), patience)
+            .within(Gates::new(recipe.concurrency), ledger);
         let local_patience = Patience { stream: false, ..Patience::default() };
-        let students = Teachers::new(loopback, journal, local_patience);
-        Ok(Self { recipe: Arc::new(recipe), folder, progress, local, teachers, students, prompts, started })
+        let students = Teachers::new(loopback, store, local_patience);
+        let recipe = Arc::new(recipe);
+        let stages = Stages { recipe: Arc::clone(&recipe), prompts, calls: teachers };
+        Ok(Self { recipe, folder, progress, local, stages, students, started })
     }
 
     /// The whole pipeline.
     pub async fn all(&self) -> anyhow::Result<Report> {
-        let problems = if self.recipe.collect.is_some() { self.collect()? } else { Vec::new() };
-        let traces = if self.recipe.generate.is_some() {
-            let scored = self.chains_of_thought(problems).await?;
-            self.reward_models(&scored).await?;
-            self.sample(scored)?
+        if self.recipe.collect.is_some() {
+            let problems = self.problems().await?;
+            if self.recipe.generate.is_some() {
+                self.chains_of_thought(problems).await?;
+                self.reward_models().await?;
+                tokio::task::block_in_place(|| self.sample())?;
+            }
+        }
+        let figures = if self.recipe.trains() {
+            self.export(&self.sampled()?).await?;
+            let figures = self.evaluate().await?;
+            self.cards(&figures)?;
+            figures
         } else {
             Vec::new()
         };
-        self.export(&traces).await?;
-        let figures = self.evaluate().await?;
-        self.cards(&figures)?;
         let report = self.report(figures);
         report::write(self.folder.path(), &report)?;
         Ok(report)
@@ -146,38 +182,30 @@ impl Run {
 
     /// One stage alone, over the file of the stage before it.
     pub async fn stage(&self, name: &str) -> anyhow::Result<()> {
+        let recipe = &self.recipe;
         match name {
-            "collect" => drop(self.collect()?),
-            "generate" => {
-                drop(self.alone(self.generator()?, self.folder.read_stage("collect")?, trace_key).await?)
-            }
-            "difficulty" => {
-                drop(self.alone(self.grader()?, self.folder.read_stage("generate")?, trace_key).await?)
-            }
+            "collect" => self.collect().map(drop),
+            "classify" => self.alone(self.stages.classifier()?, "collect").await,
+            "resample" => self.resample().map(drop),
+            "generate" => self.alone(self.stages.generator()?, self.problem_stage()).await,
+            "difficulty" => self.alone(self.stages.grader()?, "generate").await,
             "rewrite" => {
-                let graded = if self.recipe.difficulty.is_some() { "difficulty" } else { "generate" };
-                let input = self.folder.read_stage(graded)?;
-                drop(self.alone(self.rewriter(), input, |c: &Candidate| trace_key(&c.cot)).await?);
+                let graded = if recipe.difficulty.is_some() { "difficulty" } else { "generate" };
+                self.alone(self.stages.rewriter(), graded).await
             }
-            "verify" => {
-                drop(self.alone(self.verifier(), self.folder.read_stage("rewrite")?, trace_key).await?)
-            }
-            "score" => drop(self.alone(self.scorer()?, self.folder.read_stage("verify")?, trace_key).await?),
-            "sample" => {
-                let last = if self.recipe.score.is_some() { "score" } else { "verify" };
-                drop(self.sample(self.folder.read_stage(last)?)?);
-            }
-            "reward" => self.reward_models(&self.folder.read_stage("score")?).await?,
-            "train" => self.train(&self.sampled()?).await?,
-            "export" => self.export(&self.sampled()?).await?,
+            "verify" => self.alone(self.stages.verifier(), "rewrite").await,
+            "score" => self.alone(self.stages.scorer()?, "verify").await,
+            "sample" => self.sample(),
+            "reward" => self.reward_models().await,
+            "train" => self.train(&self.sampled()?).await,
+            "export" => self.export(&self.sampled()?).await,
             "evaluate" => {
                 let figures = self.evaluate().await?;
-                report::write(self.folder.path(), &self.report(figures))?;
+                report::write(self.folder.path(), &self.report(figures))
             }
-            "card" => self.cards(&report::read(self.folder.path())?.students)?,
+            "card" => self.cards(&report::read(self.folder.path())?.students),
             other => anyhow::bail!("unknown stage `{other}`; known are {}", STAGES.join(", ")),
         }
-        Ok(())
     }
 
     /// Base URL of the local gateway, where the students are.
@@ -195,85 +223,78 @@ impl Run {
         self.local.stop().await;
     }
 
+    // ---- problems ----
+
+    /// Collects, sorts and draws as the recipe says; gives the number of problems.
+    async fn problems(&self) -> anyhow::Result<usize> {
+        let mut problems = tokio::task::block_in_place(|| self.collect())?;
+        if self.recipe.classify.is_some() {
+            self.alone(self.stages.classifier()?, "collect").await?;
+        }
+        if self.recipe.resample.is_some() {
+            problems = tokio::task::block_in_place(|| self.resample())?;
+        }
+        Ok(problems)
+    }
+
+    /// The stage that leaves the problems to be solved.
+    fn problem_stage(&self) -> &'static str {
+        match (&self.recipe.resample, &self.recipe.classify) {
+            (Some(_), _) => "resample",
+            (None, Some(_)) => "classify",
+            (None, None) => "collect",
+        }
+    }
+
+    /// The stage that leaves the traces to be sampled.
+    fn trace_stage(&self) -> &'static str {
+        if self.recipe.score.is_some() { "score" } else { "verify" }
+    }
+
     // ---- chains of thought ----
 
-    fn generator(&self) -> anyhow::Result<Generate> {
-        let section = self.recipe.generate.as_ref().context("the recipe has no `generate`")?;
-        Ok(Generate {
-            teachers: section.teachers.clone(),
-            calls: self.teachers.clone(),
-            prompts: self.prompts.clone(),
-            seed: self.recipe.seed,
-        })
-    }
-
-    fn judge(&self, section: &JudgeSection) -> Judge {
-        Judge {
-            model: section.model.clone(),
-            max_tokens: section.max_tokens,
-            reasks: section.reasks,
-            calls: self.teachers.clone(),
-            prompts: self.prompts.clone(),
-        }
-    }
-
-    fn grader(&self) -> anyhow::Result<Grade> {
-        let section = self.recipe.difficulty.as_ref().context("the recipe has no `difficulty`")?;
-        Ok(Grade { judge: self.judge(section) })
-    }
-
-    fn rewriter(&self) -> Rewrite {
-        let section = self.recipe.rewrite.as_ref();
-        Rewrite {
-            model: section.map(|section| section.model.clone()),
-            temperature: section.map_or(0.0, |section| section.temperature),
-            max_tokens: section.map_or(0, |section| section.max_tokens),
-            calls: self.teachers.clone(),
-            prompts: self.prompts.clone(),
-        }
-    }
-
-    fn verifier(&self) -> Verify {
-        let judge = self.recipe.verify.as_ref().map(|section| self.judge(section));
-        Verify { verifier: Verifier::default(), judge }
-    }
-
-    fn scorer(&self) -> anyhow::Result<Score> {
-        let section = self.recipe.score.as_ref().context("the recipe has no `score`")?;
-        Ok(Score { judge: self.judge(section) })
-    }
-
     /// All CoT stages at once: a trace is graded while others are still being written.
-    async fn chains_of_thought(&self, problems: Vec<Problem>) -> anyhow::Result<Vec<Cot>> {
-        let total = problems.len() as u64;
-        let mut chain = Chain::new(self.recipe.concurrency);
-        let generated = chain.link(self.generator()?, feed(problems), trace_key);
-        let graded = match self.recipe.difficulty {
-            Some(_) => chain.link(self.grader()?, generated, trace_key),
-            None => generated,
-        };
-        let rewritten = chain.link(self.rewriter(), graded, |c: &Candidate| trace_key(&c.cot));
-        let verified = chain.link(self.verifier(), rewritten, trace_key);
-        let mut last = match self.recipe.score {
-            Some(_) => chain.link(self.scorer()?, verified, trace_key),
-            None => verified,
-        };
-        let mut scored = Vec::new();
-        let drained = async {
-            while let Some(trace) = last.recv().await {
-                scored.push(trace);
-            }
-        };
+    async fn chains_of_thought(&self, problems: usize) -> anyhow::Result<()> {
+        let stage = self.problem_stage();
+        let (input, reading) = feed_file(tokio::task::block_in_place(|| self.longest_first(stage))?);
+        let chain = self.through_all_stages(input, problems).await?;
+        reading.await??;
+        chain.finish().await
+    }
+
+    /// Sends problems through all CoT stages and waits until the last trace is out.
+    async fn through_all_stages(
+        &self,
+        input: mpsc::Receiver<Problem>,
+        problems: usize,
+    ) -> anyhow::Result<Chain<'_>> {
+        let recipe = &self.recipe;
+        let mut chain = Chain::new(&self.folder, recipe.concurrency);
+        let mut last = self.stages.link_all(&mut chain, input)?;
+        let drained = async { while last.recv().await.is_some() {} };
         let announcing = self.front()?.map(|front| {
-            let run = unique(&self.recipe.name);
-            let announcer = Announcer::new(front, &run, &self.recipe, total, &chain.counts());
+            let run = unique(&recipe.name);
+            let gates = Arc::clone(self.stages.calls.gates());
+            let announcer = Announcer::new(front, &run, recipe, problems as u64, &chain.counts(), gates);
             AbortOnDropHandle::new(tokio::spawn(announcer.keep_announcing()))
         });
-        self.progress.watch(&chain.counts(), total, drained).await;
+        self.watch(&chain.counts(), problems as u64, drained).await;
         drop(announcing);
-        chain.finish(&self.folder).await?;
-        scored.sort_by_key(trace_key);
-        Ok(scored)
+        Ok(chain)
+    }
+
+    /// Shows counts and spending until `done` resolves, here and in `status.json`.
+    async fn watch(
+        &self,
+        stages: &[(&'static str, Arc<Counts>)],
+        total: u64,
+        done: impl Future<Output = ()>,
+    ) {
+        let status = Status::new(&self.folder, stages, total, &self.stages.calls);
+        let writing = AbortOnDropHandle::new(tokio::spawn(status.clone().keep_writing()));
+        self.progress.watch(stages, total, done).await;
+        drop(writing);
+        tokio::task::block_in_place(|| status.write());
     }
 
     /// Where the stages are announced: at the gateway where the teachers are, if it takes plans.
@@ -286,49 +307,61 @@ impl Run {
         Ok(Some(Front::Remote(Client::new(endpoint)?)))
     }
 
-    async fn alone<S: Stage, K: Ord>(
-        &self,
-        stage: S,
-        input: Vec<S::In>,
-        key: impl Fn(&S::Out) -> K,
-    ) -> anyhow::Result<Vec<S::Out>>
+    /// Runs one stage over what another one left.
+    async fn alone<S: Stage>(&self, stage: S, input: &str) -> anyhow::Result<()>
     where
-        S::Out: serde::Serialize,
+        S::In: for<'de> serde::Deserialize<'de>,
+        S::Out: Keyed,
     {
-        let name = stage.name();
-        let (counts, total) = (Arc::new(Counts::default()), input.len() as u64);
-        let (mut output, handle) = run(stage, feed(input), self.recipe.concurrency, Arc::clone(&counts));
-        let mut records = Vec::new();
-        let drained = async {
-            while let Some(record) = output.recv().await {
-                records.push(record);
-            }
-        };
-        self.progress.watch(&[(name, Arc::clone(&counts))], total, drained).await;
-        handle.await??;
-        records.sort_by_key(key);
-        self.folder.write_stage(name, &records, counts.summary())?;
-        Ok(records)
+        let records = self.folder.each_of::<S::In>(input)?.map(|row| row.map(|(_, record)| record));
+        let total = self.folder.manifest().stages.get(input).map_or(0, |stage| stage.summary.kept);
+        let (input, reading) = feed_file(records);
+        let mut chain = Chain::new(&self.folder, self.recipe.concurrency);
+        let mut output = chain.link(stage, input)?;
+        let drained = async { while output.recv().await.is_some() {} };
+        self.watch(&chain.counts(), total as u64, drained).await;
+        reading.await??;
+        chain.finish().await
     }
 
-    fn sample(&self, mut scored: Vec<Cot>) -> anyhow::Result<Vec<Cot>> {
-        let taken = scored.len();
-        // Two traces of one problem may have become the same text by rewriting.
-        scored.dedup_by(|a, b| a.id == b.id);
-        let copies = taken - scored.len();
-        let policy = sampler::SamplePolicy { seed: self.recipe.seed, ..self.recipe.sample };
-        let chosen: Vec<Cot> =
-            sampler::choose(&scored, &policy).into_iter().map(|index| scored[index].clone()).collect();
-        let mut summary = Summary { taken, kept: chosen.len(), ..Summary::default() };
-        for (reason, count) in [("same_text", copies), ("not_drawn", scored.len() - chosen.len())] {
-            if count > 0 {
-                summary.dropped.insert(reason.to_owned(), count);
+    /// Chooses the traces to train on.
+    fn sample(&self) -> anyhow::Result<()> {
+        let last = self.trace_stage();
+        // Two traces of one problem may have become the same text by rewriting: copies stand side by side.
+        let (mut candidates, mut places, mut copies) = (Vec::<Candidate>::new(), Vec::new(), Vec::new());
+        for row in self.folder.each_of::<Cot>(last)? {
+            let (place, trace) = row?;
+            let candidate = Candidate::of(&trace);
+            if candidates.last().is_some_and(|last| last.id == candidate.id) {
+                copies.push(place);
+            } else {
+                candidates.push(candidate);
+                places.push(place);
             }
         }
-        self.folder.write_stage("sample", &chosen, summary)?;
-        self.progress.say(format!("sample: {taken} in, {} kept ({copies} same_text)", chosen.len()));
-        anyhow::ensure!(!chosen.is_empty(), "no trace is left to train on");
-        Ok(chosen)
+        let policy = SamplePolicy { seed: self.recipe.seed, ..self.recipe.sample.clone() };
+        let chosen = sampler::choose(&candidates, &policy);
+        let lines = Lines::open(&self.folder.stage_file(last))?;
+        let trace = |place| anyhow::Ok(serde_json::from_str::<Cot>(&lines.read(place)?)?);
+        let mut files = self.folder.files::<Cot>()?;
+        let mut summary =
+            Summary { taken: candidates.len() + copies.len(), kept: chosen.len(), ..Summary::default() };
+        let mut taken = chosen.iter().copied().peekable();
+        for (index, place) in places.iter().enumerate() {
+            if taken.next_if_eq(&index).is_some() {
+                files.kept.push(&trace(*place)?)?;
+            } else {
+                summary.drop_one("not_drawn");
+                files.dropped.push(&Dropped::trace("not_drawn", trace(*place)?))?;
+            }
+        }
+        for place in copies {
+            summary.drop_one("same_text");
+            files.dropped.push(&Dropped::trace("same_text", trace(place)?))?;
+        }
+        self.progress.say(format!("sample: {}", problems::in_words(&summary)));
+        anyhow::ensure!(summary.kept > 0, "no trace is left to train on");
+        Ok(self.folder.publish("sample", files, summary)?)
     }
 
     fn sampled(&self) -> anyhow::Result<Vec<Cot>> {
@@ -353,14 +386,14 @@ impl Run {
             let name = format!("evaluate-{}", variant.name());
             let counts = Arc::new(Counts::default());
             let (mut output, handle) =
-                run(stage, feed(held_out.clone()), self.recipe.concurrency, Arc::clone(&counts));
+                run(stage, feed(held_out.clone()), self.recipe.concurrency, Arc::clone(&counts), ());
             let mut samples: Vec<Sample> = Vec::new();
             let drained = async {
                 while let Some(sample) = output.recv().await {
                     samples.push(sample);
                 }
             };
-            self.progress.watch(&[("evaluate", Arc::clone(&counts))], held_out.len() as u64, drained).await;
+            self.watch(&[("evaluate", Arc::clone(&counts))], held_out.len() as u64, drained).await;
             handle.await??;
             samples.sort_by(|a, b| (&a.problem, a.sample).cmp(&(&b.problem, b.sample)));
             self.folder.write_stage(&name, &samples, counts.summary())?;
@@ -401,13 +434,8 @@ impl Run {
             &self.recipe.name,
             students,
             self.folder.manifest(),
-            self.teachers.spent(),
+            self.stages.calls.spent(),
             self.started.elapsed().as_secs_f64(),
         )
     }
-}
-
-/// Order of traces in files: by content, then by where they came from, so that it does not depend on timing.
-fn trace_key(trace: &Cot) -> (ContentId, Option<ContentId>, i64) {
-    (trace.id.clone(), trace.parent.clone(), trace.origin.seed)
 }

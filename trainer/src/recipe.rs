@@ -3,8 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
+use potstill_cot::ledger::Budget;
 use potstill_data::hub;
 use potstill_data::sampler::SamplePolicy;
+use potstill_data::tasks::TASKS;
 use potstill_learn::run::RunConfig;
 use serde::{Deserialize, Serialize};
 
@@ -19,8 +21,10 @@ pub struct Recipe {
     pub name: String,
     /// Seed of everything that is drawn.
     pub seed: u64,
-    /// Calls in flight per stage.
+    /// Requests that may be open at a model, and records that a stage works on at once.
     pub concurrency: usize,
+    /// What the run may spend.
+    pub budget: Budget,
     /// The gateway in front of the teachers; without it a local one is started.
     pub gateway: Option<GatewaySection>,
     /// Teachers that the local gateway runs itself.
@@ -29,6 +33,10 @@ pub struct Recipe {
     pub prompts: Option<PathBuf>,
     /// Where problems come from.
     pub collect: Option<CollectSection>,
+    /// Who sorts problems into tasks.
+    pub classify: Option<JudgeSection>,
+    /// How many of each task are drawn.
+    pub resample: Option<ResampleSection>,
     /// Who writes chains of thought.
     pub generate: Option<GenerateSection>,
     /// Who grades them for the student.
@@ -56,6 +64,9 @@ pub struct Recipe {
     /// How it is tested.
     pub evaluate: Option<EvaluateSection>,
 }
+
+/// Stages that ask teachers.
+pub const PAID: [&str; 6] = ["classify", "generate", "difficulty", "rewrite", "verify", "score"];
 
 /// What is wrong with a recipe, all of it.
 #[derive(Debug, thiserror::Error)]
@@ -105,16 +116,19 @@ impl Recipe {
         let table = text.parse::<toml::Table>().map_err(|error| refused(vec![error.to_string()]))?;
         let mut sections = Sections { table, problems: Vec::new() };
         let s = &mut sections;
-        let (name, student) = (s.need::<String>("name"), s.need("student"));
+        let (name, student) = (s.need::<String>("name"), s.take::<StudentSection>("student"));
         let (sft, reward, kd, dpo, grpo) =
             (s.take("sft"), s.take("reward"), s.take("kd"), s.take("dpo"), s.take("grpo"));
         let optional = (
             s.take("seed").unwrap_or(0),
             s.take("concurrency").unwrap_or(64),
+            s.take("budget").unwrap_or_default(),
             s.take("gateway"),
             s.take("local").unwrap_or_default(),
             s.take("prompts"),
             s.take("collect"),
+            s.take("classify"),
+            s.take("resample"),
             s.take("generate"),
             s.take("difficulty"),
             s.take("rewrite"),
@@ -124,20 +138,23 @@ impl Recipe {
         let (sample, evaluate) = (s.take("sample").unwrap_or_default(), s.take("evaluate"));
         for key in s.table.keys() {
             s.problems.push(format!(
-                "`{key}` is not known; known are name, seed, concurrency, gateway, local, prompts, collect, generate, \
-                 difficulty, rewrite, verify, score, sample, student, sft, reward, kd, dpo, grpo, evaluate"
+                "`{key}` is not known; known are name, seed, concurrency, budget, gateway, local, prompts, collect, classify, \
+                 resample, generate, difficulty, rewrite, verify, score, sample, student, sft, reward, kd, dpo, grpo, evaluate"
             ));
         }
-        let (Some(name), Some(student)) = (name, student) else {
-            return Err(refused(sections.problems));
-        };
+        let Some(name) = name else { return Err(refused(sections.problems)) };
+        // A recipe that makes data and trains nothing needs none.
+        let student = student.unwrap_or_else(|| StudentSection::nobody(&name));
         let (
             seed,
             concurrency,
+            budget,
             gateway,
             local,
             prompts,
             collect,
+            classify,
+            resample,
             generate,
             difficulty,
             rewrite,
@@ -148,10 +165,13 @@ impl Recipe {
             name,
             seed,
             concurrency,
+            budget,
             gateway,
             local,
             prompts,
             collect,
+            classify,
+            resample,
             generate,
             difficulty,
             rewrite,
@@ -184,7 +204,8 @@ impl Recipe {
         self.kd.iter_mut().for_each(|section| fix(&mut section.teacher));
         self.dpo.iter_mut().flat_map(|section| &mut section.pairs).for_each(fix);
         self.grpo.iter_mut().flat_map(|section| section.rv.iter_mut().chain(&mut section.cd)).for_each(fix);
-        let collected = self.collect.iter_mut().flat_map(|section| &mut section.sources);
+        let collected =
+            self.collect.iter_mut().flat_map(|section| section.sources.iter_mut().chain(&mut section.against));
         let tested = self.evaluate.iter_mut().flat_map(|section| &mut section.sources);
         let here = collected.chain(tested).filter(|source| !hub::is_address(&source.path));
         here.for_each(|source| fix(&mut source.path));
@@ -218,7 +239,8 @@ impl Recipe {
             format!("`concurrency` must be 1 to 4096, not {}", self.concurrency),
         );
         need(
-            self.student.base.is_some() != self.student.init.is_some(),
+            !self.trains() && self.student.init.is_none()
+                || self.student.base.is_some() != self.student.init.is_some(),
             "`student` needs either `base` (a model to start from) or `init` (the shape of a fresh one)"
                 .to_owned(),
         );
@@ -263,13 +285,52 @@ impl Recipe {
             );
         }
         need(
-            self.sft.is_some() || self.kd.is_some() || self.dpo.is_some() || self.grpo.is_some(),
-            "nothing to train: give `sft`, `kd`, `dpo` or `grpo`".to_owned(),
+            self.trains() || self.generate.is_some() || self.collect.is_some(),
+            "nothing to do: give `generate` to make data, or `sft`, `kd`, `dpo` or `grpo` to train".to_owned(),
+        );
+        need(
+            self.trains() || self.evaluate.as_ref().is_none_or(|section| section.compare.is_empty()),
+            "`evaluate.compare` compares students, and the recipe trains none".to_owned(),
         );
         need(
             self.grpo.is_none() || self.collect.is_some(),
             "`grpo` practises on the problems of `collect`, which is missing".to_owned(),
         );
+        need(
+            self.resample.is_none() || self.classify.is_some(),
+            "`resample` needs to know the tasks of the problems: `classify` is missing".to_owned(),
+        );
+        if let Some(section) = &self.resample {
+            need(section.cap > 0, "`resample.cap` must be at least 1".to_owned());
+            for (task, share) in section.shares.iter().flatten() {
+                need(
+                    TASKS.iter().any(|(name, _)| name == task) && *share >= 0.0,
+                    format!("`resample.shares.{task}`: expected one of the 32 tasks, with a share of at least 0"),
+                );
+            }
+        }
+        for (stage, _) in &self.budget.stages {
+            need(
+                PAID.contains(&stage.as_str()),
+                format!("`budget.stages.{stage}`: stages that ask are {}", PAID.join(", ")),
+            );
+        }
+        for (model, price) in &self.budget.prices {
+            need(
+                price.prompt >= 0.0 && price.completion >= 0.0,
+                format!("`budget.prices.{model}`: prices are per million tokens and not below 0"),
+            );
+        }
+        let (least, most) = self.sample.window();
+        need(
+            least <= most && most <= 9 && self.sample.rv_min <= self.sample.rv_max && self.sample.rv_max <= 9,
+            "`sample`: RV and CD go from 0 to 9, the lower limit first".to_owned(),
+        );
+        need(
+            self.sample.bins.is_sorted() && self.sample.bins.iter().all(|edge| (1..=9).contains(edge)),
+            "`sample.bins` are rising values of CD from 1 to 9".to_owned(),
+        );
+        need(self.sample.per_problem > 0, "`sample.per_problem` must be at least 1".to_owned());
         need(
             self.reward.is_none() || self.score.is_some(),
             "`reward` learns from the scores of `score`, which is missing".to_owned(),
@@ -354,6 +415,11 @@ impl Recipe {
         problems
     }
 
+    /// Whether a student comes out of it, and not data alone.
+    pub fn trains(&self) -> bool {
+        self.sft.is_some() || self.kd.is_some() || self.dpo.is_some() || self.grpo.is_some()
+    }
+
     /// Settings of every training, with their key.
     fn runs(&self) -> impl Iterator<Item = (&'static str, &RunConfig)> {
         [
@@ -373,9 +439,12 @@ impl Recipe {
         for (i, teacher) in self.generate.iter().flat_map(|section| &section.teachers).enumerate() {
             models.push((format!("generate.teachers[{i}].model"), teacher.model.as_str()));
         }
-        for (key, judge) in
-            [("difficulty", &self.difficulty), ("verify", &self.verify), ("score", &self.score)]
-        {
+        for (key, judge) in [
+            ("classify", &self.classify),
+            ("difficulty", &self.difficulty),
+            ("verify", &self.verify),
+            ("score", &self.score),
+        ] {
             models.extend(judge.iter().map(|judge| (format!("{key}.model"), judge.model.as_str())));
         }
         models
@@ -392,14 +461,15 @@ impl Recipe {
         );
         files.extend(self.student.base.iter().map(|path| ("student.base".to_owned(), path.as_path())));
         for (key, sources) in [
-            ("collect", self.collect.as_ref().map(|section| &section.sources)),
-            ("evaluate", self.evaluate.as_ref().map(|section| &section.sources)),
+            ("collect.sources", self.collect.as_ref().map(|section| &section.sources)),
+            ("collect.against", self.collect.as_ref().map(|section| &section.against)),
+            ("evaluate.sources", self.evaluate.as_ref().map(|section| &section.sources)),
         ] {
             let sources = sources.into_iter().flatten().enumerate();
             files.extend(
                 sources
                     .filter(|(_, source)| !hub::is_address(&source.path))
-                    .map(|(i, source)| (format!("{key}.sources[{i}].path"), source.path.as_path())),
+                    .map(|(i, source)| (format!("{key}[{i}].path"), source.path.as_path())),
             );
         }
         let conversations = self.sft.iter().flat_map(|sft| &sft.conversations);

@@ -5,9 +5,10 @@
 //! RUN/recipe.toml     the recipe as it was when the run began
 //! RUN/run.json        manifest: counts and hashes by stage
 //! RUN/journal.log     every answer that was paid for
+//! RUN/status.json     counts and spending while it runs
 //! RUN/quarantine.jsonl lines of sources that could not be read
-//! RUN/dropped.jsonl    problems that were left out: copies, nearly so, or in the test
-//! RUN/stages/*.jsonl  records, ordered by id
+//! RUN/stages/NAME.jsonl          records of a stage, ordered by id
+//! RUN/stages/NAME.dropped.jsonl  what it did not give on, with the reasons
 //! RUN/train/NAME/     checkpoints, trainer_state.json, TensorBoard events
 //! RUN/models/NAME/    exported students
 //! RUN/report.json, RUN/report.html
@@ -19,9 +20,11 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 
 use anyhow::Context;
-use potstill_cot::executor::Summary;
-use potstill_data::jsonl::{read_records, write_records};
-use potstill_shared::durable::{create_folder, write_file};
+use potstill_cot::executor::{Outcome, Recorder, Summary};
+use potstill_data::jsonl::{ReadError, each_record, read_records, write_records};
+use potstill_data::records::Dropped;
+use potstill_data::spool::{Keyed, Spool, SpoolError};
+use potstill_shared::durable::{DurableError, create_folder, write_file};
 use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
 
@@ -44,8 +47,40 @@ pub struct Manifest {
     pub version: String,
     /// Hash of the recipe.
     pub recipe_hash: String,
+    /// Where the problems came from.
+    #[serde(default)]
+    pub sources: Vec<SourceManifest>,
     /// Stages by name.
     pub stages: BTreeMap<String, StageManifest>,
+}
+
+/// What the manifest says of a source.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct SourceManifest {
+    /// Path or address, as the recipe gives it.
+    pub path: String,
+    /// Its licence, where it is known.
+    pub licence: Option<String>,
+    /// Rows read.
+    pub rows: usize,
+    /// Problems of it that were kept.
+    pub kept: usize,
+}
+
+/// Files of a stage that is under way: what it keeps and what it drops.
+pub struct StageFiles<T> {
+    /// For `NAME.jsonl`.
+    pub kept: Spool<T>,
+    /// For `NAME.dropped.jsonl`.
+    pub dropped: Spool<Dropped>,
+}
+
+impl<T: Keyed + Send + 'static> Recorder<T> for StageFiles<T> {
+    fn record(&mut self, outcome: &Outcome<T>) -> Result<(), String> {
+        let kept = outcome.kept.iter().try_for_each(|record| self.kept.push(record));
+        let all = kept.and_then(|()| outcome.dropped.iter().try_for_each(|record| self.dropped.push(record)));
+        all.map_err(|error| error.to_string())
+    }
 }
 
 /// An opened run folder.
@@ -93,7 +128,30 @@ impl RunFolder {
         self.path.join("stages").join(format!("{stage}.jsonl"))
     }
 
-    /// Writes a stage's records and its line in the manifest.
+    /// File of what a stage dropped.
+    pub fn dropped_file(&self, stage: &str) -> PathBuf {
+        self.path.join("stages").join(format!("{stage}.dropped.jsonl"))
+    }
+
+    /// Files for a stage that begins.
+    pub fn files<T: Keyed>(&self) -> anyhow::Result<StageFiles<T>> {
+        let folder = self.path.join("stages");
+        Ok(StageFiles { kept: Spool::new(&folder)?, dropped: Spool::new(&folder)? })
+    }
+
+    /// Writes the files of a stage that has ended, and its line in the manifest.
+    pub fn publish<T: Keyed>(
+        &self,
+        stage: &str,
+        files: StageFiles<T>,
+        summary: Summary,
+    ) -> Result<(), SpoolError> {
+        files.dropped.finish(&self.dropped_file(stage))?;
+        let written = files.kept.finish(&self.stage_file(stage))?;
+        Ok(self.note(stage, summary, written.hash.to_string())?)
+    }
+
+    /// Writes a stage's records, which are at hand in their order, and its line in the manifest.
     pub fn write_stage<T: Serialize>(
         &self,
         stage: &str,
@@ -103,17 +161,42 @@ impl RunFolder {
         let path = self.stage_file(stage);
         write_records(&path, records)?;
         let output_hash = ContentId::of_bytes(&std::fs::read(&path)?).to_string();
-        let mut manifest = self.manifest.lock().unwrap_or_else(PoisonError::into_inner);
-        manifest.stages.insert(stage.to_owned(), StageManifest { summary, output_hash });
-        drop(manifest);
+        Ok(self.note(stage, summary, output_hash)?)
+    }
+
+    fn note(&self, stage: &str, summary: Summary, output_hash: String) -> Result<(), DurableError> {
+        self.change(|manifest| {
+            manifest.stages.insert(stage.to_owned(), StageManifest { summary, output_hash });
+        })
+    }
+
+    /// Notes where the problems came from.
+    pub fn note_sources(&self, sources: Vec<SourceManifest>) -> Result<(), DurableError> {
+        self.change(|manifest| manifest.sources = sources)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Manifest)) -> Result<(), DurableError> {
+        change(&mut self.manifest.lock().unwrap_or_else(PoisonError::into_inner));
         self.write_manifest()
     }
 
     /// Reads the records of a stage.
     pub fn read_stage<T: for<'de> Deserialize<'de>>(&self, stage: &str) -> anyhow::Result<Vec<T>> {
+        Ok(read_records(&self.existing(stage)?)?)
+    }
+
+    /// The same one by one, each with the offset of its line.
+    pub fn each_of<T: for<'de> Deserialize<'de>>(
+        &self,
+        stage: &str,
+    ) -> anyhow::Result<impl Iterator<Item = Result<(u64, T), ReadError>> + use<T>> {
+        Ok(each_record(&self.existing(stage)?)?)
+    }
+
+    fn existing(&self, stage: &str) -> anyhow::Result<PathBuf> {
         let path = self.stage_file(stage);
         anyhow::ensure!(path.exists(), "`{}` does not exist; run `potstill {stage}` first", path.display());
-        Ok(read_records(&path)?)
+        Ok(path)
     }
 
     /// The manifest as it stands.
@@ -121,9 +204,9 @@ impl RunFolder {
         self.manifest.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn write_manifest(&self) -> anyhow::Result<()> {
-        let manifest = self.manifest();
-        let json = serde_json::to_string_pretty(&manifest)?;
-        Ok(write_file(&self.path.join("run.json"), format!("{json}\n").as_bytes())?)
+    fn write_manifest(&self) -> Result<(), DurableError> {
+        // A manifest holds nothing that JSON cannot.
+        let json = serde_json::to_string_pretty(&self.manifest()).unwrap_or_default();
+        write_file(&self.path.join("run.json"), format!("{json}\n").as_bytes())
     }
 }

@@ -1,7 +1,9 @@
 //! Difficulty scorer: is the trace too terse, fitting or too convoluted for the student? An unreadable answer is asked
 //! again twice, then the trace counts as unscored.
 
-use potstill_data::records::{Cot, Difficulty, Problem};
+use potstill_data::records::{Cot, Difficulty, Dropped, Problem};
+
+use potstill_shared::client::LOOP;
 
 use crate::executor::{Outcome, Stage, StageError};
 use crate::prompts::{Prompts, Role};
@@ -84,6 +86,11 @@ pub fn last_word<T: Copy>(answer: &str, words: &[(&str, T)]) -> Option<T> {
     })
 }
 
+/// Why a trace that did not end by itself is left out.
+pub(crate) fn unfinished(cot: &Cot) -> &'static str {
+    if cot.finish_reason == LOOP { "loop" } else { "truncated" }
+}
+
 /// The stage.
 pub struct Grade {
     /// Who grades.
@@ -100,13 +107,13 @@ impl Stage for Grade {
 
     async fn process(&self, mut cot: Cot) -> Result<Outcome<Cot>, StageError> {
         if cot.finish_reason != "stop" {
-            return Ok(Outcome::Drop("truncated"));
+            return Ok(Outcome::drop(Dropped::trace(unfinished(&cot), cot)));
         }
         let words = [("easy", Difficulty::Easy), ("medium", Difficulty::Medium), ("hard", Difficulty::Hard)];
         let read = |answer: &str| last_word(answer, &words);
         let grade = self.judge.ask("difficulty", Role::Difficulty, &cot, read).await?;
         cot.difficulty = Some(grade.unwrap_or(Difficulty::Unscored));
-        Ok(Outcome::Keep(vec![cot]))
+        Ok(Outcome::keep(vec![cot]))
     }
 }
 

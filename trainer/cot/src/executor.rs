@@ -1,4 +1,4 @@
-//! One executor for all stages: bounded concurrency, counts by outcome, records handed on as they are done.
+//! One executor for all stages: a bounded window of records, counts by outcome, records handed on as they are done.
 //!
 //! A stage owns no state about a run. What was paid for is in the journal, so running a stage again over the same input
 //! gives the same output without asking again.
@@ -7,22 +7,33 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use futures_util::{StreamExt, stream};
+use potstill_data::records::Dropped;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::task::AbortOnDropHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
-/// What became of a record.
+/// What became of a record: what goes on, and what ends here.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Outcome<T> {
-    /// It goes on, as one record or several.
-    Keep(Vec<T>),
-    /// It ends here.
-    Drop(&'static str),
+pub struct Outcome<T> {
+    /// Records for the next stage.
+    pub kept: Vec<T>,
+    /// Records that end here, each with its reason.
+    pub dropped: Vec<Dropped>,
 }
 
-/// Why a stage, and with it the run, must stop. A single row that fails is an [`Outcome::Drop`] instead.
+impl<T> Outcome<T> {
+    /// These go on.
+    pub fn keep(kept: Vec<T>) -> Self {
+        Self { kept, dropped: Vec::new() }
+    }
+
+    /// This one ends here.
+    pub fn drop(dropped: Dropped) -> Self {
+        Self { kept: Vec::new(), dropped: vec![dropped] }
+    }
+}
+
+/// Why a stage, and with it the run, must stop. A single row that fails is [`Dropped`] instead.
 #[derive(Debug, thiserror::Error)]
 #[error("stage `{stage}`: {problem}")]
 pub struct StageError {
@@ -37,7 +48,7 @@ pub trait Stage: Send + Sync + 'static {
     /// What it takes.
     type In: Send + 'static;
     /// What it gives.
-    type Out: Send + Clone + 'static;
+    type Out: Send + 'static;
 
     /// For files, logs and counts.
     fn name(&self) -> &'static str;
@@ -49,6 +60,19 @@ pub trait Stage: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Outcome<Self::Out>, StageError>> + Send;
 }
 
+/// Where the outcomes of a stage are written as they come.
+pub trait Recorder<T>: Send + 'static {
+    /// Takes one; an error stops the stage.
+    fn record(&mut self, outcome: &Outcome<T>) -> Result<(), String>;
+}
+
+/// Nothing is written.
+impl<T> Recorder<T> for () {
+    fn record(&mut self, _: &Outcome<T>) -> Result<(), String> {
+        Ok(())
+    }
+}
+
 /// Counts of a stage while it runs.
 #[derive(Debug, Default)]
 pub struct Counts {
@@ -58,7 +82,7 @@ pub struct Counts {
     pub done: AtomicUsize,
     /// Records given.
     pub kept: AtomicUsize,
-    dropped: Mutex<BTreeMap<&'static str, usize>>,
+    dropped: Mutex<BTreeMap<String, usize>>,
 }
 
 /// Counts of a stage when it has ended, for its manifest.
@@ -72,6 +96,16 @@ pub struct Summary {
     pub dropped: BTreeMap<String, usize>,
 }
 
+impl Summary {
+    /// One more was dropped.
+    pub fn drop_one(&mut self, reason: &str) {
+        match self.dropped.get_mut(reason) {
+            Some(count) => *count += 1,
+            None => drop(self.dropped.insert(reason.to_owned(), 1)),
+        }
+    }
+}
+
 impl Counts {
     /// The counts now.
     pub fn summary(&self) -> Summary {
@@ -79,54 +113,67 @@ impl Counts {
         Summary {
             taken: self.taken.load(Ordering::Relaxed),
             kept: self.kept.load(Ordering::Relaxed),
-            dropped: dropped.iter().map(|(reason, count)| ((*reason).to_owned(), *count)).collect(),
+            dropped: dropped.clone(),
         }
     }
 
-    fn drop_one(&self, reason: &'static str) {
-        *self.dropped.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
+    fn add<T>(&self, outcome: &Outcome<T>) {
+        self.kept.fetch_add(outcome.kept.len(), Ordering::Relaxed);
+        if !outcome.dropped.is_empty() {
+            let mut dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
+            for record in &outcome.dropped {
+                *dropped.entry(record.reason.clone()).or_default() += 1;
+            }
+        }
     }
 }
 
 /// Records between two stages; also the most that wait there.
 const BETWEEN: usize = 256;
 
-/// Runs `stage` over `input`, at most `concurrency` records at once. The receiver gets what is kept, as it is done; the
-/// handle gives the error that stopped the stage, if any.
-pub fn run<S: Stage>(
+/// Runs `stage` over `input`, at most `window` records at once. The receiver gets what is kept, as it is done; the
+/// handle gives the recorder back, or the error that stopped the stage.
+pub fn run<S: Stage, R: Recorder<S::Out>>(
     stage: S,
-    input: mpsc::Receiver<S::In>,
-    concurrency: usize,
+    mut input: mpsc::Receiver<S::In>,
+    window: usize,
     counts: Arc<Counts>,
-) -> (mpsc::Receiver<S::Out>, tokio::task::JoinHandle<Result<(), StageError>>) {
+    mut recorder: R,
+) -> (mpsc::Receiver<S::Out>, JoinHandle<Result<R, StageError>>) {
     let (output, receiver) = mpsc::channel(BETWEEN);
     let handle = tokio::spawn(async move {
-        let stage = Arc::new(stage);
+        let (stage, window) = (Arc::new(stage), window.max(1));
+        let name = stage.name();
+        let stop = |problem| StageError { stage: name, problem };
         // A task for each record: calls in flight go on while the next stage is behind and this one waits to hand over.
-        let work = ReceiverStream::new(input).map(|record| {
-            counts.taken.fetch_add(1, Ordering::Relaxed);
-            let stage = Arc::clone(&stage);
-            AbortOnDropHandle::new(tokio::spawn(async move { stage.process(record).await }))
-        });
-        let mut results = std::pin::pin!(work.buffer_unordered(concurrency.max(1)));
-        while let Some(result) = results.next().await {
-            let name = stage.name();
-            let ended = result.map_err(|error| StageError { stage: name, problem: error.to_string() })?;
-            match ended? {
-                Outcome::Keep(records) => {
-                    counts.kept.fetch_add(records.len(), Ordering::Relaxed);
-                    for record in records {
+        // Tasks end with the set, so a stage that stops leaves none behind.
+        let mut tasks = JoinSet::new();
+        let mut more = true;
+        while more || !tasks.is_empty() {
+            tokio::select! {
+                record = input.recv(), if more && tasks.len() < window => match record {
+                    None => more = false,
+                    Some(record) => {
+                        counts.taken.fetch_add(1, Ordering::Relaxed);
+                        let stage = Arc::clone(&stage);
+                        tasks.spawn(async move { stage.process(record).await });
+                    }
+                },
+                Some(ended) = tasks.join_next(), if !tasks.is_empty() => {
+                    let outcome = ended.map_err(|error| stop(error.to_string()))??;
+                    recorder.record(&outcome).map_err(stop)?;
+                    counts.add(&outcome);
+                    for record in outcome.kept {
                         if output.send(record).await.is_err() {
                             // The next stage has stopped with an error of its own.
-                            return Ok(());
+                            return Ok(recorder);
                         }
                     }
+                    counts.done.fetch_add(1, Ordering::Relaxed);
                 }
-                Outcome::Drop(reason) => counts.drop_one(reason),
             }
-            counts.done.fetch_add(1, Ordering::Relaxed);
         }
-        Ok(())
+        Ok(recorder)
     });
     (receiver, handle)
 }
@@ -135,8 +182,7 @@ pub fn run<S: Stage>(
 pub fn feed<T: Send + 'static>(records: Vec<T>) -> mpsc::Receiver<T> {
     let (sender, receiver) = mpsc::channel(BETWEEN);
     tokio::spawn(async move {
-        let mut records = stream::iter(records);
-        while let Some(record) = records.next().await {
+        for record in records {
             if sender.send(record).await.is_err() {
                 return;
             }
@@ -145,19 +191,71 @@ pub fn feed<T: Send + 'static>(records: Vec<T>) -> mpsc::Receiver<T> {
     receiver
 }
 
-/// Copies a stream of records into a list on the way.
-pub fn tee<T: Clone + Send + 'static>(
-    mut input: mpsc::Receiver<T>,
-    list: Arc<Mutex<Vec<T>>>,
-) -> mpsc::Receiver<T> {
+/// Feeds records from a file, on a thread of its own. The handle gives the error that ended the reading.
+pub fn feed_file<T: Send + 'static, E: Send + 'static>(
+    records: impl Iterator<Item = Result<T, E>> + Send + 'static,
+) -> (mpsc::Receiver<T>, JoinHandle<Result<(), E>>) {
     let (sender, receiver) = mpsc::channel(BETWEEN);
-    tokio::spawn(async move {
-        while let Some(record) = input.recv().await {
-            list.lock().unwrap_or_else(PoisonError::into_inner).push(record.clone());
-            if sender.send(record).await.is_err() {
-                return;
+    let handle = tokio::task::spawn_blocking(move || {
+        for record in records {
+            if sender.blocking_send(record?).is_err() {
+                break;
             }
         }
+        Ok(())
     });
-    receiver
+    (receiver, handle)
+}
+
+#[cfg(test)]
+mod tests {
+    use potstill_data::records::Problem;
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    /// Lets records pass one by one, keeps those with an answer.
+    struct Answered {
+        open: Arc<Semaphore>,
+    }
+
+    impl Stage for Answered {
+        type In = Problem;
+        type Out = Problem;
+
+        fn name(&self) -> &'static str {
+            "answered"
+        }
+
+        async fn process(&self, problem: Problem) -> Result<Outcome<Problem>, StageError> {
+            self.open.acquire().await.unwrap().forget();
+            Ok(match problem.answer {
+                Some(_) => Outcome::keep(vec![problem]),
+                None => Outcome::drop(Dropped::problem("no_answer", problem)),
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn the_window_bounds_what_is_taken_and_everything_is_counted() {
+        let problems: Vec<Problem> =
+            (0..50).map(|n| Problem::new(format!("{n}"), (n % 5 > 0).then(|| "1".into()), "s")).collect();
+        let open = Arc::new(Semaphore::new(0));
+        let counts = Arc::new(Counts::default());
+        let stage = Answered { open: Arc::clone(&open) };
+        let (mut output, handle) = run(stage, feed(problems), 4, Arc::clone(&counts), ());
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(counts.summary().taken, 4, "no more than the window before one is done");
+        open.add_permits(50);
+        let mut kept = 0;
+        while output.recv().await.is_some() {
+            kept += 1;
+        }
+        handle.await.unwrap().unwrap();
+        let summary = counts.summary();
+        assert_eq!((summary.taken, summary.kept, kept), (50, 40, 40));
+        assert_eq!(summary.dropped, BTreeMap::from([("no_answer".to_owned(), 10)]));
+    }
 }

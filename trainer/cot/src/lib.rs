@@ -4,9 +4,12 @@
 //! Teachers are reached over HTTP only. Deliberately absent: tensors, servers, files other than the journal.
 #![forbid(unsafe_code)]
 
+pub mod classify;
 pub mod difficulty;
 pub mod executor;
+pub mod gate;
 pub mod generate;
+pub mod ledger;
 pub mod prompts;
 pub mod rewrite;
 pub mod rv_cd;

@@ -5,13 +5,18 @@ use std::sync::Arc;
 
 use minijinja::{Environment, context};
 use potstill_data::records::Problem;
+use potstill_data::tasks::TASKS;
 use potstill_shared::id::ContentId;
 
 /// What a prompt is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Solve a problem.
+    /// Sort a problem into a task.
+    Classify,
+    /// Solve a problem, thinking at length.
     Generate,
+    /// Solve a problem, thinking as long as it needs.
+    Adaptive,
     /// Grade a trace for the student.
     Difficulty,
     /// Make a terse trace longer.
@@ -30,8 +35,10 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
+        Self::Classify,
         Self::Generate,
+        Self::Adaptive,
         Self::Difficulty,
         Self::Extend,
         Self::Simplify,
@@ -44,7 +51,9 @@ impl Role {
     /// File name without `.jinja`.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Classify => "classify",
             Self::Generate => "generate",
+            Self::Adaptive => "adaptive",
             Self::Difficulty => "difficulty",
             Self::Extend => "extend",
             Self::Simplify => "simplify",
@@ -57,7 +66,9 @@ impl Role {
 
     fn default_source(self) -> &'static str {
         match self {
+            Self::Classify => include_str!("../prompts/classify.jinja"),
             Self::Generate => include_str!("../prompts/generate.jinja"),
+            Self::Adaptive => include_str!("../prompts/adaptive.jinja"),
             Self::Difficulty => include_str!("../prompts/difficulty.jinja"),
             Self::Extend => include_str!("../prompts/extend.jinja"),
             Self::Simplify => include_str!("../prompts/simplify.jinja"),
@@ -130,14 +141,15 @@ impl Prompts {
                     problem => problem.problem.as_str(),
                     answer => problem.answer.as_deref(),
                     completion => completion,
+                    tasks => TASKS.map(|(name, _)| name),
                 })
             })
             .map_err(|error| format!("prompt `{}`: {error}", role.name()))
     }
 
-    /// The prompt that asks for a solution.
-    pub fn for_problem(&self, problem: &Problem) -> Result<String, String> {
-        self.render(Role::Generate, problem, "")
+    /// The prompt that asks about a problem alone.
+    pub fn for_problem(&self, role: Role, problem: &Problem) -> Result<String, String> {
+        self.render(role, problem, "")
     }
 
     /// The prompt that asks about a completion.
@@ -170,7 +182,7 @@ mod tests {
     fn built_in_prompts_render() {
         let prompts = Prompts::load(None).unwrap();
         let problem = Problem::new("1 + 1?", Some("2".into()), "s");
-        assert!(prompts.for_problem(&problem).unwrap().contains("1 + 1?"));
+        assert!(prompts.for_problem(Role::Classify, &problem).unwrap().contains("Code Debug"));
         for role in Role::ALL {
             assert!(prompts.render(role, &problem, "trace").unwrap().contains("1 + 1?"));
         }

@@ -2,7 +2,9 @@
 //! that turns out less right than its source is never kept.
 
 use potstill_data::journal::Entry;
-use potstill_data::records::{Cot, Difficulty};
+use potstill_data::records::{Asked, Cot, Difficulty, Origin};
+use potstill_data::spool::Keyed;
+use potstill_shared::id::ContentId;
 use potstill_shared::reasoning::{CLOSE, OPEN};
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +20,12 @@ pub struct Candidate {
     pub cot: Cot,
     /// Its source.
     pub original: Option<Cot>,
+}
+
+impl Keyed for Candidate {
+    fn key(&self) -> (ContentId, String) {
+        self.cot.key()
+    }
 }
 
 /// The stage.
@@ -62,7 +70,7 @@ impl Stage for Rewrite {
     }
 
     async fn process(&self, cot: Cot) -> Result<Outcome<Candidate>, StageError> {
-        let unchanged = |cot| Ok(Outcome::Keep(vec![Candidate { cot, original: None }]));
+        let unchanged = |cot| Ok(Outcome::keep(vec![Candidate { cot, original: None }]));
         let (Some(model), Some(role)) = (&self.model, role(cot.difficulty)) else { return unchanged(cot) };
         let stop = |problem| StageError { stage: "rewrite", problem };
         let question = Question {
@@ -96,25 +104,32 @@ impl Stage for Rewrite {
         rewritten.thinking = thinking;
         rewritten.answer = answer;
         rewritten.parent = Some(cot.id.clone());
-        rewritten.origin.teacher.clone_from(model);
-        rewritten.origin.prompt_hash = self.prompts.hash(role);
-        rewritten.origin.temperature = self.temperature;
-        rewritten.origin.seed = question.seed;
+        rewritten.origin = Origin {
+            teacher: model.clone(),
+            sample: cot.origin.sample,
+            asked: Some(Asked {
+                request: entry.id.clone(),
+                prompt_hash: self.prompts.hash(role),
+                temperature: self.temperature,
+                seed: question.seed,
+            }),
+        };
         rewritten.completion_tokens = entry.completion_tokens;
         rewritten.difficulty = Some(Difficulty::Medium);
-        Ok(Outcome::Keep(vec![Candidate { cot: rewritten, original: Some(cot) }]))
+        Ok(Outcome::keep(vec![Candidate { cot: rewritten, original: Some(cot) }]))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use potstill_shared::id::ContentId;
-
     use super::*;
 
     fn read(content: &str, reasoning: Option<&str>) -> (Option<String>, String) {
         read_rewrite(&Entry {
             id: ContentId::of(&["q"]),
+            stage: String::new(),
+            model: String::new(),
+            seconds: 0.0,
             content: content.into(),
             reasoning: reasoning.map(str::to_owned),
             finish_reason: "stop".into(),

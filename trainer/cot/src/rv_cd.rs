@@ -31,10 +31,14 @@ impl Stage for Score {
     }
 
     async fn process(&self, mut cot: Cot) -> Result<Outcome<Cot>, StageError> {
-        let rv = self.judge.ask("score", Role::Rv, &cot, read_score).await?;
-        let cd = self.judge.ask("score", Role::Cd, &cot, read_score).await?;
+        // What a dataset brought along is not asked again.
+        let given = cot.scores.unwrap_or_default();
+        let ask = |role| self.judge.ask("score", role, &cot, read_score);
+        let rv = async { if given.rv.is_some() { Ok(given.rv) } else { ask(Role::Rv).await } };
+        let cd = async { if given.cd.is_some() { Ok(given.cd) } else { ask(Role::Cd).await } };
+        let (rv, cd) = futures_util::future::try_join(rv, cd).await?;
         cot.scores = Some(Scores { rv, cd });
-        Ok(Outcome::Keep(vec![cot]))
+        Ok(Outcome::keep(vec![cot]))
     }
 }
 

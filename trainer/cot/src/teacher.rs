@@ -4,16 +4,19 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use potstill_data::journal::{Entry, Journal};
-use potstill_shared::client::{CallError, Client};
+use potstill_data::journal::{Entry, Totals};
+use potstill_data::store::Store;
+use potstill_shared::client::{CallError, Client, Completion};
 use potstill_shared::id::ContentId;
 use potstill_shared::openai::{ChatMessage, ChatRequest, GenerationOptions};
 use serde_json::json;
 use tokio::sync::Mutex as AsyncMutex;
 
 use crate::executor::StageError;
+use crate::gate::{Gate, Gates};
+use crate::ledger::Ledger;
 
 /// So many questions given up without an answer between them stop the run.
 const MAX_FAILED_IN_A_ROW: u64 = 16;
@@ -93,13 +96,16 @@ pub struct Spent {
     pub completion_tokens: AtomicU64,
 }
 
-/// Asks teachers through one endpoint, with one journal.
+/// Asks teachers through one endpoint, with one store of answers and one budget.
 #[derive(Clone)]
 pub struct Teachers {
     client: Client,
-    journal: Arc<Journal>,
+    store: Arc<Store>,
     patience: Patience,
+    gates: Arc<Gates>,
+    ledger: Arc<Ledger>,
     spent: Arc<Spent>,
+    tally: Arc<Mutex<Totals>>,
     under_way: Arc<UnderWay>,
 }
 
@@ -135,9 +141,24 @@ impl Drop for Turn<'_> {
 }
 
 impl Teachers {
-    /// Joins endpoint and journal.
-    pub fn new(client: Client, journal: Arc<Journal>, patience: Patience) -> Self {
-        Self { client, journal, patience, spent: Arc::default(), under_way: Arc::default() }
+    /// Joins endpoint and store: no budget, and no more open requests than the stages make.
+    pub fn new(client: Client, store: Arc<Store>, patience: Patience) -> Self {
+        Self {
+            client,
+            store,
+            patience,
+            gates: Arc::new(Gates::new(u32::MAX as usize)),
+            ledger: Arc::default(),
+            spent: Arc::default(),
+            tally: Arc::default(),
+            under_way: Arc::default(),
+        }
+    }
+
+    /// The same within these limits.
+    #[must_use]
+    pub fn within(self, gates: Gates, ledger: Arc<Ledger>) -> Self {
+        Self { gates: Arc::new(gates), ledger, ..self }
     }
 
     /// What was spent so far.
@@ -145,23 +166,95 @@ impl Teachers {
         &self.spent
     }
 
+    /// The same, counted apart.
+    #[must_use]
+    pub fn with_own_tally(&self) -> Self {
+        Self { tally: Arc::default(), ..self.clone() }
+    }
+
+    /// What all answers took that were given here, from the journal or by a call.
+    pub fn tally(&self) -> Totals {
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn count(&self, question: &Question, entry: &Entry) {
+        let mut tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (question.stage.to_owned(), question.model.clone());
+        tally.entry(key).or_default().add(entry.prompt_tokens, entry.completion_tokens, entry.seconds);
+    }
+
     /// The endpoint.
     pub fn client(&self) -> &Client {
         &self.client
     }
 
+    /// How many requests may be open.
+    pub fn gates(&self) -> &Arc<Gates> {
+        &self.gates
+    }
+
+    /// The budget.
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    /// Where the answers are kept.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
     /// Answers a question, from the journal when it was answered before.
     pub async fn ask(&self, question: &Question) -> Result<Arc<Entry>, AskError> {
         let id = question.id();
-        if let Some(entry) = self.remembered(&id) {
+        if let Some(entry) = self.remembered(question, &id).await? {
             return Ok(entry);
         }
         // The same question may be under way (two traces that were rewritten to the same text): one call serves both.
         let turn = self.under_way.turn(&id);
         let _mine = turn.gate.lock().await;
-        if let Some(entry) = self.remembered(&id) {
+        if let Some(entry) = self.remembered(question, &id).await? {
             return Ok(entry);
         }
+        let gate = self.gates.of(&question.model);
+        let _place = gate.enter().await;
+        let stop = |problem: String| AskError::Run(StageError { stage: question.stage, problem });
+        // A token is a byte at least; templates add some.
+        let prompt_at_most = question.prompt.len() as u64 + 64;
+        let reserved = self
+            .ledger
+            .reserve(question.stage, &question.model, prompt_at_most, u64::from(question.max_tokens))
+            .await
+            .map_err(stop)?;
+        let (completion, seconds) = self.call(question, &id, &gate).await?;
+        reserved.settle(completion.usage.prompt_tokens, completion.usage.completion_tokens);
+        self.spent.calls.fetch_add(1, Ordering::Relaxed);
+        self.spent.failed_in_a_row.store(0, Ordering::Relaxed);
+        self.spent.prompt_tokens.fetch_add(completion.usage.prompt_tokens, Ordering::Relaxed);
+        self.spent.completion_tokens.fetch_add(completion.usage.completion_tokens, Ordering::Relaxed);
+        let entry = Entry {
+            id,
+            stage: question.stage.to_owned(),
+            model: question.model.clone(),
+            content: completion.content,
+            reasoning: completion.reasoning,
+            finish_reason: completion.finish_reason,
+            prompt_tokens: completion.usage.prompt_tokens,
+            completion_tokens: completion.usage.completion_tokens,
+            seconds,
+        };
+        let entry = self.store.commit(entry).await.map_err(|error| stop(error.to_string()))?;
+        self.count(question, &entry);
+        Ok(entry)
+    }
+
+    /// Calls until an answer comes, patience ends, or the answer is no; gives the answer and the seconds of the call that brought it.
+    async fn call(
+        &self,
+        question: &Question,
+        id: &ContentId,
+        gate: &Gate,
+    ) -> Result<(Completion, f64), AskError> {
+        let stage = question.stage;
         let request = ChatRequest {
             model: question.model.clone(),
             messages: vec![ChatMessage::text("user", question.prompt.as_str())],
@@ -175,13 +268,20 @@ impl Teachers {
             },
             ..ChatRequest::default()
         };
-        let headers = [("idempotency-key", id.as_str()), ("x-potstill-stage", question.stage)];
+        let headers = [("idempotency-key", id.as_str()), ("x-potstill-stage", stage)];
         let mut pause = self.patience.pause;
         let mut attempt = 1;
-        let completion = loop {
+        loop {
+            let begun = Instant::now();
             match self.client.chat(&request, &headers).await {
-                Ok(completion) => break completion,
-                Err(CallError::Retry { message, after }) => {
+                Ok(completion) => {
+                    gate.answered();
+                    return Ok((completion, begun.elapsed().as_secs_f64()));
+                }
+                Err(CallError::Retry { message, after, busy }) => {
+                    if busy {
+                        gate.busy(Instant::now());
+                    }
                     if attempt >= self.patience.attempts {
                         let failed = self.spent.failed_in_a_row.fetch_add(1, Ordering::Relaxed) + 1;
                         let message = format!("{message} ({attempt} attempts)");
@@ -189,25 +289,18 @@ impl Teachers {
                         return Err(if failed < MAX_FAILED_IN_A_ROW {
                             AskError::Row(message)
                         } else {
-                            let stage = question.stage;
                             let problem =
                                 format!("{message}, and so for the last {failed} questions; nothing is lost");
                             AskError::Run(StageError { stage, problem })
                         });
                     }
-                    tracing::debug!(
-                        stage = question.stage,
-                        attempt,
-                        message,
-                        "a call failed; it is tried again"
-                    );
+                    tracing::debug!(stage, attempt, message, "a call failed; it is tried again");
                     self.spent.retries.fetch_add(1, Ordering::Relaxed);
                     tokio::time::sleep(after.unwrap_or(pause).min(MAX_PAUSE)).await;
                     pause = (pause * 2).min(Duration::from_secs(30));
                     attempt += 1;
                 }
                 Err(CallError::Refused { message, status, code }) => {
-                    let stage = question.stage;
                     // A wrong key or model name will not get better row by row.
                     return Err(if matches!(status, 0 | 401 | 402 | 403 | 404) {
                         AskError::Run(StageError { stage, problem: message })
@@ -216,32 +309,22 @@ impl Teachers {
                     });
                 }
             }
-        };
-        self.spent.calls.fetch_add(1, Ordering::Relaxed);
-        self.spent.failed_in_a_row.store(0, Ordering::Relaxed);
-        self.spent.prompt_tokens.fetch_add(completion.usage.prompt_tokens, Ordering::Relaxed);
-        self.spent.completion_tokens.fetch_add(completion.usage.completion_tokens, Ordering::Relaxed);
-        let entry = Entry {
-            id,
-            content: completion.content,
-            reasoning: completion.reasoning,
-            finish_reason: completion.finish_reason,
-            prompt_tokens: completion.usage.prompt_tokens,
-            completion_tokens: completion.usage.completion_tokens,
-        };
-        let journal = Arc::clone(&self.journal);
-        let stage = question.stage;
-        let stop = |problem: String| AskError::Run(StageError { stage, problem });
-        tokio::task::spawn_blocking(move || journal.commit(entry))
-            .await
-            .map_err(|error| stop(error.to_string()))?
-            .map_err(|error| stop(error.to_string()))
+        }
     }
 
-    fn remembered(&self, id: &ContentId) -> Option<Arc<Entry>> {
-        let entry = self.journal.get(id)?;
-        self.spent.remembered.fetch_add(1, Ordering::Relaxed);
-        Some(entry)
+    async fn remembered(
+        &self,
+        question: &Question,
+        id: &ContentId,
+    ) -> Result<Option<Arc<Entry>>, AskError> {
+        let found = self.store.get(id).await.map_err(|error| {
+            AskError::Run(StageError { stage: question.stage, problem: error.to_string() })
+        })?;
+        if let Some(entry) = &found {
+            self.spent.remembered.fetch_add(1, Ordering::Relaxed);
+            self.count(question, entry);
+        }
+        Ok(found)
     }
 
     /// Asks a short question until `read` understands the answer: once as configured, then with other seeds.

@@ -1,10 +1,10 @@
 //! Verifier: rules first; a judge only where rules say `unknown`. Wrong traces are dropped. A rewrite that is not right
 //! falls back to its original, if that one is.
 
-use potstill_data::records::{Cot, Verdict, VerdictMethod};
+use potstill_data::records::{Cot, Dropped, Verdict, VerdictMethod};
 use potstill_verify::verifier::{Gold, Verifier};
 
-use crate::difficulty::Judge;
+use crate::difficulty::{Judge, unfinished};
 use crate::executor::{Outcome, Stage, StageError};
 use crate::prompts::Role;
 use crate::rewrite::Candidate;
@@ -68,23 +68,24 @@ impl Stage for Verify {
     }
 
     async fn process(&self, candidate: Candidate) -> Result<Outcome<Cot>, StageError> {
-        if candidate.cot.finish_reason != "stop" && candidate.original.is_none() {
-            return Ok(Outcome::Drop("truncated"));
-        }
-        let mut last = None;
+        // What was looked at and not kept, with its verdict: pairs of better and worse are made of it.
+        let mut dropped = Vec::new();
         for mut cot in std::iter::once(candidate.cot).chain(candidate.original) {
             if cot.finish_reason != "stop" {
                 // Nothing truncated is trained on, whatever its answer.
+                dropped.push(Dropped::trace(unfinished(&cot), cot));
                 continue;
             }
             let verdict = self.verdict(&cot).await?;
             let correct = verdict.correct;
             cot.verdict = Some(verdict);
-            if correct == Some(true) {
-                return Ok(Outcome::Keep(vec![cot]));
-            }
-            last = last.or(correct);
+            let reason = match correct {
+                Some(true) => return Ok(Outcome { kept: vec![cot], dropped }),
+                Some(false) => "wrong_answer",
+                None => "undecided",
+            };
+            dropped.push(Dropped::trace(reason, cot));
         }
-        Ok(Outcome::Drop(if last == Some(false) { "wrong_answer" } else { "undecided" }))
+        Ok(Outcome { kept: Vec::new(), dropped })
     }
 }

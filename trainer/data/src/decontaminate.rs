@@ -1,73 +1,190 @@
-//! Drops training problems that share a run of words with an evaluation problem: any common 10-gram of normalised words,
-//! or the whole text where the evaluation problem is shorter. What is dropped is listed, never silent.
+//! Finds training problems that an evaluation problem stands in: they share a run of ten words, or (where the evaluation problem
+//! is shorter) are the same, or are the same text but for some letters (normalised Indel similarity). What is found is
+//! counted by rule and listed, never silent.
 
 use std::collections::HashMap;
 
-use crate::dedup::words;
+use rapidfuzz::distance::indel;
+
+use crate::dedup::{normalised, words};
 use crate::records::Problem;
 
 /// Words in a run.
 pub const NGRAM: usize = 10;
+/// Indel similarity from which on two texts are the same, 0 to 1: that of OpenThoughts (the paper gives none).
+pub const INDEL: f64 = 0.95;
 
-/// A training problem that was dropped.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Contaminated {
-    /// The training problem.
-    pub problem: String,
-    /// The evaluation problem it overlaps with.
-    pub evaluation: String,
+/// Which rule found a problem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rule {
+    /// A shared run of words.
+    Ngram,
+    /// Nearly the same letters.
+    Indel,
 }
 
-/// Splits `problems` into those that are clean against `evaluation` and those that are not.
-pub fn decontaminate<'a>(
-    problems: Vec<Problem>,
-    evaluation: impl IntoIterator<Item = &'a Problem>,
-) -> (Vec<Problem>, Vec<Contaminated>) {
-    let mut grams: HashMap<String, &str> = HashMap::new();
-    let mut whole: HashMap<String, &str> = HashMap::new();
-    for problem in evaluation {
-        let words = words(&problem.problem);
-        for gram in words.windows(NGRAM) {
-            grams.entry(gram.join(" ")).or_insert(&problem.problem);
-        }
-        if words.len() < NGRAM {
-            whole.entry(words.join(" ")).or_insert(&problem.problem);
+impl Rule {
+    /// As in counts.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ngram => "contaminated_ngram",
+            Self::Indel => "contaminated_indel",
         }
     }
-    let mut dropped = Vec::new();
-    let kept = problems
-        .into_iter()
-        .filter(|problem| {
+}
+
+/// The evaluation problems, ready to be looked up.
+#[derive(Default)]
+pub struct HeldOut {
+    texts: Vec<Text>,
+    grams: HashMap<String, usize>,
+    whole: HashMap<String, usize>,
+    /// Texts in the order of their lengths.
+    by_length: Vec<usize>,
+}
+
+struct Text {
+    original: String,
+    letters: Vec<char>,
+    counts: Counts,
+}
+
+/// How often letters occur, folded into few classes: an upper bound of what two texts have in common.
+type Counts = [u16; 32];
+
+fn counts(letters: &[char]) -> Counts {
+    let mut counts = [0u16; 32];
+    for letter in letters {
+        let class = (*letter as usize) % 32;
+        counts[class] = counts[class].saturating_add(1);
+    }
+    counts
+}
+
+impl HeldOut {
+    /// Reads the evaluation problems.
+    pub fn new<'a>(evaluation: impl IntoIterator<Item = &'a Problem>) -> Self {
+        let mut held_out = Self::default();
+        for problem in evaluation {
+            let index = held_out.texts.len();
             let words = words(&problem.problem);
-            let hit = whole
-                .get(&words.join(" "))
-                .or_else(|| words.windows(NGRAM).find_map(|gram| grams.get(&gram.join(" "))));
-            if let Some(evaluation) = hit {
-                dropped.push(Contaminated {
-                    problem: problem.problem.clone(),
-                    evaluation: (*evaluation).to_owned(),
-                });
+            for gram in words.windows(NGRAM) {
+                held_out.grams.entry(gram.join(" ")).or_insert(index);
             }
-            hit.is_none()
-        })
-        .collect();
-    (kept, dropped)
+            if words.len() < NGRAM {
+                held_out.whole.entry(words.join(" ")).or_insert(index);
+            }
+            let letters: Vec<char> = normalised(&problem.problem).chars().collect();
+            let counts = counts(&letters);
+            held_out.texts.push(Text { original: problem.problem.clone(), letters, counts });
+        }
+        held_out.by_length = (0..held_out.texts.len()).collect();
+        held_out.by_length.sort_by_key(|index| held_out.texts[*index].letters.len());
+        held_out
+    }
+
+    /// The evaluation problem that stands in `text`, and the rule that found it.
+    pub fn find(&self, text: &str) -> Option<(Rule, &str)> {
+        if self.texts.is_empty() {
+            return None;
+        }
+        let words = words(text);
+        let gram = |gram: &[String]| self.grams.get(&gram.join(" "));
+        let shared = self.whole.get(&words.join(" ")).or_else(|| words.windows(NGRAM).find_map(gram));
+        if let Some(index) = shared {
+            return Some((Rule::Ngram, &self.texts[*index].original));
+        }
+        self.nearly(&normalised(text).chars().collect::<Vec<char>>()).map(|like| (Rule::Indel, like))
+    }
+
+    /// Similarity is `2 · common / (both lengths)`; most texts are told apart by their lengths and letter counts alone.
+    fn nearly(&self, letters: &[char]) -> Option<&str> {
+        let length = letters.len() as f64;
+        let (least, most) = (length * INDEL / (2.0 - INDEL), length * (2.0 - INDEL) / INDEL);
+        let first = self.by_length.partition_point(|at| (self.texts[*at].letters.len() as f64) < least);
+        let mine = counts(letters);
+        for text in self.by_length[first..].iter().map(|at| &self.texts[*at]) {
+            if text.letters.len() as f64 > most {
+                break;
+            }
+            let both = (letters.len() + text.letters.len()) as f64;
+            let common: u32 = mine.iter().zip(&text.counts).map(|(a, b)| u32::from(*a.min(b))).sum();
+            if 2.0 * f64::from(common) < INDEL * both {
+                continue;
+            }
+            let arguments = indel::Args::default().score_cutoff(INDEL);
+            let similar = indel::normalized_similarity_with_args(
+                letters.iter().copied(),
+                text.letters.iter().copied(),
+                &arguments,
+            );
+            if similar.is_some() {
+                return Some(&text.original);
+            }
+        }
+        None
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    fn held_out(texts: &[&str]) -> HeldOut {
+        let problems: Vec<Problem> = texts.iter().map(|text| Problem::new(*text, None, "e")).collect();
+        HeldOut::new(&problems)
+    }
 
     #[test]
     fn a_shared_run_of_words_is_found() {
-        let held_out =
-            [Problem::new("If a train leaves at noon and drives for three hours, how far?", None, "e")];
-        let problems =
-            ["Tom says: if a TRAIN leaves at noon, and drives for three hours what then", "A bus leaves."]
-                .map(|p| Problem::new(p, None, "s"))
-                .to_vec();
-        let (kept, dropped) = decontaminate(problems, &held_out);
-        assert_eq!((kept.len(), dropped.len()), (1, 1));
-        assert!(dropped[0].problem.starts_with("Tom"));
+        let held_out = held_out(&["If a train leaves at noon and drives for three hours, how far?"]);
+        let train = "Tom says: if a TRAIN leaves at noon, and drives for three hours what then";
+        assert_eq!(held_out.find(train).map(|(rule, _)| rule), Some(Rule::Ngram));
+        assert_eq!(held_out.find("A bus leaves."), None);
+        assert_eq!(HeldOut::default().find("A bus leaves."), None);
+    }
+
+    #[test]
+    fn the_same_text_but_for_some_letters_is_found() {
+        let text = "Jane's ducks lay 16 eggs. She eats 3, bakes with 4. How many remain?";
+        let held_out = held_out(&["What is 7 + 7?", text]);
+        let changed = text.replace("Jane's", "Janet’s").replace("eats", "eat");
+        assert_eq!(held_out.find(&changed), Some((Rule::Indel, text)));
+        assert_eq!(held_out.find(&changed.replace("How many remain", "What is left")), None);
+    }
+
+    /// The rule as it is written down, over all texts.
+    fn plainly(texts: &[String], text: &str) -> bool {
+        let letters = |text: &str| normalised(text).chars().collect::<Vec<char>>();
+        texts.iter().any(|other| {
+            let (a, b) = (letters(text), letters(other));
+            let mut row = vec![0usize; b.len() + 1];
+            for x in &a {
+                let mut diagonal = 0;
+                for (at, y) in b.iter().enumerate() {
+                    let above = row[at + 1];
+                    row[at + 1] = if x == y { diagonal + 1 } else { above.max(row[at]) };
+                    diagonal = above;
+                }
+            }
+            let both = a.len() + b.len();
+            both > 0 && 2.0 * row[b.len()] as f64 >= INDEL * both as f64
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_skipped_is_not_similar(texts in prop::collection::vec("[ab]{15,24}", 1..8), extra in "[abc]{0,2}", at in 0usize..15) {
+            let problems: Vec<Problem> = texts.iter().map(|text| Problem::new(text.as_str(), None, "e")).collect();
+            let held_out = HeldOut::new(&problems);
+            let mut changed = texts[0].clone();
+            changed.insert_str(at, &extra);
+            for text in texts.iter().chain([&changed]) {
+                let letters: Vec<char> = text.chars().collect();
+                prop_assert_eq!(held_out.nearly(&letters).is_some(), plainly(&texts, text));
+            }
+        }
     }
 }

@@ -1,8 +1,8 @@
-//! Removes problems whose text was seen before, spelling of white space and case aside.
+//! Finds problems whose text was seen before, spelling of white space and case aside.
 
 use std::collections::HashSet;
 
-use crate::records::Problem;
+use potstill_shared::id::ContentId;
 
 /// The text that two copies of a problem share.
 pub fn normalised(text: &str) -> String {
@@ -22,10 +22,16 @@ pub(crate) fn words(text: &str) -> Vec<String> {
     kept.split_whitespace().map(str::to_owned).collect()
 }
 
-/// Keeps the first of each group of copies; returns the rest as dropped.
-pub fn exact(problems: Vec<Problem>) -> (Vec<Problem>, Vec<Problem>) {
-    let mut seen = HashSet::new();
-    problems.into_iter().partition(|problem| seen.insert(normalised(&problem.problem)))
+/// Texts that were seen, 16 bytes each.
+#[derive(Default)]
+pub struct Seen(HashSet<u128>);
+
+impl Seen {
+    /// Whether this is the first copy of a text.
+    pub fn is_first(&mut self, text: &str) -> bool {
+        let id = ContentId::of(&[&normalised(text)]);
+        self.0.insert(u128::from_str_radix(id.as_str(), 16).unwrap_or_default())
+    }
 }
 
 #[cfg(test)]
@@ -34,9 +40,8 @@ mod tests {
 
     #[test]
     fn the_first_copy_stays() {
-        let problems = ["One  and one?", "one and ONE?", "two?"].map(|p| Problem::new(p, None, "s")).to_vec();
-        let (kept, dropped) = exact(problems);
-        assert_eq!(kept.len(), 2);
-        assert_eq!(dropped[0].problem, "one and ONE?");
+        let mut seen = Seen::default();
+        let first = ["One  and one?", "one and ONE?", "two?"].map(|text| seen.is_first(text));
+        assert_eq!(first, [true, false, true]);
     }
 }

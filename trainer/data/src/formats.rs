@@ -1,7 +1,11 @@
-//! Where published datasets keep a problem and its answer. Everything else of a row goes along as metadata.
+//! Where published datasets keep a problem, its answer and chains of thought. Everything else of a row that is short goes along
+//! as metadata.
 
+use potstill_shared::reasoning;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+use crate::records::{Given, Scores};
 
 /// A dataset, or a shape that many share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,6 +89,115 @@ impl Format {
             Self::EasyDistill => Ok((text("instruction")?, optional("answer"))),
         }
     }
+
+    /// The chains of thought of a row. What has no thinking apart from its answer is none.
+    pub fn traces(self, row: &Fields) -> Vec<Given> {
+        let text = |name: &str| row.get(name).and_then(as_text);
+        let whole = |teacher: &str, text: Option<String>| {
+            text.and_then(|text| trace_of(teacher, &text)).into_iter().collect::<Vec<_>>()
+        };
+        match self {
+            Self::Gsm8k | Self::Math | Self::NuminaMath => Vec::new(),
+            Self::DeepMath103k => {
+                let solutions = ["r1_solution_1", "r1_solution_2", "r1_solution_3"];
+                solutions.iter().flat_map(|name| whole("DeepSeek-R1", text(name))).collect()
+            }
+            Self::OpenCodeReasoning => whole("DeepSeek-R1", text("output")),
+            Self::OpenThoughts114k if row.contains_key("deepseek_reasoning") => {
+                let (thinking, answer) = (text("deepseek_reasoning"), text("deepseek_solution"));
+                given("DeepSeek-R1", thinking, answer, None).into_iter().collect()
+            }
+            Self::OpenThoughts114k => whole("DeepSeek-R1", first_answer(row)),
+            // The third edition was written by another teacher; its rows alone have a difficulty.
+            Self::OpenThoughts => {
+                let third = row.contains_key("difficulty");
+                whole(if third { "QwQ-32B" } else { "DeepSeek-R1" }, first_answer(row))
+            }
+            Self::ShareGpt => whole("unknown", first_answer(row)),
+            Self::Messages => first_message(row),
+            Self::OmniThought => {
+                let rows = row.get("reasoning").and_then(Value::as_array);
+                rows.into_iter().flatten().filter_map(|trace| omnithought(trace.as_object()?)).collect()
+            }
+            Self::Alpaca => whole("unknown", text("output")),
+            Self::EasyDistill => {
+                let scores = scores(row, "reasoning_verbosity", "cognitive_difficulty");
+                let apart = given("unknown", text("thought"), text("solution"), scores);
+                let joined = || trace_of("unknown", &text("response").or_else(|| text("output"))?);
+                apart.or_else(joined).into_iter().collect()
+            }
+        }
+    }
+}
+
+fn given(
+    teacher: &str,
+    thinking: Option<String>,
+    answer: Option<String>,
+    scores: Option<Scores>,
+) -> Option<Given> {
+    let (thinking, answer) = (thinking?.trim().to_owned(), answer?.trim().to_owned());
+    let whole = !thinking.is_empty() && !answer.is_empty();
+    whole.then(|| Given { teacher: teacher.to_owned(), thinking, answer, scores })
+}
+
+/// A trace out of a text that holds thinking and answer, in any of the usual forms.
+pub fn trace_of(teacher: &str, text: &str) -> Option<Given> {
+    let (thinking, answer) = reasoning::read(text);
+    given(teacher, thinking, Some(answer), None)
+}
+
+/// Scores that are numbers, or objects with a `level`.
+fn scores(row: &Fields, rv: &str, cd: &str) -> Option<Scores> {
+    let level = |name: &str| {
+        let value = row.get(name)?;
+        let number = value.get("level").unwrap_or(value);
+        let number = number.as_f64().or_else(|| number.as_str()?.trim().parse().ok())?;
+        (number.fract() == 0.0 && (0.0..=9.0).contains(&number)).then_some(number as u8)
+    };
+    let scores = Scores { rv: level(rv), cd: level(cd) };
+    (scores != Scores::default()).then_some(scores)
+}
+
+fn omnithought(row: &Fields) -> Option<Given> {
+    let text = |name: &str| row.get(name).and_then(as_text);
+    // What its authors found wrong is no example.
+    let wrong = match row.get("thought_correctness_verify") {
+        Some(Value::Bool(right)) => !right,
+        Some(value) => value.as_f64() == Some(0.0),
+        None => false,
+    };
+    if wrong {
+        return None;
+    }
+    let teacher = text("teacher").unwrap_or_else(|| "unknown".to_owned());
+    let scores = scores(row, "Reasoning_Verbosity", "Cognitive_Difficulty");
+    given(&teacher, text("thought"), text("solution"), scores).or_else(|| {
+        let whole = trace_of(&teacher, &text("full_response")?)?;
+        Some(Given { scores, ..whole })
+    })
+}
+
+/// What the first turn of the model says, where turns have `from` and `value`.
+fn first_answer(row: &Fields) -> Option<String> {
+    let turns = row.get("conversations")?.as_array()?;
+    let models = ["gpt", "assistant", "model"];
+    let turn = turns.iter().find(|turn| turn["from"].as_str().is_some_and(|from| models.contains(&from)))?;
+    turn.get("value").and_then(as_text)
+}
+
+fn first_message(row: &Fields) -> Vec<Given> {
+    let turns = row.get("messages").and_then(Value::as_array);
+    let Some(turn) = turns.into_iter().flatten().find(|turn| turn["role"] == "assistant") else {
+        return Vec::new();
+    };
+    let content = turn.get("content").and_then(as_text);
+    let apart = turn.get("reasoning_content").or_else(|| turn.get("thinking")).and_then(as_text);
+    let trace = match apart {
+        Some(thinking) => given("unknown", Some(thinking), content, None),
+        None => content.and_then(|text| trace_of("unknown", &text)),
+    };
+    trace.into_iter().collect()
 }
 
 fn as_text(value: &Value) -> Option<String> {
@@ -196,6 +309,48 @@ mod tests {
         ] {
             assert_eq!(read(format, row), Ok((problem.to_owned(), answer.map(str::to_owned))), "{format}");
         }
+    }
+
+    #[test]
+    fn traces_are_read_as_they_are_published() {
+        let sections = "<|begin_of_thought|>t<|end_of_thought|><|begin_of_solution|>a<|end_of_solution|>";
+        let tags = "<think>t</think>a";
+        let scored = Some(Scores { rv: Some(4), cd: Some(6) });
+        for (format, row, expected) in [
+            ("gsm8k", json!({"question": "q", "answer": "1\n#### 1"}), vec![]),
+            ("openthoughts-114k", json!({"problem": "q", "deepseek_reasoning": "t", "deepseek_solution": "a"}), vec![("DeepSeek-R1", None)]),
+            ("openthoughts-114k", json!({"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": sections}]}), vec![("DeepSeek-R1", None)]),
+            ("openthoughts", json!({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": tags}]}), vec![("DeepSeek-R1", None)]),
+            ("openthoughts", json!({"difficulty": 7, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": tags}]}), vec![("QwQ-32B", None)]),
+            ("deepmath-103k", json!({"question": "q", "r1_solution_1": tags, "r1_solution_2": "no tags", "r1_solution_3": tags}), vec![("DeepSeek-R1", None), ("DeepSeek-R1", None)]),
+            ("open-code-reasoning", json!({"input": "q", "output": tags}), vec![("DeepSeek-R1", None)]),
+            (
+                "omnithought",
+                json!({"question": "q", "reasoning": [
+                    {"thought": "t", "solution": "a", "teacher": "QwQ-32B", "thought_correctness_verify": true,
+                     "Reasoning_Verbosity": {"level": 4, "judge": "QwQ-32B"}, "Cognitive_Difficulty": {"level": 6, "judge": "QwQ-32B"}},
+                    {"full_response": tags, "teacher": "DeepSeek-R1", "Reasoning_Verbosity": 4, "Cognitive_Difficulty": "6"},
+                    {"thought": "t", "solution": "a", "teacher": "QwQ-32B", "thought_correctness_verify": false},
+                ]}),
+                vec![("QwQ-32B", scored), ("DeepSeek-R1", scored)],
+            ),
+            ("messages", json!({"messages": [{"role": "assistant", "reasoning_content": "t", "content": "a"}]}), vec![("unknown", None)]),
+            ("sharegpt", json!({"conversations": [{"from": "gpt", "value": "no tags"}]}), vec![]),
+            ("easydistill", json!({"instruction": "q", "thought": "t", "solution": "a", "reasoning_verbosity": 4, "cognitive_difficulty": 6}), vec![("unknown", scored)]),
+            ("easydistill", json!({"instruction": "q", "output": tags}), vec![("unknown", None)]),
+        ] {
+            let named: Format = serde_json::from_value(json!(format)).unwrap();
+            let found = named.traces(row.as_object().unwrap());
+            assert!(found.iter().all(|trace| trace.thinking == "t" && trace.answer == "a"), "{format}");
+            let found: Vec<_> = found.iter().map(|trace| (trace.teacher.as_str(), trace.scores)).collect();
+            assert_eq!(found, expected, "{format}: {row}");
+        }
+    }
+
+    #[test]
+    fn scores_outside_the_scale_are_none() {
+        let row = json!({"rv": 10, "cd": 4.5});
+        assert_eq!(scores(row.as_object().unwrap(), "rv", "cd"), None);
     }
 
     #[test]

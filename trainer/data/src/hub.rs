@@ -53,6 +53,23 @@ pub fn locate(path: &Path) -> Result<Vec<Located>, HubError> {
     )
 }
 
+/// The licence that the card of an address's repository names, where it has one.
+pub fn licence(path: &Path) -> Option<String> {
+    let address = Address::parse(&path.to_string_lossy()).ok()?;
+    let revision = address.revision.as_ref().map_or(String::new(), |revision| format!("@{revision}"));
+    let card = format!("{SCHEME}{}{}{revision}/README.md", address.kind, address.repo);
+    let card = locate(Path::new(&card)).ok()?.pop()?;
+    licence_of_card(&std::fs::read_to_string(card.path).ok()?)
+}
+
+/// `license` in the front matter of a card.
+fn licence_of_card(card: &str) -> Option<String> {
+    let (front, _) = card.strip_prefix("---")?.split_once("\n---")?;
+    let named = front.lines().find_map(|line| line.strip_prefix("license:"))?;
+    let named = named.trim().trim_matches(['"', '\'', '[', ']']).trim();
+    (!named.is_empty()).then(|| named.to_owned())
+}
+
 #[derive(Debug, PartialEq, Eq)]
 struct Address {
     text: String,
@@ -325,6 +342,15 @@ mod tests {
         ] {
             assert!(Address::parse(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn licences_stand_in_the_front_matter() {
+        let card = "---\nlanguage: en\nlicense: apache-2.0\n---\n# Name\nlicense: no";
+        assert_eq!(licence_of_card(card).as_deref(), Some("apache-2.0"));
+        assert_eq!(licence_of_card("---\nlicense: ['mit']\n---\n").as_deref(), Some("mit"));
+        assert_eq!(licence_of_card("# no front matter\nlicense: mit"), None);
+        assert_eq!(licence_of_card("---\ntags: a\n---\n"), None);
     }
 
     #[test]

@@ -9,9 +9,9 @@ use potstill_shared::durable::{DurableError, write_with};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::formats::Format;
+use crate::formats::{Format, trace_of};
 use crate::hub::{HubError, Located, locate};
-use crate::records::Problem;
+use crate::records::{Given, Problem};
 use crate::rows::{self, TableError};
 
 /// Why a file could not be read.
@@ -90,6 +90,35 @@ pub struct Source {
     /// At most so many rows; 0 for all.
     #[serde(default)]
     pub limit: usize,
+    /// Take the chains of thought that the rows hold, instead of asking teachers for new ones.
+    #[serde(default)]
+    pub traces: bool,
+    /// Field with thinking and answer in one text, for `traces` without a `format`.
+    #[serde(default)]
+    pub trace: Option<String>,
+    /// Who wrote those chains of thought, where the format does not tell.
+    #[serde(default)]
+    pub teacher: Option<String>,
+    /// Licence of the rows (an SPDX id), for the cards. What a hub's card says is read without it.
+    #[serde(default)]
+    pub licence: Option<String>,
+}
+
+impl Source {
+    /// A table with the fields `problem` and `answer`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            format: None,
+            problem: problem_field(),
+            answer: answer_field(),
+            limit: 0,
+            traces: false,
+            trace: None,
+            teacher: None,
+            licence: None,
+        }
+    }
 }
 
 fn problem_field() -> String {
@@ -102,21 +131,30 @@ fn answer_field() -> String {
 
 /// The share of bad rows that stops a run, in percent.
 pub const MAX_BAD_PERCENT: f64 = 1.0;
+/// Rows of one source that are put aside at most.
+const MAX_QUARANTINED: usize = 100_000;
 
-/// Reads the problems of a source.
-pub fn read_problems(source: &Source) -> Result<(Vec<Problem>, Vec<Quarantined>), ReadError> {
-    let (mut problems, mut bad, mut read) = (Vec::new(), Vec::new(), 0);
-    'files: for Located { shown, path } in locate(&source.path)? {
-        for row in rows::open(&path)? {
-            if source.limit > 0 && problems.len() >= source.limit {
+/// Longest text of a row that goes along as metadata, in bytes.
+const MAX_METADATA: usize = 1024;
+
+/// Hands every problem of a source to `take`, one after the other; gives the rows that could not be read.
+pub fn each_problem<E: From<ReadError>>(
+    source: &Source,
+    mut take: impl FnMut(Problem) -> Result<(), E>,
+) -> Result<Vec<Quarantined>, E> {
+    let (mut good, mut bad, mut read) = (0, Vec::new(), 0usize);
+    'files: for Located { shown, path } in locate(&source.path).map_err(ReadError::from)? {
+        for row in rows::open(&path).map_err(ReadError::from)? {
+            if source.limit > 0 && good >= source.limit {
                 break 'files;
             }
-            let row = row?;
+            let row = row.map_err(ReadError::from)?;
             read += 1;
             let (reason, text) = match row.fields {
                 Ok(fields) => match problem(fields, source, format!("{shown}:{}", row.number)) {
                     Ok(problem) => {
-                        problems.push(problem);
+                        good += 1;
+                        take(problem)?;
                         continue;
                     }
                     Err((reason, fields)) => {
@@ -126,6 +164,10 @@ pub fn read_problems(source: &Source) -> Result<(Vec<Problem>, Vec<Quarantined>)
                 Err(broken) => (broken.reason, broken.text),
             };
             bad.push(Quarantined { file: shown.clone(), line: row.number, reason, text });
+            // So many that it cannot end well, whatever comes: a table of another kind.
+            if bad.len() > MAX_QUARANTINED {
+                break 'files;
+            }
         }
     }
     // A handful of rows must not stop a run by one bad row alone.
@@ -138,41 +180,86 @@ pub fn read_problems(source: &Source) -> Result<(Vec<Problem>, Vec<Quarantined>)
             limit: MAX_BAD_PERCENT,
             row: first.line,
             reason: first.reason.clone(),
-        }),
-        _ => Ok((problems, bad)),
+        }
+        .into()),
+        _ => Ok(bad),
     }
+}
+
+/// All problems of a source that fits into memory.
+pub fn read_problems(source: &Source) -> Result<(Vec<Problem>, Vec<Quarantined>), ReadError> {
+    let mut problems = Vec::new();
+    let bad = each_problem::<ReadError>(source, |problem| {
+        problems.push(problem);
+        Ok(())
+    })?;
+    Ok((problems, bad))
 }
 
 type Fields = Map<String, Value>;
 
 fn problem(mut row: Fields, source: &Source, place: String) -> Result<Problem, (String, Fields)> {
-    if let Some(format) = source.format {
-        return match format.read(&row) {
-            Ok((problem, answer)) => {
-                row.retain(|_, value| value.as_str() != Some(problem.as_str()));
-                let mut record = Problem::new(problem, answer, place);
-                record.metadata = row;
-                Ok(record)
-            }
-            Err(reason) => Err((reason, row)),
-        };
+    let (problem, answer) = match source.format {
+        Some(format) => match format.read(&row) {
+            Ok(read) => read,
+            Err(reason) => return Err((reason, row)),
+        },
+        None => match mapped(&row, source) {
+            Ok(read) => read,
+            Err(reason) => return Err((reason, row)),
+        },
+    };
+    let traces = if source.traces { traces(&row, source) } else { Vec::new() };
+    if source.traces && traces.is_empty() {
+        return Err(("the row holds no chain of thought with thinking and answer".to_owned(), row));
     }
+    if source.format.is_none() {
+        row.remove(&source.problem);
+        row.remove(&source.answer);
+    }
+    // What stands elsewhere in the record, and texts that would be carried through every stage for nothing.
+    row.retain(|_, value| match value {
+        Value::String(text) => *text != problem && text.len() <= MAX_METADATA,
+        Value::Array(_) | Value::Object(_) => value.to_string().len() <= MAX_METADATA,
+        _ => true,
+    });
+    let mut record = Problem::new(problem, answer, place);
+    record.metadata = row;
+    record.traces = traces;
+    Ok(record)
+}
+
+/// Problem and answer where the recipe names their fields.
+fn mapped(row: &Fields, source: &Source) -> Result<(String, Option<String>), String> {
     let problem = match row.get(&source.problem) {
         Some(Value::String(text)) if !text.trim().is_empty() => text.clone(),
-        Some(_) => return Err((format!("field `{}` is empty or not a string", source.problem), row)),
-        None => return Err((format!("field `{}` is missing", source.problem), row)),
+        Some(_) => return Err(format!("field `{}` is empty or not a string", source.problem)),
+        None => return Err(format!("field `{}` is missing", source.problem)),
     };
     let answer = match row.get(&source.answer) {
         None | Some(Value::Null) => None,
         Some(Value::String(text)) => Some(text.clone()),
         Some(Value::Number(number)) => Some(number.to_string()),
-        Some(_) => return Err((format!("field `{}` is neither a string nor a number", source.answer), row)),
+        Some(_) => return Err(format!("field `{}` is neither a string nor a number", source.answer)),
     };
-    row.remove(&source.problem);
-    row.remove(&source.answer);
-    let mut record = Problem::new(problem, answer, place);
-    record.metadata = row;
-    Ok(record)
+    Ok((problem, answer))
+}
+
+fn traces(row: &Fields, source: &Source) -> Vec<Given> {
+    let mut traces = match (source.format, &source.trace) {
+        (Some(format), _) => format.traces(row),
+        (None, Some(field)) => {
+            let text = row.get(field).and_then(Value::as_str);
+            text.and_then(|text| trace_of("unknown", text)).into_iter().collect()
+        }
+        (None, None) => Vec::new(),
+    };
+    for trace in &mut traces {
+        if let Some(teacher) = source.teacher.as_ref().filter(|_| trace.teacher == "unknown") {
+            trace.teacher.clone_from(teacher);
+        }
+    }
+    traces
 }
 
 /// Writes records as JSONL, whole or not at all.
@@ -189,18 +276,36 @@ pub fn write_records<T: Serialize>(path: &Path, records: &[T]) -> Result<(), Dur
 
 /// Reads records that [`write_records`] wrote; any bad line is an error.
 pub fn read_records<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Vec<T>, ReadError> {
-    let io = |error| ReadError::Io { path: path.to_owned(), source: error };
-    let reader = BufReader::new(File::open(path).map_err(io)?);
-    let mut records = Vec::new();
-    for (number, line) in reader.lines().enumerate() {
-        let line = line.map_err(io)?;
-        records.push(serde_json::from_str(&line).map_err(|error| ReadError::Line {
-            path: path.to_owned(),
-            line: number + 1,
-            reason: error.to_string(),
-        })?);
-    }
-    Ok(records)
+    each_record(path)?.map(|record| record.map(|(_, record)| record)).collect()
+}
+
+/// The records of such a file one by one, each with the offset of its line.
+pub fn each_record<T: for<'de> Deserialize<'de>>(
+    path: &Path,
+) -> Result<impl Iterator<Item = Result<(u64, T), ReadError>> + use<T>, ReadError> {
+    let path = path.to_owned();
+    let io = |path: &Path, error| ReadError::Io { path: path.to_owned(), source: error };
+    let mut reader =
+        BufReader::with_capacity(1 << 18, File::open(&path).map_err(|error| io(&path, error))?);
+    let (mut line, mut offset, mut number) = (String::new(), 0, 0);
+    Ok(std::iter::from_fn(move || {
+        line.clear();
+        number += 1;
+        match reader.read_line(&mut line) {
+            Err(error) => Some(Err(io(&path, error))),
+            Ok(0) => None,
+            Ok(read) => {
+                let begin = offset;
+                offset += read as u64;
+                let record = serde_json::from_str(line.trim_end()).map_err(|error| ReadError::Line {
+                    path: path.clone(),
+                    line: number,
+                    reason: error.to_string(),
+                });
+                Some(record.map(|record| (begin, record)))
+            }
+        }
+    }))
 }
 
 #[cfg(test)]
@@ -211,7 +316,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("p.jsonl");
         potstill_shared::durable::write_file(&path, text).unwrap();
-        (folder, Source { path, format: None, problem: problem_field(), answer: answer_field(), limit: 0 })
+        (folder, Source::new(path))
     }
 
     #[test]

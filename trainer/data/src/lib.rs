@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod arithmetic;
+pub mod columns;
 pub mod decontaminate;
 pub mod dedup;
 pub mod formats;
@@ -12,6 +13,10 @@ pub mod hub;
 pub mod journal;
 pub mod jsonl;
 pub mod near;
+pub mod postgres;
 pub mod records;
 pub mod rows;
 pub mod sampler;
+pub mod spool;
+pub mod store;
+pub mod tasks;

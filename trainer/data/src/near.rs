@@ -5,9 +5,12 @@
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::Path;
+
+use potstill_shared::durable::{DurableError, Scratch};
+use serde_json::Value;
 
 use crate::dedup::words;
-use crate::records::Problem;
 
 /// Words of a run.
 const RUN: usize = 5;
@@ -15,19 +18,8 @@ const RUN: usize = 5;
 /// `1 - (1 - s^8)^20`: 0.98 at `s` = 0.8, 0.08 at 0.5.
 const BANDS: usize = 20;
 const ROWS: usize = 8;
-/// Texts of a group that a new one is compared with.
+/// Texts of a band that a new one is compared with.
 const COMPARED: usize = 64;
-
-/// A problem that was dropped.
-#[derive(Debug, Clone, PartialEq)]
-pub struct NearCopy {
-    /// What was dropped.
-    pub problem: Problem,
-    /// What it says nearly the same as.
-    pub like: String,
-    /// Shared runs among all runs of both, 0 to 1.
-    pub similarity: f64,
-}
 
 /// What a text is compared by.
 struct Shape {
@@ -63,7 +55,7 @@ impl Shape {
     }
 
     /// The hash of each band: the least values of `BANDS * ROWS` orders of the runs.
-    fn bands(&self) -> [u64; BANDS] {
+    fn bands(&self) -> [u32; BANDS] {
         std::array::from_fn(|band| {
             let least = |row: usize| {
                 let salt = (band * ROWS + row + 1) as u64;
@@ -75,44 +67,80 @@ impl Shape {
                 });
                 mixed.min().unwrap_or(0)
             };
-            hash((0..ROWS).map(least).collect::<Vec<_>>())
+            hash((0..ROWS).map(least).collect::<Vec<_>>()) as u32
         })
     }
 }
 
-/// Keeps the first of problems that share at least `threshold` of their runs; returns the others as dropped.
-pub fn near(problems: Vec<Problem>, threshold: f64) -> (Vec<Problem>, Vec<NearCopy>) {
-    let mut groups: HashMap<(usize, u64), Vec<u32>> = HashMap::new();
-    let (mut kept, mut dropped): (Vec<Problem>, Vec<NearCopy>) = (Vec::new(), Vec::new());
-    for problem in problems {
-        let shape = Shape::of(&problem.problem);
-        let bands = shape.bands();
-        let mut candidates: Vec<u32> = Vec::new();
-        for (band, hash) in bands.iter().enumerate() {
-            candidates.extend(groups.get(&(band, *hash)).into_iter().flatten());
-        }
-        candidates.sort_unstable();
-        candidates.dedup();
-        let like = candidates.iter().find_map(|at| {
-            let other: &Problem = &kept[*at as usize];
-            let similarity = shape.similarity(&Shape::of(&other.problem));
-            (similarity >= threshold).then(|| (other.problem.clone(), similarity))
-        });
-        match like {
-            Some((like, similarity)) => dropped.push(NearCopy { problem, like, similarity }),
-            None => {
-                for (band, hash) in bands.into_iter().enumerate() {
-                    let group = groups.entry((band, hash)).or_default();
-                    // A boilerplate that thousands share would make every comparison with all of them.
-                    if group.len() < COMPARED {
-                        group.push(kept.len() as u32);
-                    }
-                }
-                kept.push(problem);
+/// Problems that were kept, ready to be compared with. Of each stand in memory the hashes of its bands and of its numbers (some
+/// 400 bytes, with the maps); its text lies on the disk.
+pub struct Near {
+    threshold: f64,
+    /// By band: the last kept text whose runs gave a hash.
+    last: Vec<HashMap<u32, u32>>,
+    /// By kept text and band: the one before it with the same hash.
+    before: Vec<[u32; BANDS]>,
+    numbers: Vec<u64>,
+    places: Vec<u64>,
+    texts: Scratch,
+}
+
+/// No text before.
+const NONE: u32 = u32::MAX;
+
+impl Near {
+    /// Texts that share at least `threshold` of their runs are one; the texts lie on the disk of `folder`.
+    pub fn new(threshold: f64, folder: &Path) -> Result<Self, DurableError> {
+        Ok(Self {
+            threshold,
+            last: vec![HashMap::new(); BANDS],
+            before: Vec::new(),
+            numbers: Vec::new(),
+            places: Vec::new(),
+            texts: Scratch::new(folder)?,
+        })
+    }
+
+    /// The text kept before that says nearly the same; else keeps this one.
+    pub fn find_or_keep(&mut self, text: &str) -> Result<Option<String>, DurableError> {
+        let shape = Shape::of(text);
+        let (bands, numbers) = (shape.bands(), hash(&shape.numbers));
+        for at in self.candidates(&bands) {
+            if self.numbers[at as usize] != numbers {
+                continue;
+            }
+            let other = self.texts.read(self.places[at as usize])?;
+            let other: String = serde_json::from_str(&other).unwrap_or_default();
+            if shape.similarity(&Shape::of(&other)) >= self.threshold {
+                return Ok(Some(other));
             }
         }
+        let kept = self.places.len() as u32;
+        let before = std::array::from_fn(|band| self.last[band].insert(bands[band], kept).unwrap_or(NONE));
+        self.before.push(before);
+        self.numbers.push(numbers);
+        self.places.push(self.texts.append(Value::from(text).to_string().as_bytes())?);
+        Ok(None)
     }
-    (kept, dropped)
+
+    /// Kept texts that share a band, oldest first. A boilerplate that thousands share would make every comparison with all of
+    /// them: the last few of each band will do.
+    fn candidates(&self, bands: &[u32; BANDS]) -> Vec<u32> {
+        let mut found = Vec::new();
+        for (band, hash) in bands.iter().enumerate() {
+            let mut at = self.last[band].get(hash).copied().unwrap_or(NONE);
+            for _ in 0..COMPARED {
+                if at == NONE {
+                    break;
+                }
+                found.push(at);
+                at = self.before[at as usize][band];
+            }
+        }
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
 }
 
 #[cfg(test)]
@@ -121,8 +149,18 @@ mod tests {
 
     use super::*;
 
-    fn problems(texts: &[&str]) -> Vec<Problem> {
-        texts.iter().map(|text| Problem::new(*text, None, "s")).collect()
+    /// Kept texts, and what was dropped with what it is like.
+    fn near(texts: impl IntoIterator<Item = String>, threshold: f64) -> (Vec<String>, Vec<(String, String)>) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut near = Near::new(threshold, folder.path()).unwrap();
+        let (mut kept, mut dropped) = (Vec::new(), Vec::new());
+        for text in texts {
+            match near.find_or_keep(&text).unwrap() {
+                Some(like) => dropped.push((text, like)),
+                None => kept.push(text),
+            }
+        }
+        (kept, dropped)
     }
 
     const TRAIN: &str = "A train leaves the station of Hamburg at noon and drives to Munich with a speed of 90 kilometres an hour, \
@@ -132,17 +170,10 @@ mod tests {
     fn small_changes_of_words_are_the_same_problem_and_other_numbers_are_not() {
         let longer = format!("{TRAIN} Explain your answer.");
         let other = TRAIN.replace("90", "80");
-        let (kept, dropped) =
-            near(problems(&[TRAIN, "What is 2 + 2?", &longer, &other, "What is 3 + 2?"]), 0.8);
-        assert_eq!(
-            kept.iter().map(|kept| kept.problem.as_str()).collect::<Vec<_>>(),
-            [TRAIN, "What is 2 + 2?", &other, "What is 3 + 2?"]
-        );
-        assert_eq!(
-            (dropped.len(), dropped[0].like.as_str(), dropped[0].problem.problem.as_str()),
-            (1, TRAIN, longer.as_str())
-        );
-        assert!(dropped[0].similarity > 0.8 && dropped[0].similarity < 1.0);
+        let texts = [TRAIN, "What is 2 + 2?", &longer, &other, "What is 3 + 2?"].map(str::to_owned);
+        let (kept, dropped) = near(texts, 0.8);
+        assert_eq!(kept, [TRAIN, "What is 2 + 2?", &other, "What is 3 + 2?"]);
+        assert_eq!(dropped, [(longer, TRAIN.to_owned())]);
     }
 
     proptest! {
@@ -150,14 +181,13 @@ mod tests {
         /// Nothing is lost, what is dropped is like something kept, and what is kept twice is found again.
         #[test]
         fn every_problem_is_kept_or_dropped_with_its_reason(texts in prop::collection::vec("[a-d]( [a-d1-3]){3,14}", 1..40)) {
-            let given: Vec<Problem> = texts.iter().map(|text| Problem::new(text.clone(), None, "s")).collect();
-            let (kept, dropped) = near(given.clone(), 0.8);
-            prop_assert_eq!(kept.len() + dropped.len(), given.len());
-            for copy in &dropped {
-                prop_assert!(kept.iter().any(|kept| kept.problem == copy.like));
-                prop_assert!(Shape::of(&copy.problem.problem).similarity(&Shape::of(&copy.like)) >= 0.8);
+            let (kept, dropped) = near(texts.clone(), 0.8);
+            prop_assert_eq!(kept.len() + dropped.len(), texts.len());
+            for (text, like) in &dropped {
+                prop_assert!(kept.contains(like));
+                prop_assert!(Shape::of(text).similarity(&Shape::of(like)) >= 0.8);
             }
-            let again: Vec<Problem> = kept.iter().chain(&kept).cloned().collect();
+            let again: Vec<String> = kept.iter().chain(&kept).cloned().collect();
             prop_assert_eq!(near(again, 0.8).0.len(), kept.len());
         }
     }

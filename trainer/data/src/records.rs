@@ -4,6 +4,8 @@ use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::spool::Keyed;
+
 /// A problem to be solved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Problem {
@@ -16,9 +18,41 @@ pub struct Problem {
     pub answer: Option<String>,
     /// Where it came from: the source and the line.
     pub source: String,
+    /// Its task among [`crate::tasks::TASKS`], set by the classify stage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<String>,
+    /// How often it was drawn to fill the share of its task: so many times the usual number of traces are asked for.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub copies: u32,
+    /// Chains of thought that its source brings along.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub traces: Vec<Given>,
     /// Other fields of the source's row.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub metadata: Map<String, Value>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_one(copies: &u32) -> bool {
+    *copies == 1
+}
+
+/// A chain of thought that a published dataset holds, with what its authors say of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Given {
+    /// Who wrote it.
+    pub teacher: String,
+    /// The thinking.
+    pub thinking: String,
+    /// The answer behind it.
+    pub answer: String,
+    /// RV and CD, where they were scored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scores: Option<Scores>,
 }
 
 impl Problem {
@@ -26,7 +60,16 @@ impl Problem {
     pub fn new(problem: impl Into<String>, answer: Option<String>, source: impl Into<String>) -> Self {
         let problem = problem.into();
         let id = ContentId::of(&["problem", &problem]);
-        Self { id, problem, answer, source: source.into(), metadata: Map::new() }
+        Self {
+            id,
+            problem,
+            answer,
+            source: source.into(),
+            task: None,
+            copies: 1,
+            traces: Vec::new(),
+            metadata: Map::new(),
+        }
     }
 }
 
@@ -76,17 +119,27 @@ pub struct Scores {
     pub cd: Option<u8>,
 }
 
-/// How a text was asked for.
+/// Where a text came from: how it was asked for, or that its dataset brought it along.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Origin {
     /// The model.
     pub teacher: String,
+    /// Index among the samples of the problem.
+    pub sample: u32,
+    /// How it was asked for; nothing where the source brought it along.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<Asked>,
+}
+
+/// How a text was asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Id of the question; its answer stands in the journal.
+    pub request: ContentId,
     /// Hash of the prompt template.
     pub prompt_hash: ContentId,
     /// Sampling temperature.
     pub temperature: f64,
-    /// Index among the samples of the problem.
-    pub sample: u32,
     /// Seed sent with the request.
     pub seed: i64,
 }
@@ -128,9 +181,73 @@ impl Cot {
         ContentId::of(&["cot", problem.id.as_str(), thinking, answer])
     }
 
+    /// Copies of one text have one id, whoever wrote them; parents and samples decide their order.
+    fn rest_of_key(&self) -> String {
+        let seed = self.origin.asked.as_ref().map_or(0, |asked| asked.seed);
+        let parent = self.parent.as_ref().map_or("", ContentId::as_str);
+        format!("{parent} {seed:020} {:06} {}", self.origin.sample, self.origin.teacher)
+    }
+
     /// The completion as the student shall write it.
     pub fn completion(&self) -> String {
         format!("<think>{}</think>{}", self.thinking, self.answer)
+    }
+}
+
+impl Keyed for Problem {
+    fn key(&self) -> (ContentId, String) {
+        (self.id.clone(), String::new())
+    }
+}
+
+impl Keyed for Cot {
+    fn key(&self) -> (ContentId, String) {
+        (self.id.clone(), self.rest_of_key())
+    }
+}
+
+/// What a stage took and did not give on, and why.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Dropped {
+    /// The reason, one of few per stage.
+    pub reason: String,
+    /// What it is like, where it was dropped for being like something.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub like: Option<String>,
+    /// What was dropped.
+    #[serde(flatten)]
+    pub subject: Subject,
+}
+
+/// What stages drop.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Subject {
+    /// A problem.
+    Problem(Box<Problem>),
+    /// A chain of thought.
+    Trace(Box<Cot>),
+}
+
+impl Dropped {
+    /// A problem that ends here.
+    pub fn problem(reason: &str, problem: Problem) -> Self {
+        Self { reason: reason.to_owned(), like: None, subject: Subject::Problem(Box::new(problem)) }
+    }
+
+    /// A trace that ends here.
+    pub fn trace(reason: &str, trace: Cot) -> Self {
+        Self { reason: reason.to_owned(), like: None, subject: Subject::Trace(Box::new(trace)) }
+    }
+}
+
+impl Keyed for Dropped {
+    fn key(&self) -> (ContentId, String) {
+        let (id, rest) = match &self.subject {
+            Subject::Problem(problem) => problem.key(),
+            Subject::Trace(trace) => trace.key(),
+        };
+        (id, format!("{} {rest} {}", self.reason, self.like.as_deref().unwrap_or_default()))
     }
 }
 

@@ -1,8 +1,9 @@
 //! Target-aware selection: which correct traces a student of a given size should learn.
 //!
-//! The paper selects by RV and CD but publishes no formula. Ours: weight `exp(-β |RV - CD|) · exp(-β · distance of CD to
-//! the student's window)` with β = 0.5, sampling without replacement by weight (Efraimidis and Spirakis 2006), at most k
-//! traces per problem. Traces without scores get the mean weight of the scored ones.
+//! The paper selects by RV and CD but publishes no formula. Ours ([`Selection::Window`]): weight `exp(-β |RV - CD|) · exp(-β ·
+//! distance of CD to the student's window)` with β = 0.5, sampling without replacement by weight (Efraimidis and Spirakis 2006).
+//! Traces without scores get the mean weight of the scored ones. Beside it stand the rules that EasyDistill ships: a range of both
+//! scores, and so many traces per bin of CD with the RV nearest to a target. All keep at most k traces per problem.
 
 use std::collections::HashMap;
 
@@ -12,14 +13,69 @@ use serde::{Deserialize, Serialize};
 
 use crate::records::{Cot, Scores};
 
+/// By which rule traces are chosen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Selection {
+    /// By weight, around the student's window.
+    #[default]
+    Window,
+    /// Those with RV and CD within limits, evenly.
+    Range,
+    /// So many per bin of CD, those with the RV nearest to the bin's target.
+    Bins,
+}
+
+/// Which RV a bin asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RvTarget {
+    /// 2 in every bin.
+    Low,
+    /// 5.
+    Medium,
+    /// 8.
+    High,
+    /// From 2 in the first bin to 8 in the last.
+    #[default]
+    Matched,
+}
+
+impl RvTarget {
+    /// The target of a bin among `bins`, on the scale from 0 to 9.
+    pub fn of(self, bin: usize, bins: usize) -> f64 {
+        match self {
+            Self::Low => 2.0,
+            Self::Medium => 5.0,
+            Self::High => 8.0,
+            Self::Matched if bins < 2 => 5.0,
+            Self::Matched => 2.0 + 6.0 * bin as f64 / (bins - 1) as f64,
+        }
+    }
+}
+
 /// What the student can take.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SamplePolicy {
-    /// Lowest cognitive difficulty that fits the student.
-    pub cd_min: u8,
+    /// The rule.
+    pub selection: Selection,
+    /// Weights of the student, in thousand millions: stands for its window of CD.
+    pub size_b: f64,
+    /// Lowest cognitive difficulty that fits the student, instead of what its size says.
+    pub cd_min: Option<u8>,
     /// Highest.
-    pub cd_max: u8,
+    pub cd_max: Option<u8>,
+    /// Lowest reasoning verbosity, for `range`.
+    pub rv_min: u8,
+    /// Highest.
+    pub rv_max: u8,
+    /// Where the second bin of CD begins, the third, and so on, for `bins`.
+    pub bins: Vec<u8>,
+    /// Traces per bin; 0 for all.
+    pub per_bin: usize,
+    /// Which of a bin are taken first.
+    pub rv_target: RvTarget,
     /// At most so many traces per problem.
     pub per_problem: usize,
     /// At most so many traces in all; 0 for all that fit.
@@ -31,7 +87,33 @@ pub struct SamplePolicy {
 impl Default for SamplePolicy {
     /// For a student of up to 3B weights.
     fn default() -> Self {
-        Self { cd_min: 2, cd_max: 5, per_problem: 2, limit: 0, seed: 0 }
+        Self {
+            selection: Selection::Window,
+            size_b: 3.0,
+            cd_min: None,
+            cd_max: None,
+            rv_min: 3,
+            rv_max: 5,
+            bins: vec![3, 6],
+            per_bin: 0,
+            rv_target: RvTarget::Matched,
+            per_problem: 2,
+            limit: 0,
+            seed: 0,
+        }
+    }
+}
+
+impl SamplePolicy {
+    /// Lowest and highest CD that fits the student.
+    pub fn window(&self) -> (u8, u8) {
+        let (least, most) = match self.size_b {
+            size if size <= 3.5 => (2, 5),
+            size if size <= 10.0 => (3, 6),
+            size if size <= 24.0 => (4, 7),
+            _ => (5, 9),
+        };
+        (self.cd_min.unwrap_or(least), self.cd_max.unwrap_or(most))
     }
 }
 
@@ -39,33 +121,60 @@ impl Default for SamplePolicy {
 pub fn weight(scores: Scores, policy: &SamplePolicy) -> Option<f64> {
     const BETA: f64 = 0.5;
     let (rv, cd) = (f64::from(scores.rv?), f64::from(scores.cd?));
-    let distance = (f64::from(policy.cd_min) - cd).max(cd - f64::from(policy.cd_max)).max(0.0);
+    let (least, most) = policy.window();
+    let distance = (f64::from(least) - cd).max(cd - f64::from(most)).max(0.0);
     Some((-BETA * (rv - cd).abs()).exp() * (-BETA * distance).exp())
 }
 
+/// What the choice needs to know of a trace.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Candidate {
+    /// First bits of its id.
+    pub id: u64,
+    /// First bits of its problem's id.
+    pub problem: u64,
+    /// Its scores.
+    pub scores: Scores,
+}
+
+impl Candidate {
+    /// Of a trace.
+    pub fn of(trace: &Cot) -> Self {
+        Self {
+            id: trace.id.seed(),
+            problem: trace.problem.id.seed(),
+            scores: trace.scores.unwrap_or_default(),
+        }
+    }
+
+    /// A number from 0 to 1 that is the trace's own, so that the draw does not depend on the order.
+    fn lot(&self, seed: u64) -> f64 {
+        1.0 - ChaCha8Rng::seed_from_u64(self.id ^ seed).random::<f64>()
+    }
+}
+
 /// Indices of the chosen traces, in input order.
-pub fn choose(traces: &[Cot], policy: &SamplePolicy) -> Vec<usize> {
-    let weights: Vec<Option<f64>> =
-        traces.iter().map(|trace| weight(trace.scores.unwrap_or_default(), policy)).collect();
-    let known: Vec<f64> = weights.iter().flatten().copied().collect();
-    let mean = if known.is_empty() { 1.0 } else { known.iter().sum::<f64>() / known.len() as f64 };
-    // The larger ln(u) / w, the earlier the draw; a stream per trace keeps the draw independent of the order.
-    let mut keys: Vec<(f64, usize)> = traces
-        .iter()
-        .zip(&weights)
-        .enumerate()
-        .map(|(index, (trace, weight))| {
-            let mut rng = ChaCha8Rng::seed_from_u64(trace.id.seed() ^ policy.seed);
-            ((1.0 - rng.random::<f64>()).ln() / weight.unwrap_or(mean), index)
-        })
-        .collect();
-    keys.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    let mut taken: HashMap<&str, usize> = HashMap::new();
+pub fn choose(traces: &[Candidate], policy: &SamplePolicy) -> Vec<usize> {
+    let mut order = match policy.selection {
+        Selection::Window => by_weight(traces, policy),
+        Selection::Range => within_range(traces, policy),
+        Selection::Bins => by_bin(traces, policy),
+    };
+    // The larger, the earlier.
+    order.sort_by(|a, b| b.rank.total_cmp(&a.rank).then(a.index.cmp(&b.index)));
+    let mut of_problem: HashMap<u64, usize> = HashMap::new();
+    let mut of_bin: HashMap<usize, usize> = HashMap::new();
     let mut chosen = Vec::new();
-    for (_, index) in keys {
-        let count = taken.entry(traces[index].problem.id.as_str()).or_default();
-        if *count < policy.per_problem && (policy.limit == 0 || chosen.len() < policy.limit) {
-            *count += 1;
+    for Ranked { index, bin, .. } in order {
+        if policy.limit > 0 && chosen.len() >= policy.limit {
+            break;
+        }
+        let in_bin = of_bin.entry(bin).or_default();
+        let in_problem = of_problem.entry(traces[index].problem).or_default();
+        let bin_is_full = policy.selection == Selection::Bins && policy.per_bin > 0 && *in_bin >= policy.per_bin;
+        if *in_problem < policy.per_problem && !bin_is_full {
+            *in_problem += 1;
+            *in_bin += 1;
             chosen.push(index);
         }
     }
@@ -73,53 +182,124 @@ pub fn choose(traces: &[Cot], policy: &SamplePolicy) -> Vec<usize> {
     chosen
 }
 
+struct Ranked {
+    rank: f64,
+    index: usize,
+    bin: usize,
+}
+
+fn by_weight(traces: &[Candidate], policy: &SamplePolicy) -> Vec<Ranked> {
+    let weights: Vec<Option<f64>> = traces.iter().map(|trace| weight(trace.scores, policy)).collect();
+    let known: Vec<f64> = weights.iter().flatten().copied().collect();
+    let mean = if known.is_empty() { 1.0 } else { known.iter().sum::<f64>() / known.len() as f64 };
+    let ranked = traces.iter().zip(&weights).enumerate();
+    ranked
+        .map(|(index, (trace, weight))| {
+            let rank = trace.lot(policy.seed).ln() / weight.unwrap_or(mean);
+            Ranked { rank, index, bin: 0 }
+        })
+        .collect()
+}
+
+fn within_range(traces: &[Candidate], policy: &SamplePolicy) -> Vec<Ranked> {
+    let (least, most) = policy.window();
+    let fits = |scores: &Scores| {
+        scores.rv.is_some_and(|rv| (policy.rv_min..=policy.rv_max).contains(&rv))
+            && scores.cd.is_some_and(|cd| (least..=most).contains(&cd))
+    };
+    let fitting = traces.iter().enumerate().filter(|(_, trace)| fits(&trace.scores));
+    fitting.map(|(index, trace)| Ranked { rank: trace.lot(policy.seed), index, bin: 0 }).collect()
+}
+
+fn by_bin(traces: &[Candidate], policy: &SamplePolicy) -> Vec<Ranked> {
+    let mut ranked = Vec::new();
+    for (index, trace) in traces.iter().enumerate() {
+        let (Some(rv), Some(cd)) = (trace.scores.rv, trace.scores.cd) else { continue };
+        let bin = policy.bins.iter().filter(|edge| cd >= **edge).count();
+        let target = policy.rv_target.of(bin, policy.bins.len() + 1);
+        // Equally near ones by lot.
+        let rank = -(f64::from(rv) - target).abs() + 1e-6 * trace.lot(policy.seed);
+        ranked.push(Ranked { rank, index, bin });
+    }
+    ranked
+}
+
+/// How many traces have which RV and CD.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Histogram {
+    /// By RV, then by CD.
+    pub counts: [[u32; 10]; 10],
+    /// Traces without both.
+    pub unscored: u32,
+}
+
+impl Histogram {
+    /// Of these scores.
+    pub fn of(scores: impl IntoIterator<Item = Scores>) -> Self {
+        let mut histogram = Self::default();
+        for scores in scores {
+            match (scores.rv, scores.cd) {
+                (Some(rv @ 0..=9), Some(cd @ 0..=9)) => {
+                    histogram.counts[usize::from(rv)][usize::from(cd)] += 1;
+                }
+                _ => histogram.unscored += 1,
+            }
+        }
+        histogram
+    }
+
+    /// Traces with both.
+    pub fn scored(&self) -> u32 {
+        self.counts.iter().flatten().sum()
+    }
+
+    /// The mean of something over the scored traces; 0 without any.
+    pub fn mean(&self, of: impl Fn(f64, f64) -> f64) -> f64 {
+        let mut sum = 0.0;
+        for (rv, row) in self.counts.iter().enumerate() {
+            for (cd, count) in row.iter().enumerate() {
+                sum += f64::from(*count) * of(rv as f64, cd as f64);
+            }
+        }
+        sum / f64::from(self.scored().max(1))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::records::{Origin, Problem};
 
-    fn trace(problem: u32, text: u32, rv: u8, cd: u8) -> Cot {
-        let problem = Problem::new(format!("p{problem}"), None, "s");
-        let thinking = format!("t{text}");
-        Cot {
-            id: Cot::content_id(&problem, &thinking, "1"),
-            problem,
-            thinking,
-            answer: "1".into(),
-            origin: Origin {
-                teacher: "t".into(),
-                prompt_hash: potstill_shared::id::ContentId::of(&["p"]),
-                temperature: 1.0,
-                sample: 0,
-                seed: 0,
-            },
-            finish_reason: "stop".into(),
-            completion_tokens: 1,
-            parent: None,
-            difficulty: None,
-            verdict: None,
-            scores: Some(Scores { rv: Some(rv), cd: Some(cd) }),
-        }
+    fn trace(problem: u64, text: u64, rv: u8, cd: u8) -> Candidate {
+        let id = potstill_shared::id::ContentId::of(&[&text.to_string()]).seed();
+        Candidate { id, problem, scores: Scores { rv: Some(rv), cd: Some(cd) } }
     }
+
+    const ALL: [Selection; 3] = [Selection::Window, Selection::Range, Selection::Bins];
 
     proptest! {
         #[test]
-        fn bounds_hold_and_order_does_not_matter(seed: u64, rows in prop::collection::vec((0u32..6, 0u8..10, 0u8..10), 1..40), limit in 0usize..20) {
-            let traces: Vec<Cot> = rows.iter().enumerate().map(|(i, &(p, rv, cd))| trace(p, i as u32, rv, cd)).collect();
-            let policy = SamplePolicy { limit, seed, ..SamplePolicy::default() };
+        fn bounds_hold_and_order_does_not_matter(
+            seed: u64, rows in prop::collection::vec((0u64..6, 0u8..10, 0u8..10), 1..40), limit in 0usize..20, per_bin in 0usize..4, rule in 0usize..3
+        ) {
+            let traces: Vec<Candidate> = rows.iter().enumerate().map(|(i, &(p, rv, cd))| trace(p, i as u64, rv, cd)).collect();
+            let policy = SamplePolicy { selection: ALL[rule], limit, per_bin, seed, ..SamplePolicy::default() };
             let chosen = choose(&traces, &policy);
             prop_assert!(limit == 0 || chosen.len() <= limit);
-            let mut counts = HashMap::new();
+            let (mut counts, mut bins) = (HashMap::new(), HashMap::new());
             for &index in &chosen {
-                *counts.entry(traces[index].problem.id.clone()).or_insert(0) += 1;
+                *counts.entry(traces[index].problem).or_insert(0) += 1;
+                *bins.entry(traces[index].scores.cd.unwrap() / 3).or_insert(0) += 1;
+                if policy.selection == Selection::Range {
+                    prop_assert!((3..=5).contains(&traces[index].scores.rv.unwrap()) && (2..=5).contains(&traces[index].scores.cd.unwrap()));
+                }
             }
             prop_assert!(counts.values().all(|&count| count <= policy.per_problem));
             let mut reversed = traces.clone();
             reversed.reverse();
-            let again: Vec<_> = choose(&reversed, &policy).iter().map(|&i| reversed[i].id.clone()).collect();
-            let mut first: Vec<_> = chosen.iter().map(|&i| traces[i].id.clone()).collect();
+            let again: Vec<_> = choose(&reversed, &policy).iter().map(|&i| reversed[i].id).collect();
+            let mut first: Vec<_> = chosen.iter().map(|&i| traces[i].id).collect();
             first.reverse();
             prop_assert_eq!(again, first);
         }
@@ -128,9 +308,34 @@ mod tests {
     #[test]
     fn traces_that_fit_are_drawn_more_often() {
         let policy = SamplePolicy { limit: 50, per_problem: 1, ..SamplePolicy::default() };
-        let traces: Vec<Cot> =
+        let traces: Vec<Candidate> =
             (0..200).map(|i| if i % 2 == 0 { trace(i, i, 4, 4) } else { trace(i, i, 9, 2) }).collect();
         let fitting = choose(&traces, &policy).iter().filter(|&&i| i % 2 == 0).count();
         assert!(fitting > 40, "{fitting} of 50");
+    }
+
+    /// EasyDistill 2.0 spaces the targets up to 10 and gives a CD of 9 a bin of its own; the scale ends at 9.
+    #[test]
+    fn matched_targets_stay_on_the_scale() {
+        let targets: Vec<f64> = (0..3).map(|bin| RvTarget::Matched.of(bin, 3)).collect();
+        assert_eq!(targets, [2.0, 5.0, 8.0]);
+        let policy = SamplePolicy { selection: Selection::Bins, per_bin: 1, ..SamplePolicy::default() };
+        let traces = [trace(1, 1, 8, 9), trace(2, 2, 2, 9), trace(3, 3, 2, 6), trace(4, 4, 3, 0)];
+        assert_eq!(choose(&traces, &policy), [0, 3], "6 and 9 share the last bin");
+    }
+
+    #[test]
+    fn the_window_follows_the_size() {
+        let window = |size_b| SamplePolicy { size_b, ..SamplePolicy::default() }.window();
+        assert_eq!([0.5, 3.0, 7.0, 14.0, 32.0].map(window), [(2, 5), (2, 5), (3, 6), (4, 7), (5, 9)]);
+        assert_eq!(SamplePolicy { cd_max: Some(9), ..SamplePolicy::default() }.window(), (2, 9));
+    }
+
+    #[test]
+    fn histograms_count_all() {
+        let scores = [(Some(4), Some(6)), (Some(4), Some(6)), (Some(1), None)];
+        let histogram = Histogram::of(scores.map(|(rv, cd)| Scores { rv, cd }));
+        assert_eq!((histogram.counts[4][6], histogram.scored(), histogram.unscored), (2, 2, 1));
+        assert!((histogram.mean(|rv, cd| cd - rv) - 2.0).abs() < 1e-12);
     }
 }

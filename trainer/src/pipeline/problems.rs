@@ -1,99 +1,184 @@
-//! Collect: problems from files and generators, without copies and without what the evaluation will ask.
+//! Collect: problems from files and generators, without copies and without what the evaluation will ask. Resample: so many of
+//! each task as its share says. Both hold a few bytes of each problem in memory, not the problems.
+
+use std::collections::{BTreeMap, HashSet};
 
 use anyhow::Context;
 use potstill_cot::executor::Summary;
-use potstill_data::jsonl::{read_problems, write_records};
-use potstill_data::near::near;
-use potstill_data::records::Problem;
-use potstill_data::{arithmetic, decontaminate, dedup};
-
-use serde::Serialize;
+use potstill_data::decontaminate::HeldOut;
+use potstill_data::dedup::Seen;
+use potstill_data::jsonl::{ReadError, Source, each_problem, read_problems, write_records};
+use potstill_data::near::Near;
+use potstill_data::records::{Dropped, Problem};
+use potstill_data::tasks::{self, OTHERS, TASKS};
+use potstill_data::{arithmetic, hub};
+use potstill_shared::durable::Lines;
 
 use super::Run;
-use crate::recipe::Builtin;
+use crate::recipe::{Builtin, ResampleSection};
+use crate::run::{SourceManifest, StageFiles};
 
-/// A line of `dropped.jsonl`: a problem that was left out, why, and what it is like.
-#[derive(Serialize)]
-struct Dropped<'a> {
-    reason: &'static str,
-    problem: &'a str,
-    like: &'a str,
+/// What every problem of a source has to pass, and where it goes then.
+struct Sieve {
+    held_out: HeldOut,
+    seen: Seen,
+    near: Option<Near>,
+    files: StageFiles<Problem>,
+    summary: Summary,
 }
 
-impl<'a> Dropped<'a> {
-    fn new(reason: &'static str, problem: &'a str, like: &'a str) -> Self {
-        Self { reason, problem, like }
+impl Sieve {
+    /// Whether the problem was kept.
+    fn take(&mut self, problem: Problem) -> anyhow::Result<bool> {
+        self.summary.taken += 1;
+        let text = &problem.problem;
+        let reason = if let Some((rule, like)) = self.held_out.find(text) {
+            Some((rule.name(), like.to_owned()))
+        } else if !self.seen.is_first(text) {
+            Some(("duplicate", text.clone()))
+        } else {
+            let like = self.near.as_mut().map(|near| near.find_or_keep(text)).transpose()?.flatten();
+            like.map(|like| ("near_duplicate", like))
+        };
+        match reason {
+            None => self.keep(&problem)?,
+            Some((reason, like)) => {
+                self.summary.drop_one(reason);
+                let dropped = Dropped { like: Some(like), ..Dropped::problem(reason, problem) };
+                self.files.dropped.push(&dropped)?;
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn keep(&mut self, problem: &Problem) -> anyhow::Result<()> {
+        self.summary.kept += 1;
+        Ok(self.files.kept.push(problem)?)
+    }
+}
+
+/// Errors of a sieve and of what it reads.
+struct Failed(anyhow::Error);
+
+impl From<ReadError> for Failed {
+    fn from(error: ReadError) -> Self {
+        Self(error.into())
     }
 }
 
 impl Run {
-    pub(super) fn collect(&self) -> anyhow::Result<Vec<Problem>> {
+    /// Reads all sources into `stages/collect.jsonl`; gives the number of problems.
+    pub(super) fn collect(&self) -> anyhow::Result<usize> {
         let section = self.recipe.collect.as_ref().context("the recipe has no `collect`")?;
         let held_out = self.held_out()?;
-        let mut problems = Vec::new();
-        let mut quarantined = Vec::new();
-        for source in &section.sources {
-            let (good, bad) = read_problems(source)?;
-            problems.extend(good);
-            quarantined.extend(bad);
+        let mut against = held_out.clone();
+        for source in &section.against {
+            against.extend(read_problems(source)?.0);
         }
-        let mut taken = problems.len() + quarantined.len();
-        if !quarantined.is_empty() {
-            let path = self.folder.path().join("quarantine.jsonl");
-            write_records(&path, &quarantined)?;
-            let count = quarantined.len();
-            self.progress.say(format!("{count} lines could not be read; see `{}`", path.display()));
-        }
-        let (problems, contaminated) = decontaminate::decontaminate(problems, &held_out);
-        let (problems, copies) = dedup::exact(problems);
-        let (mut problems, near_copies) = match section.near {
-            Some(threshold) => near(problems, threshold),
-            None => (problems, Vec::new()),
+        let near = section.near.map(|share| Near::new(share, self.folder.path())).transpose()?;
+        let mut sieve = Sieve {
+            held_out: HeldOut::new(&against),
+            seen: Seen::default(),
+            near,
+            files: self.folder.files()?,
+            summary: Summary::default(),
         };
+        let (mut sources, mut quarantined) = (Vec::new(), Vec::new());
+        for source in &section.sources {
+            let (mut rows, mut kept) = (0, 0);
+            let bad = each_problem::<Failed>(source, |problem| {
+                rows += 1;
+                kept += usize::from(sieve.take(problem).map_err(Failed)?);
+                Ok(())
+            })
+            .map_err(|Failed(error)| error)?;
+            rows += bad.len();
+            sieve.summary.taken += bad.len();
+            bad.iter().for_each(|_| sieve.summary.drop_one("quarantined"));
+            quarantined.extend(bad);
+            sources.push(SourceManifest {
+                path: source.path.display().to_string(),
+                licence: licence(source),
+                rows,
+                kept,
+            });
+        }
+        let aside = self.folder.path().join("quarantine.jsonl");
+        if !quarantined.is_empty() {
+            write_records(&aside, &quarantined)?;
+            let count = quarantined.len();
+            self.progress.say(format!("{count} rows could not be read; see `{}`", aside.display()));
+        }
+        if let Some(builtin) = &section.builtin {
+            sources.push(SourceManifest {
+                path: format!("built in: {:?}, seed {}", builtin.task, builtin.seed).to_lowercase(),
+                licence: Some(env!("CARGO_PKG_LICENSE").to_lowercase()),
+                rows: builtin.problems,
+                kept: builtin.problems,
+            });
+        }
         // Generated problems differ from the held-out ones by construction; their few sentence patterns would all count
         // as shared runs of words.
         if let Some(builtin) = &section.builtin {
             let held_out = held_out.iter().map(|problem| problem.problem.clone()).collect();
-            let made = generated(builtin, &held_out);
-            taken += made.len();
-            problems.extend(made);
-        }
-        let dropped: Vec<Dropped> = contaminated
-            .iter()
-            .map(|hit| Dropped::new("contaminated", &hit.problem, &hit.evaluation))
-            .chain(copies.iter().map(|copy| Dropped::new("duplicate", &copy.problem, &copy.problem)))
-            .chain(
-                near_copies
-                    .iter()
-                    .map(|copy| Dropped::new("near_duplicate", &copy.problem.problem, &copy.like)),
-            )
-            .collect();
-        if !dropped.is_empty() {
-            write_records(&self.folder.path().join("dropped.jsonl"), &dropped)?;
-        }
-        problems.sort_by(|a, b| a.id.cmp(&b.id));
-        let mut summary = Summary { taken, kept: problems.len(), ..Summary::default() };
-        for (reason, count) in [
-            ("quarantined", quarantined.len()),
-            ("duplicate", copies.len()),
-            ("near_duplicate", near_copies.len()),
-            ("contaminated", contaminated.len()),
-        ] {
-            if count > 0 {
-                summary.dropped.insert(reason.to_owned(), count);
+            for problem in generated(builtin, &held_out) {
+                sieve.summary.taken += 1;
+                sieve.keep(&problem)?;
             }
         }
-        self.folder.write_stage("collect", &problems, summary)?;
-        self.progress.say(format!(
-            "collect: {taken} in, {} kept ({} quarantined, {} duplicate, {} nearly so, {} contaminated)",
-            problems.len(),
-            quarantined.len(),
-            copies.len(),
-            near_copies.len(),
-            contaminated.len()
-        ));
-        anyhow::ensure!(!problems.is_empty(), "no problem is left to work on");
-        Ok(problems)
+        let Sieve { files, summary, .. } = sieve;
+        self.progress.say(format!("collect: {}", in_words(&summary)));
+        anyhow::ensure!(summary.kept > 0, "no problem is left to work on");
+        let kept = summary.kept;
+        self.folder.publish("collect", files, summary)?;
+        self.folder.note_sources(sources)?;
+        Ok(kept)
+    }
+
+    /// Draws problems so that each task has its share; gives their number.
+    pub(super) fn resample(&self) -> anyhow::Result<usize> {
+        let section = self.recipe.resample.as_ref().context("the recipe has no `resample`")?;
+        let mut by_task: BTreeMap<String, Vec<(u64, u64)>> = BTreeMap::new();
+        for row in self.folder.each_of::<Problem>("classify")? {
+            let (place, problem) = row?;
+            let task = problem.task.unwrap_or_else(|| OTHERS.to_owned());
+            by_task.entry(task).or_default().push((problem.id.seed(), place));
+        }
+        let taken = by_task.values().map(Vec::len).sum();
+        let have = by_task.iter().map(|(task, ids)| (task.clone(), ids.len())).collect();
+        let total = section.total.unwrap_or(taken);
+        let quotas = tasks::quotas(&have, &section.shares(), total, section.cap);
+        let mut copies: Vec<(u64, u32)> = Vec::with_capacity(taken);
+        for (task, problems) in &by_task {
+            let ids: Vec<u64> = problems.iter().map(|(id, _)| *id).collect();
+            let drawn = tasks::draw(&ids, quotas[task].drawn, self.recipe.seed);
+            copies.extend(problems.iter().map(|(_, place)| *place).zip(drawn));
+        }
+        let lines = Lines::open(&self.folder.stage_file("classify"))?;
+        let mut files = self.folder.files::<Problem>()?;
+        let mut summary = Summary { taken, ..Summary::default() };
+        for (place, copies) in copies {
+            let mut problem: Problem = serde_json::from_str(&lines.read(place)?)?;
+            if copies == 0 {
+                summary.drop_one("not_drawn");
+                files.dropped.push(&Dropped::problem("not_drawn", problem))?;
+            } else {
+                problem.copies = copies;
+                summary.kept += 1;
+                files.kept.push(&problem)?;
+            }
+        }
+        self.progress.say(format!("resample: {}", in_words(&summary)));
+        let mut table = String::from("task                  have  wanted   drawn");
+        for (task, quota) in &quotas {
+            table.push_str(&format!("\n{task:<18} {:>7} {:>7} {:>7}", quota.have, quota.wanted, quota.drawn));
+        }
+        self.progress.say(table);
+        anyhow::ensure!(summary.kept > 0, "no problem is left to work on");
+        let kept = summary.kept;
+        self.folder.publish("resample", files, summary)?;
+        Ok(kept)
     }
 
     pub(super) fn held_out(&self) -> anyhow::Result<Vec<Problem>> {
@@ -103,14 +188,65 @@ impl Run {
             problems.extend(read_problems(source)?.0);
         }
         if let Some(builtin) = &section.builtin {
-            problems.extend(generated(builtin, &std::collections::HashSet::new()));
+            problems.extend(generated(builtin, &HashSet::new()));
         }
         Ok(problems)
     }
+
+    /// First bits of the ids of the problems that a stage left, and their places in its file; the longest expected traces first: what
+    /// takes long must not come last, when nothing else is left to fill the nodes. A trace that the source brings along tells best,
+    /// else the length of the problem.
+    pub(super) fn places_longest_first(&self, stage: &str) -> anyhow::Result<Vec<(u64, u64)>> {
+        let mut found = Vec::new();
+        for row in self.folder.each_of::<Problem>(stage)? {
+            let (place, problem) = row?;
+            let trace = problem.traces.iter().map(|trace| trace.thinking.len()).max();
+            let length = trace.unwrap_or(problem.problem.len()) as u32;
+            found.push((std::cmp::Reverse(length), place, problem.id.seed()));
+        }
+        found.sort_unstable();
+        Ok(found.into_iter().map(|(_, place, id)| (id, place)).collect())
+    }
+
+    /// The problems that a stage left, in that order.
+    pub(super) fn longest_first(
+        &self,
+        stage: &str,
+    ) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Problem>> + Send + use<>> {
+        let places = self.places_longest_first(stage)?;
+        let lines = Lines::open(&self.folder.stage_file(stage))?;
+        Ok(places.into_iter().map(move |(_, place)| Ok(serde_json::from_str(&lines.read(place)?)?)))
+    }
+}
+
+impl ResampleSection {
+    /// The shares of the recipe, or the published ones.
+    fn shares(&self) -> BTreeMap<String, f64> {
+        match &self.shares {
+            Some(shares) => shares.clone(),
+            None => TASKS.iter().map(|(name, share)| ((*name).to_owned(), *share)).collect(),
+        }
+    }
+}
+
+/// The licence that the recipe or the hub names.
+fn licence(source: &Source) -> Option<String> {
+    source.licence.clone().or_else(|| hub::licence(&source.path))
+}
+
+/// Counts on one line.
+pub(super) fn in_words(summary: &Summary) -> String {
+    let mut text = format!("{} in, {} kept", summary.taken, summary.kept);
+    if !summary.dropped.is_empty() {
+        let reasons: Vec<String> =
+            summary.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
+        text.push_str(&format!(" ({})", reasons.join(", ")));
+    }
+    text
 }
 
 /// Problems from a generator; none of them is in `taken`.
-fn generated(builtin: &Builtin, taken: &std::collections::HashSet<String>) -> Vec<Problem> {
+fn generated(builtin: &Builtin, taken: &HashSet<String>) -> Vec<Problem> {
     let problems = arithmetic::distinct(builtin.problems, builtin.seed, taken);
     let keep_every = if builtin.without_answer > 0.0 {
         (1.0 / builtin.without_answer).round() as usize

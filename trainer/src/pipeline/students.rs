@@ -77,11 +77,12 @@ impl Run {
     }
 
     /// Trains the reward models that the recipe asks for and writes them as model folders.
-    pub(super) async fn reward_models(&self, scored: &[Cot]) -> anyhow::Result<()> {
+    pub(super) async fn reward_models(&self) -> anyhow::Result<()> {
         if self.recipe.reward.is_none() {
             return Ok(());
         }
-        let (recipe, progress, scored) = (Arc::clone(&self.recipe), self.progress.clone(), scored.to_vec());
+        let scored: Vec<Cot> = self.folder.read_stage("score")?;
+        let (recipe, progress) = (Arc::clone(&self.recipe), self.progress.clone());
         let train = self.folder.path().join("train");
         let targets = [Metric::Rv, Metric::Cd].map(|metric| (metric, self.reward_folder(metric)));
         tokio::task::spawn_blocking(move || {

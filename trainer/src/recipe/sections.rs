@@ -1,5 +1,6 @@
 //! The sections of a recipe, each with its defaults. A new option touches one struct here.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use potstill_cot::generate::TeacherConfig;
@@ -92,6 +93,26 @@ pub struct CollectSection {
     /// Problems of the sources that share so much of their five-word runs, and all numbers, are one; 0 to 1, nothing is compared
     /// if left out.
     pub near: Option<f64>,
+    /// Problems that must not be in it, besides those of `evaluate`: benchmarks that the student will meet.
+    #[serde(default)]
+    pub against: Vec<Source>,
+}
+
+/// How many problems of each task are drawn.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResampleSection {
+    /// Problems in all; as many as there are if left out.
+    pub total: Option<usize>,
+    /// How often one problem is drawn at most.
+    #[serde(default = "default_cap")]
+    pub cap: u32,
+    /// Shares by task, of any sum; DistilQwen2's if left out.
+    pub shares: Option<BTreeMap<String, f64>>,
+}
+
+fn default_cap() -> u32 {
+    4
 }
 
 /// Who writes chains of thought.
@@ -165,6 +186,20 @@ pub struct StudentSection {
     /// Threads of the node that serves it.
     #[serde(default = "one")]
     pub threads: usize,
+}
+
+impl StudentSection {
+    /// For a recipe without a student.
+    pub(super) fn nobody(name: &str) -> Self {
+        Self {
+            name: format!("{name}-student").chars().take(96).collect(),
+            base: None,
+            init: None,
+            prompt: default_prompt(),
+            export: ExportType::default(),
+            threads: 1,
+        }
+    }
 }
 
 fn default_prompt() -> String {

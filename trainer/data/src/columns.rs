@@ -1,0 +1,306 @@
+//! Writes rows as Parquet: JSON values taken apart into columns with repetition and definition levels (Dremel, Melnik et al. 2010),
+//! in row groups of bounded size.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+use parquet::basic::{Compression, ConvertedType, LogicalType, Repetition, Type as Physical, ZstdLevel};
+use parquet::data_type::{BoolType, ByteArray, ByteArrayType, DoubleType, Int64Type};
+use parquet::file::properties::WriterProperties;
+use parquet::file::writer::SerializedFileWriter;
+use parquet::schema::types::Type;
+use potstill_shared::durable::{DurableError, write_with};
+use serde_json::Value;
+
+/// Rows that are in memory at once.
+const GROUP: usize = 2000;
+
+/// What a column holds. Everything may be missing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kind {
+    /// UTF-8.
+    Text,
+    /// 64 bits, signed.
+    Int,
+    /// 64 bits.
+    Double,
+    /// True or false.
+    Bool,
+    /// Any number of these.
+    List(Box<Kind>),
+    /// Named fields.
+    Fields(Vec<(&'static str, Kind)>),
+}
+
+impl Kind {
+    /// A list of these.
+    pub fn list(self) -> Self {
+        Self::List(Box::new(self))
+    }
+
+    fn leaves(&self) -> usize {
+        match self {
+            Self::List(inner) => inner.leaves(),
+            Self::Fields(fields) => fields.iter().map(|(_, kind)| kind.leaves()).sum(),
+            _ => 1,
+        }
+    }
+
+    fn schema(&self, name: &str) -> parquet::errors::Result<Type> {
+        let leaf = |physical, logical| {
+            Type::primitive_type_builder(name, physical)
+                .with_repetition(Repetition::OPTIONAL)
+                .with_logical_type(logical)
+                .build()
+        };
+        match self {
+            Self::Text => leaf(Physical::BYTE_ARRAY, Some(LogicalType::String)),
+            Self::Int => leaf(Physical::INT64, None),
+            Self::Double => leaf(Physical::DOUBLE, None),
+            Self::Bool => leaf(Physical::BOOLEAN, None),
+            Self::List(inner) => {
+                let repeated = Type::group_type_builder("list")
+                    .with_repetition(Repetition::REPEATED)
+                    .with_fields(vec![Arc::new(inner.schema("element")?)])
+                    .build()?;
+                Type::group_type_builder(name)
+                    .with_repetition(Repetition::OPTIONAL)
+                    .with_converted_type(ConvertedType::LIST)
+                    .with_logical_type(Some(LogicalType::List))
+                    .with_fields(vec![Arc::new(repeated)])
+                    .build()
+            }
+            Self::Fields(fields) => Type::group_type_builder(name)
+                .with_repetition(Repetition::OPTIONAL)
+                .with_fields(schemas(fields)?)
+                .build(),
+        }
+    }
+}
+
+fn schemas(fields: &[(&'static str, Kind)]) -> parquet::errors::Result<Vec<Arc<Type>>> {
+    fields.iter().map(|(name, kind)| Ok(Arc::new(kind.schema(name)?))).collect()
+}
+
+/// Values of one column, with their levels.
+enum Values {
+    Text(Vec<ByteArray>),
+    Int(Vec<i64>),
+    Double(Vec<f64>),
+    Bool(Vec<bool>),
+}
+
+struct Leaf {
+    values: Values,
+    definition: Vec<i16>,
+    repetition: Vec<i16>,
+}
+
+fn leaves_of(fields: &[(&'static str, Kind)], leaves: &mut Vec<Leaf>) {
+    for (_, kind) in fields {
+        let mut kind = kind;
+        while let Kind::List(inner) = kind {
+            kind = inner;
+        }
+        let values = match kind {
+            Kind::Fields(fields) => {
+                leaves_of(fields, leaves);
+                continue;
+            }
+            Kind::Int => Values::Int(Vec::new()),
+            Kind::Double => Values::Double(Vec::new()),
+            Kind::Bool => Values::Bool(Vec::new()),
+            Kind::Text | Kind::List(_) => Values::Text(Vec::new()),
+        };
+        leaves.push(Leaf { values, definition: Vec::new(), repetition: Vec::new() });
+    }
+}
+
+/// Where a value stands: how much of its path is there, and at which list it goes on.
+#[derive(Clone, Copy)]
+struct Place {
+    definition: i16,
+    repetition: i16,
+    lists: i16,
+}
+
+/// Takes a value apart into the leaves of its kind.
+fn shred(kind: &Kind, value: Option<&Value>, place: Place, leaves: &mut [Leaf]) {
+    let inside = Place { definition: place.definition + 1, ..place };
+    match (kind, value.filter(|value| !value.is_null())) {
+        (_, None) => missing(place, leaves),
+        (Kind::Fields(fields), Some(value)) => {
+            let mut rest = leaves;
+            for (name, kind) in fields {
+                let (mine, others) = rest.split_at_mut(kind.leaves());
+                shred(kind, value.get(name), inside, mine);
+                rest = others;
+            }
+        }
+        (Kind::List(inner), Some(value)) => {
+            let elements = value.as_array().map(Vec::as_slice).unwrap_or_default();
+            if elements.is_empty() {
+                missing(inside, leaves);
+            }
+            let lists = place.lists + 1;
+            for (at, element) in elements.iter().enumerate() {
+                let repetition = if at == 0 { place.repetition } else { lists };
+                shred(inner, Some(element), Place { definition: place.definition + 2, repetition, lists }, leaves);
+            }
+        }
+        (_, Some(value)) => {
+            let Some(leaf) = leaves.first_mut() else { return };
+            let fits = match &mut leaf.values {
+                Values::Text(values) => {
+                    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                    values.push(text.as_str().into());
+                    true
+                }
+                Values::Int(values) => value.as_i64().map(|number| values.push(number)).is_some(),
+                Values::Double(values) => value.as_f64().map(|number| values.push(number)).is_some(),
+                Values::Bool(values) => value.as_bool().map(|truth| values.push(truth)).is_some(),
+            };
+            leaf.definition.push(if fits { inside.definition } else { place.definition });
+            leaf.repetition.push(place.repetition);
+        }
+    }
+}
+
+fn missing(place: Place, leaves: &mut [Leaf]) {
+    for leaf in leaves {
+        leaf.definition.push(place.definition);
+        leaf.repetition.push(place.repetition);
+    }
+}
+
+/// Writes rows, whole or not at all; gives their number.
+pub fn write_parquet<E: std::fmt::Display>(
+    path: &Path,
+    columns: &[(&'static str, Kind)],
+    rows: impl Iterator<Item = Result<Value, E>>,
+) -> Result<usize, DurableError> {
+    let mut count = 0;
+    write_with(path, |file| {
+        count = write_groups(file, columns, rows).map_err(std::io::Error::other)?;
+        Ok(())
+    })?;
+    Ok(count)
+}
+
+fn write_groups<E: std::fmt::Display>(
+    file: &mut (impl Write + Send),
+    columns: &[(&'static str, Kind)],
+    rows: impl Iterator<Item = Result<Value, E>>,
+) -> Result<usize, Box<dyn std::error::Error + Send + Sync>> {
+    let schema = Type::group_type_builder("schema").with_fields(schemas(columns)?).build()?;
+    let properties =
+        WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::default())).build();
+    let mut writer = SerializedFileWriter::new(file, Arc::new(schema), Arc::new(properties))?;
+    let mut rows = rows.peekable();
+    let mut count = 0;
+    while rows.peek().is_some() {
+        let mut leaves = Vec::new();
+        leaves_of(columns, &mut leaves);
+        for row in rows.by_ref().take(GROUP) {
+            let row = row.map_err(|error| error.to_string())?;
+            let mut rest = leaves.as_mut_slice();
+            for (name, kind) in columns {
+                let (mine, others) = rest.split_at_mut(kind.leaves());
+                shred(kind, row.get(name), Place { definition: 0, repetition: 0, lists: 0 }, mine);
+                rest = others;
+            }
+            count += 1;
+        }
+        let mut group = writer.next_row_group()?;
+        for leaf in &leaves {
+            let Some(mut column) = group.next_column()? else { break };
+            let (definition, repetition) = (Some(&leaf.definition[..]), Some(&leaf.repetition[..]));
+            match &leaf.values {
+                Values::Text(values) => {
+                    column.typed::<ByteArrayType>().write_batch(values, definition, repetition)?
+                }
+                Values::Int(values) => column.typed::<Int64Type>().write_batch(values, definition, repetition)?,
+                Values::Double(values) => {
+                    column.typed::<DoubleType>().write_batch(values, definition, repetition)?
+                }
+                Values::Bool(values) => column.typed::<BoolType>().write_batch(values, definition, repetition)?,
+            };
+            column.close()?;
+        }
+        group.close()?;
+    }
+    writer.close()?;
+    Ok(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn columns() -> Vec<(&'static str, Kind)> {
+        let judged = Kind::Fields(vec![("level", Kind::Int), ("judge", Kind::Text)]);
+        let trace = Kind::Fields(vec![("thought", Kind::Text), ("right", Kind::Bool), ("rv", judged)]);
+        vec![
+            ("question", Kind::Text),
+            ("share", Kind::Double),
+            ("tags", Kind::Text.list()),
+            ("traces", trace.list()),
+            ("grid", Kind::Int.list().list()),
+        ]
+    }
+
+    fn back(rows: &[Value]) -> Vec<Value> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.parquet");
+        let given = rows.iter().cloned().map(Ok::<_, String>);
+        assert_eq!(write_parquet(&path, &columns(), given).unwrap(), rows.len());
+        let read = crate::rows::open(&path).unwrap();
+        read.map(|row| Value::Object(row.unwrap().fields.unwrap())).collect()
+    }
+
+    fn trace() -> impl Strategy<Value = Value> {
+        let level = prop_oneof![
+            Just(Value::Null),
+            (0i64..9, any::<bool>()).prop_map(
+                |(level, named)| json!({ "level": level, "judge": if named { json!("j") } else { Value::Null } })
+            )
+        ];
+        ("[a-zé\n]{0,6}", any::<Option<bool>>(), level)
+            .prop_map(|(thought, right, rv)| json!({ "thought": thought, "right": right, "rv": rv }))
+    }
+
+    fn row() -> impl Strategy<Value = Value> {
+        let tags = prop::option::of(prop::collection::vec(prop::option::of("[a-c]{0,3}"), 0..4));
+        let traces = prop::option::of(prop::collection::vec(trace(), 0..4));
+        let grid = prop::option::of(prop::collection::vec(
+            prop::option::of(prop::collection::vec(prop::option::of(-5i64..5), 0..3)),
+            0..3,
+        ));
+        (prop::option::of("[a-z]{0,9}"), prop::option::of(-4i32..4), tags, traces, grid).prop_map(
+            |(question, share, tags, traces, grid)| {
+                let share = share.map(|share| f64::from(share) / 4.0);
+                json!({ "question": question, "share": share, "tags": tags, "traces": traces, "grid": grid })
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn what_is_written_is_read_again(rows in prop::collection::vec(row(), 0..12)) {
+            prop_assert_eq!(back(&rows), rows);
+        }
+    }
+
+    #[test]
+    fn many_groups_are_one_table() {
+        let rows: Vec<Value> = (0..GROUP * 2 + 3)
+            .map(|n| json!({ "question": n.to_string(), "share": null, "tags": ["a"], "traces": [], "grid": null }))
+            .collect();
+        assert_eq!(back(&rows), rows);
+    }
+}

@@ -1,0 +1,305 @@
+//! Answers and shards in PostgreSQL, so that many workers do one run. A worker claims a shard for some seconds at a time; what a
+//! worker that died had claimed is free again when its time is over. Answers are committed in groups and stand there once, whoever
+//! brings them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use potstill_shared::id::{ContentId, unique};
+use tokio::sync::{mpsc, oneshot};
+use tokio_postgres::config::SslMode;
+use tokio_postgres::{Client, Config, NoTls};
+use tokio_rustls::rustls;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::journal::{Entry, Totals, Usage};
+
+/// Answers that wait to be written; who brings more waits.
+const PENDING: usize = 1024;
+/// Answers of one statement.
+const GROUP: usize = 256;
+
+/// Tables, made when the first worker comes. Ids and names are text, so that people can look.
+const TABLES: &str = "
+create table if not exists potstill_runs (
+    run text primary key, recipe_hash text not null, shards int not null, begun timestamptz not null default now());
+create table if not exists potstill_answers (
+    run text not null, id text not null, stage text not null, model text not null, worker text not null,
+    prompt_tokens bigint not null, completion_tokens bigint not null, seconds float8 not null,
+    entry text not null, written timestamptz not null default now(), primary key (run, id));
+create table if not exists potstill_shards (
+    run text not null, phase text not null, shard int not null, owner text, until timestamptz, done boolean not null default false,
+    claims int not null default 0, primary key (run, phase, shard));
+";
+
+/// What the database said, and what to do.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("the store: {0}")]
+pub struct DatabaseError(String);
+
+impl From<tokio_postgres::Error> for DatabaseError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let said = match error.as_db_error() {
+            Some(said) => said.to_string(),
+            None => {
+                let mut text = error.to_string();
+                let mut cause: &dyn std::error::Error = &error;
+                while let Some(inner) = cause.source() {
+                    text = format!("{text}: {inner}");
+                    cause = inner;
+                }
+                text
+            }
+        };
+        Self(format!("{said}; nothing is lost, the same command goes on where it stopped"))
+    }
+}
+
+struct Pending {
+    entry: Entry,
+    done: oneshot::Sender<Result<(), DatabaseError>>,
+}
+
+/// A run in a database.
+pub struct Database {
+    client: Arc<Client>,
+    run: String,
+    worker: String,
+    pending: mpsc::Sender<Pending>,
+    _tasks: [AbortOnDropHandle<()>; 2],
+}
+
+/// A shard that this worker holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// Which part of the run.
+    pub phase: String,
+    /// Its number.
+    pub shard: u32,
+}
+
+/// How far the shards of a phase are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shards {
+    /// All of them.
+    pub all: u32,
+    /// Those that are done.
+    pub done: u32,
+}
+
+impl Database {
+    /// Connects to `url` (`postgres://user:password@host/database`) and opens a run, which is made of so many shards if it is new.
+    ///
+    /// With `sslmode=require` the connection is encrypted and the server's certificate is checked against the system's; without, it
+    /// is plain.
+    pub async fn open(url: &str, run: &str, recipe_hash: &str, shards: u32) -> Result<Self, DatabaseError> {
+        let config: Config = url.parse().map_err(|error: tokio_postgres::Error| {
+            // The address holds a password: it is not repeated.
+            DatabaseError(format!("the address is not of the form postgres://user:password@host/database: {error}"))
+        })?;
+        let (client, connected) = connect(&config).await?;
+        client.batch_execute(TABLES).await?;
+        let client = Arc::new(client);
+        let worker = unique("worker");
+        let (pending, receiver) = mpsc::channel(PENDING);
+        let writer = tokio::spawn(write_groups(Arc::clone(&client), run.to_owned(), worker.clone(), receiver));
+        let database = Self {
+            client,
+            run: run.to_owned(),
+            worker,
+            pending,
+            _tasks: [connected, AbortOnDropHandle::new(writer)],
+        };
+        database.begin(recipe_hash, shards).await?;
+        Ok(database)
+    }
+
+    async fn begin(&self, recipe_hash: &str, shards: u32) -> Result<(), DatabaseError> {
+        self.client
+            .execute(
+                "insert into potstill_runs (run, recipe_hash, shards) values ($1, $2, $3) on conflict do nothing",
+                &[&self.run, &recipe_hash, &(shards as i32)],
+            )
+            .await?;
+        let row = self
+            .client
+            .query_one("select recipe_hash from potstill_runs where run = $1", &[&self.run])
+            .await?;
+        let begun: String = row.get(0);
+        if begun != recipe_hash {
+            return Err(DatabaseError(format!(
+                "it holds a run `{}` of another recipe (hash {begun}, this one has {recipe_hash}); give the recipe another `name`",
+                self.run
+            )));
+        }
+        Ok(())
+    }
+
+    /// Shards that the run is split into.
+    pub async fn shards(&self) -> Result<u32, DatabaseError> {
+        let row = self.client.query_one("select shards from potstill_runs where run = $1", &[&self.run]).await?;
+        Ok(row.get::<_, i32>(0).max(1) as u32)
+    }
+
+    /// Makes the shards of a phase, if nobody did.
+    pub async fn prepare(&self, phase: &str) -> Result<(), DatabaseError> {
+        let statement = "insert into potstill_shards (run, phase, shard) \
+                         select $1, $2, generate_series(0, shards - 1) from potstill_runs where run = $1 on conflict do nothing";
+        self.client.execute(statement, &[&self.run, &phase]).await?;
+        Ok(())
+    }
+
+    /// Claims a shard for `lease`: a free one, or one whose owner has not been heard of for so long.
+    pub async fn claim(&self, phase: &str, lease: Duration) -> Result<Option<Claim>, DatabaseError> {
+        let statement = "update potstill_shards set owner = $3, until = now() + $4 * interval '1 second', claims = claims + 1 \
+                         where (run, phase, shard) = (select run, phase, shard from potstill_shards \
+                         where run = $1 and phase = $2 and not done and (owner is null or until < now()) \
+                         order by shard limit 1 for update skip locked) returning shard";
+        let row = self
+            .client
+            .query_opt(statement, &[&self.run, &phase, &self.worker, &lease.as_secs_f64()])
+            .await?;
+        Ok(row.map(|row| Claim { phase: phase.to_owned(), shard: row.get::<_, i32>(0) as u32 }))
+    }
+
+    /// Holds a claim for `lease` more; false when it was lost.
+    pub async fn hold(&self, claim: &Claim, lease: Duration) -> Result<bool, DatabaseError> {
+        let statement = "update potstill_shards set until = now() + $5 * interval '1 second' \
+                         where run = $1 and phase = $2 and shard = $3 and owner = $4 and not done";
+        let shard = claim.shard as i32;
+        let held = self
+            .client
+            .execute(statement, &[&self.run, &claim.phase, &shard, &self.worker, &lease.as_secs_f64()])
+            .await?;
+        Ok(held == 1)
+    }
+
+    /// The shard is done. Another worker may have done it as well: its answers are the same ones.
+    pub async fn finish(&self, claim: &Claim) -> Result<(), DatabaseError> {
+        let statement = "update potstill_shards set done = true where run = $1 and phase = $2 and shard = $3";
+        self.client.execute(statement, &[&self.run, &claim.phase, &(claim.shard as i32)]).await?;
+        Ok(())
+    }
+
+    /// How far a phase is.
+    pub async fn progress(&self, phase: &str) -> Result<Shards, DatabaseError> {
+        let statement = "select count(*), count(*) filter (where done) from potstill_shards where run = $1 and phase = $2";
+        let row = self.client.query_one(statement, &[&self.run, &phase]).await?;
+        let count = |at: usize| row.get::<_, i64>(at) as u32;
+        Ok(Shards { all: count(0), done: count(1) })
+    }
+
+    /// Answers that it holds.
+    pub async fn len(&self) -> Result<usize, DatabaseError> {
+        let row =
+            self.client.query_one("select count(*) from potstill_answers where run = $1", &[&self.run]).await?;
+        Ok(row.get::<_, i64>(0) as usize)
+    }
+
+    /// What all its answers took.
+    pub async fn totals(&self) -> Result<Totals, DatabaseError> {
+        let statement = "select stage, model, count(*), sum(prompt_tokens)::bigint, sum(completion_tokens)::bigint, sum(seconds) \
+                         from potstill_answers where run = $1 group by stage, model";
+        let rows = self.client.query(statement, &[&self.run]).await?;
+        let usage = |row: &tokio_postgres::Row| Usage {
+            calls: row.get::<_, i64>(2) as u64,
+            prompt_tokens: row.get::<_, i64>(3) as u64,
+            completion_tokens: row.get::<_, i64>(4) as u64,
+            seconds: row.get(5),
+        };
+        Ok(rows.iter().map(|row| ((row.get(0), row.get(1)), usage(row))).collect())
+    }
+
+    /// The answer to a question, if it was bought before.
+    pub async fn get(&self, id: &ContentId) -> Result<Option<Entry>, DatabaseError> {
+        let statement = "select entry from potstill_answers where run = $1 and id = $2";
+        let row = self.client.query_opt(statement, &[&self.run, &id.as_str()]).await?;
+        row.map(|row| {
+            let text: String = row.get(0);
+            serde_json::from_str(&text).map_err(|error| DatabaseError(format!("the answer `{id}` is damaged: {error}")))
+        })
+        .transpose()
+    }
+
+    /// Records an answer and returns once it is committed.
+    pub async fn commit(&self, entry: Entry) -> Result<Arc<Entry>, DatabaseError> {
+        let (done, written) = oneshot::channel();
+        let gone = || DatabaseError("its writer has stopped; run the same command again".to_owned());
+        let kept = Arc::new(entry.clone());
+        self.pending.send(Pending { entry, done }).await.map_err(|_| gone())?;
+        written.await.map_err(|_| gone())??;
+        Ok(kept)
+    }
+}
+
+async fn connect(config: &Config) -> Result<(Client, AbortOnDropHandle<()>), DatabaseError> {
+    fn drive<S, T>(connection: tokio_postgres::Connection<S, T>) -> AbortOnDropHandle<()>
+    where
+        tokio_postgres::Connection<S, T>: Future<Output = Result<(), tokio_postgres::Error>> + Send + 'static,
+    {
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            // Whoever waits for an answer gets the same error.
+            if let Err(error) = connection.await {
+                tracing::warn!(%error, "the connection to the store has ended");
+            }
+        }))
+    }
+    if config.get_ssl_mode() == SslMode::Require {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let tls = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|error| DatabaseError(format!("TLS: {error}")))?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let (client, connection) =
+            config.connect(tokio_postgres_rustls::MakeRustlsConnect::new(tls)).await?;
+        return Ok((client, drive(connection)));
+    }
+    let (client, connection) = config.connect(NoTls).await?;
+    Ok((client, drive(connection)))
+}
+
+/// Writes what has gathered while the group before was being written.
+async fn write_groups(client: Arc<Client>, run: String, worker: String, mut pending: mpsc::Receiver<Pending>) {
+    let mut group = Vec::new();
+    while pending.recv_many(&mut group, GROUP).await > 0 {
+        let written = write(&client, &run, &worker, &group).await;
+        for answer in group.drain(..) {
+            let _gone = answer.done.send(written.clone());
+        }
+    }
+}
+
+async fn write(client: &Client, run: &str, worker: &str, group: &[Pending]) -> Result<(), DatabaseError> {
+    let statement = "insert into potstill_answers \
+                     (run, id, stage, model, worker, prompt_tokens, completion_tokens, seconds, entry) \
+                     select $1, id, stage, model, $2, prompt_tokens, completion_tokens, seconds, entry \
+                     from unnest($3::text[], $4::text[], $5::text[], $6::bigint[], $7::bigint[], $8::float8[], $9::text[]) \
+                     as new (id, stage, model, prompt_tokens, completion_tokens, seconds, entry) \
+                     on conflict do nothing";
+    let texts = |of: fn(&Entry) -> &str| group.iter().map(|answer| of(&answer.entry)).collect::<Vec<_>>();
+    let numbers = |of: fn(&Entry) -> u64| group.iter().map(|answer| of(&answer.entry) as i64).collect::<Vec<_>>();
+    let seconds: Vec<f64> = group.iter().map(|answer| answer.entry.seconds).collect();
+    // Text in PostgreSQL holds no zero byte: JSON writes it as an escape.
+    let entries: Vec<String> =
+        group.iter().map(|answer| serde_json::to_string(&answer.entry).unwrap_or_default()).collect();
+    client
+        .execute(
+            statement,
+            &[
+                &run,
+                &worker,
+                &texts(|entry| entry.id.as_str()),
+                &texts(|entry| &entry.stage),
+                &texts(|entry| &entry.model),
+                &numbers(|entry| entry.prompt_tokens),
+                &numbers(|entry| entry.completion_tokens),
+                &seconds,
+                &entries,
+            ],
+        )
+        .await?;
+    Ok(())
+}

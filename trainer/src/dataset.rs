@@ -1,0 +1,169 @@
+//! `potstill dataset`: the traces of a run as a dataset that others read: a table in their columns, a card with where it came
+//! from, and an entry for LLaMA-Factory.
+
+mod card;
+mod pairs;
+mod shapes;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use potstill_data::columns::write_parquet;
+use potstill_data::jsonl::each_record;
+use potstill_data::records::Cot;
+use potstill_shared::durable::{create_folder, write_file, write_with};
+use serde_json::{Value, json};
+
+pub use shapes::Shape;
+
+use crate::run::Manifest;
+
+/// What is written, and how.
+#[derive(clap::Args)]
+pub struct DatasetArguments {
+    /// The run folder.
+    pub run: PathBuf,
+    /// Folder for the dataset.
+    pub out: PathBuf,
+    /// Whose columns.
+    #[arg(long, value_enum, default_value = "messages")]
+    pub format: Shape,
+    /// Which traces: those of `sample`, or all of `verify` or `score`.
+    #[arg(long, default_value = "sample", value_parser = ["generate", "difficulty", "verify", "score", "sample"])]
+    pub stage: String,
+    /// Write Parquet instead of JSON lines.
+    #[arg(long)]
+    pub parquet: bool,
+    /// Strength of pairs with a small, medium and large gap, for `cogpo`.
+    #[arg(long, value_delimiter = ',', num_args = 3, default_values_t = [0.1, 0.2, 0.5])]
+    pub betas: Vec<f64>,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// The table.
+    pub path: PathBuf,
+    /// Its rows.
+    pub rows: usize,
+}
+
+/// Rows of a table, one by one.
+type Rows = Box<dyn Iterator<Item = anyhow::Result<Value>>>;
+
+/// Writes the dataset.
+pub fn write(arguments: &DatasetArguments) -> anyhow::Result<Written> {
+    let run = Folder::open(&arguments.run)?;
+    let shape = arguments.format;
+    let rows: Rows = match shape {
+        Shape::Dpo => Box::new(pairs::better_over_worse(&run, &arguments.stage)?),
+        Shape::Cogpo => {
+            let betas: [f64; 3] =
+                arguments.betas.clone().try_into().ok().context("`--betas` takes three numbers")?;
+            Box::new(pairs::by_gap(&run, &arguments.stage, betas)?)
+        }
+        Shape::Omnithought => Box::new(run.by_problem(&arguments.stage)?),
+        _ => {
+            let prompt = run.prompt.clone();
+            let traces = run.traces(&arguments.stage)?;
+            Box::new(traces.map(move |trace| Ok(shape.row(&trace?, &prompt))))
+        }
+    };
+    create_folder(&arguments.out)?;
+    let file = if arguments.parquet { "train.parquet" } else { "train.jsonl" };
+    let path = arguments.out.join(file);
+    let rows = if arguments.parquet {
+        write_parquet(&path, &shape.columns(), rows)?
+    } else {
+        write_lines(&path, rows)?
+    };
+    anyhow::ensure!(rows > 0, "`{}` holds nothing for this format", arguments.run.display());
+    let card = card::text(&run.manifest, shape, rows, file);
+    write_file(&arguments.out.join("README.md"), card.as_bytes())?;
+    if let Some(entry) = shape.llama_factory(file) {
+        let info = serde_json::to_string_pretty(&json!({ (run.manifest.name.clone()): entry }))?;
+        write_file(&arguments.out.join("dataset_info.json"), format!("{info}\n").as_bytes())?;
+    }
+    Ok(Written { path, rows })
+}
+
+fn write_lines(path: &Path, rows: Rows) -> anyhow::Result<usize> {
+    let (mut count, mut fault) = (0, None);
+    let written = write_with(path, |file| {
+        use std::io::Write;
+        for row in rows {
+            match row {
+                Ok(row) => {
+                    serde_json::to_writer(&mut *file, &row)?;
+                    file.write_all(b"\n")?;
+                    count += 1;
+                }
+                Err(error) => {
+                    fault = Some(error);
+                    return Err(std::io::ErrorKind::InvalidData.into());
+                }
+            }
+        }
+        Ok(())
+    });
+    match fault {
+        Some(fault) => Err(fault),
+        None => Ok(written.map(|()| count)?),
+    }
+}
+
+/// A run that has ended, or got far enough.
+struct Folder {
+    path: PathBuf,
+    manifest: Manifest,
+    /// What the student is asked; `{{ problem }}` stands for the problem.
+    prompt: String,
+}
+
+impl Folder {
+    fn open(path: &Path) -> anyhow::Result<Self> {
+        let read = |name: &str| {
+            let file = path.join(name);
+            std::fs::read_to_string(&file)
+                .with_context(|| format!("`{}` holds no run: cannot read `{}`", path.display(), file.display()))
+        };
+        let manifest = serde_json::from_str(&read("run.json")?)
+            .with_context(|| format!("`{}` is damaged", path.join("run.json").display()))?;
+        // The recipe was checked when the run began; here only its words for the student are needed.
+        let recipe: toml::Table = read("recipe.toml")?.parse()?;
+        let prompt = recipe.get("student").and_then(|student| student.get("prompt")?.as_str());
+        let prompt = prompt.unwrap_or("{{ problem }}").to_owned();
+        Ok(Self { path: path.to_owned(), manifest, prompt })
+    }
+
+    fn file(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let path = self.path.join("stages").join(name);
+        anyhow::ensure!(path.exists(), "`{}` does not exist: the run has not come so far", path.display());
+        Ok(path)
+    }
+
+    fn traces(&self, stage: &str) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Cot>> + use<>> {
+        let rows = each_record::<Cot>(&self.file(&format!("{stage}.jsonl"))?)?;
+        Ok(rows.map(|row| Ok(row?.1)))
+    }
+
+    /// A row for each problem, with all its traces.
+    fn by_problem(&self, stage: &str) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Value>> + use<>> {
+        let file = self.file(&format!("{stage}.jsonl"))?;
+        let mut places: Vec<(u64, u64)> = Vec::new();
+        for row in each_record::<Cot>(&file)? {
+            let (place, trace) = row?;
+            places.push((trace.problem.id.seed(), place));
+        }
+        places.sort_unstable();
+        let lines = potstill_shared::durable::Lines::open(&file)?;
+        let groups: Vec<Vec<u64>> = places
+            .chunk_by(|a, b| a.0 == b.0)
+            .map(|group| group.iter().map(|(_, place)| *place).collect())
+            .collect();
+        Ok(groups.into_iter().map(move |places| {
+            let traces = places.into_iter().map(|place| Ok(serde_json::from_str(&lines.read(place)?)?));
+            Ok(shapes::omnithought(&traces.collect::<anyhow::Result<Vec<Cot>>>()?))
+        }))
+    }
+}

@@ -1,0 +1,78 @@
+//! The card of a dataset: its columns, where its rows came from and under which licences, what was dropped and why.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+
+use super::Shape;
+use crate::run::Manifest;
+
+/// Licences of all sources, and whether one is not known.
+pub(crate) fn licences(manifest: &Manifest) -> (BTreeSet<&str>, bool) {
+    let known = manifest.sources.iter().filter_map(|source| source.licence.as_deref()).collect();
+    (known, manifest.sources.iter().any(|source| source.licence.is_none()))
+}
+
+/// Hugging Face's word for the size.
+fn size(rows: usize) -> &'static str {
+    match rows {
+        0..1_000 => "n<1K",
+        1_000..10_000 => "1K<n<10K",
+        10_000..100_000 => "10K<n<100K",
+        100_000..1_000_000 => "100K<n<1M",
+        _ => "1M<n<10M",
+    }
+}
+
+/// The card as Markdown with front matter.
+pub(super) fn text(manifest: &Manifest, shape: Shape, rows: usize, file: &str) -> String {
+    let mut card = String::new();
+    let mut line = |text: &str| {
+        let _infallible = writeln!(card, "{text}");
+    };
+    let (known, unknown) = licences(manifest);
+    line("---");
+    match known.first() {
+        Some(licence) if known.len() == 1 && !unknown => line(&format!("license: {licence}")),
+        // Several, or not known: people have to look.
+        _ => line("license: other"),
+    }
+    line("task_categories:\n- text-generation");
+    line("tags:\n- reasoning\n- chain-of-thought\n- distillation\n- potstill");
+    line(&format!("size_categories:\n- {}", size(rows)));
+    line(&format!("configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {file}"));
+    line(&format!("dataset_info:\n  splits:\n  - name: train\n    num_examples: {rows}"));
+    line("---\n");
+    line(&format!("# {}\n", manifest.name));
+    line(&format!(
+        "{rows} rows in the columns of `{}`, made by Potstill {} from the recipe with the hash `{}`.\n",
+        shape.name(),
+        manifest.version,
+        manifest.recipe_hash
+    ));
+    if !manifest.sources.is_empty() {
+        line("## Sources\n");
+        line("| source | licence | rows | kept |\n|---|---|---|---|");
+        for source in &manifest.sources {
+            let licence = source.licence.as_deref().unwrap_or("not known");
+            line(&format!("| `{}` | {licence} | {} | {} |", source.path, source.rows, source.kept));
+        }
+        line("");
+    }
+    if unknown {
+        line("The licence of a source is not known: look it up before you pass this on.\n");
+    } else if known.len() > 1 {
+        let all: Vec<&str> = known.into_iter().collect();
+        line(&format!("Rows are under the licences of their sources: {}.\n", all.join(", ")));
+    }
+    line("## Stages\n");
+    line("| stage | in | kept | dropped |\n|---|---|---|---|");
+    for name in crate::pipeline::STAGES {
+        let Some(stage) = manifest.stages.get(name) else { continue };
+        let dropped: Vec<String> =
+            stage.summary.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
+        line(&format!("| {name} | {} | {} | {} |", stage.summary.taken, stage.summary.kept, dropped.join(", ")));
+    }
+    line("\nChains of thought were written by models: they may be wrong where no rule could check them, and repeat what their");
+    line("teachers learnt.");
+    card
+}

@@ -1,0 +1,190 @@
+//! Columns of published datasets, and how a trace fills them.
+
+use potstill_data::columns::Kind;
+use potstill_data::records::Cot;
+use serde_json::{Value, json};
+
+/// Whose columns a table has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Shape {
+    /// `messages` of `role` and `content` (TRL, OpenAI).
+    Messages,
+    /// `conversations` of `from` and `value`.
+    Sharegpt,
+    /// `instruction`, `input`, `output`.
+    Alpaca,
+    /// OpenThoughts-114k: `problem`, `deepseek_reasoning`, `deepseek_solution` and so on.
+    Openthoughts,
+    /// OmniThought: a row for each problem, with all its traces, their RV and CD.
+    Omnithought,
+    /// EasyDistill 2.0: `instruction`, `response`, `thought`, `solution` and scores.
+    Easydistill,
+    /// Pairs: `prompt`, `chosen`, `rejected`.
+    Dpo,
+    /// Pairs with a `beta` each, by the gap between the two.
+    Cogpo,
+}
+
+impl Shape {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Messages => "messages",
+            Self::Sharegpt => "sharegpt",
+            Self::Alpaca => "alpaca",
+            Self::Openthoughts => "openthoughts",
+            Self::Omnithought => "omnithought",
+            Self::Easydistill => "easydistill",
+            Self::Dpo => "dpo",
+            Self::Cogpo => "cogpo",
+        }
+    }
+
+    /// The columns of a table.
+    pub(super) fn columns(self) -> Vec<(&'static str, Kind)> {
+        let texts = |names: &[&'static str]| names.iter().map(|name| (*name, Kind::Text)).collect::<Vec<_>>();
+        let turns = |who, what| Kind::Fields(texts(&[who, what])).list();
+        let from = Kind::Fields(texts(&["id", "problem_id", "source", "teacher"]));
+        match self {
+            Self::Messages => vec![("messages", turns("role", "content")), ("metadata", from)],
+            Self::Sharegpt => vec![("conversations", turns("from", "value")), ("system", Kind::Text)],
+            Self::Alpaca => texts(&["instruction", "input", "output"]),
+            Self::Openthoughts => texts(&[
+                "problem",
+                "deepseek_reasoning",
+                "deepseek_solution",
+                "ground_truth_solution",
+                "domain",
+                "source",
+                "test_cases",
+                "starter_code",
+            ]),
+            Self::Omnithought => {
+                let judged = || Kind::Fields(vec![("level", Kind::Int), ("judge", Kind::Text)]);
+                let mut trace = texts(&["thought", "solution", "full_response", "teacher"]);
+                trace.extend([
+                    ("thought_correctness_verify", Kind::Bool),
+                    ("Reasoning_Verbosity", judged()),
+                    ("Cognitive_Difficulty", judged()),
+                ]);
+                vec![("question", Kind::Text), ("answer", Kind::Text), ("reasoning", Kind::Fields(trace).list())]
+            }
+            Self::Easydistill => {
+                let mut columns = texts(&["instruction", "response", "thought", "solution"]);
+                columns.extend([
+                    ("reasoning_verbosity", Kind::Int),
+                    ("cognitive_difficulty", Kind::Int),
+                    ("logical_correctness", Kind::Bool),
+                ]);
+                columns
+            }
+            Self::Dpo | Self::Cogpo => {
+                let side = || turns("role", "content");
+                let mut columns = vec![("prompt", side()), ("chosen", side()), ("rejected", side())];
+                if self == Self::Cogpo {
+                    columns.extend([("beta", Kind::Double), ("gap", Kind::Text)]);
+                }
+                columns
+            }
+        }
+    }
+
+    /// A trace as a row. Pairs and rows of several traces are made elsewhere.
+    pub(super) fn row(self, trace: &Cot, prompt: &str) -> Value {
+        let (asked, problem) = (asked(prompt, trace), &trace.problem);
+        let scores = trace.scores.unwrap_or_default();
+        match self {
+            Self::Sharegpt => json!({
+                "conversations": [{ "from": "human", "value": asked }, { "from": "gpt", "value": trace.completion() }],
+                "system": "",
+            }),
+            Self::Alpaca => json!({ "instruction": asked, "input": "", "output": trace.completion() }),
+            Self::Openthoughts => json!({
+                "problem": problem.problem,
+                "deepseek_reasoning": trace.thinking,
+                "deepseek_solution": trace.answer,
+                "ground_truth_solution": problem.answer,
+                "domain": problem.metadata.get("domain").cloned().unwrap_or_else(|| json!(problem.task)),
+                "source": problem.source,
+                "test_cases": problem.metadata.get("test_cases"),
+                "starter_code": problem.metadata.get("starter_code"),
+            }),
+            Self::Easydistill => json!({
+                "instruction": asked,
+                "response": trace.completion(),
+                "thought": trace.thinking,
+                "solution": trace.answer,
+                "reasoning_verbosity": scores.rv,
+                "cognitive_difficulty": scores.cd,
+                "logical_correctness": right(trace),
+            }),
+            _ => json!({
+                "messages": [turn("user", &asked), turn("assistant", &trace.completion())],
+                "metadata": {
+                    "id": trace.id, "problem_id": problem.id, "source": problem.source, "teacher": trace.origin.teacher,
+                },
+            }),
+        }
+    }
+
+    /// The entry of LLaMA-Factory's `dataset_info.json`, where it knows the shape.
+    pub(super) fn llama_factory(self, file: &str) -> Option<Value> {
+        let tags = json!({
+            "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system",
+        });
+        Some(match self {
+            Self::Messages => json!({
+                "file_name": file, "formatting": "sharegpt", "columns": { "messages": "messages" }, "tags": tags,
+            }),
+            Self::Sharegpt => json!({
+                "file_name": file, "formatting": "sharegpt", "columns": { "messages": "conversations", "system": "system" },
+            }),
+            Self::Alpaca => json!({
+                "file_name": file, "columns": { "prompt": "instruction", "query": "input", "response": "output" },
+            }),
+            Self::Easydistill => json!({
+                "file_name": file, "columns": { "prompt": "instruction", "response": "response" },
+            }),
+            Self::Openthoughts | Self::Omnithought | Self::Dpo | Self::Cogpo => return None,
+        })
+    }
+}
+
+pub(super) fn turn(role: &str, content: &str) -> Value {
+    json!({ "role": role, "content": content })
+}
+
+/// What the student is asked for this trace.
+pub(super) fn asked(prompt: &str, trace: &Cot) -> String {
+    prompt.replace("{{ problem }}", &trace.problem.problem)
+}
+
+fn right(trace: &Cot) -> Option<bool> {
+    trace.verdict.as_ref().and_then(|verdict| verdict.correct)
+}
+
+/// All traces of one problem as a row.
+pub(super) fn omnithought(traces: &[Cot]) -> Value {
+    let reasoning: Vec<Value> = traces
+        .iter()
+        .map(|trace| {
+            let scores = trace.scores.unwrap_or_default();
+            let level = |level: Option<u8>| level.map(|level| json!({ "level": level, "judge": null }));
+            json!({
+                "thought": trace.thinking,
+                "solution": trace.answer,
+                "full_response": trace.completion(),
+                "teacher": trace.origin.teacher,
+                "thought_correctness_verify": right(trace),
+                "Reasoning_Verbosity": level(scores.rv),
+                "Cognitive_Difficulty": level(scores.cd),
+            })
+        })
+        .collect();
+    let first = traces.first().map(|trace| &trace.problem);
+    json!({
+        "question": first.map(|problem| &problem.problem),
+        "answer": first.and_then(|problem| problem.answer.as_ref()),
+        "reasoning": reasoning,
+    })
+}

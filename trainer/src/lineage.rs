@@ -1,0 +1,383 @@
+//! `potstill why`: where a row comes from and what became of it at every stage. Reads nothing but the run folder.
+
+use std::path::Path;
+
+use anyhow::Context;
+use potstill_cot::rewrite::Candidate;
+use potstill_data::journal::{Entry, Journal};
+use potstill_data::records::{Cot, Dropped, Problem, Subject};
+use potstill_shared::id::ContentId;
+use serde::{Deserialize, Serialize};
+
+/// Stages that problems pass, then those that traces pass.
+const PROBLEM_STAGES: [&str; 3] = ["collect", "classify", "resample"];
+const TRACE_STAGES: [&str; 6] = ["generate", "difficulty", "rewrite", "verify", "score", "sample"];
+/// Traces that are listed of one problem.
+const LISTED: usize = 200;
+
+/// What a stage did with a record.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Step {
+    /// The stage.
+    pub stage: &'static str,
+    /// `kept`, or why it was dropped.
+    pub outcome: String,
+    /// What the stage found out.
+    pub found: String,
+}
+
+/// The call that brought a text.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Call {
+    /// Id of the question.
+    pub request: ContentId,
+    /// Who answered.
+    pub teacher: String,
+    /// Hash of the prompt template.
+    pub prompt_hash: ContentId,
+    /// Sampling temperature.
+    pub temperature: f64,
+    /// Seed.
+    pub seed: i64,
+    /// Tokens, seconds and the finish reason, where the journal still has them.
+    pub answer: Option<Answer>,
+}
+
+/// What the journal says of an answer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Answer {
+    prompt_tokens: u64,
+    completion_tokens: u64,
+    seconds: f64,
+    finish_reason: String,
+}
+
+/// Everything about one trace.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TraceLineage {
+    /// The trace.
+    pub id: ContentId,
+    /// Who wrote it.
+    pub teacher: String,
+    /// How it was asked for; nothing where its source brought it along.
+    pub call: Option<Call>,
+    /// What the stages did with it.
+    pub steps: Vec<Step>,
+    /// The trace that it was rewritten from.
+    pub parent: Option<Box<TraceLineage>>,
+}
+
+/// The answer to "why is this row here".
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Lineage {
+    /// The problem.
+    pub problem: Problem,
+    /// What the stages did with it.
+    pub steps: Vec<Step>,
+    /// The trace that was asked for, or all traces of the problem.
+    pub traces: Vec<TraceLineage>,
+}
+
+/// Looks a row up by its id, or the beginning of it: a trace or a problem.
+pub fn why(folder: &Path, row: &str) -> anyhow::Result<Lineage> {
+    let row = row.trim().to_lowercase();
+    anyhow::ensure!(
+        row.len() >= 6 && row.bytes().all(|byte| byte.is_ascii_hexdigit()),
+        "`{row}` is no id: give at least six of the hexadecimal digits that stand as `id` in the stage files"
+    );
+    anyhow::ensure!(folder.join("run.json").exists(), "`{}` holds no run", folder.display());
+    let stages = Stages { folder, journal: Journal::read_only(&folder.join("journal.log")).ok() };
+    let mut traces = stages.traces_with(&row, |trace| trace.id.as_str().starts_with(&row))?;
+    let problem = match traces.first() {
+        Some(trace) => {
+            anyhow::ensure!(
+                traces.iter().all(|other| other.id == trace.id),
+                "`{row}` begins several ids; give more digits"
+            );
+            // As the last stage saw it.
+            traces = traces.pop().into_iter().collect();
+            traces[0].problem.clone()
+        }
+        None => {
+            let problem = stages.problem(&row)?.with_context(|| {
+                format!("no problem and no trace in `{}` has an id that begins with `{row}`", folder.display())
+            })?;
+            let id = problem.id.as_str().to_owned();
+            traces = stages.traces_with(&id, |trace| trace.problem.id == problem.id)?;
+            traces.sort_by(|a, b| a.id.cmp(&b.id));
+            traces.dedup_by(|a, b| a.id == b.id);
+            traces.truncate(LISTED);
+            problem
+        }
+    };
+    let steps = stages.of_problem(&problem.id)?;
+    let traces = traces.iter().map(|trace| stages.lineage(trace)).collect::<anyhow::Result<_>>()?;
+    Ok(Lineage { problem, steps, traces })
+}
+
+struct Stages<'a> {
+    folder: &'a Path,
+    journal: Option<Journal>,
+}
+
+/// A row of a stage's file, read as far as this needs it.
+enum Row {
+    Kept(Box<Cot>),
+    Rewritten(Box<Candidate>),
+    Dropped(Dropped),
+}
+
+impl Stages<'_> {
+    /// Lines of a stage's file that hold `text`; nothing where there is no file.
+    fn lines(&self, file: &str, text: &str, mut take: impl FnMut(&str) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        use std::io::BufRead;
+        let path = self.folder.join("stages").join(file);
+        if !path.exists() {
+            return Ok(());
+        }
+        let file = std::fs::File::open(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
+        for line in std::io::BufReader::new(file).lines() {
+            let line = line?;
+            if line.contains(text) {
+                take(&line).with_context(|| format!("`{}` is damaged", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn rows(&self, stage: &'static str, text: &str) -> anyhow::Result<Vec<Row>> {
+        let mut rows = Vec::new();
+        self.lines(&format!("{stage}.jsonl"), text, |line| {
+            rows.push(if stage == "rewrite" {
+                Row::Rewritten(serde_json::from_str(line)?)
+            } else {
+                Row::Kept(serde_json::from_str(line)?)
+            });
+            Ok(())
+        })?;
+        self.lines(&format!("{stage}.dropped.jsonl"), text, |line| {
+            rows.push(Row::Dropped(serde_json::from_str(line)?));
+            Ok(())
+        })?;
+        Ok(rows)
+    }
+
+    /// All traces that stages wrote of which `is` holds; each as the last stage saw it comes last.
+    fn traces_with(&self, text: &str, is: impl Fn(&Cot) -> bool) -> anyhow::Result<Vec<Cot>> {
+        let mut found = Vec::new();
+        for stage in TRACE_STAGES {
+            for row in self.rows(stage, text)? {
+                match row {
+                    Row::Kept(trace) => found.push(*trace),
+                    Row::Rewritten(candidate) => {
+                        found.push(candidate.cot);
+                        found.extend(candidate.original);
+                    }
+                    Row::Dropped(Dropped { subject: Subject::Trace(trace), .. }) => found.push(*trace),
+                    Row::Dropped(_) => {}
+                }
+            }
+        }
+        found.retain(is);
+        Ok(found)
+    }
+
+    fn problem(&self, text: &str) -> anyhow::Result<Option<Problem>> {
+        let mut found = None;
+        for stage in PROBLEM_STAGES {
+            self.lines(&format!("{stage}.jsonl"), text, |line| {
+                let problem: Problem = serde_json::from_str(line)?;
+                if problem.id.as_str().starts_with(text) {
+                    found = Some(problem);
+                }
+                Ok(())
+            })?;
+            self.lines(&format!("{stage}.dropped.jsonl"), text, |line| {
+                if let Subject::Problem(problem) = serde_json::from_str::<Dropped>(line)?.subject
+                    && problem.id.as_str().starts_with(text)
+                {
+                    found.get_or_insert(*problem);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(found)
+    }
+
+    fn of_problem(&self, id: &ContentId) -> anyhow::Result<Vec<Step>> {
+        #[derive(Deserialize)]
+        struct Sorted {
+            id: ContentId,
+            task: Option<String>,
+            #[serde(default)]
+            copies: Option<u32>,
+        }
+        let mut steps = Vec::new();
+        for stage in PROBLEM_STAGES {
+            self.lines(&format!("{stage}.jsonl"), id.as_str(), |line| {
+                let row: Sorted = serde_json::from_str(line)?;
+                if row.id == *id {
+                    let found = match stage {
+                        "classify" => row.task.unwrap_or_else(|| "no known task".to_owned()),
+                        "resample" => format!("drawn {} time(s)", row.copies.unwrap_or(1)),
+                        _ => String::new(),
+                    };
+                    steps.push(Step { stage, outcome: "kept".to_owned(), found });
+                }
+                Ok(())
+            })?;
+            self.lines(&format!("{stage}.dropped.jsonl"), id.as_str(), |line| {
+                let dropped: Dropped = serde_json::from_str(line)?;
+                if let Subject::Problem(problem) = &dropped.subject
+                    && problem.id == *id
+                {
+                    let found = dropped.like.map(|like| format!("like: {}", shortened(&like)));
+                    steps.push(Step { stage, outcome: dropped.reason, found: found.unwrap_or_default() });
+                }
+                Ok(())
+            })?;
+        }
+        // Samples that gave no trace.
+        self.lines("generate.dropped.jsonl", id.as_str(), |line| {
+            let dropped: Dropped = serde_json::from_str(line)?;
+            if let Subject::Problem(problem) = &dropped.subject
+                && problem.id == *id
+            {
+                steps.push(Step { stage: "generate", outcome: dropped.reason, found: "one sample".to_owned() });
+            }
+            Ok(())
+        })?;
+        Ok(steps)
+    }
+
+    fn lineage(&self, trace: &Cot) -> anyhow::Result<TraceLineage> {
+        let mut steps = Vec::new();
+        for stage in TRACE_STAGES {
+            for row in self.rows(stage, trace.id.as_str())? {
+                match row {
+                    Row::Kept(row) if row.id == trace.id => steps.push(kept(stage, &row)),
+                    Row::Rewritten(row) if row.cot.id == trace.id => steps.push(Step {
+                        stage,
+                        outcome: "kept".to_owned(),
+                        found: match row.cot.parent {
+                            Some(parent) => format!("rewritten from {parent}"),
+                            None => "as it is".to_owned(),
+                        },
+                    }),
+                    Row::Rewritten(row) if row.original.as_ref().is_some_and(|cot| cot.id == trace.id) => {
+                        steps.push(Step {
+                            stage,
+                            outcome: "rewritten".to_owned(),
+                            found: format!("into {}", row.cot.id),
+                        });
+                    }
+                    Row::Dropped(Dropped { reason, subject: Subject::Trace(row), .. }) if row.id == trace.id => {
+                        steps.push(Step { outcome: reason, ..kept(stage, &row) });
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let call = trace.origin.asked.as_ref().map(|asked| Call {
+            request: asked.request.clone(),
+            teacher: trace.origin.teacher.clone(),
+            prompt_hash: asked.prompt_hash.clone(),
+            temperature: asked.temperature,
+            seed: asked.seed,
+            answer: self.journal.as_ref().and_then(|journal| {
+                let entry = journal.get(&asked.request).ok()??;
+                let Entry { prompt_tokens, completion_tokens, seconds, .. } = *entry;
+                let finish_reason = entry.finish_reason.clone();
+                Some(Answer { prompt_tokens, completion_tokens, seconds, finish_reason })
+            }),
+        });
+        let parent = match &trace.parent {
+            None => None,
+            Some(id) => {
+                let parents = self.traces_with(id.as_str(), |other| other.id == *id)?;
+                parents.last().map(|parent| self.lineage(parent)).transpose()?.map(Box::new)
+            }
+        };
+        Ok(TraceLineage {
+            id: trace.id.clone(),
+            teacher: trace.origin.teacher.clone(),
+            call,
+            steps,
+            parent,
+        })
+    }
+}
+
+fn kept(stage: &'static str, row: &Cot) -> Step {
+    let found = match stage {
+        "difficulty" => row.difficulty.map(|grade| format!("{grade:?}").to_lowercase()),
+        "verify" => row.verdict.as_ref().map(|verdict| {
+            let correct = verdict.correct.map_or("undecided", |right| if right { "right" } else { "wrong" });
+            format!("{correct} by {:?}: {}", verdict.method, verdict.evidence).to_lowercase()
+        }),
+        "score" => row.scores.map(|scores| {
+            let score = |value: Option<u8>| value.map_or("none".to_owned(), |value| value.to_string());
+            format!("RV {}, CD {}", score(scores.rv), score(scores.cd))
+        }),
+        "generate" => Some(format!("{} tokens, {}", row.completion_tokens, row.finish_reason)),
+        _ => None,
+    };
+    Step { stage, outcome: "kept".to_owned(), found: found.unwrap_or_default() }
+}
+
+fn shortened(text: &str) -> String {
+    let mut short: String = text.chars().take(160).map(|c| if c == '\n' { ' ' } else { c }).collect();
+    if short.len() < text.len() {
+        short.push('…');
+    }
+    short
+}
+
+/// The lineage for people.
+pub fn table(lineage: &Lineage) -> String {
+    let problem = &lineage.problem;
+    let mut text = format!("problem {}\n  {}\n  from {}", problem.id, shortened(&problem.problem), problem.source);
+    if let Some(answer) = &problem.answer {
+        text.push_str(&format!(", answer {}", shortened(answer)));
+    }
+    text.push('\n');
+    steps(&mut text, &lineage.steps, "  ");
+    for trace in &lineage.traces {
+        text.push('\n');
+        of_trace(&mut text, trace, "");
+    }
+    if lineage.traces.is_empty() {
+        text.push_str("\nno trace of it was written\n");
+    }
+    text
+}
+
+fn steps(text: &mut String, steps: &[Step], indent: &str) {
+    for step in steps {
+        text.push_str(&format!("{indent}{:<11} {:<14} {}\n", step.stage, step.outcome, step.found));
+    }
+}
+
+fn of_trace(text: &mut String, trace: &TraceLineage, indent: &str) {
+    text.push_str(&format!("{indent}trace {} by {}\n", trace.id, trace.teacher));
+    match &trace.call {
+        None => text.push_str(&format!("{indent}  brought along by its source\n")),
+        Some(call) => {
+            text.push_str(&format!(
+                "{indent}  asked with prompt {}, temperature {}, seed {}, request {}\n",
+                call.prompt_hash, call.temperature, call.seed, call.request
+            ));
+            if let Some(answer) = &call.answer {
+                text.push_str(&format!(
+                    "{indent}  answered in {:.1} s: {} + {} tokens, {}\n",
+                    answer.seconds, answer.prompt_tokens, answer.completion_tokens, answer.finish_reason
+                ));
+            }
+        }
+    }
+    steps(text, &trace.steps, &format!("{indent}  "));
+    if let Some(parent) = &trace.parent {
+        text.push_str(&format!("{indent}  its source:\n"));
+        of_trace(text, parent, &format!("{indent}    "));
+    }
+}

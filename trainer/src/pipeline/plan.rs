@@ -1,0 +1,205 @@
+//! `potstill plan`: a few problems go through all stages that ask; what they took says what all of them will take. Their answers
+//! are in the journal, so the run itself does not ask them again.
+
+use std::collections::BTreeMap;
+
+use potstill_cot::executor::feed;
+use potstill_data::journal::{Totals, Usage};
+use potstill_data::records::Problem;
+use serde::Serialize;
+
+use super::Run;
+use super::chain::Chain;
+use super::stages::Stages;
+use crate::recipe::Recipe;
+
+/// Groups that the pilot is split into: their spread gives the intervals.
+const GROUPS: usize = 8;
+/// Student's t for 95 % and seven degrees of freedom.
+const T: f64 = 2.365;
+/// Requests that a node of a remote pool is taken to work on at once.
+const SLOTS: usize = 32;
+
+/// A number with its 95 % interval.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Estimate {
+    /// The mean.
+    pub mean: f64,
+    /// Half of the interval.
+    pub plus_minus: f64,
+}
+
+impl Estimate {
+    /// Of a whole, from equal shares of a sample that is `share` of it.
+    fn of(groups: &[f64], factor: f64) -> Self {
+        let n = groups.len() as f64;
+        let sum: f64 = groups.iter().sum();
+        let mean = sum / n;
+        let variance = groups.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+        Self { mean: sum * factor, plus_minus: T * (variance * n).sqrt() * factor }
+    }
+}
+
+/// What one model has to do for one stage.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StagePlan {
+    /// The stage.
+    pub stage: String,
+    /// The model.
+    pub model: String,
+    /// Answers.
+    pub calls: Estimate,
+    /// Tokens of prompts.
+    pub prompt_tokens: Estimate,
+    /// Tokens written.
+    pub completion_tokens: Estimate,
+    /// Hours of a node that is never idle.
+    pub node_hours: Estimate,
+    /// Money, where the recipe has prices.
+    pub cost: Estimate,
+}
+
+/// What a run will take.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Plan {
+    /// Problems of the run.
+    pub problems: usize,
+    /// Problems of the pilot.
+    pub pilot: usize,
+    /// By stage and model.
+    pub stages: Vec<StagePlan>,
+    /// Hours until the last answer, with as many open requests as the recipe allows.
+    pub hours: Estimate,
+    /// Limits of the recipe that would be crossed.
+    pub over_budget: Vec<String>,
+}
+
+impl Run {
+    /// Sends `pilot` problems through all stages that ask.
+    pub async fn plan(&self, pilot: usize) -> anyhow::Result<Plan> {
+        anyhow::ensure!(self.recipe.generate.is_some(), "the recipe asks no teachers: there is nothing to plan");
+        let problems = tokio::task::block_in_place(|| self.collect())?;
+        // The file is ordered by hashes: its beginning is a fair sample.
+        let rows = self.folder.each_of::<Problem>("collect")?.take(pilot.max(GROUPS));
+        let sample = rows.map(|row| row.map(|(_, problem)| problem)).collect::<Result<Vec<_>, _>>()?;
+        let size = sample.len().min(problems);
+        let mut groups: Vec<Vec<Problem>> = vec![Vec::new(); GROUPS.min(size)];
+        for (at, problem) in sample.into_iter().enumerate() {
+            let group = at % groups.len();
+            groups[group].push(problem);
+        }
+        let all = groups.into_iter().map(|group| self.group(group));
+        let totals = futures_util::future::try_join_all(all).await?;
+        Ok(plan(&self.recipe, problems, size, &totals))
+    }
+
+    /// One group through all stages; nothing but the journal keeps what comes of it.
+    async fn group(&self, problems: Vec<Problem>) -> anyhow::Result<Totals> {
+        let calls = self.stages.calls.with_own_tally();
+        let stages = Stages { calls: calls.clone(), ..self.stages.clone() };
+        let mut chain = Chain::new(&self.folder, self.recipe.concurrency);
+        let mut input = feed(problems);
+        if self.recipe.classify.is_some() {
+            input = chain.link(stages.classifier()?, input)?;
+        }
+        let mut last = stages.link_all(&mut chain, input)?;
+        while last.recv().await.is_some() {}
+        chain.discard().await?;
+        Ok(calls.tally())
+    }
+}
+
+fn plan(recipe: &Recipe, problems: usize, pilot: usize, groups: &[Totals]) -> Plan {
+    let factor = problems as f64 / pilot.max(1) as f64;
+    let keys: std::collections::BTreeSet<&(String, String)> = groups.iter().flat_map(BTreeMap::keys).collect();
+    let estimate = |of: &dyn Fn(&Totals) -> f64| {
+        Estimate::of(&groups.iter().map(of).collect::<Vec<f64>>(), factor)
+    };
+    let stages: Vec<StagePlan> = keys
+        .into_iter()
+        .map(|key| {
+            let usage = |of: fn(&Usage) -> f64| {
+                estimate(&|totals: &Totals| totals.get(key).map_or(0.0, of))
+            };
+            let (stage, model) = key;
+            let slots = recipe.local.iter().find(|local| local.model == *model).map_or(SLOTS, |local| local.slots);
+            let price = recipe.budget.prices.get(model).copied().unwrap_or_default();
+            StagePlan {
+                stage: stage.clone(),
+                model: model.clone(),
+                calls: usage(|usage| usage.calls as f64),
+                prompt_tokens: usage(|usage| usage.prompt_tokens as f64),
+                completion_tokens: usage(|usage| usage.completion_tokens as f64),
+                node_hours: estimate(&|totals: &Totals| {
+                    totals.get(key).map_or(0.0, |usage| usage.seconds / slots as f64 / 3600.0)
+                }),
+                cost: estimate(&|totals: &Totals| {
+                    totals.get(key).map_or(0.0, |usage| price.of(usage.prompt_tokens, usage.completion_tokens))
+                }),
+            }
+        })
+        .collect();
+    let open = recipe.concurrency as f64;
+    let hours = estimate(&|totals: &Totals| {
+        // Each model has its own open requests: the busiest decides.
+        let mut by_model: BTreeMap<&str, f64> = BTreeMap::new();
+        for ((_, model), usage) in totals {
+            *by_model.entry(model).or_default() += usage.seconds;
+        }
+        by_model.values().copied().fold(0.0, f64::max) / open / 3600.0
+    });
+    let sum = |of: fn(&StagePlan) -> f64| stages.iter().map(of).sum::<f64>();
+    let limits = recipe.budget.run();
+    let mut over_budget = Vec::new();
+    let mut compare = |name: &str, limit: Option<f64>, needed: f64| {
+        if let Some(limit) = limit.filter(|limit| needed > *limit) {
+            over_budget.push(format!("{name}: {needed:.0} are needed, {limit:.0} are allowed"));
+        }
+    };
+    compare("requests", limits.requests.map(|most| most as f64), sum(|stage| stage.calls.mean));
+    let tokens = sum(|stage| stage.prompt_tokens.mean + stage.completion_tokens.mean);
+    compare("tokens", limits.tokens.map(|most| most as f64), tokens);
+    compare("cost", limits.cost, sum(|stage| stage.cost.mean));
+    Plan { problems, pilot, stages, hours, over_budget }
+}
+
+/// The plan for people.
+pub fn table(plan: &Plan) -> String {
+    let range = |estimate: &Estimate, digits: usize| {
+        format!("{:.digits$} ± {:.digits$}", estimate.mean, estimate.plus_minus)
+    };
+    let mut text = format!(
+        "{} problems, from a pilot of {}; 95 % intervals from {GROUPS} groups\n\n{:<12} {:<24} {:>16} {:>22} {:>22} {:>16} {:>16}\n",
+        plan.problems, plan.pilot, "stage", "model", "calls", "prompt tokens", "tokens written", "node-hours", "cost"
+    );
+    for stage in &plan.stages {
+        text.push_str(&format!(
+            "{:<12} {:<24} {:>16} {:>22} {:>22} {:>16} {:>16}\n",
+            stage.stage,
+            stage.model,
+            range(&stage.calls, 0),
+            range(&stage.prompt_tokens, 0),
+            range(&stage.completion_tokens, 0),
+            range(&stage.node_hours, 3),
+            range(&stage.cost, 2),
+        ));
+    }
+    text.push_str(&format!("\n{} hours with the recipe's open requests\n", range(&plan.hours, 3)));
+    for limit in &plan.over_budget {
+        text.push_str(&format!("over budget: {limit}\n"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_follows_from_its_sample() {
+        let estimate = Estimate::of(&[10.0, 12.0, 8.0, 10.0], 5.0);
+        assert!((estimate.mean - 200.0).abs() < 1e-9);
+        assert!((estimate.plus_minus - T * (8.0f64 / 3.0 * 4.0).sqrt() * 5.0).abs() < 1e-9);
+        assert_eq!(Estimate::of(&[3.0, 3.0], 1.0).plus_minus, 0.0);
+    }
+}

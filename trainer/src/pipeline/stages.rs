@@ -1,0 +1,99 @@
+//! The CoT stages of a recipe, with whom they ask.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use potstill_cot::classify::Classify;
+use potstill_cot::difficulty::{Grade, Judge};
+use potstill_cot::generate::Generate;
+use potstill_cot::prompts::Prompts;
+use potstill_cot::rewrite::Rewrite;
+use potstill_cot::rv_cd::Score;
+use potstill_cot::teacher::Teachers;
+use potstill_cot::verify::Verify;
+use potstill_data::records::{Cot, Problem};
+use potstill_verify::verifier::Verifier;
+use tokio::sync::mpsc;
+
+use super::chain::Chain;
+use crate::recipe::{JudgeSection, Recipe};
+
+/// Makes the stages.
+#[derive(Clone)]
+pub(super) struct Stages {
+    pub(super) recipe: Arc<Recipe>,
+    pub(super) prompts: Prompts,
+    pub(super) calls: Teachers,
+}
+
+impl Stages {
+    pub(super) fn classifier(&self) -> anyhow::Result<Classify> {
+        let section = self.recipe.classify.as_ref().context("the recipe has no `classify`")?;
+        Ok(Classify { judge: self.judge(section) })
+    }
+
+    pub(super) fn generator(&self) -> anyhow::Result<Generate> {
+        let section = self.recipe.generate.as_ref().context("the recipe has no `generate`")?;
+        Ok(Generate {
+            teachers: section.teachers.clone(),
+            calls: self.calls.clone(),
+            prompts: self.prompts.clone(),
+            seed: self.recipe.seed,
+        })
+    }
+
+    fn judge(&self, section: &JudgeSection) -> Judge {
+        Judge {
+            model: section.model.clone(),
+            max_tokens: section.max_tokens,
+            reasks: section.reasks,
+            calls: self.calls.clone(),
+            prompts: self.prompts.clone(),
+        }
+    }
+
+    pub(super) fn grader(&self) -> anyhow::Result<Grade> {
+        let section = self.recipe.difficulty.as_ref().context("the recipe has no `difficulty`")?;
+        Ok(Grade { judge: self.judge(section) })
+    }
+
+    pub(super) fn rewriter(&self) -> Rewrite {
+        let section = self.recipe.rewrite.as_ref();
+        Rewrite {
+            model: section.map(|section| section.model.clone()),
+            temperature: section.map_or(0.0, |section| section.temperature),
+            max_tokens: section.map_or(0, |section| section.max_tokens),
+            calls: self.calls.clone(),
+            prompts: self.prompts.clone(),
+        }
+    }
+
+    pub(super) fn verifier(&self) -> Verify {
+        let judge = self.recipe.verify.as_ref().map(|section| self.judge(section));
+        Verify { verifier: Verifier::default(), judge }
+    }
+
+    pub(super) fn scorer(&self) -> anyhow::Result<Score> {
+        let section = self.recipe.score.as_ref().context("the recipe has no `score`")?;
+        Ok(Score { judge: self.judge(section) })
+    }
+
+    /// generate -> difficulty -> rewrite -> verify -> score, as far as the recipe has them.
+    pub(super) fn link_all(
+        &self,
+        chain: &mut Chain,
+        problems: mpsc::Receiver<Problem>,
+    ) -> anyhow::Result<mpsc::Receiver<Cot>> {
+        let generated = chain.link(self.generator()?, problems)?;
+        let graded = match self.recipe.difficulty {
+            Some(_) => chain.link(self.grader()?, generated)?,
+            None => generated,
+        };
+        let rewritten = chain.link(self.rewriter(), graded)?;
+        let verified = chain.link(self.verifier(), rewritten)?;
+        Ok(match self.recipe.score {
+            Some(_) => chain.link(self.scorer()?, verified)?,
+            None => verified,
+        })
+    }
+}

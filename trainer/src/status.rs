@@ -1,0 +1,244 @@
+//! What a run says of itself while it goes on: `status.json` in its folder, rewritten every two seconds, and `potstill status`
+//! that reads it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use potstill_cot::executor::{Counts, Summary};
+use potstill_cot::ledger::{Amounts, Ledger, Limits};
+use potstill_cot::teacher::Teachers;
+use potstill_shared::durable::write_file;
+use serde::{Deserialize, Serialize};
+
+use crate::run::{Manifest, RunFolder};
+
+/// Between two writings.
+const EVERY: Duration = Duration::from_secs(2);
+/// A status that is older says nothing of a running process.
+const STALE_S: u64 = 15;
+
+/// One stage that is under way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StageStatus {
+    /// Its name.
+    pub name: String,
+    /// Records done.
+    pub done: u64,
+    /// Counts in, kept and dropped.
+    #[serde(flatten)]
+    pub summary: Summary,
+}
+
+/// What stands in `status.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The process.
+    pub pid: u32,
+    /// When it was written, in seconds since 1970.
+    pub written: u64,
+    /// Seconds since these stages began.
+    pub seconds: f64,
+    /// Records that the first of the stages will get.
+    pub total: u64,
+    /// The stages under way; records stream through all of them.
+    pub stages: Vec<StageStatus>,
+    /// Spent by stage, by all processes of this run.
+    pub spent: BTreeMap<String, Amounts>,
+    /// What the run may spend.
+    pub limits: Limits,
+}
+
+impl Snapshot {
+    /// Seconds until the last stage has done what the first one will have sent it, at the pace so far.
+    fn seconds_left(&self) -> Option<f64> {
+        let (first, last) = (self.stages.first()?, self.stages.last()?);
+        let share = if self.stages.len() == 1 || last.summary.taken == 0 {
+            first.done as f64 / self.total.max(1) as f64
+        } else {
+            // What will come to the last stage, when the first one is through.
+            let come = last.summary.taken as f64 * self.total as f64 / first.done.max(1) as f64;
+            last.done as f64 / come.max(1.0)
+        };
+        (share > 0.0).then(|| self.seconds * (1.0 - share.min(1.0)) / share)
+    }
+}
+
+/// Writes the status of a run.
+#[derive(Clone)]
+pub(crate) struct Status {
+    path: PathBuf,
+    stages: Vec<(&'static str, Arc<Counts>)>,
+    total: u64,
+    ledger: Arc<Ledger>,
+    begun: Instant,
+}
+
+impl Status {
+    pub(crate) fn new(
+        folder: &RunFolder,
+        stages: &[(&'static str, Arc<Counts>)],
+        total: u64,
+        teachers: &Teachers,
+    ) -> Self {
+        Self {
+            path: folder.path().join("status.json"),
+            stages: stages.to_vec(),
+            total,
+            ledger: Arc::clone(teachers.ledger()),
+            begun: Instant::now(),
+        }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let stages = self.stages.iter().map(|(name, counts)| StageStatus {
+            name: (*name).to_owned(),
+            done: counts.done.load(Ordering::Relaxed) as u64,
+            summary: counts.summary(),
+        });
+        Snapshot {
+            pid: std::process::id(),
+            written: now(),
+            seconds: self.begun.elapsed().as_secs_f64(),
+            total: self.total,
+            stages: stages.collect(),
+            spent: self.ledger.spent(),
+            limits: self.ledger.budget().run(),
+        }
+    }
+
+    /// Writes it once. A disk that is full stops the run elsewhere, where something would be lost.
+    pub(crate) fn write(&self) {
+        let text = serde_json::to_vec_pretty(&self.snapshot()).unwrap_or_default();
+        if let Err(error) = write_file(&self.path, &text) {
+            tracing::warn!(%error, "the status was not written");
+        }
+    }
+
+    /// Writes it until it is dropped.
+    pub(crate) async fn keep_writing(self) {
+        let mut ticks = tokio::time::interval(EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            tokio::task::block_in_place(|| self.write());
+        }
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// A run as `potstill status` shows it.
+#[derive(Debug, Serialize)]
+pub struct RunStatus {
+    /// Whether a process is working on it.
+    pub running: bool,
+    /// Stages that have ended, and the sources.
+    pub manifest: Manifest,
+    /// What the last process said.
+    pub now: Option<Snapshot>,
+    /// Seconds until the stages under way are done, at the pace so far.
+    pub seconds_left: Option<f64>,
+}
+
+/// Reads the status of a run folder.
+pub fn read(folder: &Path) -> anyhow::Result<RunStatus> {
+    let path = folder.join("run.json");
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("`{}` holds no run: cannot read `{}`", folder.display(), path.display()))?;
+    let manifest =
+        serde_json::from_str(&text).with_context(|| format!("`{}` is damaged", path.display()))?;
+    let now_said = std::fs::read_to_string(folder.join("status.json")).ok();
+    let snapshot: Option<Snapshot> = now_said.and_then(|text| serde_json::from_str(&text).ok());
+    let running = snapshot.as_ref().is_some_and(|snapshot| {
+        now().saturating_sub(snapshot.written) <= STALE_S
+            && Path::new(&format!("/proc/{}", snapshot.pid)).exists()
+    });
+    let seconds_left = snapshot.as_ref().filter(|_| running).and_then(Snapshot::seconds_left);
+    Ok(RunStatus { running, manifest, now: snapshot, seconds_left })
+}
+
+/// The status for people.
+pub fn table(status: &RunStatus) -> String {
+    let mut text = format!(
+        "run `{}`: {}\n",
+        status.manifest.name,
+        if status.running { "running" } else { "no process is working on it" }
+    );
+    let row = |name: &str, mark: &str, summary: &Summary| {
+        let reasons: Vec<String> =
+            summary.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
+        format!("{name:<22} {mark:<8} {:>9} {:>9}  {}\n", summary.taken, summary.kept, reasons.join(", "))
+    };
+    text.push_str(&format!("{:<22} {:<8} {:>9} {:>9}  dropped\n", "stage", "", "in", "kept"));
+    let now: Vec<&StageStatus> =
+        status.now.iter().filter(|_| status.running).flat_map(|now| &now.stages).collect();
+    for name in crate::pipeline::STAGES.iter().map(|name| (*name).to_owned()).chain(
+        status.manifest.stages.keys().filter(|name| name.starts_with("evaluate")).cloned(),
+    ) {
+        if let Some(stage) = now.iter().find(|stage| stage.name == name) {
+            text.push_str(&row(&name, "running", &stage.summary));
+        } else if let Some(stage) = status.manifest.stages.get(&name) {
+            text.push_str(&row(&name, "done", &stage.summary));
+        }
+    }
+    let Some(now) = &status.now else { return text };
+    text.push_str(&format!("\n{:<22} {:>9} {:>13} {:>10}\n", "spent", "requests", "tokens", "cost"));
+    let mut all = Amounts::default();
+    for (stage, amounts) in &now.spent {
+        all = all.plus(*amounts);
+        let Amounts { requests, tokens, cost } = amounts;
+        text.push_str(&format!("{stage:<22} {requests:>9} {tokens:>13} {cost:>10.4}\n"));
+    }
+    text.push_str(&format!("{:<22} {:>9} {:>13} {:>10.4}\n", "all", all.requests, all.tokens, all.cost));
+    let limit = |most: Option<String>| most.unwrap_or_else(|| "-".to_owned());
+    if now.limits != Limits::default() {
+        text.push_str(&format!(
+            "{:<22} {:>9} {:>13} {:>10}\n",
+            "budget",
+            limit(now.limits.requests.map(|most| most.to_string())),
+            limit(now.limits.tokens.map(|most| most.to_string())),
+            limit(now.limits.cost.map(|most| format!("{most:.4}"))),
+        ));
+    }
+    if let Some(seconds) = status.seconds_left {
+        text.push_str(&format!("\n{seconds:.0} s left at the pace so far\n"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stage(name: &str, taken: usize, done: u64, kept: usize) -> StageStatus {
+        StageStatus {
+            name: name.into(),
+            done,
+            summary: Summary { taken, kept, ..Summary::default() },
+        }
+    }
+
+    #[test]
+    fn the_time_left_follows_the_last_stage() {
+        let snapshot = |stages| Snapshot {
+            pid: 1,
+            written: 0,
+            seconds: 30.0,
+            total: 100,
+            stages,
+            spent: BTreeMap::new(),
+            limits: Limits::default(),
+        };
+        assert_eq!(snapshot(vec![]).seconds_left(), None);
+        assert_eq!(snapshot(vec![stage("generate", 30, 25, 50)]).seconds_left(), Some(90.0));
+        // 25 of 100 problems gave 50 traces: 200 will come, 40 are through.
+        let both = snapshot(vec![stage("generate", 30, 25, 50), stage("score", 50, 40, 40)]);
+        assert_eq!(both.seconds_left(), Some(120.0));
+    }
+}
