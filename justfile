@@ -65,6 +65,11 @@ bench-lm-eval PYTHON="python3" *ARGS:
     cargo build --release --locked
     {{PYTHON}} load-tests/peers/lm_eval.py --potstill target/release/potstill {{ARGS}}
 
+# The CoT pipeline with a teacher that answers at once, beside distilabel or curator where the Python that is named has them.
+bench-pipeline PYTHON="python3" *ARGS:
+    cargo build --release --locked --workspace
+    {{PYTHON}} load-tests/peers/pipeline.py {{ARGS}}
+
 # Training steps beside PyTorch and transformers, which must be installed in the Python that is named.
 bench-train PYTHON="python3" *ARGS:
     cargo build --release --locked

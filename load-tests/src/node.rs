@@ -23,6 +23,9 @@ pub(crate) struct Arguments {
     /// So many times slower than the times that requests name.
     #[arg(long, default_value_t = 1.0)]
     slower: f64,
+    /// Play a teacher: answer at once with a chain of thought of so many bytes, streamed or whole, and the answer 7.
+    #[arg(long, value_name = "BYTES")]
+    teacher: Option<usize>,
 }
 
 /// Serves until it is killed.
@@ -31,7 +34,10 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let slots = Arc::new(Semaphore::new(arguments.slots.min(Semaphore::MAX_PERMITS)));
     loop {
         let (stream, _) = listener.accept().await?;
-        tokio::spawn(serve(stream, Arc::clone(&slots), arguments.slower));
+        match arguments.teacher {
+            None => drop(tokio::spawn(serve(stream, Arc::clone(&slots), arguments.slower))),
+            Some(bytes) => drop(tokio::spawn(teach(stream, bytes))),
+        }
     }
 }
 
@@ -78,6 +84,62 @@ async fn serve(stream: TcpStream, slots: Arc<Semaphore>, slower: f64) -> std::io
             "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{ANSWER}",
             ANSWER.len()
         );
+        wire.send(answer.as_bytes()).await?;
+    }
+    Ok(())
+}
+
+/// A teacher that knows only one answer, but at once.
+async fn teach(stream: TcpStream, bytes: usize) -> std::io::Result<()> {
+    let thought = "Seven is the number after six. ".repeat(bytes / 31 + 1);
+    let content = format!("<think>{}</think>\\\\boxed{{7}}", &thought[..bytes]);
+    let usage =
+        format!(r#""usage":{{"prompt_tokens":50,"completion_tokens":{0},"total_tokens":{0}}}"#, bytes / 4);
+    let kind = r#""id":"c","created":1,"model":"m","#;
+    let json = |body: &str| {
+        format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        )
+    };
+    let models = json(r#"{"object":"list","data":[{"id":"m","object":"model","created":1,"owned_by":"m"}]}"#);
+    let whole = json(&format!(
+        r#"{{{kind}"object":"chat.completion","choices":[{{"index":0,"message":{{"role":"assistant","content":"{content}"}},"finish_reason":"stop"}}],{usage}}}"#
+    ));
+    let event = |rest: &str| format!("data: {{{kind}\"object\":\"chat.completion.chunk\",{rest}}}\n\n");
+    let events = [
+        event(&format!(
+            r#""choices":[{{"index":0,"delta":{{"role":"assistant","content":"{content}"}},"finish_reason":"stop"}}]"#
+        )),
+        event(&format!(r#""choices":[],{usage}"#)),
+        "data: [DONE]\n\n".to_owned(),
+    ]
+    .concat();
+    let streamed = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: {}\r\n\r\n{events}",
+        events.len()
+    );
+    let mut wire = Wire::new(stream);
+    while let Some(head) = wire.head().await? {
+        let mut end = Vec::new();
+        let mut asked = 0;
+        let mut keep = |part: &[u8]| {
+            asked += part.len();
+            if end.len() < 1 << 16 {
+                end.extend_from_slice(part);
+            }
+        };
+        match head.framing {
+            Framing::Length(length) => wire.body(length, &mut keep).await?,
+            Framing::Chunked => while wire.chunk(&mut keep).await? {},
+        }
+        let answer = if asked == 0 {
+            &models
+        } else if memchr::memmem::find(&end, b"\"stream\":true").is_some() {
+            &streamed
+        } else {
+            &whole
+        };
         wire.send(answer.as_bytes()).await?;
     }
     Ok(())

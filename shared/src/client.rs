@@ -166,7 +166,7 @@ impl Client {
         let response = checked(response).await?;
         let mut completion =
             if streamed { collect_stream(&url, response).await? } else { whole(&url, response).await? };
-        if completion.finish_reason == LOOP {
+        if completion.finish_reason == LOOP && completion.usage.prompt_tokens == 0 {
             let bytes: usize = request.messages.iter().map(|message| message.plain().len()).sum();
             completion.usage.prompt_tokens = bytes as u64 / 4;
         }
@@ -211,12 +211,22 @@ async fn whole(url: &str, response: reqwest::Response) -> Result<Completion, Cal
     let body: ChatResponse = response.json().await.map_err(|error| transport(url, &error))?;
     let choice = body.choices.into_iter().next().ok_or_else(|| retry("the answer holds no choice".into()))?;
     let message = choice.message.ok_or_else(|| retry("the choice holds no message".into()))?;
-    let mut finish = choice.finish_reason.ok_or_else(|| retry("the answer has no finish reason".into()))?;
+    let finish_reason =
+        choice.finish_reason.ok_or_else(|| retry("the answer has no finish reason".into()))?;
     let (content, reasoning) = (message.plain(), message.thinking().map(str::to_owned));
-    if finish == "length" && (loops(&content).is_some() || reasoning.as_deref().and_then(loops).is_some()) {
-        finish = LOOP.to_owned();
+    let usage = body.usage.unwrap_or_default();
+    Ok(ended(Completion { content, reasoning, finish_reason, usage }))
+}
+
+/// An answer that came to its limit in a loop is named for that.
+fn ended(mut completion: Completion) -> Completion {
+    let thought = completion.reasoning.as_deref().unwrap_or_default();
+    if completion.finish_reason == "length"
+        && [thought, &completion.content].iter().any(|text| loops(text).is_some())
+    {
+        completion.finish_reason = LOOP.to_owned();
     }
-    Ok(Completion { content, reasoning, finish_reason: finish, usage: body.usage.unwrap_or_default() })
+    completion
 }
 
 async fn collect_stream(url: &str, response: reqwest::Response) -> Result<Completion, CallError> {
@@ -232,7 +242,7 @@ async fn collect_stream(url: &str, response: reqwest::Response) -> Result<Comple
                 completion.finish_reason =
                     finish.ok_or_else(|| retry("the stream ended without a finish reason".into()))?;
                 completion.reasoning = reasoning;
-                return Ok(completion);
+                return Ok(ended(completion));
             }
             if let Ok(body) = serde_json::from_str::<ErrorBody>(&event.data) {
                 return Err(retry(format!("the stream broke off: {}", body.error.message)));

@@ -110,6 +110,21 @@ pub fn publish_folder<E: From<DurableError>>(
     Ok(sync_folder(parent)?)
 }
 
+/// Gives a file that was written piece by piece its name, once it is on the disk.
+pub fn publish_file(part: &Path, path: &Path) -> Result<(), DurableError> {
+    File::open(part).and_then(|file| file.sync_all()).map_err(at("sync", part))?;
+    fs::rename(part, path).map_err(at("rename into", path))?;
+    sync_folder(path.parent().unwrap_or(Path::new(".")))
+}
+
+/// Removes a file; a missing one is no error.
+pub fn remove_file(path: &Path) -> Result<(), DurableError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Removes a folder with all it holds; a missing one is no error.
 pub fn remove_folder(path: &Path) -> Result<(), DurableError> {
     match fs::remove_dir_all(path) {

@@ -172,8 +172,10 @@ mod tests {
 
     #[test]
     fn every_form_is_read() {
-        let sections = "<|begin_of_thought|>\n\na\n\n<|end_of_thought|>\n\n<|begin_of_solution|>b<|end_of_solution|>";
-        for text in [sections, "<think>a</think>b", "a</think>b", "<|begin_of_thought|>a<|end_of_thought|>b"] {
+        let sections =
+            "<|begin_of_thought|>\n\na\n\n<|end_of_thought|>\n\n<|begin_of_solution|>b<|end_of_solution|>";
+        for text in [sections, "<think>a</think>b", "a</think>b", "<|begin_of_thought|>a<|end_of_thought|>b"]
+        {
             assert_eq!(read(text), (Some("a".into()), "b".into()), "{text}");
         }
         assert_eq!(read("<|begin_of_thought|>a").0, None, "cut off");

@@ -46,7 +46,8 @@ mod tests {
     fn loops_are_found_and_texts_are_none() {
         let wait = "Wait, let me check this again. ".repeat(40);
         assert_eq!(loops(&format!("First I think. {wait}")), Some(31));
-        let paragraph = "So x is 3. Then the sum is 7, and 7 times 3 is 21. Hmm, but 21 is odd.\n\n".repeat(30);
+        let paragraph =
+            "So x is 3. Then the sum is 7, and 7 times 3 is 21. Hmm, but 21 is odd.\n\n".repeat(30);
         assert!(loops(&paragraph).is_some());
         assert_eq!(loops(&"0".repeat(5000)), None);
         let counted: String = (0..400).map(|n| format!("Step {n}: add {n} to it. ")).collect();

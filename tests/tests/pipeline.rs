@@ -209,11 +209,10 @@ fn sources_of_any_format_are_collected() {
         .map(|line| (line["reason"].as_str().unwrap().to_owned(), line["like"].as_str().unwrap().to_owned()))
         .collect();
     dropped.sort();
-    assert_eq!(dropped.iter().map(|(reason, _)| reason.as_str()).collect::<Vec<_>>(), [
-        "contaminated_ngram",
-        "duplicate",
-        "near_duplicate"
-    ]);
+    assert_eq!(
+        dropped.iter().map(|(reason, _)| reason.as_str()).collect::<Vec<_>>(),
+        ["contaminated_ngram", "duplicate", "near_duplicate"]
+    );
     assert_eq!((dropped[0].1.as_str(), dropped[2].1.as_str()), ("Is 7 prime?", train));
     let kept = lines("stages/collect.jsonl");
     let thousand = kept.iter().find(|problem| problem["problem"] == "What is 500 + 500?").unwrap();

@@ -74,6 +74,7 @@ fn heavy_libraries_enter_where_they_belong() {
         may("hyper", &["gateway"]);
         may("hf-hub", &["data"]);
         may("parquet", &["data"]);
+        may("tokio-postgres", &["data"]);
         may("llguidance", &["engine"]);
     }
     for (path, text) in sources(&root().join("trainer/src")) {

@@ -207,12 +207,13 @@ mod tests {
             Front::Remote(Client::new(potstill_shared::client::Endpoint::new("http://127.0.0.1:9")).unwrap());
         let gates = Arc::new(Gates::new(recipe.concurrency));
         let announcer = Announcer::new(front, "r", &recipe, 10, &counts, Arc::clone(&gates));
-        let forecast = |stage: &str, advised: u64| {
-            json!({ "forecasts": [{ "model": "m", "stage": stage, "advised_open": advised }] })
-        };
-        for (answer, limit) in
-            [(forecast("generate", 9), 9), (forecast("generate", 40), 64), (forecast("other", 3), 64), (json!({}), 64)]
-        {
+        let forecast = |stage: &str, advised: u64| json!({ "forecasts": [{ "model": "m", "stage": stage, "advised_open": advised }] });
+        for (answer, limit) in [
+            (forecast("generate", 9), 9),
+            (forecast("generate", 40), 64),
+            (forecast("other", 3), 64),
+            (json!({}), 64),
+        ] {
             announcer.follow(&announcer.plan(), &answer);
             assert_eq!(gates.of("m").limit(), limit, "{answer}");
         }

@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use potstill_shared::redact::Redacted;
 
 use crate::bench::{self, BenchArguments};
+use crate::calibrate;
 use crate::compress::{self, QuantiseArguments};
 use crate::dataset;
 use crate::demo::{DemoArguments, demo};
@@ -18,6 +19,7 @@ use crate::pipeline::{Run, STAGES, SharedStore, plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::Report;
+use crate::selection;
 use crate::serve::{ServeArguments, serve};
 use crate::status;
 
@@ -178,7 +180,23 @@ enum Command {
     /// Stage: score RV and CD.
     Score(RunArguments),
     /// Stage: choose what the student can learn.
-    Sample(RunArguments),
+    Sample {
+        #[command(flatten)]
+        run: RunArguments,
+        /// Compare policies on the traces at hand, and choose nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// Print the comparison as JSON.
+        #[arg(long, requires = "dry_run")]
+        json: bool,
+    },
+    /// Have the judge of RV and CD score traces whose scores are known, and say how far it is off.
+    Calibrate {
+        #[command(flatten)]
+        run: RunArguments,
+        #[command(flatten)]
+        calibrate: calibrate::CalibrateArguments,
+    },
     /// Stage: train reward models for RV and CD on the teachers' scores.
     Reward(RunArguments),
     /// Stage: train the students, algorithm after algorithm.
@@ -308,7 +326,24 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
             (None, None) => anyhow::bail!("`verify` needs a recipe or --pairs"),
         },
         Command::Score(run) => stage("score", run).await,
-        Command::Sample(run) => stage("sample", run).await,
+        Command::Sample { run, dry_run: false, .. } => stage("sample", run).await,
+        Command::Sample { run, json, .. } => {
+            let run = run.start(Progress::new()).await?;
+            let compared = run.compare_selections();
+            run.stop().await;
+            let compared = compared?;
+            say(&if json { serde_json::to_string_pretty(&compared)? } else { selection::table(&compared) });
+            Ok(())
+        }
+        Command::Calibrate { run, calibrate: arguments } => {
+            let run = run.start(Progress::new()).await?;
+            let found = calibrate::calibrate(&run, &arguments).await;
+            run.stop().await;
+            let found = found?;
+            let json = arguments.json;
+            say(&if json { serde_json::to_string_pretty(&found)? } else { calibrate::table(&found) });
+            Ok(())
+        }
         Command::Reward(run) => stage("reward", run).await,
         Command::Train(run) => stage("train", run).await,
         Command::Export(run) => stage("export", run).await,

@@ -124,8 +124,9 @@ impl Folder {
     fn open(path: &Path) -> anyhow::Result<Self> {
         let read = |name: &str| {
             let file = path.join(name);
-            std::fs::read_to_string(&file)
-                .with_context(|| format!("`{}` holds no run: cannot read `{}`", path.display(), file.display()))
+            std::fs::read_to_string(&file).with_context(|| {
+                format!("`{}` holds no run: cannot read `{}`", path.display(), file.display())
+            })
         };
         let manifest = serde_json::from_str(&read("run.json")?)
             .with_context(|| format!("`{}` is damaged", path.join("run.json").display()))?;

@@ -16,9 +16,9 @@ use potstill_cot::difficulty::Judge;
 use potstill_cot::executor::{Counts, Outcome, Stage, StageError, feed, run};
 use potstill_cot::prompts::{Prompts, Role};
 use potstill_cot::teacher::{AskError, Patience, Question, Teachers};
-use potstill_data::store::Store;
 use potstill_data::jsonl::write_records;
 use potstill_data::records::Problem;
+use potstill_data::store::Store;
 use potstill_sandbox::{Limits, Sandbox};
 use potstill_shared::client::{Client, Endpoint};
 use potstill_shared::durable;
@@ -301,13 +301,9 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
     if known > 0 {
         progress.say(format!("going on: the journal holds {known} answers"));
     }
-    let calls = teachers(
-        &arguments.endpoint,
-        arguments.api_key_env.as_deref(),
-        &arguments.model,
-        Arc::clone(&store),
-    )
-    .await?;
+    let calls =
+        teachers(&arguments.endpoint, arguments.api_key_env.as_deref(), &arguments.model, Arc::clone(&store))
+            .await?;
     let judge = match &arguments.judge {
         None => None,
         Some(model) => {
@@ -317,7 +313,14 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
             };
             let calls = teachers(endpoint, key, model, store).await?;
             let prompts = Prompts::load(None)?;
-            Some(Judge { model: model.clone(), max_tokens: JUDGE_TOKENS, reasks: 2, calls, prompts })
+            Some(Judge {
+                model: model.clone(),
+                max_tokens: JUDGE_TOKENS,
+                reasks: 2,
+                variation: 0,
+                calls,
+                prompts,
+            })
         }
     };
     let max_tokens = arguments.max_tokens.unwrap_or(match arguments.profile {

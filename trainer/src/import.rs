@@ -48,10 +48,12 @@ pub fn import(arguments: &ImportArguments) -> anyhow::Result<String> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
     let config = read(&text).with_context(|| format!("`{}`", path.display()))?;
     let folder = path.parent().unwrap_or(Path::new("."));
-    let imported = map(&config, &arguments.gateway, folder).with_context(|| format!("`{}`", path.display()))?;
+    let imported =
+        map(&config, &arguments.gateway, folder).with_context(|| format!("`{}`", path.display()))?;
     create_folder(&arguments.out)?;
     let recipe = arguments.out.join("recipe.toml");
-    let mut head = format!("# From EasyDistill's `{}`.\n", path.file_name().unwrap_or_default().to_string_lossy());
+    let mut head =
+        format!("# From EasyDistill's `{}`.\n", path.file_name().unwrap_or_default().to_string_lossy());
     for note in &imported.notes {
         head.push_str(&format!("# {note}\n"));
     }
@@ -304,7 +306,12 @@ mod tests {
         assert_eq!(recipe["seed"].as_integer(), Some(42));
         assert_eq!(
             found.ignored,
-            ["dataset.labeled_path", "dataset.logits_path", "inference.gpu_memory_utilization", "training.logging_steps"]
+            [
+                "dataset.labeled_path",
+                "dataset.logits_path",
+                "inference.gpu_memory_utilization",
+                "training.logging_steps"
+            ]
         );
     }
 
@@ -334,11 +341,16 @@ dataset: { input_path: examples/seed.jsonl, problem_key: problem, output_path: o
 ";
         let found = imported(&read(text).unwrap()).unwrap();
         let recipe = &found.recipe;
-        assert_eq!(recipe["generate"]["teachers"][0]["temperatures"][0].as_float(), Some(0.6), "the stage wins");
+        assert_eq!(
+            recipe["generate"]["teachers"][0]["temperatures"][0].as_float(),
+            Some(0.6),
+            "the stage wins"
+        );
         assert_eq!(recipe["generate"]["teachers"][0]["max_tokens"].as_integer(), Some(4096));
         assert_eq!(recipe["score"]["model"].as_str(), Some("kimi-k2.6"));
         assert_eq!(recipe["sample"]["selection"].as_str(), Some("bins"));
-        let bins: Vec<_> = recipe["sample"]["bins"].as_array().unwrap().iter().filter_map(|e| e.as_integer()).collect();
+        let bins: Vec<_> =
+            recipe["sample"]["bins"].as_array().unwrap().iter().filter_map(|e| e.as_integer()).collect();
         assert_eq!(bins, [3, 6]);
         assert_eq!(recipe["sample"]["per_bin"].as_integer(), Some(100));
         assert_eq!(recipe["concurrency"].as_integer(), Some(4));
@@ -350,9 +362,14 @@ dataset: { input_path: examples/seed.jsonl, problem_key: problem, output_path: o
     fn keys_in_the_clear_and_other_jobs_are_refused() {
         let clear = json!({ "job_type": "cot_generation_api", "inference": { "api_key": "sk-123" }, "models": {}, "dataset": {} });
         let said = format!("{:#}", imported(&clear).unwrap_err());
-        assert!(said.contains("`inference.api_key`") && said.contains("in the clear") && !said.contains("sk-123"), "{said}");
+        assert!(
+            said.contains("`inference.api_key`") && said.contains("in the clear") && !said.contains("sk-123"),
+            "{said}"
+        );
         for (job, word) in [("rl_reward_api", "score"), ("t2v_distill", "text"), ("something", "not known")] {
-            let config = json!({ "job_type": job, "inference": {}, "models": {}, "dataset": {} });
+            let backend = if job.starts_with("t2v") { json!({}) } else { Value::Null };
+            let mut config = json!({ "job_type": job, "backend": backend, "models": {}, "dataset": {} });
+            config.as_object_mut().unwrap().retain(|_, value| !value.is_null());
             let said = format!("{:#}", imported(&config).unwrap_err());
             assert!(said.contains(job) && said.contains(word), "{said}");
         }

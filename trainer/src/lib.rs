@@ -7,6 +7,7 @@
 pub mod alignment;
 pub mod announce;
 pub mod bench;
+pub mod calibrate;
 pub mod card;
 pub mod cli;
 pub mod compress;
@@ -24,6 +25,7 @@ pub mod progress;
 pub mod recipe;
 pub mod report;
 pub mod run;
+pub mod selection;
 pub mod serve;
 pub mod status;
 pub mod students;

@@ -100,7 +100,10 @@ pub fn why(folder: &Path, row: &str) -> anyhow::Result<Lineage> {
         }
         None => {
             let problem = stages.problem(&row)?.with_context(|| {
-                format!("no problem and no trace in `{}` has an id that begins with `{row}`", folder.display())
+                format!(
+                    "no problem and no trace in `{}` has an id that begins with `{row}`",
+                    folder.display()
+                )
             })?;
             let id = problem.id.as_str().to_owned();
             traces = stages.traces_with(&id, |trace| trace.problem.id == problem.id)?;
@@ -129,7 +132,12 @@ enum Row {
 
 impl Stages<'_> {
     /// Lines of a stage's file that hold `text`; nothing where there is no file.
-    fn lines(&self, file: &str, text: &str, mut take: impl FnMut(&str) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    fn lines(
+        &self,
+        file: &str,
+        text: &str,
+        mut take: impl FnMut(&str) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
         use std::io::BufRead;
         let path = self.folder.join("stages").join(file);
         if !path.exists() {
@@ -243,7 +251,11 @@ impl Stages<'_> {
             if let Subject::Problem(problem) = &dropped.subject
                 && problem.id == *id
             {
-                steps.push(Step { stage: "generate", outcome: dropped.reason, found: "one sample".to_owned() });
+                steps.push(Step {
+                    stage: "generate",
+                    outcome: dropped.reason,
+                    found: "one sample".to_owned(),
+                });
             }
             Ok(())
         })?;
@@ -271,7 +283,9 @@ impl Stages<'_> {
                             found: format!("into {}", row.cot.id),
                         });
                     }
-                    Row::Dropped(Dropped { reason, subject: Subject::Trace(row), .. }) if row.id == trace.id => {
+                    Row::Dropped(Dropped { reason, subject: Subject::Trace(row), .. })
+                        if row.id == trace.id =>
+                    {
                         steps.push(Step { outcome: reason, ..kept(stage, &row) });
                     }
                     _ => {}
@@ -298,13 +312,7 @@ impl Stages<'_> {
                 parents.last().map(|parent| self.lineage(parent)).transpose()?.map(Box::new)
             }
         };
-        Ok(TraceLineage {
-            id: trace.id.clone(),
-            teacher: trace.origin.teacher.clone(),
-            call,
-            steps,
-            parent,
-        })
+        Ok(TraceLineage { id: trace.id.clone(), teacher: trace.origin.teacher.clone(), call, steps, parent })
     }
 }
 
@@ -336,7 +344,8 @@ fn shortened(text: &str) -> String {
 /// The lineage for people.
 pub fn table(lineage: &Lineage) -> String {
     let problem = &lineage.problem;
-    let mut text = format!("problem {}\n  {}\n  from {}", problem.id, shortened(&problem.problem), problem.source);
+    let mut text =
+        format!("problem {}\n  {}\n  from {}", problem.id, shortened(&problem.problem), problem.source);
     if let Some(answer) = &problem.answer {
         text.push_str(&format!(", answer {}", shortened(answer)));
     }

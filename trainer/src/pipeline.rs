@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
+use potstill_cot::difficulty::Judge;
 use potstill_cot::executor::{Counts, Stage, Summary, feed, feed_file, run};
 use potstill_cot::gate::Gates;
 use potstill_cot::ledger::{Ledger, Limits};
@@ -42,6 +43,7 @@ use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::{Report, StudentFigures};
 use crate::run::RunFolder;
+use crate::selection;
 use crate::status::Status;
 use crate::students::prompt;
 use crate::{card, export, report};
@@ -206,6 +208,23 @@ impl Run {
             "card" => self.cards(&report::read(self.folder.path())?.students),
             other => anyhow::bail!("unknown stage `{other}`; known are {}", STAGES.join(", ")),
         }
+    }
+
+    /// Who scores RV and CD.
+    pub fn score_judge(&self) -> anyhow::Result<Judge> {
+        self.stages.score_judge()
+    }
+
+    /// Compares policies of selection on the traces at hand.
+    pub fn compare_selections(&self) -> anyhow::Result<Vec<selection::Choice>> {
+        let file = self.folder.stage_file(self.trace_stage());
+        anyhow::ensure!(
+            file.exists(),
+            "`{}` does not exist; run `potstill {}` first",
+            file.display(),
+            self.trace_stage()
+        );
+        selection::compare(&file, &SamplePolicy { seed: self.recipe.seed, ..self.recipe.sample.clone() })
     }
 
     /// Base URL of the local gateway, where the students are.

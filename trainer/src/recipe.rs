@@ -204,8 +204,10 @@ impl Recipe {
         self.kd.iter_mut().for_each(|section| fix(&mut section.teacher));
         self.dpo.iter_mut().flat_map(|section| &mut section.pairs).for_each(fix);
         self.grpo.iter_mut().flat_map(|section| section.rv.iter_mut().chain(&mut section.cd)).for_each(fix);
-        let collected =
-            self.collect.iter_mut().flat_map(|section| section.sources.iter_mut().chain(&mut section.against));
+        let collected = self
+            .collect
+            .iter_mut()
+            .flat_map(|section| section.sources.iter_mut().chain(&mut section.against));
         let tested = self.evaluate.iter_mut().flat_map(|section| &mut section.sources);
         let here = collected.chain(tested).filter(|source| !hub::is_address(&source.path));
         here.for_each(|source| fix(&mut source.path));
@@ -286,7 +288,8 @@ impl Recipe {
         }
         need(
             self.trains() || self.generate.is_some() || self.collect.is_some(),
-            "nothing to do: give `generate` to make data, or `sft`, `kd`, `dpo` or `grpo` to train".to_owned(),
+            "nothing to do: give `generate` to make data, or `sft`, `kd`, `dpo` or `grpo` to train"
+                .to_owned(),
         );
         need(
             self.trains() || self.evaluate.as_ref().is_none_or(|section| section.compare.is_empty()),
@@ -305,7 +308,9 @@ impl Recipe {
             for (task, share) in section.shares.iter().flatten() {
                 need(
                     TASKS.iter().any(|(name, _)| name == task) && *share >= 0.0,
-                    format!("`resample.shares.{task}`: expected one of the 32 tasks, with a share of at least 0"),
+                    format!(
+                        "`resample.shares.{task}`: expected one of the 32 tasks, with a share of at least 0"
+                    ),
                 );
             }
         }

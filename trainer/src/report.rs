@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::evaluate::metrics::Figures;
 use crate::run::Manifest;
+use crate::selection;
 use crate::training_view;
 
 /// Figures of one student; accuracies in percent.
@@ -154,6 +155,18 @@ fn trainings(folder: &Path) -> Vec<(&'static str, String)> {
         .collect()
 }
 
+/// RV by CD before and after the sampling.
+fn histograms(folder: &Path) -> Vec<String> {
+    [("score", "before the sampling"), ("sample", "after it")]
+        .into_iter()
+        .filter_map(|(stage, title)| {
+            let histogram = selection::histogram(&folder.join("stages").join(format!("{stage}.jsonl")))?;
+            let title = format!("{} traces {title}", histogram.scored());
+            Some(selection::picture(&histogram, &title))
+        })
+        .collect()
+}
+
 /// Writes `report.json` and `report.html` into a run folder.
 pub fn write(folder: &Path, report: &Report) -> anyhow::Result<()> {
     let json = serde_json::to_string_pretty(report)?;
@@ -164,6 +177,7 @@ pub fn write(folder: &Path, report: &Report) -> anyhow::Result<()> {
         report => minijinja::Value::from(Serde(report)),
         style => training_view::STYLE,
         trainings => trainings(folder),
+        histograms => histograms(folder),
     })?;
     Ok(write_file(&folder.join("report.html"), html.as_bytes())?)
 }

@@ -151,8 +151,7 @@ pub fn read(folder: &Path) -> anyhow::Result<RunStatus> {
     let path = folder.join("run.json");
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("`{}` holds no run: cannot read `{}`", folder.display(), path.display()))?;
-    let manifest =
-        serde_json::from_str(&text).with_context(|| format!("`{}` is damaged", path.display()))?;
+    let manifest = serde_json::from_str(&text).with_context(|| format!("`{}` is damaged", path.display()))?;
     let now_said = std::fs::read_to_string(folder.join("status.json")).ok();
     let snapshot: Option<Snapshot> = now_said.and_then(|text| serde_json::from_str(&text).ok());
     let running = snapshot.as_ref().is_some_and(|snapshot| {
@@ -178,9 +177,11 @@ pub fn table(status: &RunStatus) -> String {
     text.push_str(&format!("{:<22} {:<8} {:>9} {:>9}  dropped\n", "stage", "", "in", "kept"));
     let now: Vec<&StageStatus> =
         status.now.iter().filter(|_| status.running).flat_map(|now| &now.stages).collect();
-    for name in crate::pipeline::STAGES.iter().map(|name| (*name).to_owned()).chain(
-        status.manifest.stages.keys().filter(|name| name.starts_with("evaluate")).cloned(),
-    ) {
+    for name in crate::pipeline::STAGES
+        .iter()
+        .map(|name| (*name).to_owned())
+        .chain(status.manifest.stages.keys().filter(|name| name.starts_with("evaluate")).cloned())
+    {
         if let Some(stage) = now.iter().find(|stage| stage.name == name) {
             text.push_str(&row(&name, "running", &stage.summary));
         } else if let Some(stage) = status.manifest.stages.get(&name) {
@@ -217,11 +218,7 @@ mod tests {
     use super::*;
 
     fn stage(name: &str, taken: usize, done: u64, kept: usize) -> StageStatus {
-        StageStatus {
-            name: name.into(),
-            done,
-            summary: Summary { taken, kept, ..Summary::default() },
-        }
+        StageStatus { name: name.into(), done, summary: Summary { taken, kept, ..Summary::default() } }
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub struct Judge {
     pub max_tokens: u32,
     /// How often an unreadable answer is asked again.
     pub reasks: u32,
+    /// 0 asks for the likeliest answer; any other number draws one, with that seed.
+    pub variation: u32,
     /// Through what.
     pub calls: Teachers,
     /// With which prompts.
@@ -50,10 +52,11 @@ impl Judge {
             stage,
             model: self.model.clone(),
             prompt: self.prompts.for_completion(role, problem, completion).map_err(stop)?,
-            temperature: 0.0,
+            temperature: if self.variation == 0 { 0.0 } else { 0.7 },
             top_p: 1.0,
             max_tokens: self.max_tokens,
-            seed: 0,
+            // Apart from the seeds of answers that are asked again.
+            seed: i64::from(self.variation) * 1000,
             revision: None,
         };
         match self.calls.ask_for(&question, self.reasks, read).await {

@@ -129,7 +129,11 @@ struct Sample<'a> {
 }
 
 impl Generate {
-    async fn sample(&self, problem: &Problem, sample: Sample<'_>) -> Result<Result<Cot, Dropped>, StageError> {
+    async fn sample(
+        &self,
+        problem: &Problem,
+        sample: Sample<'_>,
+    ) -> Result<Result<Cot, Dropped>, StageError> {
         let Sample { teacher, temperature, number } = sample;
         let role = teacher.style.role();
         let stop = |problem| StageError { stage: "generate", problem };

@@ -312,11 +312,7 @@ impl Teachers {
         }
     }
 
-    async fn remembered(
-        &self,
-        question: &Question,
-        id: &ContentId,
-    ) -> Result<Option<Arc<Entry>>, AskError> {
+    async fn remembered(&self, question: &Question, id: &ContentId) -> Result<Option<Arc<Entry>>, AskError> {
         let found = self.store.get(id).await.map_err(|error| {
             AskError::Run(StageError { stage: question.stage, problem: error.to_string() })
         })?;

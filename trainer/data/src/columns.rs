@@ -146,7 +146,12 @@ fn shred(kind: &Kind, value: Option<&Value>, place: Place, leaves: &mut [Leaf]) 
             let lists = place.lists + 1;
             for (at, element) in elements.iter().enumerate() {
                 let repetition = if at == 0 { place.repetition } else { lists };
-                shred(inner, Some(element), Place { definition: place.definition + 2, repetition, lists }, leaves);
+                shred(
+                    inner,
+                    Some(element),
+                    Place { definition: place.definition + 2, repetition, lists },
+                    leaves,
+                );
             }
         }
         (_, Some(value)) => {
@@ -220,11 +225,15 @@ fn write_groups<E: std::fmt::Display>(
                 Values::Text(values) => {
                     column.typed::<ByteArrayType>().write_batch(values, definition, repetition)?
                 }
-                Values::Int(values) => column.typed::<Int64Type>().write_batch(values, definition, repetition)?,
+                Values::Int(values) => {
+                    column.typed::<Int64Type>().write_batch(values, definition, repetition)?
+                }
                 Values::Double(values) => {
                     column.typed::<DoubleType>().write_batch(values, definition, repetition)?
                 }
-                Values::Bool(values) => column.typed::<BoolType>().write_batch(values, definition, repetition)?,
+                Values::Bool(values) => {
+                    column.typed::<BoolType>().write_batch(values, definition, repetition)?
+                }
             };
             column.close()?;
         }

@@ -318,11 +318,31 @@ mod tests {
         let scored = Some(Scores { rv: Some(4), cd: Some(6) });
         for (format, row, expected) in [
             ("gsm8k", json!({"question": "q", "answer": "1\n#### 1"}), vec![]),
-            ("openthoughts-114k", json!({"problem": "q", "deepseek_reasoning": "t", "deepseek_solution": "a"}), vec![("DeepSeek-R1", None)]),
-            ("openthoughts-114k", json!({"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": sections}]}), vec![("DeepSeek-R1", None)]),
-            ("openthoughts", json!({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": tags}]}), vec![("DeepSeek-R1", None)]),
-            ("openthoughts", json!({"difficulty": 7, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": tags}]}), vec![("QwQ-32B", None)]),
-            ("deepmath-103k", json!({"question": "q", "r1_solution_1": tags, "r1_solution_2": "no tags", "r1_solution_3": tags}), vec![("DeepSeek-R1", None), ("DeepSeek-R1", None)]),
+            (
+                "openthoughts-114k",
+                json!({"problem": "q", "deepseek_reasoning": "t", "deepseek_solution": "a"}),
+                vec![("DeepSeek-R1", None)],
+            ),
+            (
+                "openthoughts-114k",
+                json!({"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": sections}]}),
+                vec![("DeepSeek-R1", None)],
+            ),
+            (
+                "openthoughts",
+                json!({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": tags}]}),
+                vec![("DeepSeek-R1", None)],
+            ),
+            (
+                "openthoughts",
+                json!({"difficulty": 7, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": tags}]}),
+                vec![("QwQ-32B", None)],
+            ),
+            (
+                "deepmath-103k",
+                json!({"question": "q", "r1_solution_1": tags, "r1_solution_2": "no tags", "r1_solution_3": tags}),
+                vec![("DeepSeek-R1", None), ("DeepSeek-R1", None)],
+            ),
             ("open-code-reasoning", json!({"input": "q", "output": tags}), vec![("DeepSeek-R1", None)]),
             (
                 "omnithought",
@@ -334,9 +354,17 @@ mod tests {
                 ]}),
                 vec![("QwQ-32B", scored), ("DeepSeek-R1", scored)],
             ),
-            ("messages", json!({"messages": [{"role": "assistant", "reasoning_content": "t", "content": "a"}]}), vec![("unknown", None)]),
+            (
+                "messages",
+                json!({"messages": [{"role": "assistant", "reasoning_content": "t", "content": "a"}]}),
+                vec![("unknown", None)],
+            ),
             ("sharegpt", json!({"conversations": [{"from": "gpt", "value": "no tags"}]}), vec![]),
-            ("easydistill", json!({"instruction": "q", "thought": "t", "solution": "a", "reasoning_verbosity": 4, "cognitive_difficulty": 6}), vec![("unknown", scored)]),
+            (
+                "easydistill",
+                json!({"instruction": "q", "thought": "t", "solution": "a", "reasoning_verbosity": 4, "cognitive_difficulty": 6}),
+                vec![("unknown", scored)],
+            ),
             ("easydistill", json!({"instruction": "q", "output": tags}), vec![("unknown", None)]),
         ] {
             let named: Format = serde_json::from_value(json!(format)).unwrap();

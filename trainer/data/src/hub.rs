@@ -11,6 +11,8 @@ use hf_hub::{Cache, Repo, RepoType};
 use potstill_shared::durable::{create_folder, write_file};
 use sha2::{Digest, Sha256};
 
+use crate::modelscope;
+
 /// What such addresses begin with.
 const SCHEME: &str = "hf://";
 /// Most files that one address may name.
@@ -35,9 +37,10 @@ pub struct Located {
     pub path: PathBuf,
 }
 
-/// Whether a path is an address of the hub.
+/// Whether a path is an address of a hub: this one, or [ModelScope](crate::modelscope).
 pub fn is_address(path: &Path) -> bool {
-    path.to_string_lossy().starts_with(SCHEME)
+    let text = path.to_string_lossy();
+    text.starts_with(SCHEME) || text.starts_with(modelscope::SCHEME)
 }
 
 /// The files that a path names: itself, or what an address of the hub stands for, downloaded where they are not in the cache.
@@ -45,6 +48,9 @@ pub fn locate(path: &Path) -> Result<Vec<Located>, HubError> {
     let shown = path.to_string_lossy().into_owned();
     if !is_address(path) {
         return Ok(vec![Located { shown, path: path.to_owned() }]);
+    }
+    if shown.starts_with(modelscope::SCHEME) {
+        return modelscope::locate(&shown);
     }
     let address = Address::parse(&shown)?;
     address.fetch(
@@ -55,9 +61,12 @@ pub fn locate(path: &Path) -> Result<Vec<Located>, HubError> {
 
 /// The licence that the card of an address's repository names, where it has one.
 pub fn licence(path: &Path) -> Option<String> {
-    let address = Address::parse(&path.to_string_lossy()).ok()?;
-    let revision = address.revision.as_ref().map_or(String::new(), |revision| format!("@{revision}"));
-    let card = format!("{SCHEME}{}{}{revision}/README.md", address.kind, address.repo);
+    let text = path.to_string_lossy();
+    // The card stands beside the files: SCHEME [datasets/] OWNER/NAME[@REVISION] / README.md.
+    let (scheme, rest) = text.split_once("://").filter(|_| is_address(path))?;
+    let parts = if rest.starts_with("datasets/") { 3 } else { 2 };
+    let repository: Vec<&str> = rest.split('/').take(parts).collect();
+    let card = format!("{scheme}://{}/README.md", repository.join("/"));
     let card = locate(Path::new(&card)).ok()?.pop()?;
     licence_of_card(&std::fs::read_to_string(card.path).ok()?)
 }
@@ -267,14 +276,14 @@ fn is_commit(text: &str) -> bool {
 }
 
 /// Whether a path from outside stays inside the folder that it is put into.
-fn safe(file: &str) -> bool {
+pub(crate) fn safe(file: &str) -> bool {
     !file.starts_with('/')
         && !file.contains('\\')
         && file.split('/').all(|part| !matches!(part, "" | "." | ".."))
 }
 
 /// Whether `name` matches a pattern in which `*` stands for any text, `/` included.
-fn matches(pattern: &str, name: &str) -> bool {
+pub(crate) fn matches(pattern: &str, name: &str) -> bool {
     let mut parts = pattern.split('*');
     let first = parts.next().unwrap_or_default();
     let Some(mut rest) = name.strip_prefix(first) else { return false };
@@ -289,7 +298,7 @@ fn matches(pattern: &str, name: &str) -> bool {
     rest.ends_with(last)
 }
 
-fn hash(path: &Path) -> std::io::Result<String> {
+pub(crate) fn hash(path: &Path) -> std::io::Result<String> {
     let mut hasher = Sha256::new();
     std::io::copy(&mut std::fs::File::open(path)?, &mut HashWriter(&mut hasher))?;
     Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())

@@ -285,8 +285,7 @@ pub fn each_record<T: for<'de> Deserialize<'de>>(
 ) -> Result<impl Iterator<Item = Result<(u64, T), ReadError>> + use<T>, ReadError> {
     let path = path.to_owned();
     let io = |path: &Path, error| ReadError::Io { path: path.to_owned(), source: error };
-    let mut reader =
-        BufReader::with_capacity(1 << 18, File::open(&path).map_err(|error| io(&path, error))?);
+    let mut reader = BufReader::with_capacity(1 << 18, File::open(&path).map_err(|error| io(&path, error))?);
     let (mut line, mut offset, mut number) = (String::new(), 0, 0);
     Ok(std::iter::from_fn(move || {
         line.clear();

@@ -12,6 +12,7 @@ pub mod formats;
 pub mod hub;
 pub mod journal;
 pub mod jsonl;
+pub mod modelscope;
 pub mod near;
 pub mod postgres;
 pub mod records;

@@ -19,8 +19,11 @@ const PENDING: usize = 1024;
 /// Answers of one statement.
 const GROUP: usize = 256;
 
-/// Tables, made when the first worker comes. Ids and names are text, so that people can look.
+/// Tables, made when the first worker comes (one at a time: `if not exists` alone is no protection from another one). Ids and names are
+/// text, so that people can look.
 const TABLES: &str = "
+begin;
+select pg_advisory_xact_lock(5070767871);
 create table if not exists potstill_runs (
     run text primary key, recipe_hash text not null, shards int not null, begun timestamptz not null default now());
 create table if not exists potstill_answers (
@@ -30,6 +33,7 @@ create table if not exists potstill_answers (
 create table if not exists potstill_shards (
     run text not null, phase text not null, shard int not null, owner text, until timestamptz, done boolean not null default false,
     claims int not null default 0, primary key (run, phase, shard));
+commit;
 ";
 
 /// What the database said, and what to do.
@@ -95,14 +99,17 @@ impl Database {
     pub async fn open(url: &str, run: &str, recipe_hash: &str, shards: u32) -> Result<Self, DatabaseError> {
         let config: Config = url.parse().map_err(|error: tokio_postgres::Error| {
             // The address holds a password: it is not repeated.
-            DatabaseError(format!("the address is not of the form postgres://user:password@host/database: {error}"))
+            DatabaseError(format!(
+                "the address is not of the form postgres://user:password@host/database: {error}"
+            ))
         })?;
         let (client, connected) = connect(&config).await?;
         client.batch_execute(TABLES).await?;
         let client = Arc::new(client);
         let worker = unique("worker");
         let (pending, receiver) = mpsc::channel(PENDING);
-        let writer = tokio::spawn(write_groups(Arc::clone(&client), run.to_owned(), worker.clone(), receiver));
+        let writer =
+            tokio::spawn(write_groups(Arc::clone(&client), run.to_owned(), worker.clone(), receiver));
         let database = Self {
             client,
             run: run.to_owned(),
@@ -137,7 +144,8 @@ impl Database {
 
     /// Shards that the run is split into.
     pub async fn shards(&self) -> Result<u32, DatabaseError> {
-        let row = self.client.query_one("select shards from potstill_runs where run = $1", &[&self.run]).await?;
+        let row =
+            self.client.query_one("select shards from potstill_runs where run = $1", &[&self.run]).await?;
         Ok(row.get::<_, i32>(0).max(1) as u32)
     }
 
@@ -191,8 +199,10 @@ impl Database {
 
     /// Answers that it holds.
     pub async fn len(&self) -> Result<usize, DatabaseError> {
-        let row =
-            self.client.query_one("select count(*) from potstill_answers where run = $1", &[&self.run]).await?;
+        let row = self
+            .client
+            .query_one("select count(*) from potstill_answers where run = $1", &[&self.run])
+            .await?;
         Ok(row.get::<_, i64>(0) as usize)
     }
 
@@ -216,7 +226,8 @@ impl Database {
         let row = self.client.query_opt(statement, &[&self.run, &id.as_str()]).await?;
         row.map(|row| {
             let text: String = row.get(0);
-            serde_json::from_str(&text).map_err(|error| DatabaseError(format!("the answer `{id}` is damaged: {error}")))
+            serde_json::from_str(&text)
+                .map_err(|error| DatabaseError(format!("the answer `{id}` is damaged: {error}")))
         })
         .transpose()
     }
@@ -253,8 +264,7 @@ async fn connect(config: &Config) -> Result<(Client, AbortOnDropHandle<()>), Dat
             .map_err(|error| DatabaseError(format!("TLS: {error}")))?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        let (client, connection) =
-            config.connect(tokio_postgres_rustls::MakeRustlsConnect::new(tls)).await?;
+        let (client, connection) = config.connect(tokio_postgres_rustls::MakeRustlsConnect::new(tls)).await?;
         return Ok((client, drive(connection)));
     }
     let (client, connection) = config.connect(NoTls).await?;
@@ -262,7 +272,12 @@ async fn connect(config: &Config) -> Result<(Client, AbortOnDropHandle<()>), Dat
 }
 
 /// Writes what has gathered while the group before was being written.
-async fn write_groups(client: Arc<Client>, run: String, worker: String, mut pending: mpsc::Receiver<Pending>) {
+async fn write_groups(
+    client: Arc<Client>,
+    run: String,
+    worker: String,
+    mut pending: mpsc::Receiver<Pending>,
+) {
     let mut group = Vec::new();
     while pending.recv_many(&mut group, GROUP).await > 0 {
         let written = write(&client, &run, &worker, &group).await;
@@ -280,7 +295,8 @@ async fn write(client: &Client, run: &str, worker: &str, group: &[Pending]) -> R
                      as new (id, stage, model, prompt_tokens, completion_tokens, seconds, entry) \
                      on conflict do nothing";
     let texts = |of: fn(&Entry) -> &str| group.iter().map(|answer| of(&answer.entry)).collect::<Vec<_>>();
-    let numbers = |of: fn(&Entry) -> u64| group.iter().map(|answer| of(&answer.entry) as i64).collect::<Vec<_>>();
+    let numbers =
+        |of: fn(&Entry) -> u64| group.iter().map(|answer| of(&answer.entry) as i64).collect::<Vec<_>>();
     let seconds: Vec<f64> = group.iter().map(|answer| answer.entry.seconds).collect();
     // Text in PostgreSQL holds no zero byte: JSON writes it as an escape.
     let entries: Vec<String> =

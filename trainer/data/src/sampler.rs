@@ -78,6 +78,8 @@ pub struct SamplePolicy {
     pub rv_target: RvTarget,
     /// At most so many traces per problem.
     pub per_problem: usize,
+    /// Problems with fewer traces than this are left out: those of OmniThought have two that are right.
+    pub at_least: usize,
     /// At most so many traces in all; 0 for all that fit.
     pub limit: usize,
     /// Seed of the draw.
@@ -98,6 +100,7 @@ impl Default for SamplePolicy {
             per_bin: 0,
             rv_target: RvTarget::Matched,
             per_problem: 2,
+            at_least: 1,
             limit: 0,
             seed: 0,
         }
@@ -155,11 +158,18 @@ impl Candidate {
 
 /// Indices of the chosen traces, in input order.
 pub fn choose(traces: &[Candidate], policy: &SamplePolicy) -> Vec<usize> {
+    let mut have: HashMap<u64, usize> = HashMap::new();
+    for trace in traces {
+        *have.entry(trace.problem).or_default() += 1;
+    }
     let mut order = match policy.selection {
         Selection::Window => by_weight(traces, policy),
         Selection::Range => within_range(traces, policy),
         Selection::Bins => by_bin(traces, policy),
     };
+    order.retain(|ranked| {
+        have.get(&traces[ranked.index].problem).is_some_and(|count| *count >= policy.at_least)
+    });
     // The larger, the earlier.
     order.sort_by(|a, b| b.rank.total_cmp(&a.rank).then(a.index.cmp(&b.index)));
     let mut of_problem: HashMap<u64, usize> = HashMap::new();
@@ -171,7 +181,8 @@ pub fn choose(traces: &[Candidate], policy: &SamplePolicy) -> Vec<usize> {
         }
         let in_bin = of_bin.entry(bin).or_default();
         let in_problem = of_problem.entry(traces[index].problem).or_default();
-        let bin_is_full = policy.selection == Selection::Bins && policy.per_bin > 0 && *in_bin >= policy.per_bin;
+        let bin_is_full =
+            policy.selection == Selection::Bins && policy.per_bin > 0 && *in_bin >= policy.per_bin;
         if *in_problem < policy.per_problem && !bin_is_full {
             *in_problem += 1;
             *in_bin += 1;
@@ -322,6 +333,15 @@ mod tests {
         let policy = SamplePolicy { selection: Selection::Bins, per_bin: 1, ..SamplePolicy::default() };
         let traces = [trace(1, 1, 8, 9), trace(2, 2, 2, 9), trace(3, 3, 2, 6), trace(4, 4, 3, 0)];
         assert_eq!(choose(&traces, &policy), [0, 3], "6 and 9 share the last bin");
+    }
+
+    #[test]
+    fn problems_with_too_few_traces_are_left_out() {
+        let traces = [trace(1, 1, 4, 4), trace(2, 2, 4, 4), trace(2, 3, 4, 4)];
+        for selection in ALL {
+            let policy = SamplePolicy { at_least: 2, selection, ..SamplePolicy::default() };
+            assert_eq!(choose(&traces, &policy), [1, 2]);
+        }
     }
 
     #[test]

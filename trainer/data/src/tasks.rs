@@ -80,8 +80,7 @@ pub fn quotas(
     let mut quotas = BTreeMap::new();
     let mut remainders = Vec::new();
     for (task, &have) in have {
-        let exact =
-            if whole > 0.0 && have > 0 { total as f64 * share(task) / whole } else { 0.0 };
+        let exact = if whole > 0.0 && have > 0 { total as f64 * share(task) / whole } else { 0.0 };
         quotas.insert(task.clone(), Quota { have, wanted: exact.floor() as usize, drawn: 0 });
         remainders.push((exact - exact.floor(), task.clone()));
     }

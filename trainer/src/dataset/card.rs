@@ -70,9 +70,16 @@ pub(super) fn text(manifest: &Manifest, shape: Shape, rows: usize, file: &str) -
         let Some(stage) = manifest.stages.get(name) else { continue };
         let dropped: Vec<String> =
             stage.summary.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
-        line(&format!("| {name} | {} | {} | {} |", stage.summary.taken, stage.summary.kept, dropped.join(", ")));
+        line(&format!(
+            "| {name} | {} | {} | {} |",
+            stage.summary.taken,
+            stage.summary.kept,
+            dropped.join(", ")
+        ));
     }
-    line("\nChains of thought were written by models: they may be wrong where no rule could check them, and repeat what their");
+    line(
+        "\nChains of thought were written by models: they may be wrong where no rule could check them, and repeat what their",
+    );
     line("teachers learnt.");
     card
 }

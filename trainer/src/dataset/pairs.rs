@@ -88,8 +88,11 @@ fn sorted(run: &Folder, stage: &str) -> anyhow::Result<(Files, Vec<Kinds>)> {
             of.unsuitable = Some(Place::Original(place));
         }
     }
-    let files =
-        Files { kept: Lines::open(&kept)?, dropped: Lines::open(&dropped)?, rewrites: Lines::open(&rewrites)? };
+    let files = Files {
+        kept: Lines::open(&kept)?,
+        dropped: Lines::open(&dropped)?,
+        rewrites: Lines::open(&rewrites)?,
+    };
     Ok((files, kinds.into_values().collect()))
 }
 

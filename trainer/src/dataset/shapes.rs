@@ -67,7 +67,11 @@ impl Shape {
                     ("Reasoning_Verbosity", judged()),
                     ("Cognitive_Difficulty", judged()),
                 ]);
-                vec![("question", Kind::Text), ("answer", Kind::Text), ("reasoning", Kind::Fields(trace).list())]
+                vec![
+                    ("question", Kind::Text),
+                    ("answer", Kind::Text),
+                    ("reasoning", Kind::Fields(trace).list()),
+                ]
             }
             Self::Easydistill => {
                 let mut columns = texts(&["instruction", "response", "thought", "solution"]);

@@ -33,7 +33,9 @@ pub(super) fn map(job: &str, keys: &mut Keys, target: &mut Target, gateway: &str
             let teacher = keys.map("models.teacher", "kd.teacher").context("has no `models.teacher`")?;
             match &teacher {
                 Value::String(path) => target.set("kd.teacher", path.as_str()),
-                _ => anyhow::bail!("`models.teacher`: distillation of distributions takes one teacher, not a list"),
+                _ => anyhow::bail!(
+                    "`models.teacher`: distillation of distributions takes one teacher, not a list"
+                ),
             }
             labelled_or_generated(job, keys, target)?;
             student(keys, target)?;
@@ -120,7 +122,9 @@ fn sampling(keys: &mut Keys, target: &mut Target, temperature: &str, max_tokens:
 fn generation(keys: &mut Keys, target: &mut Target, gateway: &str) -> anyhow::Result<()> {
     endpoint(keys, target, gateway)?;
     let names = match keys.map("models.teacher", "generate.teachers") {
-        Some(Value::Array(names)) => names.iter().filter_map(|name| name.as_str().map(str::to_owned)).collect(),
+        Some(Value::Array(names)) => {
+            names.iter().filter_map(|name| name.as_str().map(str::to_owned)).collect()
+        }
         Some(Value::String(name)) if !name.is_empty() => vec![name],
         _ => {
             target.note("`generate.teachers[0].model` is not named in the configuration: set it");
@@ -140,7 +144,9 @@ fn generation(keys: &mut Keys, target: &mut Target, gateway: &str) -> anyhow::Re
         table
     });
     target.teachers(teachers.collect());
-    let mut part = |key: &str| keys.map(key, "prompts/generate.jinja").and_then(|value| value.as_str().map(str::to_owned));
+    let mut part = |key: &str| {
+        keys.map(key, "prompts/generate.jinja").and_then(|value| value.as_str().map(str::to_owned))
+    };
     let parts = [part("inference.system_prompt"), part("inference.prompt")];
     target.prompt("generate.jinja", &parts);
     Ok(())
@@ -165,7 +171,8 @@ fn labelled(keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
     set_in_source(target, "traces", true.into());
     target.teachers(vec![model("unused")]);
     target.set("gateway.url", "http://127.0.0.1:8080/v1");
-    target.note("rows with thinking apart from the answer (think tags) are learnt from; others are put aside");
+    target
+        .note("rows with thinking apart from the answer (think tags) are learnt from; others are put aside");
     Ok(())
 }
 
@@ -200,7 +207,9 @@ fn student(keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
 }
 
 fn distribution(keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
-    for (from, to) in [("distillation.kd_ratio", "kd.train.ratio"), ("inference.top_logits_num", "kd.train.top_k")] {
+    for (from, to) in
+        [("distillation.kd_ratio", "kd.train.ratio"), ("inference.top_logits_num", "kd.train.top_k")]
+    {
         if let Some(value) = keys.map(from, to) {
             target.set_json(to, &value);
         }
@@ -209,7 +218,9 @@ fn distribution(keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
         None => return Ok(()),
         Some(kind) if kind == "forward_kld" => "forward_kl",
         Some(kind) if kind == "reverse_kld" => "reverse_kl",
-        Some(other) => anyhow::bail!("`distillation.distillation_type`: `{other}` is neither forward_kld nor reverse_kld"),
+        Some(other) => anyhow::bail!(
+            "`distillation.distillation_type`: `{other}` is neither forward_kld nor reverse_kld"
+        ),
     };
     target.set("kd.train.divergence", divergence);
     Ok(())
@@ -241,16 +252,18 @@ fn training(keys: &mut Keys, target: &mut Target, section: &str) {
     let length = number("distillation.max_seq_length", &format!("{section}.run.max_length"))
         .or_else(|| number("training.max_length", &format!("{section}.run.max_length")));
     let (batch, tokens) = ("training.per_device_train_batch_size", format!("{section}.run.batch_tokens"));
-    let rows = number(batch, &tokens).map(|rows| {
-        rows * number("training.gradient_accumulation_steps", &tokens).unwrap_or(1)
-    });
+    let rows = number(batch, &tokens)
+        .map(|rows| rows * number("training.gradient_accumulation_steps", &tokens).unwrap_or(1));
     if let Some(length) = length {
         target.set(&format!("{section}.run.max_length"), length);
     }
     if let Some(rows) = rows {
         let length = length.unwrap_or(1024);
         target.set(&tokens, rows * length);
-        target.note(format!("{rows} rows a step became {} tokens a step, at {length} tokens a row at most", rows * length));
+        target.note(format!(
+            "{rows} rows a step became {} tokens a step, at {length} tokens a row at most",
+            rows * length
+        ));
     }
     match keys.map("training.lr_scheduler_type", "the schedule, which is cosine with warm-up") {
         Some(kind) if kind != "cosine" => target.note(format!("the schedule is cosine here, not {kind}")),

@@ -20,7 +20,17 @@ pub(super) fn map(
     gateway: &str,
     folder: &Path,
 ) -> anyhow::Result<()> {
-    let media = ["t2i", "ti2i", "t2v", "mm_", "omnithoughtv", "pe_rewrite", "prompt_optimize", "agent", "search_agent"];
+    let media = [
+        "t2i",
+        "ti2i",
+        "t2v",
+        "mm_",
+        "omnithoughtv",
+        "pe_rewrite",
+        "prompt_optimize",
+        "agent",
+        "search_agent",
+    ];
     anyhow::ensure!(
         !media.iter().any(|name| job.contains(name)),
         "`{job}` is not about chains of thought in text; only those are distilled here"
@@ -58,7 +68,8 @@ pub(super) fn map(
 
 fn backend(keys: &mut Keys, target: &mut Target, gateway: &str) -> anyhow::Result<String> {
     keys.map("backend.type", "the endpoint: any that speaks the OpenAI API");
-    let url = ["backend.base_url", "backend.endpoint_url"].iter().find_map(|key| keys.map(key, "gateway.url"));
+    let url =
+        ["backend.base_url", "backend.endpoint_url"].iter().find_map(|key| keys.map(key, "gateway.url"));
     let mut url = url.as_ref().and_then(Value::as_str).unwrap_or(gateway).to_owned();
     if url.contains("${") {
         target.note(format!("the address is `{url}` there; `gateway.url` has to name it"));
@@ -116,10 +127,13 @@ fn one(
         "cot_distill" | "instruct_distill" | "instruction_response" => {
             let sections = ["cot", "generation"];
             let mut teacher = toml::Table::from_iter([("model".to_owned(), model.into())]);
-            if let Some(value) = setting(keys, stage, &sections, "temperature", "generate.teachers.temperatures") {
+            if let Some(value) =
+                setting(keys, stage, &sections, "temperature", "generate.teachers.temperatures")
+            {
                 teacher.insert("temperatures".to_owned(), vec![value.as_f64().unwrap_or(0.7)].into());
             }
-            if let Some(value) = setting(keys, stage, &sections, "max_tokens", "generate.teachers.max_tokens") {
+            if let Some(value) = setting(keys, stage, &sections, "max_tokens", "generate.teachers.max_tokens")
+            {
                 teacher.insert("max_tokens".to_owned(), value.as_i64().unwrap_or(2048).into());
             }
             if stage.kind != "cot_distill" {
@@ -153,12 +167,14 @@ fn one(
             target.set("classify.model", model);
             target.set("resample.cap", 4);
             let shares = format!("{}.target_distribution.", stage.prefix);
-            let named: Vec<String> = keys.left.keys().filter(|key| key.starts_with(&shares)).cloned().collect();
+            let named: Vec<String> =
+                keys.left.keys().filter(|key| key.starts_with(&shares)).cloned().collect();
             for key in named {
                 if let Some(share) = keys.map(&key, "resample.shares").and_then(|share| share.as_f64()) {
                     let task = toml::Value::from(share);
                     let table = target.recipe["resample"].as_table_mut();
-                    let table = table.map(|table| table.entry("shares").or_insert_with(|| toml::Table::new().into()));
+                    let table =
+                        table.map(|table| table.entry("shares").or_insert_with(|| toml::Table::new().into()));
                     if let Some(toml::Value::Table(table)) = table {
                         table.insert(key[shares.len()..].to_owned(), task);
                     }
@@ -182,7 +198,8 @@ fn mix(stage: &Stage, keys: &mut Keys, target: &mut Target) {
     target.set("sample.selection", "bins");
     if let Some(Value::Array(edges)) = keys.map(&key("cd_bins"), "sample.bins") {
         // The outer edges are those of the scale.
-        let inner: Vec<i64> = edges.iter().filter_map(Value::as_i64).filter(|edge| (1..=9).contains(edge)).collect();
+        let inner: Vec<i64> =
+            edges.iter().filter_map(Value::as_i64).filter(|edge| (1..=9).contains(edge)).collect();
         target.set("sample.bins", inner);
     }
     if let Some(value) = keys.map(&key("samples_per_bin"), "sample.per_bin") {
@@ -195,9 +212,12 @@ fn mix(stage: &Stage, keys: &mut Keys, target: &mut Target) {
         Some("high") => target.set("sample.rv_target", "high"),
         Some("matched") => {
             target.set("sample.rv_target", "matched");
-            target.note("matched RV targets go from 2 to 8 here; there the last one is 10, outside the scale");
+            target
+                .note("matched RV targets go from 2 to 8 here; there the last one is 10, outside the scale");
         }
-        Some(other) => target.note(format!("`rv_target: {other}` is not known; `sample.rv_target` is left at matched")),
+        Some(other) => {
+            target.note(format!("`rv_target: {other}` is not known; `sample.rv_target` is left at matched"))
+        }
     }
     keys.map(&key("min_correctness"), "verify: only right traces go on");
     keys.map(&key("mode"), "`potstill dataset --format`");
@@ -212,7 +232,10 @@ fn prompt(stage: &Stage, keys: &mut Keys, target: &mut Target, folder: &Path) ->
         // Paths there are seen from where EasyDistill was started: often the folder above `configs`.
         let places = folder.ancestors().map(|above| above.join(&file));
         match places.clone().find(|path| path.exists()) {
-            Some(path) => template = Some(std::fs::read_to_string(&path).with_context(|| format!("`{}`", path.display()))?),
+            Some(path) => {
+                template =
+                    Some(std::fs::read_to_string(&path).with_context(|| format!("`{}`", path.display()))?)
+            }
             None => target.note(format!("`{file}` is not here; the built-in prompt asks instead")),
         }
     }

@@ -77,7 +77,10 @@ pub struct Plan {
 impl Run {
     /// Sends `pilot` problems through all stages that ask.
     pub async fn plan(&self, pilot: usize) -> anyhow::Result<Plan> {
-        anyhow::ensure!(self.recipe.generate.is_some(), "the recipe asks no teachers: there is nothing to plan");
+        anyhow::ensure!(
+            self.recipe.generate.is_some(),
+            "the recipe asks no teachers: there is nothing to plan"
+        );
         let problems = tokio::task::block_in_place(|| self.collect())?;
         // The file is ordered by hashes: its beginning is a fair sample.
         let rows = self.folder.each_of::<Problem>("collect")?.take(pilot.max(GROUPS));
@@ -111,18 +114,17 @@ impl Run {
 
 fn plan(recipe: &Recipe, problems: usize, pilot: usize, groups: &[Totals]) -> Plan {
     let factor = problems as f64 / pilot.max(1) as f64;
-    let keys: std::collections::BTreeSet<&(String, String)> = groups.iter().flat_map(BTreeMap::keys).collect();
-    let estimate = |of: &dyn Fn(&Totals) -> f64| {
-        Estimate::of(&groups.iter().map(of).collect::<Vec<f64>>(), factor)
-    };
+    let keys: std::collections::BTreeSet<&(String, String)> =
+        groups.iter().flat_map(BTreeMap::keys).collect();
+    let estimate =
+        |of: &dyn Fn(&Totals) -> f64| Estimate::of(&groups.iter().map(of).collect::<Vec<f64>>(), factor);
     let stages: Vec<StagePlan> = keys
         .into_iter()
         .map(|key| {
-            let usage = |of: fn(&Usage) -> f64| {
-                estimate(&|totals: &Totals| totals.get(key).map_or(0.0, of))
-            };
+            let usage = |of: fn(&Usage) -> f64| estimate(&|totals: &Totals| totals.get(key).map_or(0.0, of));
             let (stage, model) = key;
-            let slots = recipe.local.iter().find(|local| local.model == *model).map_or(SLOTS, |local| local.slots);
+            let slots =
+                recipe.local.iter().find(|local| local.model == *model).map_or(SLOTS, |local| local.slots);
             let price = recipe.budget.prices.get(model).copied().unwrap_or_default();
             StagePlan {
                 stage: stage.clone(),
@@ -134,7 +136,9 @@ fn plan(recipe: &Recipe, problems: usize, pilot: usize, groups: &[Totals]) -> Pl
                     totals.get(key).map_or(0.0, |usage| usage.seconds / slots as f64 / 3600.0)
                 }),
                 cost: estimate(&|totals: &Totals| {
-                    totals.get(key).map_or(0.0, |usage| price.of(usage.prompt_tokens, usage.completion_tokens))
+                    totals
+                        .get(key)
+                        .map_or(0.0, |usage| price.of(usage.prompt_tokens, usage.completion_tokens))
                 }),
             }
         })
@@ -170,7 +174,15 @@ pub fn table(plan: &Plan) -> String {
     };
     let mut text = format!(
         "{} problems, from a pilot of {}; 95 % intervals from {GROUPS} groups\n\n{:<12} {:<24} {:>16} {:>22} {:>22} {:>16} {:>16}\n",
-        plan.problems, plan.pilot, "stage", "model", "calls", "prompt tokens", "tokens written", "node-hours", "cost"
+        plan.problems,
+        plan.pilot,
+        "stage",
+        "model",
+        "calls",
+        "prompt tokens",
+        "tokens written",
+        "node-hours",
+        "cost"
     );
     for stage in &plan.stages {
         text.push_str(&format!(

@@ -47,6 +47,7 @@ impl Stages {
             model: section.model.clone(),
             max_tokens: section.max_tokens,
             reasks: section.reasks,
+            variation: 0,
             calls: self.calls.clone(),
             prompts: self.prompts.clone(),
         }
@@ -73,9 +74,12 @@ impl Stages {
         Verify { verifier: Verifier::default(), judge }
     }
 
+    pub(super) fn score_judge(&self) -> anyhow::Result<Judge> {
+        Ok(self.judge(self.recipe.score.as_ref().context("the recipe has no `score`")?))
+    }
+
     pub(super) fn scorer(&self) -> anyhow::Result<Score> {
-        let section = self.recipe.score.as_ref().context("the recipe has no `score`")?;
-        Ok(Score { judge: self.judge(section) })
+        Ok(Score { judge: self.score_judge()? })
     }
 
     /// generate -> difficulty -> rewrite -> verify -> score, as far as the recipe has them.

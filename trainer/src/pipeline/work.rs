@@ -38,7 +38,10 @@ impl Run {
         let Store::Shared(database) = &**self.stages.calls.store() else {
             anyhow::bail!("workers share a database: give `--store postgres://user:password@host/database`");
         };
-        anyhow::ensure!(self.recipe.generate.is_some(), "the recipe asks no teachers: there is nothing to share");
+        anyhow::ensure!(
+            self.recipe.generate.is_some(),
+            "the recipe asks no teachers: there is nothing to share"
+        );
         tokio::task::block_in_place(|| self.collect())?;
         if self.recipe.classify.is_some() {
             self.phase(database, Phase::Classify, "collect", lease).await?;
@@ -51,7 +54,13 @@ impl Run {
         self.phase(database, Phase::Traces, self.problem_stage(), lease).await
     }
 
-    async fn phase(&self, database: &Database, phase: Phase, input: &str, lease: Duration) -> anyhow::Result<()> {
+    async fn phase(
+        &self,
+        database: &Database,
+        phase: Phase,
+        input: &str,
+        lease: Duration,
+    ) -> anyhow::Result<()> {
         let name = phase.name();
         database.prepare(name).await?;
         let shards = database.shards().await?;
@@ -70,7 +79,11 @@ impl Run {
                 continue;
             };
             let places = of_shard.get(claim.shard as usize).cloned().unwrap_or_default();
-            self.progress.say(format!("{name}: shard {} of {shards}, {} problems", claim.shard, places.len()));
+            self.progress.say(format!(
+                "{name}: shard {} of {shards}, {} problems",
+                claim.shard,
+                places.len()
+            ));
             let lost = tokio::select! {
                 done = self.shard(phase, input, places) => {
                     done?;

@@ -1,0 +1,308 @@
+//! Files of ModelScope as `ms://datasets/OWNER/NAME[@REVISION]/FILE`; FILE may hold `*`. ModelScope names no commit for a branch, so
+//! what was read is told by the SHA-256 of each file where it names that, and the file is measured and hashed against it.
+//!
+//! `MODELSCOPE_ENDPOINT`, `MODELSCOPE_CACHE` and `MODELSCOPE_API_TOKEN` are obeyed. A download that broke off goes on where it
+//! stopped; what lies in the cache is read without a network when the hub cannot be asked.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use potstill_shared::durable::{append_lines, create_folder, publish_file, remove_file, write_file};
+use serde::{Deserialize, Serialize};
+
+use crate::hub::{HubError, Located, hash, matches, safe};
+
+/// What such addresses begin with.
+pub(crate) const SCHEME: &str = "ms://";
+/// Files of a page of a listing, and pages that are read at most.
+const PAGE: usize = 200;
+const MAX_PAGES: usize = 50;
+/// Longest listing of a page.
+const MAX_LISTING: u64 = 16 << 20;
+
+/// A file as the hub lists it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Listed {
+    path: String,
+    #[serde(default)]
+    r#type: String,
+    #[serde(default)]
+    size: u64,
+    #[serde(default)]
+    sha256: String,
+}
+
+struct Address {
+    text: String,
+    repo: String,
+    revision: String,
+    file: String,
+}
+
+impl Address {
+    fn parse(text: &str) -> Result<Self, HubError> {
+        let wrong = |problem: &str| HubError { address: text.to_owned(), problem: problem.to_owned() };
+        let form = "is not of the form ms://datasets/OWNER/NAME[@REVISION]/FILE";
+        let rest = text.strip_prefix("ms://datasets/").ok_or_else(|| wrong(form))?;
+        let mut parts = rest.splitn(3, '/');
+        let (Some(owner), Some(name), Some(file)) = (parts.next(), parts.next(), parts.next()) else {
+            return Err(wrong(form));
+        };
+        let (name, revision) = name.split_once('@').unwrap_or((name, "master"));
+        // These become paths in the cache.
+        let plain = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        };
+        if ![owner, name, revision].into_iter().all(plain) || file.is_empty() {
+            return Err(wrong(form));
+        }
+        if !safe(file) {
+            return Err(wrong("the file's path must stay inside the repository"));
+        }
+        let (text, repo, revision, file) =
+            (text.to_owned(), format!("{owner}/{name}"), revision.to_owned(), file.to_owned());
+        Ok(Self { text, repo, revision, file })
+    }
+
+    fn wrong(&self, problem: impl std::fmt::Display) -> HubError {
+        HubError { address: self.text.clone(), problem: problem.to_string() }
+    }
+
+    /// Where the files of this revision lie.
+    fn cache(&self) -> PathBuf {
+        let home = std::env::var_os("HOME").unwrap_or_default();
+        let root = match std::env::var_os("MODELSCOPE_CACHE") {
+            Some(folder) if !folder.is_empty() => PathBuf::from(folder),
+            _ => Path::new(&home).join(".cache/modelscope"),
+        };
+        root.join("potstill/datasets").join(&self.repo).join(&self.revision)
+    }
+
+    fn located(&self, file: &Listed, path: PathBuf) -> Located {
+        let hash = if file.sha256.is_empty() {
+            String::new()
+        } else {
+            format!("#{}", &file.sha256[..16.min(file.sha256.len())])
+        };
+        Located {
+            shown: format!("{SCHEME}datasets/{}@{}/{}{hash}", self.repo, self.revision, file.path),
+            path,
+        }
+    }
+}
+
+/// The files that an address names, downloaded where they are not in the cache.
+pub(crate) fn locate(text: &str) -> Result<Vec<Located>, HubError> {
+    let address = Address::parse(text)?;
+    let cache = address.cache();
+    let listing = cache.join(".listing.json");
+    let hub = Hub::new(&address);
+    let listed = match hub.list() {
+        Ok(listed) => listed,
+        Err(error) => {
+            // Without a network, what was read before will do, if all of it is there.
+            let kept = std::fs::read(&listing).ok();
+            let kept: Option<Vec<Listed>> = kept.and_then(|text| serde_json::from_slice(&text).ok());
+            let files = kept.map(|kept| chosen(&address, kept)).unwrap_or_default();
+            let path = |file: &Listed| cache.join(&file.path);
+            if files.is_empty() || !files.iter().all(|file| path(file).exists()) {
+                return Err(error);
+            }
+            tracing::warn!(
+                address = text,
+                problem = error.problem,
+                "the hub cannot be asked; read from the cache"
+            );
+            return Ok(files.iter().map(|file| address.located(file, path(file))).collect());
+        }
+    };
+    let files = chosen(&address, listed.clone());
+    if files.is_empty() {
+        let some: Vec<String> = listed.iter().take(8).map(|file| format!("`{}`", file.path)).collect();
+        return Err(address.wrong(format!("no such file at this revision; there are {}", some.join(", "))));
+    }
+    let mut located = Vec::with_capacity(files.len());
+    for file in &files {
+        let path = cache.join(&file.path);
+        if !whole(&path, file) {
+            hub.download(file, &path)?;
+        }
+        located.push(address.located(file, path));
+    }
+    let text = serde_json::to_vec(&listed).map_err(|error| address.wrong(error))?;
+    write_file(&listing, &text).map_err(|error| address.wrong(error))?;
+    Ok(located)
+}
+
+fn chosen(address: &Address, listed: Vec<Listed>) -> Vec<Listed> {
+    let mut files: Vec<Listed> = listed
+        .into_iter()
+        .filter(|file| file.r#type != "tree" && safe(&file.path) && matches(&address.file, &file.path))
+        .collect();
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    files
+}
+
+/// Whether a file is there as it is listed. Its hash was looked at when it came.
+fn whole(path: &Path, file: &Listed) -> bool {
+    std::fs::metadata(path).is_ok_and(|found| file.size == 0 || found.len() == file.size)
+}
+
+struct Hub<'a> {
+    address: &'a Address,
+    agent: ureq::Agent,
+    base: String,
+    token: Option<String>,
+}
+
+impl<'a> Hub<'a> {
+    fn new(address: &'a Address) -> Self {
+        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
+        let endpoint =
+            variable("MODELSCOPE_ENDPOINT").unwrap_or_else(|| "https://www.modelscope.cn".to_owned());
+        let config = ureq::Agent::config_builder()
+            .timeout_connect(Some(Duration::from_secs(10)))
+            .timeout_recv_response(Some(Duration::from_secs(60)))
+            .build();
+        Self {
+            address,
+            agent: config.into(),
+            base: format!("{}/api/v1/datasets/{}/repo", endpoint.trim_end_matches('/'), address.repo),
+            token: variable("MODELSCOPE_API_TOKEN"),
+        }
+    }
+
+    fn get(&self, url: &str, from: u64) -> Result<ureq::http::Response<ureq::Body>, HubError> {
+        let mut request = self.agent.get(url);
+        if let Some(token) = &self.token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        if from > 0 {
+            request = request.header("range", format!("bytes={from}-"));
+        }
+        request.call().map_err(|error| {
+            let advice = match &error {
+                ureq::Error::StatusCode(401 | 403) => "; it is private: set MODELSCOPE_API_TOKEN",
+                ureq::Error::StatusCode(404) => "; the dataset or the revision is not there",
+                _ => "",
+            };
+            self.address.wrong(format!("{error}{advice}"))
+        })
+    }
+
+    fn list(&self) -> Result<Vec<Listed>, HubError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Answer {
+            data: Option<Page>,
+            #[serde(default)]
+            message: String,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Page {
+            files: Vec<Listed>,
+        }
+        let mut listed: Vec<Listed> = Vec::new();
+        for page in 1..=MAX_PAGES {
+            let url = format!(
+                "{}/tree?Revision={}&Recursive=true&PageSize={PAGE}&PageNumber={page}",
+                self.base, self.address.revision
+            );
+            let mut answer = self.get(&url, 0)?;
+            let read = answer.body_mut().with_config().limit(MAX_LISTING).read_to_vec();
+            let text = read.map_err(|error| self.address.wrong(error))?;
+            let answer: Answer = serde_json::from_slice(&text).map_err(|error| {
+                self.address.wrong(format!("the hub's listing is not understood: {error}"))
+            })?;
+            let page = answer.data.ok_or_else(|| self.address.wrong(&answer.message))?;
+            let (count, before) = (page.files.len(), listed.len());
+            for file in page.files {
+                if !listed.contains(&file) {
+                    listed.push(file);
+                }
+            }
+            // A hub that does not know pages sends the same one again.
+            if count < PAGE || listed.len() == before {
+                break;
+            }
+        }
+        Ok(listed)
+    }
+
+    fn download(&self, file: &Listed, path: &Path) -> Result<(), HubError> {
+        let failed = |error: &dyn std::fmt::Display| self.address.wrong(format!("`{}`: {error}", file.path));
+        create_folder(path.parent().unwrap_or(Path::new("."))).map_err(|error| failed(&error))?;
+        let part = path.with_extension("part");
+        let begun = std::fs::metadata(&part).map_or(0, |found| found.len());
+        let encoded: String = file.path.bytes().map(encode).collect();
+        let url = format!("{}?Source=SDK&Revision={}&FilePath={encoded}", self.base, self.address.revision);
+        let mut answer = self.get(&url, begun)?;
+        if begun > 0 && answer.status() != 206 {
+            // It begins at the beginning again.
+            remove_file(&part).map_err(|error| failed(&error))?;
+        }
+        let mut out = append_lines(&part).map_err(|error| failed(&error))?;
+        // No more than was promised, where something was.
+        let most = if file.size == 0 { u64::MAX } else { file.size + 1 };
+        let mut body = answer.body_mut().as_reader().take(most);
+        let copied = std::io::copy(&mut body, &mut out).and_then(|_| std::io::Write::flush(&mut out));
+        copied.map_err(|error| failed(&format!("{error}; the same command goes on with it")))?;
+        drop(out);
+        let length = std::fs::metadata(&part).map_or(0, |found| found.len());
+        if file.size > 0 && length < file.size {
+            return Err(failed(&format!(
+                "{length} of {} bytes arrived; the same command goes on with it",
+                file.size
+            )));
+        }
+        let fault = if file.size > 0 && length > file.size {
+            Some(format!("{length} instead of {} bytes arrived", file.size))
+        } else if file.sha256.is_empty() {
+            None
+        } else {
+            let found = hash(&part).map_err(|error| failed(&error))?;
+            (found != file.sha256).then(|| "its SHA-256 is not the one that the hub names".to_owned())
+        };
+        if let Some(fault) = fault {
+            remove_file(&part).map_err(|error| failed(&error))?;
+            return Err(failed(&format!("{fault}; it was thrown away, try again")));
+        }
+        publish_file(&part, path).map_err(|error| failed(&error))
+    }
+}
+
+/// A byte of a path as it stands in a query.
+fn encode(byte: u8) -> String {
+    if byte.is_ascii_alphanumeric() || b"-_.~/".contains(&byte) {
+        char::from(byte).to_string()
+    } else {
+        format!("%{byte:02X}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_and_refused() {
+        let address = Address::parse("ms://datasets/AI-ModelScope/gsm8k@v1/main/*.parquet").unwrap();
+        assert_eq!((address.repo.as_str(), address.revision.as_str()), ("AI-ModelScope/gsm8k", "v1"));
+        assert_eq!(Address::parse("ms://datasets/a/b/c.json").unwrap().revision, "master");
+        for wrong in [
+            "ms://models/a/b/c",
+            "ms://datasets/a/b",
+            "ms://datasets/../b/c",
+            "ms://datasets/a/b/../c",
+            "ms://datasets/a/b@/c",
+        ] {
+            assert!(Address::parse(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!("a b/ü".bytes().map(encode).collect::<String>(), "a%20b/%C3%BC");
+    }
+}

@@ -1,0 +1,231 @@
+//! `potstill calibrate`: does the judge of RV and CD read the scales as people do? It scores traces whose scores are known, several
+//! times; the report says how far it is off, by band, and how far it is from itself.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use potstill_cot::executor::{Counts, Outcome, Stage, StageError, feed, run};
+use potstill_cot::prompts::Role;
+use potstill_cot::rv_cd::read_score;
+use potstill_data::jsonl::read_records;
+use potstill_data::records::Problem;
+use potstill_learn::reward_model::Agreement;
+use serde::{Deserialize, Serialize};
+
+use crate::pipeline::Run;
+
+/// Traces whose scores we gave by the words of the scales.
+const BUILTIN: &str = include_str!("calibration.jsonl");
+
+/// Which traces, and how often.
+#[derive(clap::Args)]
+pub struct CalibrateArguments {
+    /// JSON lines with `problem`, `completion`, `rv` and `cd` (0 to 9); a small set of our own if left out.
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub set: Option<PathBuf>,
+    /// Times that each trace is scored: once as a run does it, then with other seeds.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=32))]
+    pub repeats: u32,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A trace with its scores.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Known {
+    /// The problem.
+    pub problem: String,
+    /// Thinking and answer.
+    pub completion: String,
+    /// Reasoning Verbosity.
+    pub rv: u8,
+    /// Cognitive Difficulty.
+    pub cd: u8,
+}
+
+/// What the judge said of one trace.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Judged {
+    known: Known,
+    /// RV by repeat; nothing where it was not readable.
+    rv: Vec<Option<u8>>,
+    /// CD by repeat.
+    cd: Vec<Option<u8>>,
+}
+
+/// One scale.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ScaleReport {
+    /// Against the known scores, as a run asks.
+    pub agreement: Agreement,
+    /// Share of exactly the known score.
+    pub exact: f64,
+    /// Answers that were not readable, of all.
+    pub unscored: usize,
+    /// Mean of the largest difference between the repeats of a trace, in points.
+    pub spread: f64,
+}
+
+/// The report.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Calibration {
+    /// The judge.
+    pub model: String,
+    /// Traces.
+    pub traces: usize,
+    /// Times that each was scored.
+    pub repeats: u32,
+    /// Reasoning Verbosity.
+    pub rv: ScaleReport,
+    /// Cognitive Difficulty.
+    pub cd: ScaleReport,
+}
+
+/// Scores traces again and again.
+struct Scoring {
+    judge: potstill_cot::difficulty::Judge,
+    repeats: u32,
+}
+
+impl Stage for Scoring {
+    type In = Known;
+    type Out = Judged;
+
+    fn name(&self) -> &'static str {
+        "calibrate"
+    }
+
+    async fn process(&self, known: Known) -> Result<Outcome<Judged>, StageError> {
+        let problem = Problem::new(known.problem.clone(), None, "calibration");
+        let (mut rv, mut cd) = (Vec::new(), Vec::new());
+        for variation in 0..self.repeats {
+            let mut judge = self.judge.clone();
+            judge.variation = variation;
+            for (role, scores) in [(Role::Rv, &mut rv), (Role::Cd, &mut cd)] {
+                scores.push(judge.ask_about("score", role, &problem, &known.completion, read_score).await?);
+            }
+        }
+        Ok(Outcome::keep(vec![Judged { known, rv, cd }]))
+    }
+}
+
+/// Asks the judge of a recipe.
+pub async fn calibrate(run_: &Run, arguments: &CalibrateArguments) -> anyhow::Result<Calibration> {
+    let known: Vec<Known> = match &arguments.set {
+        Some(path) => read_records(path)?,
+        None => BUILTIN
+            .lines()
+            .map(serde_json::from_str)
+            .collect::<Result<_, _>>()
+            .context("the built-in set is damaged")?,
+    };
+    anyhow::ensure!(!known.is_empty(), "the set holds no trace");
+    anyhow::ensure!(known.iter().all(|known| known.rv <= 9 && known.cd <= 9), "scores go from 0 to 9");
+    let judge = run_.score_judge()?;
+    let model = judge.model.clone();
+    let stage = Scoring { judge, repeats: arguments.repeats };
+    let (mut output, handle) = run(stage, feed(known), 16, std::sync::Arc::new(Counts::default()), ());
+    let mut judged = Vec::new();
+    while let Some(row) = output.recv().await {
+        judged.push(row);
+    }
+    handle.await??;
+    Ok(Calibration {
+        model,
+        traces: judged.len(),
+        repeats: arguments.repeats,
+        rv: scale(judged.iter().map(|row| (row.known.rv, row.rv.as_slice()))),
+        cd: scale(judged.iter().map(|row| (row.known.cd, row.cd.as_slice()))),
+    })
+}
+
+fn scale<'a>(rows: impl Iterator<Item = (u8, &'a [Option<u8>])>) -> ScaleReport {
+    let (mut predicted, mut truth, mut unscored, mut exact) = (Vec::new(), Vec::new(), 0, 0usize);
+    let mut spreads = Vec::new();
+    for (known, said) in rows {
+        unscored += said.iter().filter(|score| score.is_none()).count();
+        if let Some(Some(first)) = said.first() {
+            predicted.push(f32::from(*first) / 9.0);
+            truth.push(known);
+            exact += usize::from(*first == known);
+        }
+        let readable = said.iter().flatten();
+        if let (Some(least), Some(most)) = (readable.clone().min(), readable.max()) {
+            spreads.push(f64::from(most - least));
+        }
+    }
+    ScaleReport {
+        exact: exact as f64 / truth.len().max(1) as f64,
+        agreement: Agreement::of(&predicted, &truth),
+        unscored,
+        spread: spreads.iter().sum::<f64>() / spreads.len().max(1) as f64,
+    }
+}
+
+/// The report for people.
+pub fn table(found: &Calibration) -> String {
+    let mut text = format!(
+        "`{}` on {} traces, each scored {} time(s)\n\n{:<6} {:>6} {:>13} {:>9} {:>8} {:>10} {:>9} {:>8}\n",
+        found.model,
+        found.traces,
+        found.repeats,
+        "scale",
+        "MAE",
+        "(of the mean)",
+        "Spearman",
+        "exact",
+        "within 1",
+        "unscored",
+        "spread"
+    );
+    for (name, scale) in [("RV", &found.rv), ("CD", &found.cd)] {
+        let of = &scale.agreement;
+        text.push_str(&format!(
+            "{name:<6} {:>6.2} {:>13.2} {:>9.2} {:>6.0} % {:>8.0} % {:>9} {:>8.2}\n",
+            of.mae,
+            of.mae_of_mean,
+            of.spearman,
+            100.0 * scale.exact,
+            100.0 * of.within_one,
+            scale.unscored,
+            scale.spread
+        ));
+    }
+    for (name, scale) in [("RV", &found.rv), ("CD", &found.cd)] {
+        let bands: Vec<String> = scale
+            .agreement
+            .by_band
+            .iter()
+            .map(|(band, (count, mean))| format!("{band}: {mean:.1} ({count})"))
+            .collect();
+        text.push_str(&format!(
+            "{name} said on average for each band of known scores: {}\n",
+            bands.join(", ")
+        ));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_in_set_covers_the_scales() {
+        let known: Vec<Known> = BUILTIN.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for scale in [|known: &Known| known.rv, |known: &Known| known.cd] {
+            let bands: std::collections::BTreeSet<u8> = known.iter().map(|known| scale(known) / 2).collect();
+            assert_eq!(bands.len(), 5, "every band of two points");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_no_score() {
+        let rows: [(u8, &[Option<u8>]); 3] =
+            [(4, &[Some(4), Some(6)]), (8, &[Some(6), None]), (2, &[None, Some(2)])];
+        let report = scale(rows.into_iter());
+        assert_eq!((report.agreement.traces, report.unscored), (2, 2));
+        assert!((report.agreement.mae - 1.0).abs() < 1e-6 && (report.spread - 2.0 / 3.0).abs() < 1e-9);
+    }
+}
