@@ -1,6 +1,7 @@
 //! The pipeline with a scripted teacher: what is asked, what is kept and dropped and why, what it may cost, and that nothing is lost
 //! or bought twice, whoever is killed.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
+#![expect(clippy::disallowed_methods, reason = "files of a test need not outlive a crash")]
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
@@ -407,7 +408,9 @@ async fn published_traces_are_sorted_drawn_and_exported() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pilot_foretells_the_run() {
     let speak = |asked: &Asked| match asked.stage.as_str() {
-        "difficulty" => Said::Text(if number(&asked.prompt) % 3 == 0 { "hard" } else { "medium" }.to_owned()),
+        "difficulty" => {
+            Said::Text(if number(&asked.prompt).is_multiple_of(3) { "hard" } else { "medium" }.to_owned())
+        }
         "rewrite" => Said::Text(format!("<think>Simply {0}.</think>\\boxed{{{0}}}", number(&asked.prompt))),
         _ => solved(asked),
     };

@@ -297,7 +297,7 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
     };
     durable::create_folder(&out)?;
     let store = Arc::new(Store::folder(&out.join("journal.log"))?);
-    let known = store.len().await?;
+    let known = store.answers().await?;
     if known > 0 {
         progress.say(format!("going on: the journal holds {known} answers"));
     }

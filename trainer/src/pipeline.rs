@@ -111,7 +111,7 @@ impl Run {
                 Store::Shared(opened?)
             }
         });
-        let known = store.len().await?;
+        let known = store.answers().await?;
         if known > 0 {
             progress.say(format!("resuming: {known} answers are there already"));
         }

@@ -314,7 +314,7 @@ impl Recipe {
                 );
             }
         }
-        for (stage, _) in &self.budget.stages {
+        for stage in self.budget.stages.keys() {
             need(
                 PAID.contains(&stage.as_str()),
                 format!("`budget.stages.{stage}`: stages that ask are {}", PAID.join(", ")),

@@ -198,7 +198,7 @@ impl Database {
     }
 
     /// Answers that it holds.
-    pub async fn len(&self) -> Result<usize, DatabaseError> {
+    pub async fn answers(&self) -> Result<usize, DatabaseError> {
         let row = self
             .client
             .query_one("select count(*) from potstill_answers where run = $1", &[&self.run])

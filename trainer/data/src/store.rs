@@ -42,10 +42,10 @@ impl Store {
     }
 
     /// Answers that it holds.
-    pub async fn len(&self) -> Result<usize, StoreError> {
+    pub async fn answers(&self) -> Result<usize, StoreError> {
         match self {
             Self::Folder(journal) => Ok(journal.len()),
-            Self::Shared(database) => Ok(database.len().await?),
+            Self::Shared(database) => Ok(database.answers().await?),
         }
     }
 
