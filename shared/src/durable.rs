@@ -209,8 +209,8 @@ impl AppendLog {
 
     /// Reads payloads by where they stand, beside the writer.
     pub fn lines(&self) -> Result<Lines, DurableError> {
-        let file = self.file.get_ref().try_clone().map_err(at("open", &self.path))?;
-        Ok(Lines { path: self.path.clone(), file })
+        // Opened anew: a copy would hold the lock of the log as long as it lives.
+        Lines::open(&self.path)
     }
 
     /// Brings all appended lines to the disk. One call for many lines is a group commit.
