@@ -394,11 +394,8 @@ async fn published_traces_are_sorted_drawn_and_exported() {
         serde_json::from_str(&std::fs::read_to_string(out.join("dataset_info.json")).unwrap()).unwrap();
     assert_eq!(info["scripted"]["file_name"], "train.parquet");
     // What was exported is read again as what it is.
-    let again = format!(
-        "name = \"again\"\n[gateway]\nurl = \"{}\"\n[collect]\nsources = [{{ path = \"dataset/train.parquet\", format = \"messages\", traces = true }}]\n{GENERATE}",
-        teacher.url()
-    );
-    work.write("recipe.toml", &again);
+    let again = "name = \"again\"\n[collect]\nsources = [{ path = \"dataset/train.parquet\", format = \"messages\", traces = true }]\n";
+    work.write("recipe.toml", again);
     work.done("collect", "again", &[]).await;
     work.done("generate", "again", &[]).await;
     assert_eq!(work.rows("again/stages/generate.jsonl").len(), 25);

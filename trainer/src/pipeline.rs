@@ -163,7 +163,7 @@ impl Run {
     pub async fn all(&self) -> anyhow::Result<Report> {
         if self.recipe.collect.is_some() {
             let problems = self.problems().await?;
-            if self.recipe.generate.is_some() {
+            if self.recipe.makes_traces() {
                 self.chains_of_thought(problems).await?;
                 self.reward_models().await?;
                 tokio::task::block_in_place(|| self.sample())?;
@@ -384,7 +384,7 @@ impl Run {
     }
 
     fn sampled(&self) -> anyhow::Result<Vec<Cot>> {
-        if self.recipe.generate.is_some() { self.folder.read_stage("sample") } else { Ok(Vec::new()) }
+        if self.recipe.makes_traces() { self.folder.read_stage("sample") } else { Ok(Vec::new()) }
     }
 
     // ---- figures ----

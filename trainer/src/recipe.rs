@@ -281,13 +281,13 @@ impl Recipe {
         if self.generate.is_some() || own_traces {
             need(self.collect.is_some(), "`collect` is missing: where do the problems come from?".to_owned());
             need(
-                self.generate.is_some(),
-                "`generate` is missing: who writes the chains of thought? (`sft.conversations` needs none)"
+                self.makes_traces(),
+                "`generate` is missing: who writes the chains of thought? (`sft.conversations` and sources with `traces` need none)"
                     .to_owned(),
             );
         }
         need(
-            self.trains() || self.generate.is_some() || self.collect.is_some(),
+            self.trains() || self.collect.is_some(),
             "nothing to do: give `generate` to make data, or `sft`, `kd`, `dpo` or `grpo` to train"
                 .to_owned(),
         );
@@ -345,7 +345,7 @@ impl Recipe {
             ("dpo", self.dpo.as_ref().is_some_and(|section| section.pairs.is_none())),
         ] {
             need(
-                !missing || self.generate.is_some(),
+                !missing || self.makes_traces(),
                 format!("`{key}` works on the traces of `generate`, which is missing"),
             );
         }
@@ -418,6 +418,12 @@ impl Recipe {
             need(path.exists(), format!("`{key}`: `{}` does not exist", path.display()));
         }
         problems
+    }
+
+    /// Whether chains of thought come out of it: teachers write them, or sources bring them along.
+    pub fn makes_traces(&self) -> bool {
+        let given = self.collect.iter().flat_map(|section| &section.sources).any(|source| source.traces);
+        self.generate.is_some() || given
     }
 
     /// Whether a student comes out of it, and not data alone.

@@ -88,7 +88,7 @@ fn default_max_tokens() -> u32 {
 
 /// The stage.
 pub struct Generate {
-    /// Who is asked.
+    /// Who is asked for problems whose source brings no trace along; nobody, if empty.
     pub teachers: Vec<TeacherConfig>,
     /// Through what.
     pub calls: Teachers,
@@ -242,6 +242,9 @@ impl Stage for Generate {
         let mut outcome = Outcome { kept: given(&problem), dropped: Vec::new() };
         if !outcome.kept.is_empty() {
             return Ok(outcome);
+        }
+        if self.teachers.is_empty() {
+            return Ok(Outcome::drop(Dropped::problem("no_trace", problem)));
         }
         // All at once: how many of them are open is up to the gate of their model.
         let asked = self.samples(&problem).map(|sample| self.sample(&problem, sample));

@@ -92,7 +92,9 @@ impl Stage for Rewrite {
             }
         };
         let (thinking, answer) = read_rewrite(&entry);
-        let Some(thinking) = thinking.filter(|text| !text.is_empty() && entry.finish_reason == "stop") else {
+        // A rewrite that lost its answer is none: only a judge could say whether it is right, and the original needs no judge.
+        let whole = entry.finish_reason == "stop" && (!answer.is_empty() || cot.answer.is_empty());
+        let Some(thinking) = thinking.filter(|text| !text.is_empty() && whole) else {
             return unchanged(cot);
         };
         if thinking == cot.thinking {

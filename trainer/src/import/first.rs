@@ -169,8 +169,6 @@ fn set_in_source(target: &mut Target, name: &str, value: toml::Value) {
 fn labelled(keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
     problems(keys, target, "dataset.labeled_path")?;
     set_in_source(target, "traces", true.into());
-    target.teachers(vec![model("unused")]);
-    target.set("gateway.url", "http://127.0.0.1:8080/v1");
     target
         .note("rows with thinking apart from the answer (think tags) are learnt from; others are put aside");
     Ok(())

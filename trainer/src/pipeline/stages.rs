@@ -33,9 +33,12 @@ impl Stages {
     }
 
     pub(super) fn generator(&self) -> anyhow::Result<Generate> {
-        let section = self.recipe.generate.as_ref().context("the recipe has no `generate`")?;
+        anyhow::ensure!(
+            self.recipe.makes_traces(),
+            "the recipe has no `generate`, and no source with `traces`"
+        );
         Ok(Generate {
-            teachers: section.teachers.clone(),
+            teachers: self.recipe.generate.iter().flat_map(|section| section.teachers.clone()).collect(),
             calls: self.calls.clone(),
             prompts: self.prompts.clone(),
             seed: self.recipe.seed,
