@@ -27,7 +27,7 @@ pub fn picture(histogram: &Histogram, title: &str) -> String {
     let (left, top, side) = (46, 26, CELL * 10);
     let mut svg = format!(
         r#"<svg class="histogram" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" aria-label="{title}"><text x="{left}" y="16" class="title">{title}</text>"#,
-        left + side + 12,
+        left + side + 60,
         top + side + 40
     );
     for (rv, row) in histogram.counts.iter().enumerate() {
