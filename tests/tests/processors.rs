@@ -310,6 +310,33 @@ async fn every_fault_of_a_teacher_is_counted() {
     assert!(why("../x").1.contains("is no id"));
 }
 
+/// Programs are judged by their tests, in the sandbox, whatever a judge would say.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn programs_are_judged_by_their_tests() {
+    let speak = |asked: &Asked| {
+        let code = match number(&asked.prompt) {
+            0 => "print(int(input()) * 2)",
+            1 => "print(4)",
+            _ => "import sys; sys.exit(0)",
+        };
+        Said::Text(format!("<think>Double it.</think>\n```python\n{code}\n```"))
+    };
+    let teacher = Teacher::start(speak).await;
+    let tests = json!({ "inputs": ["2\n", "5\n"], "outputs": ["4\n", "10\n"] });
+    let rows: Vec<Value> = (0..3)
+        .map(
+            |n| json!({ "problem": format!("Read a number and print its double. Say {n}."), "cases": tests }),
+        )
+        .collect();
+    let source = recipe(&teacher, "").replace("problems.jsonl\"", "problems.jsonl\", tests = \"cases\"");
+    let work = Work::new(&rows, &(source + GENERATE));
+    work.done("run", "out", &[]).await;
+    let kept = work.rows("out/stages/verify.jsonl");
+    assert_eq!((kept.len(), &kept[0]["verdict"]["method"]), (1, &json!("tests")));
+    assert!(kept[0]["problem"]["problem"].as_str().unwrap().ends_with("Say 0."));
+    assert_eq!(work.dropped("out", "verify"), json!({ "wrong_answer": 2 }));
+}
+
 /// Traces that a dataset brings along are not written again, their scores not asked again; tasks get their shares; what the student
 /// will be tested on stays out; sources and licences are on record and in the card of what is exported.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

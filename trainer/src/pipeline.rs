@@ -195,7 +195,7 @@ impl Run {
                 let graded = if recipe.difficulty.is_some() { "difficulty" } else { "generate" };
                 self.alone(self.stages.rewriter(), graded).await
             }
-            "verify" => self.alone(self.stages.verifier(), "rewrite").await,
+            "verify" => self.alone(self.stages.verifier()?, "rewrite").await,
             "score" => self.alone(self.stages.scorer()?, "verify").await,
             "sample" => self.sample(),
             "reward" => self.reward_models().await,

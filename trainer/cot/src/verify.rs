@@ -1,8 +1,9 @@
-//! Verifier: rules first; a judge only where rules say `unknown`. Wrong traces are dropped. A rewrite that is not right
+//! Verifier: tests where there are some, else rules; a judge only where rules say `unknown`. Wrong traces are dropped. A rewrite that is not right
 //! falls back to its original, if that one is.
 
-use potstill_data::records::{Cot, Dropped, Verdict, VerdictMethod};
-use potstill_verify::verifier::{Gold, Verifier};
+use potstill_data::records::{Cot, Dropped, Test, Verdict, VerdictMethod};
+use potstill_verify::verifier::{Example, Gold, Verifier};
+use tokio::sync::Semaphore;
 
 use crate::difficulty::{Judge, unfinished};
 use crate::executor::{Outcome, Stage, StageError};
@@ -11,19 +12,36 @@ use crate::rewrite::Candidate;
 
 /// The stage.
 pub struct Verify {
-    /// The rules, the same as in rewards and evaluations.
+    /// The rules and tests, the same as in rewards and evaluations.
     pub verifier: Verifier,
+    /// Programs that run at once.
+    pub programs: Semaphore,
     /// Who is asked where rules cannot decide; without one such traces are dropped.
     pub judge: Option<Judge>,
 }
 
 impl Verify {
     async fn verdict(&self, cot: &Cot) -> Result<Verdict, StageError> {
+        let stop = |problem| StageError { stage: "verify", problem };
+        if !cot.problem.tests.is_empty() {
+            let examples =
+                cot.problem.tests.iter().cloned().map(|Test { input, output }| Example { input, output });
+            let (verifier, gold, completion) =
+                (self.verifier.clone(), Gold::Prints(examples.collect()), cot.completion());
+            let _turn = self.programs.acquire().await.map_err(|error| stop(error.to_string()))?;
+            let finding = tokio::task::spawn_blocking(move || verifier.verify(&gold, &completion))
+                .await
+                .map_err(|error| stop(error.to_string()))?
+                .map_err(|error| stop(error.to_string()))?;
+            let method =
+                if finding.correct.is_some() { VerdictMethod::Tests } else { VerdictMethod::Unknown };
+            return Ok(Verdict { correct: finding.correct, method, evidence: finding.evidence });
+        }
         if let Some(answer) = &cot.problem.answer {
             let finding = self
                 .verifier
                 .verify(&Gold::Answer(answer.clone()), &cot.completion())
-                .map_err(|error| StageError { stage: "verify", problem: error.to_string() })?;
+                .map_err(|error| stop(error.to_string()))?;
             if finding.correct.is_some() {
                 return Ok(Verdict {
                     correct: finding.correct,

@@ -5,7 +5,10 @@ use potstill_shared::reasoning;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::records::{Given, Scores};
+use crate::records::{Given, Scores, Test};
+
+/// Tests of one problem that are kept.
+const MAX_TESTS: usize = 32;
 
 /// A dataset, or a shape that many share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -128,6 +131,29 @@ impl Format {
             }
         }
     }
+}
+
+/// Tests of a program as OpenThoughts writes them: `inputs` and `outputs` of the same length, as JSON or as text that holds it.
+/// Those of functions (`fn_name`) are not read.
+pub fn tests_of(value: &Value) -> Option<Vec<Test>> {
+    let parsed: Value;
+    let value = match value {
+        Value::String(text) => {
+            parsed = serde_json::from_str(text).ok()?;
+            &parsed
+        }
+        other => other,
+    };
+    if value.get("fn_name").is_some_and(|name| !name.is_null()) {
+        return None;
+    }
+    let texts = |name: &str| -> Option<Vec<String>> {
+        value.get(name)?.as_array()?.iter().map(|text| text.as_str().map(str::to_owned)).collect()
+    };
+    let (inputs, outputs) = (texts("inputs")?, texts("outputs")?);
+    let tests = inputs.into_iter().zip(outputs).map(|(input, output)| Test { input, output });
+    let tests: Vec<Test> = tests.take(MAX_TESTS).collect();
+    (!tests.is_empty()).then_some(tests)
 }
 
 fn given(
@@ -372,6 +398,22 @@ mod tests {
             assert!(found.iter().all(|trace| trace.thinking == "t" && trace.answer == "a"), "{format}");
             let found: Vec<_> = found.iter().map(|trace| (trace.teacher.as_str(), trace.scores)).collect();
             assert_eq!(found, expected, "{format}: {row}");
+        }
+    }
+
+    #[test]
+    fn tests_are_read_in_pairs() {
+        let pairs = json!({"inputs": ["1\n", "2\n"], "outputs": ["2", "4"]});
+        let found = tests_of(&pairs).unwrap();
+        assert_eq!((found.len(), found[1].input.as_str(), found[1].output.as_str()), (2, "2\n", "4"));
+        assert_eq!(tests_of(&json!(pairs.to_string())), Some(found));
+        for none in [
+            json!({"fn_name": "f", "inputs": ["1"], "outputs": ["1"]}),
+            json!("no JSON"),
+            json!({"inputs": []}),
+            json!(null),
+        ] {
+            assert_eq!(tests_of(&none), None, "{none}");
         }
     }
 

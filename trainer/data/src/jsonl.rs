@@ -9,7 +9,7 @@ use potstill_shared::durable::{DurableError, write_with};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::formats::{Format, trace_of};
+use crate::formats::{Format, tests_of, trace_of};
 use crate::hub::{HubError, Located, locate};
 use crate::records::{Given, Problem};
 use crate::rows::{self, TableError};
@@ -96,6 +96,9 @@ pub struct Source {
     /// Field with thinking and answer in one text, for `traces` without a `format`.
     #[serde(default)]
     pub trace: Option<String>,
+    /// Field with tests of a program (`inputs` and `outputs`); those of OpenThoughts-114k are read without it.
+    #[serde(default)]
+    pub tests: Option<String>,
     /// Who wrote those chains of thought, where the format does not tell.
     #[serde(default)]
     pub teacher: Option<String>,
@@ -105,6 +108,12 @@ pub struct Source {
 }
 
 impl Source {
+    /// Where tests of programs stand, if there are any.
+    pub fn tests_field(&self) -> Option<&str> {
+        let known = (self.format == Some(Format::OpenThoughts114k)).then_some("test_cases");
+        self.tests.as_deref().or(known)
+    }
+
     /// A table with the fields `problem` and `answer`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
@@ -115,6 +124,7 @@ impl Source {
             limit: 0,
             traces: false,
             trace: None,
+            tests: None,
             teacher: None,
             licence: None,
         }
@@ -213,6 +223,7 @@ fn problem(mut row: Fields, source: &Source, place: String) -> Result<Problem, (
     if source.traces && traces.is_empty() {
         return Err(("the row holds no chain of thought with thinking and answer".to_owned(), row));
     }
+    let tests = source.tests_field().and_then(|field| tests_of(&row.remove(field)?)).unwrap_or_default();
     if source.format.is_none() {
         row.remove(&source.problem);
         row.remove(&source.answer);
@@ -226,6 +237,7 @@ fn problem(mut row: Fields, source: &Source, place: String) -> Result<Problem, (
     let mut record = Problem::new(problem, answer, place);
     record.metadata = row;
     record.traces = traces;
+    record.tests = tests;
     Ok(record)
 }
 

@@ -27,6 +27,9 @@ pub struct Problem {
     /// Chains of thought that its source brings along.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub traces: Vec<Given>,
+    /// What a program that solves it has to print. With tests they decide, whatever `answer` says.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tests: Vec<Test>,
     /// Other fields of the source's row.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub metadata: Map<String, Value>,
@@ -39,6 +42,15 @@ fn one() -> u32 {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
 fn is_one(copies: &u32) -> bool {
     *copies == 1
+}
+
+/// One run of a program.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Test {
+    /// What it reads.
+    pub input: String,
+    /// What it has to print.
+    pub output: String,
 }
 
 /// A chain of thought that a published dataset holds, with what its authors say of it.
@@ -68,6 +80,7 @@ impl Problem {
             task: None,
             copies: 1,
             traces: Vec::new(),
+            tests: Vec::new(),
             metadata: Map::new(),
         }
     }
@@ -93,6 +106,8 @@ pub enum Difficulty {
 pub enum VerdictMethod {
     /// A rule compared it with the known answer.
     Rule,
+    /// Its program was run.
+    Tests,
     /// A judge model was asked.
     Judge,
     /// Nobody could tell.

@@ -12,8 +12,9 @@ use potstill_cot::rv_cd::Score;
 use potstill_cot::teacher::Teachers;
 use potstill_cot::verify::Verify;
 use potstill_data::records::{Cot, Problem};
+use potstill_sandbox::{Limits, Sandbox};
 use potstill_verify::verifier::Verifier;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::chain::Chain;
 use crate::recipe::{JudgeSection, Recipe};
@@ -72,9 +73,17 @@ impl Stages {
         }
     }
 
-    pub(super) fn verifier(&self) -> Verify {
+    pub(super) fn verifier(&self) -> anyhow::Result<Verify> {
         let judge = self.recipe.verify.as_ref().map(|section| self.judge(section));
-        Verify { verifier: Verifier::default(), judge }
+        let mut sources = self.recipe.collect.iter().flat_map(|section| &section.sources);
+        let sandbox = if sources.any(|source| source.tests_field().is_some()) {
+            // This program is its own helper.
+            Some(Sandbox::new(std::env::current_exe()?, Limits::default())?)
+        } else {
+            None
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Verify { verifier: Verifier::new(sandbox), programs: Semaphore::new(cores), judge })
     }
 
     pub(super) fn score_judge(&self) -> anyhow::Result<Judge> {
@@ -97,7 +106,7 @@ impl Stages {
             None => generated,
         };
         let rewritten = chain.link(self.rewriter(), graded)?;
-        let verified = chain.link(self.verifier(), rewritten)?;
+        let verified = chain.link(self.verifier()?, rewritten)?;
         Ok(match self.recipe.score {
             Some(_) => chain.link(self.scorer()?, verified)?,
             None => verified,

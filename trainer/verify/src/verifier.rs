@@ -1,7 +1,8 @@
 //! One verifier for the CoT stages, the rewards and the evaluation: what is right, whether an answer is, and who said so. A judge
 //! model is asked by those who have one, and only where this says that nothing could decide.
 
-use potstill_sandbox::{Example, Sandbox, SandboxError};
+pub use potstill_sandbox::Example;
+use potstill_sandbox::{Sandbox, SandboxError};
 use serde::{Deserialize, Serialize};
 
 use crate::extract::final_answer;
