@@ -5,6 +5,7 @@ pub mod local;
 pub mod reply;
 pub mod request;
 pub mod responses;
+pub mod waiting;
 
 use crate::upstream::mend::Kind;
 

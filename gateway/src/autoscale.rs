@@ -6,6 +6,10 @@
 //!   pools + plans -> Observation -> decide -> wanted nodes, within the budget -> one scaler per pool
 //! ```
 
+#[cfg(feature = "kubernetes")]
+pub mod keda;
+#[cfg_attr(not(feature = "kubernetes"), path = "autoscale/without_kubernetes.rs")]
+pub(crate) mod kubernetes;
 pub mod observe;
 pub mod plans;
 pub mod policy;
@@ -207,6 +211,33 @@ fn apply(shared: &Shared, seen: &Observation, decision: &Decision, held_s: f64) 
             draining: pool.draining,
             reason,
             cold_start_s: pool.cold_start_s_p90,
+            cost_so_far: entry.cost,
+        });
+    }
+    // Pools that another gateway of the cluster decides on, or of which nothing is known yet.
+    for (model, entry) in scaled.iter() {
+        if seen.pools.iter().any(|pool| pool.model == *model) {
+            continue;
+        }
+        let supply = entry.handle.supply();
+        let known = supply.is_some();
+        let supply = supply.unwrap_or_default();
+        let reason = match entry.handle.cluster() {
+            Some(cluster) if !cluster.leads() && cluster.leader().is_empty() => {
+                "no gateway leads yet".to_owned()
+            }
+            Some(cluster) if !cluster.leads() => format!("`{}` decides", cluster.leader()),
+            _ if !known => "its nodes are not known yet".to_owned(),
+            _ => continue,
+        };
+        status.pools.push(PoolStatus {
+            model: model.clone(),
+            desired: supply.ready + supply.starting_age_s.len(),
+            ready: supply.ready,
+            starting: supply.starting_age_s.len(),
+            draining: supply.draining,
+            reason,
+            cold_start_s: supply.cold_start_p90(),
             cost_so_far: entry.cost,
         });
     }

@@ -17,7 +17,9 @@ pub use self::pools::{
     Balance, Deadlines, HealthConfig, HedgeConfig, NodeConfig, OutlierConfig, PoolConfig, Price, QueueConfig,
     Reasoning, RetryConfig,
 };
-pub use self::scale::{AutoscaleConfig, ProcessConfig, ScaleConfig, WebhookConfig};
+pub use self::scale::{
+    Actuator, AutoscaleConfig, KubernetesConfig, ProcessConfig, ScaleConfig, WebhookConfig, WorkloadKind,
+};
 
 /// The whole configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -187,6 +189,16 @@ impl Config {
         problems.extend(self.limits.problems().into_iter().map(|problem| format!("limits: {problem}")));
         if self.autoscale.budget.is_some_and(|budget| !(budget.is_finite() && budget >= 0.0)) {
             problems.push("autoscale: `budget` must be a number that is not negative".to_owned());
+        }
+        for pool in &self.pools {
+            let kubernetes = pool.scale.as_ref().and_then(|scale| scale.kubernetes.as_ref());
+            let by_keda = kubernetes.is_some_and(|workload| workload.actuator == Actuator::Keda);
+            if by_keda && self.autoscale.keda_listen.is_none() {
+                problems.push(format!(
+                    "pool `{}`: its `actuator` is `keda`, which needs `autoscale.keda_listen`",
+                    pool.model
+                ));
+            }
         }
         if let Some(admin) = &self.admin {
             problems.extend(keys::secret_problem(&admin.hash, &admin.env).map(|p| format!("admin: {p}")));

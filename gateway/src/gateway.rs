@@ -18,10 +18,13 @@ use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
 use crate::api::reply::Answer;
+use crate::autoscale::kubernetes::Cluster;
 use crate::autoscale::plans::RunPlan;
 use crate::autoscale::policy::Forecast;
 use crate::autoscale::{self, Autoscaler};
-use crate::config::{Config, Limits, PoolConfig, ProcessConfig, ScaleConfig, WebhookConfig, keys};
+use crate::config::{
+    Config, KubernetesConfig, Limits, PoolConfig, ProcessConfig, ScaleConfig, WebhookConfig, keys,
+};
 use crate::keys::Keys;
 use crate::pool::{Load, ModelPool, health};
 use crate::record::InFlight;
@@ -56,6 +59,8 @@ pub(crate) struct Shared {
     end: CancellationToken,
     pub(crate) pools: ArcSwap<BTreeMap<String, Arc<ModelPool>>>,
     pub(crate) autoscaler: Autoscaler,
+    /// The gateways that share workloads of Kubernetes with this one.
+    pub(crate) cluster: Arc<Cluster>,
     local: std::sync::OnceLock<Router>,
     pub(crate) tasks: TaskTracker,
     pub(crate) started: u64,
@@ -85,6 +90,11 @@ impl Shared {
         self.pools.load().get(model).cloned()
     }
 
+    /// How many completions of a stage a model has seen so far.
+    pub(crate) fn finished(&self, model: &str, stage: &str) -> u64 {
+        self.pool(model).map_or(0, |pool| pool.lengths(Some(stage)).1)
+    }
+
     /// What the gateway itself answers.
     pub(crate) async fn local(self: &Arc<Self>, request: Request<Incoming>) -> LocalResponse {
         let router = self.local.get_or_init(|| crate::api::local::router(self)).clone();
@@ -96,8 +106,10 @@ impl Shared {
 }
 
 /// What starts and stops a pool's nodes; a pool whose hand changes starts anew.
-fn hand(scale: Option<&ScaleConfig>) -> Option<(&Option<ProcessConfig>, &Option<WebhookConfig>)> {
-    scale.map(|scale| (&scale.process, &scale.webhook))
+type Hand<'a> = (&'a Option<ProcessConfig>, &'a Option<WebhookConfig>, &'a Option<KubernetesConfig>);
+
+fn hand(scale: Option<&ScaleConfig>) -> Option<Hand<'_>> {
+    scale.map(|scale| (&scale.process, &scale.webhook, &scale.kubernetes))
 }
 
 /// Why a gateway could not be built, or a new configuration not be taken.
@@ -145,6 +157,7 @@ impl Gateway {
             end,
             pools: ArcSwap::default(),
             autoscaler: Autoscaler::default(),
+            cluster: Arc::default(),
             local: std::sync::OnceLock::new(),
             tasks,
             started: now_seconds(),
@@ -189,8 +202,7 @@ impl Gateway {
         if let Some((model, _)) = models.iter().find(|(model, _)| shared.pool(model).is_none()) {
             return Err(format!("no pool serves `{model}`"));
         }
-        let finished =
-            |model: &str, stage: &str| shared.pool(model).map_or(0, |pool| pool.lengths(Some(stage)).1);
+        let finished = |model: &str, stage: &str| shared.finished(model, stage);
         autoscaler.plans().declare(plan, autoscaler.now(), finished)?;
         autoscaler.wake();
         let seen = autoscaler.observation(shared.live().config.autoscale.budget);
@@ -293,6 +305,12 @@ impl Gateway {
     /// Serves the admin API on `listener` until the gateway stops. `file` is what a reload reads.
     pub async fn serve_admin(&self, listener: TcpListener, file: Option<PathBuf>) {
         crate::admin::serve(self.clone(), listener, file).await;
+    }
+
+    #[cfg(feature = "kubernetes")]
+    /// Serves KEDA's external scaler on `listener` until the gateway stops.
+    pub async fn serve_keda(&self, listener: TcpListener) {
+        autoscale::keda::serve(Arc::clone(&self.shared), listener).await;
     }
 
     /// Begins to stop, as the future given to [`Gateway::serve`] does.

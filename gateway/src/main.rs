@@ -149,11 +149,21 @@ async fn serve(path: PathBuf, config: Config) -> anyhow::Result<()> {
         Some(admin) => Some(bind(admin.listen).await?),
         None => None,
     };
+    #[cfg(feature = "kubernetes")]
+    let keda = match config.autoscale.keda_listen {
+        Some(address) => Some(bind(address).await?),
+        None => None,
+    };
     tracing::info!(address = %listener.local_addr()?, pools = config.pools.len(), "listening");
     let gateway = Gateway::build(config)?;
     let admin = admin.map(|listener| {
         let (gateway, path) = (gateway.clone(), path.clone());
         tokio::spawn(async move { gateway.serve_admin(listener, Some(path)).await })
+    });
+    #[cfg(feature = "kubernetes")]
+    let keda = keda.map(|listener| {
+        let gateway = gateway.clone();
+        tokio::spawn(async move { gateway.serve_keda(listener).await })
     });
     let reloads = tokio::spawn(reload_on_hangup(gateway.clone(), path));
     let mut terminate = signal(SignalKind::terminate())?;
@@ -166,8 +176,11 @@ async fn serve(path: PathBuf, config: Config) -> anyhow::Result<()> {
     };
     gateway.serve(listener, stop).await;
     reloads.abort();
-    if let Some(admin) = admin {
-        admin.await?;
+    let sides = admin.into_iter();
+    #[cfg(feature = "kubernetes")]
+    let sides = sides.chain(keda);
+    for side in sides {
+        side.await?;
     }
     Ok(())
 }

@@ -16,8 +16,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header}
 use hyper::body::Incoming;
 use potstill_shared::id::unique;
 
-use crate::api::reply::{Answer, Reply, local};
+use crate::api::reply::{Answer, Reply, as_stream, local};
 use crate::api::request::{Head, parse, with_model};
+use crate::api::waiting::answer_or_wait;
 use crate::api::{Endpoint, body, endpoint, responses};
 use crate::attempt::{Answered, Job, attempt};
 use crate::config::pools::is_name;
@@ -113,13 +114,7 @@ pub(crate) async fn handle(shared: &Arc<Shared>, mut request: Request<Incoming>)
         (Ok(()), endpoint) => serve(shared, request, endpoint, &mut caller).await,
     };
     let mut answer = outcome.unwrap_or_else(|error| {
-        shared.metrics.refused.with_label_values(&[error.code()]).inc();
-        tracing::info!(
-            request = caller.request_id,
-            status = error.status().as_u16(),
-            reason = error.code(),
-            "refused"
-        );
+        refused(shared, &caller.request_id, &error);
         local(error.into_response())
     });
     let headers = answer.headers_mut();
@@ -130,6 +125,13 @@ pub(crate) async fn handle(shared: &Arc<Shared>, mut request: Request<Incoming>)
         headers.insert(REQUEST_ID, id);
     }
     answer
+}
+
+/// Counts and tells a request that gets nothing.
+pub(crate) fn refused(shared: &Shared, request_id: &str, error: &GatewayError) {
+    shared.metrics.refused.with_label_values(&[error.code()]).inc();
+    let (status, reason) = (error.status().as_u16(), error.code());
+    tracing::info!(request = request_id, status, reason, "refused");
 }
 
 /// Who asks, as far as is known.
@@ -201,6 +203,14 @@ async fn serve(
         None => parts.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/")),
     };
     let outgoing = Outgoing { method: parts.method, path, client: parts.headers, body };
+    if let Some(every) = pool.config().heartbeat_ms.or(key.heartbeat_ms()).filter(|_| head.stream) {
+        let (owned, responses) = (Arc::clone(shared), translated.is_some());
+        let work = Box::pin(async move {
+            let (pool, answered) = somewhere(&owned, pool, &head, kind, &ask, outgoing, &mut record).await?;
+            Ok(answer(answered, &head, kind, translated, &pool, Some(every), record))
+        });
+        return answer_or_wait(work, ms(every.max(100)), shared, &caller.request_id, responses).await;
+    }
     let (pool, answered) = somewhere(shared, pool, &head, kind, &ask, outgoing, &mut record).await?;
     let heartbeat = pool.config().heartbeat_ms.or(key.heartbeat_ms());
     Ok(answer(answered, &head, kind, translated, &pool, heartbeat, record))
@@ -285,13 +295,7 @@ fn answer(
                     Reply::Responses(Box::new(responses::stream::ResponsesStream::new(relay, wanted)))
                 }
             };
-            let mut answer = Answer::new(reply);
-            let headers = answer.headers_mut();
-            headers
-                .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-            headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-            headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
-            answer
+            as_stream(reply)
         }
         Answered::Whole { status, content_type, body } => {
             let body = match translated {

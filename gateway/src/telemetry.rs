@@ -48,6 +48,8 @@ pub struct Metrics {
     starting_nodes: IntGaugeVec,
     node_cost: GaugeVec,
     budget_used: Gauge,
+    /// 1 on the gateway that decides for all of a cluster.
+    pub leader: IntGauge,
     stage_done: GaugeVec,
     /// Configurations read again, by outcome.
     pub reloads: IntCounterVec,
@@ -213,6 +215,7 @@ impl Metrics {
                 &["stage", "model"],
             )?,
             budget_used,
+            leader: number("leader", "1 on the gateway that decides for all of a cluster")?,
             reloads: counter("reloads_total", "Configurations read again", &["outcome"])?,
             connections: number("connections", "Open client connections")?,
             in_flight_bytes: number("in_flight_bytes", "Bytes of bodies held")?,

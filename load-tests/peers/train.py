@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("program")
     parser.add_argument("--shapes", default="10m,135m")
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--types", default="f32,bf16", help="of PyTorch; bf16 takes very long without instructions for it")
+    parser.add_argument("--types", default="f32,bf16", help="of the products; PyTorch's bf16 takes very long without instructions for it")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", nargs=2)
@@ -79,7 +79,9 @@ def main() -> None:
             ours = [args.program, "bench", "train", "--shape", shape, "--threads", threads, "--json", *rounds, *lora]
             theirs = [sys.executable, __file__, args.program, "--shapes", shape, *rounds, *lora, "--peer"]
             commands = {f"PyTorch {kind}": [*theirs, kind, threads] for kind in args.types.split(",")}
-            commands |= {"Potstill f32": ours, "Potstill f32, recompute": [*ours, "--recompute"]}
+            for kind in args.types.split(","):
+                typed = [*ours, "--dtype", kind]
+                commands |= {f"Potstill {kind}": typed, f"Potstill {kind}, recompute": [*typed, "--recompute"]}
             for name, command in commands.items():
                 out = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE).stdout
                 found = json.loads(out.splitlines()[-1] if "PyTorch" in name else out)

@@ -51,6 +51,17 @@ for (const [status, call] of [
   await assert.rejects(call, (error) => error instanceof APIError && error.status === status && Boolean(error.requestID));
 }
 
+// Functions: a call that is asked for, whole and in pieces.
+const tools = [{ type: "function", function: { name: "get_weather", parameters: {
+  type: "object", properties: { city: { enum: ["paris", "rome"] } }, required: ["city"], additionalProperties: false } } }];
+const calling = { model: "caller", messages: [{ role: "user", content: "weather in rome" }], tools, tool_choice: "required", temperature: 0 };
+const called = (await client.chat.completions.create(calling)).choices[0];
+assert.equal(called.finish_reason, "tool_calls");
+assert.equal(called.message.tool_calls[0].function.name, "get_weather");
+assert.ok(["paris", "rome"].includes(JSON.parse(called.message.tool_calls[0].function.arguments).city));
+const pieces = await client.chat.completions.stream(calling).finalChatCompletion();
+assert.equal(pieces.choices[0].message.tool_calls[0].function.arguments, called.message.tool_calls[0].function.arguments);
+
 // A client that leaves: the stream is aborted and nothing hangs.
 const stream = await client.chat.completions.create({ ...asked, stream: true });
 for await (const _chunk of stream) {

@@ -1,5 +1,6 @@
 """openai-python against the gateway, in front of a real node: what applications do with it."""
 
+import json
 import sys
 
 import openai
@@ -66,6 +67,25 @@ formed = client.chat.completions.create(model=model, messages=question, max_toke
 assert int(formed.choices[0].message.content) in (1, 22, 333), formed
 vectors = client.embeddings.create(model=model, input=["A Dan has 58 cards.", "B Eve gets 2 more."])
 assert len(vectors.data) == 2 and abs(sum(x * x for x in vectors.data[0].embedding) - 1) < 1e-4
+
+# Functions: a call that is asked for, whole and in pieces, and its result given back.
+cities = {"type": "object", "properties": {"city": {"enum": ["paris", "rome"]}}, "required": ["city"]}
+cities["additionalProperties"] = False
+weather = {"type": "function", "function": {"name": "get_weather", "parameters": cities}}
+asked = {"model": "caller", "tools": [weather], "tool_choice": "required", "temperature": 0}
+talk = [{"role": "user", "content": "weather in rome"}]
+called = client.chat.completions.create(messages=talk, **asked).choices[0]
+assert called.finish_reason == "tool_calls" and len(called.message.tool_calls) == 1, called
+call = called.message.tool_calls[0]
+assert call.type == "function" and call.id and call.function.name == "get_weather", call
+assert json.loads(call.function.arguments)["city"] in ("paris", "rome"), call
+with client.chat.completions.stream(messages=talk, **asked) as stream:
+    pieces = stream.get_final_completion().choices[0]
+assert pieces.finish_reason == "tool_calls", pieces
+assert pieces.message.tool_calls[0].function.arguments == call.function.arguments, pieces
+talk += [called.message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+after = client.chat.completions.create(messages=talk, **{**asked, "tool_choice": "none", "max_tokens": 5})
+assert after.choices[0].finish_reason == "length" and not after.choices[0].message.tool_calls, after
 
 for kind, call in [
     (openai.NotFoundError, lambda: client.chat.completions.create(model="nope", messages=question)),

@@ -6,6 +6,7 @@
 pub mod cloud;
 pub mod gateway;
 pub mod hub;
+pub mod kubernetes;
 pub mod mock;
 pub mod modelscope;
 pub mod postgres;

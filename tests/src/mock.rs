@@ -57,6 +57,7 @@ struct Shared {
     release: Notify,
     left: Notify,
     healthy: std::sync::atomic::AtomicBool,
+    killed: std::sync::atomic::AtomicBool,
 }
 
 /// A running mock node.
@@ -86,6 +87,11 @@ impl Drop for Writing {
 impl Mock {
     /// Starts a mock on a free port.
     pub async fn start(behaviour: Behaviour) -> Self {
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), behaviour).await
+    }
+
+    /// Starts a mock at an address.
+    pub async fn start_at(address: SocketAddr, behaviour: Behaviour) -> Self {
         let shared = Arc::new(Shared {
             behaviour: Mutex::new(behaviour),
             asked: AtomicUsize::new(0),
@@ -96,6 +102,7 @@ impl Mock {
             release: Notify::new(),
             left: Notify::new(),
             healthy: true.into(),
+            killed: false.into(),
         });
         let router = Router::new()
             .route("/v1/chat/completions", post(chat))
@@ -107,7 +114,7 @@ impl Mock {
             .route("/v1/traces", post(chat))
             .route("/health", get(health))
             .with_state(Arc::clone(&shared));
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
         tokio::spawn(async move {
@@ -190,6 +197,12 @@ impl Mock {
     /// Waits until so many requests are being written or held.
     pub async fn busy(&self, requests: usize) {
         until("the node is busy", || self.shared.writing.load(Ordering::SeqCst) >= requests).await;
+    }
+
+    /// Stops listening and cuts what it streams.
+    pub fn kill(&mut self) {
+        self.shared.killed.store(true, Ordering::SeqCst);
+        self.stop();
     }
 
     /// Stops listening; open connections go on.
@@ -295,7 +308,9 @@ fn events(shared: Arc<Shared>, writing: Writing, chunks: usize, pause: Duration,
         if at > 0 && at <= chunks && !pause.is_zero() {
             tokio::time::sleep(pause).await;
         }
-        let bytes: Result<Bytes, std::io::Error> = if at < chunks {
+        let bytes: Result<Bytes, std::io::Error> = if shared.killed.load(Ordering::SeqCst) {
+            Err(std::io::Error::other("killed"))
+        } else if at < chunks {
             let text = if chunks == usize::MAX { "x".repeat(16 << 10) } else { format!("t{at} ") };
             Ok(chunk(&text, None))
         } else if at == chunks && end == End::Well {

@@ -5,6 +5,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
 /// The repository.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
@@ -63,10 +65,15 @@ pub fn free_port() -> u16 {
 
 /// Starts `potstill serve` for the demonstration's teacher and waits until it answers.
 pub async fn serve_teacher(extra: &[&str]) -> (Running, String) {
+    serve(&teacher(), "teacher", extra).await
+}
+
+/// Starts `potstill serve` for a model and waits until it answers.
+pub async fn serve(model: &Path, name: &str, extra: &[&str]) -> (Running, String) {
     let port = free_port();
     let child = Command::new(program("potstill"))
-        .args(["serve", "--name", "teacher", "--threads", "1", "--port", &port.to_string(), "--model"])
-        .arg(teacher())
+        .args(["serve", "--name", name, "--threads", "1", "--port", &port.to_string(), "--model"])
+        .arg(model)
         .args(extra)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -76,6 +83,37 @@ pub async fn serve_teacher(extra: &[&str]) -> (Running, String) {
     let url = format!("http://127.0.0.1:{port}");
     answers(&format!("{url}/health")).await;
     (running, url)
+}
+
+/// A model that has learnt nothing but whose template knows functions, so that it can be made to call them.
+pub fn write_caller(folder: &Path) {
+    let fixture = root().join("tests/fixtures/qwen2");
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture.join(name), folder.join(name)).unwrap();
+    }
+    let specials = ["<pad>", "<|im_start|>", "<|im_end|>"].map(str::to_owned);
+    let letters = ('a'..='z').chain("{}[]\":,<>_|/ĠĊ".chars()).map(String::from);
+    let vocabulary: serde_json::Map<_, _> =
+        specials.clone().into_iter().chain(letters).zip(0..).map(|(token, id)| (token, json!(id))).collect();
+    let bytes =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let added = specials.iter().zip(0..).map(|(content, id)| {
+        json!({"id": id, "content": content, "special": true, "normalized": false, "single_word": false,
+            "lstrip": false, "rstrip": false})
+    });
+    let tokenizer = json!({
+        "version": "1.0", "normalizer": null, "pre_tokenizer": bytes, "decoder": bytes, "post_processor": null,
+        "added_tokens": added.collect::<Vec<_>>(),
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []}
+    });
+    let template = "{% for message in messages %}{{ message.content or '' }}{% endfor %}{# <tool_call> #}";
+    for (name, text) in [
+        ("tokenizer.json", tokenizer.to_string()),
+        ("tokenizer_config.json", json!({"eos_token": "<|im_end|>"}).to_string()),
+        ("chat_template.jinja", template.to_owned()),
+    ] {
+        std::fs::write(folder.join(name), text).unwrap();
+    }
 }
 
 /// Waits until a URL answers with success.

@@ -23,6 +23,11 @@ pub struct Started {
 impl Started {
     /// Starts it with this configuration, to which `listen` is added, and waits until it answers.
     pub async fn with(config: &str, log: &str) -> Self {
+        Self::with_env(config, log, &[]).await
+    }
+
+    /// The same with further variables of the environment.
+    pub async fn with_env(config: &str, log: &str, env: &[(&str, &std::ffi::OsStr)]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = free_port();
         let path = folder.path().join("gateway.toml");
@@ -32,6 +37,8 @@ impl Started {
             .arg("serve")
             .arg(&path)
             .env("POTSTILL_LOG", log)
+            .env("NO_COLOR", "1")
+            .envs(env.iter().copied())
             .stdout(output("out"))
             .stderr(output("err"))
             .spawn()

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use system_tests::programs::serve_teacher;
+use system_tests::programs::{serve, serve_teacher, write_caller};
 use system_tests::started::Started;
 
 fn clients() -> Option<PathBuf> {
@@ -21,9 +21,13 @@ fn clients() -> Option<PathBuf> {
 
 async fn through_the_gateway(program: &Path, script: &Path) {
     let (_teacher, node) = serve_teacher(&["--max-running", "4"]).await;
+    let folder = tempfile::tempdir().unwrap();
+    write_caller(folder.path());
+    let (_caller, calling) = serve(folder.path(), "caller", &[]).await;
     let (key, hash) = potstill_gateway::keys::generate();
     let config = format!(
-        "[[keys]]\nname = \"client\"\nhash = \"{hash}\"\nrequests_per_minute = 6000\n[[pools]]\nmodel = \"demo/teacher\"\nupstream_model = \"teacher\"\nnodes = [{{ url = \"{node}\", slots = 4 }}]\n"
+        "[[keys]]\nname = \"client\"\nhash = \"{hash}\"\nrequests_per_minute = 6000\n[[pools]]\nmodel = \"demo/teacher\"\nupstream_model = \"teacher\"\nnodes = [{{ url = \"{node}\", slots = 4 }}]\n\
+         [[pools]]\nmodel = \"caller\"\nnodes = [{{ url = \"{calling}\" }}]\n"
     );
     let gateway = Started::with(&config, "info").await;
     let output = Command::new(program)

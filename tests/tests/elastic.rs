@@ -258,6 +258,45 @@ async fn a_declared_stage_is_warm_before_its_first_request_and_an_abandoned_plan
 }
 
 #[tokio::test]
+async fn who_waits_for_a_node_hears_comments_where_they_are_asked_for() {
+    let cloud = Cloud::start(stream_of(3), Duration::from_millis(700)).await;
+    let mut waiting = pool("m", &cloud, 1, 4);
+    waiting.heartbeat_ms = Some(100);
+    waiting.queue.wait_ms = 5_000;
+    let with = |wait_ms| {
+        let mut changed = waiting.clone();
+        changed.queue.wait_ms = wait_ms;
+        quick(config(changed))
+    };
+    let gateway = TestGateway::start(with(5_000)).await;
+    let post = |path: &str, body: Value| gateway.client.post(gateway.url(path)).json(&body).send();
+    let chat = json!({"model": "m", "stream": true, "messages": [{"role": "user", "content": "x"}]});
+    let answer = post("/v1/chat/completions", chat.clone()).await.unwrap();
+    assert_eq!((answer.status().as_u16(), cloud.nodes()), (200, 1), "the head is here before any node works");
+    assert_eq!(answer.headers()["content-type"], "text/event-stream; charset=utf-8");
+    let text = answer.text().await.unwrap();
+    assert!(text.starts_with(": keep-alive\n\n") && text.ends_with("data: [DONE]\n\n"), "{text}");
+    assert!(text.matches("keep-alive").count() >= 3 && text.matches("data: {").count() >= 4, "{text}");
+    gateway.all_free().await;
+    // What fails later says so by an event, in the words of its API, and is not passed off as whole.
+    until("all nodes are gone", || cloud.nodes() == 0).await;
+    cloud.set_mood(Mood::Sterile);
+    gateway.gateway.reload(with(300)).unwrap();
+    let text = post("/v1/chat/completions", chat.clone()).await.unwrap().text().await.unwrap();
+    assert!(text.contains("\"code\":\"no_node\"") && !text.contains("[DONE]"), "{text}");
+    let asked = json!({"model": "m", "stream": true, "input": "x"});
+    let text = post("/v1/responses", asked).await.unwrap().text().await.unwrap();
+    assert!(text.contains("event: error\ndata: {") && text.contains("no_node"), "{text}");
+    // One that leaves leaves the queue.
+    gateway.gateway.reload(with(60_000)).unwrap();
+    let answer = post("/v1/chat/completions", chat).await.unwrap();
+    until("it waits", || gateway.gateway.load("m").unwrap().queued == 1).await;
+    drop(answer);
+    gateway.all_free().await;
+    assert_eq!(gateway.gateway.in_flight_bytes(), 0);
+}
+
+#[tokio::test]
 async fn a_dry_run_says_what_it_would_do_and_does_nothing() {
     let cloud = Cloud::start(Behaviour::Answer(5), Duration::from_millis(10)).await;
     let mut dry = pool("m", &cloud, 2, 1);

@@ -269,10 +269,20 @@ async fn log_probabilities_of_answers_and_prompts() {
     let prompt = "<|user|>A Dan has 11 cards.";
     let asked =
         json!({"model": "teacher", "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 2});
-    let (_, written) = post(&text_url, asked).await;
+    let (_, written) = post(&text_url, asked.clone()).await;
     let choice = &written["choices"][0];
     let tokens = choice["logprobs"]["tokens"].as_array().unwrap();
     let text = tokens.iter().map(|token| token.as_str().unwrap()).collect::<String>();
+    let mut by_id = asked.clone();
+    by_id["return_tokens_as_token_ids"] = true.into();
+    let (_, numbered) = post(&text_url, by_id).await;
+    let id = |name: &str| name.strip_prefix("token_id:").unwrap().parse::<u32>().unwrap();
+    let names = numbered["choices"][0]["logprobs"]["tokens"].as_array().unwrap();
+    let ids: Vec<u32> = names.iter().map(|name| id(name.as_str().unwrap())).collect();
+    let told = json!({"model": "teacher", "tokens": ids});
+    assert_eq!(post(&format!("{url}/detokenize"), told).await.1["prompt"], text);
+    let top = numbered["choices"][0]["logprobs"]["top_logprobs"][0].as_object().unwrap();
+    assert!(top.len() >= 2 && top.keys().all(|name| id(name) > 0), "{top:?}");
     for (max_tokens, count) in [(0, 0), (1, 1)] {
         let asked = json!({"model": "teacher", "prompt": format!("{prompt}{text}"), "max_tokens": max_tokens, "temperature": 0,
             "logprobs": 2, "echo": true});

@@ -53,6 +53,7 @@ pub fn base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
         eos: vec![end],
         bos: None,
         classes: 0,
+        foreign: None,
     };
     config.check(Path::new("student.init"))?;
     let weights = init::random(&config, recipe.seed)?;

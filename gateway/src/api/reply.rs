@@ -5,10 +5,11 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::Response;
+use http::{HeaderName, HeaderValue, Response, header};
 use http_body::{Body, Frame, SizeHint};
 
 use super::responses::stream::ResponsesStream;
+use super::waiting::Waiting;
 use crate::upstream::pieces::Pieces;
 use crate::upstream::relay::Relay;
 
@@ -20,6 +21,8 @@ pub enum Reply {
     Relay(Box<Relay>),
     /// A relayed stream in the words of the Responses API.
     Responses(Box<ResponsesStream>),
+    /// A stream that nobody has answered yet.
+    Waiting(Box<Waiting>),
     /// What the gateway itself answers.
     Local(axum::body::Body),
 }
@@ -31,6 +34,16 @@ impl From<Bytes> for Reply {
     fn from(bytes: Bytes) -> Self {
         Self::Whole(Pieces(bytes))
     }
+}
+
+/// The answer that streams `reply`.
+pub fn as_stream(reply: Reply) -> Answer {
+    let mut answer = Answer::new(reply);
+    let headers = answer.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    answer
 }
 
 /// The same answer with its body as one of ours.
@@ -53,6 +66,7 @@ impl Body for Reply {
             Self::Whole(pieces) => Poll::Ready(pieces.take().map(|piece| Ok(Frame::data(piece)))),
             Self::Relay(relay) => Pin::new(&mut **relay).poll_frame(context),
             Self::Responses(stream) => Pin::new(&mut **stream).poll_frame(context),
+            Self::Waiting(waiting) => Pin::new(&mut **waiting).poll_frame(context),
             Self::Local(body) => Pin::new(body)
                 .poll_frame(context)
                 .map(|frame| frame.map(|frame| frame.map_err(std::io::Error::other))),
@@ -62,7 +76,7 @@ impl Body for Reply {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Whole(pieces) => pieces.size_hint(),
-            Self::Relay(_) | Self::Responses(_) => SizeHint::default(),
+            Self::Relay(_) | Self::Responses(_) | Self::Waiting(_) => SizeHint::default(),
             Self::Local(body) => body.size_hint(),
         }
     }
@@ -70,7 +84,7 @@ impl Body for Reply {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Whole(pieces) => pieces.is_end_stream(),
-            Self::Relay(_) | Self::Responses(_) => false,
+            Self::Relay(_) | Self::Responses(_) | Self::Waiting(_) => false,
             Self::Local(body) => body.is_end_stream(),
         }
     }

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::Scaled;
+use super::kubernetes::Cluster;
 use super::plans::Plans;
 use super::policy::{Observation, PoolObservation};
 
-/// All scaled pools as they are now.
+/// The pools that this gateway decides on, as they are now. What is asked of the other gateways of a cluster counts as well.
 pub(crate) fn observe(
     now: f64,
     budget: Option<f64>,
@@ -19,7 +20,17 @@ pub(crate) fn observe(
         let pool = &scaled.pool;
         let config = pool.config();
         let Some(scale) = &config.scale else { continue };
-        let (demand, mut supply) = (pool.demand(), scaled.handle.supply());
+        let cluster = scaled.handle.cluster();
+        let (Some(mut supply), true) = (scaled.handle.supply(), cluster.is_none_or(Cluster::leads)) else {
+            continue;
+        };
+        let mut demand = pool.demand();
+        for other in cluster.iter().flat_map(|cluster| cluster.others(model)) {
+            demand.active += other.active;
+            demand.queued += other.queued;
+            demand.departed_60 += other.departed_60;
+            demand.arrivals = demand.arrivals + other.arrivals;
+        }
         // What was asked for and is not there yet counts: else it would be asked for twice.
         let known = supply.ready + supply.starting_age_s.len();
         supply

@@ -27,7 +27,7 @@ pub struct RunPlan {
 }
 
 /// One stage on one model.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 pub struct PlannedStage {
     /// The model that it asks.
     pub model: String,
@@ -40,11 +40,26 @@ fn default_ttl() -> f64 {
     120.0
 }
 
+/// A plan as one gateway tells it to another.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+pub struct SharedPlan {
+    /// Name of the run.
+    pub run: String,
+    /// Seconds since it was declared.
+    pub age_s: f64,
+    /// Seconds until it is forgotten, counted from its declaration.
+    pub ttl_s: f64,
+    /// Its stages as they were declared.
+    pub stages: Vec<PlannedStage>,
+}
+
 #[derive(Debug)]
 struct Declared {
     at: f64,
     until: f64,
     stages: Vec<(PlannedStage, u64)>,
+    /// The gateway that it was declared to, when it was not this one.
+    origin: Option<String>,
 }
 
 /// The plans of all runs.
@@ -98,9 +113,60 @@ impl Plans {
             let seen = finished(&stage.model, &stage.plan.stage);
             (stage, seen)
         });
-        let declared = Declared { at: now, until: now + plan.ttl_s, stages: stages.collect() };
+        let declared = Declared { at: now, until: now + plan.ttl_s, stages: stages.collect(), origin: None };
         self.runs.insert(plan.run, declared);
         Ok(())
+    }
+
+    /// The plans that were declared here, for other gateways.
+    pub fn export(&self, now: f64) -> Vec<SharedPlan> {
+        let own = self.runs.iter().filter(|(_, declared)| declared.origin.is_none() && declared.until > now);
+        own.map(|(run, declared)| SharedPlan {
+            run: run.clone(),
+            age_s: now - declared.at,
+            ttl_s: declared.until - declared.at,
+            stages: declared.stages.iter().map(|(stage, _)| stage.clone()).collect(),
+        })
+        .collect()
+    }
+
+    /// Takes what other gateways were told: of each run what was declared last, wherever that was. `told` names a gateway, its
+    /// plans, and for how many seconds these words have stood; what it no longer tells is forgotten.
+    pub fn import(
+        &mut self,
+        now: f64,
+        told: &[(String, Vec<SharedPlan>, f64)],
+        finished: impl Fn(&str, &str) -> u64,
+    ) {
+        self.runs.retain(|run, declared| {
+            let origin = declared.origin.as_ref();
+            let words = told.iter().find(|(gateway, ..)| Some(gateway) == origin);
+            words.is_none_or(|(_, plans, _)| plans.iter().any(|plan| plan.run == *run))
+        });
+        for (gateway, plans, since) in told {
+            for plan in plans {
+                let at = now - since - plan.age_s;
+                let known = self.runs.get(&plan.run);
+                // Ages are as old as the words that carry them: a second more or less is the same declaration.
+                if known.is_some_and(|known| known.at + 1.0 >= at)
+                    || at + plan.ttl_s <= now
+                    || (known.is_none() && self.runs.len() >= RUNS)
+                {
+                    continue;
+                }
+                let stages = plan.stages.iter().map(|stage| {
+                    let seen = finished(&stage.model, &stage.plan.stage);
+                    (stage.clone(), seen)
+                });
+                let declared = Declared {
+                    at,
+                    until: at + plan.ttl_s,
+                    stages: stages.collect(),
+                    origin: Some(gateway.clone()),
+                };
+                self.runs.insert(plan.run.clone(), declared);
+            }
+        }
     }
 
     /// Forgets a run. False when it has no plan.
@@ -169,6 +235,28 @@ mod tests {
         assert_eq!(plans.runs(9.9).len(), 1);
         plans.expire(10.0);
         assert!(plans.runs(10.0).is_empty() && plans.of("m", 10.0, |_| 0).is_empty());
+    }
+
+    #[test]
+    fn gateways_tell_each_other_and_the_last_word_counts() {
+        let (mut a, mut b) = (Plans::default(), Plans::default());
+        a.declare(plan(PLAN), 0.0, |_, _| 0).unwrap();
+        let told = |from: &Plans, now: f64| vec![("a".to_owned(), from.export(now), 0.5)];
+        b.import(100.0, &told(&a, 1.0), |_, _| 7);
+        assert_eq!(b.of("m", 100.0, |_| 17)[0].remaining, 90, "what b finishes from then on counts");
+        assert!(b.export(100.0).is_empty(), "what was told is not told on");
+        // Declared again to b: that is the last word, and a takes it over.
+        b.declare(plan(&PLAN.replace("100", "30")), 104.0, |_, _| 0).unwrap();
+        b.import(104.0, &told(&a, 5.0), |_, _| 0);
+        assert_eq!(b.of("m", 104.0, |_| 0)[0].remaining, 30);
+        a.import(5.0, &[("b".to_owned(), b.export(104.0), 0.0)], |_, _| 0);
+        assert_eq!(a.of("m", 5.0, |_| 0)[0].remaining, 30);
+        assert!(a.export(5.0).is_empty());
+        // Withdrawn where it was declared, it is gone everywhere; it expires as it would there.
+        assert_eq!(a.runs(5.0)[0].1, 10.0);
+        b.withdraw("r");
+        a.import(6.0, &[("b".to_owned(), b.export(105.0), 0.0)], |_, _| 0);
+        assert!(a.runs(6.0).is_empty());
     }
 
     #[test]

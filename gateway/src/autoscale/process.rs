@@ -61,11 +61,12 @@ pub struct ProcessScaler {
 }
 
 impl Scaler for ProcessScaler {
-    async fn step(&mut self, wanted: usize) {
+    async fn step(&mut self, wanted: Option<usize>) {
         self.bury_the_dead();
         self.look_after_starting().await;
         self.finish_draining();
         let running = self.processes.iter().filter(|p| p.node.state() != NodeState::Draining).count();
+        let wanted = wanted.unwrap_or(running);
         for _ in running..wanted {
             // A node that still drains comes back before a new one is started.
             if !self.revive() && Instant::now() >= self.pause_until {
@@ -77,7 +78,7 @@ impl Scaler for ProcessScaler {
         }
     }
 
-    fn supply(&self) -> Supply {
+    fn supply(&mut self) -> Option<Supply> {
         let mut supply = Supply { cold_starts_s: self.supply.cold_starts_s.clone(), ..Supply::default() };
         for process in &self.processes {
             match (process.node.state(), process.was_ready) {
@@ -86,7 +87,7 @@ impl Scaler for ProcessScaler {
                 (_, false) => supply.starting_age_s.push(process.started.elapsed().as_secs_f64()),
             }
         }
-        supply
+        Some(supply)
     }
 
     async fn stop(&mut self) {

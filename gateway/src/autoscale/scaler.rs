@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::kubernetes::{Cluster, KubernetesScaler};
 use super::process::ProcessScaler;
 use super::webhook::WebhookScaler;
 use crate::gateway::Shared;
@@ -50,11 +51,12 @@ impl Supply {
 /// A way to start and stop nodes.
 pub trait Scaler: Send + 'static {
     /// Brings the number of nodes nearer to `wanted`: takes back what drains before it starts anew, drains the emptiest,
-    /// removes what has drained, replaces what has died.
-    fn step(&mut self, wanted: usize) -> impl Future<Output = ()> + Send;
+    /// removes what has drained, replaces what has died. Before anything was decided there is nothing `wanted`, and only
+    /// what is there is found out.
+    fn step(&mut self, wanted: Option<usize>) -> impl Future<Output = ()> + Send;
 
-    /// The nodes as they are.
-    fn supply(&self) -> Supply;
+    /// The nodes as they are; none before that is known.
+    fn supply(&mut self) -> Option<Supply>;
 
     /// Takes all nodes away; nothing is in flight any more.
     fn stop(&mut self) -> impl Future<Output = ()> + Send;
@@ -62,28 +64,37 @@ pub trait Scaler: Send + 'static {
 
 /// What the autoscaler holds of a scaler.
 pub struct ScalerHandle {
-    wanted: watch::Sender<usize>,
-    supply: Arc<Mutex<Supply>>,
+    wanted: watch::Sender<Option<usize>>,
+    supply: Arc<Mutex<Option<Supply>>>,
+    /// Where several gateways share the pool's nodes.
+    cluster: Option<Arc<Cluster>>,
 }
 
 impl ScalerHandle {
     /// Says how many nodes there should be.
     pub fn want(&self, nodes: usize) {
-        self.wanted.send_if_modified(|wanted| std::mem::replace(wanted, nodes) != nodes);
+        self.wanted.send_if_modified(|wanted| wanted.replace(nodes) != Some(nodes));
     }
 
-    /// The nodes as they were last seen.
-    pub fn supply(&self) -> Supply {
+    /// The nodes as they were last seen; none before they were.
+    pub fn supply(&self) -> Option<Supply> {
         self.supply.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The gateways that share the pool's nodes, if they are shared.
+    pub(crate) fn cluster(&self) -> Option<&Cluster> {
+        self.cluster.as_deref()
     }
 }
 
 /// Starts the scaler that the pool's configuration names, if it names one.
 pub(crate) fn start(pool: &Arc<ModelPool>, shared: &Arc<Shared>) -> Option<ScalerHandle> {
     let scale = pool.config().scale.clone()?;
-    let (wanted, asked) = watch::channel(0);
-    let supply = Arc::default();
-    let handle = ScalerHandle { wanted, supply: Arc::clone(&supply) };
+    let (wanted, asked) = watch::channel(None);
+    // Pods may be there already; processes and a webhook's nodes are not.
+    let supply = Arc::new(Mutex::new(scale.kubernetes.is_none().then(Supply::default)));
+    let cluster = scale.kubernetes.is_some().then(|| Arc::clone(&shared.cluster));
+    let handle = ScalerHandle { wanted, supply: Arc::clone(&supply), cluster };
     let (pool, connector) = (Arc::clone(pool), shared.connector.clone());
     if let Some(process) = scale.process {
         let scaler = ProcessScaler::new(Arc::clone(&pool), connector, Arc::clone(&shared.metrics), process);
@@ -93,6 +104,10 @@ pub(crate) fn start(pool: &Arc<ModelPool>, shared: &Arc<Shared>) -> Option<Scale
             Ok(scaler) => drop(shared.tasks.spawn(drive(scaler, pool, asked, supply))),
             Err(problem) => tracing::error!(model = &*pool.model, problem, "the pool is not scaled"),
         }
+    } else if let Some(kubernetes) = scale.kubernetes {
+        shared.cluster.take_part(shared);
+        let scaler = KubernetesScaler::new(Arc::clone(&pool), Arc::clone(shared), kubernetes);
+        shared.tasks.spawn(drive(scaler, pool, asked, supply));
     }
     Some(handle)
 }
@@ -101,13 +116,13 @@ pub(crate) fn start(pool: &Arc<ModelPool>, shared: &Arc<Shared>) -> Option<Scale
 async fn drive(
     mut scaler: impl Scaler,
     pool: Arc<ModelPool>,
-    mut wanted: watch::Receiver<usize>,
-    supply: Arc<Mutex<Supply>>,
+    mut wanted: watch::Receiver<Option<usize>>,
+    supply: Arc<Mutex<Option<Supply>>>,
 ) {
     let end = pool.retired();
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut last = 0;
+    let mut last = None;
     loop {
         tokio::select! {
             () = end.cancelled() => break,

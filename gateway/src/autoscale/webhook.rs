@@ -202,8 +202,9 @@ impl WebhookScaler {
 }
 
 impl Scaler for WebhookScaler {
-    async fn step(&mut self, wanted: usize) {
+    async fn step(&mut self, wanted: Option<usize>) {
         self.look_after_starting().await;
+        let Some(wanted) = wanted else { return };
         self.revive_or_drain(wanted);
         let longest = Duration::from_secs(self.settings().drain_s);
         let empty = |remote: &&Remote| {
@@ -237,7 +238,7 @@ impl Scaler for WebhookScaler {
         self.last = Some((Instant::now(), wanted, remove.len()));
     }
 
-    fn supply(&self) -> Supply {
+    fn supply(&mut self) -> Option<Supply> {
         let mut supply = Supply { cold_starts_s: self.supply.cold_starts_s.clone(), ..Supply::default() };
         supply.starting_age_s.extend(self.asked.iter().map(|asked| asked.elapsed().as_secs_f64()));
         for remote in &self.nodes {
@@ -247,7 +248,7 @@ impl Scaler for WebhookScaler {
                 (None, false) => supply.starting_age_s.push(remote.added.elapsed().as_secs_f64()),
             }
         }
-        supply
+        Some(supply)
     }
 
     async fn stop(&mut self) {

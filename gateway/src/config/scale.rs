@@ -1,5 +1,6 @@
 //! How a pool grows and shrinks: the law, its bounds, and the hand that starts and stops nodes.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -18,11 +19,25 @@ pub struct AutoscaleConfig {
     pub dry_run: bool,
     /// A CSV file that gets one row per finished request, for simulators: `t_s,in_tokens,out_tokens,wait_s,stay_s,model`.
     pub trace_file: Option<PathBuf>,
+    /// Name of the Lease by which the gateways of a cluster agree on who leads, where pools are workloads of Kubernetes.
+    pub lease: String,
+    /// A leader that was not heard of for so many seconds is replaced.
+    pub lease_s: u64,
+    /// Where KEDA finds the external scaler (gRPC); none for no external scaler.
+    pub keda_listen: Option<SocketAddr>,
 }
 
 impl Default for AutoscaleConfig {
     fn default() -> Self {
-        Self { budget: None, interval_ms: 5_000, dry_run: false, trace_file: None }
+        Self {
+            budget: None,
+            interval_ms: 5_000,
+            dry_run: false,
+            trace_file: None,
+            lease: "potstill-gateway".to_owned(),
+            lease_s: 15,
+            keda_listen: None,
+        }
     }
 }
 
@@ -64,6 +79,8 @@ pub struct ScaleConfig {
     pub process: Option<ProcessConfig>,
     /// Nodes that a program of yours starts and stops.
     pub webhook: Option<WebhookConfig>,
+    /// Nodes as pods of a workload of Kubernetes.
+    pub kubernetes: Option<KubernetesConfig>,
 }
 
 impl Default for ScaleConfig {
@@ -87,6 +104,7 @@ impl Default for ScaleConfig {
             start_s: 3_600,
             process: None,
             webhook: None,
+            kubernetes: None,
         }
     }
 }
@@ -113,6 +131,58 @@ pub struct WebhookConfig {
     pub url: String,
     /// Environment variable with the key that it wants as bearer token.
     pub api_key_env: Option<String>,
+}
+
+/// A workload of Kubernetes whose pods are the nodes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KubernetesConfig {
+    /// What it is.
+    pub kind: WorkloadKind,
+    /// Its name.
+    pub name: String,
+    /// Its namespace; the gateway's own if not given.
+    pub namespace: Option<String>,
+    /// Port on which its pods speak HTTP.
+    pub port: u16,
+    /// Who changes its `replicas`.
+    #[serde(default)]
+    pub actuator: Actuator,
+    /// Environment variable with the key that its pods want as bearer token.
+    pub api_key_env: Option<String>,
+}
+
+/// Kinds of workloads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WorkloadKind {
+    /// The pods are alike, and any of them can go.
+    Deployment,
+    /// The pod with the highest index goes first.
+    StatefulSet,
+    /// A node is a group of pods; the group with the highest index goes first.
+    LeaderWorkerSet,
+}
+
+impl WorkloadKind {
+    /// As Kubernetes writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Deployment => "Deployment",
+            Self::StatefulSet => "StatefulSet",
+            Self::LeaderWorkerSet => "LeaderWorkerSet",
+        }
+    }
+}
+
+/// Who changes `replicas`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Actuator {
+    /// The gateway, through `/scale`.
+    #[default]
+    Gateway,
+    /// KEDA, which asks the gateway for the number (`autoscale.keda_listen`).
+    Keda,
 }
 
 impl ScaleConfig {
@@ -161,32 +231,48 @@ impl ScaleConfig {
         for (name, value) in others.iter().filter(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
             problems.push(format!("`scale.{name}` must not be negative, not {value}"));
         }
-        match (&self.process, &self.webhook) {
-            (Some(process), None) => {
-                if !process.command.iter().any(|part| part.contains("{port}")) {
-                    problems
-                        .push("`scale.process.command` must name a program and contain `{port}`".to_owned());
-                }
-                if !process.gpus.is_empty() && process.gpus.len() < self.max {
-                    problems.push(format!(
-                        "`scale.process.gpus` has {} entries for up to {} nodes",
-                        process.gpus.len(),
-                        self.max
-                    ));
-                }
+        let hands = [self.process.is_some(), self.webhook.is_some(), self.kubernetes.is_some()];
+        if hands.iter().filter(|given| **given).count() != 1 {
+            problems.push("`scale` needs one of `process`, `webhook` and `kubernetes`".to_owned());
+        }
+        if let Some(process) = &self.process {
+            if !process.command.iter().any(|part| part.contains("{port}")) {
+                problems.push("`scale.process.command` must name a program and contain `{port}`".to_owned());
             }
-            (None, Some(webhook)) => {
-                if let Err(problem) = webhook.url.parse::<http::Uri>() {
-                    problems.push(format!("`scale.webhook.url`: {problem}"));
-                }
-                if let Some(variable) =
-                    webhook.api_key_env.as_ref().filter(|variable| std::env::var(variable).is_err())
-                {
-                    problems.push(format!("`scale.webhook`: environment variable `{variable}` is not set"));
-                }
+            if !process.gpus.is_empty() && process.gpus.len() < self.max {
+                problems.push(format!(
+                    "`scale.process.gpus` has {} entries for up to {} nodes",
+                    process.gpus.len(),
+                    self.max
+                ));
             }
-            _ => problems.push("`scale` needs one of `process` and `webhook`".to_owned()),
+        }
+        if let Some(webhook) = &self.webhook {
+            if let Err(problem) = webhook.url.parse::<http::Uri>() {
+                problems.push(format!("`scale.webhook.url`: {problem}"));
+            }
+            problems.extend(unset("scale.webhook", &webhook.api_key_env));
+        }
+        if let Some(kubernetes) = &self.kubernetes {
+            if !cfg!(feature = "kubernetes") {
+                problems.push(
+                    "this program was built without the feature `kubernetes`; use `potstill-gateway`"
+                        .to_owned(),
+                );
+            }
+            let name = &kubernetes.name;
+            let part = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-.".contains(&byte);
+            if name.is_empty() || name.len() > 253 || !name.bytes().all(part) {
+                problems.push(format!("`scale.kubernetes.name`: `{name}` is no name of an object"));
+            }
+            problems.extend(unset("scale.kubernetes", &kubernetes.api_key_env));
         }
         problems
     }
+}
+
+/// A variable that should hold a key and does not exist.
+fn unset(place: &str, variable: &Option<String>) -> Option<String> {
+    let variable = variable.as_ref().filter(|variable| std::env::var(variable).is_err())?;
+    Some(format!("`{place}`: environment variable `{variable}` is not set"))
 }

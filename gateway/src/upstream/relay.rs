@@ -16,6 +16,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::events::{Events, Step};
 use super::send::{Answer, innermost};
+use crate::api::waiting::COMMENT;
 use crate::config::{Deadlines, ms};
 use crate::pool::Permit;
 use crate::record::{End, Record};
@@ -206,7 +207,6 @@ impl Body for Relay {
 }
 
 impl Relay {
-    /// Events are whole when they are passed on, so a comment always stands between two of them.
     fn poll_heartbeat(
         &mut self,
         context: &mut Context<'_>,
@@ -216,7 +216,7 @@ impl Relay {
             return Poll::Pending;
         }
         heartbeat.timer.as_mut().reset(Instant::now() + heartbeat.every);
-        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b": keep-alive\n\n")))))
+        Poll::Ready(Some(Ok(Frame::data(COMMENT))))
     }
 }
 

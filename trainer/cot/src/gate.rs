@@ -178,7 +178,7 @@ mod tests {
         gate.advise(9);
         let mut inside = Vec::new();
         for task in waiting {
-            inside.push(task.await.unwrap());
+            inside.push(tokio::time::timeout(Duration::from_secs(10), task).await.unwrap().unwrap());
         }
         assert_eq!(gate.state().open, 4, "never more than the recipe allows");
         drop((first, inside));

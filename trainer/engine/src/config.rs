@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::error::EngineError;
+use crate::foreign::{self, Foreign, ForeignConfig};
 use crate::ops::attention::Heads;
 
 /// The decoder families with a definition here. They share one block; what differs is in the methods.
@@ -18,10 +19,13 @@ pub enum Family {
     Qwen3,
     /// Llama 2, Llama 3, SmolLM2 and kin.
     Llama,
+    /// Defined by candle-transformers: for serving.
+    #[serde(skip)]
+    Foreign(Foreign),
 }
 
 impl Family {
-    /// All of them.
+    /// Those that are defined here.
     pub const ALL: [Self; 3] = [Self::Qwen2, Self::Qwen3, Self::Llama];
 
     /// `model_type` in `config.json`, `general.architecture` in GGUF.
@@ -30,26 +34,41 @@ impl Family {
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
             Self::Llama => "llama",
+            Self::Foreign(family) => family.name(),
         }
     }
 
     /// Class name in `architectures`.
-    pub fn architecture(self) -> &'static str {
+    fn architecture(self) -> &'static str {
         match self {
             Self::Qwen2 => "Qwen2ForCausalLM",
             Self::Qwen3 => "Qwen3ForCausalLM",
             Self::Llama => "LlamaForCausalLM",
+            Self::Foreign(_) => "AutoModelForCausalLM",
         }
     }
 
     /// Finds a family by `model_type`.
     pub fn parse(name: &str, path: &Path) -> Result<Self, EngineError> {
-        Self::ALL.into_iter().find(|family| family.name() == name).ok_or_else(|| {
-            EngineError::UnknownArchitecture {
-                path: path.to_owned(),
-                found: name.to_owned(),
-                supported: Self::ALL.map(|family| format!("`{}`", family.name())).join(", "),
-            }
+        let foreign = Foreign::ALL.map(Self::Foreign);
+        Self::find(name, path, &[Self::ALL.as_slice(), &foreign].concat())
+    }
+
+    /// Finds one of those that are defined here.
+    pub fn parse_own(name: &str, path: &Path) -> Result<Self, EngineError> {
+        Self::find(name, path, &Self::ALL)
+    }
+
+    fn find(name: &str, path: &Path, known: &[Self]) -> Result<Self, EngineError> {
+        let found = known.iter().find(|family| family.name() == name).copied();
+        found.ok_or_else(|| EngineError::UnknownArchitecture {
+            path: path.to_owned(),
+            found: name.to_owned(),
+            supported: known
+                .iter()
+                .map(|family| format!("`{}`", family.name()))
+                .collect::<Vec<_>>()
+                .join(", "),
         })
     }
 }
@@ -109,6 +128,8 @@ pub struct ModelConfig {
     pub bos: Option<u32>,
     /// Outputs of the head over the last hidden state; 0 for a language model.
     pub classes: usize,
+    /// For a family that candle-transformers defines.
+    pub foreign: Option<ForeignConfig>,
 }
 
 #[derive(Deserialize)]
@@ -142,6 +163,16 @@ struct HfConfig {
     id2label: Option<serde_json::Map<String, Value>>,
 }
 
+impl HfConfig {
+    fn heads(&self) -> Heads {
+        Heads {
+            query: self.num_attention_heads,
+            kv: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
+            dim: self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1)),
+        }
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(untagged)]
 pub(crate) enum OneOrMany {
@@ -173,6 +204,14 @@ impl ModelConfig {
         let value: Value = serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
         let model_type = value.get("model_type").and_then(Value::as_str).unwrap_or_default();
         let family = Family::parse(model_type, path)?;
+        if value.get("quantization_config").is_some_and(|config| !config.is_null()) {
+            return Err(malformed(
+                "`quantization_config`: safetensors in fewer bits are not read; take the full weights or a GGUF file".to_owned(),
+            ));
+        }
+        if let Family::Foreign(family) = family {
+            return Self::foreign(family, value, path);
+        }
         let hf: HfConfig = serde_json::from_value(value).map_err(|error| malformed(error.to_string()))?;
         debug_assert_eq!(hf.model_type, family.name());
         if hf.use_sliding_window == Some(true) {
@@ -197,11 +236,7 @@ impl ModelConfig {
             hidden_size: hf.hidden_size,
             intermediate_size: hf.intermediate_size,
             layers: hf.num_hidden_layers,
-            heads: Heads {
-                query: hf.num_attention_heads,
-                kv: hf.num_key_value_heads.unwrap_or(hf.num_attention_heads),
-                dim: hf.head_dim.unwrap_or(hf.hidden_size / hf.num_attention_heads.max(1)),
-            },
+            heads: hf.heads(),
             max_positions: hf.max_position_embeddings,
             rms_norm_eps: hf.rms_norm_eps,
             rope_theta: theta,
@@ -216,6 +251,33 @@ impl ModelConfig {
             } else {
                 0
             },
+            foreign: None,
+        };
+        config.check(path)?;
+        Ok(config)
+    }
+
+    /// What serving has to know of a model whose decoder candle-transformers brings.
+    fn foreign(family: Foreign, value: Value, path: &Path) -> Result<Self, EngineError> {
+        let hf: HfConfig = serde_json::from_value(value.clone())
+            .map_err(|error| EngineError::malformed(path, error.to_string()))?;
+        let config = Self {
+            family: Family::Foreign(family),
+            vocab_size: hf.vocab_size,
+            hidden_size: hf.hidden_size,
+            intermediate_size: hf.intermediate_size,
+            layers: hf.num_hidden_layers,
+            heads: hf.heads(),
+            max_positions: hf.max_position_embeddings.min(foreign::window(&value).unwrap_or(usize::MAX)),
+            rms_norm_eps: hf.rms_norm_eps,
+            rope_theta: hf.rope_theta.unwrap_or(10_000.0),
+            rope_scaling: None,
+            tied: hf.tie_word_embeddings.unwrap_or(false),
+            qkv_bias: false,
+            eos: hf.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
+            bos: hf.bos_token_id,
+            classes: 0,
+            foreign: Some(ForeignConfig::new(family, value, path)?),
         };
         config.check(path)?;
         Ok(config)
@@ -225,8 +287,15 @@ impl ModelConfig {
     pub fn check(&self, path: &Path) -> Result<(), EngineError> {
         let heads = self.heads;
         const LARGEST: usize = 1 << 24;
-        let sizes =
-            [self.vocab_size, self.hidden_size, self.intermediate_size, self.layers, heads.query, heads.dim];
+        let sizes = [
+            self.vocab_size,
+            self.hidden_size,
+            self.intermediate_size,
+            self.layers,
+            heads.query,
+            heads.dim,
+            self.max_positions,
+        ];
         let problem = if sizes.iter().any(|size| *size > LARGEST) || self.layers > 4096 || heads.query > 4096
         {
             "a size is beyond anything that exists".to_owned()

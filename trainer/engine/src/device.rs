@@ -14,7 +14,8 @@ pub fn parse(name: &str) -> Result<Device, EngineError> {
                 expected: "`cpu`, `cuda` or `cuda:N`",
                 found: name.to_owned(),
             })?;
-            Ok(Device::new_cuda(index)?)
+            Device::new_cuda(index)
+                .map_err(|error| EngineError::Device { name: name.to_owned(), problem: error.to_string() })
         }
         _ => Err(EngineError::Parameter {
             name: "device",

@@ -31,6 +31,14 @@ pub enum EngineError {
         /// The names we know.
         supported: String,
     },
+    /// A model of a family that only candle-transformers defines cannot be built, or not for this.
+    #[error("a model of the family `{family}`: {problem}")]
+    Foreign {
+        /// `model_type` of the family.
+        family: &'static str,
+        /// Why not.
+        problem: String,
+    },
     /// A tensor is missing.
     #[error("tensor `{name}` is missing; expected shape {expected:?}")]
     MissingTensor {
@@ -92,6 +100,16 @@ pub enum EngineError {
     /// A file could not be written.
     #[error(transparent)]
     Durable(#[from] potstill_shared::durable::DurableError),
+    /// A device cannot be used.
+    #[error(
+        "the device `{name}` cannot be used: {problem}; `nvidia-smi` shows the devices of the driver, and the program must be built with `--features cuda`"
+    )]
+    Device {
+        /// As it was asked for.
+        name: String,
+        /// What the driver or the library says.
+        problem: String,
+    },
     /// A tensor operation failed: a defect, or no memory.
     #[error("tensor operation: {0}")]
     Tensor(#[from] candle_core::Error),

@@ -76,7 +76,7 @@ impl Gguf {
     /// The configuration.
     pub fn config(&self) -> Result<ModelConfig, EngineError> {
         let name = self.text("general.architecture").unwrap_or_default();
-        let family = Family::parse(name, &self.path)?;
+        let family = Family::parse_own(name, &self.path)?;
         let need = |key: &str| -> Result<usize, EngineError> {
             self.integer(&format!("{name}.{key}"))
                 .map(|value| value as usize)
@@ -123,6 +123,7 @@ impl Gguf {
             eos: self.integer("tokenizer.ggml.eos_token_id").map(|id| id as u32).into_iter().collect(),
             bos: self.integer("tokenizer.ggml.bos_token_id").map(|id| id as u32),
             classes: 0,
+            foreign: None,
         };
         config.check(&self.path)?;
         Ok(config)

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use crate::config::ModelConfig;
 use crate::error::EngineError;
 use crate::ops::attention::{FEW_ROWS, Heads, Segment, attend_head, plain};
-use crate::ops::{axpy, dot, fused, softmax, with_values};
+use crate::ops::{Precision, axpy, dot, fused, softmax, with_values};
 
 /// The blocks of a model's cache.
 #[derive(Debug)]
@@ -236,7 +236,7 @@ impl Layout {
         let width = heads.query_width() / heads.kv;
         for (at, head) in heads.group(head).enumerate() {
             let (q, out) = ((&q[head * dim..], heads.query_width()), (&mut out[at * dim..], width));
-            attend_head(q, (&k, &v, dim), heads, segment.past, segment.len, out);
+            attend_head(q, (&k, &v, dim), heads, segment.past, segment.len, Precision::F32, out);
         }
     }
 }

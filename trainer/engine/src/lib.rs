@@ -9,6 +9,7 @@ pub mod checkpoint_files;
 pub mod config;
 pub mod device;
 pub mod error;
+pub mod foreign;
 pub mod gguf;
 pub mod gguf_files;
 pub mod grammar;

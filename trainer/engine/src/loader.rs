@@ -51,6 +51,7 @@ pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<LoadedModel, E
     } else {
         return Err(EngineError::malformed(path, "neither a model folder nor a `.gguf` file"));
     };
+    let dtype = model.config.foreign.as_ref().map_or(dtype, |foreign| foreign.dtype(dtype));
     Ok(LoadedModel { weights: model.weights.to(device, dtype)?, ..model })
 }
 

@@ -15,14 +15,17 @@ use crate::config::{Family, ModelConfig};
 use crate::error::EngineError;
 use crate::kv::{KvCache, Table};
 use crate::ops::attention::{Segment, attention};
-use crate::ops::fused;
 use crate::ops::linear::{Frozen, linear, linear_adapted};
 use crate::ops::packed::{Packed, is_fast};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::Rotary;
 use crate::ops::swiglu::swiglu;
+use crate::ops::{Precision, fused};
 use crate::training::Training;
 use crate::weights::{Adapter, Weights};
+
+/// Rows that go through the wide layers at a time when a model only serves: what they hold stays in the processor's cache.
+const FEED_ROWS: usize = 128;
 
 /// A causal language model.
 pub struct CausalLm {
@@ -34,6 +37,7 @@ pub struct CausalLm {
     packed_head: Option<Packed>,
     inverse_frequencies: Vec<f32>,
     training: Option<Training>,
+    precision: Precision,
 }
 
 struct Linear {
@@ -42,6 +46,7 @@ struct Linear {
     adapter: Option<Adapter>,
     /// Sums of the squares of the inputs, with the number of rows: only while somebody calibrates.
     probe: Option<Probe>,
+    precision: Precision,
 }
 
 /// Sums of squares by input, and how many rows they are over.
@@ -65,20 +70,53 @@ impl Linear {
             held.1 += x.dim(0)?;
         }
         let y = match (&self.weight, &self.adapter) {
-            (Matrix::Dense(weight), None) => linear(x, weight)?,
-            (Matrix::Quantised(weight), None) => linear(x, &weight.dequantize(x.device())?)?,
+            (Matrix::Dense(weight), None) => linear(x, weight, self.precision)?,
+            (Matrix::Quantised(weight), None) => linear(x, &weight.dequantize(x.device())?, self.precision)?,
             (Matrix::Packed(packed), _) => packed.forward(x)?,
-            (Matrix::Dense(weight), Some(over)) => {
-                linear_adapted(x, &Frozen::Dense(weight.clone()), &over.a, &over.b, over.scale)?
-            }
-            (Matrix::Quantised(weight), Some(over)) => {
-                linear_adapted(x, &Frozen::Quantised(Arc::clone(weight)), &over.a, &over.b, over.scale)?
-            }
+            (Matrix::Dense(weight), Some(over)) => linear_adapted(
+                x,
+                &Frozen::Dense(weight.clone()),
+                &over.a,
+                &over.b,
+                over.scale,
+                self.precision,
+            )?,
+            (Matrix::Quantised(weight), Some(over)) => linear_adapted(
+                x,
+                &Frozen::Quantised(Arc::clone(weight)),
+                &over.a,
+                &over.b,
+                over.scale,
+                self.precision,
+            )?,
         };
+        self.with_bias(y)
+    }
+
+    fn packed(&self) -> Option<&Packed> {
+        match (&self.weight, &self.probe) {
+            (Matrix::Packed(packed), None) => Some(packed),
+            _ => None,
+        }
+    }
+
+    fn with_bias(&self, y: Tensor) -> Result<Tensor, EngineError> {
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
         })
+    }
+
+    /// Several layers over the same input, in one piece of work where they are packed.
+    fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N], EngineError> {
+        let matrices: Vec<&Packed> = layers.iter().filter_map(|layer| layer.packed()).collect();
+        let outputs = if matrices.len() == N {
+            let products = Packed::forward_all(&matrices, x)?;
+            layers.iter().zip(products).map(|(layer, y)| layer.with_bias(y)).collect::<Result<Vec<_>, _>>()?
+        } else {
+            layers.iter().map(|layer| layer.forward(x)).collect::<Result<Vec<_>, _>>()?
+        };
+        outputs.try_into().map_err(|_| EngineError::Stopped("a layer without a result".to_owned()))
     }
 }
 
@@ -94,6 +132,7 @@ pub(crate) struct Block {
     gate: Linear,
     up: Linear,
     down: Linear,
+    precision: Precision,
 }
 
 /// What attends to what in one forward pass.
@@ -105,13 +144,22 @@ pub(crate) enum Attend<'a> {
 impl CausalLm {
     /// Builds the model over `weights`, sharing their storage.
     pub fn new(config: &ModelConfig, weights: &Weights) -> Result<Self, EngineError> {
-        Self::build(config, weights, false)
+        Self::build(config, weights, false, Precision::F32)
+    }
+
+    /// The same with products of this precision: what a model is compared with should round as it does.
+    pub fn rounded(
+        config: &ModelConfig,
+        weights: &Weights,
+        precision: Precision,
+    ) -> Result<Self, EngineError> {
+        Self::build(config, weights, false, precision)
     }
 
     /// The same with matrices of eight bits, for serving models that were quantised already: on CPUs with the fast kernel
     /// only, elsewhere and where a shape does not fit, matrices stay as they are.
     pub fn packed(config: &ModelConfig, weights: &Weights) -> Result<Self, EngineError> {
-        Self::build(config, weights, is_fast())
+        Self::build(config, weights, is_fast(), Precision::F32)
     }
 
     /// The model with a backward pass that runs block by block.
@@ -120,10 +168,20 @@ impl CausalLm {
         weights: &Weights,
         training: Training,
     ) -> Result<Self, EngineError> {
-        Ok(Self { training: Some(training), ..Self::build(config, weights, false)? })
+        let precision = training.precision();
+        Ok(Self { training: Some(training), ..Self::build(config, weights, false, precision)? })
     }
 
-    fn build(config: &ModelConfig, weights: &Weights, packed: bool) -> Result<Self, EngineError> {
+    fn build(
+        config: &ModelConfig,
+        weights: &Weights,
+        packed: bool,
+        precision: Precision,
+    ) -> Result<Self, EngineError> {
+        if let Family::Foreign(family) = config.family {
+            let problem = "it can be served, and nothing else: its decoder is not defined here".to_owned();
+            return Err(EngineError::Foreign { family: family.name(), problem });
+        }
         let embedding = weights.get("model.embed_tokens.weight")?;
         let head = if config.tied || config.classes > 0 {
             embedding.clone()
@@ -131,7 +189,7 @@ impl CausalLm {
             weights.get("lm_head.weight")?
         };
         let blocks = (0..config.layers)
-            .map(|layer| Block::new(config, weights, layer, packed).map(Arc::new))
+            .map(|layer| Block::new(config, weights, layer, packed, precision).map(Arc::new))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             config: config.clone(),
@@ -142,6 +200,7 @@ impl CausalLm {
             head,
             inverse_frequencies: config.inverse_frequencies(),
             training: None,
+            precision,
         })
     }
 
@@ -153,6 +212,11 @@ impl CausalLm {
     /// The output layer's weight, `[vocabulary, hidden]`.
     pub fn head(&self) -> &Tensor {
         &self.head
+    }
+
+    /// What its products are rounded to.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Mean square of every input of the blocks' matrices over `batches`, by the weight's name: what matters when the
@@ -212,7 +276,7 @@ impl CausalLm {
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
         match &self.packed_head {
             Some(packed) if fused(hidden) => Ok(packed.forward(hidden)?),
-            _ => Ok(hidden.matmul(&self.head.t()?)?),
+            _ => Ok(linear(hidden, &self.head, self.precision)?),
         }
     }
 
@@ -237,7 +301,13 @@ impl CausalLm {
 }
 
 impl Block {
-    fn new(config: &ModelConfig, weights: &Weights, layer: usize, packed: bool) -> Result<Self, EngineError> {
+    fn new(
+        config: &ModelConfig,
+        weights: &Weights,
+        layer: usize,
+        packed: bool,
+        precision: Precision,
+    ) -> Result<Self, EngineError> {
         let get = |name: &str| weights.get(&format!("model.layers.{layer}.{name}"));
         let projection = |name: &str, bias: bool| -> Result<Linear, EngineError> {
             let full = format!("model.layers.{layer}.{name}");
@@ -256,6 +326,7 @@ impl Block {
                 bias: if bias { Some(get(&format!("{name}.bias"))?) } else { None },
                 adapter: weights.adapter(&full),
                 probe: None,
+                precision,
             })
         };
         Ok(Self {
@@ -265,13 +336,14 @@ impl Block {
             v: projection("self_attn.v_proj", config.qkv_bias)?,
             qk_norm: match config.family {
                 Family::Qwen3 => Some((get("self_attn.q_norm.weight")?, get("self_attn.k_norm.weight")?)),
-                Family::Qwen2 | Family::Llama => None,
+                Family::Qwen2 | Family::Llama | Family::Foreign(_) => None,
             },
             o: projection("self_attn.o_proj", false)?,
             post_attention_norm: get("post_attention_layernorm.weight")?,
             gate: projection("mlp.gate_proj", false)?,
             up: projection("mlp.up_proj", false)?,
             down: projection("mlp.down_proj", false)?,
+            precision,
         })
     }
 
@@ -297,22 +369,34 @@ impl Block {
     ) -> Result<Tensor, EngineError> {
         let eps = config.rms_norm_eps;
         let normed = rms_norm(x, &self.input_norm, eps)?;
-        let (mut q, mut k, v) =
-            (self.q.forward(&normed)?, self.k.forward(&normed)?, self.v.forward(&normed)?);
+        let [mut q, mut k, v] = Linear::forward_all([&self.q, &self.k, &self.v], &normed)?;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             q = norm_heads(&q, q_norm, eps)?;
             k = norm_heads(&k, k_norm, eps)?;
         }
         let (q, k) = (rotary.apply(&q)?, rotary.apply(&k)?);
         let attended = match attend {
-            Attend::OwnRows(segments) => attention(&q, &k, &v, config.heads, segments)?,
+            Attend::OwnRows(segments) => attention(&q, &k, &v, config.heads, segments, self.precision)?,
             Attend::Cached(segments, cache, tables) => {
                 cache.attend(layer, [&q, &k, &v], config.heads, segments, tables)?
             }
         };
         let x = (x + self.o.forward(&attended)?)?;
-        let normed = rms_norm(&x, &self.post_attention_norm, eps)?;
-        let inner = swiglu(&self.gate.forward(&normed)?, &self.up.forward(&normed)?)?;
+        if self.gate.packed().is_none() || x.dim(0)? <= FEED_ROWS {
+            return self.feed_forward(&x, eps);
+        }
+        let rows = x.dim(0)?;
+        let parts = (0..rows).step_by(FEED_ROWS).map(|first| {
+            let part = x.narrow(0, first, FEED_ROWS.min(rows - first))?;
+            self.feed_forward(&part, eps)
+        });
+        Ok(Tensor::cat(&parts.collect::<Result<Vec<_>, EngineError>>()?, 0)?)
+    }
+
+    fn feed_forward(&self, x: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
+        let normed = rms_norm(x, &self.post_attention_norm, eps)?;
+        let [gate, up] = Linear::forward_all([&self.gate, &self.up], &normed)?;
+        let inner = swiglu(&gate, &up)?;
         Ok((x + self.down.forward(&inner)?)?)
     }
 }

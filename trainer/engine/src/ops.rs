@@ -4,8 +4,13 @@
 //! on every other device and type, and is the reference that the tests hold the fused form against. candle's own fused
 //! norm, rotary and softmax are not used: they drop gradients without a word.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 pub mod attention;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 pub mod exp;
+mod filled;
 pub mod linear;
 pub mod linear_loss;
 pub mod log_prob;
@@ -16,6 +21,39 @@ pub mod rope;
 pub mod swiglu;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
+
+use self::filled::filled;
+
+/// What the two sides of a product are rounded to; sums are f32 either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Not at all.
+    #[default]
+    F32,
+    /// To eight bits of mantissa, where the processor has instructions for it (AMX-BF16 or AVX512-BF16); elsewhere not at
+    /// all.
+    Bf16,
+}
+
+impl Precision {
+    /// What is computed here when this is asked for.
+    pub fn here(self) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let available = bf16::available();
+        #[cfg(not(target_arch = "x86_64"))]
+        let available = false;
+        if available { self } else { Self::F32 }
+    }
+
+    /// As recipes and reports write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
 
 /// Rows that one parallel task takes in row-wise kernels.
 pub(crate) const ROWS_PER_TASK: usize = 128;

@@ -52,11 +52,6 @@ impl<T> Sequence<T> {
         (prompt, completion, &mut self.payload)
     }
 
-    /// Whether a next token can be picked: every known one is computed.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.computed == self.tokens.len()
-    }
-
     pub(crate) fn computed(&self) -> usize {
         self.computed
     }
@@ -75,7 +70,8 @@ impl<T> Sequence<T> {
         &self.tokens[self.computed..self.computed + rows]
     }
 
-    fn pending(&self) -> usize {
+    /// Tokens that are not computed yet.
+    pub(crate) fn pending(&self) -> usize {
         self.tokens.len() - self.computed
     }
 }
@@ -121,6 +117,11 @@ impl<T> Schedule<T> {
 
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// What belongs to the sequences that have no blocks.
+    pub(crate) fn without_blocks(&mut self) -> impl Iterator<Item = &mut T> {
+        self.waiting.iter_mut().map(|sequence| &mut sequence.payload)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -317,7 +318,7 @@ mod tests {
             assert!(rows.iter().any(|rows| *rows > 0), "a step must compute something");
             self.schedule.computed(&rows);
             for (at, token) in next.into_iter().enumerate() {
-                if rows[at] > 0 && self.schedule.running()[at].is_complete() {
+                if rows[at] > 0 && self.schedule.running()[at].pending() == 0 {
                     self.schedule.push(at, token);
                 }
             }

@@ -8,14 +8,14 @@ use std::thread::JoinHandle;
 
 use tokio::sync::mpsc;
 
-use crate::device::compute_type;
 use crate::error::EngineError;
+use crate::foreign::ForeignLm;
 use crate::kv::KvCache;
 use crate::kv::blocks::Blocks;
 use crate::loader::LoadedModel;
 pub use crate::request::{FinishReason, Goal, Pooling, Request, Sampled, ThinkingLimit, Update};
 use crate::schedule::{Limits, Schedule};
-use crate::step_loop::StepLoop;
+use crate::step_loop::{Model, StepLoop};
 
 /// Tokens of a block of the KV cache.
 const BLOCK: usize = 16;
@@ -97,14 +97,14 @@ pub struct Engine {
     context: usize,
     blocks: usize,
     vocabulary: usize,
+    foreign: Option<&'static str>,
 }
 
 impl Engine {
     /// Starts the step loop over `model`.
     pub fn start(model: &LoadedModel, config: SchedulerConfig) -> Result<Self, EngineError> {
-        let lm = model.causal_lm()?;
-        let device = lm.head().device().clone();
-        let dtype = compute_type(&device);
+        let embedding = model.weights.get("model.embed_tokens.weight")?;
+        let (device, dtype) = (embedding.device().clone(), embedding.dtype());
         let block_bytes = BLOCK * KvCache::bytes_per_token(&model.config, dtype);
         let blocks = (config.kv_bytes / block_bytes).min(MAX_BLOCKS);
         if blocks == 0 {
@@ -116,9 +116,17 @@ impl Engine {
         let shared =
             Arc::new(Shared { queue: Mutex::default(), wake: Condvar::new(), stats: Stats::default() });
         let limits = Limits { running: config.max_running.max(1), rows: config.step_tokens.max(1) };
-        let cache = KvCache::new(&model.config, BLOCK, blocks, &device, dtype)?;
+        let lm = match &model.config.foreign {
+            // Blocks only count then: what they stand for lies with each sequence.
+            Some(config) => Model::Foreign(ForeignLm::new(config, &model.weights)?),
+            None => {
+                let cache = KvCache::new(&model.config, BLOCK, blocks, &device, dtype)?;
+                Model::Own(Box::new(model.causal_lm()?), cache)
+            }
+        };
         let schedule = Schedule::new(Blocks::new(BLOCK, blocks), limits);
-        let mut steps = StepLoop::new(Arc::clone(&shared), lm, model.tokenizer.clone(), cache, schedule);
+        let (tokenizer, eos) = (model.tokenizer.clone(), model.config.eos.clone());
+        let mut steps = StepLoop::new(Arc::clone(&shared), lm, tokenizer, eos, schedule);
         let mark = EndMark(Arc::clone(&shared));
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
@@ -128,7 +136,8 @@ impl Engine {
             })
             .map_err(|error| EngineError::Stopped(error.to_string()))?;
         let vocabulary = model.config.vocab_size;
-        Ok(Self { shared, thread: Some(thread), config, context, blocks, vocabulary })
+        let foreign = model.config.foreign.is_some().then(|| model.config.family.name());
+        Ok(Self { shared, thread: Some(thread), config, context, blocks, vocabulary, foreign })
     }
 
     /// Hands in a request. The receiver gets its text; dropping the receiver cancels it.
@@ -179,6 +188,14 @@ impl Engine {
         if let Some(id) = request.prompt.iter().chain(given).find(|&&id| id as usize >= self.vocabulary) {
             let expected = "token ids of the model's vocabulary";
             return Err(EngineError::Parameter { name: "prompt", expected, found: id.to_string() });
+        }
+        let rows_wanted = request.prompt_log_probs.is_some() || request.goal != Goal::Complete;
+        if let (Some(family), true) = (self.foreign, rows_wanted) {
+            return Err(EngineError::Parameter {
+                name: "model",
+                expected: "a model of the families `qwen2`, `qwen3` or `llama` for embeddings and for probabilities of a prompt",
+                found: format!("one of the family `{family}`"),
+            });
         }
         let nothing_wanted =
             request.max_tokens == 0 && request.prompt_log_probs.is_none() && request.goal == Goal::Complete;

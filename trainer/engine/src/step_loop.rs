@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use crate::batch::Batch;
 use crate::device::in_pool;
 use crate::error::EngineError;
+use crate::foreign::{ForeignLm, State};
 use crate::kv::{KvCache, Table};
 use crate::model::CausalLm;
 use crate::request::{FinishReason, Goal, Pooling, Request, Sampled, Update};
@@ -41,7 +42,17 @@ pub(crate) struct Running {
     constrained: bool,
     /// The form is fulfilled and nothing may follow.
     whole: bool,
+    /// What a foreign decoder has computed of it.
+    state: Option<State>,
     finished: bool,
+}
+
+/// Who computes.
+pub(crate) enum Model {
+    /// All sequences in one batch.
+    Own(Box<CausalLm>, KvCache),
+    /// One after the other.
+    Foreign(ForeignLm),
 }
 
 impl Running {
@@ -54,6 +65,7 @@ impl Running {
             ending: request.thinking.is_some().then_some(0),
             constrained: request.free_until.is_empty(),
             whole: false,
+            state: None,
             finished: false,
             request,
             updates,
@@ -90,21 +102,22 @@ impl Running {
 /// What the engine's thread owns.
 pub(crate) struct StepLoop {
     shared: Arc<Shared>,
-    model: CausalLm,
+    model: Model,
     tokenizer: Tokenizer,
-    cache: KvCache,
+    /// Tokens that end a turn.
+    eos: Vec<u32>,
     schedule: Schedule<Running>,
 }
 
 impl StepLoop {
     pub(crate) fn new(
         shared: Arc<Shared>,
-        model: CausalLm,
+        model: Model,
         tokenizer: Tokenizer,
-        cache: KvCache,
+        eos: Vec<u32>,
         schedule: Schedule<Running>,
     ) -> Self {
-        Self { shared, model, tokenizer, cache, schedule }
+        Self { shared, model, tokenizer, eos, schedule }
     }
 
     /// Takes steps until the engine is dropped.
@@ -139,8 +152,9 @@ impl StepLoop {
             for waiting in queue.arrived.drain(..).filter(|waiting| !waiting.updates.is_closed()) {
                 let request = &waiting.request;
                 // What has to be looked at row by row is computed row by row.
-                let sharing =
-                    request.prompt_log_probs.is_none() && request.goal != Goal::Embed(Pooling::Mean);
+                let sharing = matches!(self.model, Model::Own(..))
+                    && request.prompt_log_probs.is_none()
+                    && request.goal != Goal::Embed(Pooling::Mean);
                 self.schedule.add(request.prompt.clone(), sharing, Running::new(waiting));
             }
             queue.taken = self.schedule.waiting();
@@ -157,32 +171,13 @@ impl StepLoop {
 
     fn step(&mut self) -> Result<(), EngineError> {
         let rows = self.schedule.plan();
-        let active = || rows.iter().enumerate().filter(|(_, rows)| **rows > 0).map(|(at, rows)| (at, *rows));
-        let running = self.schedule.running();
-        let batch = Batch::new(active().map(|(at, rows)| (running[at].rows(rows), running[at].computed())));
-        let tables: Vec<Table<'_>> = active().map(|(at, _)| running[at].table()).collect();
-        let hidden = self.model.hidden_cached(&batch, &mut self.cache, &tables)?;
+        let logits = match &mut self.model {
+            Model::Own(model, cache) => step_together(model, cache, &mut self.schedule, &rows)?,
+            Model::Foreign(model) => step_each(model, &mut self.schedule, &rows)?,
+        };
         self.count(&rows);
         self.schedule.computed(&rows);
-
-        let mut picking = Vec::new();
-        for ((at, _), segment) in active().zip(batch.segments.iter()) {
-            let sequence = &mut self.schedule.running()[at];
-            let mine = |first: usize, rows: usize| hidden.narrow(0, segment.start + first, rows);
-            if sequence.payload.request.prompt_log_probs.is_some() {
-                score(&self.model, sequence, segment.past, segment.len, mine)?;
-            }
-            if let Goal::Embed(pooling) = sequence.payload.request.goal {
-                embed(sequence, pooling, segment.past, &mine(0, segment.len)?)?;
-            } else if sequence.is_complete() {
-                if sequence.payload.request.max_tokens == 0 {
-                    finish(sequence, FinishReason::Length);
-                } else {
-                    picking.push((at, (segment.start + segment.len - 1) as u32));
-                }
-            }
-        }
-        self.pick(&hidden, &picking)?;
+        self.pick(logits)?;
         self.schedule.retain(|sequence| !sequence.payload.finished);
         Ok(())
     }
@@ -197,24 +192,17 @@ impl StepLoop {
         }
     }
 
-    /// Picks the next token of every sequence `at` whose last row is `row`.
-    fn pick(&mut self, hidden: &Tensor, picking: &[(usize, u32)]) -> Result<(), EngineError> {
-        if picking.is_empty() {
-            return Ok(());
-        }
-        let rows: Vec<u32> = picking.iter().map(|(_, row)| *row).collect();
-        let rows = Tensor::from_vec(rows, picking.len(), hidden.device())?;
-        let logits = self.model.logits(&hidden.index_select(&rows, 0)?)?.to_dtype(DType::F32)?;
-        let mut logits = logits.to_vec2::<f32>()?;
+    /// Picks the next token of every sequence that is complete, by its logits.
+    fn pick(&mut self, mut picking: Vec<(usize, Vec<f32>)>) -> Result<(), EngineError> {
         let mut chosen = Vec::with_capacity(picking.len());
         // In the order of the sequences, which is the order of `picking`.
-        let mut wanted = picking.iter().zip(&mut logits).peekable();
+        let mut wanted = picking.iter_mut().peekable();
         for (at, sequence) in self.schedule.running().iter_mut().enumerate() {
-            if let Some((_, logits)) = wanted.next_if(|((wanted, _), _)| *wanted == at) {
+            if let Some((_, logits)) = wanted.next_if(|(wanted, _)| *wanted == at) {
                 chosen.push((sequence, logits));
             }
         }
-        let eos = &self.model.config().eos;
+        let eos = &self.eos;
         let tokens: Vec<Result<u32, EngineError>> =
             chosen.into_par_iter().map(|(sequence, logits)| choose(sequence, logits, eos)).collect();
         for ((at, _), token) in picking.iter().zip(tokens) {
@@ -251,6 +239,77 @@ impl StepLoop {
         }
         Ok(())
     }
+}
+
+/// Logits of the sequences that will be complete, with their places.
+type Logits = Vec<(usize, Vec<f32>)>;
+
+/// All sequences in one batch; what is asked about rows of prompts is answered on the way.
+fn step_together(
+    model: &CausalLm,
+    cache: &mut KvCache,
+    schedule: &mut Schedule<Running>,
+    rows: &[usize],
+) -> Result<Logits, EngineError> {
+    let active = || rows.iter().enumerate().filter(|(_, rows)| **rows > 0).map(|(at, rows)| (at, *rows));
+    let running = schedule.running();
+    let batch = Batch::new(active().map(|(at, rows)| (running[at].rows(rows), running[at].computed())));
+    let tables: Vec<Table<'_>> = active().map(|(at, _)| running[at].table()).collect();
+    let hidden = model.hidden_cached(&batch, cache, &tables)?;
+
+    let (mut places, mut last_rows) = (Vec::new(), Vec::new());
+    for ((at, rows), segment) in active().zip(batch.segments.iter()) {
+        let sequence = &mut running[at];
+        let mine = |first: usize, rows: usize| hidden.narrow(0, segment.start + first, rows);
+        if sequence.payload.request.prompt_log_probs.is_some() {
+            score(model, sequence, segment.past, segment.len, mine)?;
+        }
+        let complete = sequence.pending() == rows;
+        if let Goal::Embed(pooling) = sequence.payload.request.goal {
+            embed(sequence, pooling, segment.past, &mine(0, segment.len)?, complete)?;
+        } else if complete && sequence.payload.request.max_tokens == 0 {
+            finish(sequence, FinishReason::Length);
+        } else if complete {
+            places.push(at);
+            last_rows.push((segment.start + segment.len - 1) as u32);
+        }
+    }
+    if places.is_empty() {
+        return Ok(Vec::new());
+    }
+    let last_rows = Tensor::from_vec(last_rows, places.len(), hidden.device())?;
+    let logits = model.logits(&hidden.index_select(&last_rows, 0)?)?.to_dtype(DType::F32)?;
+    Ok(places.into_iter().zip(logits.to_vec2::<f32>()?).collect())
+}
+
+/// One sequence after the other, each with its own state.
+fn step_each(
+    model: &ForeignLm,
+    schedule: &mut Schedule<Running>,
+    rows: &[usize],
+) -> Result<Logits, EngineError> {
+    // Who has to begin anew holds no memory meanwhile.
+    schedule.without_blocks().for_each(|running| running.state = None);
+    let mut logits = Vec::new();
+    for (at, rows) in rows.iter().copied().enumerate().filter(|(_, rows)| *rows > 0) {
+        let sequence = &mut schedule.running()[at];
+        let mut state = sequence.payload.state.take().unwrap_or_else(|| model.state());
+        let behind = state.forward(sequence.rows(rows), sequence.computed());
+        match behind.and_then(|behind| Ok(behind.to_vec1()?)) {
+            Ok(behind) => {
+                if sequence.pending() == rows {
+                    logits.push((at, behind));
+                }
+                sequence.payload.state = Some(state);
+            }
+            // The others have nothing to do with it.
+            Err(error) => {
+                sequence.payload.finished = true;
+                sequence.payload.send(Update::Failed(error.to_string()));
+            }
+        }
+    }
+    Ok(logits)
 }
 
 fn finish(sequence: &mut Sequence<Running>, reason: FinishReason) {
@@ -314,6 +373,7 @@ fn embed(
     pooling: Pooling,
     past: usize,
     hidden: &Tensor,
+    complete: bool,
 ) -> Result<(), EngineError> {
     let rows = hidden.dim(0)?;
     let part = match pooling {
@@ -327,7 +387,7 @@ fn embed(
     } else {
         sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
-    if sequence.is_complete() {
+    if complete {
         // Of length 1, so that the mean needs no division.
         let mut vector = std::mem::take(&mut sequence.payload.sum);
         let norm = vector.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt().max(1e-12);

@@ -1,6 +1,8 @@
 //! Chat templates: Jinja as Hugging Face writes it, run by minijinja with fuel and an output cap, since a template comes
 //! with a model file and is not trusted. No loader, no file access.
 
+use std::io::Write;
+
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind, context};
@@ -90,16 +92,32 @@ impl ChatTemplate {
             eos_token => self.eos.as_str(),
         };
         let all = context! { ..own, ..minijinja::Value::from(Serde(extra)) };
-        let text = template.render(all).map_err(|error| failed(&error))?;
-        if text.len() > MAX_OUTPUT {
-            return Err(EngineError::Template(format!("rendered more than {MAX_OUTPUT} bytes")));
+        let mut text = Capped(Vec::new());
+        template.render_captured_to(all, &mut text).map_err(|error| failed(&error))?;
+        String::from_utf8(text.0).map_err(|error| EngineError::Template(error.to_string()))
+    }
+}
+
+/// Takes no more than [`MAX_OUTPUT`].
+struct Capped(Vec<u8>);
+
+impl Write for Capped {
+    fn write(&mut self, text: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + text.len() > MAX_OUTPUT {
+            return Err(std::io::Error::other(format!("it renders more than {MAX_OUTPUT} bytes")));
         }
-        Ok(text)
+        self.0.extend_from_slice(text);
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
@@ -124,13 +142,53 @@ mod tests {
     }
 
     #[test]
-    fn an_endless_template_runs_out_of_fuel() {
-        let template = ChatTemplate::new(
-            "{% for i in range(9999) %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}",
-            "",
-            "",
-        )
-        .unwrap();
-        assert!(template.render(&json!([]), true, &json!({})).is_err());
+    fn templates_that_never_end_or_write_too_much_are_stopped() {
+        let grown = "{% set x = namespace(t='x') %}{% for i in range(60) %}{% set x.t = x.t ~ x.t %}{% endfor %}{{ x.t }}";
+        for (source, word) in [
+            ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "fuel"),
+            ("{% for i in range(999) %}{{ 'x' * 20000 }}{% endfor %}", "renders more"),
+            ("{{ 'x' * 9999999999999 }}", "fuel"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+            ("{% include 'other' %}", "other"),
+            (grown, ""),
+        ] {
+            let template = ChatTemplate::new(source, "", "").unwrap();
+            let error = template.render(&json!([]), true, &json!({})).unwrap_err().to_string();
+            assert!(error.contains(word), "{source}: {error}");
+        }
+        let nested = "{% if true %}".repeat(4000);
+        assert!(ChatTemplate::new(&nested, "", "").is_err());
+        let brackets = format!("{{{{ {}1{} }}}}", "(".repeat(20_000), ")".repeat(20_000));
+        assert!(ChatTemplate::new(&brackets, "", "").is_err());
     }
+
+    proptest! {
+        /// Pieces of templates in any order: a prompt or an error.
+        #[test]
+        fn no_template_panics(pieces in prop::collection::vec(0..PIECES.len(), 0..12), noise in ".{0,12}") {
+            let source: String = pieces.iter().map(|at| PIECES[*at]).chain([noise.as_str()]).collect();
+            if let Ok(template) = ChatTemplate::new(&source, "<s>", "</s>") {
+                let _either = template.render(&json!([{"role": "user", "content": "x"}]), true, &json!({"tools": [{"a": [1]}]}));
+            }
+        }
+    }
+
+    const PIECES: [&str; 16] = [
+        "{% for m in messages %}",
+        "{% endfor %}",
+        "{% if messages[0].role == 'user' %}",
+        "{% elif tools is defined %}",
+        "{% endif %}",
+        "{% set ns = namespace(a=messages) %}",
+        "{{ messages[-1]['content'].split('x')[9] }}",
+        "{{ tools | tojson(indent=4) }}",
+        "{{ (messages | length) // 0 }}",
+        "{{ messages[::-1][:1] | map(attribute='role') | list }}",
+        "{{ 'a'.replace('', 'b') * 3 }}",
+        "{%- macro f(x) -%}{{ x }}{%- endmacro -%}{{ f(messages) }}",
+        "{{ strftime_now(1) }}",
+        "{{ eos_token ~ bos_token[5:] }}",
+        "{{ 9223372036854775807 + 1 }}",
+        "{% break %}",
+    ];
 }

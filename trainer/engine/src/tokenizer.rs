@@ -60,7 +60,10 @@ impl Tokenizer {
 
     /// Reads the text of a `tokenizer.json`.
     pub fn from_json(text: &str, path: &Path) -> Result<Self, EngineError> {
-        let inner = text.parse::<Inner>().map_err(|error| EngineError::malformed(path, error.to_string()))?;
+        let malformed = |error: &dyn std::fmt::Display| EngineError::malformed(path, error.to_string());
+        // The library panics over JSON that is none.
+        serde_json::from_str::<serde_json::Value>(text).map_err(|error| malformed(&error))?;
+        let inner = text.parse::<Inner>().map_err(|error| malformed(&error))?;
         Self::new(inner)
     }
 

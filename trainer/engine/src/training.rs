@@ -15,13 +15,14 @@ use rayon::prelude::*;
 use crate::config::ModelConfig;
 use crate::model::{Attend, Block};
 use crate::ops::attention::Segment;
-use crate::ops::fused;
 use crate::ops::rope::Rotary;
+use crate::ops::{Precision, fused};
 
 /// What a model needs to learn: its variables, and where their gradients add up.
 #[derive(Clone)]
 pub struct Training {
     recompute: bool,
+    precision: Precision,
     sums: Arc<Sums>,
 }
 
@@ -32,9 +33,13 @@ struct Sums {
 
 impl Training {
     /// Gradients are kept for `variables` and nothing else.
-    pub fn new(variables: &BTreeMap<String, Var>, recompute: bool) -> Self {
+    pub fn new(variables: &BTreeMap<String, Var>, recompute: bool, precision: Precision) -> Self {
         let names = variables.iter().map(|(name, variable)| (variable.as_tensor().id(), name.clone()));
-        Self { recompute, sums: Arc::new(Sums { names: names.collect(), sums: Mutex::default() }) }
+        Self { recompute, precision, sums: Arc::new(Sums { names: names.collect(), sums: Mutex::default() }) }
+    }
+
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
     }
 
     pub(crate) fn collect(&self, store: &GradStore) -> Result<()> {

@@ -32,8 +32,12 @@ pub struct Weights {
 
 impl Weights {
     /// Checks that every tensor of `config` is there with its shape. Tensors that the model does not use are dropped
-    /// and named in the log. A tied model may carry an output layer; it is dropped too.
+    /// and named in the log. A tied model may carry an output layer; it is dropped too. Those of a foreign family are looked at
+    /// when its decoder is built.
     pub fn new(mut found: BTreeMap<String, Tensor>, config: &ModelConfig) -> Result<Self, EngineError> {
+        if config.foreign.is_some() {
+            return Ok(Self { tensors: found, ..Self::default() });
+        }
         let mut tensors = BTreeMap::new();
         for (name, expected) in config.tensors() {
             let Some(tensor) = found.remove(&name) else {

@@ -3,12 +3,19 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 use candle_core::{DType, Device, Tensor};
+use potstill_engine::EngineError;
 use potstill_engine::batch::Batch;
 use potstill_engine::config::ModelConfig;
+use potstill_engine::foreign::{Foreign, ForeignLm};
 use potstill_engine::kv::KvCache;
+use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::model::CausalLm;
+use potstill_engine::request::{Goal, Pooling, Request, Update};
+use potstill_engine::sampler::Sampling;
+use potstill_engine::scheduler::{Engine, SchedulerConfig};
 use potstill_engine::weights::Weights;
 
 struct Fixture {
@@ -92,5 +99,92 @@ fn sequences_decoded_together_do_not_mix() {
     for (i, ours) in last.iter().enumerate() {
         let expected = fixture.expected[&format!("logits.{i}")].narrow(0, 10, 11).unwrap();
         assert!(largest_difference(ours, &expected) <= 1e-4);
+    }
+}
+
+/// The largest difference of a family's logits, whatever the steps are.
+fn foreign_difference(family: Foreign) -> Result<f32, EngineError> {
+    let folder =
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/foreign").join(family.name());
+    let path = folder.join("config.json");
+    let config = ModelConfig::from_json(&std::fs::read_to_string(&path).unwrap(), &path)?;
+    let tensors = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
+    let weights = Weights::new(tensors.into_iter().collect(), &config)?;
+    let model = ForeignLm::new(config.foreign.as_ref().unwrap(), &weights)?;
+    let rows: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(folder.join("rows.json")).unwrap()).unwrap();
+    let row: Vec<u32> = serde_json::from_value(rows["rows"][0].clone()).unwrap();
+    let row = &row[..row.len().min(config.max_positions)];
+    let expected = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap();
+    let mut largest = 0f32;
+    for cuts in [vec![row.len()], vec![1; row.len()], vec![7, 1, row.len() - 9, 1]] {
+        let (mut state, mut done) = (model.state(), 0);
+        for cut in cuts {
+            let logits = state.forward(&row[done..done + cut], done)?;
+            done += cut;
+            largest = largest.max(largest_difference(&logits, &expected["logits"].get(done - 1)?));
+        }
+    }
+    let refused = CausalLm::new(&config, &weights).err().unwrap().to_string();
+    assert!(refused.contains(&format!("family `{}`", family.name())), "{refused}");
+    Ok(largest)
+}
+
+#[test]
+fn foreign_families_agree_for_every_cut() {
+    let wrong: Vec<_> = Foreign::ALL
+        .into_iter()
+        .map(|family| (family, foreign_difference(family)))
+        .filter(|(_, difference)| difference.as_ref().map_or(true, |difference| *difference > 1e-4))
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+/// A foreign model behind the engine: whoever shares the steps, and whoever has to give blocks back and begin anew, gets what it
+/// would get alone.
+#[test]
+fn a_foreign_model_is_served_like_any_other() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/foreign/mistral");
+    let path = folder.join("config.json");
+    let config = ModelConfig::from_json(&std::fs::read_to_string(&path).unwrap(), &path).unwrap();
+    let tensors = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
+    let teacher = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../recipes/demo-teacher");
+    let model = LoadedModel {
+        weights: Weights::new(tensors.into_iter().collect(), &config).unwrap(),
+        config,
+        ..load(&teacher, &Device::Cpu, DType::F32).unwrap()
+    };
+    // Four blocks of 16 tokens: not enough for all at once.
+    let kv_bytes = 4 * 16 * KvCache::bytes_per_token(&model.config, DType::F32);
+    let start = || Engine::start(&model, SchedulerConfig { kv_bytes, ..SchedulerConfig::default() }).unwrap();
+    let request = |salt: u32| Request {
+        prompt: (0..9 + salt).map(|at| 3 + (at * 7 + salt * 5) % 29).collect(),
+        max_tokens: 24,
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        ignore_end: true,
+        ..Request::default()
+    };
+    let answer = |mut updates: tokio::sync::mpsc::Receiver<Update>| {
+        let mut text = String::new();
+        loop {
+            match updates.blocking_recv() {
+                Some(Update::Text(more)) => text += &more,
+                Some(Update::Finished { completion_tokens, .. }) => return (text, completion_tokens),
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    let engine = start();
+    let alone: Vec<_> = (0..5).map(|salt| answer(engine.submit(request(salt)).unwrap())).collect();
+    assert!(alone.iter().all(|(text, tokens)| !text.is_empty() && *tokens == 24), "{alone:?}");
+    let together: Vec<_> =
+        engine.submit_all((0..5).map(request).collect()).unwrap().into_iter().map(answer).collect();
+    assert_eq!(together, alone);
+    assert!(engine.stats().preempted.load(Ordering::Relaxed) > 0, "nobody had to give blocks back");
+    let scored = Request { prompt_log_probs: Some(1), ..request(0) };
+    let embedded = Request { goal: Goal::Embed(Pooling::Mean), ..request(0) };
+    for refused in [scored, embedded] {
+        let error = engine.submit(refused).err().unwrap().to_string();
+        assert!(error.contains("family `mistral`"), "{error}");
     }
 }

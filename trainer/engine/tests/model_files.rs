@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use potstill_engine::EngineError;
 use potstill_engine::checkpoint_files::{write_model, write_tensors};
+use potstill_engine::gguf_files::{Format, write_gguf};
 use potstill_engine::loader::load;
 use proptest::prelude::*;
 
@@ -70,6 +71,8 @@ fn unknown_architectures_and_features_are_refused() {
         ("vocab_size", serde_json::json!(-1), "config.json"),
         ("rope_scaling", serde_json::json!({"rope_type": "yarn"}), "yarn"),
         ("vocab_size", serde_json::json!(5), "the embedding has 5 rows"),
+        ("quantization_config", serde_json::json!({"quant_method": "fp8"}), "quantization_config"),
+        ("max_position_embeddings", serde_json::json!(1u64 << 40), "beyond anything"),
     ] {
         let folder = copy();
         edit(folder.path(), "config.json", |config| config[key] = value);
@@ -109,8 +112,6 @@ fn a_written_model_reads_back_the_same() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
-
     /// Bytes of a safetensors header changed at random: an error or a model, never a panic.
     #[test]
     fn a_damaged_header_never_panics(at in 0usize..4000, byte: u8, length in 0usize..200_000) {
@@ -125,4 +126,57 @@ proptest! {
             Err(other) => prop_assert!(false, "{other}"),
         }
     }
+
+    /// The same for GGUF, with numbers of any size written over it.
+    #[test]
+    fn a_damaged_gguf_never_panics(at in 0usize..12_000, value: u64, wide: bool, length in 0usize..400_000) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.gguf");
+        let mut bytes = gguf().clone();
+        let value = value.to_le_bytes();
+        bytes[at..at + if wide { 8 } else { 1 }].copy_from_slice(&value[..if wide { 8 } else { 1 }]);
+        bytes.truncate(bytes.len() - length.saturating_sub(200_000));
+        potstill_shared::durable::write_file(&path, &bytes).unwrap();
+        let _either = load(&path, &Device::Cpu, DType::F32);
+    }
+
+    /// The same for what is JSON.
+    #[test]
+    fn a_damaged_json_never_panics(name in 0usize..4, at in 0usize..1_000_000, with in JUNK, cut: bool) {
+        let folder = copy();
+        let name = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"][name];
+        let path = folder.path().join(name);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let at = (0..=at % text.len()).rev().find(|at| text.is_char_boundary(*at)).unwrap();
+        let rest = if cut { text[at..].find(',').map_or("", |comma| &text[at + comma..]) } else { &text[at..] };
+        potstill_shared::durable::write_file(&path, format!("{}{with}{rest}", &text[..at]).as_bytes()).unwrap();
+        if let Ok(model) = load(folder.path(), &Device::Cpu, DType::F32) {
+            let _either = model.tokenizer.encode("A Dan has 11 cards.").and_then(|ids| model.tokenizer.decode(&ids));
+        }
+    }
+}
+
+/// What damage writes.
+const JUNK: &str = r#"[0-9\[\]{}",:.eE\\-]{0,6}|null|true|18446744073709551615|-1|1e999"#;
+
+/// The demonstration's teacher as a file of llama.cpp.
+fn gguf() -> &'static Vec<u8> {
+    static FILE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
+    FILE.get_or_init(|| {
+        // Its own tokenizer knows whole words; llama.cpp wants bytes.
+        let folder = copy();
+        let vocabulary: serde_json::Map<_, _> =
+            ('a'..='z').chain(['Ġ', 'Ċ']).zip(0..).map(|(c, id)| (c.to_string(), serde_json::json!(id))).collect();
+        let bytes = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+        let tokenizer = serde_json::json!({
+            "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": bytes, "decoder": bytes,
+            "post_processor": null, "model": {"type": "BPE", "vocab": vocabulary, "merges": []}
+        });
+        edit(folder.path(), "tokenizer.json", |file| *file = tokenizer);
+        let model = load(folder.path(), &Device::Cpu, DType::F32).unwrap();
+        let path = folder.path().join("teacher.gguf");
+        write_gguf(&path, &model, "teacher", Format::Q8_0, None).unwrap();
+        assert_eq!(load(&path, &Device::Cpu, DType::F32).unwrap().weights.iter().count(), model.weights.iter().count());
+        std::fs::read(path).unwrap()
+    })
 }

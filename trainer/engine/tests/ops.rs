@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor, Var};
+use potstill_engine::ops::Precision;
 use potstill_engine::ops::attention::{Heads, Segment, attention, plain as plain_attention};
 use potstill_engine::ops::linear::{Frozen, linear, linear_adapted, plain_adapted};
 use potstill_engine::ops::linear_loss::{linear_cross_entropy, plain as plain_cross_entropy};
@@ -59,7 +60,7 @@ proptest! {
     #[test]
     fn linear_agrees(rows in 1usize..80, inner in 1usize..40, out in 1usize..40, seed: u64) {
         let (x, w) = (random(&[rows, inner], seed), random(&[out, inner], seed ^ 1));
-        same(&[&x, &w], &linear(&x, &w).unwrap(), &x.matmul(&w.t().unwrap()).unwrap());
+        same(&[&x, &w], &linear(&x, &w, Precision::F32).unwrap(), &x.matmul(&w.t().unwrap()).unwrap());
     }
 
     #[test]
@@ -72,7 +73,7 @@ proptest! {
         } else {
             Frozen::Dense(w)
         };
-        let (fused, plain) = (linear_adapted(&x, &w, &a, &b, 0.5).unwrap(), plain_adapted(&x, &w, &a, &b, 0.5).unwrap());
+        let (fused, plain) = (linear_adapted(&x, &w, &a, &b, 0.5, Precision::F32).unwrap(), plain_adapted(&x, &w, &a, &b, 0.5).unwrap());
         same(&[&x, &a, &b], &fused, &plain);
     }
 
@@ -80,7 +81,7 @@ proptest! {
     fn log_probs_agree(rows in 1usize..100, d in 1usize..40, vocabulary in 2usize..90, seed: u64) {
         let (h, w) = (random(&[rows, d], seed), random(&[vocabulary, d], seed ^ 1));
         let targets: Vec<u32> = (0..rows as u32).map(|i| (i * 13 + 5) % vocabulary as u32).collect();
-        same(&[&h, &w], &linear_log_prob(&h, &w, &targets).unwrap(), &plain_log_prob(&h, &w, &targets).unwrap());
+        same(&[&h, &w], &linear_log_prob(&h, &w, &targets, Precision::F32).unwrap(), &plain_log_prob(&h, &w, &targets).unwrap());
     }
 
     #[test]
@@ -104,7 +105,7 @@ proptest! {
         }).collect();
         let q = random(&[rows, heads.query * heads.dim], seed);
         let (k, v) = (random(&[rows, kv * heads.dim], seed ^ 1), random(&[rows, kv * heads.dim], seed ^ 2));
-        let fused = attention(&q, &k, &v, heads, &Arc::new(segments.clone())).unwrap();
+        let fused = attention(&q, &k, &v, heads, &Arc::new(segments.clone()), Precision::F32).unwrap();
         let parts: Vec<Tensor> = segments.iter().map(|s| {
             let rows = |t: &Var| t.as_tensor().narrow(0, s.start, s.len).unwrap();
             plain_attention(&rows(&q), &rows(&k), &rows(&v), heads, 0).unwrap()
@@ -118,9 +119,36 @@ proptest! {
         let targets: Vec<u32> = (0..rows).map(|i| ((seed as usize).wrapping_add(i * 31) % vocabulary) as u32).collect();
         same(
             &[&h, &w],
-            &linear_cross_entropy(&h, &w, &targets, rows as f64).unwrap(),
+            &linear_cross_entropy(&h, &w, &targets, rows as f64, Precision::F32).unwrap(),
             &plain_cross_entropy(&h, &w, &targets, rows as f64).unwrap(),
         );
+    }
+}
+
+/// Rounding both sides of each product to bf16 moves values and gradients by what eight bits of mantissa are, no more.
+#[test]
+fn bf16_is_near_f32() {
+    let heads = Heads { query: 4, kv: 2, dim: 16 };
+    let segments =
+        Arc::new(vec![Segment { start: 0, len: 90, past: 0 }, Segment { start: 90, len: 40, past: 0 }]);
+    let (x, w) = (random(&[130, 64], 1), random(&[64, 64], 2));
+    let (kv, head) = (random(&[130, 32], 3), random(&[500, 64], 4));
+    let targets: Vec<u32> = (0..130).map(|row| row * 37 % 500).collect();
+    let run = |precision| {
+        let q = linear(&x, &w, precision).unwrap();
+        let attended = attention(&(q * 0.02).unwrap(), &kv, &kv, heads, &segments, precision).unwrap();
+        let loss = linear_cross_entropy(&attended, &head, &targets, 130.0, precision).unwrap();
+        let gradients = loss.backward().unwrap();
+        let of = |variable: &Var| gradients.get(variable).unwrap().clone();
+        (loss, [of(&x), of(&w), of(&kv), of(&head)])
+    };
+    let (exact, rounded) = (run(Precision::F32), run(Precision::Bf16));
+    let size = |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+    assert!(size(&(&exact.0 - &rounded.0).unwrap()) < 0.01 * size(&exact.0));
+    for (exact, rounded) in exact.1.iter().zip(&rounded.1) {
+        let off = size(&(exact - rounded).unwrap()) / size(exact);
+        assert!(off < 0.03, "{off}");
+        assert!(Precision::Bf16.here() == Precision::F32 || off > 0.0, "bf16 was asked for and not computed");
     }
 }
 
@@ -129,12 +157,17 @@ fn the_loss_of_many_chunks_is_the_loss_of_one() {
     // 8 Mi values per chunk: 60,000 x 300 takes several.
     let (h, w) = (random(&[300, 8], 1), random(&[60_000, 8], 2));
     let targets: Vec<u32> = (0..300).map(|i| i * 197 % 60_000).collect();
-    let fused = linear_cross_entropy(&h, &w, &targets, 300.0).unwrap();
+    let fused = linear_cross_entropy(&h, &w, &targets, 300.0, Precision::F32).unwrap();
     close("value", &fused, &plain_cross_entropy(&h, &w, &targets, 300.0).unwrap());
 }
 
 #[test]
 fn a_target_outside_the_vocabulary_is_refused() {
     let (h, w) = (random(&[2, 4], 1), random(&[3, 4], 2));
-    assert!(linear_cross_entropy(&h, &w, &[0, 3], 2.0).unwrap_err().to_string().contains("target 3"));
+    assert!(
+        linear_cross_entropy(&h, &w, &[0, 3], 2.0, Precision::F32)
+            .unwrap_err()
+            .to_string()
+            .contains("target 3")
+    );
 }

@@ -173,7 +173,7 @@ pub(crate) fn softplus(x: &Tensor) -> candle_core::Result<Tensor> {
 /// `log π` of the learnt tokens of chosen, rejected, chosen, …: `[2 n]`.
 fn sequence_log_probs(lm: &CausalLm, pairs: &[&Pair]) -> Result<Tensor, LearnError> {
     let learnt = Learnt::new(pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]));
-    let each = linear_log_prob(&learnt.hidden(lm)?, lm.head(), &learnt.targets)?;
+    let each = linear_log_prob(&learnt.hidden(lm)?, lm.head(), &learnt.targets, lm.precision())?;
     Ok(sum_by(&each, &learnt.counts)?)
 }
 
@@ -205,7 +205,7 @@ fn reference(
         }
         return Ok(rows.into_iter().map(|row| [row[0], row[1]]).collect());
     }
-    let lm = CausalLm::new(&model.config, &model.weights.detached())?;
+    let lm = CausalLm::rounded(&model.config, &model.weights.detached(), config.run.dtype)?;
     let order: Vec<usize> = (0..pairs.len()).collect();
     let mut values = Vec::with_capacity(pairs.len());
     for chunk in packing::chunks(&order, lengths, config.run.micro_batch_tokens) {

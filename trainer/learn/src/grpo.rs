@@ -279,8 +279,8 @@ pub fn grpo(
         RunConfig { checkpoint_every: config.run.checkpoint_every * config.updates, ..config.run.clone() };
     let mut learner = Learner::new(model, &settings, &[])?;
     let rollouts = Rollouts::start(&learner.decoder(), config.prompts * config.group)?;
-    let reference =
-        if config.kl > 0.0 { Some(CausalLm::new(&model.config, &model.weights.detached())?) } else { None };
+    let frozen = || CausalLm::rounded(&model.config, &model.weights.detached(), config.run.dtype);
+    let reference = if config.kl > 0.0 { Some(frozen()?) } else { None };
     let mut experience: Option<Experience> = None;
     let mut truncated = std::collections::VecDeque::new();
     let mut gradients = |learner: &Learner, step: usize, items: &[usize]| {
@@ -418,7 +418,8 @@ fn token_log_probs(
     for chunk in packing::chunks(&order, &lengths, config.run.micro_batch_tokens) {
         let learnt = Learnt::new(chunk.iter().map(|&index| &examples[index]));
         let hidden = (learnt.hidden(lm)?.detach() / config.temperature)?;
-        let values = linear_log_prob(&hidden, &lm.head().detach(), &learnt.targets)?.to_vec1::<f32>()?;
+        let head = lm.head().detach();
+        let values = linear_log_prob(&hidden, &head, &learnt.targets, lm.precision())?.to_vec1::<f32>()?;
         let mut rest = values.as_slice();
         for count in learnt.counts {
             let (own, more) = rest.split_at(count);
@@ -449,7 +450,8 @@ fn policy_gradients(
     for micro in packing::chunks(&used, &lengths, config.run.micro_batch_tokens) {
         let learnt = Learnt::new(micro.iter().map(|&index| &experience.examples[index]));
         let hidden = (learnt.hidden(&learner.lm)? / config.temperature)?;
-        let log_probs = linear_log_prob(&hidden, learner.lm.head(), &learnt.targets)?;
+        let (head, precision) = (learner.lm.head(), learner.lm.precision());
+        let log_probs = linear_log_prob(&hidden, head, &learnt.targets, precision)?;
         let gather = |rows: &Option<Vec<Vec<f32>>>| -> Result<Option<Tensor>, LearnError> {
             let Some(rows) = rows else { return Ok(None) };
             let values: Vec<f32> = micro.iter().flat_map(|&index| rows[index].iter().copied()).collect();
@@ -472,7 +474,7 @@ fn policy_gradients(
             config,
         )?;
         let rows = learnt.targets.len() as f64;
-        entropy += rows * mean_entropy(&hidden, learner.lm.head())?;
+        entropy += rows * mean_entropy(&hidden, head, precision)?;
         kl += part.kl;
         clipped += part.clipped;
         tokens += rows;

@@ -39,7 +39,12 @@ impl Learner {
                 (weights, variables, Some(lora))
             }
         };
-        let training = Training::new(&variables, config.recompute);
+        if config.dtype.here() != config.dtype {
+            tracing::warn!(
+                "`dtype` is bf16, but this processor has no instructions for such products; computing in f32"
+            );
+        }
+        let training = Training::new(&variables, config.recompute, config.dtype);
         let lm = CausalLm::trainable(&model.config, &weights, training)?;
         let optimiser = AdamW::new(
             variables.clone(),

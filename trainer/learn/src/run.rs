@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use potstill_engine::loader::LoadedModel;
+use potstill_engine::ops::Precision;
 use potstill_shared::durable::{create_folder, write_file};
 use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
@@ -54,6 +55,8 @@ pub struct RunConfig {
     pub max_steps: usize,
     /// Compute every block again in the backward pass: memory of one block instead of all, a third more work.
     pub recompute: bool,
+    /// What the sides of products are rounded to, where the processor can; weights, moments and sums are f32 always.
+    pub dtype: Precision,
     /// Train adapters instead of all weights.
     pub lora: Option<LoraConfig>,
 }
@@ -75,6 +78,7 @@ impl Default for RunConfig {
             keep_checkpoints: 2,
             max_steps: 0,
             recompute: false,
+            dtype: Precision::F32,
             lora: None,
         }
     }

@@ -66,7 +66,8 @@ pub fn sft_loss<'a>(
     normaliser: f64,
 ) -> Result<Tensor, LearnError> {
     let learnt = Learnt::new(examples);
-    Ok(linear_cross_entropy(&learnt.hidden(lm)?, lm.head(), &learnt.targets, normaliser)?)
+    let hidden = learnt.hidden(lm)?;
+    Ok(linear_cross_entropy(&hidden, lm.head(), &learnt.targets, normaliser, lm.precision())?)
 }
 
 /// The rows of a batch that predict a learnt token, and these tokens.

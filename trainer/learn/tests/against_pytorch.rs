@@ -9,6 +9,7 @@ use candle_core::Device;
 use fixture::{bits, folder, load, model, same_gradient};
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::model::CausalLm;
+use potstill_engine::ops::Precision;
 use potstill_engine::training::Training;
 use potstill_learn::LearnError;
 use potstill_learn::curriculum::Phase;
@@ -22,7 +23,9 @@ fn loss_and_gradients_agree() {
         let (config, weights, examples) = load(name);
         for recompute in [false, true] {
             let (weights, variables) = weights.trainable().unwrap();
-            let lm = CausalLm::trainable(&config, &weights, Training::new(&variables, recompute)).unwrap();
+            let lm =
+                CausalLm::trainable(&config, &weights, Training::new(&variables, recompute, Precision::F32))
+                    .unwrap();
             let targets: usize = examples.iter().map(Example::targets).sum();
             let loss = sft_loss(&lm, &examples, targets as f64).unwrap();
             let expected =

@@ -11,6 +11,7 @@ use fixture::{bits, folder, load, model, same_gradient};
 use potstill_engine::batch::Batch;
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::model::CausalLm;
+use potstill_engine::ops::Precision;
 use potstill_engine::ops::log_prob::linear_log_prob;
 use potstill_engine::training::Training;
 use potstill_learn::LearnError;
@@ -37,7 +38,8 @@ struct Fixture {
 fn fixture() -> Fixture {
     let (config, weights, _) = load("qwen2");
     let (weights, variables) = weights.trainable().unwrap();
-    let lm = CausalLm::trainable(&config, &weights, Training::new(&variables, false)).unwrap();
+    let lm =
+        CausalLm::trainable(&config, &weights, Training::new(&variables, false, Precision::F32)).unwrap();
     let facts: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(folder("algorithms.json")).unwrap()).unwrap();
     let rows: Vec<Vec<u32>> = serde_json::from_value(facts["rows"].clone()).unwrap();
@@ -109,7 +111,7 @@ fn dpo_agrees() {
 fn grpo_agrees() {
     let f = fixture();
     let (hidden, targets) = f.learnt();
-    let log_probs = linear_log_prob(&hidden, f.lm.head(), &targets).unwrap();
+    let log_probs = linear_log_prob(&hidden, f.lm.head(), &targets, Precision::F32).unwrap();
     let n = targets.len();
     let weights = Tensor::full(1.0 / n as f32, n, &Device::Cpu).unwrap();
     let config = GrpoConfig { kl: 0.05, ..GrpoConfig::default() };

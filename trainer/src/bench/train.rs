@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::Context;
 use potstill_engine::config::{Family, ModelConfig};
 use potstill_engine::loader::LoadedModel;
+use potstill_engine::ops::Precision;
 use potstill_engine::ops::attention::Heads;
 use potstill_engine::template::ChatTemplate;
 use potstill_engine::{device, init};
@@ -70,8 +71,17 @@ pub enum Shape {
 pub enum Type {
     /// 32 bits.
     F32,
-    /// 16 bits: there is no product of that type for processors yet, f32 takes its place.
+    /// 16 bits, where the processor has instructions for it (AMX-BF16 or AVX512-BF16); f32 elsewhere.
     Bf16,
+}
+
+impl From<Type> for Precision {
+    fn from(asked: Type) -> Self {
+        match asked {
+            Type::F32 => Self::F32,
+            Type::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 /// What was measured.
@@ -119,6 +129,7 @@ impl Shape {
             eos: vec![0],
             bos: None,
             classes: 0,
+            foreign: None,
         }
     }
 }
@@ -129,8 +140,9 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
         arguments.batch > 0 && arguments.seq > 1 && arguments.threads > 0 && arguments.rounds > 0,
         "--batch, --threads and --rounds must be at least 1, --seq at least 2"
     );
-    if arguments.dtype == Type::Bf16 {
-        tracing::warn!("there is no bf16 product for processors yet; measuring f32");
+    let dtype = Precision::from(arguments.dtype).here();
+    if Precision::from(arguments.dtype) != dtype {
+        tracing::warn!("this processor has no instructions for products of bf16; measuring f32");
     }
     device::set_threads(arguments.threads);
     let config = arguments.shape.config();
@@ -154,6 +166,7 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
         .collect();
     let settings = RunConfig {
         recompute: arguments.recompute,
+        dtype,
         lora: arguments.lora.then(LoraConfig::default),
         ..RunConfig::default()
     };
@@ -181,7 +194,7 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
         }
     }
     Ok(TrainReport {
-        dtype: "f32",
+        dtype: dtype.name(),
         parameters,
         trainable,
         tokens,

@@ -15,8 +15,8 @@ use super::tools::{Part, ToolFormat, ToolParser};
 pub(super) enum Shape {
     /// Thinking apart from the answer; `inside`: the template has opened the thinking already. `tools`: calls are looked for.
     Chat { inside: bool, tools: Option<ToolFormat> },
-    /// As the model writes it.
-    Text,
+    /// As the model writes it. `by_id`: tokens are named by their numbers where their probabilities are told.
+    Text { by_id: bool },
 }
 
 /// A choice.
@@ -29,11 +29,11 @@ pub(super) struct Choice {
 
 impl Choice {
     pub(super) fn new(shape: Shape) -> Self {
-        let (splitter, tools) = match shape {
-            Shape::Chat { inside, tools } => (Some(Splitter::new(inside)), tools.map(ToolParser::new)),
-            Shape::Text => (None, None),
+        let (splitter, tools, by_id) = match shape {
+            Shape::Chat { inside, tools } => (Some(Splitter::new(inside)), tools.map(ToolParser::new), false),
+            Shape::Text { by_id } => (None, None, by_id),
         };
-        Self { splitter, tools, chat_log_probs: Vec::new(), text_log_probs: TextLogProbs::default() }
+        Self { splitter, tools, chat_log_probs: Vec::new(), text_log_probs: TextLogProbs::new(by_id) }
     }
 
     /// What more text adds.

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use potstill_engine::EngineError;
-use potstill_engine::grammar::{Constraint, Grammar, Grammars};
+use potstill_engine::grammar::{Constraint, Grammar, Grammars, bounded};
 use potstill_shared::openai::Extra;
 use serde_json::{Value, json};
 
@@ -109,7 +109,7 @@ fn forced_call(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Gramma
     if calls.is_empty() {
         return Err(wrong("names none of `tools`"));
     }
-    let call = json!({"anyOf": calls});
+    let call = bounded(json!({"anyOf": calls}));
     Ok(Some(match format {
         ToolFormat::Whole => Grammar::Json(call),
         // Its mark is a token that no text spells.

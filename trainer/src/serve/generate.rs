@@ -146,7 +146,9 @@ pub(super) async fn completions(State(node): State<Arc<Node>>, body: Bytes) -> R
     let mut options = request.options;
     // OpenAI's default for this endpoint.
     options.max_tokens = options.token_limit().or(Some(16));
-    let job = submit(&node, prompts, wanted, &options, Shape::Text)?;
+    // As vLLM calls it: texts of tokens are not always told apart.
+    let by_id = request.extra.get("return_tokens_as_token_ids") == Some(&Value::Bool(true));
+    let job = submit(&node, prompts, wanted, &options, Shape::Text { by_id })?;
     answer(job, &options).await
 }
 
@@ -202,7 +204,7 @@ fn submit(
     let numbered = (0..).zip(receivers).map(|(index, receiver)| numbered(index, receiver).boxed());
     Ok(Job {
         node: Arc::clone(node),
-        id: unique(if shape == Shape::Text { "cmpl" } else { "chatcmpl" }),
+        id: unique(if matches!(shape, Shape::Text { .. }) { "cmpl" } else { "chatcmpl" }),
         created: now_seconds(),
         started: Instant::now(),
         shape,
@@ -300,7 +302,7 @@ async fn collect(mut job: Job) -> Result<Response, NodeError> {
     let log_probs: Vec<Option<Value>> = job.choices.iter_mut().map(Choice::log_probs).collect();
     let choices = all.into_iter().zip(log_probs).zip(0u32..);
     Ok(match job.shape {
-        Shape::Text => axum::Json(CompletionResponse {
+        Shape::Text { .. } => axum::Json(CompletionResponse {
             id: job.id,
             object: "text_completion".to_owned(),
             created: job.created,

@@ -4,11 +4,6 @@ use potstill_engine::scheduler::Sampled;
 use potstill_engine::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
 
-/// Text of a token; what is no whole character shows as replacement characters, its bytes are beside it.
-fn text(tokenizer: &Tokenizer, token: u32) -> String {
-    String::from_utf8_lossy(&tokenizer.bytes(token)).into_owned()
-}
-
 /// One entry of a chat answer's `logprobs.content`.
 pub(super) fn chat_entry(tokenizer: &Tokenizer, sampled: &Sampled) -> Value {
     let one = |token: u32, log_prob: f32| {
@@ -34,9 +29,23 @@ pub(super) struct TextLogProbs {
     offsets: Vec<usize>,
     /// Characters before the next token.
     offset: usize,
+    /// Tokens are named by number.
+    by_id: bool,
 }
 
 impl TextLogProbs {
+    pub(super) fn new(by_id: bool) -> Self {
+        Self { by_id, ..Self::default() }
+    }
+
+    /// Name of a token: its text, in which what is no whole character shows as replacement characters, or its number.
+    fn name(&self, tokenizer: &Tokenizer, token: u32) -> String {
+        match self.by_id {
+            true => format!("token_id:{token}"),
+            false => String::from_utf8_lossy(&tokenizer.bytes(token)).into_owned(),
+        }
+    }
+
     /// The first token of a prompt: nothing goes before it.
     pub(super) fn first(&mut self, tokenizer: &Tokenizer, token: u32) {
         self.push_token(tokenizer, token);
@@ -50,16 +59,15 @@ impl TextLogProbs {
         let mut top: Map<String, Value> = Map::new();
         for (token, log_prob) in sampled.top.iter().chain([&(sampled.token, sampled.log_prob)]) {
             // Of tokens that look alike the likeliest stands.
-            top.entry(text(tokenizer, *token)).or_insert_with(|| json!(log_prob));
+            top.entry(self.name(tokenizer, *token)).or_insert_with(|| json!(log_prob));
         }
         self.top.push(Value::Object(top));
     }
 
     fn push_token(&mut self, tokenizer: &Tokenizer, token: u32) {
-        let text = text(tokenizer, token);
         self.offsets.push(self.offset);
-        self.offset += text.chars().count();
-        self.tokens.push(Value::String(text));
+        self.offset += String::from_utf8_lossy(&tokenizer.bytes(token)).chars().count();
+        self.tokens.push(Value::String(self.name(tokenizer, token)));
     }
 
     /// What came since the last call; `None` if nothing did.

@@ -55,7 +55,7 @@ impl Streaming {
     /// The role of each chat choice, the echo of each text choice.
     fn begin(&mut self) {
         for (index, prefix) in (0..).zip(self.job.prefixes.clone()) {
-            if self.job.shape != Shape::Text {
+            if !matches!(self.job.shape, Shape::Text { .. }) {
                 let role = Some("assistant".to_owned());
                 self.chunk(index, Delta { role, content: Some(String::new()), ..Delta::default() }, None);
             } else if !prefix.is_empty() {
@@ -103,7 +103,7 @@ impl Streaming {
             let usage = Some(self.job.counts.usage());
             match self.job.shape {
                 Shape::Chat { .. } => self.push_chat(Vec::new(), usage),
-                Shape::Text => self.push_text(Vec::new(), usage),
+                Shape::Text { .. } => self.push_text(Vec::new(), usage),
             }
         }
         self.ready.push_back(Bytes::from_static(sse::DONE));
@@ -112,7 +112,7 @@ impl Streaming {
 
     fn chunk(&mut self, index: u32, delta: Delta, finish_reason: Option<String>) {
         let log_probs = self.job.choices[index as usize].log_probs();
-        if self.job.shape == Shape::Text {
+        if matches!(self.job.shape, Shape::Text { .. }) {
             let text = delta.content.unwrap_or_default();
             let choice = CompletionChoice { index, text, logprobs: log_probs, finish_reason };
             return self.push_text(vec![choice], None);

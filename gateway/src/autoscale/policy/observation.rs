@@ -83,6 +83,14 @@ pub struct Windows {
     pub s300: u64,
 }
 
+impl std::ops::Add for Windows {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { s10: self.s10 + other.s10, s60: self.s60 + other.s60, s300: self.s300 + other.s300 }
+    }
+}
+
 /// One announced stage of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StagePlan {

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::product::Product;
-use super::{axpy, dot, fused, softmax, values, with_values};
+use super::product::{Matrix, Product};
+use super::{Precision, axpy, dot, fused, softmax, values, with_values};
 
 /// Query rows per tile.
 const TILE: usize = 64;
@@ -68,9 +68,10 @@ pub fn attention(
     v: &Tensor,
     heads: Heads,
     segments: &Arc<Vec<Segment>>,
+    precision: Precision,
 ) -> Result<Tensor> {
     if fused(q) {
-        let op = Attention { heads, segments: Arc::clone(segments) };
+        let op = Attention { heads, segments: Arc::clone(segments), precision };
         q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
     } else {
         let parts: Result<Vec<_>> = segments
@@ -107,14 +108,16 @@ pub fn plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, past: usize) -> R
 }
 
 /// Attention of one sequence's rows over themselves. Runs on the calling thread.
-fn own_rows(q: &[f32], k: &[f32], v: &[f32], heads: Heads, out: &mut [f32]) {
+fn own_rows(q: &[f32], k: &[f32], v: &[f32], heads: Heads, precision: Precision, out: &mut [f32]) {
     let (qw, kw) = (heads.query_width(), heads.kv_width());
+    let q_rows = q.len() / qw;
     for kv in 0..heads.kv {
         let k0 = kv * heads.dim;
         for head in heads.group(kv) {
             let q0 = head * heads.dim;
             let out = (&mut out[q0..], qw);
-            attend_head((&q[q0..], qw), (&k[k0..], &v[k0..], kw), heads, 0, q.len() / qw, out);
+            let (q, kv) = ((&q[q0..], qw), (&k[k0..], &v[k0..], kw));
+            attend_head(q, kv, heads, 0, q_rows, precision, out);
         }
     }
 }
@@ -127,81 +130,68 @@ pub(crate) fn attend_head(
     heads: Heads,
     past: usize,
     rows: usize,
+    precision: Precision,
     (out, out_stride): (&mut [f32], usize),
 ) {
     let mut scores = Vec::new();
     for first in (0..rows).step_by(TILE) {
         let tile = TILE.min(rows - first);
         let keys = past + first + tile;
-        probabilities(&q[first * q_stride..], q_stride, k, kv_stride, heads, tile, keys, &mut scores);
-        let out = &mut out[first * out_stride..];
-        weighted_sum(&scores, v, kv_stride, heads.dim, tile, keys, out, out_stride);
+        let q = Matrix::strided(&q[first * q_stride..], tile, heads.dim, q_stride);
+        probabilities(q, Matrix::strided(k, keys, heads.dim, kv_stride), heads, precision, &mut scores);
+        let v = Matrix::strided(v, keys, heads.dim, kv_stride);
+        weighted_sum(
+            Matrix::new(&scores, tile, keys),
+            v,
+            precision,
+            &mut out[first * out_stride..],
+            out_stride,
+        );
     }
 }
 
-/// Causal softmax of `tile` query rows over `keys` keys, the last query row seeing all of them: fills `scores`,
-/// `[tile, keys]`, zero above the diagonal.
-#[expect(clippy::too_many_arguments, reason = "a kernel: two strided matrices and their sizes")]
-fn probabilities(
-    q: &[f32],
-    q_stride: usize,
-    k: &[f32],
-    k_stride: usize,
-    heads: Heads,
-    tile: usize,
-    keys: usize,
-    scores: &mut Vec<f32>,
-) {
+/// Causal softmax of the rows of `q` over the keys `k`, the last query row seeing all of them: fills `scores`,
+/// `[rows, keys]`, zero above the diagonal.
+fn probabilities(q: Matrix<'_>, k: Matrix<'_>, heads: Heads, precision: Precision, scores: &mut Vec<f32>) {
+    let (rows, keys) = (q.rows, k.rows);
     scores.clear();
-    scores.resize(tile * keys, 0.0);
-    if tile <= FEW_ROWS {
+    scores.resize(rows * keys, 0.0);
+    if rows <= FEW_ROWS {
         for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
-            let q = &q[row * q_stride..row * q_stride + heads.dim];
+            let q = q.row(row);
             for (key, score) in scores.iter_mut().enumerate() {
-                *score = heads.scale() * dot(q, &k[key * k_stride..key * k_stride + heads.dim]);
+                *score = heads.scale() * dot(q, k.row(key));
             }
         }
     } else {
-        let product =
-            Product { m: tile, n: keys, k: heads.dim, scale: heads.scale(), add: false, threads: 1 };
-        product.run(scores, (keys, 1), q, (q_stride, 1), k, (1, k_stride));
+        Product::alone(precision).scaled(heads.scale()).run(scores, keys, q, k.t());
     }
     for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
-        let (seen, unseen) = scores.split_at_mut(keys - tile + row + 1);
+        let (seen, unseen) = scores.split_at_mut(keys - rows + row + 1);
         softmax(seen);
         unseen.fill(0.0);
     }
 }
 
 /// `out[row] = Σ scores[row][key] * v[key]`.
-#[expect(clippy::too_many_arguments, reason = "a kernel: three strided matrices and their sizes")]
-fn weighted_sum(
-    scores: &[f32],
-    v: &[f32],
-    v_stride: usize,
-    dim: usize,
-    tile: usize,
-    keys: usize,
-    out: &mut [f32],
-    out_stride: usize,
-) {
-    if tile <= FEW_ROWS {
-        for (row, scores) in scores.chunks_exact(keys).enumerate() {
-            let out = &mut out[row * out_stride..row * out_stride + dim];
+fn weighted_sum(scores: Matrix<'_>, v: Matrix<'_>, precision: Precision, out: &mut [f32], out_stride: usize) {
+    if scores.rows <= FEW_ROWS {
+        for row in 0..scores.rows {
+            let out = &mut out[row * out_stride..row * out_stride + v.columns];
             out.fill(0.0);
-            for (key, &score) in scores.iter().enumerate() {
-                axpy(score, &v[key * v_stride..key * v_stride + dim], out);
+            for (key, &score) in scores.row(row).iter().enumerate() {
+                axpy(score, v.row(key), out);
             }
         }
     } else {
-        let product = Product { m: tile, n: dim, k: keys, scale: 1.0, add: false, threads: 1 };
-        product.run(out, (out_stride, 1), scores, (keys, 1), v, (v_stride, 1));
+        Product::alone(precision).run(out, out_stride, scores, v);
     }
 }
 
 struct Attention {
     heads: Heads,
     segments: Arc<Vec<Segment>>,
+    precision: Precision,
 }
 
 /// Cuts `data` into the rows of each segment; segments are in order and cover all rows.
@@ -239,7 +229,8 @@ impl CustomOp3 for Attention {
                     debug_assert!((s.start + s.len) * width <= data.len());
                     s.start * width..(s.start + s.len) * width
                 };
-                own_rows(&q[rows(q, qw)], &k[rows(k, kw)], &v[rows(v, kw)], self.heads, out);
+                let (q, k, v) = (&q[rows(q, qw)], &k[rows(k, kw)], &v[rows(v, kw)]);
+                own_rows(q, k, v, self.heads, self.precision, out);
             },
         );
         Ok((CpuStorage::F32(out), l1.shape().clone()))
@@ -291,6 +282,7 @@ impl Attention {
         let heads = self.heads;
         let (qw, kw, dim) = (heads.query_width(), heads.kv_width(), heads.dim);
         let (mut probs, mut dprobs) = (Vec::new(), Vec::new());
+        let how = Product::alone(self.precision);
         for kv in 0..heads.kv {
             let k0 = kv * dim;
             for head in heads.group(kv) {
@@ -298,46 +290,24 @@ impl Attention {
                     let tile = TILE.min(rows - first);
                     let keys = first + tile;
                     let q0 = first * qw + head * dim;
-                    probabilities(&q[q0..], qw, &k[k0..], kw, heads, tile, keys, &mut probs);
-                    let product = |m, n, k, scale, add| Product { m, n, k, scale, add, threads: 1 };
-                    product(keys, dim, tile, 1.0, true).run(
-                        &mut dv[k0..],
-                        (kw, 1),
-                        &probs,
-                        (1, keys),
-                        &g[q0..],
-                        (qw, 1),
-                    );
+                    let (q, g) =
+                        (Matrix::strided(&q[q0..], tile, dim, qw), Matrix::strided(&g[q0..], tile, dim, qw));
+                    let (k, v) =
+                        (Matrix::strided(&k[k0..], keys, dim, kw), Matrix::strided(&v[k0..], keys, dim, kw));
+                    probabilities(q, k, heads, self.precision, &mut probs);
+                    let p = Matrix::new(&probs, tile, keys);
+                    how.adding(true).run(&mut dv[k0..], kw, p.t(), g);
                     dprobs.clear();
                     dprobs.resize(tile * keys, 0.0);
-                    product(tile, keys, dim, 1.0, false).run(
-                        &mut dprobs,
-                        (keys, 1),
-                        &g[q0..],
-                        (qw, 1),
-                        &v[k0..],
-                        (1, kw),
-                    );
+                    how.run(&mut dprobs, keys, g, v.t());
                     for (p, dp) in probs.chunks_exact(keys).zip(dprobs.chunks_exact_mut(keys)) {
                         let row_sum = dot(p, dp);
                         dp.iter_mut().zip(p).for_each(|(dp, p)| *dp = p * (*dp - row_sum));
                     }
-                    product(tile, dim, keys, heads.scale(), false).run(
-                        &mut dq[q0..],
-                        (qw, 1),
-                        &dprobs,
-                        (keys, 1),
-                        &k[k0..],
-                        (kw, 1),
-                    );
-                    product(keys, dim, tile, heads.scale(), true).run(
-                        &mut dk[k0..],
-                        (kw, 1),
-                        &dprobs,
-                        (1, keys),
-                        &q[q0..],
-                        (qw, 1),
-                    );
+                    let ds = Matrix::new(&dprobs, tile, keys);
+                    let how = how.scaled(heads.scale());
+                    how.run(&mut dq[q0..], qw, ds, k);
+                    how.adding(true).run(&mut dk[k0..], kw, ds.t(), q);
                 }
             }
         }

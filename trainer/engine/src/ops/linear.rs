@@ -5,14 +5,14 @@
 use std::sync::Arc;
 
 use candle_core::quantized::QTensor;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor};
 
-use super::product::Product;
-use super::{fused, learns, values};
+use super::product::{Matrix, Product};
+use super::{Precision, fused, learns, values, with_values};
 
 /// `x`: `[rows, in]`, `weight`: `[out, in]`; the result is `[rows, out]`.
-pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if fused(x) { x.contiguous()?.apply_op2(weight, Linear) } else { x.matmul(&weight.t()?) }
+pub fn linear(x: &Tensor, weight: &Tensor, precision: Precision) -> Result<Tensor> {
+    if fused(x) { x.contiguous()?.apply_op2(weight, Linear { precision }) } else { x.matmul(&weight.t()?) }
 }
 
 /// A weight that never learns.
@@ -28,15 +28,22 @@ impl Frozen {
     fn dense(&self) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => Ok(weight.detach()),
-            Self::Quantised(weight) => weight.dequantize(&candle_core::Device::Cpu),
+            Self::Quantised(weight) => weight.dequantize(&Device::Cpu),
         }
     }
 }
 
 /// `y = x Wᵀ + scale (x Aᵀ) Bᵀ` with a frozen `W`: `a` is `[rank, in]`, `b` is `[out, rank]`.
-pub fn linear_adapted(x: &Tensor, weight: &Frozen, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+pub fn linear_adapted(
+    x: &Tensor,
+    weight: &Frozen,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+    precision: Precision,
+) -> Result<Tensor> {
     if fused(x) {
-        x.contiguous()?.apply_op3(a, b, Adapted { weight: weight.clone(), scale: scale as f32 })
+        x.contiguous()?.apply_op3(a, b, Adapted { weight: weight.clone(), scale: scale as f32, precision })
     } else {
         plain_adapted(x, weight, a, b, scale)
     }
@@ -48,15 +55,14 @@ pub fn plain_adapted(x: &Tensor, weight: &Frozen, a: &Tensor, b: &Tensor, scale:
     own + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * scale)?
 }
 
-fn forward(x: &[f32], weight: &[f32], rows: usize, inner: usize, out: usize) -> Vec<f32> {
-    let mut y = vec![0f32; rows * out];
-    let threads = rayon::current_num_threads();
-    let product = Product { m: rows, n: out, k: inner, scale: 1.0, add: false, threads };
-    product.run(&mut y, (out, 1), x, (inner, 1), weight, (1, inner));
-    y
+/// `lhs rhs` as a new tensor.
+fn multiplied(lhs: Matrix<'_>, rhs: Matrix<'_>, how: Product) -> Result<Tensor> {
+    Tensor::from_vec(how.of(lhs, rhs), (lhs.rows, rhs.columns), &Device::Cpu)
 }
 
-struct Linear;
+struct Linear {
+    precision: Precision,
+}
 
 impl CustomOp2 for Linear {
     fn name(&self) -> &'static str {
@@ -75,7 +81,9 @@ impl CustomOp2 for Linear {
         if inner != width {
             candle_core::bail!("linear: rows of {inner} values, but a weight for {width}");
         }
-        let y = forward(values(s1, l1)?, values(s2, l2)?, rows, inner, out);
+        let (x, weight) =
+            (Matrix::new(values(s1, l1)?, rows, inner), Matrix::new(values(s2, l2)?, out, inner));
+        let y = Product::shared(self.precision).of(x, weight.t());
         Ok((CpuStorage::F32(y), Shape::from((rows, out))))
     }
 
@@ -87,15 +95,23 @@ impl CustomOp2 for Linear {
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dx = if learns(x) { Some(grad.matmul(&weight.detach())?) } else { None };
-        let dw = if learns(weight) { Some(grad.t()?.matmul(&x.detach())?) } else { None };
-        Ok((dx, dw))
+        let (rows, inner) = x.dims2()?;
+        let out = weight.dim(0)?;
+        let how = Product::shared(self.precision);
+        let (dx, dw) = with_values([x, weight, grad], |[xs, ws, gs]| {
+            let g = Matrix::new(gs, rows, out);
+            let dx = learns(x).then(|| multiplied(g, Matrix::new(ws, out, inner), how));
+            let dw = learns(weight).then(|| multiplied(g.t(), Matrix::new(xs, rows, inner), how));
+            (dx, dw)
+        })?;
+        Ok((dx.transpose()?, dw.transpose()?))
     }
 }
 
 struct Adapted {
     weight: Frozen,
     scale: f32,
+    precision: Precision,
 }
 
 impl CustomOp3 for Adapted {
@@ -115,13 +131,13 @@ impl CustomOp3 for Adapted {
         let (rows, inner) = l1.shape().dims2()?;
         let (rank, _) = l2.shape().dims2()?;
         let (out, _) = l3.shape().dims2()?;
-        let (x, a, b) = (values(s1, l1)?, values(s2, l2)?, values(s3, l3)?);
-        let weight = self.weight.dense()?;
-        let mut y = super::with_values([&weight], |[weight]| forward(x, weight, rows, inner, out))?;
-        let low = forward(x, a, rows, inner, rank);
-        let threads = rayon::current_num_threads();
-        let product = Product { m: rows, n: out, k: rank, scale: self.scale, add: true, threads };
-        product.run(&mut y, (out, 1), &low, (rank, 1), b, (1, rank));
+        let x = Matrix::new(values(s1, l1)?, rows, inner);
+        let (a, b) = (Matrix::new(values(s2, l2)?, rank, inner), Matrix::new(values(s3, l3)?, out, rank));
+        let how = Product::shared(self.precision);
+        let mut y =
+            with_values([&self.weight.dense()?], |[weight]| how.of(x, Matrix::new(weight, out, inner).t()))?;
+        let low = how.of(x, a.t());
+        how.scaled(self.scale).adding(true).run(&mut y, out, Matrix::new(&low, rows, rank), b.t());
         Ok((CpuStorage::F32(y), Shape::from((rows, out))))
     }
 
@@ -134,13 +150,27 @@ impl CustomOp3 for Adapted {
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let wide = learns(x);
-        let (x, a, b) = (x.detach(), a.detach(), b.detach());
-        let scale = f64::from(self.scale);
-        let h = (grad.matmul(&b)? * scale)?;
-        let da = h.t()?.matmul(&x)?;
-        let db = (grad.t()?.matmul(&x.matmul(&a.t()?)?)? * scale)?;
-        let dx = if wide { Some((grad.matmul(&self.weight.dense()?)? + h.matmul(&a)?)?) } else { None };
-        Ok((dx, Some(da), Some(db)))
+        let (rows, inner) = x.dims2()?;
+        let (rank, out) = (a.dim(0)?, b.dim(0)?);
+        let how = Product::shared(self.precision);
+        let weight = if learns(x) { Some(self.weight.dense()?) } else { None };
+        let (da, db, h) = with_values([x, a, b, grad], |[xs, aa, bs, gs]| {
+            let (g, x) = (Matrix::new(gs, rows, out), Matrix::new(xs, rows, inner));
+            let u = how.of(x, Matrix::new(aa, rank, inner).t());
+            let h = how.scaled(self.scale).of(g, Matrix::new(bs, out, rank));
+            let da = multiplied(Matrix::new(&h, rows, rank).t(), x, how);
+            let db = multiplied(g.t(), Matrix::new(&u, rows, rank), how.scaled(self.scale));
+            (da, db, h)
+        })?;
+        let dx = match weight {
+            None => None,
+            Some(weight) => Some(with_values([&weight, a, grad], |[ws, aa, gs]| {
+                let mut dx = how.of(Matrix::new(gs, rows, out), Matrix::new(ws, out, inner));
+                let (h, a) = (Matrix::new(&h, rows, rank), Matrix::new(aa, rank, inner));
+                how.adding(true).run(&mut dx, inner, h, a);
+                Tensor::from_vec(dx, (rows, inner), &Device::Cpu)
+            })??),
+        };
+        Ok((dx, Some(da?), Some(db?)))
     }
 }

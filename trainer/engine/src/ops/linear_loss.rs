@@ -4,48 +4,67 @@
 //! them. Memory is one chunk of logits plus one gradient of `W`. Cross-entropy is the usual loss; distillation brings
 //! others.
 
-use candle_core::{CpuStorage, CustomOp2, DType, InplaceOp1, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
-use std::sync::Mutex;
 
 use super::exp::exp;
-use super::{fused, learns, logit_rows, max, sum};
+use super::product::{Matrix, Product};
+use super::{Precision, fused, learns, logit_rows, max, sum, with_values};
 
 /// `hidden`: `[rows, d]`, `weight`: `[vocabulary, d]`. `row_loss` gets the index of a row and its logits, leaves the
 /// gradient of its loss in their place and returns the loss. Returns the scalar sum of the losses. f32 on the CPU only.
 pub fn linear_loss(
     hidden: &Tensor,
     weight: &Tensor,
+    precision: Precision,
     row_loss: &(dyn Fn(usize, &mut [f32]) -> f64 + Sync),
 ) -> Result<Tensor> {
-    let (rows, _) = hidden.dims2()?;
-    let (vocabulary, _) = weight.dims2()?;
-    if rows == 0 {
+    if hidden.dim(0)? == 0 {
         candle_core::bail!("a loss over no rows");
     }
-    let (h, w) = (hidden.detach(), weight.detach());
-    let chunk = logit_rows(vocabulary);
-    let mut loss = 0f64;
-    let mut dh = Vec::new();
-    let mut dw: Option<Tensor> = None;
-    for start in (0..rows).step_by(chunk) {
-        let len = chunk.min(rows - start);
-        let part = h.narrow(0, start, len)?.contiguous()?;
-        let logits = part.matmul(&w.t()?)?;
-        let each = EachRow { start, row_loss, loss: Mutex::new(0.0) };
-        logits.inplace_op1(&each)?;
-        loss += each.loss.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        dh.push(logits.matmul(&w)?);
-        if learns(weight) {
-            let part_dw = logits.t()?.matmul(&part)?;
-            dw = Some(match dw {
-                Some(sum) => (sum + part_dw)?,
-                None => part_dw,
-            });
+    hidden.apply_op2(weight, through_logits(hidden, weight, precision, row_loss)?)
+}
+
+/// The loss and its gradients, a chunk of logits at a time; `row_loss` as for [`linear_loss`].
+pub(super) fn through_logits(
+    hidden: &Tensor,
+    weight: &Tensor,
+    precision: Precision,
+    row_loss: impl Fn(usize, &mut [f32]) -> f64 + Sync,
+) -> Result<Gradients> {
+    let (rows, d) = hidden.dims2()?;
+    let (vocabulary, _) = weight.dims2()?;
+    let how = Product::shared(precision);
+    let chunk = logit_rows(vocabulary).min(rows);
+    let mut logits = vec![0f32; chunk * vocabulary];
+    let mut dh = vec![0f32; rows * d];
+    let mut dw = if learns(weight) { vec![0f32; vocabulary * d] } else { Vec::new() };
+    let loss = with_values([hidden, weight], |[h, w]| {
+        let w = Matrix::new(w, vocabulary, d);
+        let mut loss = 0f64;
+        for (at, (h, dh)) in h.chunks(chunk * d).zip(dh.chunks_mut(chunk * d)).enumerate() {
+            let len = h.len() / d;
+            let (h, logits) = (Matrix::new(h, len, d), &mut logits[..len * vocabulary]);
+            how.run(logits, vocabulary, h, w.t());
+            let losses: Vec<f64> = logits
+                .par_chunks_mut(vocabulary)
+                .enumerate()
+                .map(|(row, logits)| row_loss(at * chunk + row, logits))
+                .collect();
+            loss += losses.iter().sum::<f64>();
+            let dlogits = Matrix::new(logits, len, vocabulary);
+            how.run(dh, d, dlogits, w);
+            if !dw.is_empty() {
+                how.adding(at > 0).run(&mut dw, d, dlogits.t(), h);
+            }
         }
-    }
-    let dh = if dh.len() == 1 { dh.remove(0) } else { Tensor::cat(&dh, 0)? };
-    hidden.apply_op2(weight, Precomputed { loss: loss as f32, dh, dw })
+        loss
+    })?;
+    let dw = match dw.is_empty() {
+        true => None,
+        false => Some(Tensor::from_vec(dw, (vocabulary, d), hidden.device())?),
+    };
+    Ok(Gradients { loss: loss as f32, dh: Tensor::from_vec(dh, (rows, d), hidden.device())?, dw })
 }
 
 /// `Σ -log softmax(hidden Wᵀ)[target] / normaliser`, one target per row, so that micro-batches add up to the mean over
@@ -55,13 +74,14 @@ pub fn linear_cross_entropy(
     weight: &Tensor,
     targets: &[u32],
     normaliser: f64,
+    precision: Precision,
 ) -> Result<Tensor> {
     check_targets(hidden, weight, targets)?;
     if !fused(hidden) {
         return plain(hidden, weight, targets, normaliser);
     }
     let scale = (1.0 / normaliser) as f32;
-    linear_loss(hidden, weight, &|row, logits| {
+    linear_loss(hidden, weight, precision, &|row, logits| {
         let target = targets[row] as usize;
         let max = max(logits);
         let at_target = logits[target];
@@ -96,39 +116,14 @@ pub(super) fn check_targets(hidden: &Tensor, weight: &Tensor, targets: &[u32]) -
     Ok(())
 }
 
-/// Turns each row of logits into its gradient and adds up the losses.
-struct EachRow<'a> {
-    start: usize,
-    row_loss: &'a (dyn Fn(usize, &mut [f32]) -> f64 + Sync),
-    loss: Mutex<f64>,
-}
-
-impl InplaceOp1 for EachRow<'_> {
-    fn name(&self) -> &'static str {
-        "row-losses"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let (_, vocabulary) = layout.shape().dims2()?;
-        let CpuStorage::F32(logits) = storage else { candle_core::bail!("row losses need f32 logits") };
-        let losses: Vec<f64> = logits
-            .par_chunks_mut(vocabulary)
-            .enumerate()
-            .map(|(row, logits)| (self.row_loss)(self.start + row, logits))
-            .collect();
-        *self.loss.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = losses.iter().sum();
-        Ok(())
-    }
-}
-
-/// A scalar whose gradients are known already.
-struct Precomputed {
+/// A loss whose gradients are known already.
+pub(super) struct Gradients {
     loss: f32,
-    dh: Tensor,
-    dw: Option<Tensor>,
+    pub(super) dh: Tensor,
+    pub(super) dw: Option<Tensor>,
 }
 
-impl CustomOp2 for Precomputed {
+impl CustomOp2 for Gradients {
     fn name(&self) -> &'static str {
         "linear-loss"
     }

@@ -7,6 +7,13 @@
 //! all rows. Which kernel runs is found out when the program does; all give the same bits.
 #![expect(unsafe_code, reason = "instructions that only some processors have")]
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use std::sync::OnceLock;
 
 use candle_core::{Result, Tensor};
@@ -18,15 +25,21 @@ use super::with_values;
 const BLOCK: usize = 32;
 /// Rows that lie side by side.
 const LANES: usize = 16;
-/// Activation rows that are multiplied in one go.
-const TILE: usize = 8;
+/// Activation rows that are multiplied in one go, at most.
+const TILE: usize = 16;
+/// The same for AVX-512.
+#[cfg(target_arch = "x86_64")]
+const AVX512_TILE: usize = 8;
+/// So many activation rows are worth a tile of AMX; fewer go to AVX-512.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+const AMX_ROWS: usize = 6;
 /// The same for AVX2.
 #[cfg(target_arch = "x86_64")]
 const AVX2_TILE: usize = 3;
 /// Bytes of weights, times rows of activations, that are worth a task of their own.
-const TASK_BYTES: usize = 1 << 17;
+const TASK_BYTES: usize = 1 << 16;
 /// And from which on more than one thread is worth it.
-const PARALLEL_BYTES: usize = 4 << 20;
+const PARALLEL_BYTES: usize = 1 << 18;
 
 /// A matrix `[rows, columns]` in blocks of eight bits.
 #[derive(Debug)]
@@ -58,19 +71,25 @@ enum Kernel {
     Avx2,
     /// AVX-512 with VNNI.
     Avx512,
+    /// The same, and tiles of bytes.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx,
 }
 
 impl Kernel {
-    /// The best that this processor has, or a lesser one that `POTSTILL_KERNEL` (`plain`, `avx2`) names, to compare them.
+    /// The best that this processor has, or a lesser one that `POTSTILL_KERNEL` (`plain`, `avx2`, `avx512`) names, to compare
+    /// them.
     fn best() -> Self {
         static BEST: OnceLock<Kernel> = OnceLock::new();
         *BEST.get_or_init(|| {
             let most = match std::env::var("POTSTILL_KERNEL").as_deref() {
-                Ok("plain") => Self::Plain,
-                Ok("avx2") => Self::Avx2,
-                _ => Self::Avx512,
+                Ok("plain") => Some(Self::Plain),
+                Ok("avx2") => Some(Self::Avx2),
+                Ok("avx512") => Some(Self::Avx512),
+                _ => None,
             };
-            Self::all().into_iter().filter(|kernel| *kernel <= most).max().unwrap_or(Self::Plain)
+            let usable = |kernel: &Self| most.is_none_or(|most| *kernel <= most);
+            Self::all().into_iter().filter(usable).max().unwrap_or(Self::Plain)
         })
     }
 
@@ -88,6 +107,10 @@ impl Kernel {
                 && is_x86_feature_detected!("avx512vnni")
             {
                 all.push(Self::Avx512);
+                #[cfg(target_os = "linux")]
+                if super::amx::available() {
+                    all.push(Self::Amx);
+                }
             }
         }
         all
@@ -146,41 +169,82 @@ impl Packed {
 
     /// `x W^T` for `x` of `[n, columns]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (n, columns) = x.dims2()?;
-        if columns != self.columns {
-            candle_core::bail!("a product of {columns} columns with a matrix of {}", self.columns);
-        }
-        let out = with_values([x], |[values]| self.product(values, n, Kernel::best()))?;
-        Tensor::from_vec(out, (n, self.rows), x.device())
+        Self::forward_all(&[self], x)?.pop().ok_or_else(|| candle_core::Error::Msg("no product".to_owned()))
     }
 
-    fn product(&self, values: &[f32], n: usize, kernel: Kernel) -> Vec<f32> {
-        let blocks = self.columns / BLOCK;
-        let activations = Activations::new(values, n, blocks, kernel);
-        let groups = self.rows.div_ceil(LANES);
-        let mut out = vec![0f32; n * self.rows];
-        let target = Columns { start: out.as_mut_ptr(), rows: self.rows, n };
-        let group_bytes = blocks * LANES * BLOCK;
-        let work = |group: usize| {
-            let weights = &self.weights[group * group_bytes..][..group_bytes];
-            let scales = &self.scales[group * blocks * LANES..][..blocks * LANES];
-            let mut tile = [0f32; TILE * LANES];
-            for first in (0..n).step_by(TILE) {
-                let count = TILE.min(n - first);
-                tile_product(weights, scales, &activations, first, &mut tile[..count * LANES], kernel);
-                for (row, values) in tile[..count * LANES].chunks_exact(LANES).enumerate() {
-                    target.write(first + row, group * LANES, values);
-                }
+    /// The products of the same `x` with several matrices: it is rounded once, and threads share one piece of work.
+    pub fn forward_all(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
+        let (n, columns) = x.dims2()?;
+        for matrix in matrices {
+            if columns != matrix.columns {
+                candle_core::bail!("a product of {columns} columns with a matrix of {}", matrix.columns);
             }
-        };
-        // A small product is done before another thread has woken up.
-        if rayon::current_num_threads() == 1 || groups * group_bytes * n < PARALLEL_BYTES {
-            (0..groups).for_each(work);
-        } else {
-            let per_task = (TASK_BYTES / (group_bytes * n.min(TILE)).max(1)).max(1);
-            (0..groups).into_par_iter().with_min_len(per_task).for_each(work);
         }
-        out
+        let outs = with_values([x], |[values]| products(matrices, values, n, Kernel::best()))?;
+        let shaped = outs.into_iter().zip(matrices).map(|(out, matrix)| (out, (n, matrix.rows)));
+        shaped.map(|(out, shape)| Tensor::from_vec(out, shape, x.device())).collect()
+    }
+
+    /// Groups of rows that lie side by side.
+    fn groups(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+}
+
+fn products(matrices: &[&Packed], values: &[f32], n: usize, kernel: Kernel) -> Vec<Vec<f32>> {
+    let blocks = matrices.first().map_or(0, |matrix| matrix.columns / BLOCK);
+    let activations = Activations::new(values, n, blocks, kernel);
+    let mut outs: Vec<Vec<f32>> = matrices.iter().map(|matrix| Vec::with_capacity(n * matrix.rows)).collect();
+    let target =
+        |(out, matrix): (&mut Vec<f32>, &&Packed)| Columns { start: out.as_mut_ptr(), rows: matrix.rows, n };
+    let targets: Vec<Columns> = outs.iter_mut().zip(matrices).map(target).collect();
+    let group_bytes = blocks * LANES * BLOCK;
+    let work = |mut group: usize| {
+        for (matrix, target) in matrices.iter().zip(&targets) {
+            if group < matrix.groups() {
+                return group_product(matrix, &activations, n, group, target, kernel);
+            }
+            group -= matrix.groups();
+        }
+    };
+    let groups: usize = matrices.iter().map(|matrix| matrix.groups()).sum();
+    // A small product is done before another thread has woken up.
+    if rayon::current_num_threads() == 1 || groups * group_bytes * n < PARALLEL_BYTES {
+        (0..groups).for_each(work);
+    } else {
+        let per_task = (TASK_BYTES / (group_bytes * n.min(TILE)).max(1)).max(1);
+        (0..groups).into_par_iter().with_min_len(per_task).for_each(work);
+    }
+    for (out, matrix) in outs.iter_mut().zip(matrices) {
+        // SAFETY: there is room for as many, and each group has written its columns of all rows.
+        unsafe { out.set_len(n * matrix.rows) };
+    }
+    outs
+}
+
+/// The products of one group of rows.
+fn group_product(
+    matrix: &Packed,
+    activations: &Activations,
+    n: usize,
+    group: usize,
+    target: &Columns,
+    kernel: Kernel,
+) {
+    let blocks = activations.blocks;
+    let bytes = blocks * LANES * BLOCK;
+    let weights = &matrix.weights[group * bytes..][..bytes];
+    let scales = &matrix.scales[group * blocks * LANES..][..blocks * LANES];
+    // SAFETY: a kernel is only chosen where the processor has what it is compiled for.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    let _tiles = (kernel == Kernel::Amx && n >= AMX_ROWS).then(|| unsafe { amx::tiles() });
+    let mut tile = [0f32; TILE * LANES];
+    for first in (0..n).step_by(TILE) {
+        let count = TILE.min(n - first);
+        tile_product(weights, scales, activations, first, count, &mut tile, kernel);
+        for (row, values) in tile[..count * LANES].chunks_exact(LANES).enumerate() {
+            target.write(first + row, group * LANES, values);
+        }
     }
 }
 
@@ -208,20 +272,25 @@ impl Columns {
 
 impl Activations {
     fn new(values: &[f32], n: usize, blocks: usize, kernel: Kernel) -> Self {
+        // The largest kernel reads whole tiles; rows that nobody asked for are zero.
+        let padded = n.next_multiple_of(TILE);
         let mut all = Self {
             blocks,
-            quads: vec![0; n * blocks * BLOCK / 4],
-            scales: vec![0.0; n * blocks],
-            offsets: vec![0; n * blocks],
+            quads: vec![0; padded * blocks * BLOCK / 4],
+            scales: vec![0.0; padded * blocks],
+            offsets: vec![0; padded * blocks],
         };
         match kernel {
             // SAFETY: a kernel is only chosen where the processor has what it is compiled for.
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Kernel::Amx => unsafe { avx512::quantise(values, &mut all) },
+            // SAFETY: the same.
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx512 => unsafe { avx512::quantise(values, &mut all) },
             // SAFETY: the same.
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx2 => unsafe { avx2::quantise(values, &mut all) },
-            _ => quantise(values, &mut all),
+            Kernel::Plain => quantise(values, &mut all),
         }
         all
     }
@@ -254,34 +323,47 @@ fn quantise(values: &[f32], into: &mut Activations) {
     }
 }
 
-/// 16 rows of weights times up to eight activation rows from `first` on.
+/// 16 rows of weights times `count` activation rows from `first` on: the first `count` rows of `out`.
 fn tile_product(
     weights: &[u8],
     scales: &[f32],
     activations: &Activations,
     first: usize,
-    out: &mut [f32],
+    count: usize,
+    out: &mut [f32; TILE * LANES],
     kernel: Kernel,
 ) {
-    match kernel {
-        // SAFETY: a kernel is only chosen where the processor has what it is compiled for.
-        #[cfg(target_arch = "x86_64")]
-        Kernel::Avx512 => unsafe {
-            match out.len() / LANES {
-                1 => avx512::tile::<1>(weights, scales, activations, first, out),
-                2 => avx512::tile::<2>(weights, scales, activations, first, out),
-                3 => avx512::tile::<3>(weights, scales, activations, first, out),
-                4 => avx512::tile::<4>(weights, scales, activations, first, out),
-                5 => avx512::tile::<5>(weights, scales, activations, first, out),
-                6 => avx512::tile::<6>(weights, scales, activations, first, out),
-                7 => avx512::tile::<7>(weights, scales, activations, first, out),
-                _ => avx512::tile::<8>(weights, scales, activations, first, out),
+    #[cfg(target_arch = "x86_64")]
+    let wide = |first: usize, out: &mut [f32]| {
+        for (part, out) in out.chunks_mut(AVX512_TILE * LANES).enumerate() {
+            let first = first + part * AVX512_TILE;
+            // SAFETY: a kernel is only chosen where the processor has what it is compiled for.
+            unsafe {
+                match out.len() / LANES {
+                    1 => avx512::tile::<1>(weights, scales, activations, first, out),
+                    2 => avx512::tile::<2>(weights, scales, activations, first, out),
+                    3 => avx512::tile::<3>(weights, scales, activations, first, out),
+                    4 => avx512::tile::<4>(weights, scales, activations, first, out),
+                    5 => avx512::tile::<5>(weights, scales, activations, first, out),
+                    6 => avx512::tile::<6>(weights, scales, activations, first, out),
+                    7 => avx512::tile::<7>(weights, scales, activations, first, out),
+                    _ => avx512::tile::<8>(weights, scales, activations, first, out),
+                }
             }
-        },
+        }
+    };
+    match kernel {
+        // SAFETY: the same; this thread has the tiles wherever a product has so many rows.
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        Kernel::Amx if count >= AMX_ROWS => unsafe { amx::tile(weights, scales, activations, first, out) },
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        Kernel::Amx => wide(first, &mut out[..count * LANES]),
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Avx512 => wide(first, &mut out[..count * LANES]),
         #[cfg(target_arch = "x86_64")]
         Kernel::Avx2 => {
             // It has half as many registers, of half the width.
-            for (part, out) in out.chunks_mut(AVX2_TILE * LANES).enumerate() {
+            for (part, out) in out[..count * LANES].chunks_mut(AVX2_TILE * LANES).enumerate() {
                 let first = first + part * AVX2_TILE;
                 // SAFETY: the same.
                 unsafe {
@@ -293,7 +375,7 @@ fn tile_product(
                 }
             }
         }
-        _ => plain(weights, scales, activations, first, out),
+        Kernel::Plain => plain(weights, scales, activations, first, &mut out[..count * LANES]),
     }
 }
 
@@ -323,190 +405,6 @@ fn plain(weights: &[u8], scales: &[f32], activations: &Activations, first: usize
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use std::arch::x86_64::{
-        __m256, __m256i, _mm256_abs_epi8, _mm256_add_epi32, _mm256_cvtepi32_ps, _mm256_fmadd_ps,
-        _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps,
-        _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
-        _mm256_setzero_si256, _mm256_sign_epi8, _mm256_storeu_ps, _mm256_xor_si256,
-    };
-
-    use super::{Activations, BLOCK, LANES};
-
-    /// The plain form, compiled for wider registers.
-    ///
-    /// # Safety
-    ///
-    /// The processor must have the features named below.
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn quantise(values: &[f32], into: &mut Activations) {
-        super::quantise(values, into);
-    }
-
-    /// `N` activation rows at once. The only product of bytes takes one side unsigned and adds pairs in 16 bits: with the
-    /// sign of the activation moved to the weight, two products of at most 127 times 127 fit.
-    ///
-    /// # Safety
-    ///
-    /// The processor must have the features named below; `out` holds `N` rows of 16, `weights` and `scales` the blocks of one
-    /// group, and the activations at least `first + N` rows. The slices are indexed with checks outside the inner loop.
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn tile<const N: usize>(
-        weights: &[u8],
-        scales: &[f32],
-        activations: &Activations,
-        first: usize,
-        out: &mut [f32],
-    ) {
-        let blocks = activations.blocks;
-        let quads_per_row = blocks * BLOCK / 4;
-        assert!(
-            out.len() == N * LANES
-                && weights.len() == blocks * LANES * BLOCK
-                && scales.len() == blocks * LANES
-        );
-        let quads = &activations.quads[first * quads_per_row..][..N * quads_per_row];
-        let row_scales = &activations.scales[first * blocks..][..N * blocks];
-        let (signed, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
-        let mut totals: [[__m256; 2]; N] = [[_mm256_setzero_ps(); 2]; N];
-        for block in 0..blocks {
-            let mut sums = [[_mm256_setzero_si256(); 2]; N];
-            for step in 0..BLOCK / 4 {
-                // SAFETY: two times 32 bytes within `weights`, by the assertion above.
-                let weight: [__m256i; 2] = unsafe {
-                    let at: *const __m256i =
-                        weights.as_ptr().add((block * (BLOCK / 4) + step) * 4 * LANES).cast();
-                    [
-                        _mm256_xor_si256(_mm256_loadu_si256(at), signed),
-                        _mm256_xor_si256(_mm256_loadu_si256(at.add(1)), signed),
-                    ]
-                };
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: within `quads`, which holds N rows of `quads_per_row`.
-                    let quad =
-                        unsafe { *quads.get_unchecked(row * quads_per_row + block * (BLOCK / 4) + step) };
-                    let quad = _mm256_set1_epi32(quad);
-                    let size = _mm256_abs_epi8(quad);
-                    for (sum, weight) in sums.iter_mut().zip(weight) {
-                        let pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(weight, quad));
-                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
-                    }
-                }
-            }
-            for half in 0..2 {
-                // SAFETY: within `scales`, by the assertion above.
-                let weight_scale =
-                    unsafe { _mm256_loadu_ps(scales.as_ptr().add(block * LANES + half * LANES / 2)) };
-                for (row, (sums, totals)) in sums.iter().zip(&mut totals).enumerate() {
-                    let scale = _mm256_mul_ps(weight_scale, _mm256_set1_ps(row_scales[row * blocks + block]));
-                    totals[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[half]), scale, totals[half]);
-                }
-            }
-        }
-        for (row, totals) in totals.iter().enumerate() {
-            for (half, total) in totals.iter().enumerate() {
-                // SAFETY: `out` holds N rows of 16, by the assertion above.
-                unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(row * LANES + half * LANES / 2), *total) };
-            }
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use std::arch::x86_64::{
-        __m128i, __m512i, _mm_storeu_si128, _mm512_abs_ps, _mm512_add_epi32, _mm512_cvtepi32_epi8,
-        _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
-        _mm512_loadu_si512, _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_reduce_max_ps,
-        _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
-    };
-
-    use super::{Activations, BLOCK, LANES};
-
-    /// The same as the plain form.
-    ///
-    /// # Safety
-    ///
-    /// The processor must have the features named below; `values` holds as many blocks as `into` has scales.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub(super) unsafe fn quantise(values: &[f32], into: &mut Activations) {
-        assert!(values.len() == into.scales.len() * BLOCK && into.quads.len() * 4 == values.len());
-        for (block, (scale, offset)) in into.scales.iter_mut().zip(&mut into.offsets).enumerate() {
-            // SAFETY: block by block within `values` and `quads`, by the assertion above.
-            unsafe {
-                let from = values.as_ptr().add(block * BLOCK);
-                let (low, high) = (_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(LANES)));
-                let most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-                *scale = most / 127.0;
-                let inverse = _mm512_set1_ps(if most > 0.0 { 127.0 / most } else { 0.0 });
-                // Conversion rounds to the nearest, ties to even.
-                let low = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
-                let high = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-                *offset = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
-                let to: *mut __m128i = into.quads.as_mut_ptr().add(block * BLOCK / 4).cast();
-                _mm_storeu_si128(to, _mm512_cvtepi32_epi8(low));
-                _mm_storeu_si128(to.add(1), _mm512_cvtepi32_epi8(high));
-            }
-        }
-    }
-
-    /// `N` activation rows at once.
-    ///
-    /// # Safety
-    ///
-    /// The processor must have the features named below; `out` holds `N` rows of 16, `weights` and `scales` the blocks of one
-    /// group, and the activations at least `first + N` rows. The slices are indexed with checks outside the inner loop.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub(super) unsafe fn tile<const N: usize>(
-        weights: &[u8],
-        scales: &[f32],
-        activations: &Activations,
-        first: usize,
-        out: &mut [f32],
-    ) {
-        let blocks = activations.blocks;
-        let quads_per_row = blocks * BLOCK / 4;
-        assert!(
-            out.len() == N * LANES
-                && weights.len() == blocks * LANES * BLOCK
-                && scales.len() == blocks * LANES
-        );
-        let quads = &activations.quads[first * quads_per_row..][..N * quads_per_row];
-        let row_scales = &activations.scales[first * blocks..][..N * blocks];
-        let offsets = &activations.offsets[first * blocks..][..N * blocks];
-        let mut totals = [_mm512_setzero_ps(); N];
-        for block in 0..blocks {
-            let mut sums = [_mm512_set1_epi32(0); N];
-            for (row, sum) in sums.iter_mut().enumerate() {
-                *sum = _mm512_set1_epi32(offsets[row * blocks + block]);
-            }
-            for step in 0..BLOCK / 4 {
-                // SAFETY: within `weights`, by the assertion above.
-                let weight: __m512i = unsafe {
-                    _mm512_loadu_si512(weights.as_ptr().add((block * (BLOCK / 4) + step) * 4 * LANES).cast())
-                };
-                for (row, sum) in sums.iter_mut().enumerate() {
-                    // SAFETY: within `quads`, which holds N rows of `quads_per_row`.
-                    let quad =
-                        unsafe { *quads.get_unchecked(row * quads_per_row + block * (BLOCK / 4) + step) };
-                    *sum = _mm512_dpbusd_epi32(*sum, weight, _mm512_set1_epi32(quad));
-                }
-            }
-            // SAFETY: within `scales`, by the assertion above.
-            let weight_scale = unsafe { _mm512_loadu_ps(scales.as_ptr().add(block * LANES)) };
-            for (row, (sum, total)) in sums.iter().zip(&mut totals).enumerate() {
-                let scale = _mm512_mul_ps(weight_scale, _mm512_set1_ps(row_scales[row * blocks + block]));
-                *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*sum), scale, *total);
-            }
-        }
-        for (row, total) in totals.iter().enumerate() {
-            // SAFETY: `out` holds N rows of 16, by the assertion above.
-            unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(row * LANES), *total) };
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -531,11 +429,13 @@ mod tests {
             let weight: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
             let x: Vec<f32> = (0..n * columns).map(|_| next() * 3.0).collect();
             let packed = Packed::new(&Tensor::from_slice(&weight, (rows, columns), &Device::Cpu).unwrap()).unwrap().unwrap();
-            let slow = packed.product(&x, n, Kernel::Plain);
+            let slow = products(&[&packed], &x, n, Kernel::Plain);
             for kernel in Kernel::all() {
-                prop_assert_eq!(&packed.product(&x, n, kernel), &slow);
+                prop_assert_eq!(&products(&[&packed], &x, n, kernel), &slow);
+                let twice = products(&[&packed, &packed], &x, n, kernel);
+                prop_assert!(twice.iter().all(|one| *one == slow[0]));
             }
-            for (row, out) in slow.chunks_exact(rows).enumerate() {
+            for (row, out) in slow[0].chunks_exact(rows).enumerate() {
                 for (column, found) in out.iter().enumerate() {
                     let (w, x) = (&weight[column * columns..][..columns], &x[row * columns..][..columns]);
                     let exact: f32 = w.iter().zip(x).map(|(a, b)| a * b).sum();

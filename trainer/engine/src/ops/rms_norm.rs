@@ -1,9 +1,12 @@
 //! RMSNorm (Zhang and Sennrich 2019): `y = x / sqrt(mean(x²) + eps) * weight`, over the last dimension.
+#![expect(unsafe_code, reason = "results in memory that holds nothing yet")]
+
+use std::mem::MaybeUninit;
 
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{ROWS_PER_TASK, dot, fused, values, with_values};
+use super::{ROWS_PER_TASK, dot, filled, fused, values, with_values};
 
 /// `x`: `[.., d]`, `weight`: `[d]`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -44,15 +47,19 @@ impl CustomOp2 for RmsNorm {
     ) -> Result<(CpuStorage, Shape)> {
         let (x, weight) = (values(s1, l1)?, values(s2, l2)?);
         let d = weight.len();
-        let mut out = vec![0f32; x.len()];
-        out.par_chunks_mut(d * ROWS_PER_TASK).zip(x.par_chunks(d * ROWS_PER_TASK)).for_each(|(out, x)| {
-            for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                let r = self.inverse_root(x);
-                for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
-                    *out = x * r * w;
+        let fill = |out: &mut [MaybeUninit<f32>]| {
+            let tasks = out.par_chunks_mut(d * ROWS_PER_TASK).zip(x.par_chunks(d * ROWS_PER_TASK));
+            tasks.for_each(|(out, x)| {
+                for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                    let r = self.inverse_root(x);
+                    for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
+                        out.write(x * r * w);
+                    }
                 }
-            }
-        });
+            });
+        };
+        // SAFETY: rows of `d` values cover both, so each value is written.
+        let out = unsafe { filled(x.len() / d * d, fill) };
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 

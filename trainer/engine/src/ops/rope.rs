@@ -1,12 +1,14 @@
 //! Rotary position embedding (Su et al. 2021) in Hugging Face's half-split layout: element `i` of a head pairs with
 //! element `i + dim/2`.
+#![expect(unsafe_code, reason = "results in memory that holds nothing yet")]
 
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{ROWS_PER_TASK, fused, values, with_values};
+use super::{ROWS_PER_TASK, filled, fused, values, with_values};
 
 /// Cosines and sines for the rows of one batch: `[rows, dim / 2]` each.
 #[derive(Clone)]
@@ -66,25 +68,31 @@ struct Rotate {
 impl Rotate {
     fn run(&self, x: &[f32], width: usize) -> Vec<f32> {
         let half = self.rotary.half;
-        let mut out = vec![0f32; x.len()];
-        out.par_chunks_mut(width * ROWS_PER_TASK)
-            .zip(x.par_chunks(width * ROWS_PER_TASK))
-            .enumerate()
-            .for_each(|(task, (out, x))| {
+        assert!(
+            x.len().is_multiple_of(width) && width.is_multiple_of(2 * half),
+            "rope: heads of another size"
+        );
+        let rotate = |at: usize, out: &mut [MaybeUninit<f32>], x: &[f32]| {
+            let (cos, sin) = (&self.rotary.cos[at..at + half], &self.rotary.sin[at..at + half]);
+            for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                let ((oa, ob), (a, b)) = (out.split_at_mut(half), x.split_at(half));
+                for i in 0..half {
+                    let s = sin[i] * self.sign;
+                    oa[i].write(a[i] * cos[i] - b[i] * s);
+                    ob[i].write(b[i] * cos[i] + a[i] * s);
+                }
+            }
+        };
+        let fill = |out: &mut [MaybeUninit<f32>]| {
+            let tasks = out.par_chunks_mut(width * ROWS_PER_TASK).zip(x.par_chunks(width * ROWS_PER_TASK));
+            tasks.enumerate().for_each(|(task, (out, x))| {
                 for (row, (out, x)) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
-                    let at = (task * ROWS_PER_TASK + row) * half;
-                    let (cos, sin) = (&self.rotary.cos[at..at + half], &self.rotary.sin[at..at + half]);
-                    for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                        let ((oa, ob), (a, b)) = (out.split_at_mut(half), x.split_at(half));
-                        for i in 0..half {
-                            let s = sin[i] * self.sign;
-                            oa[i] = a[i] * cos[i] - b[i] * s;
-                            ob[i] = b[i] * cos[i] + a[i] * s;
-                        }
-                    }
+                    rotate((task * ROWS_PER_TASK + row) * half, out, x);
                 }
             });
-        out
+        };
+        // SAFETY: rows are whole heads, and of each head both halves are written.
+        unsafe { filled(x.len(), fill) }
     }
 }
 

@@ -1,10 +1,13 @@
 //! SwiGLU (Shazeer 2020): `silu(gate) * up`, element by element.
+#![expect(unsafe_code, reason = "results in memory that holds nothing yet")]
+
+use std::mem::MaybeUninit;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::exp::sigmoid;
-use super::{fused, values, with_values};
+use super::{filled, fused, values, with_values};
 
 const CHUNK: usize = 1 << 14;
 
@@ -33,14 +36,19 @@ impl CustomOp2 for SwiGlu {
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (values(s1, l1)?, values(s2, l2)?);
-        let mut out = vec![0f32; gate.len()];
-        out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(
-            |((out, gate), up)| {
+        if gate.len() != up.len() {
+            candle_core::bail!("swiglu: {} values gate {}", gate.len(), up.len());
+        }
+        let fill = |out: &mut [MaybeUninit<f32>]| {
+            let tasks = out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK));
+            tasks.for_each(|((out, gate), up)| {
                 for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
-                    *out = g * sigmoid(*g) * u;
+                    out.write(g * sigmoid(*g) * u);
                 }
-            },
-        );
+            });
+        };
+        // SAFETY: all three have the same length, so each value is written.
+        let out = unsafe { filled(gate.len(), fill) };
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 

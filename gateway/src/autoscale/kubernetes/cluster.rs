@@ -1,0 +1,397 @@
+//! The gateways of a cluster, as they know of each other: through one Lease. Its holder leads: it alone decides and changes
+//! workloads. Every gateway notes in an annotation of the Lease what is asked of its pools, what it still holds on pods that
+//! drain, and the plans that were declared to it; so the leader decides on the demand of all, and removes no pod on
+//! which another gateway still has a request.
+//!
+//! Clocks of other machines are not trusted: a holder is gone when the Lease has not changed for its duration as measured
+//! here, as in client-go.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::{Api, Client, Config, Error};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::{Notify, OnceCell};
+
+use crate::autoscale::plans::SharedPlan;
+use crate::autoscale::policy::Windows;
+use crate::gateway::Shared;
+
+/// One call of the API server may take so long.
+pub(super) const CALL: Duration = Duration::from_secs(10);
+/// Tries of a change that somebody else's change got ahead of.
+const TRIES: usize = 4;
+/// Before the name of a gateway in the Lease's annotations.
+const PREFIX: &str = "gateway.potstill.dev/";
+/// Longest name of an annotation after its prefix.
+const NAME: usize = 63;
+
+/// What a gateway lets the others know of one pool.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct PoolReport {
+    /// Its own requests on nodes.
+    pub(crate) active: usize,
+    /// Its own requests that wait.
+    pub(crate) queued: usize,
+    /// Its own arrivals.
+    pub(crate) arrivals: Windows,
+    /// Its own completions in the last minute.
+    pub(crate) departed_60: u64,
+    /// Requests that it holds on each pod that it knows to drain.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) held: BTreeMap<String, usize>,
+    /// Pods that there should be; only the leader says so, where KEDA changes the number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) replicas: Option<usize>,
+    /// The lowest number that was said and may yet be acted on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) floor: Option<usize>,
+}
+
+/// What a gateway lets the others know.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Report {
+    /// Counts up, so that a gateway that is alive always changes something.
+    n: u64,
+    pub(crate) pools: BTreeMap<String, PoolReport>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) plans: Vec<SharedPlan>,
+}
+
+impl Report {
+    fn replicas(&self, model: &str) -> Option<usize> {
+        self.pools.get(model)?.replicas
+    }
+}
+
+/// What `gateway` has written into the Lease.
+fn report_of(lease: &Lease, gateway: &str) -> Option<Report> {
+    serde_json::from_str(lease.metadata.annotations.as_ref()?.get(&format!("{PREFIX}{gateway}"))?).ok()
+}
+
+/// What is known of the Lease, and since when.
+#[derive(Default)]
+struct Known {
+    holder: String,
+    /// Holder, time of renewal and number of transitions as they stood when last they changed, and when that was.
+    renewal: Option<(String, Instant)>,
+    others: BTreeMap<String, (Report, Instant)>,
+    own: Report,
+    /// What stands in the Lease of this gateway.
+    written: Report,
+    /// Until when this gateway leads, unless it renews before.
+    leads_until: Option<Instant>,
+}
+
+/// The gateways of this cluster.
+pub(crate) struct Cluster {
+    /// This gateway.
+    pub(crate) name: String,
+    client: OnceCell<(Client, String)>,
+    known: Mutex<Known>,
+    running: AtomicBool,
+    /// Told when the others should hear something before the next round.
+    soon: Notify,
+}
+
+impl Default for Cluster {
+    fn default() -> Self {
+        // In a cluster the name of the pod, which the downward API gives.
+        let name =
+            std::env::var("POD_NAME").unwrap_or_else(|_| potstill_shared::id::unique("potstill-gateway"));
+        Self {
+            name: name[name.len().saturating_sub(NAME)..].trim_matches(['-', '.']).to_owned(),
+            client: OnceCell::new(),
+            known: Mutex::default(),
+            running: AtomicBool::new(false),
+            soon: Notify::new(),
+        }
+    }
+}
+
+impl Cluster {
+    /// Innermost of the autoscaler's locks: [`observe`](crate::autoscale::observe::observe) asks with those of pools and plans
+    /// held, so none of them may be taken under this one.
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A client of the API server and the namespace that it is used in: from `KUBECONFIG` or `~/.kube/config`, else
+    /// those that a pod has.
+    pub(super) async fn client(&self) -> Result<(Client, String), String> {
+        let connect = async || {
+            let mut config = Config::infer().await.map_err(|error| {
+                format!("there is neither a kubeconfig nor the service account of a pod: {error}")
+            })?;
+            config.connect_timeout = Some(CALL);
+            let namespace = config.default_namespace.clone();
+            let client = Client::try_from(config).map_err(|error| error.to_string())?;
+            Ok::<_, String>((client, namespace))
+        };
+        self.client.get_or_try_init(connect).await.cloned()
+    }
+
+    /// Whether this gateway decides for all.
+    pub(crate) fn leads(&self) -> bool {
+        self.leads_now(&self.known())
+    }
+
+    fn leads_now(&self, known: &Known) -> bool {
+        known.leads_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Who decides; empty before one was found.
+    pub(crate) fn leader(&self) -> String {
+        self.known().holder.clone()
+    }
+
+    /// What the other gateways of the last rounds say of `model`.
+    pub(crate) fn others(&self, model: &str) -> Vec<PoolReport> {
+        let known = self.known();
+        known.others.values().filter_map(|(report, _)| report.pools.get(model).cloned()).collect()
+    }
+
+    /// Whether all other gateways know that `pod` drains and hold nothing on it.
+    pub(super) fn others_left(&self, model: &str, pod: &str) -> bool {
+        let known = self.known();
+        known.others.values().all(|(report, _)| {
+            // One without the pool cannot hold anything in it.
+            report.pools.get(model).is_none_or(|pool| pool.held.get(pod) == Some(&0))
+        })
+    }
+
+    /// Pods that `model` should have, by the word of the leader as far as it is known here.
+    pub(crate) fn replicas(&self, model: &str) -> Option<usize> {
+        let known = self.known();
+        if self.leads_now(&known) {
+            return known.written.replicas(model);
+        }
+        known.others.get(&known.holder).and_then(|(report, _)| report.replicas(model))
+    }
+
+    /// How many pods of `model` may work, by the word of another gateway that leads, or led until it was gone.
+    pub(super) fn floor(&self, model: &str) -> Option<usize> {
+        let known = self.known();
+        known.others.get(&known.holder).and_then(|(report, _)| report.pools.get(model)?.floor)
+    }
+
+    /// The pods that there should be as it stands in the Lease now, so that whoever asks one gateway after the other hears no number that was before
+    /// the last.
+    pub(crate) async fn replicas_now(&self, shared: &Shared, model: &str) -> Result<Option<usize>, String> {
+        let (client, namespace) = self.client().await?;
+        let leases: Api<Lease> = Api::namespaced(client, &namespace);
+        let lease = shared.live().config.autoscale.lease.clone();
+        let found = call(leases.get_opt(&lease)).await.map_err(|error| told(&error))?;
+        let holder = |lease: &Lease| lease.spec.as_ref()?.holder_identity.clone();
+        Ok(found.and_then(|found| report_of(&found, &holder(&found)?)?.replicas(model)))
+    }
+
+    /// Takes what this gateway has to say of `model`. Pods that begin or end to be held, and how many there should be, are told
+    /// soon.
+    pub(super) fn report(&self, model: &str, report: PoolReport) {
+        let before = self.known().own.pools.insert(model.to_owned(), report.clone());
+        let free = |report: &PoolReport| -> Vec<_> {
+            report.held.iter().map(|(pod, held)| (pod.clone(), *held == 0)).collect()
+        };
+        if before.is_none_or(|before| {
+            free(&before) != free(&report)
+                || (before.replicas, before.floor) != (report.replicas, report.floor)
+        }) {
+            self.soon.notify_one();
+        }
+    }
+
+    /// Forgets a pool that is gone.
+    pub(super) fn forget(&self, model: &str) {
+        self.known().own.pools.remove(model);
+    }
+
+    /// Takes part, from the first pool on, until the gateway ends; then lets go of the Lease.
+    pub(crate) fn take_part(self: &Arc<Self>, shared: &Arc<Shared>) {
+        if !self.running.swap(true, Ordering::Relaxed) {
+            shared.tasks.spawn(Arc::clone(self).run(Arc::clone(shared)));
+        }
+    }
+
+    async fn run(self: Arc<Self>, shared: Arc<Shared>) {
+        let mut last = None;
+        loop {
+            let autoscale = shared.live().config.autoscale.clone();
+            let duration = Duration::from_secs(autoscale.lease_s.max(1));
+            let ending = shared.ended();
+            let outcome = self.round(&shared, &autoscale.lease, duration, ending).await;
+            if ending {
+                return;
+            }
+            // The same trouble is told once.
+            let problem = outcome.err();
+            if problem != last
+                && let Some(problem) = &problem
+            {
+                tracing::warn!(lease = autoscale.lease, problem, "the gateways of this cluster cannot agree");
+            }
+            last = problem;
+            let pause = duration / 5;
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.soon.notified() => tokio::time::sleep(pause.min(Duration::from_millis(200))).await,
+                () = shared.until_end() => {}
+            }
+        }
+    }
+
+    /// Reads the Lease and writes this gateway's part of it; `ending` takes it out.
+    async fn round(
+        &self,
+        shared: &Shared,
+        lease: &str,
+        duration: Duration,
+        ending: bool,
+    ) -> Result<(), String> {
+        let (client, namespace) = self.client().await?;
+        let leases: Api<Lease> = Api::namespaced(client, &namespace);
+        let mut last = String::new();
+        for _ in 0..TRIES {
+            let begun = Instant::now();
+            let found = match call(leases.get_opt(lease)).await {
+                Ok(Some(found)) => found,
+                Ok(None) if ending => return Ok(()),
+                Ok(None) => {
+                    let new = json!({"metadata": {"name": lease}, "spec": {}});
+                    let new: Lease = serde_json::from_value(new).map_err(|error| error.to_string())?;
+                    match call(leases.create(&PostParams::default(), &new)).await {
+                        Ok(created) => created,
+                        // Another gateway was quicker.
+                        Err(error) if is(&error, 409) => continue,
+                        Err(error) => return Err(told(&error)),
+                    }
+                }
+                Err(error) => return Err(told(&error)),
+            };
+            let plans = shared.autoscaler.plans().export(shared.autoscaler.now());
+            let patch = self.answer(&found, plans, duration, ending);
+            match call(leases.patch(lease, &PatchParams::default(), &Patch::Merge(&patch))).await {
+                Ok(written) => {
+                    self.follow(shared, &written, begun, duration);
+                    return Ok(());
+                }
+                Err(error) if is(&error, 409) => last = told(&error),
+                Err(error) => return Err(told(&error)),
+            }
+        }
+        Err(format!("others kept changing the Lease: {last}"))
+    }
+
+    /// What this gateway writes into the Lease as it was `found`.
+    fn answer(&self, found: &Lease, plans: Vec<SharedPlan>, duration: Duration, ending: bool) -> Value {
+        let spec = found.spec.clone().unwrap_or_default();
+        let mut known = self.known();
+        let holder = spec.holder_identity.unwrap_or_default();
+        let stamp = format!("{holder} {:?} {:?}", spec.renew_time, spec.lease_transitions);
+        if known.renewal.as_ref().is_none_or(|(seen, _)| *seen != stamp) {
+            known.renewal = Some((stamp, Instant::now()));
+        }
+        let unchanged = known.renewal.as_ref().map_or(Duration::ZERO, |(_, since)| since.elapsed());
+        let theirs = Duration::from_secs(spec.lease_duration_seconds.unwrap_or(0).max(1) as u64);
+        let leads = holder == self.name;
+        let takes = !ending && (holder.is_empty() || (!leads && unchanged > theirs));
+        // The others' words, and for how long they have stood.
+        let notes = found.metadata.annotations.clone().unwrap_or_default();
+        let mut others = BTreeMap::new();
+        for (key, text) in &notes {
+            let Some(name) = key.strip_prefix(PREFIX).filter(|name| *name != self.name) else { continue };
+            let report: Report = serde_json::from_str(text).unwrap_or_default();
+            let since = match known.others.get(name) {
+                Some((before, since)) if *before == report => *since,
+                _ => Instant::now(),
+            };
+            others.insert(name.to_owned(), (report, since));
+        }
+        let stale = |since: &Instant| since.elapsed() > duration * 2;
+        let gone: Vec<String> =
+            others.iter().filter(|(_, (_, since))| stale(since)).map(|(name, _)| name.clone()).collect();
+        others.retain(|_, (_, since)| !stale(since));
+        known.others = others;
+        known.own.n += 1;
+        known.own.plans = plans;
+        let mut annotations = serde_json::Map::new();
+        let own = if ending { Value::Null } else { json!(json!(known.own).to_string()) };
+        annotations.insert(format!("{PREFIX}{}", self.name), own);
+        if leads || takes {
+            annotations.extend(gone.iter().map(|name| (format!("{PREFIX}{name}"), Value::Null)));
+        }
+        let now = MicroTime(Timestamp::now());
+        let spec = match (ending, leads, takes) {
+            (true, true, _) => json!({"holderIdentity": ""}),
+            (false, true, _) => json!({"renewTime": now, "leaseDurationSeconds": duration.as_secs()}),
+            (_, _, true) => json!({
+                "holderIdentity": self.name, "acquireTime": now, "renewTime": now,
+                "leaseDurationSeconds": duration.as_secs(),
+                "leaseTransitions": spec.lease_transitions.unwrap_or(0) + 1,
+            }),
+            _ => json!({}),
+        };
+        json!({
+            "metadata": {"resourceVersion": found.metadata.resource_version, "annotations": annotations},
+            "spec": spec,
+        })
+    }
+
+    /// Takes over what was written.
+    fn follow(&self, shared: &Shared, written: &Lease, begun: Instant, duration: Duration) {
+        let holder = written.spec.as_ref().and_then(|spec| spec.holder_identity.clone()).unwrap_or_default();
+        let (plans, changed) = {
+            let mut known = self.known();
+            known.written = report_of(written, &self.name).unwrap_or_default();
+            // Sooner over than the Lease, so that no two lead at once.
+            known.leads_until = (holder == self.name).then(|| begun + duration * 2 / 3);
+            let plans: Vec<_> = known
+                .others
+                .iter()
+                .map(|(name, (report, since))| {
+                    (name.clone(), report.plans.clone(), since.elapsed().as_secs_f64())
+                })
+                .collect();
+            (plans, std::mem::replace(&mut known.holder, holder.clone()) != holder)
+        };
+        if changed {
+            tracing::info!(leader = holder, gateway = self.name, "the leader of the gateways changed");
+        }
+        shared.metrics.leader.set(i64::from(holder == self.name));
+        let now = shared.autoscaler.now();
+        shared.autoscaler.plans().import(now, &plans, |model, stage| shared.finished(model, stage));
+        if changed {
+            shared.autoscaler.wake();
+        }
+    }
+}
+
+/// A call with a bound on its time.
+pub(super) async fn call<T>(call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    tokio::time::timeout(CALL, call).await.unwrap_or_else(|_| {
+        Err(Error::Service(format!("the API server did not answer within {} s", CALL.as_secs()).into()))
+    })
+}
+
+/// Whether the API server answered with this status.
+pub(super) fn is(error: &Error, code: u16) -> bool {
+    matches!(error, Error::Api(status) if status.code == code)
+}
+
+/// An error as one line for the log, with what can be done about it.
+pub(super) fn told(error: &Error) -> String {
+    match error {
+        Error::Api(status) if status.code == 403 => {
+            format!("{}; k8s/base/rbac.yaml has the rights that the gateway needs", status.message)
+        }
+        Error::Api(status) => format!("{} ({})", status.message, status.code),
+        other => other.to_string(),
+    }
+}

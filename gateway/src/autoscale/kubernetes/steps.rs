@@ -1,0 +1,397 @@
+//! What to do with a workload's pods so that its number becomes what is wanted: [`steps`], pure.
+//!
+//! Kubernetes chooses the victims of a smaller `replicas` by its own rules: a Deployment loses pods that are not ready
+//! first, then those with the lowest deletion cost; a StatefulSet and a LeaderWorkerSet lose the highest index. So
+//! a smaller number is said only when those rules hit pods that hold nothing, and no more pods work than the lowest number that
+//! was said and may yet be acted on.
+
+/// Which pods go when `replicas` is lowered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Those that are not ready, then those that are marked (Deployment).
+    Marked,
+    /// The one with the highest index (StatefulSet, LeaderWorkerSet).
+    HighestIndex,
+}
+
+/// A pod that is not on its way out.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct PodView {
+    /// Its index; pods of a Deployment have none that counts.
+    pub(super) index: usize,
+    /// Kubernetes has it as ready and it has taken requests.
+    pub(super) ready: bool,
+    /// It gets no more requests.
+    pub(super) draining: bool,
+    /// It drains and holds nothing, on no gateway, or its time is over.
+    pub(super) empty: bool,
+    /// It carries the lowest deletion cost.
+    pub(super) victim: bool,
+    /// Tokens that it still has to read and write.
+    pub(super) tokens: u64,
+}
+
+impl PodView {
+    /// It is among the first to go, and nothing would be lost.
+    fn given_up(&self) -> bool {
+        self.draining && self.empty && self.victim
+    }
+}
+
+/// What to do; positions are those of the pods given.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Steps {
+    /// Back to work.
+    pub(super) revive: Vec<usize>,
+    /// No more requests.
+    pub(super) drain: Vec<usize>,
+    /// To be marked before the number is said.
+    pub(super) victims: Vec<usize>,
+    /// The number to say.
+    pub(super) replicas: usize,
+}
+
+/// What is known of a workload besides its pods.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Terms {
+    /// Which pods go first.
+    pub(super) order: Order,
+    /// False while pods of two templates live side by side, when a Deployment chooses victims in ways that cannot be foretold.
+    pub(super) settled: bool,
+    /// The number that was said last.
+    pub(super) said: usize,
+    /// The lowest that was said and may yet be acted on; no more than `said`.
+    pub(super) floor: usize,
+}
+
+/// One step towards `wanted` pods that work or start.
+pub(super) fn steps(terms: Terms, pods: &[PodView], wanted: usize) -> Steps {
+    match terms.order {
+        Order::Marked => marked(terms, pods, wanted),
+        Order::HighestIndex => highest_index(terms, pods, wanted),
+    }
+}
+
+/// Pods that work or hold something are never more than `floor`: the others are spare and marked, and hold out for any number
+/// that comes about.
+fn marked(terms: Terms, pods: &[PodView], wanted: usize) -> Steps {
+    let mut steps = Steps::default();
+    let mut staying = positions(pods, |pod| !pod.draining);
+    staying.sort_by_key(|at| (pods[*at].ready, pods[*at].tokens));
+    let mut draining = positions(pods, |pod| pod.draining);
+    draining.sort_by_key(|at| (pods[*at].given_up(), !pods[*at].ready, pods[*at].empty));
+    let held = draining.iter().filter(|at| !pods[**at].empty).count();
+    // A rollout brings new pods before it takes the old ones.
+    let surge = if terms.settled { 0 } else { pods.len().saturating_sub(terms.said) };
+    let most = wanted.min(terms.floor.saturating_sub(held)) + surge;
+    steps.drain.extend(staying.drain(..staying.len().saturating_sub(most)));
+    // Who is given up comes back only where a place is left.
+    let others = pods.iter().filter(|pod| !pod.given_up()).count();
+    let mut places = terms.floor.saturating_sub(others);
+    draining.retain(|at| {
+        if !pods[*at].given_up() {
+            return !pods[*at].empty || others <= terms.floor;
+        }
+        let free = places > 0;
+        places = places.saturating_sub(1);
+        free
+    });
+    let missing = wanted.min(terms.floor).saturating_sub(staying.len());
+    steps.revive.extend(draining.drain(..missing.min(draining.len())));
+    // A pod that starts would be taken before one that has drained: the warm one takes its place.
+    let warm = draining.into_iter().filter(|at| pods[*at].ready);
+    for (warm, cold) in warm.zip(staying.iter().filter(|at| !pods[**at].ready)) {
+        steps.revive.push(warm);
+        steps.drain.push(*cold);
+    }
+    steps.victims = positions(pods, |pod| pod.draining && pod.empty);
+    steps.victims.retain(|at| !steps.revive.contains(at));
+    let foreseen = terms.settled
+        && steps.revive.is_empty()
+        && staying.iter().chain(&steps.drain).all(|at| pods[*at].ready);
+    let kept = if foreseen { pods.len() - steps.victims.len() } else { pods.len() };
+    steps.replicas = terms.said.min(kept).max(wanted);
+    steps
+}
+
+/// The lowest indices work and those above drain; the number falls from the top over pods that hold nothing and over those that
+/// do not exist, which would drain from their start.
+fn highest_index(terms: Terms, pods: &[PodView], wanted: usize) -> Steps {
+    let most = wanted.min(terms.floor);
+    let held = pods.iter().filter(|pod| !(pod.draining && pod.empty)).map(|pod| pod.index + 1).max();
+    Steps {
+        revive: positions(pods, |pod| pod.index < most && pod.draining),
+        drain: positions(pods, |pod| pod.index >= most && !pod.draining),
+        victims: Vec::new(),
+        replicas: terms.said.min(held.unwrap_or(0)).max(wanted),
+    }
+}
+
+fn positions(pods: &[PodView], wanted: impl Fn(&PodView) -> bool) -> Vec<usize> {
+    (0..pods.len()).filter(|at| wanted(&pods[*at])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use proptest::prelude::*;
+
+    use super::super::said::Said;
+    use super::*;
+
+    const ACTS: Duration = Duration::from_secs(60);
+    const LAG: Duration = Duration::from_secs(5);
+
+    /// A pod as Kubernetes has it, and what the gateway knows of it.
+    #[derive(Debug, Clone)]
+    struct Pod {
+        view: PodView,
+        /// Ready, by Kubernetes.
+        up: bool,
+        held: u64,
+    }
+
+    /// A workload, the gateway that leads, and whoever acts on what it says.
+    #[derive(Debug, Clone)]
+    struct World {
+        order: Order,
+        now: Instant,
+        replicas: usize,
+        pods: Vec<Pod>,
+        said: Said,
+        /// All that was said, and how much of it KEDA has taken; none where the gateway sets the number itself.
+        keda: Option<(Vec<usize>, usize)>,
+    }
+
+    impl World {
+        fn acts(&self) -> Duration {
+            if self.keda.is_some() { ACTS } else { LAG }
+        }
+
+        /// Whether a pod that is up may begin to work: the leader has seen it, or there is room for all.
+        fn admits(&self) -> bool {
+            let others = self.pods.iter().filter(|pod| !(pod.view.draining && pod.view.victim)).count();
+            match self.order {
+                Order::Marked => others <= self.said.floor(self.now).unwrap_or(0),
+                Order::HighestIndex => self
+                    .pods
+                    .iter()
+                    .all(|pod| pod.view.draining || pod.view.index < self.said.floor(self.now).unwrap_or(0)),
+            }
+        }
+
+        fn look(&mut self) {
+            self.now += Duration::from_millis(1);
+            self.said.see(self.replicas, self.pods.len(), self.now, LAG);
+        }
+
+        fn decide(&mut self, wanted: usize) -> Steps {
+            if self.keda.is_none() {
+                self.look();
+            }
+            let admits = self.admits();
+            for pod in &mut self.pods {
+                pod.view.ready |= pod.up && (admits || pod.view.draining);
+                pod.view.tokens = pod.held;
+                pod.view.empty = pod.view.draining && pod.held == 0;
+            }
+            let views: Vec<_> = self.pods.iter().map(|pod| pod.view.clone()).collect();
+            let said = self.said.last().unwrap();
+            let floor = self.said.floor(self.now).unwrap();
+            let steps = steps(Terms { order: self.order, settled: true, said, floor }, &views, wanted);
+            for &at in &steps.drain {
+                self.pods[at].view.draining = true;
+            }
+            for &at in &steps.revive {
+                let view = &mut self.pods[at].view;
+                (view.draining, view.empty, view.victim) = (false, false, false);
+            }
+            for &at in &steps.victims {
+                self.pods[at].view.victim = true;
+            }
+            self.said.say(steps.replicas, self.now, self.acts());
+            match &mut self.keda {
+                Some((all, _)) if all.last() != Some(&steps.replicas) => all.push(steps.replicas),
+                Some(_) => {}
+                None => self.replicas = steps.replicas,
+            }
+            steps
+        }
+
+        /// KEDA takes a number that it was told, never one from before the last that it took.
+        fn hand(&mut self, further: usize) {
+            let Some((all, taken)) = &mut self.keda else { return };
+            *taken = (*taken + further).min(all.len() - 1);
+            self.replicas = all[*taken];
+        }
+
+        /// What the controller does about one pod. Answers what a removed pod still held.
+        fn control(&mut self) -> u64 {
+            if self.pods.len() > self.replicas {
+                let pods = self.pods.iter().enumerate();
+                let out = match self.order {
+                    // Among equals the one that is ready for the shortest time.
+                    Order::Marked => {
+                        pods.min_by_key(|(at, pod)| (pod.up, !pod.view.victim, std::cmp::Reverse(*at)))
+                    }
+                    Order::HighestIndex => pods.max_by_key(|(_, pod)| pod.view.index),
+                };
+                let out = out.unwrap().0;
+                return self.pods.remove(out).held;
+            }
+            if self.pods.len() < self.replicas {
+                let index = (0..).find(|index| self.pods.iter().all(|pod| pod.view.index != *index)).unwrap();
+                self.pods.push(Pod { view: pod(index, false, false, 0), up: false, held: 0 });
+            }
+            0
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Event {
+        Want(usize),
+        Control,
+        Up(usize),
+        Work(usize, u64),
+        Done(usize),
+        Decide,
+        Look,
+        Hand(usize),
+        Later,
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let event = prop_oneof![
+            (0usize..6).prop_map(Event::Want),
+            Just(Event::Control),
+            (0usize..8).prop_map(Event::Up),
+            (0usize..8, 1u64..9).prop_map(|(at, held)| Event::Work(at, held)),
+            (0usize..8).prop_map(Event::Done),
+            Just(Event::Decide),
+            Just(Event::Look),
+            (0usize..4).prop_map(Event::Hand),
+            Just(Event::Later),
+        ];
+        prop::collection::vec(event, 1..120)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4096))]
+
+        /// Whatever the controller, KEDA, the nodes and the demand do: no pod is taken that holds anything, no warm pod that is
+        /// wanted drains, no more are paid than were wanted at any time, and when all is quiet there are as many as are wanted.
+        #[test]
+        fn nothing_that_is_held_is_lost_and_the_number_is_reached(
+            order in prop_oneof![Just(Order::Marked), Just(Order::HighestIndex)],
+            keda: bool, events in events(),
+        ) {
+            let now = Instant::now();
+            let mut world = World {
+                order, now, replicas: 0, pods: Vec::new(), said: Said::begin(0, 0, now, ACTS),
+                keda: keda.then(|| (vec![0], 0)),
+            };
+            let (mut wanted, mut most) = (0, 0);
+            for event in events {
+                let pods = world.pods.len().max(1);
+                match event {
+                    Event::Want(number) => { wanted = number; most = most.max(wanted); }
+                    Event::Control => prop_assert_eq!(world.control(), 0),
+                    Event::Up(at) if !world.pods.is_empty() => world.pods[at % pods].up = true,
+                    // Any gateway gives requests to pods that are up, do not drain and were let in.
+                    Event::Work(at, held) if !world.pods.is_empty() => {
+                        let admits = world.admits();
+                        let pod = &mut world.pods[at % pods];
+                        if pod.up && !pod.view.draining && (pod.view.ready || admits) {
+                            pod.view.ready = true;
+                            pod.held += held;
+                        }
+                    }
+                    Event::Done(at) if !world.pods.is_empty() => world.pods[at % pods].held = 0,
+                    Event::Decide => {
+                        let warm = |world: &World| {
+                            world.pods.iter().filter(|pod| pod.view.ready && !pod.view.draining).count()
+                        };
+                        let before = warm(&world);
+                        let steps = world.decide(wanted);
+                        if order == Order::Marked && warm(&world) < before.min(wanted) {
+                            prop_assert!(false, "{before} warm, {wanted} wanted, {steps:?} {world:?}");
+                        }
+                    }
+                    Event::Look => world.look(),
+                    Event::Hand(further) => world.hand(further),
+                    // KEDA has had its time, and the controller too.
+                    Event::Later => {
+                        world.hand(usize::MAX / 2);
+                        while world.pods.len() != world.replicas {
+                            prop_assert_eq!(world.control(), 0);
+                        }
+                        world.now += ACTS;
+                    }
+                    _ => {}
+                }
+                prop_assert!(world.replicas <= most, "{} of {most}", world.replicas);
+            }
+            for _ in 0..40 {
+                world.pods.iter_mut().for_each(|pod| (pod.held, pod.up) = (0, true));
+                world.decide(wanted);
+                world.hand(usize::MAX / 2);
+                prop_assert_eq!(world.control(), 0);
+                world.look();
+                world.now += LAG;
+            }
+            prop_assert_eq!((world.replicas, world.pods.len()), (wanted, wanted));
+            prop_assert!(world.pods.iter().all(|pod| !pod.view.draining));
+        }
+    }
+
+    fn terms(order: Order, replicas: usize) -> Terms {
+        Terms { order, settled: true, said: replicas, floor: replicas }
+    }
+
+    fn pod(index: usize, ready: bool, draining: bool, tokens: u64) -> PodView {
+        PodView { index, ready, draining, empty: draining && tokens == 0, victim: false, tokens }
+    }
+
+    #[test]
+    fn a_warm_pod_takes_the_place_of_one_that_starts() {
+        let pods = [pod(0, true, true, 0), pod(1, true, false, 5), pod(2, false, false, 0)];
+        let steps = steps(terms(Order::Marked, 3), &pods, 2);
+        assert_eq!((steps.revive, steps.drain, steps.replicas), (vec![0], vec![2], 3));
+    }
+
+    #[test]
+    fn nothing_is_removed_in_the_middle_of_a_rollout() {
+        let pods = [pod(0, true, true, 0), pod(1, true, false, 5)];
+        assert_eq!(steps(Terms { settled: false, ..terms(Order::Marked, 2) }, &pods, 1).replicas, 2);
+        assert_eq!(steps(terms(Order::Marked, 2), &pods, 1).replicas, 1);
+    }
+
+    #[test]
+    fn a_raise_that_is_taken_back_costs_no_warm_pod() {
+        // Two more were asked for and have not come; if they still do, they drain from their start.
+        let pods = [pod(0, true, false, 5), pod(1, true, false, 5)];
+        let found = steps(terms(Order::Marked, 4), &pods, 2);
+        assert_eq!((found.drain, found.replicas), (vec![], 2));
+        let late = [&pods[..], &[pod(2, false, false, 0)]].concat();
+        let found = steps(terms(Order::Marked, 2), &late, 2);
+        assert_eq!((found.drain, found.replicas), (vec![2], 2));
+        // While a number below may be acted on, nothing above it works.
+        let found = steps(Terms { floor: 2, ..terms(Order::HighestIndex, 4) }, &late, 4);
+        assert_eq!((found.drain, found.replicas), (vec![2], 4));
+    }
+
+    #[test]
+    fn the_highest_index_drains_first_even_when_it_is_the_busiest() {
+        let pods = [pod(0, true, false, 0), pod(1, true, false, 90)];
+        let found = steps(terms(Order::HighestIndex, 2), &pods, 1);
+        assert_eq!((found.drain, found.replicas), (vec![1], 2));
+        // An empty one below a busy one that drains has to wait for it.
+        let pods = [pod(0, true, true, 0), pod(1, true, true, 90)];
+        assert_eq!(steps(terms(Order::HighestIndex, 2), &pods, 0).replicas, 2);
+        // The one in the middle was evicted and comes again: lowering would hit the last, which works.
+        let pods = [pod(0, true, false, 3), pod(2, true, false, 9)];
+        let found = steps(terms(Order::HighestIndex, 3), &pods, 2);
+        assert_eq!((found.drain, found.replicas), (vec![1], 3));
+    }
+}

@@ -1,0 +1,268 @@
+//! A cluster for tests: an API server over TLS that keeps to the rights of our own manifests, controllers, and pods that are
+//! mock nodes on addresses of their own.
+
+mod api;
+mod control;
+pub mod rights;
+pub mod store;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::pki_types::PrivateKeyDer;
+use tokio_rustls::server::TlsStream;
+use tower::ServiceExt;
+
+use self::rights::{Attempt, Rights};
+use self::store::{Key, Store};
+use crate::mock::Behaviour;
+
+/// What goes wrong with a request.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Fault {
+    /// It gets no answer.
+    Hang,
+    /// It gets this status.
+    Status(u16),
+}
+
+/// How the cluster is today.
+struct Faults {
+    /// Verb, resource, how many times, what.
+    planned: Vec<(&'static str, &'static str, usize, Fault)>,
+    watch_epoch: u64,
+    behaviour: Behaviour,
+    cold: Duration,
+    grace: Duration,
+    quota: Option<usize>,
+    /// Pods whose health was changed by hand.
+    health: HashMap<String, bool>,
+}
+
+/// What happened to pods.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Counts {
+    /// Pods started.
+    pub started: usize,
+    /// Most pods at once.
+    pub most: usize,
+    /// Answers that were cut when their pod was killed.
+    pub cut: usize,
+}
+
+struct Inner {
+    store: Mutex<Store>,
+    users: Mutex<HashMap<String, Rights>>,
+    audit: Mutex<Vec<(String, Attempt, u16)>>,
+    faults: Mutex<Faults>,
+    counts: Mutex<Counts>,
+    port: u16,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The labels that a workload selects its pods by.
+fn pod_labels(resource: &str, workload: &Value) -> Vec<(String, String)> {
+    if resource == "leaderworkerset.x-k8s.io/leaderworkersets" {
+        let name = workload["metadata"]["name"].as_str().unwrap().to_owned();
+        return vec![
+            ("leaderworkerset.sigs.k8s.io/name".to_owned(), name),
+            ("leaderworkerset.sigs.k8s.io/worker-index".to_owned(), "0".to_owned()),
+        ];
+    }
+    let labels = workload["spec"]["selector"]["matchLabels"].as_object().unwrap();
+    labels.iter().map(|(name, value)| (name.clone(), value.as_str().unwrap().to_owned())).collect()
+}
+
+/// A running cluster.
+#[derive(Clone)]
+pub struct Kubernetes {
+    inner: Arc<Inner>,
+    address: SocketAddr,
+    folder: PathBuf,
+}
+
+impl Kubernetes {
+    /// Starts one, with its files in `folder`. Its pods behave so and take `cold` to start.
+    pub async fn start(folder: &Path, behaviour: Behaviour, cold: Duration) -> Self {
+        let inner = Arc::new(Inner {
+            store: Mutex::default(),
+            users: Mutex::new(HashMap::from([("admin".to_owned(), Rights::all())])),
+            audit: Mutex::default(),
+            faults: Mutex::new(Faults {
+                planned: Vec::new(),
+                watch_epoch: 0,
+                behaviour,
+                cold,
+                grace: Duration::ZERO,
+                quota: None,
+                health: HashMap::new(),
+            }),
+            counts: Mutex::default(),
+            port: crate::programs::free_port(),
+        });
+        let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
+        std::fs::write(folder.join("ca.pem"), made.cert.pem()).unwrap();
+        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+        let config = ServerConfig::builder()
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key)
+            .unwrap();
+        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = tcp.local_addr().unwrap();
+        let listener = Tls { tcp, acceptor: TlsAcceptor::from(Arc::new(config)) };
+        let router = api::router(&inner);
+        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        tokio::spawn(control::run(Arc::downgrade(&inner)));
+        Self { inner, address, folder: folder.to_owned() }
+    }
+
+    /// Lets a user in; answers the kubeconfig.
+    pub fn user(&self, name: &str, rights: Rights) -> PathBuf {
+        lock(&self.inner.users).insert(name.to_owned(), rights);
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {
+                "server": format!("https://{}", self.address), "certificate-authority": self.folder.join("ca.pem")}}],
+            "users": [{"name": name, "user": {"token": name}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": name, "namespace": "test"}}],
+        });
+        let path = self.folder.join(format!("{name}.kubeconfig"));
+        std::fs::write(&path, config.to_string()).unwrap();
+        path
+    }
+
+    /// Port of all pods.
+    pub fn port(&self) -> u16 {
+        self.inner.port
+    }
+
+    /// Puts an object into the cluster.
+    pub fn put(&self, resource: &str, name: &str, object: Value) {
+        lock(&self.inner.store).put(&Key::new(resource, name), object);
+    }
+
+    /// A workload of that kind without pods.
+    pub fn workload(&self, resource: &str, name: &str) {
+        let labels = json!({"app.kubernetes.io/name": name});
+        let object = json!({"spec": {"replicas": 0, "selector": {"matchLabels": labels}}});
+        self.put(resource, name, object);
+    }
+
+    /// An object as it is.
+    pub fn get(&self, resource: &str, name: &str) -> Value {
+        lock(&self.inner.store).get(&Key::new(resource, name)).cloned().unwrap_or_default()
+    }
+
+    /// Changes an object, as somebody else would.
+    pub fn change(&self, resource: &str, name: &str, patch: &Value) {
+        lock(&self.inner.store).change(&Key::new(resource, name), patch).unwrap();
+    }
+
+    /// `replicas` of a workload.
+    pub fn replicas(&self, resource: &str, name: &str) -> usize {
+        self.get(resource, name)["spec"]["replicas"].as_u64().unwrap() as usize
+    }
+
+    /// Names of the pods, those on their way out included.
+    pub fn pods(&self) -> Vec<String> {
+        lock(&self.inner.store).list("pods", "").into_iter().map(|(key, _)| key.name).collect()
+    }
+
+    /// Asks for the eviction of a pod; answers the status.
+    pub async fn evict(&self, pod: &str) -> u16 {
+        let body = json!({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}});
+        let request = http::Request::post(format!("/api/v1/namespaces/test/pods/{pod}/eviction"))
+            .header("authorization", "Bearer admin")
+            .body(axum::body::Body::from(body.to_string()))
+            .unwrap();
+        api::router(&self.inner).oneshot(request).await.unwrap().status().as_u16()
+    }
+
+    /// What happened to pods.
+    pub fn counts(&self) -> Counts {
+        *lock(&self.inner.counts)
+    }
+
+    /// What was asked: user, attempt, status.
+    pub fn audit(&self) -> Vec<(String, Attempt, u16)> {
+        lock(&self.inner.audit).clone()
+    }
+
+    /// The next `times` requests of that kind go wrong.
+    pub fn fault(&self, verb: &'static str, resource: &'static str, times: usize, fault: Fault) {
+        lock(&self.inner.faults).planned.push((verb, resource, times, fault));
+    }
+
+    /// Whether planned faults are still to come.
+    pub fn faults_left(&self) -> usize {
+        lock(&self.inner.faults).planned.iter().map(|(_, _, left, _)| left).sum()
+    }
+
+    /// Ends all watches.
+    pub fn break_watches(&self) {
+        lock(&self.inner.faults).watch_epoch += 1;
+    }
+
+    /// Forgets what has happened, so that a watch from before gets 410.
+    pub fn forget(&self) {
+        lock(&self.inner.store).forget();
+    }
+
+    /// How long new pods take to start.
+    pub fn set_cold(&self, cold: Duration) {
+        lock(&self.inner.faults).cold = cold;
+    }
+
+    /// Most pods that there is room for.
+    pub fn set_quota(&self, pods: Option<usize>) {
+        lock(&self.inner.faults).quota = pods;
+    }
+
+    /// Makes a pod fail its checks, or pass them again.
+    pub fn set_healthy(&self, pod: &str, healthy: bool) {
+        lock(&self.inner.faults).health.insert(pod.to_owned(), healthy);
+    }
+
+    /// How long a pod on its way out may still write; at first not at all, so that only a drain can save an answer.
+    pub fn set_grace(&self, grace: Duration) {
+        lock(&self.inner.faults).grace = grace;
+    }
+
+    /// How new pods behave.
+    pub fn behave(&self, behaviour: Behaviour) {
+        lock(&self.inner.faults).behaviour = behaviour;
+    }
+}
+
+struct Tls {
+    tcp: TcpListener,
+    acceptor: TlsAcceptor,
+}
+
+impl axum::serve::Listener for Tls {
+    type Io = TlsStream<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            let Ok((stream, peer)) = self.tcp.accept().await else { continue };
+            if let Ok(stream) = self.acceptor.accept(stream).await {
+                return (stream, peer);
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<Self::Addr> {
+        self.tcp.local_addr()
+    }
+}

@@ -1,0 +1,274 @@
+//! Families whose decoder comes from candle-transformers. They are served: each sequence has a copy of the decoder, which shares
+//! the weights and brings its own cache, and is computed alone. There are no shared prompts, no embeddings, no scores of a
+//! prompt's tokens and no training.
+//!
+//! candle-transformers forgets a sliding window while it decodes, so contexts end where the window does; stretched rotary
+//! frequencies are refused. What is left agrees with transformers (`tests/against_transformers.rs`).
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::{
+    gemma, gemma2, glm4_new, mistral, mixtral, olmo2, phi3, qwen2_moe, qwen3_moe, starcoder2,
+};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::error::EngineError;
+use crate::weights::Weights;
+
+/// A family of candle-transformers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Foreign {
+    /// Gemma.
+    Gemma,
+    /// Gemma 2.
+    Gemma2,
+    /// GLM-4 (2025).
+    Glm4,
+    /// Mistral.
+    Mistral,
+    /// Mixtral: Mistral with experts.
+    Mixtral,
+    /// OLMo 2.
+    Olmo2,
+    /// Phi-3 and Phi-4.
+    Phi3,
+    /// Qwen2 with experts.
+    Qwen2Moe,
+    /// Qwen3 with experts.
+    Qwen3Moe,
+    /// StarCoder2.
+    Starcoder2,
+}
+
+impl Foreign {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Gemma,
+        Self::Gemma2,
+        Self::Glm4,
+        Self::Mistral,
+        Self::Mixtral,
+        Self::Olmo2,
+        Self::Phi3,
+        Self::Qwen2Moe,
+        Self::Qwen3Moe,
+        Self::Starcoder2,
+    ];
+
+    /// `model_type` in `config.json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gemma => "gemma",
+            Self::Gemma2 => "gemma2",
+            Self::Glm4 => "glm4",
+            Self::Mistral => "mistral",
+            Self::Mixtral => "mixtral",
+            Self::Olmo2 => "olmo2",
+            Self::Phi3 => "phi3",
+            Self::Qwen2Moe => "qwen2_moe",
+            Self::Qwen3Moe => "qwen3_moe",
+            Self::Starcoder2 => "starcoder2",
+        }
+    }
+}
+
+/// `config.json` of a model of such a family.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ForeignConfig {
+    family: Foreign,
+    /// As candle-transformers reads it.
+    value: Value,
+}
+
+/// Tokens that the last one sees, where that is not all.
+pub(crate) fn window(config: &Value) -> Option<usize> {
+    let off = config.get("use_sliding_window") == Some(&json!(false));
+    let window = config.get("sliding_window").and_then(Value::as_u64).filter(|_| !off)?;
+    usize::try_from(window).ok()
+}
+
+impl ForeignConfig {
+    /// Brings what newer versions of transformers write into the form that candle-transformers reads.
+    pub(crate) fn new(family: Foreign, mut value: Value, path: &Path) -> Result<Self, EngineError> {
+        let refused = |problem: &str| Err(EngineError::malformed(path, problem));
+        let rope = value.get("rope_parameters").cloned().unwrap_or_default();
+        let theta = rope.get("rope_theta").cloned();
+        let partial = rope.get("partial_rotary_factor").cloned();
+        let no_window = window(&value).is_none();
+        let stretched = |rope: &Value| {
+            let kind = rope.get("rope_type").or_else(|| rope.get("type")).and_then(Value::as_str);
+            kind.is_some_and(|kind| kind != "default")
+        };
+        let experts = value.get("num_local_experts").cloned();
+        let scaling = value.get("rope_scaling").cloned().unwrap_or_default();
+        if stretched(&scaling) || stretched(&rope) {
+            return refused("stretched rotary frequencies are not supported for this family");
+        }
+        let Some(fields) = value.as_object_mut() else { return refused("it is no object") };
+        // What a file leaves out.
+        let mut known = |name: &str, given: Option<Value>| {
+            if let Some(given) = given
+                && fields.get(name).is_none_or(Value::is_null)
+            {
+                fields.insert(name.to_owned(), given);
+            }
+        };
+        known("rope_theta", theta);
+        known("partial_rotary_factor", partial);
+        known("num_experts", experts);
+        known("tie_word_embeddings", Some(json!(false)));
+        known("max_window_layers", Some(json!(0)));
+        known("hidden_activation", Some(json!("gelu_pytorch_tanh")));
+        fields.insert("use_flash_attn".to_owned(), json!(false));
+        if matches!(family, Foreign::Gemma | Foreign::Gemma2) {
+            // Older files also name another, which nobody uses.
+            fields.remove("hidden_act");
+        }
+        // The loader looks after these.
+        for name in ["eos_token_id", "bos_token_id", "rope_scaling"] {
+            fields.remove(name);
+        }
+        if no_window && matches!(family, Foreign::Mixtral | Foreign::Qwen2Moe) {
+            // These two want a number.
+            let all = fields.get("max_position_embeddings").cloned().unwrap_or_default();
+            fields.insert("sliding_window".to_owned(), all);
+        }
+        Ok(Self { family, value })
+    }
+
+    /// The type to compute in where others take `dtype`: most of these decoders count positions in the type of their weights, and
+    /// 16 bits tell none beyond 256 apart.
+    pub(crate) fn dtype(&self, dtype: DType) -> DType {
+        match self.family {
+            Foreign::Mistral | Foreign::Qwen3Moe => dtype,
+            _ => DType::F32,
+        }
+    }
+
+    fn refused(&self, problem: &str) -> EngineError {
+        EngineError::Foreign { family: self.family.name(), problem: problem.to_owned() }
+    }
+
+    fn number(&self, name: &str) -> Option<f64> {
+        self.value.get(name)?.as_f64()
+    }
+
+    fn parse<T: DeserializeOwned>(&self) -> candle_core::Result<T> {
+        serde_json::from_value(self.value.clone()).map_err(candle_core::Error::wrap)
+    }
+}
+
+/// A decoder of candle-transformers with the cache of one sequence.
+trait Decoder: Send {
+    /// Logits behind the last of `tokens`, which follow `past` others.
+    fn forward(&mut self, tokens: &Tensor, past: usize) -> candle_core::Result<Tensor>;
+
+    fn copy(&self) -> Box<dyn Decoder>;
+}
+
+macro_rules! decoders {
+    ($($decoder:ty),* $(,)?) => {$(
+        impl Decoder for $decoder {
+            fn forward(&mut self, tokens: &Tensor, past: usize) -> candle_core::Result<Tensor> {
+                self.forward(tokens, past)
+            }
+
+            fn copy(&self) -> Box<dyn Decoder> {
+                Box::new(self.clone())
+            }
+        }
+    )*};
+}
+
+decoders!(
+    gemma::Model,
+    gemma2::Model,
+    glm4_new::ModelForCausalLM,
+    mistral::Model,
+    mixtral::Model,
+    olmo2::Model,
+    phi3::Model,
+    qwen2_moe::Model,
+    qwen3_moe::ModelForCausalLM,
+    starcoder2::Model,
+);
+
+fn decoder(config: &ForeignConfig, weights: VarBuilder<'_>) -> candle_core::Result<Box<dyn Decoder>> {
+    Ok(match config.family {
+        Foreign::Gemma => Box::new(gemma::Model::new(false, &config.parse()?, weights)?),
+        Foreign::Gemma2 => Box::new(gemma2::Model::new(false, &config.parse()?, weights)?),
+        Foreign::Glm4 => Box::new(glm4_new::ModelForCausalLM::new(&config.parse()?, weights)?),
+        Foreign::Mistral => Box::new(mistral::Model::new(&config.parse()?, weights)?),
+        Foreign::Mixtral => Box::new(mixtral::Model::new(&config.parse()?, weights)?),
+        Foreign::Olmo2 => Box::new(olmo2::Model::new(&config.parse()?, weights)?),
+        Foreign::Phi3 => Box::new(phi3::Model::new(&config.parse()?, weights)?),
+        Foreign::Qwen2Moe => Box::new(qwen2_moe::Model::new(&config.parse()?, weights)?),
+        Foreign::Qwen3Moe => Box::new(qwen3_moe::ModelForCausalLM::new(&config.parse()?, weights)?),
+        Foreign::Starcoder2 => Box::new(starcoder2::Model::new(&config.parse()?, weights)?),
+    })
+}
+
+/// A model that computes one sequence at a time.
+pub struct ForeignLm {
+    /// Has seen nothing.
+    fresh: Box<dyn Decoder>,
+    device: Device,
+}
+
+/// What one sequence has computed so far.
+pub struct State {
+    decoder: Box<dyn Decoder>,
+    device: Device,
+}
+
+impl ForeignLm {
+    /// Builds the decoder over `weights`, sharing their storage.
+    pub fn new(config: &ForeignConfig, weights: &Weights) -> Result<Self, EngineError> {
+        let mut tensors: HashMap<String, Tensor> =
+            weights.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+        let embedding = weights.get("model.embed_tokens.weight")?;
+        if cfg!(feature = "cuda") && config.family == Foreign::Qwen3Moe && embedding.device().is_cpu() {
+            return Err(config.refused("a program built with `cuda` computes its experts on a GPU only"));
+        }
+        let head = "lm_head.weight";
+        let tied = config.value.get("tie_word_embeddings") == Some(&json!(true));
+        let always_tied = matches!(config.family, Foreign::Gemma | Foreign::Gemma2 | Foreign::Starcoder2);
+        if always_tied && !tied && tensors.contains_key(head) {
+            return Err(config.refused("an output layer other than the embedding is not supported"));
+        }
+        if tied && !tensors.contains_key(head) {
+            tensors.insert(head.to_owned(), embedding.clone());
+        }
+        // candle-transformers divides scores by the root of the head's size, whatever the configuration says.
+        if let (Foreign::Gemma2, Some(dim), Some(scalar)) =
+            (config.family, config.number("head_dim"), config.number("query_pre_attn_scalar"))
+        {
+            for (_, query) in tensors.iter_mut().filter(|(name, _)| name.contains("self_attn.q_proj.")) {
+                *query = query.affine((dim / scalar).sqrt(), 0.0)?;
+            }
+        }
+        let weights = VarBuilder::from_tensors(tensors, embedding.dtype(), embedding.device());
+        let fresh = decoder(config, weights).map_err(|error| EngineError::Foreign {
+            family: config.family.name(),
+            problem: error.to_string(),
+        })?;
+        Ok(Self { fresh, device: embedding.device().clone() })
+    }
+
+    /// The state of a sequence without tokens.
+    pub fn state(&self) -> State {
+        State { decoder: self.fresh.copy(), device: self.device.clone() }
+    }
+}
+
+impl State {
+    /// Logits `[vocabulary]` behind the last of `tokens`, in f32; `past` tokens went before.
+    pub fn forward(&mut self, tokens: &[u32], past: usize) -> Result<Tensor, EngineError> {
+        let tokens = Tensor::from_slice(tokens, (1, tokens.len()), &self.device)?;
+        Ok(self.decoder.forward(&tokens, past)?.flatten_all()?.to_dtype(DType::F32)?)
+    }
+}

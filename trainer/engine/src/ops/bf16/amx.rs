@@ -1,0 +1,142 @@
+//! Panels multiplied by tiles: 32 x 32 sums in four registers, two left and two right tiles in the others.
+
+use super::{LANES, Part, TILE};
+use crate::ops::amx::{BYTES, ROWS, Tiles, tile};
+
+/// Sums of one tile, for tiles at the edge of the result.
+#[repr(C, align(64))]
+struct Sums([f32; LANES * LANES]);
+
+/// All products of the left panels with the right ones.
+///
+/// # Safety
+///
+/// The processor must have AMX-BF16 and this process the permission; `part` must lie within a matrix that nobody else uses;
+/// panels hold whole tiles.
+pub(super) unsafe fn panels(part: &Part, left: &[u16], right: &[u16], panel: usize, add: bool) {
+    // SAFETY: the caller's word.
+    let _tiles = unsafe { Tiles::new([(ROWS, BYTES); 8]) };
+    let tiles = panel / TILE;
+    let right_panels = part.columns.div_ceil(LANES);
+    let left_panels = part.rows.div_ceil(LANES);
+    assert!(left.len() >= left_panels * panel && right.len() >= right_panels * panel);
+    for r in (0..right_panels).step_by(2) {
+        for l in (0..left_panels).step_by(2) {
+            let (a, b) = (&left[l * panel..], &right[r * panel..]);
+            let (two_left, two_right) = (l + 1 < left_panels, r + 1 < right_panels);
+            let place = Corner { part, row: l * LANES, column: r * LANES, add };
+            // SAFETY: the panels that are named hold `tiles` tiles, by the assertion above.
+            unsafe {
+                match (two_left, two_right) {
+                    (true, true) => square(&place, tiles, a, &a[panel..], b, &b[panel..]),
+                    (true, false) => upright(&place, tiles, a, &a[panel..], b),
+                    (false, true) => {
+                        single(&place, tiles, a, b);
+                        single(&Corner { column: place.column + LANES, ..place }, tiles, a, &b[panel..]);
+                    }
+                    (false, false) => single(&place, tiles, a, b),
+                }
+            }
+        }
+    }
+}
+
+/// Where the first of up to four tiles of sums goes.
+#[derive(Clone, Copy)]
+struct Corner<'a> {
+    part: &'a Part,
+    row: usize,
+    column: usize,
+    add: bool,
+}
+
+/// Starts a register with what the result holds, or with nothing.
+macro_rules! start {
+    ($corner:expr, $t:literal, $down:expr, $right:expr) => {
+        match $corner.whole($down, $right) {
+            Some(at) if $corner.add => tile!(load $t, at, $corner.part.stride * 4),
+            _ => tile!(zero $t),
+        }
+    };
+}
+
+/// Writes a register to the result.
+macro_rules! finish {
+    ($corner:expr, $t:literal, $down:expr, $right:expr) => {
+        match $corner.whole($down, $right) {
+            Some(at) => tile!(store $t, at, $corner.part.stride * 4),
+            None => {
+                let mut sums = Sums([0.0; LANES * LANES]);
+                tile!(store $t, sums.0.as_mut_ptr(), BYTES);
+                $corner.part.put($corner.row + $down, $corner.column + $right, &sums.0, $corner.add);
+            }
+        }
+    };
+}
+
+impl Corner<'_> {
+    /// The place of a tile, where all of it is part of the result.
+    #[inline(always)]
+    fn whole(&self, down: usize, right: usize) -> Option<*mut f32> {
+        let (row, column) = (self.row + down, self.column + right);
+        let whole = row + LANES <= self.part.rows && column + LANES <= self.part.columns;
+        whole.then(|| self.part.start.wrapping_add(row * self.part.stride + column))
+    }
+}
+
+/// Two left panels with two right ones.
+unsafe fn square(corner: &Corner<'_>, tiles: usize, a0: &[u16], a1: &[u16], b0: &[u16], b1: &[u16]) {
+    // SAFETY: each panel holds `tiles` tiles of 16 rows of 64 bytes; sums go where there is room for them.
+    unsafe {
+        start!(corner, 0, 0, 0);
+        start!(corner, 1, 0, LANES);
+        start!(corner, 2, LANES, 0);
+        start!(corner, 3, LANES, LANES);
+        for at in (0..tiles * TILE).step_by(TILE) {
+            tile!(load 4, a0.as_ptr().add(at), BYTES);
+            tile!(load 6, b0.as_ptr().add(at), BYTES);
+            tile!(dpbf16 0, 4, 6);
+            tile!(load 7, b1.as_ptr().add(at), BYTES);
+            tile!(dpbf16 1, 4, 7);
+            tile!(load 5, a1.as_ptr().add(at), BYTES);
+            tile!(dpbf16 2, 5, 6);
+            tile!(dpbf16 3, 5, 7);
+        }
+        finish!(corner, 0, 0, 0);
+        finish!(corner, 1, 0, LANES);
+        finish!(corner, 2, LANES, 0);
+        finish!(corner, 3, LANES, LANES);
+    }
+}
+
+/// Two left panels with one right one.
+unsafe fn upright(corner: &Corner<'_>, tiles: usize, a0: &[u16], a1: &[u16], b: &[u16]) {
+    // SAFETY: as above.
+    unsafe {
+        start!(corner, 0, 0, 0);
+        start!(corner, 2, LANES, 0);
+        for at in (0..tiles * TILE).step_by(TILE) {
+            tile!(load 4, a0.as_ptr().add(at), BYTES);
+            tile!(load 6, b.as_ptr().add(at), BYTES);
+            tile!(dpbf16 0, 4, 6);
+            tile!(load 5, a1.as_ptr().add(at), BYTES);
+            tile!(dpbf16 2, 5, 6);
+        }
+        finish!(corner, 0, 0, 0);
+        finish!(corner, 2, LANES, 0);
+    }
+}
+
+/// One panel with one.
+unsafe fn single(corner: &Corner<'_>, tiles: usize, a: &[u16], b: &[u16]) {
+    // SAFETY: as above.
+    unsafe {
+        start!(corner, 0, 0, 0);
+        for at in (0..tiles * TILE).step_by(TILE) {
+            tile!(load 4, a.as_ptr().add(at), BYTES);
+            tile!(load 6, b.as_ptr().add(at), BYTES);
+            tile!(dpbf16 0, 4, 6);
+        }
+        finish!(corner, 0, 0, 0);
+    }
+}

@@ -1,0 +1,51 @@
+//! Panels multiplied by dot products of pairs (AVX512-BF16): 16 x 16 sums in sixteen registers.
+
+use std::arch::x86_64::{
+    __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
+    _mm512_storeu_ps,
+};
+
+use super::{DEPTH, LANES, Part, TILE};
+
+/// All products of the left panels with the right ones.
+///
+/// # Safety
+///
+/// The processor must have the features named below; `part` must lie within a matrix that nobody else uses; panels hold
+/// whole tiles.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(super) unsafe fn panels(part: &Part, left: &[u16], right: &[u16], panel: usize, add: bool) {
+    for (r, right) in right.chunks_exact(panel).enumerate().take(part.columns.div_ceil(LANES)) {
+        for (l, left) in left.chunks_exact(panel).enumerate().take(part.rows.div_ceil(LANES)) {
+            let mut sums = [_mm512_setzero_ps(); LANES];
+            for (a, b) in left.chunks_exact(TILE).zip(right.chunks_exact(TILE)) {
+                for pair in 0..LANES {
+                    // SAFETY: 16 rows of 64 bytes each.
+                    let b = unsafe { bf16(_mm512_loadu_si512(b.as_ptr().add(pair * DEPTH).cast())) };
+                    for (row, sum) in sums.iter_mut().enumerate() {
+                        // SAFETY: the pair lies within the tile; reading it needs no alignment.
+                        let a = unsafe {
+                            let at: *const i32 = a.as_ptr().add(row * DEPTH + 2 * pair).cast();
+                            bf16(_mm512_set1_epi32(at.read_unaligned()))
+                        };
+                        *sum = _mm512_dpbf16_ps(*sum, a, b);
+                    }
+                }
+            }
+            let mut tile = [0f32; LANES * LANES];
+            for (sum, tile) in sums.iter().zip(tile.chunks_exact_mut(LANES)) {
+                // SAFETY: 16 values.
+                unsafe { _mm512_storeu_ps(tile.as_mut_ptr(), *sum) };
+            }
+            // SAFETY: the caller's word.
+            unsafe { part.put(l * LANES, r * LANES, &tile, add) };
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn bf16(line: __m512i) -> __m512bh {
+    // SAFETY: both are 64 bytes without a meaning of their own.
+    unsafe { std::mem::transmute(line) }
+}

@@ -1,0 +1,162 @@
+//! Lays one side of a product out in tiles, rounded to bf16 (to the nearest, ties to even).
+
+use std::arch::x86_64::{
+    __m512, __m512bh, __m512i, _mm512_castps_si512, _mm512_cvtne2ps_pbh, _mm512_maskz_loadu_ps,
+    _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_set_epi16, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_shuffle_i32x4, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
+    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+};
+
+use super::{DEPTH, LANES, Side, TILE};
+
+/// How the values of a tile lie.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// 16 rows of 32 values.
+    Rows,
+    /// 16 pairs along the sum, of 16 columns each.
+    Pairs,
+}
+
+/// Lays out the panel of 16 rows from `first` on, `sum` values from `begin` on, times `scale`. Rows and values beyond the
+/// matrix are zero.
+///
+/// # Safety
+///
+/// The processor must have the features named below. Either stride of `side` must be 1.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(super) unsafe fn panel(
+    side: Side<'_>,
+    order: Order,
+    first: usize,
+    begin: usize,
+    sum: usize,
+    scale: f32,
+    room: &mut [u16],
+) {
+    let rows = LANES.min(side.outer - first);
+    assert!(room.len() == sum.div_ceil(DEPTH) * TILE);
+    let last = (first + rows - 1) * side.outer_stride + (begin + sum - 1) * side.sum_stride;
+    assert!(last < side.values.len(), "product: an input is too small");
+    for (tile, room) in room.chunks_exact_mut(TILE).enumerate() {
+        let from = begin + tile * DEPTH;
+        let depth = DEPTH.min(begin + sum - from);
+        // SAFETY: rows and values up to the last were just found to lie within the matrix, and no more are read.
+        let mut lines = unsafe {
+            let at = side.values.as_ptr().add(first * side.outer_stride + from * side.sum_stride);
+            if side.sum_stride == 1 {
+                along_the_sum(at, side.outer_stride, rows, depth, scale)
+            } else {
+                across_the_sum(at, side.sum_stride, rows, depth, scale)
+            }
+        };
+        if (side.sum_stride == 1) != (order == Order::Rows) {
+            lines = transpose(lines);
+        }
+        for (line, room) in lines.iter().zip(room.chunks_exact_mut(DEPTH)) {
+            // SAFETY: 64 bytes.
+            unsafe { _mm512_storeu_si512(room.as_mut_ptr().cast(), *line) };
+        }
+    }
+}
+
+/// The low `count` bits.
+fn first(count: usize) -> u16 {
+    ((1u32 << count.min(LANES)) - 1) as u16
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn scaled(values: __m512, scale: f32) -> __m512 {
+    if scale == 1.0 { values } else { _mm512_mul_ps(values, _mm512_set1_ps(scale)) }
+}
+
+/// 16 rows of 32 values, values of a row side by side in memory.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn along_the_sum(
+    at: *const f32,
+    stride: usize,
+    rows: usize,
+    depth: usize,
+    scale: f32,
+) -> [__m512i; LANES] {
+    let (low, high) = (first(depth), first(depth.saturating_sub(LANES)));
+    let mut lines = [_mm512_castps_si512(_mm512_setzero_ps()); LANES];
+    for (row, line) in lines.iter_mut().enumerate().take(rows) {
+        // SAFETY: only values that the masks name are read, and these are within the matrix.
+        *line = unsafe {
+            let at = at.add(row * stride);
+            let low = _mm512_maskz_loadu_ps(low, at);
+            let high = _mm512_maskz_loadu_ps(high, at.wrapping_add(LANES));
+            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(
+                scaled(high, scale),
+                scaled(low, scale),
+            ))
+        };
+    }
+    lines
+}
+
+/// 16 pairs along the sum, of 16 rows each, values of a column side by side in memory.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn across_the_sum(
+    at: *const f32,
+    stride: usize,
+    rows: usize,
+    depth: usize,
+    scale: f32,
+) -> [__m512i; LANES] {
+    // The word after word i of the first sixteen is word i of the last.
+    let woven = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18,
+        2, 17, 1, 16, 0,
+    );
+    let mask = first(rows);
+    let mut lines = [_mm512_castps_si512(_mm512_setzero_ps()); LANES];
+    for (pair, line) in lines.iter_mut().enumerate().take(depth.div_ceil(2)) {
+        // SAFETY: only values that the mask names are read, of rows that are within the matrix.
+        let (low, high) = unsafe {
+            let low = _mm512_maskz_loadu_ps(mask, at.add(2 * pair * stride));
+            let other = if 2 * pair + 1 < depth { mask } else { 0 };
+            (low, _mm512_maskz_loadu_ps(other, at.wrapping_add((2 * pair + 1) * stride)))
+        };
+        let both = _mm512_cvtne2ps_pbh(scaled(high, scale), scaled(low, scale));
+        // SAFETY: both are 64 bytes.
+        *line = _mm512_permutexvar_epi16(woven, unsafe { std::mem::transmute::<__m512bh, __m512i>(both) });
+    }
+    lines
+}
+
+/// 16 x 16 pairs, mirrored at the diagonal.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(lines: [__m512i; LANES]) -> [__m512i; LANES] {
+    let mut a = lines;
+    for pair in 0..8 {
+        a[2 * pair] = _mm512_unpacklo_epi32(lines[2 * pair], lines[2 * pair + 1]);
+        a[2 * pair + 1] = _mm512_unpackhi_epi32(lines[2 * pair], lines[2 * pair + 1]);
+    }
+    let mut b = a;
+    for four in 0..4 {
+        let at = 4 * four;
+        b[at] = _mm512_unpacklo_epi64(a[at], a[at + 2]);
+        b[at + 1] = _mm512_unpackhi_epi64(a[at], a[at + 2]);
+        b[at + 2] = _mm512_unpacklo_epi64(a[at + 1], a[at + 3]);
+        b[at + 3] = _mm512_unpackhi_epi64(a[at + 1], a[at + 3]);
+    }
+    // b[4 i + j] holds column 4 q + j of lines 4 i .. 4 i + 4 in its quarter q.
+    let mut out = b;
+    for j in 0..4 {
+        let low_even = _mm512_shuffle_i32x4::<0b10_00_10_00>(b[j], b[4 + j]);
+        let low_odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(b[j], b[4 + j]);
+        let high_even = _mm512_shuffle_i32x4::<0b10_00_10_00>(b[8 + j], b[12 + j]);
+        let high_odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(b[8 + j], b[12 + j]);
+        out[j] = _mm512_shuffle_i32x4::<0b10_00_10_00>(low_even, high_even);
+        out[8 + j] = _mm512_shuffle_i32x4::<0b11_01_11_01>(low_even, high_even);
+        out[4 + j] = _mm512_shuffle_i32x4::<0b10_00_10_00>(low_odd, high_odd);
+        out[12 + j] = _mm512_shuffle_i32x4::<0b11_01_11_01>(low_odd, high_odd);
+    }
+    out
+}
