@@ -12,7 +12,9 @@ struct Number {
     replicas: usize,
     /// Nobody acts on it after; the last one stands until another is said.
     until: Option<Instant>,
-    /// The workload has said it since, and has no more pods than that: there is nothing left to do.
+    /// A later one has come about since.
+    past: bool,
+    /// It has come about, and no more pods are left than that: there is nothing to do any more.
     done: bool,
 }
 
@@ -28,9 +30,13 @@ impl Said {
     /// What stands at the beginning: the workload says `replicas`, and somebody else may have said down to `least` so short ago that
     /// it counts for `acts` longer.
     pub(super) fn begin(replicas: usize, least: usize, now: Instant, acts: Duration) -> Self {
-        let earlier =
-            (least < replicas).then_some(Number { replicas: least, until: Some(now + acts), done: false });
-        let standing = Number { replicas, until: None, done: false };
+        let earlier = (least < replicas).then_some(Number {
+            replicas: least,
+            until: Some(now + acts),
+            past: false,
+            done: false,
+        });
+        let standing = Number { replicas, until: None, past: false, done: false };
         Self { numbers: earlier.into_iter().chain([standing]).collect(), seen: Some(replicas) }
     }
 
@@ -53,7 +59,7 @@ impl Said {
         if let Some(last) = self.numbers.last_mut() {
             last.until = Some(if last.done { now } else { now + acts });
         }
-        self.numbers.push(Number { replicas, until: None, done: false });
+        self.numbers.push(Number { replicas, until: None, past: false, done: false });
         self.numbers.retain(|number| number.until.is_none_or(|until| now < until));
         if self.numbers.len() > KEPT {
             let oldest = self.numbers.remove(0);
@@ -64,15 +70,15 @@ impl Said {
     /// The workload says `replicas` and has `pods`. A number that has come about has left those before it behind: they count for
     /// `lag` longer, in which controllers may still be at work on them. One that was there before proves nothing.
     pub(super) fn see(&mut self, replicas: usize, pods: usize, now: Instant, lag: Duration) {
-        if self.seen.replace(replicas) != Some(replicas) {
-            let came = self.numbers.iter().position(|number| number.replicas == replicas).unwrap_or(0);
-            for past in &mut self.numbers[..came] {
-                past.until = past.until.map(|until| until.min(now + lag));
-            }
+        let changed = self.seen.replace(replicas) != Some(replicas);
+        let came = self.numbers.iter().position(|number| !number.past && number.replicas == replicas);
+        for number in &mut self.numbers[..came.filter(|_| changed).unwrap_or(0)] {
+            number.past = true;
+            number.until = number.until.map(|until| until.min(now + lag));
         }
-        if let Some(last) = self.numbers.last_mut() {
-            last.done |= last.replicas == replicas && pods <= replicas;
-        }
+        let Some((last, before)) = self.numbers.split_last_mut() else { return };
+        let alone = before.iter().all(|number| number.past || number.until.is_some_and(|until| until <= now));
+        last.done |= alone && last.replicas == replicas && pods <= replicas;
     }
 }
 
@@ -123,6 +129,27 @@ mod tests {
         said.see(2, 2, now, LAG);
         said.say(4, now, ACTS);
         assert_eq!(said.floor(now + LAG), Some(4));
+    }
+
+    #[test]
+    fn a_number_that_was_there_before_it_was_said_again_is_not_done() {
+        let now = Instant::now();
+        let mut said = Said::begin(0, 0, now, ACTS);
+        [2, 1, 0].into_iter().for_each(|number| said.say(number, now, ACTS));
+        said.see(0, 0, now, LAG);
+        said.say(1, now, ACTS);
+        assert_eq!(said.floor(now + LAG), Some(0));
+    }
+
+    #[test]
+    fn what_is_past_does_not_come_again() {
+        let now = Instant::now();
+        let mut said = Said::begin(4, 4, now, ACTS);
+        said.say(2, now, ACTS);
+        said.see(2, 3, now, LAG);
+        said.say(4, now, ACTS);
+        said.see(4, 3, now, LAG);
+        assert_eq!((said.floor(now), said.floor(now + LAG)), (Some(2), Some(4)));
     }
 
     #[test]
