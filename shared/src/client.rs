@@ -3,10 +3,13 @@
 //! A streamed answer counts as complete only when a finish reason and `[DONE]` have both come. Nothing is retried here;
 //! the error says whether and when a retry makes sense, and the caller owns the budget.
 
+mod likeliest;
+
 use std::time::Duration;
 
 use futures_util::StreamExt;
 
+pub use self::likeliest::{Given, Likeliest};
 use crate::openai::{ChatRequest, ChatResponse, ErrorBody, ModelList, StreamOptions, Usage};
 use crate::redact::Redacted;
 use crate::repetition::loops;

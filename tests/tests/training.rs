@@ -174,3 +174,74 @@ fn every_algorithm_survives_a_kill_and_leaves_what_it_promises() {
         assert_eq!(wrong["error"]["code"], "model_not_found");
     });
 }
+
+/// The losses of a training, step by step.
+fn losses(out: &Path, training: &str) -> Vec<f64> {
+    let text = std::fs::read_to_string(out.join("train").join(training).join("trainer_state.json")).unwrap();
+    let state: Value = serde_json::from_str(&text).unwrap();
+    let history = state["log_history"].as_array().unwrap();
+    history.iter().filter_map(|entry| entry["loss"].as_f64()).collect()
+}
+
+#[test]
+fn a_teacher_behind_the_gateway_says_the_same_as_one_at_hand() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = std::fs::read_to_string(recipe(folder.path())).unwrap();
+    let write = |name: &str, change: &dyn Fn(&mut toml::Table)| {
+        let mut table: toml::Table = text.parse().unwrap();
+        for section in ["reward", "dpo", "grpo", "evaluate"] {
+            table.remove(section);
+        }
+        change(table["kd"].as_table_mut().unwrap());
+        let path = folder.path().join(name);
+        potstill_shared::durable::write_file(&path, toml::to_string(&table).unwrap().as_bytes()).unwrap();
+        path
+    };
+    let behind = |kd: &mut toml::Table| {
+        kd.remove("teacher");
+        kd.insert("model".to_owned(), "demo-teacher".into());
+    };
+    let (at_hand, asked) = (folder.path().join("at-hand"), folder.path().join("asked"));
+    finish(&write("at-hand.toml", &|_| {}), &at_hand);
+    let recipe = write("asked.toml", &behind);
+    let log = finish(&recipe, &asked);
+    assert!(log.contains("`demo-teacher` said its likeliest 10 tokens for "), "{log}");
+    let (expected, found) = (losses(&at_hand, "kd"), losses(&asked, "kd"));
+    assert!(expected.len() == 4 && found.len() == 4, "{expected:?} {found:?}");
+    for (expected, found) in expected.iter().zip(&found) {
+        assert!((expected - found).abs() < 1e-3 * expected.abs(), "{expected} at hand, {found} asked");
+    }
+
+    // Nothing is bought twice: what is trained anew reads what was said.
+    let student = |out: &Path| std::fs::read(out.join("models/reward-student/model.safetensors")).unwrap();
+    let rows = asked.join("train/kd/rows");
+    let written = || -> Vec<_> {
+        let files = std::fs::read_dir(&rows).unwrap().map(|file| file.unwrap());
+        let mut files: Vec<_> =
+            files.map(|file| (file.path(), file.metadata().unwrap().modified().unwrap())).collect();
+        files.sort();
+        files
+    };
+    let (before, trained) = (written(), student(&asked));
+    assert!(!before.is_empty());
+    for name in std::fs::read_dir(asked.join("train/kd")).unwrap().map(|entry| entry.unwrap().path()) {
+        if name != rows {
+            let removed =
+                if name.is_dir() { std::fs::remove_dir_all(&name) } else { std::fs::remove_file(&name) };
+            removed.unwrap();
+        }
+    }
+    finish(&recipe, &asked);
+    assert!(written() == before && student(&asked) == trained);
+
+    // What the student writes itself, judged from afar.
+    let recipe = write("on-policy.toml", &|kd| {
+        behind(kd);
+        kd.insert("on_policy".to_owned(), true.into());
+        let train = kd["train"].as_table_mut().unwrap();
+        train.insert("max_tokens".to_owned(), 60.into());
+        train["run"].as_table_mut().unwrap().insert("max_steps".to_owned(), 2.into());
+    });
+    let log = finish(&recipe, &folder.path().join("on-policy"));
+    assert!(log.contains("trained `kd`"), "{log}");
+}

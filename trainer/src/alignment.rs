@@ -1,5 +1,4 @@
-//! What comes behind fine-tuning: reward models from the teachers' scores, distillation of distributions, preferences, and
-//! practice with rewards. Each function takes the student as it is and gives it back trained.
+//! What comes behind fine-tuning: reward models from the teachers' scores, preferences, and practice with rewards. Each function takes the student as it is and gives it back trained.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -12,7 +11,6 @@ use potstill_engine::loader::{LoadedModel, load};
 use potstill_learn::dpo::{DpoConfig, Pair, dpo};
 use potstill_learn::examples::{Example, encode};
 use potstill_learn::grpo::{GrpoConfig, Prompt, Rewards, grpo};
-use potstill_learn::kd::{KdConfig, kd, on_policy, same_vocabulary, top_k};
 use potstill_learn::reward_model::{Agreement, RewardConfig, RewardModel, Scored, train};
 use potstill_learn::rollouts::{Draw, Rollouts};
 use potstill_learn::run::RunConfig;
@@ -23,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::progress::Progress;
-use crate::recipe::{DpoSection, GrpoSection, KdSection, Recipe};
+use crate::recipe::{DpoSection, GrpoSection, Recipe};
 use crate::students::{Lessons, base, ended, finished, prompt, watched};
 
 /// The two scores of a trace.
@@ -93,44 +91,11 @@ pub fn reward_model(
     Ok((model, agreement))
 }
 
-fn seeded(recipe: &Recipe, run: &RunConfig) -> RunConfig {
+pub(crate) fn seeded(recipe: &Recipe, run: &RunConfig) -> RunConfig {
     RunConfig { seed: recipe.seed, ..run.clone() }
 }
 
-/// White-box distillation on the traces, or on what the student writes about their problems.
-pub fn distributions(
-    recipe: &Recipe,
-    section: &KdSection,
-    student: &LoadedModel,
-    traces: &[Cot],
-    folder: &Path,
-    progress: &Progress,
-) -> anyhow::Result<LoadedModel> {
-    let teacher = load(&section.teacher, &Device::Cpu, DType::F32)
-        .with_context(|| format!("cannot load `kd.teacher` `{}`", section.teacher.display()))?;
-    same_vocabulary(&teacher.tokenizer, &student.tokenizer)?;
-    let config = KdConfig { run: seeded(recipe, &section.train.run), ..section.train.clone() };
-    let trained = if section.on_policy {
-        let mut problems: Vec<&Problem> = traces.iter().map(|trace| &trace.problem).collect();
-        problems.dedup_by(|a, b| a.id == b.id);
-        let prompts = problems
-            .iter()
-            .map(|problem| Ok(question(recipe, student, problem)?.0))
-            .collect::<anyhow::Result<Vec<_>>>()?;
-        watched(folder, "kd", progress, |observe| {
-            on_policy(student, &teacher, &prompts, &config, folder, observe)
-        })?
-    } else {
-        let lessons = Lessons::chains_of_thought(recipe, traces);
-        let examples = encoded(student, &lessons)?;
-        let rows = top_k(&teacher, &examples, config.top_k, config.run.micro_batch_tokens)?;
-        watched(folder, "kd", progress, |observe| kd(student, &examples, &rows, &config, folder, observe))?
-    };
-    ended("kd", &trained.1, progress);
-    finished(&trained.0, folder, recipe)
-}
-
-fn encoded(student: &LoadedModel, lessons: &Lessons) -> anyhow::Result<Vec<Example>> {
+pub(crate) fn encoded(student: &LoadedModel, lessons: &Lessons) -> anyhow::Result<Vec<Example>> {
     Ok(lessons.messages.iter().map(|messages| encode(student, messages)).collect::<Result<_, _>>()?)
 }
 
@@ -254,7 +219,11 @@ fn own_mistakes(
 }
 
 /// What the student is asked, and whether the prompt ends inside the thinking.
-fn question(recipe: &Recipe, student: &LoadedModel, problem: &Problem) -> anyhow::Result<(Vec<u32>, bool)> {
+pub(crate) fn question(
+    recipe: &Recipe,
+    student: &LoadedModel,
+    problem: &Problem,
+) -> anyhow::Result<(Vec<u32>, bool)> {
     let messages = json!([{"role": "user", "content": prompt(recipe, &problem.problem)}]);
     let text = student.template.render(&messages, true, &json!({}))?;
     Ok((student.tokenizer.encode(&text)?, text.trim_end().ends_with("<think>")))

@@ -13,6 +13,7 @@ pub mod cli;
 pub mod compress;
 pub mod dataset;
 pub mod demo;
+pub mod distributions;
 pub mod eval;
 pub mod evaluate;
 pub mod export;

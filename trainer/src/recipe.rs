@@ -66,7 +66,7 @@ pub struct Recipe {
 }
 
 /// Stages that ask teachers.
-pub const PAID: [&str; 6] = ["classify", "generate", "difficulty", "rewrite", "verify", "score"];
+pub const PAID: [&str; 7] = ["classify", "generate", "difficulty", "rewrite", "verify", "score", "kd"];
 
 /// What is wrong with a recipe, all of it.
 #[derive(Debug, thiserror::Error)]
@@ -201,7 +201,7 @@ impl Recipe {
             conversations.path.iter_mut().for_each(fix);
         }
         self.reward.iter_mut().flat_map(|section| &mut section.base).for_each(fix);
-        self.kd.iter_mut().for_each(|section| fix(&mut section.teacher));
+        self.kd.iter_mut().flat_map(|section| &mut section.teacher).for_each(fix);
         self.dpo.iter_mut().flat_map(|section| &mut section.pairs).for_each(fix);
         self.grpo.iter_mut().flat_map(|section| section.rv.iter_mut().chain(&mut section.cd)).for_each(fix);
         let collected = self
@@ -271,6 +271,14 @@ impl Recipe {
                 run.batch_tokens > 0 && run.micro_batch_tokens > 0,
                 format!("`{key}.batch_tokens` and `{key}.micro_batch_tokens` must be at least 1"),
             );
+        }
+        if let Some(section) = &self.kd {
+            need(
+                section.teacher.is_some() != section.model.is_some(),
+                "`kd` needs either `teacher` (a model folder) or `model` (a name behind the gateway)"
+                    .to_owned(),
+            );
+            need(section.train.top_k > 0, "`kd.train.top_k` must be at least 1".to_owned());
         }
         if let Some(section) = &self.grpo {
             for problem in section.train.problems() {
@@ -460,6 +468,8 @@ impl Recipe {
         }
         models
             .extend(self.rewrite.iter().map(|section| ("rewrite.model".to_owned(), section.model.as_str())));
+        let kd = self.kd.iter().flat_map(|section| &section.model);
+        models.extend(kd.map(|model| ("kd.model".to_owned(), model.as_str())));
         models
     }
 
@@ -487,7 +497,7 @@ impl Recipe {
         let single = [
             ("sft.conversations.path", conversations.filter_map(|section| section.path.as_deref()).next()),
             ("reward.base", self.reward.as_ref().and_then(|section| section.base.as_deref())),
-            ("kd.teacher", self.kd.as_ref().map(|section| section.teacher.as_path())),
+            ("kd.teacher", self.kd.as_ref().and_then(|section| section.teacher.as_deref())),
             ("dpo.pairs", self.dpo.as_ref().and_then(|section| section.pairs.as_deref())),
             ("grpo.rv", self.grpo.as_ref().and_then(|section| section.rv.as_deref())),
             ("grpo.cd", self.grpo.as_ref().and_then(|section| section.cd.as_deref())),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use potstill_data::journal::{Entry, Totals};
 use potstill_data::store::Store;
-use potstill_shared::client::{CallError, Client, Completion};
+use potstill_shared::client::{CallError, Client, Completion, Given, Likeliest};
 use potstill_shared::id::ContentId;
 use potstill_shared::openai::{ChatMessage, ChatRequest, GenerationOptions};
 use serde_json::json;
@@ -177,9 +177,9 @@ impl Teachers {
         self.tally.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn count(&self, question: &Question, entry: &Entry) {
+    fn count(&self, entry: &Entry) {
         let mut tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (question.stage.to_owned(), question.model.clone());
+        let key = (entry.stage.clone(), entry.model.clone());
         tally.entry(key).or_default().add(entry.prompt_tokens, entry.completion_tokens, entry.seconds);
     }
 
@@ -227,10 +227,6 @@ impl Teachers {
             .map_err(stop)?;
         let (completion, seconds) = self.call(question, &id, &gate).await?;
         reserved.settle(completion.usage.prompt_tokens, completion.usage.completion_tokens);
-        self.spent.calls.fetch_add(1, Ordering::Relaxed);
-        self.spent.failed_in_a_row.store(0, Ordering::Relaxed);
-        self.spent.prompt_tokens.fetch_add(completion.usage.prompt_tokens, Ordering::Relaxed);
-        self.spent.completion_tokens.fetch_add(completion.usage.completion_tokens, Ordering::Relaxed);
         let entry = Entry {
             id,
             stage: question.stage.to_owned(),
@@ -242,12 +238,58 @@ impl Teachers {
             completion_tokens: completion.usage.completion_tokens,
             seconds,
         };
-        let entry = self.store.commit(entry).await.map_err(|error| stop(error.to_string()))?;
-        self.count(question, &entry);
-        Ok(entry)
+        self.called(&entry);
+        self.store.commit(entry).await.map_err(|error| stop(error.to_string()))
     }
 
-    /// Calls until an answer comes, patience ends, or the answer is no; gives the answer and the seconds of the call that brought it.
+    /// What `model` would have written at every place of `given`: its `k` likeliest tokens. Counted and paid like an answer, but
+    /// the caller keeps it.
+    pub async fn likeliest(
+        &self,
+        stage: &'static str,
+        model: &str,
+        given: Given<'_>,
+        k: usize,
+    ) -> Result<Likeliest, AskError> {
+        let (text, at_most) = match given {
+            Given::Tokens(tokens) => (json!(tokens).to_string(), tokens.len() as u64),
+            Given::Text(text) => (text.to_owned(), text.len() as u64 + 64),
+        };
+        let id = ContentId::of(&[stage, model, &text, &k.to_string()]);
+        let gate = self.gates.of(model);
+        let _place = gate.enter().await;
+        let stop = |problem: String| AskError::Run(StageError { stage, problem });
+        let reserved = self.ledger.reserve(stage, model, at_most, 1).await.map_err(stop)?;
+        let headers = [("idempotency-key", id.as_str()), ("x-potstill-stage", stage)];
+        let call = || self.client.likeliest(model, given, k, &headers);
+        let (found, seconds) = self.patiently(stage, &gate, call).await?;
+        let (prompt_tokens, completion_tokens) = (found.usage.prompt_tokens, found.usage.completion_tokens);
+        reserved.settle(prompt_tokens, completion_tokens);
+        // The journal knows what it cost.
+        let entry = Entry {
+            id,
+            stage: stage.to_owned(),
+            model: model.to_owned(),
+            content: String::new(),
+            reasoning: None,
+            finish_reason: "stop".to_owned(),
+            prompt_tokens,
+            completion_tokens,
+            seconds,
+        };
+        self.called(&entry);
+        self.store.commit(entry).await.map_err(|error| stop(error.to_string()))?;
+        Ok(found)
+    }
+
+    fn called(&self, entry: &Entry) {
+        self.spent.calls.fetch_add(1, Ordering::Relaxed);
+        self.spent.failed_in_a_row.store(0, Ordering::Relaxed);
+        self.spent.prompt_tokens.fetch_add(entry.prompt_tokens, Ordering::Relaxed);
+        self.spent.completion_tokens.fetch_add(entry.completion_tokens, Ordering::Relaxed);
+        self.count(entry);
+    }
+
     async fn call(
         &self,
         question: &Question,
@@ -269,11 +311,24 @@ impl Teachers {
             ..ChatRequest::default()
         };
         let headers = [("idempotency-key", id.as_str()), ("x-potstill-stage", stage)];
+        self.patiently(stage, gate, || self.client.chat(&request, &headers)).await
+    }
+
+    /// Calls until an answer comes, patience ends, or the answer is no; gives the answer and the seconds of the call that brought it.
+    async fn patiently<T, F>(
+        &self,
+        stage: &'static str,
+        gate: &Gate,
+        call: impl Fn() -> F,
+    ) -> Result<(T, f64), AskError>
+    where
+        F: Future<Output = Result<T, CallError>>,
+    {
         let mut pause = self.patience.pause;
         let mut attempt = 1;
         loop {
             let begun = Instant::now();
-            match self.client.chat(&request, &headers).await {
+            match call().await {
                 Ok(completion) => {
                     gate.answered();
                     return Ok((completion, begun.elapsed().as_secs_f64()));
@@ -318,7 +373,7 @@ impl Teachers {
         })?;
         if let Some(entry) = &found {
             self.spent.remembered.fetch_add(1, Ordering::Relaxed);
-            self.count(question, entry);
+            self.count(entry);
         }
         Ok(found)
     }

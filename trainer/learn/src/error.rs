@@ -34,6 +34,9 @@ pub enum LearnError {
         /// The limit.
         limit: usize,
     },
+    /// A teacher behind an endpoint did not say what it would have written.
+    #[error("asking the teacher: {0}")]
+    Teacher(String),
     /// The engine that writes completions failed.
     #[error("writing completions: {0}")]
     Rollout(String),

@@ -2,8 +2,8 @@
 //! teacher's next-token distribution and `q` the student's.
 //!
 //! The teacher's likeliest `k` tokens stand for it, the rest of its mass is one class more, so nothing is renormalised away
-//! (DistilQwen2.5 argues that ten tokens carry nearly all of it). They come from a model at hand, or from a file. `on_policy`
-//! has the student write and the teacher say what it would have written (GKD, Agarwal et al. 2024).
+//! (DistilQwen2.5 argues that ten tokens carry nearly all of it). They come from a model at hand, from a file, or from whoever
+//! a [`Teacher`] asks. `on_policy` has the student write and the teacher say what it would have written (GKD, Agarwal et al. 2024).
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -78,6 +78,30 @@ impl TopK {
     }
 }
 
+/// Who says at every learnt token of examples what it would have written.
+pub struct Teacher<'a> {
+    /// Tells its weights from others.
+    pub id: String,
+    /// Longest text that it takes.
+    pub max_positions: usize,
+    /// Its rows of each example.
+    pub rows: Box<Says<'a>>,
+}
+
+/// Gives the rows of examples.
+pub type Says<'a> = dyn Fn(&[Example]) -> Result<Vec<TopK>, LearnError> + 'a;
+
+impl<'a> Teacher<'a> {
+    /// A model of this process.
+    pub fn at_hand(model: &'a LoadedModel, config: &'a KdConfig) -> Result<Self, LearnError> {
+        Ok(Self {
+            id: run_hash(model, Vec::new())?,
+            max_positions: model.config.max_positions,
+            rows: Box::new(|examples| top_k(model, examples, config.top_k, config.run.micro_batch_tokens)),
+        })
+    }
+}
+
 /// Refuses a teacher whose token ids mean something else. Rows that only pad an embedding do not matter.
 pub fn same_vocabulary(teacher: &Tokenizer, student: &Tokenizer) -> Result<(), LearnError> {
     let both = teacher.len().min(student.len()) as u32;
@@ -142,7 +166,7 @@ fn vocabulary_hash(tokenizer: &Tokenizer) -> Result<Vec<u8>, LearnError> {
 /// Writes the teacher's rows of all examples as one safetensors file: `ids`, `log_probs` (`[rows, k]`), `counts` (rows of
 /// each example) and `vocabulary` (hash of the tokenizer).
 pub fn write_top_k(path: &Path, rows: &[TopK], tokenizer: &Tokenizer) -> Result<(), LearnError> {
-    let k = rows.first().map_or(0, |first| first.k);
+    let k = rows.iter().map(|row| row.k).max().unwrap_or(0);
     let ids: Vec<u32> = rows.iter().flat_map(|row| row.ids.iter().copied()).collect();
     let log_probs: Vec<f32> = rows.iter().flat_map(|row| row.log_probs.iter().copied()).collect();
     let counts: Vec<u32> = rows.iter().map(|row| row.rows() as u32).collect();
@@ -236,14 +260,13 @@ pub fn kd(
 /// step takes as many prompts as fill `run.batch_tokens` at the limit. Files go to `folder`.
 pub fn on_policy(
     model: &LoadedModel,
-    teacher: &LoadedModel,
+    teacher: &Teacher<'_>,
     prompts: &[Vec<u32>],
     config: &KdConfig,
     folder: &Path,
     observe: Observe<'_>,
 ) -> Result<(Learner, RunReport), LearnError> {
-    same_vocabulary(&teacher.tokenizer, &model.tokenizer)?;
-    let room = config.run.max_length.min(model.config.max_positions).min(teacher.config.max_positions);
+    let room = config.run.max_length.min(model.config.max_positions).min(teacher.max_positions);
     let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.len() + config.max_tokens).collect();
     let phase = Phase {
         name: "on-policy kd".to_owned(),
@@ -259,7 +282,7 @@ pub fn on_policy(
             config.max_tokens
         )));
     }
-    let mut parts = vec![format!("on-policy kd {config:?}"), run_hash(teacher, Vec::new())?];
+    let mut parts = vec![format!("on-policy kd {config:?}"), teacher.id.clone()];
     parts.extend(prompts.iter().map(|prompt| tokens_hash(prompt)));
     let mut learner = Learner::new(model, &config.run, &[])?;
     let rollouts = Rollouts::start(&learner.decoder(), largest)?;
@@ -269,7 +292,8 @@ pub fn on_policy(
         let written = rollouts.sample(&asked, draw, &format!("{}/{number}", config.run.seed))?;
         let examples: Vec<Example> =
             asked.iter().zip(&written).map(|(prompt, group)| group[0].example(prompt)).collect();
-        let rows = top_k(teacher, &examples, config.top_k, config.run.micro_batch_tokens)?;
+        let rows = (teacher.rows)(&examples)?;
+        check(model, &examples, &rows)?;
         let chosen: Vec<(&Example, &TopK)> = examples.iter().zip(&rows).collect();
         kd_gradients(learner, &chosen, config)
     };

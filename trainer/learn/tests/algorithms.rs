@@ -19,7 +19,7 @@ use potstill_learn::divergence::Divergence;
 use potstill_learn::dpo::{DpoConfig, Pair, dpo, dpo_loss};
 use potstill_learn::examples::Example;
 use potstill_learn::grpo::{GrpoConfig, Prompt, Rewards, grpo, policy_loss};
-use potstill_learn::kd::{KdConfig, TopK, kd, kd_loss, on_policy, read_top_k, top_k, write_top_k};
+use potstill_learn::kd::{KdConfig, Teacher, TopK, kd, kd_loss, on_policy, read_top_k, top_k, write_top_k};
 use potstill_learn::learner::Learner;
 use potstill_learn::lora::{FrozenBits, LoraConfig};
 use potstill_learn::reward_model::{RewardConfig, RewardLoss, RewardModel, Scored, reward_loss, train};
@@ -422,6 +422,7 @@ fn distillation_copies_the_teacher() {
         ..config
     };
     resumes(&|folder, observe| {
+        let teacher = Teacher::at_hand(&teacher, &config)?;
         let (learner, report) = on_policy(&student, &teacher, &prompts, &config, folder, observe)?;
         Ok((learner.finish()?, report))
     });

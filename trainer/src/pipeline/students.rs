@@ -8,6 +8,7 @@ use potstill_engine::loader::LoadedModel;
 
 use super::Run;
 use crate::alignment::{self, Metric};
+use crate::distributions::distributions;
 use crate::recipe::{Baseline, LocalModel};
 use crate::students::{Lessons, Plan, base};
 use crate::{card, export};
@@ -132,6 +133,7 @@ impl Run {
         use_it: impl Fn(Variant, &LoadedModel) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<()> {
         let (recipe, progress) = (Arc::clone(&self.recipe), self.progress.clone());
+        let calls = self.stages.calls.clone();
         let (variants, folder, traces) = (self.variants(), self.folder.path().join("train"), traces.to_vec());
         let held_out: Vec<String> = self.held_out()?.into_iter().map(|problem| problem.problem).collect();
         let problems: Vec<Problem> =
@@ -175,7 +177,7 @@ impl Run {
                     }
                     Variant::Kd => {
                         let section = recipe.kd.as_ref().context("the recipe has no `kd`")?;
-                        alignment::distributions(&recipe, section, &student, &traces, &folder, &progress)?
+                        distributions(&recipe, section, &calls, &student, &traces, &folder, &progress)?
                     }
                     Variant::Dpo => {
                         let section = recipe.dpo.as_ref().context("the recipe has no `dpo`")?;

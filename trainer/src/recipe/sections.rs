@@ -283,7 +283,9 @@ pub struct RewardSection {
 #[serde(deny_unknown_fields)]
 pub struct KdSection {
     /// Model folder or `.gguf` file of a teacher with the student's vocabulary.
-    pub teacher: PathBuf,
+    pub teacher: Option<PathBuf>,
+    /// Or a model behind the gateway, with the student's vocabulary, that says its likeliest tokens (vLLM, `potstill serve`).
+    pub model: Option<String>,
     /// The student writes, the teacher says what it would have written.
     #[serde(default)]
     pub on_policy: bool,

@@ -1,0 +1,222 @@
+//! Distillation of distributions: from a teacher at hand, or from one behind the gateway that says its likeliest tokens.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use candle_core::{DType, Device};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use potstill_cot::teacher::{AskError, Teachers};
+use potstill_data::records::{Cot, Problem};
+use potstill_engine::loader::{LoadedModel, load};
+use potstill_engine::tokenizer::Tokenizer;
+use potstill_learn::error::LearnError;
+use potstill_learn::examples::Example;
+use potstill_learn::kd::{KdConfig, Teacher, TopK, kd, on_policy, read_top_k, same_vocabulary, write_top_k};
+use potstill_shared::client::Given;
+use potstill_shared::durable::create_folder;
+use potstill_shared::id::ContentId;
+use serde_json::json;
+
+use crate::alignment::{encoded, question, seeded};
+use crate::progress::Progress;
+use crate::recipe::{KdSection, Recipe};
+use crate::students::{Lessons, ended, finished, watched};
+
+/// The stage by which the gateway and the budget know these questions.
+const STAGE: &str = "kd";
+/// Examples whose rows are kept in one file: so many are asked for again after a crash.
+const TOGETHER: usize = 32;
+/// Examples on which the two vocabularies are compared.
+const COMPARED: usize = 4;
+/// A beginning of a text may come before its tokens.
+const BEGINNING: usize = 1;
+
+/// White-box distillation on the traces, or on what the student writes about their problems.
+pub fn distributions(
+    recipe: &Recipe,
+    section: &KdSection,
+    calls: &Teachers,
+    student: &LoadedModel,
+    traces: &[Cot],
+    folder: &Path,
+    progress: &Progress,
+) -> anyhow::Result<LoadedModel> {
+    let config = KdConfig { run: seeded(recipe, &section.train.run), ..section.train.clone() };
+    let at_hand = match &section.teacher {
+        None => None,
+        Some(path) => {
+            let teacher = load(path, &Device::Cpu, DType::F32)
+                .with_context(|| format!("cannot load `kd.teacher` `{}`", path.display()))?;
+            same_vocabulary(&teacher.tokenizer, &student.tokenizer)?;
+            Some(teacher)
+        }
+    };
+    let asked = section.model.as_ref().map(|model| Asked {
+        calls,
+        model,
+        tokenizer: &student.tokenizer,
+        k: config.top_k,
+        at_once: recipe.concurrency,
+        kept: folder.join("rows"),
+    });
+    let teacher = match (&at_hand, &asked) {
+        (Some(teacher), _) => Teacher::at_hand(teacher, &config)?,
+        (None, Some(asked)) => Teacher {
+            id: asked.model.clone(),
+            max_positions: usize::MAX,
+            rows: Box::new(|examples| {
+                let rows = asked
+                    .block(asked.rows(examples))
+                    .map_err(|error| LearnError::Teacher(error.to_string()))?;
+                rows.into_iter().collect::<Result<_, String>>().map_err(LearnError::Teacher)
+            }),
+        },
+        (None, None) => anyhow::bail!("`kd` names no teacher"),
+    };
+    let trained = if section.on_policy {
+        let mut problems: Vec<&Problem> = traces.iter().map(|trace| &trace.problem).collect();
+        problems.dedup_by(|a, b| a.id == b.id);
+        let prompts = problems
+            .iter()
+            .map(|problem| Ok(question(recipe, student, problem)?.0))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        if let Some(asked) = &asked {
+            asked.block(asked.compare(prompts.iter().map(Vec::as_slice)))?;
+        }
+        watched(folder, "kd", progress, |observe| {
+            on_policy(student, &teacher, &prompts, &config, folder, observe)
+        })?
+    } else {
+        let mut examples = encoded(student, &Lessons::chains_of_thought(recipe, traces))?;
+        let rows = match &asked {
+            None => (teacher.rows)(&examples)?,
+            Some(asked) => {
+                asked.block(asked.compare(examples.iter().map(|example| example.tokens.as_slice())))?;
+                let longest = config.run.max_length.min(student.config.max_positions);
+                // Nobody pays for what is not learnt from.
+                examples.retain(|example| example.tokens.len() <= longest);
+                let (fitting, rows) = asked.block(asked.all(examples, progress))?;
+                examples = fitting;
+                rows
+            }
+        };
+        watched(folder, "kd", progress, |observe| kd(student, &examples, &rows, &config, folder, observe))?
+    };
+    ended("kd", &trained.1, progress);
+    finished(&trained.0, folder, recipe)
+}
+
+/// A teacher behind the gateway.
+struct Asked<'a> {
+    calls: &'a Teachers,
+    model: &'a String,
+    /// The student's, which must be the teacher's.
+    tokenizer: &'a Tokenizer,
+    k: usize,
+    at_once: usize,
+    /// Folder of the rows that were bought.
+    kept: PathBuf,
+}
+
+impl Asked<'_> {
+    /// Training keeps a thread of its own busy; it waits for the answers there.
+    fn block<T>(&self, answer: impl Future<Output = T>) -> T {
+        tokio::runtime::Handle::current().block_on(answer)
+    }
+
+    /// Refuses a teacher that cuts the same text into other tokens.
+    async fn compare<'t>(&self, texts: impl Iterator<Item = &'t [u32]>) -> anyhow::Result<()> {
+        for tokens in texts.take(COMPARED) {
+            let text = self.tokenizer.decode(tokens)?;
+            let own = self.tokenizer.encode(&text)?;
+            let given = Given::Text(&text);
+            let found = match self.calls.likeliest(STAGE, self.model, given, 1).await {
+                Ok(found) => found.tokens,
+                Err(AskError::Row(problem)) => anyhow::bail!("`kd.model` `{}`: {problem}", self.model),
+                Err(AskError::Run(problem)) => return Err(problem.into()),
+            };
+            let same = (0..=BEGINNING).any(|start| found.get(start..) == Some(&own));
+            anyhow::ensure!(
+                same,
+                "teacher `{}` and student do not share a vocabulary: {} tokens to one and {} to the other for {:?}; distil through text instead",
+                self.model,
+                found.len(),
+                own.len(),
+                text.chars().take(60).collect::<String>()
+            );
+        }
+        Ok(())
+    }
+
+    /// The rows of some examples, or why there are none.
+    async fn rows(&self, examples: &[Example]) -> anyhow::Result<Vec<Result<TopK, String>>> {
+        let ask = async |example: &Example| match self
+            .calls
+            .likeliest(STAGE, self.model, Given::Tokens(&example.tokens), self.k)
+            .await
+        {
+            Ok(found) => {
+                let learnt = found.rows.into_iter().zip(&example.learnt).filter(|(_, learnt)| **learnt);
+                let mut rows = TopK { k: self.k, ..TopK::default() };
+                for (id, log_prob) in learnt.flat_map(|(row, _)| row) {
+                    rows.ids.push(id);
+                    rows.log_probs.push(log_prob);
+                }
+                Ok(Ok(rows))
+            }
+            Err(AskError::Row(problem)) => Ok(Err(problem)),
+            Err(AskError::Run(problem)) => Err(anyhow::Error::from(problem)),
+        };
+        stream::iter(examples).map(ask).buffered(self.at_once).try_collect().await
+    }
+
+    /// The examples that the teacher takes, with their rows; what was bought before is read from its file.
+    async fn all(
+        &self,
+        examples: Vec<Example>,
+        progress: &Progress,
+    ) -> anyhow::Result<(Vec<Example>, Vec<TopK>)> {
+        create_folder(&self.kept)?;
+        let (mut fitting, mut rows, mut problem) = (Vec::new(), Vec::new(), None);
+        let all = examples.len();
+        for part in examples.chunks(TOGETHER) {
+            let key: Vec<_> = part.iter().map(|example| (&example.tokens, &example.learnt)).collect();
+            let id = ContentId::of(&[self.model, &self.k.to_string(), &json!(key).to_string()]);
+            let file = self.kept.join(format!("{id}.safetensors"));
+            let found = if file.exists() {
+                read_top_k(&file, self.tokenizer)?
+            } else {
+                let found = self.rows(part).await?;
+                let found = found.into_iter().map(|row| {
+                    row.unwrap_or_else(|why| {
+                        problem = Some(why);
+                        TopK::default()
+                    })
+                });
+                let found: Vec<TopK> = found.collect();
+                write_top_k(&file, &found, self.tokenizer)?;
+                found
+            };
+            // An example without a row was refused.
+            let taken = part.iter().zip(found).filter(|(_, found)| !found.ids.is_empty());
+            let (more, of_them): (Vec<_>, Vec<_>) =
+                taken.map(|(example, found)| (example.clone(), found)).unzip();
+            fitting.extend(more);
+            rows.extend(of_them);
+        }
+        progress.say(format!(
+            "`{}` said its likeliest {} tokens for {} of {all} examples",
+            self.model,
+            self.k,
+            fitting.len()
+        ));
+        if fitting.is_empty() {
+            anyhow::bail!(
+                "`kd.model` `{}` took no example: {}",
+                self.model,
+                problem.unwrap_or_else(|| "all were refused before".to_owned())
+            );
+        }
+        Ok((fitting, rows))
+    }
+}
