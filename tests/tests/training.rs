@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use system_tests::programs::{Running, answers, free_port, program, root};
+use system_tests::programs::{Running, answers, free_port, program, root, write_caller};
 
 const RECIPE: &str = r#"
 [kd]
@@ -244,4 +244,88 @@ fn a_teacher_behind_the_gateway_says_the_same_as_one_at_hand() {
     });
     let log = finish(&recipe, &folder.path().join("on-policy"));
     assert!(log.contains("trained `kd`"), "{log}");
+}
+
+const COMPRESSED: &str = r#"
+name = "small"
+concurrency = 8
+[collect]
+sources = [{ path = "rows.jsonl", format = "omnithought", traces = true }]
+[student]
+name = "small"
+base = "base"
+export = "f32"
+[sft]
+learning_rate = 1e-3
+[sft.run]
+max_steps = 2
+[evaluate]
+sources = [{ path = "test.jsonl" }]
+samples = 1
+max_tokens = 4
+[compress]
+to = ["q8_0", "q4_k_m"]
+limit = 0.0
+"#;
+
+/// Smaller forms come behind the test of the student, with what they lost in their cards; they are served like any other model.
+#[test]
+fn smaller_forms_of_a_student_are_tested_before_they_are_published() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name);
+    std::fs::create_dir(place("base")).unwrap();
+    write_caller(&place("base"));
+    let words: Vec<String> =
+        ('a'..='t').map(|letter| format!("{letter} word like {letter}{letter}")).collect();
+    let row = |word: &String| {
+        let trace = json!({"thought": format!("it is the {word}, as it was"), "solution": format!("\\boxed{{{word}}}"), "teacher": "t"});
+        json!({"question": format!("say the {word}"), "answer": word, "reasoning": [trace]}).to_string()
+    };
+    std::fs::write(place("rows.jsonl"), words.iter().map(row).collect::<Vec<_>>().join("\n")).unwrap();
+    std::fs::write(place("test.jsonl"), "{\"problem\": \"what is it\", \"answer\": \"it\"}\n").unwrap();
+    std::fs::write(place("recipe.toml"), COMPRESSED).unwrap();
+    let out = place("out");
+    let log = finish(&place("recipe.toml"), &out);
+    let report: Value =
+        serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap();
+    let forms = report["compressed"].as_array().unwrap();
+    assert_eq!(forms.len(), 2, "{log}");
+    for (form, name) in forms.iter().zip(["small-q8_0", "small-q4_k_m"]) {
+        // It knows nothing before and after, so it has lost nothing.
+        assert_eq!((&form["published"], form["lost"].as_f64()), (&json!(true), Some(0.0)), "{form}");
+        let folder = out.join("models").join(name);
+        assert!(folder.join(format!("{name}.gguf")).exists(), "{log}");
+        let card = std::fs::read_to_string(folder.join("README.md")).unwrap();
+        for part in ["base_model: small\n", "| tokens compared |", "1 held-out problems, 1 samples each"] {
+            assert!(card.contains(part), "`{part}` is not in:\n{card}");
+        }
+    }
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(page.contains("Smaller forms of the last student"));
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let file = out.join("models/small-q8_0/small-q8_0.gguf");
+        let (_node, url) = system_tests::programs::serve(&file, "small", &[]).await;
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        let body = json!({"model": "small", "prompt": "say", "max_tokens": 2});
+        let answer = http.post(format!("{url}/v1/completions")).json(&body).send().await.unwrap();
+        assert!(answer.status().is_success(), "{}", answer.text().await.unwrap());
+    });
+
+    // Had the student known half of it, both would have lost too much.
+    let mut report = report;
+    report["students"][0]["accuracy"] = json!(50.0);
+    std::fs::write(out.join("report.json"), report.to_string()).unwrap();
+    let mut command = Command::new(program("potstill"));
+    command.arg("compress").arg(place("recipe.toml")).arg("--out").arg(&out);
+    let output = command.output().unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && log.contains("-50.0 points; not published, the limit is 0 points"),
+        "{log}"
+    );
+    for name in ["small-q8_0", "small-q4_k_m"] {
+        assert!(
+            !out.join("models").join(name).exists() && out.join(format!("compress/{name}.gguf")).exists()
+        );
+    }
 }

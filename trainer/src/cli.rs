@@ -206,6 +206,8 @@ enum Command {
     Export(RunArguments),
     /// Stage: test the students on held-out problems.
     Evaluate(RunArguments),
+    /// Stage: write smaller forms of the last student, test them, publish those that lose little.
+    Compress(RunArguments),
     /// Stage: write the model cards.
     Card(RunArguments),
 }
@@ -348,6 +350,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Train(run) => stage("train", run).await,
         Command::Export(run) => stage("export", run).await,
         Command::Evaluate(run) => stage("evaluate", run).await,
+        Command::Compress(run) => stage("compress", run).await,
         Command::Card(run) => stage("card", run).await,
     }
 }

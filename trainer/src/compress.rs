@@ -1,7 +1,7 @@
 //! Compression: a model as GGUF in fewer bits, with what that costs measured on a text and written beside the file. A file
 //! that loses more than the limit is not published.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -12,7 +12,9 @@ use potstill_engine::gguf_files::{Format, write_gguf};
 use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::model::CausalLm;
 use potstill_shared::durable::{create_folder, publish_folder, write_file};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+use crate::report::Compressed;
 
 /// What to write.
 #[derive(Debug, clap::Args)]
@@ -41,15 +43,18 @@ pub struct QuantiseArguments {
 }
 
 /// Formats, as llama.cpp names them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Bits {
     /// 16 bits.
+    #[serde(rename = "f16")]
     F16,
     /// Eight bits.
     #[value(name = "q8_0")]
+    #[serde(rename = "q8_0")]
     Q8,
     /// About 4.8 bits.
     #[value(name = "q4_k_m")]
+    #[serde(rename = "q4_k_m")]
     Q4,
 }
 
@@ -61,10 +66,19 @@ impl Bits {
             Self::Q4 => Format::Q4KM,
         }
     }
+
+    /// As recipes and names of folders have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Q8 => "q8_0",
+            Self::Q4 => "q4_k_m",
+        }
+    }
 }
 
 /// How near a model is to another form of it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Quality {
     /// Tokens of the text that were compared.
     pub tokens: usize,
@@ -93,7 +107,7 @@ impl fmt::Display for Quality {
 }
 
 /// A file that was published.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Written {
     /// The file.
     pub path: PathBuf,
@@ -115,6 +129,8 @@ impl fmt::Display for Written {
 const WINDOW: usize = 512;
 /// Pieces that calibrate, and that measure, at most.
 const WINDOWS: usize = 16;
+/// More tokens than these are not looked at.
+pub const ENOUGH_TOKENS: usize = 2 * WINDOWS * WINDOW;
 
 /// Tokens of a text, at least two.
 pub fn tokens_of(model: &LoadedModel, text: &Path) -> anyhow::Result<Vec<u32>> {
@@ -129,50 +145,28 @@ pub fn quantise(arguments: &QuantiseArguments) -> anyhow::Result<Written> {
     let model = load(&arguments.model, &Device::Cpu, DType::F32)
         .with_context(|| format!("cannot load `{}`", arguments.model.display()))?;
     let tokens = tokens_of(&model, &arguments.text)?;
-    let window = WINDOW.min(model.config.max_positions);
-    anyhow::ensure!(
-        tokens.len() >= 2 * window,
-        "`{}` has {} tokens; calibration and measurement need at least {}",
-        arguments.text.display(),
-        tokens.len(),
-        2 * window
-    );
-    let (first, second) = tokens.split_at(tokens.len() / 2);
-    let importance = if arguments.no_calibration || arguments.to != Bits::Q4 {
-        None
-    } else {
-        let batches: Vec<Batch> =
-            first.chunks(window).take(WINDOWS).map(|part| Batch::new([(part, 0)])).collect();
-        Some(CausalLm::input_squares(&model.config, &model.weights, &batches)?)
-    };
-    let format = arguments.to.format();
     let name = arguments
         .model
         .file_stem()
         .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned());
-    let file = format!("{name}-{}.gguf", format.name());
+    let file = format!("{name}-{}.gguf", arguments.to.format().name());
     let mut found = None;
     if let Some(parent) = arguments.out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         create_folder(parent)?;
     }
     publish_folder::<anyhow::Error>(&arguments.out, |folder| {
         let path = folder.join(&file);
-        write_gguf(&path, &model, &name, format, importance.as_ref())?;
-        let back = load(&path, &Device::Cpu, DType::F32)?;
-        let exact = CausalLm::new(&model.config, &model.weights)?;
-        let small = CausalLm::new(&back.config, &back.weights)?;
-        let measured = &second[..second.len().min(window * WINDOWS)];
-        let quality = quality_in_windows(&exact, &small, measured, window)?;
+        let mut written = make(&model, &name, arguments.to, !arguments.no_calibration, &tokens, &path)?;
+        let quality = &written.quality;
         let rise = 100.0 * (quality.perplexity / quality.perplexity_f32 - 1.0);
         anyhow::ensure!(
             rise <= arguments.limit,
             "not published: the perplexity rises by {rise:.1} %, the limit is {} % ({quality})",
             arguments.limit
         );
-        let bytes = std::fs::metadata(&path)?.len();
-        let written =
-            Written { path: arguments.out.join(&file), bytes, calibrated: importance.is_some(), quality };
-        write_file(&folder.join("README.md"), card(&name, format, &written).as_bytes())?;
+        written.path = arguments.out.join(&file);
+        let form = format!("{name}, {}", arguments.to.format().name());
+        write_file(&folder.join("README.md"), card(&form, &name, &written, None).as_bytes())?;
         write_file(
             &folder.join("quality.json"),
             format!("{:#}\n", serde_json::to_value(&written)?).as_bytes(),
@@ -183,13 +177,47 @@ pub fn quantise(arguments: &QuantiseArguments) -> anyhow::Result<Written> {
     found.context("nothing was written")
 }
 
-fn card(name: &str, format: Format, written: &Written) -> String {
+/// Writes a form of `model` as `path`. The first half of `tokens` calibrates its rounding, the second half measures what it lost.
+pub fn make(
+    model: &LoadedModel,
+    name: &str,
+    bits: Bits,
+    calibrate: bool,
+    tokens: &[u32],
+    path: &Path,
+) -> anyhow::Result<Written> {
+    let window = WINDOW.min(model.config.max_positions);
+    anyhow::ensure!(
+        tokens.len() >= 2 * window,
+        "{} tokens of text; calibration and measurement need at least {}",
+        tokens.len(),
+        2 * window
+    );
+    let (first, second) = tokens.split_at(tokens.len() / 2);
+    let importance = if calibrate && bits == Bits::Q4 {
+        let batches: Vec<Batch> =
+            first.chunks(window).take(WINDOWS).map(|part| Batch::new([(part, 0)])).collect();
+        Some(CausalLm::input_squares(&model.config, &model.weights, &batches)?)
+    } else {
+        None
+    };
+    write_gguf(path, model, name, bits.format(), importance.as_ref())?;
+    let back = load(path, &Device::Cpu, DType::F32)?;
+    let exact = CausalLm::new(&model.config, &model.weights)?;
+    let small = CausalLm::new(&back.config, &back.weights)?;
+    let measured = &second[..second.len().min(window * WINDOWS)];
+    let quality = quality_in_windows(&exact, &small, measured, window)?;
+    let bytes = std::fs::metadata(path)?.len();
+    Ok(Written { path: path.to_owned(), bytes, calibrated: importance.is_some(), quality })
+}
+
+/// The card of a form of `base`; `tested` says how it did on the problems of its run.
+pub fn card(title: &str, base: &str, written: &Written, tested: Option<&Compressed>) -> String {
     let q = &written.quality;
-    format!(
-        "---\nlibrary_name: gguf\npipeline_tag: text-generation\nbase_model: {name}\ntags: [gguf, potstill]\n---\n\n# {name}, {}\n\n\
+    let mut card = format!(
+        "---\nlibrary_name: gguf\npipeline_tag: text-generation\nbase_model: {base}\ntags: [gguf, potstill]\n---\n\n# {title}\n\n\
          {:.1} MB, {}.\n\n| tokens compared | perplexity f32 | perplexity here | same next token | divergence, nats |\n\
          |---|---|---|---|---|\n| {} | {:.3} | {:.3} | {:.1} % | {:.4} |\n",
-        format.name(),
         written.bytes as f64 / 1e6,
         if written.calibrated {
             "rounded with importances from a calibration text"
@@ -201,7 +229,18 @@ fn card(name: &str, format: Format, written: &Written) -> String {
         q.perplexity,
         100.0 * q.same_top,
         q.divergence
-    )
+    );
+    if let Some(tested) = tested {
+        let f = &tested.figures.details;
+        let _infallible = write!(
+            card,
+            "\n## Evaluation\n\n{} held-out problems, {} samples each; 95 % interval by bootstrap over problems.\n\n\
+             | accuracy | interval | before | mean tokens | cut off |\n|---|---|---|---|---|\n\
+             | {:.1} % | {:.1} to {:.1} | {:.1} % | {:.0} | {:.1} % |\n",
+            f.problems, f.samples, f.accuracy, f.ci_low, f.ci_high, tested.before, f.mean_tokens, f.truncated
+        );
+    }
+    card
 }
 
 /// Compares over pieces of `window` tokens that know nothing of each other.

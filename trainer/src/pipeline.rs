@@ -3,6 +3,7 @@
 //! of them over the file that the stage before it left. Records go through the disk: a million are as fine as a hundred.
 
 mod chain;
+mod compress;
 pub mod plan;
 mod problems;
 mod stages;
@@ -37,11 +38,12 @@ use tokio_util::task::AbortOnDropHandle;
 use self::chain::Chain;
 use self::stages::Stages;
 use crate::announce::{Announcer, Front};
+use crate::evaluate::metrics::Figures;
 use crate::evaluate::{Evaluate, Sample, metrics};
 use crate::local::LocalGateway;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::report::{Report, StudentFigures};
+use crate::report::{Compressed, Report, StudentFigures};
 use crate::run::RunFolder;
 use crate::selection;
 use crate::status::Status;
@@ -49,7 +51,7 @@ use crate::students::prompt;
 use crate::{card, export, report};
 
 /// Stages that run alone, in order.
-pub const STAGES: [&str; 14] = [
+pub const STAGES: [&str; 15] = [
     "collect",
     "classify",
     "resample",
@@ -63,6 +65,7 @@ pub const STAGES: [&str; 14] = [
     "train",
     "export",
     "evaluate",
+    "compress",
     "card",
 ];
 
@@ -172,12 +175,13 @@ impl Run {
         let figures = if self.recipe.trains() {
             self.export(&self.sampled()?).await?;
             let figures = self.evaluate().await?;
+            let compressed = self.compress(&figures).await?;
             self.cards(&figures)?;
-            figures
+            (figures, compressed)
         } else {
-            Vec::new()
+            (Vec::new(), Vec::new())
         };
-        let report = self.report(figures);
+        let report = self.report(figures.0, figures.1);
         report::write(self.folder.path(), &report)?;
         Ok(report)
     }
@@ -203,7 +207,12 @@ impl Run {
             "export" => self.export(&self.sampled()?).await,
             "evaluate" => {
                 let figures = self.evaluate().await?;
-                report::write(self.folder.path(), &self.report(figures))
+                report::write(self.folder.path(), &self.report(figures, Vec::new()))
+            }
+            "compress" => {
+                let figures = report::read(self.folder.path())?.students;
+                let compressed = self.compress(&figures).await?;
+                report::write(self.folder.path(), &self.report(figures, compressed))
             }
             "card" => self.cards(&report::read(self.folder.path())?.students),
             other => anyhow::bail!("unknown stage `{other}`; known are {}", STAGES.join(", ")),
@@ -390,45 +399,55 @@ impl Run {
     // ---- figures ----
 
     async fn evaluate(&self) -> anyhow::Result<Vec<StudentFigures>> {
-        let Some(section) = &self.recipe.evaluate else { return Ok(Vec::new()) };
+        if self.recipe.evaluate.is_none() {
+            return Ok(Vec::new());
+        }
         let held_out = self.held_out()?;
         let mut all = Vec::new();
         for variant in self.variants() {
             let model = self.serve_variant(variant)?;
-            let stage = Evaluate {
-                revision: export::revision(&self.folder.path().join("models").join(&model))?,
-                model,
-                calls: self.students.clone(),
-                settings: section.clone(),
-                prompt: prompt(&self.recipe, "{{ problem }}"),
-            };
-            let name = format!("evaluate-{}", variant.name());
-            let counts = Arc::new(Counts::default());
-            let (mut output, handle) =
-                run(stage, feed(held_out.clone()), self.recipe.concurrency, Arc::clone(&counts), ());
-            let mut samples: Vec<Sample> = Vec::new();
-            let drained = async {
-                while let Some(sample) = output.recv().await {
-                    samples.push(sample);
-                }
-            };
-            self.watch(&[("evaluate", Arc::clone(&counts))], held_out.len() as u64, drained).await;
-            handle.await??;
-            samples.sort_by(|a, b| (&a.problem, a.sample).cmp(&(&b.problem, b.sample)));
-            self.folder.write_stage(&name, &samples, counts.summary())?;
-            let figures = metrics::figures(&samples);
-            self.progress.say(format!(
-                "`{}`: {:.1} % [{:.1}, {:.1}] of {} problems x {}",
-                variant.name(),
-                figures.accuracy,
-                figures.ci_low,
-                figures.ci_high,
-                figures.problems,
-                figures.samples
-            ));
+            let revision = export::revision(&self.folder.path().join("models").join(&model))?;
+            let figures = self.examine(&model, revision, variant.name(), &held_out).await?;
             all.push(StudentFigures::new(variant.name(), figures));
         }
         Ok(all)
+    }
+
+    /// Tests a model that is served: `revision` tells its weights from others under the same name.
+    async fn examine(
+        &self,
+        model: &str,
+        revision: String,
+        name: &str,
+        held_out: &[Problem],
+    ) -> anyhow::Result<Figures> {
+        let settings = self.recipe.evaluate.clone().context("the recipe has no `evaluate`")?;
+        let stage = Evaluate {
+            revision,
+            model: model.to_owned(),
+            calls: self.students.clone(),
+            settings,
+            prompt: prompt(&self.recipe, "{{ problem }}"),
+        };
+        let counts = Arc::new(Counts::default());
+        let (mut output, handle) =
+            run(stage, feed(held_out.to_vec()), self.recipe.concurrency, Arc::clone(&counts), ());
+        let mut samples: Vec<Sample> = Vec::new();
+        let drained = async {
+            while let Some(sample) = output.recv().await {
+                samples.push(sample);
+            }
+        };
+        self.watch(&[("evaluate", Arc::clone(&counts))], held_out.len() as u64, drained).await;
+        handle.await??;
+        samples.sort_by(|a, b| (&a.problem, a.sample).cmp(&(&b.problem, b.sample)));
+        self.folder.write_stage(&format!("evaluate-{name}"), &samples, counts.summary())?;
+        let figures = metrics::figures(&samples);
+        self.progress.say(format!(
+            "`{name}`: {:.1} % [{:.1}, {:.1}] of {} problems x {}",
+            figures.accuracy, figures.ci_low, figures.ci_high, figures.problems, figures.samples
+        ));
+        Ok(figures)
     }
 
     fn cards(&self, figures: &[StudentFigures]) -> anyhow::Result<()> {
@@ -448,10 +467,11 @@ impl Run {
         Ok(())
     }
 
-    fn report(&self, students: Vec<StudentFigures>) -> Report {
+    fn report(&self, students: Vec<StudentFigures>, compressed: Vec<Compressed>) -> Report {
         Report::new(
             &self.recipe.name,
             students,
+            compressed,
             self.folder.manifest(),
             self.stages.calls.spent(),
             self.started.elapsed().as_secs_f64(),

@@ -63,6 +63,9 @@ pub struct Recipe {
     pub grpo: Option<GrpoSection>,
     /// How it is tested.
     pub evaluate: Option<EvaluateSection>,
+    /// Smaller forms of the last student.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compress: Option<CompressSection>,
 }
 
 /// Stages that ask teachers.
@@ -135,11 +138,12 @@ impl Recipe {
             s.take("verify"),
             s.take("score"),
         );
-        let (sample, evaluate) = (s.take("sample").unwrap_or_default(), s.take("evaluate"));
+        let (sample, evaluate, compress) =
+            (s.take("sample").unwrap_or_default(), s.take("evaluate"), s.take("compress"));
         for key in s.table.keys() {
             s.problems.push(format!(
                 "`{key}` is not known; known are name, seed, concurrency, budget, gateway, local, prompts, collect, classify, \
-                 resample, generate, difficulty, rewrite, verify, score, sample, student, sft, reward, kd, dpo, grpo, evaluate"
+                 resample, generate, difficulty, rewrite, verify, score, sample, student, sft, reward, kd, dpo, grpo, evaluate, compress"
             ));
         }
         let Some(name) = name else { return Err(refused(sections.problems)) };
@@ -185,6 +189,7 @@ impl Recipe {
             dpo,
             grpo,
             evaluate,
+            compress,
         };
         recipe.resolve(path.parent().unwrap_or(Path::new(".")));
         sections.problems.extend(recipe.problems());
@@ -270,6 +275,18 @@ impl Recipe {
             need(
                 run.batch_tokens > 0 && run.micro_batch_tokens > 0,
                 format!("`{key}.batch_tokens` and `{key}.micro_batch_tokens` must be at least 1"),
+            );
+        }
+        if let Some(section) = &self.compress {
+            need(
+                self.trains() && self.evaluate.is_some(),
+                "`compress` makes smaller forms of a student and tests them on the problems of `evaluate`: it needs both"
+                    .to_owned(),
+            );
+            need(!section.to.is_empty(), "`compress.to` is empty; it knows f16, q8_0 and q4_k_m".to_owned());
+            need(
+                section.limit >= 0.0,
+                format!("`compress.limit` must be points of accuracy, 0 or more, not {}", section.limit),
             );
         }
         if let Some(section) = &self.kd {

@@ -11,6 +11,7 @@ use potstill_cot::teacher::Spent;
 use potstill_shared::durable::write_file;
 use serde::{Deserialize, Serialize};
 
+use crate::compress::Written;
 use crate::evaluate::metrics::Figures;
 use crate::run::Manifest;
 use crate::selection;
@@ -50,6 +51,21 @@ impl StudentFigures {
     }
 }
 
+/// A smaller form of the last student.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Compressed {
+    /// Its file, and how near it is.
+    pub written: Written,
+    /// Accuracy of the student itself.
+    pub before: f64,
+    /// Points of accuracy that it lost.
+    pub lost: f64,
+    /// It lost no more than the recipe allows.
+    pub published: bool,
+    /// How it did.
+    pub figures: StudentFigures,
+}
+
 /// What was spent on teachers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpentFigures {
@@ -72,6 +88,9 @@ pub struct Report {
     pub name: String,
     /// The students, the distilled one last.
     pub students: Vec<StudentFigures>,
+    /// Smaller forms of the last of them.
+    #[serde(default)]
+    pub compressed: Vec<Compressed>,
     /// Counts by stage.
     pub manifest: Manifest,
     /// Teacher calls of this process; what an earlier one had bought is `remembered`.
@@ -87,6 +106,7 @@ impl Report {
     pub fn new(
         name: &str,
         students: Vec<StudentFigures>,
+        compressed: Vec<Compressed>,
         manifest: Manifest,
         spent: &Spent,
         seconds: f64,
@@ -95,6 +115,7 @@ impl Report {
         Self {
             name: name.to_owned(),
             students,
+            compressed,
             manifest,
             teachers: SpentFigures {
                 calls: read(&spent.calls),
@@ -126,7 +147,7 @@ impl Report {
         for level in &levels {
             text.push_str(&format!(" {:>8} {:>7}", level, "tokens"));
         }
-        for student in &self.students {
+        for student in self.students.iter().chain(self.compressed.iter().map(|form| &form.figures)) {
             text.push_str(&format!(
                 "\n{:<14} {:>7.1} % {:>15} {:>6.1} %",
                 student.name,

@@ -14,6 +14,8 @@ use potstill_learn::reward_model::RewardConfig;
 use potstill_learn::run::RunConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::compress::Bits;
+
 /// An endpoint that serves the teachers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -365,6 +367,28 @@ fn default_top_p() -> f64 {
 
 fn default_eval_tokens() -> u32 {
     4096
+}
+
+/// Smaller forms of the last student, as GGUF.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CompressSection {
+    /// Formats.
+    pub to: Vec<Bits>,
+    /// Most that the accuracy on the problems of `evaluate` may fall, in points; a form that loses more is not published.
+    #[serde(default = "default_lost")]
+    pub limit: f64,
+    /// Round by what the student's lessons say is important, where the format can.
+    #[serde(default = "yes")]
+    pub calibrate: bool,
+}
+
+fn default_lost() -> f64 {
+    2.0
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What the distilled student is compared with.

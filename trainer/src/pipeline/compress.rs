@@ -1,0 +1,162 @@
+//! Smaller forms of the last student: written, tested on the problems on which the student was tested, and published where they
+//! lose little.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use candle_core::{DType, Device};
+use potstill_data::records::Problem;
+use potstill_engine::loader::{LoadedModel, load};
+use potstill_learn::examples::encode;
+use potstill_shared::durable::{create_folder, publish_folder, remove_folder, write_file};
+use potstill_shared::id::ContentId;
+use serde_json::{Value, json};
+
+use super::Run;
+use crate::compress::{self, Bits, ENOUGH_TOKENS, Written};
+use crate::recipe::LocalModel;
+use crate::report::{Compressed, StudentFigures};
+use crate::students::Lessons;
+
+impl Run {
+    /// Makes the forms that the recipe asks for, given how well the student did.
+    pub(super) async fn compress(&self, figures: &[StudentFigures]) -> anyhow::Result<Vec<Compressed>> {
+        let Some(section) = &self.recipe.compress else { return Ok(Vec::new()) };
+        let variant = self.variants().pop().context("the recipe trains no student")?;
+        let before = figures.iter().find(|figures| figures.name == variant.name());
+        let before = before.context("the student was not tested; run `potstill evaluate` first")?;
+        let student = self.student_name(variant);
+        let held_out = self.held_out()?;
+        let mut all = Vec::new();
+        for (bits, written) in self.forms(&student, &section.to, section.calibrate).await? {
+            let name = form(&student, bits);
+            let threads = self.recipe.student.threads;
+            let path = written.path.clone();
+            self.local.add_model(&LocalModel {
+                model: name.clone(),
+                path,
+                min: 0,
+                max: 1,
+                slots: 64,
+                threads,
+            })?;
+            let revision = ContentId::of_bytes(&std::fs::read(&written.path)?).to_string();
+            let figures = self.examine(&name, revision, bits.name(), &held_out).await?;
+            let figures = StudentFigures::new(bits.name(), figures);
+            let lost = before.accuracy - figures.accuracy;
+            let found = Compressed {
+                written,
+                before: before.accuracy,
+                lost,
+                published: lost <= section.limit,
+                figures,
+            };
+            self.publish(&student, bits, &found, section.limit)?;
+            all.push(found);
+        }
+        Ok(all)
+    }
+
+    /// Writes the forms where nobody takes them for finished.
+    async fn forms(
+        &self,
+        student: &str,
+        to: &[Bits],
+        calibrate: bool,
+    ) -> anyhow::Result<Vec<(Bits, Written)>> {
+        let (recipe, folder) = (Arc::clone(&self.recipe), self.folder.path().to_owned());
+        let (student, to, traces) = (student.to_owned(), to.to_vec(), self.sampled()?);
+        let problems: Vec<Problem> =
+            if recipe.collect.is_some() { self.folder.read_stage("collect")? } else { Vec::new() };
+        tokio::task::spawn_blocking(move || {
+            let source = folder.join("models").join(&student);
+            let model = load(&source, &Device::Cpu, DType::F32)
+                .with_context(|| format!("cannot load `{}`", source.display()))?;
+            let lessons = match recipe.sft.as_ref().and_then(|sft| sft.conversations.as_ref()) {
+                Some(section) => Lessons::conversations(section, &[])?.messages,
+                None => Lessons::chains_of_thought(&recipe, &traces).messages,
+            };
+            let tokens = what_it_reads(&model, &lessons, &problems)?;
+            let work = folder.join("compress");
+            create_folder(&work)?;
+            let made = to.iter().map(|&bits| {
+                let name = form(&student, bits);
+                let path = work.join(format!("{name}.gguf"));
+                Ok((bits, compress::make(&model, &name, bits, calibrate, &tokens, &path)?))
+            });
+            made.collect()
+        })
+        .await?
+    }
+
+    fn publish(&self, student: &str, bits: Bits, found: &Compressed, limit: f64) -> anyhow::Result<()> {
+        let name = form(student, bits);
+        let target = self.folder.path().join("models").join(&name);
+        self.progress.say(format!(
+            "`{name}`: {:.1} MB, {:.1} % [{:.1}, {:.1}], {:+.1} points; {}",
+            found.written.bytes as f64 / 1e6,
+            found.figures.accuracy,
+            found.figures.ci_low,
+            found.figures.ci_high,
+            -found.lost,
+            match found.published {
+                true => format!("published as `{}`", target.display()),
+                false => format!(
+                    "not published, the limit is {limit} points (it stays as `{}`)",
+                    found.written.path.display()
+                ),
+            }
+        ));
+        if !found.published {
+            return if target.exists() { Ok(remove_folder(&target)?) } else { Ok(()) };
+        }
+        publish_folder::<anyhow::Error>(&target, |folder| {
+            place(&found.written.path, &folder.join(format!("{name}.gguf")))?;
+            let card = compress::card(&name, student, &found.written, Some(found));
+            write_file(&folder.join("README.md"), card.as_bytes())?;
+            let quality = format!("{:#}\n", serde_json::to_value(found)?);
+            Ok(write_file(&folder.join("quality.json"), quality.as_bytes())?)
+        })
+    }
+}
+
+fn form(student: &str, bits: Bits) -> String {
+    format!("{student}-{}", bits.name())
+}
+
+/// The same file under another name; a copy where the disk knows no such thing.
+fn place(file: &Path, target: &PathBuf) -> anyhow::Result<()> {
+    std::fs::hard_link(file, target)
+        .or_else(|_| std::fs::copy(file, target).map(drop))
+        .with_context(|| format!("cannot place `{}`", target.display()))
+}
+
+/// Text like what the student will read and write, for calibration and measurement: its lessons, or else its problems.
+fn what_it_reads(
+    model: &LoadedModel,
+    lessons: &[Vec<Value>],
+    problems: &[Problem],
+) -> anyhow::Result<Vec<u32>> {
+    let mut tokens = Vec::new();
+    // Lessons lie in the order of their problems, and those by source: some from everywhere.
+    let step = (lessons.len() / 256).max(1);
+    for messages in lessons.iter().step_by(step) {
+        tokens.extend(encode(model, messages)?.tokens);
+        if tokens.len() >= ENOUGH_TOKENS {
+            return Ok(tokens);
+        }
+    }
+    for problem in problems {
+        let text = model.template.render(
+            &json!([{"role": "user", "content": problem.problem}]),
+            true,
+            &json!({}),
+        )?;
+        tokens.extend(model.tokenizer.encode(&text)?);
+        if tokens.len() >= ENOUGH_TOKENS {
+            break;
+        }
+    }
+    Ok(tokens)
+}
