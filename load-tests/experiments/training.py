@@ -65,14 +65,15 @@ def run(program: str, recipe: str, folder: pathlib.Path) -> dict:
 
 def table(title: str, arms: dict) -> None:
     levels = ["easy", "medium", "hard"]
-    print(f"\n{title}\n\n| arm | accuracy by seed | mean | spread | {' | '.join(levels)} | mean tokens |")
-    print("|" + "---|" * (5 + len(levels)))
+    print(f"\n{title}\n\n| arm | steps | accuracy by seed | mean | spread | {' | '.join(levels)} | mean tokens |")
+    print("|" + "---|" * (6 + len(levels)))
     for arm, students in arms.items():
         values = [student["accuracy"] for student in students]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         by_level = [statistics.mean(s["details"]["accuracy_by_level"][level] for s in students) for level in levels]
         tokens = statistics.mean(s["details"]["mean_tokens"] for s in students)
-        print(f"| {arm} | {', '.join(f'{v:.1f}' for v in values)} | {statistics.mean(values):.1f} | {spread:.1f} | "
+        steps = [str(student["steps"]) for student in students if student.get("steps")]
+        print(f"| {arm} | {', '.join(steps)} | {', '.join(f'{v:.1f}' for v in values)} | {statistics.mean(values):.1f} | {spread:.1f} | "
               + " | ".join(f"{v:.1f}" for v in by_level) + f" | {tokens:.0f} |", flush=True)
 
 
@@ -106,6 +107,12 @@ def curriculum(program: str, seeds: int, out: pathlib.Path) -> None:
         found[order] = []
         for seed in range(1, seeds + 1):
             recipe = base.replace("[sft.curriculum]", f'[sft.curriculum]\norder = "{order}"')
+            if order == "cd":
+                # Three windows, each with what it replays: as many steps in all as the others take.
+                recipe = recipe.replace("medium_epochs = 20", "medium_epochs = 5.4")
+            if order == "shuffled":
+                steps = found["difficulty"][seed - 1]["steps"]
+                recipe = recipe.replace("[sft.run]", f"[sft.run]\nmax_steps = {steps}")
             recipe = recipe.replace('name = "demo"', f'name = "{order}-{seed}"').replace("seed = 7", f"seed = {seed}")
             recipe = recipe.replace("problems = 3000", "problems = 2000").replace("medium_epochs = 20", "medium_epochs = 12")
             folder = out / f"order-{order}-{seed}"
@@ -115,8 +122,10 @@ def curriculum(program: str, seeds: int, out: pathlib.Path) -> None:
                 # The teacher's answers are the same for every order.
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(first.read_bytes())
-            found[order].append(run(program, recipe, folder)["students"][-1])
-        table("Order of the lessons, equal visits", found)
+            student = run(program, recipe, folder)["students"][-1]
+            state = json.loads((folder / "run/train/distilled/trainer_state.json").read_text())
+            found[order].append(student | {"steps": state["global_step"]})
+        table("Order of the lessons, equal steps", found)
 
 
 def main() -> None:

@@ -69,7 +69,10 @@ pub fn write_with(
 ) -> Result<(), DurableError> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let temporary = folder.join(format!(".{name}.{}.tmp", std::process::id()));
+    // Two threads may write the same file at once: each its own, and the last one stands.
+    static WRITES: AtomicU64 = AtomicU64::new(0);
+    let write = WRITES.fetch_add(1, Ordering::Relaxed);
+    let temporary = folder.join(format!(".{name}.{}.{write}.tmp", std::process::id()));
     #[expect(clippy::disallowed_methods, reason = "this is the durable writer itself")]
     let written = File::create(&temporary).and_then(|file| {
         let mut writer = io::BufWriter::with_capacity(1 << 16, file);
@@ -383,6 +386,20 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert!(write_with(&path, |_| Err(io::Error::from(io::ErrorKind::StorageFull))).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"two", "the old file stays when the new one fails");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn threads_that_write_one_file_do_not_disturb_each_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("status.json");
+        std::thread::scope(|scope| {
+            for text in ["one", "two", "three", "four"] {
+                let path = &path;
+                scope.spawn(move || (0..50).for_each(|_| write_file(path, text.as_bytes()).unwrap()));
+            }
+        });
+        assert!(["one", "two", "three", "four"].contains(&fs::read_to_string(&path).unwrap().as_str()));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 

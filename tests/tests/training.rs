@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use potstill_shared::durable::write_file;
 use serde_json::{Value, json};
 use system_tests::programs::{Running, answers, free_port, program, root, write_caller};
 
@@ -64,7 +65,7 @@ fn recipe(folder: &Path) -> PathBuf {
     practice.insert("max_tokens".to_owned(), 120.into());
     practice.insert("max_truncated".to_owned(), 1.0.into());
     let path = folder.join("recipe.toml");
-    potstill_shared::durable::write_file(&path, toml::to_string(&table).unwrap().as_bytes()).unwrap();
+    write_file(&path, toml::to_string(&table).unwrap().as_bytes()).unwrap();
     path
 }
 
@@ -194,7 +195,7 @@ fn a_teacher_behind_the_gateway_says_the_same_as_one_at_hand() {
         }
         change(table["kd"].as_table_mut().unwrap());
         let path = folder.path().join(name);
-        potstill_shared::durable::write_file(&path, toml::to_string(&table).unwrap().as_bytes()).unwrap();
+        write_file(&path, toml::to_string(&table).unwrap().as_bytes()).unwrap();
         path
     };
     let behind = |kd: &mut toml::Table| {
@@ -281,9 +282,11 @@ fn smaller_forms_of_a_student_are_tested_before_they_are_published() {
         let trace = json!({"thought": format!("it is the {word}, as it was"), "solution": format!("\\boxed{{{word}}}"), "teacher": "t"});
         json!({"question": format!("say the {word}"), "answer": word, "reasoning": [trace]}).to_string()
     };
-    std::fs::write(place("rows.jsonl"), words.iter().map(row).collect::<Vec<_>>().join("\n")).unwrap();
-    std::fs::write(place("test.jsonl"), "{\"problem\": \"what is it\", \"answer\": \"it\"}\n").unwrap();
-    std::fs::write(place("recipe.toml"), COMPRESSED).unwrap();
+    write_file(&place("rows.jsonl"), words.iter().map(row).collect::<Vec<_>>().join("\n").as_bytes())
+        .unwrap();
+    write_file(&place("test.jsonl"), "{\"problem\": \"what is it\", \"answer\": \"it\"}\n".as_bytes())
+        .unwrap();
+    write_file(&place("recipe.toml"), COMPRESSED.as_bytes()).unwrap();
     let out = place("out");
     let log = finish(&place("recipe.toml"), &out);
     let report: Value =
@@ -314,7 +317,7 @@ fn smaller_forms_of_a_student_are_tested_before_they_are_published() {
     // Had the student known half of it, both would have lost too much.
     let mut report = report;
     report["students"][0]["accuracy"] = json!(50.0);
-    std::fs::write(out.join("report.json"), report.to_string()).unwrap();
+    write_file(&out.join("report.json"), report.to_string().as_bytes()).unwrap();
     let mut command = Command::new(program("potstill"));
     command.arg("compress").arg(place("recipe.toml")).arg("--out").arg(&out);
     let output = command.output().unwrap();

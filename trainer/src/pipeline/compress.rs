@@ -65,7 +65,8 @@ impl Run {
         to: &[Bits],
         calibrate: bool,
     ) -> anyhow::Result<Vec<(Bits, Written)>> {
-        let (recipe, folder) = (Arc::clone(&self.recipe), self.folder.path().to_owned());
+        let (recipe, progress) = (Arc::clone(&self.recipe), self.progress.clone());
+        let folder = self.folder.path().to_owned();
         let (student, to, traces) = (student.to_owned(), to.to_vec(), self.sampled()?);
         let problems: Vec<Problem> =
             if recipe.collect.is_some() { self.folder.read_stage("collect")? } else { Vec::new() };
@@ -82,6 +83,7 @@ impl Run {
             create_folder(&work)?;
             let made = to.iter().map(|&bits| {
                 let name = form(&student, bits);
+                progress.say(format!("`{name}` is written and read back"));
                 let path = work.join(format!("{name}.gguf"));
                 Ok((bits, compress::make(&model, &name, bits, calibrate, &tokens, &path)?))
             });
@@ -99,7 +101,8 @@ impl Run {
             found.figures.accuracy,
             found.figures.ci_low,
             found.figures.ci_high,
-            -found.lost,
+            // Nothing lost has no sign.
+            0.0 - found.lost,
             match found.published {
                 true => format!("published as `{}`", target.display()),
                 false => format!(
