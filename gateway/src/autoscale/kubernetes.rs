@@ -23,7 +23,7 @@ use potstill_shared::redact::Redacted;
 pub(crate) use self::cluster::{Cluster, PoolReport};
 use self::pods::{PodSeen, Pods};
 use self::said::Said;
-use self::steps::{Order, PodView, Terms, steps};
+use self::steps::{Order, PodView, Terms, least, steps};
 use self::workload::{Scale, Workload};
 use super::scaler::{Scaler, Supply};
 use crate::config::{Actuator, KubernetesConfig, ScaleConfig};
@@ -354,9 +354,9 @@ impl KubernetesScaler {
             (reach.scale, reach.read_at) = (scale, Instant::now());
         }
         let (now, replicas, pods) = (Instant::now(), reach.scale.replicas, self.staying().len());
-        // A leader does not know what the one before it has said; no less than those that were not given up.
-        let kept = self.kept();
-        let said = self.said.get_or_insert_with(|| Said::begin(replicas, kept, now, acts));
+        // A leader does not know what the one before it has said to KEDA.
+        let least = if keda { least(reach.workload.order, &self.views()) } else { replicas };
+        let said = self.said.get_or_insert_with(|| Said::begin(replicas, least, now, acts));
         if !keda {
             said.say(replicas, now, acts);
         }

@@ -127,6 +127,15 @@ fn highest_index(terms: Terms, pods: &[PodView], wanted: usize) -> Steps {
     }
 }
 
+/// The least that may have been said by a leader who left the pods like this. He may not have seen those that start.
+pub(super) fn least(order: Order, pods: &[PodView]) -> usize {
+    let working = pods.iter().filter(|pod| pod.ready && !pod.draining);
+    match order {
+        Order::Marked => working.count() + pods.iter().filter(|pod| pod.draining && !pod.victim).count(),
+        Order::HighestIndex => working.map(|pod| pod.index + 1).max().unwrap_or(0),
+    }
+}
+
 fn positions(pods: &[PodView], wanted: impl Fn(&PodView) -> bool) -> Vec<usize> {
     (0..pods.len()).filter(|at| wanted(&pods[*at])).collect()
 }
@@ -259,6 +268,7 @@ mod tests {
         Look,
         Hand(usize),
         Later,
+        NewLeader,
     }
 
     fn events() -> impl Strategy<Value = Vec<Event>> {
@@ -272,6 +282,7 @@ mod tests {
             Just(Event::Look),
             (0usize..4).prop_map(Event::Hand),
             Just(Event::Later),
+            Just(Event::NewLeader),
         ];
         prop::collection::vec(event, 1..120)
     }
@@ -320,6 +331,13 @@ mod tests {
                     }
                     Event::Look => world.look(),
                     Event::Hand(further) => world.hand(further),
+                    // It knows the workload and what is written on the pods.
+                    Event::NewLeader => {
+                        let views: Vec<_> = world.pods.iter().map(|pod| pod.view.clone()).collect();
+                        world.now += Duration::from_millis(1);
+                        let least = if keda { least(order, &views) } else { world.replicas };
+                        world.said = Said::begin(world.replicas, least, world.now, world.acts());
+                    }
                     // KEDA has had its time, and the controller too.
                     Event::Later => {
                         world.hand(usize::MAX / 2);
