@@ -355,8 +355,8 @@ impl KubernetesScaler {
         }
         let (now, replicas, pods) = (Instant::now(), reach.scale.replicas, self.staying().len());
         // A leader does not know what the one before it has said to KEDA.
-        let least = if keda { least(reach.workload.order, &self.views()) } else { replicas };
-        let said = self.said.get_or_insert_with(|| Said::begin(replicas, least, now, acts));
+        let earlier = keda.then(|| (least(reach.workload.order, &self.views()), acts));
+        let said = self.said.get_or_insert_with(|| Said::begin(replicas, earlier, now));
         if !keda {
             said.say(replicas, now, acts);
         }
@@ -372,7 +372,7 @@ impl KubernetesScaler {
         let (now, replicas) = (Instant::now(), reach.scale.replicas);
         let dry_run = self.shared.live().config.autoscale.dry_run;
         if dry_run {
-            self.said = Some(Said::begin(replicas, replicas, now, acts));
+            self.said = Some(Said::begin(replicas, None, now));
         }
         let Some((said, floor)) = self.said.as_ref().and_then(|said| said.last().zip(said.floor(now))) else {
             return Ok(());

@@ -27,11 +27,11 @@ pub(super) struct Said {
 }
 
 impl Said {
-    /// What stands at the beginning: the workload says `replicas`, and somebody else may have said down to `least` so short ago that
-    /// it counts for `acts` longer.
-    pub(super) fn begin(replicas: usize, least: usize, now: Instant, acts: Duration) -> Self {
-        let earlier = (least < replicas).then_some(Number {
-            replicas: least,
+    /// What stands at the beginning: the workload says `replicas`. `earlier` is the least that somebody else may have said before, and
+    /// for how long it may yet be acted on.
+    pub(super) fn begin(replicas: usize, earlier: Option<(usize, Duration)>, now: Instant) -> Self {
+        let earlier = earlier.map(|(least, acts)| Number {
+            replicas: least.min(replicas),
             until: Some(now + acts),
             past: false,
             done: false,
@@ -92,7 +92,7 @@ mod tests {
     #[test]
     fn a_lower_number_counts_until_it_cannot_be_acted_on() {
         let now = Instant::now();
-        let mut said = Said::begin(4, 4, now, ACTS);
+        let mut said = Said::begin(4, None, now);
         said.say(2, now, ACTS);
         said.say(4, now, ACTS);
         assert_eq!((said.last(), said.floor(now)), (Some(4), Some(2)));
@@ -108,7 +108,7 @@ mod tests {
     #[test]
     fn a_number_that_came_about_leaves_those_before_it_behind() {
         let now = Instant::now();
-        let mut said = Said::begin(4, 4, now, ACTS);
+        let mut said = Said::begin(4, None, now);
         said.say(2, now, ACTS);
         said.say(5, now, ACTS);
         said.see(5, 4, now, LAG);
@@ -118,13 +118,13 @@ mod tests {
     #[test]
     fn what_is_done_is_left_at_once() {
         let now = Instant::now();
-        let mut said = Said::begin(4, 3, now, ACTS);
+        let mut said = Said::begin(4, Some((3, ACTS)), now);
         assert_eq!((said.floor(now), said.floor(now + ACTS)), (Some(3), Some(4)));
         said.say(2, now, ACTS);
         said.see(2, 3, now, LAG);
         said.say(3, now, ACTS);
         assert_eq!(said.floor(now + LAG), Some(2), "a pod has yet to go");
-        let mut said = Said::begin(4, 4, now, ACTS);
+        let mut said = Said::begin(4, None, now);
         said.say(2, now, ACTS);
         said.see(2, 2, now, LAG);
         said.say(4, now, ACTS);
@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn a_number_that_was_there_before_it_was_said_again_is_not_done() {
         let now = Instant::now();
-        let mut said = Said::begin(0, 0, now, ACTS);
+        let mut said = Said::begin(0, None, now);
         [2, 1, 0].into_iter().for_each(|number| said.say(number, now, ACTS));
         said.see(0, 0, now, LAG);
         said.say(1, now, ACTS);
@@ -144,7 +144,7 @@ mod tests {
     #[test]
     fn what_is_past_does_not_come_again() {
         let now = Instant::now();
-        let mut said = Said::begin(4, 4, now, ACTS);
+        let mut said = Said::begin(4, None, now);
         said.say(2, now, ACTS);
         said.see(2, 3, now, LAG);
         said.say(4, now, ACTS);
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn numbers_are_bounded_and_the_lowest_is_kept() {
         let now = Instant::now();
-        let mut said = Said::begin(1, 1, now, ACTS);
+        let mut said = Said::begin(1, None, now);
         (2..1000).for_each(|number| said.say(number, now, ACTS));
         assert_eq!((said.numbers.len(), said.floor(now)), (KEPT, Some(1)));
     }

@@ -127,11 +127,12 @@ fn highest_index(terms: Terms, pods: &[PodView], wanted: usize) -> Steps {
     }
 }
 
-/// The least that may have been said by a leader who left the pods like this. He may not have seen those that start.
+/// The least that may have been said by a leader who left the pods like this: as many as work or hold something. Those that start he
+/// may not have seen, or not have let in.
 pub(super) fn least(order: Order, pods: &[PodView]) -> usize {
     let working = pods.iter().filter(|pod| pod.ready && !pod.draining);
     match order {
-        Order::Marked => working.count() + pods.iter().filter(|pod| pod.draining && !pod.victim).count(),
+        Order::Marked => working.count() + pods.iter().filter(|pod| pod.draining && !pod.empty).count(),
         Order::HighestIndex => working.map(|pod| pod.index + 1).max().unwrap_or(0),
     }
 }
@@ -299,7 +300,7 @@ mod tests {
         ) {
             let now = Instant::now();
             let mut world = World {
-                order, now, replicas: 0, pods: Vec::new(), said: Said::begin(0, 0, now, ACTS),
+                order, now, replicas: 0, pods: Vec::new(), said: Said::begin(0, None, now),
                 keda: keda.then(|| (vec![0], 0)),
             };
             let (mut wanted, mut most) = (0, 0);
@@ -333,10 +334,11 @@ mod tests {
                     Event::Hand(further) => world.hand(further),
                     // It knows the workload and what is written on the pods.
                     Event::NewLeader => {
-                        let views: Vec<_> = world.pods.iter().map(|pod| pod.view.clone()).collect();
+                        let view = |pod: &Pod| PodView { empty: pod.view.draining && pod.held == 0, ..pod.view.clone() };
+                        let views: Vec<_> = world.pods.iter().map(view).collect();
                         world.now += Duration::from_millis(1);
-                        let least = if keda { least(order, &views) } else { world.replicas };
-                        world.said = Said::begin(world.replicas, least, world.now, world.acts());
+                        let earlier = keda.then(|| (least(order, &views), ACTS));
+                        world.said = Said::begin(world.replicas, earlier, world.now);
                     }
                     // KEDA has had its time, and the controller too.
                     Event::Later => {
