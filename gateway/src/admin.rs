@@ -196,7 +196,11 @@ async fn drain_node(State(admin): State<Admin>, Json(asked): Json<DrainRequest>)
             format!("`{}` is no node of this pool", asked.url),
         );
     };
-    pool.set_state(&node, if asked.undo { NodeState::Unhealthy } else { NodeState::Draining });
+    match (asked.undo, node.state()) {
+        (false, _) => pool.set_state(&node, NodeState::Draining),
+        (true, NodeState::Draining) => pool.set_state(&node, NodeState::Unhealthy),
+        (true, _) => {}
+    }
     Json(show_node(&node, &pool)).into_response()
 }
 

@@ -185,7 +185,10 @@ fn apply(shared: &Shared, seen: &Observation, decision: &Decision, held_s: f64) 
         let Some(entry) = scaled.get_mut(&pool.model) else { continue };
         let desired = decision.desired.get(&pool.model).copied().unwrap_or_else(|| pool.have());
         let reason = decision.reason.get(&pool.model).cloned().unwrap_or_default();
-        let told = if config.dry_run { pool.min } else { desired };
+        entry.told = if config.dry_run { pool.min } else { desired };
+        // A scaler of a cluster tries what it would do; the others stay at the least.
+        let tries = entry.handle.cluster().is_some();
+        entry.handle.want(Some(if tries { desired } else { entry.told }));
         if desired != pool.have() {
             tracing::info!(
                 model = pool.model,
@@ -198,8 +201,6 @@ fn apply(shared: &Shared, seen: &Observation, decision: &Decision, held_s: f64) 
                 "scaling"
             );
         }
-        entry.told = told;
-        entry.handle.want(told);
         let cost = (pool.have() + pool.draining) as f64 * pool.cost_per_node_s;
         entry.cost += cost * held_s / 3600.0;
         status.cost_now += cost;
@@ -215,10 +216,13 @@ fn apply(shared: &Shared, seen: &Observation, decision: &Decision, held_s: f64) 
         });
     }
     // Pools that another gateway of the cluster decides on, or of which nothing is known yet.
-    for (model, entry) in scaled.iter() {
+    for (model, entry) in scaled.iter_mut() {
         if seen.pools.iter().any(|pool| pool.model == *model) {
             continue;
         }
+        // What was wanted when it was decided here last is no longer true.
+        entry.told = 0;
+        entry.handle.want(None);
         let supply = entry.handle.supply();
         let known = supply.is_some();
         let supply = supply.unwrap_or_default();

@@ -239,7 +239,7 @@ impl ModelPool {
 
     /// Sets a node's state and lets waiting requests have it when it can work now.
     pub fn set_state(self: &Arc<Self>, node: &Node, state: NodeState) {
-        if state == NodeState::Ready && node.state() == NodeState::Unhealthy {
+        if state == NodeState::Ready && matches!(node.state(), NodeState::Unhealthy | NodeState::Starting) {
             node.learnt().outlier.reset(self.now_ms());
         }
         node.set_state(state);
@@ -267,7 +267,7 @@ impl ModelPool {
             load.tokens += node.tokens();
             match node.state() {
                 NodeState::Ready => load.ready += 1,
-                NodeState::Unhealthy => load.unhealthy += 1,
+                NodeState::Unhealthy | NodeState::Starting => load.unhealthy += 1,
                 NodeState::Draining => load.draining += 1,
             }
             load.ejected += usize::from(node.learnt().outlier.ejected());

@@ -44,6 +44,10 @@ struct Faults {
     quota: Option<usize>,
     /// Pods whose health was changed by hand.
     health: HashMap<String, bool>,
+    /// Pods that are ready or not whatever they answer.
+    readiness: HashMap<String, bool>,
+    /// Pods that are to get another address.
+    moves: Vec<String>,
 }
 
 /// What happened to pods.
@@ -51,6 +55,8 @@ struct Faults {
 pub struct Counts {
     /// Pods started.
     pub started: usize,
+    /// Addresses that pods got.
+    pub addresses: usize,
     /// Most pods at once.
     pub most: usize,
     /// Answers that were cut when their pod was killed.
@@ -63,6 +69,8 @@ struct Inner {
     audit: Mutex<Vec<(String, Attempt, u16)>>,
     faults: Mutex<Faults>,
     counts: Mutex<Counts>,
+    /// Requests by pod.
+    asked: Mutex<HashMap<String, usize>>,
     port: u16,
 }
 
@@ -106,8 +114,11 @@ impl Kubernetes {
                 grace: Duration::ZERO,
                 quota: None,
                 health: HashMap::new(),
+                readiness: HashMap::new(),
+                moves: Vec::new(),
             }),
             counts: Mutex::default(),
+            asked: Mutex::default(),
             port: crate::programs::free_port(),
         });
         let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
@@ -231,6 +242,21 @@ impl Kubernetes {
     /// Makes a pod fail its checks, or pass them again.
     pub fn set_healthy(&self, pod: &str, healthy: bool) {
         lock(&self.inner.faults).health.insert(pod.to_owned(), healthy);
+    }
+
+    /// Requests that a pod got at the address that it has.
+    pub fn asked(&self, pod: &str) -> usize {
+        lock(&self.inner.asked).get(pod).copied().unwrap_or(0)
+    }
+
+    /// Makes a pod ready or not by Kubernetes alone: it answers its checks as before.
+    pub fn set_ready(&self, pod: &str, ready: bool) {
+        lock(&self.inner.faults).readiness.insert(pod.to_owned(), ready);
+    }
+
+    /// Gives a pod another address, as when its sandbox is made anew.
+    pub fn move_pod(&self, pod: &str) {
+        lock(&self.inner.faults).moves.push(pod.to_owned());
     }
 
     /// How long a pod on its way out may still write; at first not at all, so that only a drain can save an answer.

@@ -8,12 +8,13 @@ use std::time::Duration;
 use potstill_gateway::autoscale::keda::{
     GetMetricSpecResponse, GetMetricsRequest, GetMetricsResponse, IsActiveResponse, ScaledObjectRef,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use system_tests::kubernetes::Kubernetes;
 use system_tests::kubernetes::rights::{Rights, granted};
 use system_tests::mock::Behaviour;
 use system_tests::programs::free_port;
 use system_tests::started::Started;
+use tokio::task::JoinHandle;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::Channel;
@@ -49,47 +50,84 @@ async fn nodes(port: u16) -> Result<i64, Status> {
     Ok(answer.metric_values[0].metric_value)
 }
 
+/// Gateways over one workload whose number KEDA changes, each with the port that KEDA asks at.
+async fn gateways(cluster: &Kubernetes, names: &[&str], min: usize) -> (Vec<Started>, Vec<u16>) {
+    // They need no right to patch `/scale`.
+    let kubeconfig = cluster.user("potstill-gateway", Rights::of(&granted(&["base", "overlays/keda"])));
+    let (mut gateways, mut ports) = (Vec::new(), Vec::new());
+    for name in names {
+        let port = free_port();
+        let config = format!(
+            "[autoscale]\ninterval_ms = 50\nlease_s = 2\nkeda_listen = \"127.0.0.1:{port}\"\n[[pools]]\nmodel = \"m\"\n\
+             health = {{ interval_ms = 50 }}\n[pools.scale]\nmin = {min}\nmax = 4\nslots = 2\ncold_start_s = 0.3\nmemory_s = 0.5\nhold_s = 0.3\n\
+             [pools.scale.kubernetes]\nkind = \"Deployment\"\nname = \"qwq-32b\"\nport = {}\nactuator = \"keda\"\n",
+            cluster.port()
+        );
+        let env = [("KUBECONFIG", kubeconfig.as_os_str()), ("POD_NAME", name.as_ref())];
+        gateways.push(Started::with_env(&config, "info", &env).await);
+        ports.push(port);
+    }
+    (gateways, ports)
+}
+
+/// KEDA and the autoscaler behind it: ask one gateway after the other, set what was said.
+fn keda(cluster: &Kubernetes, ports: &[u16]) -> JoinHandle<()> {
+    let (cluster, ports) = (cluster.clone(), ports.to_owned());
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(Duration::from_millis(50));
+        loop {
+            for &port in &ports {
+                ticks.tick().await;
+                if let Ok(nodes) = nodes(port).await {
+                    cluster.change("apps/deployments", "qwq-32b", &json!({"spec": {"replicas": nodes}}));
+                }
+            }
+        }
+    })
+}
+
+/// Answers through these gateways in turn, all at once.
+fn ask(gateways: &[Started], requests: usize) -> Vec<JoinHandle<String>> {
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let body = json!({"model": "m", "stream": true, "messages": [{"role": "user", "content": "x"}]});
+    let ask = |number: usize| {
+        let url = format!("{}/v1/chat/completions", gateways[number % gateways.len()].url);
+        let request = client.post(url).json(&body).send();
+        tokio::spawn(async move { request.await.unwrap().text().await.unwrap() })
+    };
+    (0..requests).map(ask).collect()
+}
+
+async fn all_whole(requests: Vec<JoinHandle<String>>) {
+    for request in requests {
+        let text = request.await.unwrap();
+        assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
+    }
+}
+
+async fn within_a_minute(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let waiting = async {
+        while !condition().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_secs(60), waiting).await.is_ok(), "{what}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn keda_sets_what_it_is_told_and_no_answer_is_cut() {
     let folder = tempfile::tempdir().unwrap();
     let behaviour = Behaviour::Stream(30, Duration::from_millis(20));
     let cluster = Kubernetes::start(folder.path(), behaviour, Duration::from_millis(50)).await;
     cluster.workload("apps/deployments", "qwq-32b");
-    // It needs no right to patch `/scale`.
-    let kubeconfig = cluster.user("potstill-gateway", Rights::of(&granted(&["base", "overlays/keda"])));
-    let ports = [free_port(), free_port()];
-    let mut gateways = Vec::new();
-    for (port, name) in ports.into_iter().zip(["gateway-1", "gateway-2"]) {
-        let config = format!(
-            "[autoscale]\ninterval_ms = 50\nlease_s = 2\nkeda_listen = \"127.0.0.1:{port}\"\n[[pools]]\nmodel = \"m\"\n\
-             health = {{ interval_ms = 50 }}\n[pools.scale]\nmax = 4\nslots = 2\ncold_start_s = 0.3\nmemory_s = 0.5\nhold_s = 0.3\n\
-             [pools.scale.kubernetes]\nkind = \"Deployment\"\nname = \"qwq-32b\"\nport = {}\nactuator = \"keda\"\n",
-            cluster.port()
-        );
-        let env = [("KUBECONFIG", kubeconfig.as_os_str()), ("POD_NAME", name.as_ref())];
-        gateways.push(Started::with_env(&config, "info", &env).await);
-    }
+    let (gateways, ports) = gateways(&cluster, &["gateway-1", "gateway-2"], 0).await;
     let specs: GetMetricSpecResponse =
         call(ports[0], "/externalscaler.ExternalScaler/GetMetricSpec", object("m")).await.unwrap();
     assert_eq!(
         (specs.metric_specs[0].metric_name.as_str(), specs.metric_specs[0].target_size_float),
         ("nodes", 1.0)
     );
-    // KEDA and the autoscaler behind it: ask one gateway or the other, set what was said.
-    let hand = {
-        let cluster = cluster.clone();
-        tokio::spawn(async move {
-            let mut ticks = tokio::time::interval(Duration::from_millis(50));
-            loop {
-                for port in ports {
-                    ticks.tick().await;
-                    if let Ok(nodes) = nodes(port).await {
-                        cluster.change("apps/deployments", "qwq-32b", &json!({"spec": {"replicas": nodes}}));
-                    }
-                }
-            }
-        })
-    };
+    let hand = keda(&cluster, &ports);
     // The push side: one stream, told of the first node and of the last.
     let channel = Channel::from_shared(format!("http://127.0.0.1:{}", ports[1])).unwrap().connect_lazy();
     let mut grpc = Grpc::new(channel);
@@ -104,28 +142,12 @@ async fn keda_sets_what_it_is_told_and_no_answer_is_cut() {
         }
     };
     assert!(!pushed.message().await.unwrap().unwrap().result);
-    let client = reqwest::Client::builder().no_proxy().build().unwrap();
-    let body = json!({"model": "m", "stream": true, "messages": [{"role": "user", "content": "x"}]});
-    let requests: Vec<_> = (0..16)
-        .map(|number| {
-            let url = format!("{}/v1/chat/completions", gateways[number % 2].url);
-            let request = client.post(url).json(&body).send();
-            tokio::spawn(async move { request.await.unwrap().text().await.unwrap() })
-        })
-        .collect();
+    let requests = ask(&gateways, 16);
     assert!(pushed.message().await.unwrap().unwrap().result);
-    for request in requests {
-        let text = request.await.unwrap();
-        assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
-    }
+    all_whole(requests).await;
     let last = tokio::time::timeout(Duration::from_secs(60), pushed.message()).await.unwrap();
     assert!(!last.unwrap().unwrap().result, "the last node may go");
-    let gone = async {
-        while !cluster.pods().is_empty() {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(60), gone).await.unwrap();
+    within_a_minute("all pods are gone", async || cluster.pods().is_empty()).await;
     let counts = cluster.counts();
     assert!(counts.most >= 3 && counts.most <= 4 && counts.cut == 0, "{counts:?}");
     let patched = cluster.audit().into_iter().any(|(_, attempt, status)| {
@@ -138,5 +160,54 @@ async fn keda_sets_what_it_is_told_and_no_answer_is_cut() {
     let unknown: Result<IsActiveResponse, _> =
         call(ports[0], "/externalscaler.ExternalScaler/Else", object("m")).await;
     assert_eq!(unknown.unwrap_err().code(), Code::Unimplemented);
+    hand.abort();
+}
+
+/// KEDA stops in the middle: two pods are given up and not yet taken, and it may take them at any time. Neither a gateway that starts
+/// nor one that begins to lead gives them requests, or takes any away from those that work.
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_that_were_given_up_stay_so_whoever_comes_and_leads() {
+    let folder = tempfile::tempdir().unwrap();
+    let behaviour = Behaviour::Stream(30, Duration::from_millis(20));
+    let cluster = Kubernetes::start(folder.path(), behaviour, Duration::from_millis(50)).await;
+    cluster.workload("apps/deployments", "qwq-32b");
+    let (mut first, ports) = gateways(&cluster, &["gateway-1"], 1).await;
+    let hand = keda(&cluster, &ports);
+    let requests = ask(&first, 6);
+    within_a_minute("three pods", async || cluster.pods().len() >= 3).await;
+    hand.abort();
+    all_whole(requests).await;
+    let marks = || {
+        let note =
+            |pod: &String| cluster.get("pods", pod)["metadata"]["annotations"]["potstill.dev/drains"].clone();
+        cluster.pods().into_iter().map(|pod| (note(&pod), pod)).collect::<Vec<_>>()
+    };
+    let given_up = |mark: &Value| mark.as_str().is_some_and(|mark| mark.ends_with("/empty"));
+    within_a_minute("all but one are given up, and the number is said", async || {
+        let marks = marks();
+        marks.iter().filter(|(mark, _)| given_up(mark)).count() == marks.len() - 1
+            && nodes(ports[0]).await.is_ok_and(|nodes| nodes == 1)
+    })
+    .await;
+    let before = marks();
+    let (second, more) = gateways(&cluster, &["gateway-2"], 1).await;
+    all_whole(ask(&second, 2)).await;
+    assert_eq!(marks(), before, "as it starts");
+    first[0].process.0.kill().unwrap();
+    within_a_minute("the second leads", async || {
+        let lease = cluster.get("coordination.k8s.io/leases", "potstill-gateway");
+        lease["spec"]["holderIdentity"] == "gateway-2"
+            && lease["metadata"]["annotations"]["gateway.potstill.dev/gateway-1"].is_null()
+    })
+    .await;
+    all_whole(ask(&second, 2)).await;
+    assert_eq!((marks(), nodes(more[0]).await.unwrap()), (before, 1), "as it leads");
+    // KEDA goes on, and may take them all the while.
+    let hand = keda(&cluster, &more);
+    let writing = ask(&second, 2);
+    within_a_minute("they are gone", async || cluster.pods().len() == 1).await;
+    all_whole(writing).await;
+    all_whole(ask(&second, 8)).await;
+    assert_eq!(cluster.counts().cut, 0);
     hand.abort();
 }

@@ -410,6 +410,81 @@ async fn pods_that_do_not_come_are_waited_for_and_cost_no_more() {
     all_well((0..8).map(|_| ask(&client, &gateway, false)).collect(), "choices").await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_is_not_ready_gets_nothing_whatever_it_answers() {
+    let world = World::new(Behaviour::Answer(5), 20).await;
+    let gateway = world.gateway("a", "Deployment", "qwq-32b", "min = 2\nmax = 2", "").await;
+    let client = client();
+    within_a_minute("two pods", async || world.cluster.pods().len() == 2).await;
+    let ready = async |pods: usize| {
+        within_a_minute("the pods are as they should be", async || {
+            let url = format!("{}/metrics", gateway.url);
+            let text = client.get(url).send().await.unwrap().text().await.unwrap();
+            text.contains(&format!("potstill_gateway_nodes{{model=\"m\",state=\"ready\"}} {pods}"))
+        })
+        .await;
+    };
+    ready(2).await;
+    let pod = world.cluster.pods()[0].clone();
+    world.cluster.set_ready(&pod, false);
+    ready(1).await;
+    // Several health checks later it still gets nothing: all is answered by the other one.
+    let before = world.cluster.asked(&pod);
+    for _ in 0..10 {
+        all_well(vec![ask(&client, &gateway, false)], "choices").await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(world.cluster.asked(&pod), before);
+    world.cluster.set_ready(&pod, true);
+    ready(2).await;
+    assert_eq!(world.cluster.counts().started, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_whose_address_changes_is_found_again() {
+    let world = World::new(Behaviour::Answer(5), 20).await;
+    let gateway = world.gateway("a", "Deployment", "qwq-32b", "min = 1\nmax = 1", "").await;
+    let client = client();
+    all_well(vec![ask(&client, &gateway, false)], "choices").await;
+    let pod = world.cluster.pods()[0].clone();
+    world.cluster.move_pod(&pod);
+    within_a_minute("it has moved", async || world.cluster.counts().addresses == 2).await;
+    within_a_minute("it answers", async || {
+        let (status, _) = ask(&client, &gateway, false).await.unwrap();
+        status == 200 && world.cluster.asked(&pod) > 0
+    })
+    .await;
+    assert_eq!(world.cluster.pods(), [pod]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_that_changes_the_workload_cuts_nothing_that_was_begun() {
+    let world = World::new(slow_stream(150), 20).await;
+    let gateway = world.gateway("a", "Deployment", "qwq-32b", "", "").await;
+    let client = client();
+    let long: Vec<_> = (0..2).map(|_| ask(&client, &gateway, true)).collect();
+    within_a_minute("they write", async || {
+        let text = client.get(format!("{}/metrics", gateway.url)).send().await.unwrap().text().await.unwrap();
+        text.contains("potstill_gateway_in_flight_requests{model=\"m\"} 2")
+    })
+    .await;
+    // The same pods by another name: a second scaler looks after them, of which nothing is wanted.
+    let config = world.config("Deployment", "qwq-32b", "", "") + "namespace = \"test\"\n";
+    std::fs::write(gateway.config(), format!("listen = \"127.0.0.1:{}\"\n{config}", gateway.port)).unwrap();
+    gateway.signal("HUP");
+    within_a_minute("one drains", async || {
+        let marked = |name: &String| {
+            !world.cluster.get("pods", name)["metadata"]["annotations"]["potstill.dev/drains"].is_null()
+        };
+        world.cluster.pods().iter().any(marked)
+    })
+    .await;
+    all_well(long, "[DONE]").await;
+    within_a_minute("all pods are gone", async || world.cluster.pods().is_empty()).await;
+    assert_eq!(world.cluster.counts().cut, 0);
+    all_well(vec![ask(&client, &gateway, true)], "[DONE]").await;
+}
+
 #[test]
 fn roles_grant_what_they_name_and_nothing_else() {
     let attempt = |verb, group: &str, resource: &str, name: Option<&str>| Attempt {

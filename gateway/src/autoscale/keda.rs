@@ -23,6 +23,7 @@ use tonic::{Response, Status};
 use tonic_prost::ProstCodec;
 use tower::service_fn;
 
+use super::kubernetes::Word;
 use crate::config::Limits;
 use crate::gateway::Shared;
 use crate::server::{Handler, tls};
@@ -186,34 +187,42 @@ impl ExternalScaler {
     }
 }
 
-/// The model of the trigger.
-fn model<'a>(shared: &Shared, asked: &'a ScaledObjectRef) -> Result<&'a str, Status> {
+/// The model of the trigger, and the workload that its pods belong to.
+fn model<'a>(shared: &Shared, asked: &'a ScaledObjectRef) -> Result<(&'a str, String), Status> {
     let Some(model) = asked.scaler_metadata.get("model") else {
         return Err(Status::invalid_argument(format!(
             "the trigger of `{}` names no `model` in its metadata",
             asked.name
         )));
     };
-    if shared.pool(model).is_none() {
+    let Some(pool) = shared.pool(model) else {
         return Err(Status::invalid_argument(format!("no pool serves `{model}`")));
-    }
-    Ok(model)
+    };
+    let config = pool.config();
+    let workload = config.scale.as_ref().and_then(|scale| scale.kubernetes.as_ref());
+    let Some(workload) = workload else {
+        return Err(Status::invalid_argument(format!("`{model}` is not scaled through Kubernetes")));
+    };
+    Ok((model, workload.workload()))
 }
 
 /// Pods that the model should have. Without an answer KEDA keeps to the fallback of its object.
 async fn replicas_now(shared: &Shared, asked: &ScaledObjectRef) -> Result<usize, Status> {
-    let model = model(shared, asked)?;
-    known(model, shared.cluster.replicas_now(shared, model).await.map_err(Status::unavailable)?)
+    let (model, workload) = model(shared, asked)?;
+    known(model, &workload, shared.cluster.word_now(shared, model).await.map_err(Status::unavailable)?)
 }
 
 /// The same, as far as it is known here: up to a round of the Lease old.
 fn replicas(shared: &Shared, asked: &ScaledObjectRef) -> Result<usize, Status> {
-    let model = model(shared, asked)?;
-    known(model, shared.cluster.replicas(model))
+    let (model, workload) = model(shared, asked)?;
+    known(model, &workload, shared.cluster.word(model))
 }
 
-fn known(model: &str, replicas: Option<usize>) -> Result<usize, Status> {
-    replicas.ok_or_else(|| Status::unavailable(format!("it is not known yet how many nodes `{model}` needs")))
+fn known(model: &str, workload: &str, word: Option<Word>) -> Result<usize, Status> {
+    let word = word
+        .filter(|word| word.workload == workload)
+        .ok_or_else(|| Status::unavailable(format!("it is not known yet how many nodes `{model}` needs")))?;
+    Ok(word.replicas)
 }
 
 /// Says at once whether there should be any replica, and again whenever that changes.
@@ -223,9 +232,13 @@ fn changes(
 ) -> impl Stream<Item = Result<IsActiveResponse, Status>> {
     stream::unfold((shared, asked, None), |(shared, asked, last)| async move {
         loop {
-            let now = replicas(&shared, &asked).ok().map(|replicas| replicas > 0);
-            if let Some(result) = now.filter(|_| now != last) {
-                return Some((Ok(IsActiveResponse { result }), (shared, asked, now)));
+            let active = |replicas: usize| replicas > 0;
+            // What is known here may be old, so it is told only once the Lease says the same.
+            if replicas(&shared, &asked).ok().map(active).is_some_and(|now| Some(now) != last)
+                && let Ok(result) = replicas_now(&shared, &asked).await.map(active)
+                && Some(result) != last
+            {
+                return Some((Ok(IsActiveResponse { result }), (shared, asked, Some(result))));
             }
             tokio::select! {
                 () = shared.stop.wait() => return None,

@@ -9,6 +9,7 @@
 //! only then is `replicas` lowered. Where KEDA changes `replicas`, the same number is told to it instead ([`super::keda`]).
 
 mod cluster;
+mod member;
 mod pods;
 mod said;
 mod steps;
@@ -18,19 +19,21 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use potstill_shared::redact::Redacted;
 
-pub(crate) use self::cluster::{Cluster, PoolReport};
+pub(crate) use self::cluster::{Cluster, PoolReport, Word};
+use self::member::{Drain, Member};
 use self::pods::{PodSeen, Pods};
 use self::said::Said;
-use self::steps::{Order, PodView, Terms, least, steps};
+use self::steps::{Order, PodView, Steps, Terms, least, steps};
 use self::workload::{Scale, Workload};
 use super::scaler::{Scaler, Supply};
 use crate::config::{Actuator, KubernetesConfig, ScaleConfig};
 use crate::gateway::Shared;
 use crate::pool::ModelPool;
 use crate::pool::health::check;
-use crate::pool::node::{Node, NodeSpec, NodeState};
+use crate::pool::node::{NodeSpec, NodeState};
 
 /// A starting node has so long to answer a check.
 const CHECK: Duration = Duration::from_millis(500);
@@ -42,22 +45,12 @@ const FOLLOW: Duration = Duration::from_secs(1);
 const KEDA_ACTS: Duration = Duration::from_secs(60);
 /// The controller of a workload acts on no number after another was set for so long.
 const CONTROLLER_ACTS: Duration = Duration::from_secs(5);
+/// A gateway whose Lease cannot be written looks at the pods after so long all the same: nobody leads then either.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// The other gateways hear so often what is asked of this one.
 const REPORT: Duration = Duration::from_secs(1);
 /// Longest pause after failures in a row.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-
-/// A pod as a node.
-struct Member {
-    pod: PodSeen,
-    node: Option<Arc<Node>>,
-    /// When it was asked for, or first seen.
-    since: Instant,
-    /// It was not ready when first seen, so its start can be timed.
-    seen_starting: bool,
-    was_ready: bool,
-    draining: Option<Instant>,
-}
 
 /// Within reach of the API server.
 struct Reach {
@@ -72,6 +65,9 @@ pub(crate) struct KubernetesScaler {
     pool: Arc<ModelPool>,
     shared: Arc<Shared>,
     config: KubernetesConfig,
+    /// Among the scalers of this gateway.
+    part: u64,
+    begun: Instant,
     reach: Option<Reach>,
     members: BTreeMap<String, Member>,
     /// When the pods were asked for that do not exist yet.
@@ -79,7 +75,7 @@ pub(crate) struct KubernetesScaler {
     /// What was said as the leader; none before the first time.
     said: Option<Said>,
     cold: Supply,
-    led: bool,
+    leads: bool,
     reported: Option<(Instant, PoolReport)>,
     failures: u32,
     pause_until: Instant,
@@ -91,6 +87,8 @@ impl KubernetesScaler {
     /// A scaler that has not looked yet.
     pub(crate) fn new(pool: Arc<ModelPool>, shared: Arc<Shared>, config: KubernetesConfig) -> Self {
         Self {
+            part: shared.cluster.part(),
+            begun: Instant::now(),
             pool,
             shared,
             config,
@@ -99,7 +97,7 @@ impl KubernetesScaler {
             asked: Vec::new(),
             said: None,
             cold: Supply::default(),
-            led: false,
+            leads: false,
             reported: None,
             failures: 0,
             pause_until: Instant::now(),
@@ -116,17 +114,13 @@ impl KubernetesScaler {
         self.shared.metrics.scale_events.with_label_values(&[&*self.pool.model, event]).inc();
     }
 
-    fn workload(&self) -> String {
-        format!("{} {}", self.config.kind.name(), self.config.name)
-    }
-
     /// Waits longer after each failure: 0.5 s, 1 s, … up to half a minute. Nodes stay as they are.
     fn failed(&mut self, problem: String) {
         self.event("kubernetes_failed");
         if self.problem != problem {
             tracing::warn!(
                 model = &*self.pool.model,
-                workload = self.workload(),
+                workload = self.config.workload(),
                 problem,
                 "the API server cannot be followed; nodes stay as they are"
             );
@@ -157,32 +151,33 @@ impl KubernetesScaler {
             _ => {}
         }
         let Some(seen) = reach.pods.seen() else { return };
+        let gone =
+            |name: &String, member: &Member| seen.get(name).is_none_or(|pod| pod.uid != member.pod.uid);
         let gone: Vec<String> = self
             .members
             .iter()
-            .filter(|(name, member)| seen.get(*name).is_none_or(|pod| pod.uid != member.pod.uid))
+            .filter(|(name, member)| gone(name, member))
             .map(|(name, _)| name.clone())
             .collect();
         let gone: Vec<_> = gone.into_iter().filter_map(|name| self.members.remove_entry(&name)).collect();
-        let leads = self.led;
         let slots = self.pool.config().scale.as_ref().map(|scale| scale.slots);
         let mut fresh = 0;
         for (name, pod) in seen {
             let member = self.members.entry(name.clone()).or_insert_with(|| {
                 fresh += 1;
-                Member {
-                    pod: pod.clone(),
-                    node: None,
-                    since: if self.asked.is_empty() { Instant::now() } else { self.asked.remove(0) },
-                    seen_starting: !pod.ready,
-                    was_ready: false,
-                    draining: pod.drains.then(Instant::now),
-                }
+                let now = Instant::now();
+                let asked = (!self.asked.is_empty()).then(|| self.asked.remove(0));
+                Member::new(pod, asked.unwrap_or(now))
             });
             member.pod = pod.clone();
             // The leader's own word counts; the others do what the pod says.
-            if !leads && pod.drains != member.draining.is_some() {
-                member.draining = pod.drains.then(Instant::now);
+            if !self.leads {
+                member.obey();
+            }
+            // A pod whose network was made anew is another node.
+            if let Some(node) = member.node.take_if(|_| pod.ip.is_some() && pod.ip != member.ip) {
+                self.pool.remove_node(node.id);
+                member.was_ready = false;
             }
             if member.node.is_none()
                 && let Some(ip) = &pod.ip
@@ -191,30 +186,23 @@ impl KubernetesScaler {
                 let host = if ip.contains(':') { format!("[{ip}]") } else { ip.clone() };
                 let key = self.config.api_key_env.as_ref().and_then(|name| std::env::var(name).ok());
                 let spec = NodeSpec {
-                    state: NodeState::Unhealthy,
+                    state: NodeState::Starting,
                     key: key.map(Redacted::new),
                     ..NodeSpec::new(format!("http://{host}:{}", self.config.port), slots)
                 };
                 match self.pool.add_node(spec) {
                     Ok(node) => {
                         tracing::info!(model = &*self.pool.model, pod = name, node = node.name, "pod found");
-                        member.node = Some(node);
+                        (member.node, member.ip) = (Some(node), Some(ip.clone()));
                     }
                     Err(problem) => tracing::error!(pod = name, problem, "pod left out"),
                 }
             }
-            let Some(node) = &member.node else { continue };
-            let wanted = match (pod.leaving || member.draining.is_some(), node.state()) {
-                (true, state) if state != NodeState::Draining => NodeState::Draining,
-                (false, NodeState::Draining) if member.was_ready => NodeState::Ready,
-                (false, NodeState::Draining) => NodeState::Unhealthy,
-                _ => continue,
-            };
-            self.pool.set_state(node, wanted);
+            settle(&self.pool, member);
         }
         (0..fresh).for_each(|_| self.event("started"));
         for (name, member) in gone {
-            let drained = member.draining.is_some();
+            let drained = member.drain.is_some();
             self.event(if drained { "stopped" } else { "lost" });
             if !drained {
                 tracing::warn!(model = &*self.pool.model, pod = name, "pod is gone, and nobody drained it");
@@ -229,68 +217,79 @@ impl KubernetesScaler {
     fn admits(&self, pod: &PodSeen) -> bool {
         let (Actuator::Keda, Some(reach)) = (self.config.actuator, &self.reach) else { return true };
         let own = self.said.as_ref().and_then(|said| said.floor(Instant::now()));
-        let Some(floor) = own.or_else(|| self.shared.cluster.floor(&self.pool.model)) else { return true };
+        let Some(floor) = own.or_else(|| self.word().map(|word| word.floor)) else { return false };
         match reach.workload.order {
             Order::Marked => !self.settled() || self.kept() <= floor,
             Order::HighestIndex => pod.index < floor,
         }
     }
 
+    /// What was said last of this workload to KEDA.
+    fn word(&self) -> Option<Word> {
+        self.shared.cluster.word(&self.pool.model).filter(|word| word.workload == self.config.workload())
+    }
+
+    /// Lets pods in that are ready, by Kubernetes and by their own answer.
     async fn look_after_starting(&mut self) {
         let path = self.pool.config().health.path.clone();
-        let starting = |member: &&Member| !member.was_ready && member.pod.ready && !member.pod.leaving;
-        let up = self.members.iter().filter(|(_, member)| starting(member));
-        let up: Vec<String> = up
-            .filter(|(_, member)| member.draining.is_some() || self.admits(&member.pod))
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in up {
+        let checks = self.members.iter().filter_map(|(name, member)| {
+            let node = member.node.as_ref()?;
+            let fit = match &member.drain {
+                Some(_) => !member.was_ready,
+                None => node.state() == NodeState::Starting && self.admits(&member.pod),
+            };
+            (fit && member.pod.ready && !member.pod.leaving).then(|| (name.clone(), Arc::clone(node)))
+        });
+        let well = join_all(checks.map(async |(name, node)| {
+            check(&self.shared.connector, &node, &path, CHECK).await.then_some(name)
+        }));
+        let well: Vec<String> = well.await.into_iter().flatten().collect();
+        for name in well {
             let Some(member) = self.members.get_mut(&name) else { continue };
-            let Some(node) = &member.node else { continue };
-            if node.state() == NodeState::Ready || check(&self.shared.connector, node, &path, CHECK).await {
+            if !member.was_ready {
                 let seconds = member.since.elapsed().as_secs_f64();
                 tracing::info!(model = &*self.pool.model, pod = name, seconds, "node is ready");
                 member.was_ready = true;
-                if member.seen_starting {
+                if std::mem::take(&mut member.seen_starting) {
                     self.cold.started(seconds);
                     self.shared.metrics.cold_start.with_label_values(&[&*self.pool.model]).observe(seconds);
                 }
-                if member.draining.is_none() {
-                    self.pool.set_state(node, NodeState::Ready);
-                }
+            }
+            if let (Some(node), None) = (&member.node, &member.drain) {
+                self.pool.set_state(node, NodeState::Ready);
             }
         }
     }
 
-    /// Tells the other gateways what is asked of this one and what it holds on pods that drain; as the leader also what it says.
+    /// Tells the other gateways what is asked of this one and what it holds on pods that drain, and KEDA what the leader says.
     fn report(&mut self) {
-        let held: BTreeMap<String, usize> = self
-            .members
-            .iter()
-            .filter(|(_, member)| member.draining.is_some() && member.pod.drains)
-            .map(|(name, member)| (name.clone(), requests(member)))
-            .collect();
-        let said = self.said.as_ref().filter(|_| self.config.actuator == Actuator::Keda);
-        let news = PoolReport {
-            held,
-            replicas: said.and_then(Said::last),
-            floor: said.and_then(|said| said.floor(Instant::now())),
-            ..PoolReport::default()
+        let held = |member: &Member| {
+            let mark = &member.drain.as_ref()?.mark;
+            // What the pod says every gateway can know.
+            let known = member.pod.mark.as_ref().is_some_and(|there| there.id == mark.id);
+            known.then(|| (mark.id.clone(), member.requests()))
         };
+        let news =
+            PoolReport { held: self.members.values().filter_map(held).collect(), ..PoolReport::default() };
         let due = |(at, before): &(Instant, PoolReport)| at.elapsed() > REPORT || *before != news;
+        let model = &self.pool.model;
         if self.reported.as_ref().is_none_or(due) {
             let demand = self.pool.demand();
-            self.shared.cluster.report(
-                &self.pool.model,
-                PoolReport {
-                    active: demand.active,
-                    queued: demand.queued,
-                    arrivals: demand.arrivals,
-                    departed_60: demand.departed_60,
-                    ..news.clone()
-                },
-            );
+            let report = PoolReport {
+                active: demand.active,
+                queued: demand.queued,
+                arrivals: demand.arrivals,
+                departed_60: demand.departed_60,
+                ..news.clone()
+            };
+            self.shared.cluster.report(model, self.part, report);
             self.reported = Some((Instant::now(), news));
+        }
+        if let (Actuator::Keda, Some(said)) = (self.config.actuator, &self.said)
+            && let Some((replicas, floor)) = said.last().zip(said.floor(Instant::now()))
+        {
+            let word = Word { workload: self.config.workload(), replicas, floor };
+            self.shared.cluster.say(model, word);
         }
     }
 
@@ -303,17 +302,22 @@ impl KubernetesScaler {
         let longest = Duration::from_secs(self.settings().drain_s);
         self.staying()
             .iter()
-            .map(|(name, member)| {
-                let over = member.draining.is_some_and(|since| since.elapsed() > longest);
-                let free = requests(member) == 0
-                    && member.pod.drains
-                    && self.shared.cluster.others_left(&self.pool.model, name);
+            .map(|(_, member)| {
+                let drain = member.drain.as_ref();
+                let given_up = drain.is_some_and(|drain| drain.mark.given_up);
+                let over = drain.is_some_and(|drain| drain.since.elapsed() > longest);
+                let left = |drain: &Drain| {
+                    let written = drain.written.filter(|_| member.requests() == 0);
+                    let cluster = &self.shared.cluster;
+                    written.is_some_and(|at| cluster.left(&self.pool.model, self.part, &drain.mark.id, at))
+                };
                 PodView {
                     index: member.pod.index,
                     ready: member.was_ready && member.pod.ready,
-                    draining: member.draining.is_some(),
-                    empty: member.draining.is_some() && (over || free),
-                    victim: member.pod.victim,
+                    down: member.was_ready && !member.pod.ready,
+                    draining: drain.is_some(),
+                    empty: given_up || over || drain.is_some_and(left),
+                    victim: given_up && member.pod.lowest_cost,
                     tokens: member.node.as_ref().map_or(0, |node| node.tokens()),
                 }
             })
@@ -330,7 +334,8 @@ impl KubernetesScaler {
 
     /// Pods that were not given up.
     fn kept(&self) -> usize {
-        self.staying().iter().filter(|(_, member)| !(member.pod.drains && member.pod.victim)).count()
+        let given_up = |member: &Member| member.pod.mark.as_ref().is_some_and(|mark| mark.given_up);
+        self.staying().iter().filter(|(_, member)| !given_up(member)).count()
     }
 
     /// Reads `/scale` when it is due, and takes in what it says.
@@ -345,7 +350,7 @@ impl KubernetesScaler {
             if scale.replicas != was && last.is_some() && !keda {
                 tracing::warn!(
                     model = &*self.pool.model,
-                    workload = self.workload(),
+                    workload = self.config.workload(),
                     was,
                     is = scale.replicas,
                     "somebody else changed `replicas`; only one should"
@@ -354,9 +359,15 @@ impl KubernetesScaler {
             (reach.scale, reach.read_at) = (scale, Instant::now());
         }
         let (now, replicas, pods) = (Instant::now(), reach.scale.replicas, self.staying().len());
-        // A leader does not know what the one before it has said to KEDA.
-        let earlier = keda.then(|| (least(reach.workload.order, &self.views()), acts));
-        let said = self.said.get_or_insert_with(|| Said::begin(replicas, earlier, now));
+        if self.said.is_none() {
+            // What KEDA was told before it may yet act on; pods that work were let in because it may not.
+            let word = self.word().filter(|_| keda);
+            let working = least(reach.workload.order, &self.views());
+            let earlier = word.as_ref().map(|word| (word.floor.max(working), acts));
+            let standing = word.map_or(replicas, |word| word.replicas);
+            self.said = Some(Said::begin(standing, replicas, earlier, now));
+        }
+        let Some(said) = &mut self.said else { return Ok(()) };
         if !keda {
             said.say(replicas, now, acts);
         }
@@ -371,8 +382,8 @@ impl KubernetesScaler {
         self.look(reach, acts).await?;
         let (now, replicas) = (Instant::now(), reach.scale.replicas);
         let dry_run = self.shared.live().config.autoscale.dry_run;
-        if dry_run {
-            self.said = Some(Said::begin(replicas, None, now));
+        if let Some(said) = self.said.as_mut().filter(|_| dry_run) {
+            said.say(replicas, now, acts);
         }
         let Some((said, floor)) = self.said.as_ref().and_then(|said| said.last().zip(said.floor(now))) else {
             return Ok(());
@@ -380,18 +391,7 @@ impl KubernetesScaler {
         let terms = Terms { order: reach.workload.order, settled: self.settled(), said, floor };
         let steps = steps(terms, &self.views(), wanted);
         if !dry_run {
-            let names: Vec<String> = self.staying().iter().map(|(name, _)| (*name).clone()).collect();
-            self.turn(names_of(&names, &steps.drain), true);
-            let revived: Vec<_> = names_of(&names, &steps.revive).collect();
-            self.mark(&reach.workload, &revived).await?;
-            self.turn(revived.into_iter(), false);
-            if reach.workload.order == Order::Marked {
-                for pod in names_of(&names, &steps.victims) {
-                    if self.members.get(pod).is_some_and(|member| !member.pod.victim) {
-                        reach.workload.offer(pod).await?;
-                    }
-                }
-            }
+            self.turn(&reach.workload, &steps).await?;
         }
         if keda {
             if let Some(said) = self.said.as_mut().filter(|_| !dry_run) {
@@ -410,7 +410,7 @@ impl KubernetesScaler {
             let set = reach.workload.set(&reach.scale, steps.replicas, dry_run).await?;
             tracing::info!(
                 model = &*self.pool.model,
-                workload = self.workload(),
+                workload = self.config.workload(),
                 from = replicas,
                 to = steps.replicas,
                 dry_run,
@@ -426,49 +426,62 @@ impl KubernetesScaler {
         Ok(())
     }
 
-    /// Gives pods no more requests, or some again.
-    fn turn<'a>(&mut self, pods: impl Iterator<Item = &'a String>, drains: bool) {
-        for name in pods {
-            let Some(member) = self.members.get_mut(name) else { continue };
-            member.draining = drains.then(Instant::now);
-            let state = match (drains, member.was_ready) {
-                (true, _) => NodeState::Draining,
-                (false, true) => NodeState::Ready,
-                (false, false) => NodeState::Unhealthy,
-            };
-            if let Some(node) = &member.node {
-                self.pool.set_state(node, state);
-            }
-            if !drains {
-                self.event("revived");
-            }
+    /// Gives pods no more requests, or some again, and writes on them what was decided. A pod works again only once it is no
+    /// longer marked.
+    async fn turn(&mut self, workload: &Workload, steps: &Steps) -> Result<(), String> {
+        let names: Vec<String> = self.staying().iter().map(|(name, _)| (*name).clone()).collect();
+        for &at in &steps.drain {
+            let Some(member) = self.members.get_mut(&names[at]) else { continue };
+            member.drain();
+            settle(&self.pool, member);
         }
-    }
-
-    /// Writes on the pods what this leader has decided of them; those that are `revived` work only after.
-    async fn mark(&mut self, workload: &Workload, revived: &[&String]) -> Result<(), String> {
-        for (name, member) in self.members.iter_mut().filter(|(_, member)| !member.pod.leaving) {
-            let drains = member.draining.is_some() && !revived.contains(&name);
-            if member.pod.drains != drains {
-                workload.mark(name, drains).await?;
+        for (at, name) in names.iter().enumerate() {
+            let Some(member) = self.members.get_mut(name) else { continue };
+            let mut mark = member.drain.as_ref().map(|drain| drain.mark.clone());
+            if steps.revive.contains(&at) {
+                mark = None;
+            } else if let Some(mark) = mark.as_mut().filter(|_| steps.victims.contains(&at)) {
+                mark.given_up = true;
+            }
+            if !member.carries(mark.as_ref()) {
+                workload.write(name, mark.as_ref()).await?;
+                member.wrote(mark.clone());
+            }
+            match (&mut member.drain, mark) {
+                (Some(drain), Some(mark)) => drain.mark = mark,
+                (Some(_), None) => {
+                    member.drain = None;
+                    settle(&self.pool, member);
+                    self.event("revived");
+                }
+                _ => {}
             }
         }
         Ok(())
     }
 }
 
-fn names_of<'a>(names: &'a [String], positions: &'a [usize]) -> impl Iterator<Item = &'a String> {
-    positions.iter().map(|at| &names[*at])
-}
-
-fn requests(member: &Member) -> usize {
-    member.node.as_ref().map_or(0, |node| node.requests())
+/// Makes the node's state what the pod says of it.
+fn settle(pool: &Arc<ModelPool>, member: &Member) {
+    let Some(node) = &member.node else { return };
+    let wanted = match (member.out(), node.state()) {
+        (true, state) if state != NodeState::Draining => NodeState::Draining,
+        (false, NodeState::Draining) if member.was_ready && member.pod.ready => NodeState::Ready,
+        (false, NodeState::Draining) => NodeState::Starting,
+        // Kubernetes gives it no requests either; once it is ready again it is looked at anew.
+        (false, NodeState::Ready | NodeState::Unhealthy) if !member.pod.ready => NodeState::Starting,
+        _ => return,
+    };
+    pool.set_state(node, wanted);
 }
 
 impl Scaler for KubernetesScaler {
     async fn step(&mut self, wanted: Option<usize>) {
         if self.reach.is_none() {
-            if Instant::now() < self.pause_until {
+            // The others know of this scaler before it looks at the pods: else one of them might take a pod that it gives requests.
+            self.report();
+            let known = self.shared.cluster.stands(self.part) || self.begun.elapsed() > PATIENCE;
+            if !known || Instant::now() < self.pause_until {
                 return;
             }
             match self.connect().await {
@@ -476,12 +489,13 @@ impl Scaler for KubernetesScaler {
                 Err(problem) => return self.failed(problem),
             }
         }
-        let leads = self.shared.cluster.leads();
+        // Whoever decides nothing does what the pods say.
+        let leads = wanted.is_some() && self.shared.cluster.leads();
         self.follow_pods();
         if !leads {
             self.said = None;
         }
-        self.led = leads;
+        self.leads = leads;
         self.look_after_starting().await;
         self.report();
         let synced = self.reach.as_ref().is_some_and(|reach| reach.pods.seen().is_some());
@@ -506,13 +520,16 @@ impl Scaler for KubernetesScaler {
         reach.pods.seen()?;
         let mut supply = Supply { cold_starts_s: self.cold.cold_starts_s.clone(), ..Supply::default() };
         for member in self.members.values() {
-            match (member.pod.leaving || member.draining.is_some(), member.was_ready) {
+            match (member.out(), member.was_ready) {
                 (true, _) => supply.draining += 1,
                 (false, true) => supply.ready += 1,
                 (false, false) => supply.starting_age_s.push(member.since.elapsed().as_secs_f64()),
             }
         }
-        let coming = reach.scale.replicas.saturating_sub(self.staying().len());
+        // Pods that were given up are not coming while KEDA has yet to see it.
+        let said = self.said.as_ref().and_then(Said::last).or_else(|| self.word().map(|word| word.replicas));
+        let number = said.map_or(reach.scale.replicas, |said| said.min(reach.scale.replicas));
+        let coming = number.saturating_sub(self.staying().len());
         self.asked.resize_with(coming, Instant::now);
         supply.starting_age_s.extend(self.asked.iter().map(|asked| asked.elapsed().as_secs_f64()));
         Some(supply)
@@ -520,7 +537,7 @@ impl Scaler for KubernetesScaler {
 
     /// The pods stay: they are the cluster's, and another gateway may lead them on.
     async fn stop(&mut self) {
-        self.shared.cluster.forget(&self.pool.model);
+        self.shared.cluster.forget(&self.pool.model, self.part);
         for member in self.members.values() {
             if let Some(node) = &member.node {
                 self.pool.remove_node(node.id);

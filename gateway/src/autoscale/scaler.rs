@@ -51,8 +51,8 @@ impl Supply {
 /// A way to start and stop nodes.
 pub trait Scaler: Send + 'static {
     /// Brings the number of nodes nearer to `wanted`: takes back what drains before it starts anew, drains the emptiest,
-    /// removes what has drained, replaces what has died. Before anything was decided there is nothing `wanted`, and only
-    /// what is there is found out.
+    /// removes what has drained, replaces what has died. Before anything was decided, and after the pool was retired, there is
+    /// nothing `wanted`, and only what is there is found out.
     fn step(&mut self, wanted: Option<usize>) -> impl Future<Output = ()> + Send;
 
     /// The nodes as they are; none before that is known.
@@ -71,9 +71,9 @@ pub struct ScalerHandle {
 }
 
 impl ScalerHandle {
-    /// Says how many nodes there should be.
-    pub fn want(&self, nodes: usize) {
-        self.wanted.send_if_modified(|wanted| wanted.replace(nodes) != Some(nodes));
+    /// Says how many nodes there should be; none where another gateway decides, or nothing is known yet.
+    pub fn want(&self, nodes: Option<usize>) {
+        self.wanted.send_if_modified(|wanted| std::mem::replace(wanted, nodes) != nodes);
     }
 
     /// The nodes as they were last seen; none before they were.
@@ -122,7 +122,6 @@ async fn drive(
     let end = pool.retired();
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut last = None;
     loop {
         tokio::select! {
             () = end.cancelled() => break,
@@ -134,14 +133,14 @@ async fn drive(
                 }
             }
         }
-        last = *wanted.borrow_and_update();
-        scaler.step(last).await;
+        let wanted = *wanted.borrow_and_update();
+        scaler.step(wanted).await;
         *supply.lock().unwrap_or_else(PoisonError::into_inner) = scaler.supply();
     }
-    // Nobody new comes, but what was begun is finished.
+    // Nobody new comes, but what was begun is finished. The nodes may be another scaler's by now: nothing is wanted of them.
     while pool.load().active > 0 {
         ticks.tick().await;
-        scaler.step(last).await;
+        scaler.step(None).await;
     }
     scaler.stop().await;
 }

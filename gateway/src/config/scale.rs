@@ -73,7 +73,7 @@ pub struct ScaleConfig {
     pub itl_ms: [f64; 2],
     /// A node that drains is stopped after so many seconds even if it still writes.
     pub drain_s: u64,
-    /// A node that is not ready after so many seconds is stopped.
+    /// A process that is not ready after so many seconds is stopped.
     pub start_s: u64,
     /// Nodes as processes of this machine.
     pub process: Option<ProcessConfig>,
@@ -150,6 +150,14 @@ pub struct KubernetesConfig {
     pub actuator: Actuator,
     /// Environment variable with the key that its pods want as bearer token.
     pub api_key_env: Option<String>,
+}
+
+impl KubernetesConfig {
+    /// The workload by kind, namespace where one is given, and name.
+    pub fn workload(&self) -> String {
+        let namespace = self.namespace.as_ref().map(|namespace| format!("{namespace}/")).unwrap_or_default();
+        format!("{} {namespace}{}", self.kind.name(), self.name)
+    }
 }
 
 /// Kinds of workloads.

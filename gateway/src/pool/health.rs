@@ -1,5 +1,5 @@
 //! Active health: asks every node of a pool at an interval. A ready node is taken out after some failures in a row; an
-//! ill one comes back with its first success.
+//! ill one comes back with its first success. Those that drain, or that their scaler has yet to let in, are not its business.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -24,7 +24,8 @@ pub async fn watch(pool: Arc<ModelPool>, connector: Connector) {
             () = tokio::time::sleep(ms(health.interval_ms.max(10))) => {}
         }
         pool.remove_drained();
-        let nodes: Vec<_> = pool.nodes().into_iter().filter(|n| n.state() != NodeState::Draining).collect();
+        let watched = |node: &Arc<Node>| matches!(node.state(), NodeState::Ready | NodeState::Unhealthy);
+        let nodes: Vec<_> = pool.nodes().into_iter().filter(watched).collect();
         failures.retain(|id, _| nodes.iter().any(|node| node.id == *id));
         let checks: Vec<_> =
             nodes.iter().map(|node| check(&connector, node, &health.path, ms(health.timeout_ms))).collect();

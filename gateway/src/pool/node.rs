@@ -19,10 +19,12 @@ use crate::upstream::connection::Idle;
 pub enum NodeState {
     /// It may.
     Ready = 0,
-    /// It is starting, or a check or a request found it ill.
+    /// It is starting, or a check or a request found it ill; it may once a check finds it well.
     Unhealthy = 1,
     /// It finishes what it holds and is then removed.
     Draining = 2,
+    /// Its scaler has not let it in yet.
+    Starting = 3,
 }
 
 impl NodeState {
@@ -32,6 +34,7 @@ impl NodeState {
             Self::Ready => "ready",
             Self::Unhealthy => "unhealthy",
             Self::Draining => "draining",
+            Self::Starting => "starting",
         }
     }
 }
@@ -131,7 +134,8 @@ impl Node {
         match self.state.load(Ordering::Acquire) {
             0 => NodeState::Ready,
             1 => NodeState::Unhealthy,
-            _ => NodeState::Draining,
+            2 => NodeState::Draining,
+            _ => NodeState::Starting,
         }
     }
 

@@ -96,6 +96,13 @@ fn control(cluster: &Inner, resource: &str) {
     }
 }
 
+/// An address that no pod had.
+fn address(cluster: &Inner) -> IpAddr {
+    let mut counts = lock(&cluster.counts);
+    counts.addresses += 1;
+    IpAddr::V4(Ipv4Addr::new(127, 20, (counts.addresses / 250) as u8, (counts.addresses % 250) as u8 + 1))
+}
+
 async fn kubelet(cluster: &Arc<Inner>, pods: &mut HashMap<Key, Running>) {
     let all = lock(&cluster.store).list("pods", "");
     for (key, pod) in &all {
@@ -105,12 +112,7 @@ async fn kubelet(cluster: &Arc<Inner>, pods: &mut HashMap<Key, Running>) {
                 lock(&cluster.store).remove(key);
                 continue;
             }
-            let number = {
-                let mut counts = lock(&cluster.counts);
-                counts.started += 1;
-                counts.started
-            };
-            let ip = IpAddr::V4(Ipv4Addr::new(127, 20, (number / 250) as u8, (number % 250) as u8 + 1));
+            let ip = address(cluster);
             let (behaviour, cold) = {
                 let faults = lock(&cluster.faults);
                 (faults.behaviour.clone(), faults.cold)
@@ -118,6 +120,7 @@ async fn kubelet(cluster: &Arc<Inner>, pods: &mut HashMap<Key, Running>) {
             let node = Mock::start_at(SocketAddr::new(ip, cluster.port), behaviour).await;
             let ready_at = Instant::now() + cold;
             node.set_healthy(false);
+            lock(&cluster.counts).started += 1;
             pods.insert(key.clone(), Running { uid: uid.to_owned(), node, ready_at, killed_at: None });
             let status = json!({"status": {"phase": "Running", "podIP": ip.to_string(),
                 "conditions": [{"type": "Ready", "status": "False"}]}});
@@ -125,6 +128,14 @@ async fn kubelet(cluster: &Arc<Inner>, pods: &mut HashMap<Key, Running>) {
             continue;
         }
         let running = pods.get_mut(key).unwrap();
+        let moved = lock(&cluster.faults).moves.extract_if(.., |pod| *pod == key.name).count() > 0;
+        if moved {
+            running.node.kill();
+            let (ip, behaviour) = (address(cluster), lock(&cluster.faults).behaviour.clone());
+            running.node = Mock::start_at(SocketAddr::new(ip, cluster.port), behaviour).await;
+            lock(&cluster.store).change(key, &json!({"status": {"podIP": ip.to_string()}}));
+        }
+        lock(&cluster.asked).insert(key.name.clone(), running.node.asked());
         if leaving(pod) {
             let since = *running.killed_at.get_or_insert_with(Instant::now);
             let writing = running.node.writing();
@@ -134,6 +145,10 @@ async fn kubelet(cluster: &Arc<Inner>, pods: &mut HashMap<Key, Running>) {
                 pods.remove(key);
                 lock(&cluster.store).remove(key);
             }
+        } else if let Some(ready) = lock(&cluster.faults).readiness.get(&key.name).copied() {
+            let status = if ready { "True" } else { "False" };
+            let status = json!({"status": {"conditions": [{"type": "Ready", "status": status}]}});
+            lock(&cluster.store).change(key, &status);
         } else if let Some(healthy) = lock(&cluster.faults).health.get(&key.name).copied() {
             running.node.set_healthy(healthy);
             let status = if healthy { "True" } else { "False" };

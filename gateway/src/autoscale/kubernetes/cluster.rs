@@ -1,13 +1,18 @@
 //! The gateways of a cluster, as they know of each other: through one Lease. Its holder leads: it alone decides and changes
 //! workloads. Every gateway notes in an annotation of the Lease what is asked of its pools, what it still holds on pods that
 //! drain, and the plans that were declared to it; so the leader decides on the demand of all, and removes no pod on
-//! which another gateway still has a request.
+//! which another gateway still has a request. What the leader tells KEDA stands in an annotation of its own, which outlives it.
+//!
+//! ```text
+//! gateway.potstill.dev/NAME   what that gateway has to say        Report
+//! potstill.dev/said           what KEDA is told, by model         {model: Word}
+//! ```
 //!
 //! Clocks of other machines are not trusted: a holder is gone when the Lease has not changed for its duration as measured
 //! here, as in client-go.
 
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,6 +33,8 @@ use crate::gateway::Shared;
 pub(super) const CALL: Duration = Duration::from_secs(10);
 /// Tries of a change that somebody else's change got ahead of.
 const TRIES: usize = 4;
+/// The annotation of what is told to KEDA.
+const SAID: &str = "potstill.dev/said";
 /// Before the name of a gateway in the Lease's annotations.
 const PREFIX: &str = "gateway.potstill.dev/";
 /// Longest name of an annotation after its prefix.
@@ -44,15 +51,34 @@ pub(crate) struct PoolReport {
     pub(crate) arrivals: Windows,
     /// Its own completions in the last minute.
     pub(crate) departed_60: u64,
-    /// Requests that it holds on each pod that it knows to drain.
+    /// Requests that it holds in each drain that it knows of.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) held: BTreeMap<String, usize>,
-    /// Pods that there should be; only the leader says so, where KEDA changes the number.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) replicas: Option<usize>,
-    /// The lowest number that was said and may yet be acted on.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) floor: Option<usize>,
+}
+
+impl PoolReport {
+    /// What two scalers of one gateway say of one model: the pool of a configuration from before may still write.
+    fn with(&self, other: &Self) -> Self {
+        let both = |(drain, held): (&String, &usize)| Some((drain.clone(), held + other.held.get(drain)?));
+        Self {
+            active: self.active + other.active,
+            queued: self.queued + other.queued,
+            arrivals: self.arrivals.clone() + other.arrivals.clone(),
+            departed_60: self.departed_60 + other.departed_60,
+            held: self.held.iter().filter_map(both).collect(),
+        }
+    }
+}
+
+/// What KEDA is told of one model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Word {
+    /// The workload that it is said of.
+    pub(crate) workload: String,
+    /// Pods that there should be.
+    pub(crate) replicas: usize,
+    /// The lowest number that was said and may yet be acted on: no more pods may work.
+    pub(crate) floor: usize,
 }
 
 /// What a gateway lets the others know.
@@ -65,15 +91,10 @@ pub(crate) struct Report {
     pub(crate) plans: Vec<SharedPlan>,
 }
 
-impl Report {
-    fn replicas(&self, model: &str) -> Option<usize> {
-        self.pools.get(model)?.replicas
-    }
-}
-
-/// What `gateway` has written into the Lease.
-fn report_of(lease: &Lease, gateway: &str) -> Option<Report> {
-    serde_json::from_str(lease.metadata.annotations.as_ref()?.get(&format!("{PREFIX}{gateway}"))?).ok()
+/// What stands in the Lease of what KEDA is told.
+fn said_in(lease: &Lease) -> BTreeMap<String, Word> {
+    let text = lease.metadata.annotations.as_ref().and_then(|notes| notes.get(SAID));
+    text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
 }
 
 /// What is known of the Lease, and since when.
@@ -84,8 +105,17 @@ struct Known {
     renewal: Option<(String, Instant)>,
     others: BTreeMap<String, (Report, Instant)>,
     own: Report,
-    /// What stands in the Lease of this gateway.
-    written: Report,
+    /// What each scaler of this gateway says of its model; `own` has the sums.
+    parts: BTreeMap<String, BTreeMap<u64, PoolReport>>,
+    /// The scalers whose words are being written, and those whose words stand in the Lease.
+    offered: BTreeSet<u64>,
+    standing: BTreeSet<u64>,
+    /// What this gateway says as the leader.
+    words: BTreeMap<String, Word>,
+    /// What KEDA is told, as it stands in the Lease.
+    said: BTreeMap<String, Word>,
+    /// When the last reading of the Lease began that brought news.
+    read_at: Option<Instant>,
     /// Until when this gateway leads, unless it renews before.
     leads_until: Option<Instant>,
 }
@@ -97,6 +127,7 @@ pub(crate) struct Cluster {
     client: OnceCell<(Client, String)>,
     known: Mutex<Known>,
     running: AtomicBool,
+    next_part: AtomicU64,
     /// Told when the others should hear something before the next round.
     soon: Notify,
 }
@@ -111,6 +142,7 @@ impl Default for Cluster {
             client: OnceCell::new(),
             known: Mutex::default(),
             running: AtomicBool::new(false),
+            next_part: AtomicU64::new(0),
             soon: Notify::new(),
         }
     }
@@ -158,59 +190,80 @@ impl Cluster {
         known.others.values().filter_map(|(report, _)| report.pools.get(model).cloned()).collect()
     }
 
-    /// Whether all other gateways know that `pod` drains and hold nothing on it.
-    pub(super) fn others_left(&self, model: &str, pod: &str) -> bool {
-        let known = self.known();
-        known.others.values().all(|(report, _)| {
-            // One without the pool cannot hold anything in it.
-            report.pools.get(model).is_none_or(|pool| pool.held.get(pod) == Some(&0))
-        })
+    /// A scaler that has something to say.
+    pub(super) fn part(&self) -> u64 {
+        self.next_part.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Pods that `model` should have, by the word of the leader as far as it is known here.
-    pub(crate) fn replicas(&self, model: &str) -> Option<usize> {
-        let known = self.known();
-        if self.leads_now(&known) {
-            return known.written.replicas(model);
-        }
-        known.others.get(&known.holder).and_then(|(report, _)| report.replicas(model))
+    /// Whether the others know of this scaler, so that a leader waits for its word before a pod goes.
+    pub(super) fn stands(&self, part: u64) -> bool {
+        self.known().standing.contains(&part)
     }
 
-    /// How many pods of `model` may work, by the word of another gateway that leads, or led until it was gone.
-    pub(super) fn floor(&self, model: &str) -> Option<usize> {
+    /// Whether all others know of the drain, which was there `since` then, and hold nothing on the pod.
+    pub(super) fn left(&self, model: &str, part: u64, drain: &str, since: Instant) -> bool {
         let known = self.known();
-        known.others.get(&known.holder).and_then(|(report, _)| report.pools.get(model)?.floor)
+        let left = |pool: &PoolReport| pool.held.get(drain) == Some(&0);
+        // One that is not heard of yet looks at the pods only after its word stands, and finds the drain.
+        known.read_at.is_some_and(|read| read > since)
+            && known.others.values().all(|(report, _)| report.pools.get(model).is_none_or(left))
+            && known
+                .parts
+                .get(model)
+                .is_none_or(|parts| parts.iter().all(|(of, pool)| *of == part || left(pool)))
     }
 
-    /// The pods that there should be as it stands in the Lease now, so that whoever asks one gateway after the other hears no number that was before
+    /// What KEDA is told of `model`, as far as it is known here.
+    pub(crate) fn word(&self, model: &str) -> Option<Word> {
+        self.known().said.get(model).cloned()
+    }
+
+    /// The same as it stands in the Lease now, so that whoever asks one gateway after the other hears no number that was before
     /// the last.
-    pub(crate) async fn replicas_now(&self, shared: &Shared, model: &str) -> Result<Option<usize>, String> {
+    pub(crate) async fn word_now(&self, shared: &Shared, model: &str) -> Result<Option<Word>, String> {
         let (client, namespace) = self.client().await?;
         let leases: Api<Lease> = Api::namespaced(client, &namespace);
         let lease = shared.live().config.autoscale.lease.clone();
         let found = call(leases.get_opt(&lease)).await.map_err(|error| told(&error))?;
-        let holder = |lease: &Lease| lease.spec.as_ref()?.holder_identity.clone();
-        Ok(found.and_then(|found| report_of(&found, &holder(&found)?)?.replicas(model)))
+        Ok(found.and_then(|found| said_in(&found).remove(model)))
     }
 
-    /// Takes what this gateway has to say of `model`. Pods that begin or end to be held, and how many there should be, are told
-    /// soon.
-    pub(super) fn report(&self, model: &str, report: PoolReport) {
-        let before = self.known().own.pools.insert(model.to_owned(), report.clone());
-        let free = |report: &PoolReport| -> Vec<_> {
-            report.held.iter().map(|(pod, held)| (pod.clone(), *held == 0)).collect()
-        };
-        if before.is_none_or(|before| {
-            free(&before) != free(&report)
-                || (before.replicas, before.floor) != (report.replicas, report.floor)
-        }) {
+    /// Says something to KEDA, as the leader; soon if it is news.
+    pub(super) fn say(&self, model: &str, word: Word) {
+        let before = self.known().words.insert(model.to_owned(), word.clone());
+        if before != Some(word) {
             self.soon.notify_one();
         }
     }
 
-    /// Forgets a pool that is gone.
-    pub(super) fn forget(&self, model: &str) {
-        self.known().own.pools.remove(model);
+    /// Takes what one scaler of this gateway has to say of `model`. Pods that begin or end to be held are told soon.
+    pub(super) fn report(&self, model: &str, part: u64, report: PoolReport) {
+        let mut known = self.known();
+        let parts = known.parts.entry(model.to_owned()).or_default();
+        let first = parts.insert(part, report).is_none();
+        let sum = parts.values().cloned().reduce(|sum, part| sum.with(&part)).unwrap_or_default();
+        let free = |report: &PoolReport| -> Vec<_> {
+            report.held.iter().map(|(drain, held)| (drain.clone(), *held == 0)).collect()
+        };
+        let news = free(&sum);
+        let before = known.own.pools.insert(model.to_owned(), sum);
+        if first || before.is_none_or(|before| free(&before) != news) {
+            self.soon.notify_one();
+        }
+    }
+
+    /// Forgets a scaler that is gone.
+    pub(super) fn forget(&self, model: &str, part: u64) {
+        let mut known = self.known();
+        let Some(parts) = known.parts.get_mut(model) else { return };
+        parts.remove(&part);
+        match parts.values().cloned().reduce(|sum, part| sum.with(&part)) {
+            Some(sum) => drop(known.own.pools.insert(model.to_owned(), sum)),
+            None => {
+                known.parts.remove(model);
+                known.own.pools.remove(model);
+            }
+        }
     }
 
     /// Takes part, from the first pool on, until the gateway ends; then lets go of the Lease.
@@ -276,7 +329,8 @@ impl Cluster {
                 Err(error) => return Err(told(&error)),
             };
             let plans = shared.autoscaler.plans().export(shared.autoscaler.now());
-            let patch = self.answer(&found, plans, duration, ending);
+            let served = |model: &str| shared.pool(model).is_some();
+            let patch = self.answer(&found, plans, duration, ending, served);
             match call(leases.patch(lease, &PatchParams::default(), &Patch::Merge(&patch))).await {
                 Ok(written) => {
                     self.follow(shared, &written, begun, duration);
@@ -290,7 +344,14 @@ impl Cluster {
     }
 
     /// What this gateway writes into the Lease as it was `found`.
-    fn answer(&self, found: &Lease, plans: Vec<SharedPlan>, duration: Duration, ending: bool) -> Value {
+    fn answer(
+        &self,
+        found: &Lease,
+        plans: Vec<SharedPlan>,
+        duration: Duration,
+        ending: bool,
+        served: impl Fn(&str) -> bool,
+    ) -> Value {
         let spec = found.spec.clone().unwrap_or_default();
         let mut known = self.known();
         let holder = spec.holder_identity.unwrap_or_default();
@@ -321,9 +382,21 @@ impl Cluster {
         known.others = others;
         known.own.n += 1;
         known.own.plans = plans;
+        known.offered = known.parts.values().flat_map(BTreeMap::keys).copied().collect();
         let mut annotations = serde_json::Map::new();
         let own = if ending { Value::Null } else { json!(json!(known.own).to_string()) };
         annotations.insert(format!("{PREFIX}{}", self.name), own);
+        let mut said = said_in(found);
+        if leads {
+            said.extend(known.words.clone());
+            said.retain(|model, _| served(model));
+        } else {
+            // What was said when this gateway led before is not said again.
+            known.words.clear();
+        }
+        if leads && said != said_in(found) {
+            annotations.insert(SAID.to_owned(), json!(json!(said).to_string()));
+        }
         if leads || takes {
             annotations.extend(gone.iter().map(|name| (format!("{PREFIX}{name}"), Value::Null)));
         }
@@ -349,7 +422,9 @@ impl Cluster {
         let holder = written.spec.as_ref().and_then(|spec| spec.holder_identity.clone()).unwrap_or_default();
         let (plans, changed) = {
             let mut known = self.known();
-            known.written = report_of(written, &self.name).unwrap_or_default();
+            known.standing = std::mem::take(&mut known.offered);
+            known.said = said_in(written);
+            known.read_at = Some(begun);
             // Sooner over than the Lease, so that no two lead at once.
             known.leads_until = (holder == self.name).then(|| begun + duration * 2 / 3);
             let plans: Vec<_> = known

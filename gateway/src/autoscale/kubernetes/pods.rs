@@ -9,7 +9,9 @@ use kube::Api;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 
-/// Says on a pod that it gets no more requests; every gateway obeys it.
+use super::member::Mark;
+
+/// Holds the [`Mark`] of a pod that gets no more requests; every gateway obeys it.
 pub(super) const DRAINS: &str = "potstill.dev/drains";
 /// Says which pods a Deployment gives up first.
 pub(super) const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
@@ -31,10 +33,10 @@ pub(super) struct PodSeen {
     pub(super) index: usize,
     /// Which version of its Deployment it belongs to.
     pub(super) template: Option<String>,
-    /// It carries [`DRAINS`].
-    pub(super) drains: bool,
+    /// What it carries as [`DRAINS`].
+    pub(super) mark: Option<Mark>,
     /// It carries [`LOWEST_COST`].
-    pub(super) victim: bool,
+    pub(super) lowest_cost: bool,
 }
 
 impl PodSeen {
@@ -59,8 +61,8 @@ impl PodSeen {
             leaving: meta.deletion_timestamp.is_some() || matches!(phase, Some("Failed" | "Succeeded")),
             index: index.and_then(|index| index.parse().ok()).unwrap_or(0),
             template: label("pod-template-hash").cloned(),
-            drains: note(DRAINS).is_some(),
-            victim: note(DELETION_COST).is_some_and(|cost| cost == LOWEST_COST),
+            mark: note(DRAINS).map(|text| Mark::parse(text)),
+            lowest_cost: note(DELETION_COST).is_some_and(|cost| cost == LOWEST_COST),
         }
     }
 }
@@ -131,11 +133,11 @@ mod tests {
             "status": {"phase": "Running", "podIP": "10.0.0.7", "conditions": [{"type": "Ready", "status": "True"}]}
         }));
         assert_eq!((pod.index, pod.ip.as_deref()), (3, Some("10.0.0.7")));
-        assert!(pod.ready && pod.drains && !pod.leaving && !pod.victim);
+        assert!(pod.ready && pod.mark.is_some() && !pod.leaving && !pod.lowest_cost);
         let pod =
             of(json!({"metadata": {"name": "qwq-7d9f-x2x4z", "deletionTimestamp": "2026-01-01T00:00:00Z",
             "annotations": {"controller.kubernetes.io/pod-deletion-cost": "-2147483648"}}}));
-        assert!(pod.leaving && pod.victim && !pod.ready && pod.ip.is_none());
+        assert!(pod.leaving && pod.lowest_cost && !pod.ready && pod.ip.is_none());
         assert_eq!(of(json!({"metadata": {"name": "cache-12"}})).index, 12);
         assert!(of(json!({"metadata": {"name": "a-1"}, "status": {"phase": "Failed"}})).leaving);
     }

@@ -27,16 +27,21 @@ pub(super) struct Said {
 }
 
 impl Said {
-    /// What stands at the beginning: the workload says `replicas`. `earlier` is the least that somebody else may have said before, and
-    /// for how long it may yet be acted on.
-    pub(super) fn begin(replicas: usize, earlier: Option<(usize, Duration)>, now: Instant) -> Self {
+    /// What stands at the beginning: `standing` was said last, and the workload says `replicas`. `earlier` is the least that may have
+    /// been said before, and for how long it may yet be acted on.
+    pub(super) fn begin(
+        standing: usize,
+        replicas: usize,
+        earlier: Option<(usize, Duration)>,
+        now: Instant,
+    ) -> Self {
         let earlier = earlier.map(|(least, acts)| Number {
-            replicas: least.min(replicas),
+            replicas: least.min(standing),
             until: Some(now + acts),
             past: false,
             done: false,
         });
-        let standing = Number { replicas, until: None, past: false, done: false };
+        let standing = Number { replicas: standing, until: None, past: false, done: false };
         Self { numbers: earlier.into_iter().chain([standing]).collect(), seen: Some(replicas) }
     }
 
@@ -78,7 +83,7 @@ impl Said {
         }
         let Some((last, before)) = self.numbers.split_last_mut() else { return };
         let alone = before.iter().all(|number| number.past || number.until.is_some_and(|until| until <= now));
-        last.done |= alone && last.replicas == replicas && pods <= replicas;
+        last.done = alone && last.replicas == replicas && pods <= replicas;
     }
 }
 
@@ -92,7 +97,7 @@ mod tests {
     #[test]
     fn a_lower_number_counts_until_it_cannot_be_acted_on() {
         let now = Instant::now();
-        let mut said = Said::begin(4, None, now);
+        let mut said = Said::begin(4, 4, None, now);
         said.say(2, now, ACTS);
         said.say(4, now, ACTS);
         assert_eq!((said.last(), said.floor(now)), (Some(4), Some(2)));
@@ -108,7 +113,7 @@ mod tests {
     #[test]
     fn a_number_that_came_about_leaves_those_before_it_behind() {
         let now = Instant::now();
-        let mut said = Said::begin(4, None, now);
+        let mut said = Said::begin(4, 4, None, now);
         said.say(2, now, ACTS);
         said.say(5, now, ACTS);
         said.see(5, 4, now, LAG);
@@ -118,13 +123,13 @@ mod tests {
     #[test]
     fn what_is_done_is_left_at_once() {
         let now = Instant::now();
-        let mut said = Said::begin(4, Some((3, ACTS)), now);
+        let mut said = Said::begin(4, 4, Some((3, ACTS)), now);
         assert_eq!((said.floor(now), said.floor(now + ACTS)), (Some(3), Some(4)));
         said.say(2, now, ACTS);
         said.see(2, 3, now, LAG);
         said.say(3, now, ACTS);
         assert_eq!(said.floor(now + LAG), Some(2), "a pod has yet to go");
-        let mut said = Said::begin(4, None, now);
+        let mut said = Said::begin(4, 4, None, now);
         said.say(2, now, ACTS);
         said.see(2, 2, now, LAG);
         said.say(4, now, ACTS);
@@ -134,7 +139,7 @@ mod tests {
     #[test]
     fn a_number_that_was_there_before_it_was_said_again_is_not_done() {
         let now = Instant::now();
-        let mut said = Said::begin(0, None, now);
+        let mut said = Said::begin(0, 0, None, now);
         [2, 1, 0].into_iter().for_each(|number| said.say(number, now, ACTS));
         said.see(0, 0, now, LAG);
         said.say(1, now, ACTS);
@@ -142,9 +147,21 @@ mod tests {
     }
 
     #[test]
+    fn what_somebody_else_undid_is_done_no_longer() {
+        let now = Instant::now();
+        let mut said = Said::begin(4, 4, None, now);
+        said.say(2, now, ACTS);
+        said.see(2, 2, now, LAG);
+        // KEDA fell back to four, and will lower it again.
+        said.see(4, 4, now, LAG);
+        said.say(4, now, ACTS);
+        assert_eq!((said.floor(now + LAG), said.floor(now + ACTS)), (Some(2), Some(4)));
+    }
+
+    #[test]
     fn what_is_past_does_not_come_again() {
         let now = Instant::now();
-        let mut said = Said::begin(4, None, now);
+        let mut said = Said::begin(4, 4, None, now);
         said.say(2, now, ACTS);
         said.see(2, 3, now, LAG);
         said.say(4, now, ACTS);
@@ -155,7 +172,7 @@ mod tests {
     #[test]
     fn numbers_are_bounded_and_the_lowest_is_kept() {
         let now = Instant::now();
-        let mut said = Said::begin(1, None, now);
+        let mut said = Said::begin(1, 1, None, now);
         (2..1000).for_each(|number| said.say(number, now, ACTS));
         assert_eq!((said.numbers.len(), said.floor(now)), (KEPT, Some(1)));
     }

@@ -19,8 +19,10 @@ pub(super) enum Order {
 pub(super) struct PodView {
     /// Its index; pods of a Deployment have none that counts.
     pub(super) index: usize,
-    /// Kubernetes has it as ready and it has taken requests.
+    /// Kubernetes has it as ready, and it was let in.
     pub(super) ready: bool,
+    /// It was let in, and Kubernetes has it as not ready now: it would be the first to go, whatever it holds.
+    pub(super) down: bool,
     /// It gets no more requests.
     pub(super) draining: bool,
     /// It drains and holds nothing, on no gateway, or its time is over.
@@ -32,6 +34,11 @@ pub(super) struct PodView {
 }
 
 impl PodView {
+    /// It drains and may hold something still that can be saved: who was never let in holds nothing, and who is down goes first.
+    fn holds(&self) -> bool {
+        self.draining && !self.empty && self.ready
+    }
+
     /// It is among the first to go, and nothing would be lost.
     fn given_up(&self) -> bool {
         self.draining && self.empty && self.victim
@@ -80,10 +87,12 @@ fn marked(terms: Terms, pods: &[PodView], wanted: usize) -> Steps {
     staying.sort_by_key(|at| (pods[*at].ready, pods[*at].tokens));
     let mut draining = positions(pods, |pod| pod.draining);
     draining.sort_by_key(|at| (pods[*at].given_up(), !pods[*at].ready, pods[*at].empty));
-    let held = draining.iter().filter(|at| !pods[**at].empty).count();
+    let held = draining.iter().filter(|at| pods[**at].holds()).count();
     // A rollout brings new pods before it takes the old ones.
     let surge = if terms.settled { 0 } else { pods.len().saturating_sub(terms.said) };
-    let most = wanted.min(terms.floor.saturating_sub(held)) + surge;
+    // Those that work already are not fewer for what others hold: that a pod came up again is no reason to stop the next.
+    let working = staying.iter().filter(|at| pods[**at].ready).count();
+    let most = wanted.min(terms.floor.saturating_sub(held).max(working.min(terms.floor))) + surge;
     steps.drain.extend(staying.drain(..staying.len().saturating_sub(most)));
     // Who is given up comes back only where a place is left.
     let others = pods.iter().filter(|pod| !pod.given_up()).count();
@@ -106,11 +115,18 @@ fn marked(terms: Terms, pods: &[PodView], wanted: usize) -> Steps {
     }
     steps.victims = positions(pods, |pod| pod.draining && pod.empty);
     steps.victims.retain(|at| !steps.revive.contains(at));
-    let foreseen = terms.settled
-        && steps.revive.is_empty()
-        && staying.iter().chain(&steps.drain).all(|at| pods[*at].ready);
-    let kept = if foreseen { pods.len() - steps.victims.len() } else { pods.len() };
-    steps.replicas = terms.said.min(kept).max(wanted);
+    // Pods that Kubernetes has as not ready go first, whichever they are.
+    let cold = staying.iter().chain(&steps.drain).any(|at| !pods[*at].ready);
+    let go = match (terms.settled && steps.revive.is_empty(), cold) {
+        (false, _) => 0,
+        (true, true) => steps.victims.iter().filter(|at| !pods[**at].ready).count(),
+        (true, false) => steps.victims.len(),
+    };
+    steps.replicas = match pods.iter().any(|pod| pod.down && !(pod.draining && pod.empty)) {
+        // As many as there are, until it is known again who goes.
+        true => terms.said.max(pods.len()).max(wanted),
+        false => terms.said.min(pods.len() - go).max(wanted),
+    };
     steps
 }
 
@@ -127,12 +143,11 @@ fn highest_index(terms: Terms, pods: &[PodView], wanted: usize) -> Steps {
     }
 }
 
-/// The least that may have been said by a leader who left the pods like this: as many as work or hold something. Those that start he
-/// may not have seen, or not have let in.
+/// The least that may have been said by a leader who left the pods like this: as many as work.
 pub(super) fn least(order: Order, pods: &[PodView]) -> usize {
     let working = pods.iter().filter(|pod| pod.ready && !pod.draining);
     match order {
-        Order::Marked => working.count() + pods.iter().filter(|pod| pod.draining && !pod.empty).count(),
+        Order::Marked => working.count(),
         Order::HighestIndex => working.map(|pod| pod.index + 1).max().unwrap_or(0),
     }
 }
@@ -159,7 +174,11 @@ mod tests {
         view: PodView,
         /// Ready, by Kubernetes.
         up: bool,
+        /// It was let in.
+        was: bool,
         held: u64,
+        /// Whether the gateways have said what they hold on it.
+        told: bool,
     }
 
     /// A workload, the gateway that leads, and whoever acts on what it says.
@@ -196,17 +215,23 @@ mod tests {
             self.said.see(self.replicas, self.pods.len(), self.now, LAG);
         }
 
+        /// What the gateway knows now.
+        fn views(&mut self) -> Vec<PodView> {
+            let admits = self.admits();
+            for pod in &mut self.pods {
+                pod.was |= pod.up && (admits || pod.view.draining);
+                let view = &mut pod.view;
+                (view.ready, view.down, view.tokens) = (pod.was && pod.up, pod.was && !pod.up, pod.held);
+                view.empty = view.draining && (view.victim || pod.held == 0 && pod.told);
+            }
+            self.pods.iter().map(|pod| pod.view.clone()).collect()
+        }
+
         fn decide(&mut self, wanted: usize) -> Steps {
             if self.keda.is_none() {
                 self.look();
             }
-            let admits = self.admits();
-            for pod in &mut self.pods {
-                pod.view.ready |= pod.up && (admits || pod.view.draining);
-                pod.view.tokens = pod.held;
-                pod.view.empty = pod.view.draining && pod.held == 0;
-            }
-            let views: Vec<_> = self.pods.iter().map(|pod| pod.view.clone()).collect();
+            let views = self.views();
             let said = self.said.last().unwrap();
             let floor = self.said.floor(self.now).unwrap();
             let steps = steps(Terms { order: self.order, settled: true, said, floor }, &views, wanted);
@@ -252,7 +277,8 @@ mod tests {
             }
             if self.pods.len() < self.replicas {
                 let index = (0..).find(|index| self.pods.iter().all(|pod| pod.view.index != *index)).unwrap();
-                self.pods.push(Pod { view: pod(index, false, false, 0), up: false, held: 0 });
+                let view = pod(index, false, false, 0);
+                self.pods.push(Pod { view, up: false, was: false, held: 0, told: true });
             }
             0
         }
@@ -263,6 +289,8 @@ mod tests {
         Want(usize),
         Control,
         Up(usize),
+        Down(usize),
+        Tell(usize, bool),
         Work(usize, u64),
         Done(usize),
         Decide,
@@ -277,6 +305,8 @@ mod tests {
             (0usize..6).prop_map(Event::Want),
             Just(Event::Control),
             (0usize..8).prop_map(Event::Up),
+            (0usize..8).prop_map(Event::Down),
+            (0usize..8, any::<bool>()).prop_map(|(at, told)| Event::Tell(at, told)),
             (0usize..8, 1u64..9).prop_map(|(at, held)| Event::Work(at, held)),
             (0usize..8).prop_map(Event::Done),
             Just(Event::Decide),
@@ -300,7 +330,7 @@ mod tests {
         ) {
             let now = Instant::now();
             let mut world = World {
-                order, now, replicas: 0, pods: Vec::new(), said: Said::begin(0, None, now),
+                order, now, replicas: 0, pods: Vec::new(), said: Said::begin(0, 0, None, now),
                 keda: keda.then(|| (vec![0], 0)),
             };
             let (mut wanted, mut most) = (0, 0);
@@ -310,12 +340,18 @@ mod tests {
                     Event::Want(number) => { wanted = number; most = most.max(wanted); }
                     Event::Control => prop_assert_eq!(world.control(), 0),
                     Event::Up(at) if !world.pods.is_empty() => world.pods[at % pods].up = true,
+                    // Nobody can save what a pod holds that goes down while a lower number is on its way.
+                    Event::Down(at) if !world.pods.is_empty() => {
+                        let pod = &mut world.pods[at % pods];
+                        pod.up &= pod.held > 0;
+                    }
+                    Event::Tell(at, told) if !world.pods.is_empty() => world.pods[at % pods].told = told,
                     // Any gateway gives requests to pods that are up, do not drain and were let in.
                     Event::Work(at, held) if !world.pods.is_empty() => {
                         let admits = world.admits();
                         let pod = &mut world.pods[at % pods];
                         if pod.up && !pod.view.draining && (pod.view.ready || admits) {
-                            pod.view.ready = true;
+                            (pod.was, pod.view.ready) = (true, true);
                             pod.held += held;
                         }
                     }
@@ -324,6 +360,7 @@ mod tests {
                         let warm = |world: &World| {
                             world.pods.iter().filter(|pod| pod.view.ready && !pod.view.draining).count()
                         };
+                        world.views();
                         let before = warm(&world);
                         let steps = world.decide(wanted);
                         if order == Order::Marked && warm(&world) < before.min(wanted) {
@@ -332,13 +369,18 @@ mod tests {
                     }
                     Event::Look => world.look(),
                     Event::Hand(further) => world.hand(further),
-                    // It knows the workload and what is written on the pods.
+                    // It knows the workload, what is written on the pods, and what was said last.
                     Event::NewLeader => {
-                        let view = |pod: &Pod| PodView { empty: pod.view.draining && pod.held == 0, ..pod.view.clone() };
-                        let views: Vec<_> = world.pods.iter().map(view).collect();
+                        let least = least(order, &world.views());
                         world.now += Duration::from_millis(1);
-                        let earlier = keda.then(|| (least(order, &views), ACTS));
-                        world.said = Said::begin(world.replicas, earlier, world.now);
+                        world.said = match &world.keda {
+                            Some((all, _)) => {
+                                let floor = world.said.floor(world.now).unwrap();
+                                let last = *all.last().unwrap();
+                                Said::begin(last, world.replicas, Some((floor.max(least), ACTS)), world.now)
+                            }
+                            None => Said::begin(world.replicas, world.replicas, None, world.now),
+                        };
                     }
                     // KEDA has had its time, and the controller too.
                     Event::Later => {
@@ -353,7 +395,7 @@ mod tests {
                 prop_assert!(world.replicas <= most, "{} of {most}", world.replicas);
             }
             for _ in 0..40 {
-                world.pods.iter_mut().for_each(|pod| (pod.held, pod.up) = (0, true));
+                world.pods.iter_mut().for_each(|pod| (pod.held, pod.up, pod.told) = (0, true, true));
                 world.decide(wanted);
                 world.hand(usize::MAX / 2);
                 prop_assert_eq!(world.control(), 0);
@@ -370,7 +412,8 @@ mod tests {
     }
 
     fn pod(index: usize, ready: bool, draining: bool, tokens: u64) -> PodView {
-        PodView { index, ready, draining, empty: draining && tokens == 0, victim: false, tokens }
+        let empty = draining && tokens == 0;
+        PodView { index, ready, down: false, draining, empty, victim: false, tokens }
     }
 
     #[test]
@@ -413,5 +456,29 @@ mod tests {
         let pods = [pod(0, true, false, 3), pod(2, true, false, 9)];
         let found = steps(terms(Order::HighestIndex, 3), &pods, 2);
         assert_eq!((found.drain, found.replicas), (vec![1], 3));
+    }
+
+    #[test]
+    fn pods_that_do_not_come_are_not_asked_for_any_longer() {
+        // There is room for one; the others hang, and one more is wanted than works.
+        let pods =
+            [pod(0, true, false, 5), pod(1, false, true, 0), pod(2, false, true, 0), pod(3, false, false, 0)];
+        let found = steps(terms(Order::Marked, 4), &pods, 2);
+        assert_eq!((found.victims, found.replicas), (vec![1, 2], 2));
+        // A warm one that has drained would not go before the one that starts.
+        let pods =
+            [pod(0, true, false, 5), pod(1, true, true, 0), pod(2, false, true, 0), pod(3, false, false, 0)];
+        let found = steps(terms(Order::Marked, 4), &pods, 2);
+        assert_eq!((found.revive, found.drain, found.replicas), (vec![1], vec![3], 4));
+    }
+
+    #[test]
+    fn a_pod_that_goes_down_with_what_it_holds_raises_the_number_that_may_hit_it() {
+        let down = PodView { ready: false, down: true, ..pod(0, true, false, 5) };
+        let given_up = PodView { victim: true, ..pod(1, false, true, 0) };
+        let found = steps(terms(Order::Marked, 1), &[down.clone(), given_up], 1);
+        assert_eq!(found.replicas, 2);
+        let empty = PodView { draining: true, empty: true, ..down };
+        assert_eq!(steps(terms(Order::Marked, 1), &[empty], 0).replicas, 0);
     }
 }

@@ -3,9 +3,10 @@
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::cluster::{call, told};
+use super::member::Mark;
 use super::pods::{DELETION_COST, DRAINS, LOWEST_COST, Pods};
 use super::steps::Order;
 use crate::config::{KubernetesConfig, WorkloadKind};
@@ -80,22 +81,13 @@ impl Workload {
         answer.map(|found| scale(&found)).map_err(|error| told(&error))
     }
 
-    /// Marks a pod as one that gets no more requests, or takes that back.
-    pub(super) async fn mark(&self, pod: &str, drains: bool) -> Result<(), String> {
-        // Who comes back is no longer the first to go.
-        let notes = match drains {
-            true => json!({DRAINS: "true"}),
-            false => json!({DRAINS: Value::Null, DELETION_COST: Value::Null}),
-        };
-        self.note(pod, notes).await
-    }
-
-    /// Marks a pod as the first to go.
-    pub(super) async fn offer(&self, pod: &str) -> Result<(), String> {
-        self.note(pod, json!({DELETION_COST: LOWEST_COST})).await
-    }
-
-    async fn note(&self, pod: &str, annotations: Value) -> Result<(), String> {
+    /// Writes on a pod what `mark` says of its drain, or that it works. Who is given up is the first to go.
+    pub(super) async fn write(&self, pod: &str, mark: Option<&Mark>) -> Result<(), String> {
+        let given_up = mark.is_some_and(|mark| mark.given_up);
+        let annotations = json!({
+            DRAINS: mark.map(Mark::text),
+            DELETION_COST: given_up.then_some(LOWEST_COST),
+        });
         let patch = json!({"metadata": {"annotations": annotations}});
         match call(self.pods.patch_metadata(pod, &PatchParams::default(), &Patch::Merge(&patch))).await {
             Ok(_) => Ok(()),
