@@ -485,6 +485,34 @@ async fn a_reload_that_changes_the_workload_cuts_nothing_that_was_begun() {
     all_well(vec![ask(&client, &gateway, true)], "[DONE]").await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_stops_lets_go_before_its_last_answer_has_ended() {
+    let world = World::new(slow_stream(400), 20).await;
+    let lease = || world.cluster.get("coordination.k8s.io/leases", "potstill-gateway");
+    let leads = async |name: &str| {
+        within_a_minute("it leads", async || lease()["spec"]["holderIdentity"] == name).await;
+    };
+    let mut first = world.gateway("gateway-1", "Deployment", "qwq-32b", "", "").await;
+    leads("gateway-1").await;
+    let second = world.gateway("gateway-2", "Deployment", "qwq-32b", "", "").await;
+    let client = client();
+    let long = ask(&client, &first, true);
+    within_a_minute("it writes", async || {
+        let text = client.get(format!("{}/metrics", first.url)).send().await.unwrap().text().await.unwrap();
+        text.contains("potstill_gateway_in_flight_requests{model=\"m\"} 1")
+    })
+    .await;
+    first.signal("TERM");
+    leads("gateway-2").await;
+    assert!(!long.is_finished());
+    // The one that leads now wants no node, and waits for what the other one writes.
+    all_well(vec![long], "[DONE]").await;
+    first.ended(Duration::from_secs(20)).await;
+    within_a_minute("all pods are gone", async || world.cluster.pods().is_empty()).await;
+    assert_eq!(world.cluster.counts().cut, 0);
+    drop(second);
+}
+
 #[test]
 fn roles_grant_what_they_name_and_nothing_else() {
     let attempt = |verb, group: &str, resource: &str, name: Option<&str>| Attempt {

@@ -24,7 +24,7 @@ use tonic_prost::ProstCodec;
 use tower::service_fn;
 
 use super::kubernetes::Word;
-use crate::config::Limits;
+use crate::config::{Actuator, Limits};
 use crate::gateway::Shared;
 use crate::server::{Handler, tls};
 
@@ -200,8 +200,10 @@ fn model<'a>(shared: &Shared, asked: &'a ScaledObjectRef) -> Result<(&'a str, St
     };
     let config = pool.config();
     let workload = config.scale.as_ref().and_then(|scale| scale.kubernetes.as_ref());
-    let Some(workload) = workload else {
-        return Err(Status::invalid_argument(format!("`{model}` is not scaled through Kubernetes")));
+    let Some(workload) = workload.filter(|workload| workload.actuator == Actuator::Keda) else {
+        return Err(Status::failed_precondition(format!(
+            "`{model}` is not scaled by KEDA; its pool needs `actuator = \"keda\"`"
+        )));
     };
     Ok((model, workload.workload()))
 }

@@ -45,7 +45,8 @@ const FOLLOW: Duration = Duration::from_secs(1);
 const KEDA_ACTS: Duration = Duration::from_secs(60);
 /// The controller of a workload acts on no number after another was set for so long.
 const CONTROLLER_ACTS: Duration = Duration::from_secs(5);
-/// A gateway whose Lease cannot be written looks at the pods after so long all the same: nobody leads then either.
+/// A gateway that cannot write into the Lease looks at the pods after so long all the same: to be of use counts for more than that
+/// a leader that can may take a pod from it.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The other gateways hear so often what is asked of this one.
 const REPORT: Duration = Duration::from_secs(1);
@@ -378,7 +379,9 @@ impl KubernetesScaler {
     /// One step towards `wanted`.
     async fn act(&mut self, reach: &mut Reach, wanted: usize) -> Result<(), String> {
         let keda = self.config.actuator == Actuator::Keda;
-        let acts = if keda { KEDA_ACTS } else { CONTROLLER_ACTS };
+        // A number may stand in the Lease for a round after the next was said.
+        let round = Duration::from_secs(self.shared.live().config.autoscale.lease_s);
+        let acts = if keda { KEDA_ACTS + round } else { CONTROLLER_ACTS };
         self.look(reach, acts).await?;
         let (now, replicas) = (Instant::now(), reach.scale.replicas);
         let dry_run = self.shared.live().config.autoscale.dry_run;
@@ -389,18 +392,23 @@ impl KubernetesScaler {
             return Ok(());
         };
         let terms = Terms { order: reach.workload.order, settled: self.settled(), said, floor };
-        let steps = steps(terms, &self.views(), wanted);
-        if !dry_run {
-            self.turn(&reach.workload, &steps).await?;
+        let mut steps = steps(terms, &self.views(), wanted);
+        let turned = if dry_run { Ok(()) } else { self.turn(&reach.workload, &steps).await };
+        if turned.is_err() {
+            // A pod on which nothing can be written is no reason not to have more.
+            steps.replicas = steps.replicas.max(said);
+        }
+        if !self.shared.cluster.leads() {
+            return turned;
         }
         if keda {
             if let Some(said) = self.said.as_mut().filter(|_| !dry_run) {
                 said.say(steps.replicas, Instant::now(), acts);
             }
-            return Ok(());
+            return turned;
         }
         if steps.replicas == replicas {
-            return Ok(());
+            return turned;
         }
         // What was planned for must still hold; a change in between is found by its version.
         let now = reach.workload.scale().await?;
@@ -423,7 +431,7 @@ impl KubernetesScaler {
                 reach.scale = set;
             }
         }
-        Ok(())
+        turned
     }
 
     /// Gives pods no more requests, or some again, and writes on them what was decided. A pod works again only once it is no
@@ -436,7 +444,13 @@ impl KubernetesScaler {
             settle(&self.pool, member);
         }
         for (at, name) in names.iter().enumerate() {
+            if !self.shared.cluster.leads() {
+                return Ok(());
+            }
             let Some(member) = self.members.get_mut(name) else { continue };
+            if member.unmarked() {
+                member.drain();
+            }
             let mut mark = member.drain.as_ref().map(|drain| drain.mark.clone());
             if steps.revive.contains(&at) {
                 mark = None;

@@ -27,6 +27,7 @@ use tokio::sync::{Notify, OnceCell};
 
 use crate::autoscale::plans::SharedPlan;
 use crate::autoscale::policy::Windows;
+use crate::config::{Actuator, PoolConfig};
 use crate::gateway::Shared;
 
 /// One call of the API server may take so long.
@@ -63,7 +64,7 @@ impl PoolReport {
         Self {
             active: self.active + other.active,
             queued: self.queued + other.queued,
-            arrivals: self.arrivals.clone() + other.arrivals.clone(),
+            arrivals: self.arrivals + other.arrivals,
             departed_60: self.departed_60 + other.departed_60,
             held: self.held.iter().filter_map(both).collect(),
         }
@@ -329,8 +330,10 @@ impl Cluster {
                 Err(error) => return Err(told(&error)),
             };
             let plans = shared.autoscaler.plans().export(shared.autoscaler.now());
-            let served = |model: &str| shared.pool(model).is_some();
-            let patch = self.answer(&found, plans, duration, ending, served);
+            // KEDA is told of a pool as long as it changes the number.
+            let by_keda = |model: &str| shared.pool(model).is_some_and(|pool| keda_scales(&pool.config()));
+            let leaving = ending || shared.stopping();
+            let patch = self.answer(&found, plans, duration, (leaving, ending), by_keda);
             match call(leases.patch(lease, &PatchParams::default(), &Patch::Merge(&patch))).await {
                 Ok(written) => {
                     self.follow(shared, &written, begun, duration);
@@ -343,14 +346,15 @@ impl Cluster {
         Err(format!("others kept changing the Lease: {last}"))
     }
 
-    /// What this gateway writes into the Lease as it was `found`.
+    /// What this gateway writes into the Lease as it was `found`. One that is `leaving` leads no longer, but says what it still
+    /// holds until it is `ending`.
     fn answer(
         &self,
         found: &Lease,
         plans: Vec<SharedPlan>,
         duration: Duration,
-        ending: bool,
-        served: impl Fn(&str) -> bool,
+        (leaving, ending): (bool, bool),
+        by_keda: impl Fn(&str) -> bool,
     ) -> Value {
         let spec = found.spec.clone().unwrap_or_default();
         let mut known = self.known();
@@ -362,15 +366,16 @@ impl Cluster {
         let unchanged = known.renewal.as_ref().map_or(Duration::ZERO, |(_, since)| since.elapsed());
         let theirs = Duration::from_secs(spec.lease_duration_seconds.unwrap_or(0).max(1) as u64);
         let leads = holder == self.name;
-        let takes = !ending && (holder.is_empty() || (!leads && unchanged > theirs));
-        // The others' words, and for how long they have stood.
+        let takes = !leaving && (holder.is_empty() || (!leads && unchanged > theirs));
+        // The others' words, and for how long they have stood. One that could not look itself knows nothing of that.
+        let blind = known.read_at.is_none_or(|at| at.elapsed() > duration);
         let notes = found.metadata.annotations.clone().unwrap_or_default();
         let mut others = BTreeMap::new();
         for (key, text) in &notes {
             let Some(name) = key.strip_prefix(PREFIX).filter(|name| *name != self.name) else { continue };
             let report: Report = serde_json::from_str(text).unwrap_or_default();
             let since = match known.others.get(name) {
-                Some((before, since)) if *before == report => *since,
+                Some((before, since)) if *before == report && !blind => *since,
                 _ => Instant::now(),
             };
             others.insert(name.to_owned(), (report, since));
@@ -389,7 +394,7 @@ impl Cluster {
         let mut said = said_in(found);
         if leads {
             said.extend(known.words.clone());
-            said.retain(|model, _| served(model));
+            said.retain(|model, _| by_keda(model));
         } else {
             // What was said when this gateway led before is not said again.
             known.words.clear();
@@ -401,7 +406,10 @@ impl Cluster {
             annotations.extend(gone.iter().map(|name| (format!("{PREFIX}{name}"), Value::Null)));
         }
         let now = MicroTime(Timestamp::now());
-        let spec = match (ending, leads, takes) {
+        if leaving {
+            known.leads_until = None;
+        }
+        let spec = match (leaving, leads, takes) {
             (true, true, _) => json!({"holderIdentity": ""}),
             (false, true, _) => json!({"renewTime": now, "leaseDurationSeconds": duration.as_secs()}),
             (_, _, true) => json!({
@@ -446,6 +454,12 @@ impl Cluster {
             shared.autoscaler.wake();
         }
     }
+}
+
+/// Whether KEDA changes the number of this pool's pods.
+fn keda_scales(config: &PoolConfig) -> bool {
+    let kubernetes = config.scale.as_ref().and_then(|scale| scale.kubernetes.as_ref());
+    kubernetes.is_some_and(|kubernetes| kubernetes.actuator == Actuator::Keda)
 }
 
 /// A call with a bound on its time.

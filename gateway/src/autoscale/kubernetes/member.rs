@@ -108,6 +108,16 @@ impl Member {
         }
     }
 
+    /// Somebody took the mark of this drain away: what was said of it no longer counts.
+    pub(super) fn unmarked(&self) -> bool {
+        let Some(drain) = self.drain.as_ref().filter(|drain| drain.written.is_some()) else { return false };
+        let same = |mark: &Option<Mark>| mark.as_ref().is_some_and(|mark| mark.id == drain.mark.id);
+        match &self.wrote {
+            Some((wrote, at)) if at.elapsed() < WATCH_LAG => !same(wrote),
+            _ => !same(&self.pod.mark),
+        }
+    }
+
     /// `mark` is on the pod now.
     pub(super) fn wrote(&mut self, mark: Option<Mark>) {
         let now = Instant::now();

@@ -27,7 +27,7 @@ pub(super) struct PodSeen {
     pub(super) uid: String,
     pub(super) ip: Option<String>,
     pub(super) ready: bool,
-    /// It is on its way out, or has ended.
+    /// It is on its way out.
     pub(super) leaving: bool,
     /// Index in a StatefulSet or LeaderWorkerSet.
     pub(super) index: usize,
@@ -46,7 +46,6 @@ impl PodSeen {
         let note = |name: &str| meta.annotations.as_ref().and_then(|notes| notes.get(name));
         let status = pod.status.as_ref();
         let conditions = status.and_then(|status| status.conditions.as_deref()).unwrap_or_default();
-        let phase = status.and_then(|status| status.phase.as_deref());
         let suffix = meta.name.as_deref().and_then(|name| name.rsplit_once('-')).map(|(_, suffix)| suffix);
         let index = label("leaderworkerset.sigs.k8s.io/group-index")
             .or_else(|| label("apps.kubernetes.io/pod-index"))
@@ -58,13 +57,19 @@ impl PodSeen {
             ready: conditions
                 .iter()
                 .any(|condition| condition.type_ == "Ready" && condition.status == "True"),
-            leaving: meta.deletion_timestamp.is_some() || matches!(phase, Some("Failed" | "Succeeded")),
+            leaving: meta.deletion_timestamp.is_some(),
             index: index.and_then(|index| index.parse().ok()).unwrap_or(0),
             template: label("pod-template-hash").cloned(),
             mark: note(DRAINS).map(|text| Mark::parse(text)),
             lowest_cost: note(DELETION_COST).is_some_and(|cost| cost == LOWEST_COST),
         }
     }
+}
+
+/// Whether its containers have ended for good: what is left of it may stay for days.
+fn ended(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Failed" | "Succeeded"))
 }
 
 type Events = Pin<Box<dyn Stream<Item = watcher::Result<Event<Pod>>> + Send>>;
@@ -94,13 +99,16 @@ impl Pods {
             let named = |pod: &Pod| (pod.metadata.name.clone().unwrap_or_default(), PodSeen::of(pod));
             match event {
                 Ok(Event::Init) => self.listing = Some(BTreeMap::new()),
-                Ok(Event::InitApply(pod)) => self.listing.get_or_insert_default().extend([named(&pod)]),
+                Ok(Event::InitApply(pod)) => {
+                    let listing = self.listing.get_or_insert_default();
+                    listing.extend((!ended(&pod)).then(|| named(&pod)));
+                }
                 Ok(Event::InitDone) => {
                     self.seen = self.listing.take().unwrap_or_default();
                     self.synced = true;
                 }
-                Ok(Event::Apply(pod)) => self.seen.extend([named(&pod)]),
-                Ok(Event::Delete(pod)) => {
+                Ok(Event::Apply(pod)) if !ended(&pod) => self.seen.extend([named(&pod)]),
+                Ok(Event::Apply(pod) | Event::Delete(pod)) => {
                     self.seen.remove(pod.metadata.name.as_deref().unwrap_or_default());
                 }
                 Err(error) => outcome = Err(format!("watching pods: {error}")),
@@ -139,6 +147,8 @@ mod tests {
             "annotations": {"controller.kubernetes.io/pod-deletion-cost": "-2147483648"}}}));
         assert!(pod.leaving && pod.lowest_cost && !pod.ready && pod.ip.is_none());
         assert_eq!(of(json!({"metadata": {"name": "cache-12"}})).index, 12);
-        assert!(of(json!({"metadata": {"name": "a-1"}, "status": {"phase": "Failed"}})).leaving);
+        let phase =
+            |phase: &str| ended(&serde_json::from_value(json!({"status": {"phase": phase}})).unwrap());
+        assert!(phase("Failed") && phase("Succeeded") && !phase("Running"));
     }
 }

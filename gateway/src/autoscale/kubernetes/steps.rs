@@ -34,6 +34,11 @@ pub(super) struct PodView {
 }
 
 impl PodView {
+    /// Nothing would be lost with it.
+    fn left(&self) -> bool {
+        self.draining && self.empty
+    }
+
     /// It drains and may hold something still that can be saved: who was never let in holds nothing, and who is down goes first.
     fn holds(&self) -> bool {
         self.draining && !self.empty && self.ready
@@ -41,7 +46,7 @@ impl PodView {
 
     /// It is among the first to go, and nothing would be lost.
     fn given_up(&self) -> bool {
-        self.draining && self.empty && self.victim
+        self.left() && self.victim
     }
 }
 
@@ -113,18 +118,19 @@ fn marked(terms: Terms, pods: &[PodView], wanted: usize) -> Steps {
         steps.revive.push(warm);
         steps.drain.push(*cold);
     }
-    steps.victims = positions(pods, |pod| pod.draining && pod.empty);
+    steps.victims = positions(pods, PodView::left);
     steps.victims.retain(|at| !steps.revive.contains(at));
-    // Pods that Kubernetes has as not ready go first, whichever they are.
-    let cold = staying.iter().chain(&steps.drain).any(|at| !pods[*at].ready);
+    // Pods that Kubernetes has as not ready go first, whichever they are; the cost counts once it was seen on the pod.
+    let cold = pods.iter().any(|pod| !(pod.ready || pod.left()));
+    let marked = steps.victims.iter().filter(|at| pods[**at].victim);
     let go = match (terms.settled && steps.revive.is_empty(), cold) {
         (false, _) => 0,
-        (true, true) => steps.victims.iter().filter(|at| !pods[**at].ready).count(),
-        (true, false) => steps.victims.len(),
+        (true, true) => marked.filter(|at| !pods[**at].ready).count(),
+        (true, false) => marked.count(),
     };
-    steps.replicas = match pods.iter().any(|pod| pod.down && !(pod.draining && pod.empty)) {
-        // As many as there are, until it is known again who goes.
-        true => terms.said.max(pods.len()).max(wanted),
+    steps.replicas = match pods.iter().any(|pod| pod.down && !pod.left()) {
+        // As many as there are, until it is known again who goes; those that a rollout brings besides are not asked for.
+        true => terms.said.max(if terms.settled { pods.len() } else { 0 }).max(wanted),
         false => terms.said.min(pods.len() - go).max(wanted),
     };
     steps
@@ -134,7 +140,7 @@ fn marked(terms: Terms, pods: &[PodView], wanted: usize) -> Steps {
 /// do not exist, which would drain from their start.
 fn highest_index(terms: Terms, pods: &[PodView], wanted: usize) -> Steps {
     let most = wanted.min(terms.floor);
-    let held = pods.iter().filter(|pod| !(pod.draining && pod.empty)).map(|pod| pod.index + 1).max();
+    let held = pods.iter().filter(|pod| !pod.left()).map(|pod| pod.index + 1).max();
     Steps {
         revive: positions(pods, |pod| pod.index < most && pod.draining),
         drain: positions(pods, |pod| pod.index >= most && !pod.draining),
@@ -425,7 +431,7 @@ mod tests {
 
     #[test]
     fn nothing_is_removed_in_the_middle_of_a_rollout() {
-        let pods = [pod(0, true, true, 0), pod(1, true, false, 5)];
+        let pods = [PodView { victim: true, ..pod(0, true, true, 0) }, pod(1, true, false, 5)];
         assert_eq!(steps(Terms { settled: false, ..terms(Order::Marked, 2) }, &pods, 1).replicas, 2);
         assert_eq!(steps(terms(Order::Marked, 2), &pods, 1).replicas, 1);
     }
@@ -461,24 +467,34 @@ mod tests {
     #[test]
     fn pods_that_do_not_come_are_not_asked_for_any_longer() {
         // There is room for one; the others hang, and one more is wanted than works.
-        let pods =
-            [pod(0, true, false, 5), pod(1, false, true, 0), pod(2, false, true, 0), pod(3, false, false, 0)];
+        let given_up = |index| PodView { victim: true, ..pod(index, false, true, 0) };
+        let pods = [pod(0, true, false, 5), given_up(1), given_up(2), pod(3, false, false, 0)];
+        assert_eq!(steps(terms(Order::Marked, 4), &pods, 2).replicas, 2);
+        // Only once their cost is on them.
+        let pods = [pod(0, true, false, 5), pod(1, false, true, 0), given_up(2), pod(3, false, false, 0)];
         let found = steps(terms(Order::Marked, 4), &pods, 2);
-        assert_eq!((found.victims, found.replicas), (vec![1, 2], 2));
+        assert_eq!((found.victims, found.replicas), (vec![1, 2], 3));
         // A warm one that has drained would not go before the one that starts.
-        let pods =
-            [pod(0, true, false, 5), pod(1, true, true, 0), pod(2, false, true, 0), pod(3, false, false, 0)];
+        let pods = [pod(0, true, false, 5), pod(1, true, true, 0), given_up(2), pod(3, false, false, 0)];
         let found = steps(terms(Order::Marked, 4), &pods, 2);
         assert_eq!((found.revive, found.drain, found.replicas), (vec![1], vec![3], 4));
+        // Nor before one that is not ready and may hold something.
+        let unknown = PodView { empty: false, ..pod(1, false, true, 0) };
+        let warm = PodView { victim: true, ..pod(2, true, true, 0) };
+        let pods = [pod(0, true, false, 5), unknown, warm];
+        assert_eq!(steps(terms(Order::Marked, 3), &pods, 1).replicas, 3);
     }
 
     #[test]
     fn a_pod_that_goes_down_with_what_it_holds_raises_the_number_that_may_hit_it() {
         let down = PodView { ready: false, down: true, ..pod(0, true, false, 5) };
         let given_up = PodView { victim: true, ..pod(1, false, true, 0) };
-        let found = steps(terms(Order::Marked, 1), &[down.clone(), given_up], 1);
-        assert_eq!(found.replicas, 2);
-        let empty = PodView { draining: true, empty: true, ..down };
+        let pods = [down.clone(), given_up];
+        assert_eq!(steps(terms(Order::Marked, 1), &pods, 1).replicas, 2);
+        // A rollout has more pods than were asked for, and would bring more yet.
+        let rollout = Terms { settled: false, ..terms(Order::Marked, 1) };
+        assert_eq!(steps(rollout, &pods, 1).replicas, 1);
+        let empty = PodView { draining: true, empty: true, victim: true, ..down };
         assert_eq!(steps(terms(Order::Marked, 1), &[empty], 0).replicas, 0);
     }
 }
