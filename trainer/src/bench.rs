@@ -11,7 +11,7 @@ use anyhow::Context;
 use candle_core::Tensor;
 use potstill_engine::batch::Batch;
 use potstill_engine::device;
-use potstill_engine::kv::{KvCache, Table};
+use potstill_engine::kv::{BLOCK, KvCache, Table};
 use potstill_engine::loader::load;
 use potstill_engine::model::CausalLm;
 use serde::Serialize;
@@ -155,9 +155,6 @@ fn prompt_of(model: &CausalLm, length: usize, sequence: usize) -> Vec<u32> {
     (0..length).map(|at| ((at * 7919 + sequence * 104_729 + 11) % vocabulary) as u32).collect()
 }
 
-/// Tokens of a block, as in the engine.
-const BLOCK: usize = 16;
-
 /// A cache with the blocks of some sequences.
 struct Sequences {
     cache: KvCache,
@@ -167,8 +164,7 @@ struct Sequences {
 impl Sequences {
     fn new(model: &CausalLm, count: usize, tokens: usize) -> anyhow::Result<Self> {
         let each = tokens.div_ceil(BLOCK);
-        let head = model.head();
-        let cache = KvCache::new(model.config(), BLOCK, count * each, head.device(), head.dtype())?;
+        let cache = KvCache::new(model.config(), count * each, model.head().device(), model.kv_dtype())?;
         let tables = (0..count).map(|at| (at * each..(at + 1) * each).map(|block| block as u32).collect());
         Ok(Self { cache, tables: tables.collect() })
     }

@@ -9,48 +9,55 @@ use rayon::prelude::*;
 use crate::config::ModelConfig;
 use crate::error::EngineError;
 use crate::ops::attention::{FEW_ROWS, Heads, Segment, attend_head, plain};
-use crate::ops::{Precision, axpy, dot, fused, softmax, with_values};
+use crate::ops::cached::{self, Element, Half, Part, attend};
+use crate::ops::{Precision, fused, with_values};
+
+/// Tokens of a block.
+pub const BLOCK: usize = cached::BLOCK;
 
 /// The blocks of a model's cache.
 #[derive(Debug)]
 pub struct KvCache {
-    /// Tokens of a block.
-    size: usize,
-    /// Values of one token's keys in one layer.
-    width: usize,
     layers: usize,
     store: Store,
 }
 
 #[derive(Debug)]
 enum Store {
-    /// By block: of every layer the keys of its tokens, then the values.
-    Host(Vec<Box<[f32]>>),
+    /// On the CPU.
+    F32(Host<f32>),
+    /// The same in half the memory.
+    F16(Host<Half>),
     /// By layer: keys and values, a row for each token of each block.
     Device(Vec<(Tensor, Tensor)>),
 }
+
+/// By block: of every layer and key head its [`Part`].
+#[derive(Debug)]
+struct Host<E>(Vec<Box<[E]>>);
 
 /// One sequence's blocks, in the order of its tokens.
 pub type Table<'a> = &'a [u32];
 
 impl KvCache {
-    /// `count` blocks of `size` tokens.
+    /// `count` blocks of [`BLOCK`] tokens. On the CPU numbers are kept as f32 or, if `dtype` says so, as f16.
     pub fn new(
         config: &ModelConfig,
-        size: usize,
         count: usize,
         device: &Device,
         dtype: DType,
     ) -> Result<Self, EngineError> {
         let width = config.heads.kv * config.heads.dim;
-        let store = if device.is_cpu() && dtype == DType::F32 {
-            Store::Host(vec![Box::default(); count])
-        } else {
-            let rows = || Tensor::zeros((count * size, width), dtype, device);
-            let layers = (0..config.layers).map(|_| Ok((rows()?, rows()?)));
-            Store::Device(layers.collect::<Result<_, EngineError>>()?)
+        let store = match (device.is_cpu(), dtype) {
+            (true, DType::F32) => Store::F32(Host(vec![Box::default(); count])),
+            (true, DType::F16) => Store::F16(Host(vec![Box::default(); count])),
+            _ => {
+                let rows = || Tensor::zeros((count * BLOCK, width), dtype, device);
+                let layers = (0..config.layers).map(|_| Ok((rows()?, rows()?)));
+                Store::Device(layers.collect::<Result<_, EngineError>>()?)
+            }
         };
-        Ok(Self { size, width, layers: config.layers, store })
+        Ok(Self { layers: config.layers, store })
     }
 
     /// Bytes that one token takes.
@@ -68,75 +75,61 @@ impl KvCache {
         tables: &[Table<'_>],
     ) -> Result<Tensor, EngineError> {
         for (segment, table) in segments.iter().zip(tables) {
-            if segment.past + segment.len > table.len() * self.size {
+            if segment.past + segment.len > table.len() * BLOCK {
                 return Err(EngineError::Stopped("a sequence is longer than its blocks".to_owned()));
             }
         }
+        let layers = (layer, self.layers);
         match &mut self.store {
-            Store::Host(blocks) if fused(q) => {
-                let layout = Layout { size: self.size, width: self.width, layers: self.layers };
-                Ok(with_values([q, k, v], |[qd, kd, vd]| {
-                    for (segment, table) in segments.iter().zip(tables) {
-                        layout.write(blocks, layer, [kd, vd], segment, table);
-                    }
-                    let out = layout.attend(blocks, layer, qd, heads, segments, tables);
-                    Tensor::from_vec(out, q.shape(), q.device())
-                })??)
-            }
+            Store::F32(host) if fused(q) => host.step(layers, [q, k, v], heads, segments, tables),
+            Store::F16(host) if fused(q) => host.step(layers, [q, k, v], heads, segments, tables),
             Store::Device(layers) => {
                 let (keys, values) = &layers[layer];
-                attend_device([keys, values], [q, k, v], heads, segments, tables, self.size)
+                attend_device([keys, values], [q, k, v], heads, segments, tables)
             }
-            Store::Host(_) => Err(EngineError::Stopped("a cache moved between devices".to_owned())),
+            _ => Err(EngineError::Stopped("a cache moved between devices".to_owned())),
         }
     }
 }
 
-#[derive(Clone, Copy)]
-struct Layout {
-    size: usize,
-    width: usize,
-    layers: usize,
-}
-
-impl Layout {
-    /// Keys and values of a block in `layer`.
-    fn keys_and_values<'a>(
-        &self,
-        blocks: &'a [Box<[f32]>],
-        block: u32,
-        layer: usize,
-    ) -> (&'a [f32], &'a [f32]) {
-        let half = self.size * self.width;
-        blocks[block as usize][2 * layer * half..2 * (layer + 1) * half].split_at(half)
-    }
-
-    fn write(
-        &self,
-        blocks: &mut [Box<[f32]>],
-        layer: usize,
-        [k, v]: [&[f32]; 2],
-        segment: &Segment,
-        table: Table<'_>,
-    ) {
-        let half = self.size * self.width;
-        for row in 0..segment.len {
-            let (place, token) = (segment.past + row, (segment.start + row) * self.width);
-            let block = &mut blocks[table[place / self.size] as usize];
-            if block.is_empty() {
-                *block = vec![0f32; 2 * self.layers * half].into_boxed_slice();
+impl<E: Element> Host<E> {
+    /// Writes the rows of one layer of so many, and attends.
+    fn step(
+        &mut self,
+        (layer, layers): (usize, usize),
+        [q, k, v]: [&Tensor; 3],
+        heads: Heads,
+        segments: &[Segment],
+        tables: &[Table<'_>],
+    ) -> Result<Tensor, EngineError> {
+        let part = Part::<E>::len(heads.dim);
+        let first = layer * heads.kv * part;
+        Ok(with_values([q, k, v], |[qd, kd, vd]| {
+            for (segment, table) in segments.iter().zip(tables) {
+                for row in 0..segment.len {
+                    let place = segment.past + row;
+                    let block = &mut self.0[table[place / BLOCK] as usize];
+                    if block.is_empty() {
+                        *block = vec![E::ZERO; layers * heads.kv * part].into_boxed_slice();
+                    }
+                    for head in 0..heads.kv {
+                        let from = ((segment.start + row) * heads.kv + head) * heads.dim;
+                        let part = &mut block[first + head * part..][..part];
+                        let values = from..from + heads.dim;
+                        Part::write(part, place % BLOCK, &kd[values.clone()], &vd[values]);
+                    }
+                }
             }
-            let at = 2 * layer * half + place % self.size * self.width;
-            block[at..at + self.width].copy_from_slice(&k[token..token + self.width]);
-            block[at + half..at + half + self.width].copy_from_slice(&v[token..token + self.width]);
-        }
+            let out = self.attend(first, qd, heads, segments, tables);
+            Tensor::from_vec(out, q.shape(), q.device())
+        })??)
     }
 
-    /// Attention of all rows. Each sequence and key head is a task of its own; its queries' results lie together until the end.
+    /// Attention of all rows in the layer whose parts begin at `first`. Each sequence and key head is a task of its own; its
+    /// queries' results lie together until the end.
     fn attend(
         &self,
-        blocks: &[Box<[f32]>],
-        layer: usize,
+        first: usize,
         q: &[f32],
         heads: Heads,
         segments: &[Segment],
@@ -154,14 +147,20 @@ impl Layout {
             }
         }
         tasks.into_par_iter().for_each(|(segment, table, head, out)| {
-            let q = &q[segment.start * query_width..(segment.start + segment.len) * query_width];
-            let blocks = table[..(segment.past + segment.len).div_ceil(self.size)]
-                .iter()
-                .map(|block| self.keys_and_values(blocks, *block, layer));
-            if segment.len <= FEW_ROWS {
-                self.few(blocks, q, heads, head, *segment, out);
-            } else {
-                self.many(blocks, q, heads, head, *segment, out);
+            let part = Part::<E>::len(heads.dim);
+            let at = first + head * part;
+            let blocks = &table[..(segment.past + segment.len).div_ceil(BLOCK)];
+            let parts: Vec<Part<'_, E>> =
+                blocks.iter().map(|block| Part(&self.0[*block as usize][at..at + part])).collect();
+            let rows = &q[segment.start * query_width..(segment.start + segment.len) * query_width];
+            if segment.len > FEW_ROWS {
+                return many(&parts, rows, heads, head, *segment, out);
+            }
+            let mut scores = Vec::new();
+            for (row, out) in out.chunks_exact_mut(group_width).enumerate() {
+                let q = &rows[row * query_width + head * group_width..][..group_width];
+                let seen = segment.past + row + 1;
+                attend(&parts, seen, (q, heads.dim), heads.scale(), &mut scores, out);
             }
         });
         let mut out = vec![0f32; q.len()];
@@ -178,72 +177,32 @@ impl Layout {
         }
         out
     }
+}
 
-    /// Few queries: their keys and values are read where they lie.
-    fn few<'a>(
-        &self,
-        blocks: impl Iterator<Item = (&'a [f32], &'a [f32])> + Clone,
-        q: &[f32],
-        heads: Heads,
-        head: usize,
-        segment: Segment,
-        out: &mut [f32],
-    ) {
-        let (dim, k0) = (heads.dim, head * heads.dim);
-        let mut scores = Vec::with_capacity(segment.past + segment.len);
-        let queries = (0..segment.len).flat_map(|row| heads.group(head).map(move |head| (row, head)));
-        for ((row, head), out) in queries.zip(out.chunks_exact_mut(dim)) {
-            let seen = segment.past + row + 1;
-            let q = &q[row * heads.query_width() + head * dim..][..dim];
-            scores.clear();
-            for (keys, _) in blocks.clone() {
-                let rows = keys.chunks_exact(self.width).take(seen - scores.len());
-                scores.extend(rows.map(|key| heads.scale() * dot(q, &key[k0..k0 + dim])));
-            }
-            softmax(&mut scores);
-            let mut left = scores.as_slice();
-            for (_, values) in blocks.clone() {
-                let (these, others) = left.split_at(left.len().min(self.size));
-                for (score, value) in these.iter().zip(values.chunks_exact(self.width)) {
-                    axpy(*score, &value[k0..k0 + dim], out);
-                }
-                left = others;
-            }
-        }
+/// Many queries: the head's keys and values are laid out once for matrix products.
+fn many<E: Element>(
+    parts: &[Part<'_, E>],
+    q: &[f32],
+    heads: Heads,
+    head: usize,
+    segment: Segment,
+    out: &mut [f32],
+) {
+    let (dim, length) = (heads.dim, segment.past + segment.len);
+    let (mut k, mut v) = (Vec::with_capacity(length * dim), Vec::with_capacity(length * dim));
+    for (at, part) in parts.iter().enumerate() {
+        part.read(BLOCK.min(length - at * BLOCK), &mut k, &mut v);
     }
-
-    /// Many queries: the head's keys and values are laid out once for matrix products.
-    fn many<'a>(
-        &self,
-        blocks: impl Iterator<Item = (&'a [f32], &'a [f32])>,
-        q: &[f32],
-        heads: Heads,
-        head: usize,
-        segment: Segment,
-        out: &mut [f32],
-    ) {
-        let (dim, k0) = (heads.dim, head * heads.dim);
-        let length = segment.past + segment.len;
-        let (mut k, mut v) = (Vec::with_capacity(length * dim), Vec::with_capacity(length * dim));
-        for (keys, values) in blocks {
-            let rows = (length - k.len() / dim).min(self.size);
-            for row in 0..rows {
-                let at = row * self.width + k0;
-                k.extend_from_slice(&keys[at..at + dim]);
-                v.extend_from_slice(&values[at..at + dim]);
-            }
-        }
-        let width = heads.query_width() / heads.kv;
-        for (at, head) in heads.group(head).enumerate() {
-            let (q, out) = ((&q[head * dim..], heads.query_width()), (&mut out[at * dim..], width));
-            attend_head(q, (&k, &v, dim), heads, segment.past, segment.len, Precision::F32, out);
-        }
+    let width = heads.query_width() / heads.kv;
+    for (at, head) in heads.group(head).enumerate() {
+        let (q, out) = ((&q[head * dim..], heads.query_width()), (&mut out[at * dim..], width));
+        attend_head(q, (&k, &v, dim), heads, segment.past, segment.len, Precision::F32, out);
     }
 }
 
 /// The rows' places in the tensors of a layer, in the order of the tokens.
-fn places(table: Table<'_>, size: usize, tokens: usize) -> Vec<u32> {
-    (0..tokens).map(|at| table[at / size] * size as u32 + (at % size) as u32).collect()
+fn places(table: Table<'_>, tokens: usize) -> Vec<u32> {
+    (0..tokens).map(|at| table[at / BLOCK] * BLOCK as u32 + (at % BLOCK) as u32).collect()
 }
 
 fn attend_device(
@@ -252,7 +211,6 @@ fn attend_device(
     heads: Heads,
     segments: &[Segment],
     tables: &[Table<'_>],
-    size: usize,
 ) -> Result<Tensor, EngineError> {
     let (k, v) = (k.contiguous()?, v.contiguous()?);
     let mut parts = Vec::with_capacity(segments.len());
@@ -261,14 +219,14 @@ fn attend_device(
         let mut row = 0;
         while row < s.len {
             let place = s.past + row;
-            let run = (size - place % size).min(s.len - row);
-            let at = table[place / size] as usize * size + place % size;
+            let run = (BLOCK - place % BLOCK).min(s.len - row);
+            let at = table[place / BLOCK] as usize * BLOCK + place % BLOCK;
             keys.slice_set(&k.narrow(0, s.start + row, run)?, 0, at)?;
             values.slice_set(&v.narrow(0, s.start + row, run)?, 0, at)?;
             row += run;
         }
         let length = s.past + s.len;
-        let places = Tensor::from_vec(places(table, size, length), length, q.device())?;
+        let places = Tensor::from_vec(places(table, length), length, q.device())?;
         let (k, v) = (keys.index_select(&places, 0)?, values.index_select(&places, 0)?);
         parts.push(plain(&q.narrow(0, s.start, s.len)?, &k, &v, heads, s.past)?);
     }
@@ -295,14 +253,16 @@ mod tests {
             Tensor::from_vec((0..rows * width).map(value).collect::<Vec<_>>(), (rows, width), &Device::Cpu)
                 .unwrap()
         };
-        let lengths = [13usize, 40];
+        let lengths = [52usize, 160];
         let whole: Vec<[Tensor; 3]> =
             lengths.iter().map(|&n| [make(n, 24, n), make(n, 8, n + 1), make(n, 8, n + 2)]).collect();
         let tables: [Vec<u32>; 2] = [vec![9, 2, 5, 0], vec![1, 3, 4, 6, 7, 8, 11, 10, 13, 12]];
-        for dtype in [DType::F32, DType::F64] {
-            let mut cache = KvCache::new(&config, 4, 14, &Device::Cpu, dtype).unwrap();
+        for (kept, dtype, bound) in
+            [(DType::F32, DType::F32, 1e-5), (DType::F64, DType::F64, 1e-5), (DType::F16, DType::F32, 1e-3)]
+        {
+            let mut cache = KvCache::new(&config, 14, &Device::Cpu, kept).unwrap();
             let mut past = [0usize; 2];
-            for steps in [[1usize, 20], [7, 1], [1, 5], [3, 1], [1, 13]] {
+            for steps in [[1usize, 83], [29, 1], [1, 20], [18, 3], [3, 53]] {
                 let rows = |which: usize| {
                     let parts: Vec<Tensor> = (0..2)
                         .map(|s| {
@@ -325,11 +285,11 @@ mod tests {
                     let ours =
                         ours.narrow(0, segments[s].start, steps[s]).unwrap().to_dtype(DType::F32).unwrap();
                     let difference = (ours - expected).unwrap().abs().unwrap().flatten_all().unwrap();
-                    assert!(difference.max(0).unwrap().to_scalar::<f32>().unwrap() < 1e-5);
+                    assert!(difference.max(0).unwrap().to_scalar::<f32>().unwrap() < bound);
                 }
                 (0..2).for_each(|s| past[s] += steps[s]);
             }
-            let all = Segment { start: 0, len: 1, past: 16 };
+            let all = Segment { start: 0, len: 1, past: 64 };
             let row = make(1, 24, 0).to_dtype(dtype).unwrap();
             let kv = make(1, 8, 0).to_dtype(dtype).unwrap();
             assert!(cache.attend(0, [&row, &kv, &kv], heads, &[all], &[&tables[0]]).is_err());

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::quantized::QTensor;
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 
 use crate::batch::Batch;
 use crate::config::{Family, ModelConfig};
@@ -207,6 +207,11 @@ impl CausalLm {
     /// The shape.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// How keys and values are best kept: in half of f32 where weights of eight bits round more than that.
+    pub fn kv_dtype(&self) -> DType {
+        if self.packed_head.is_some() { DType::F16 } else { self.head.dtype() }
     }
 
     /// The output layer's weight, `[vocabulary, hidden]`.

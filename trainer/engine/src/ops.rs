@@ -9,6 +9,7 @@ mod amx;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+pub(crate) mod cached;
 pub mod exp;
 mod filled;
 pub mod linear;

@@ -10,15 +10,14 @@ use tokio::sync::mpsc;
 
 use crate::error::EngineError;
 use crate::foreign::ForeignLm;
-use crate::kv::KvCache;
 use crate::kv::blocks::Blocks;
+use crate::kv::{BLOCK, KvCache};
 use crate::loader::LoadedModel;
+use crate::model::CausalLm;
 pub use crate::request::{FinishReason, Goal, Pooling, Request, Sampled, ThinkingLimit, Update};
 use crate::schedule::{Limits, Schedule};
 use crate::step_loop::{Model, StepLoop};
 
-/// Tokens of a block of the KV cache.
-const BLOCK: usize = 16;
 /// Most blocks, however small they are.
 const MAX_BLOCKS: usize = 1 << 17;
 
@@ -104,7 +103,11 @@ impl Engine {
     /// Starts the step loop over `model`.
     pub fn start(model: &LoadedModel, config: SchedulerConfig) -> Result<Self, EngineError> {
         let embedding = model.weights.get("model.embed_tokens.weight")?;
-        let (device, dtype) = (embedding.device().clone(), embedding.dtype());
+        let own = match &model.config.foreign {
+            None => Ok(model.causal_lm()?),
+            Some(foreign) => Err(foreign),
+        };
+        let dtype = own.as_ref().map_or(embedding.dtype(), CausalLm::kv_dtype);
         let block_bytes = BLOCK * KvCache::bytes_per_token(&model.config, dtype);
         let blocks = (config.kv_bytes / block_bytes).min(MAX_BLOCKS);
         if blocks == 0 {
@@ -116,13 +119,13 @@ impl Engine {
         let shared =
             Arc::new(Shared { queue: Mutex::default(), wake: Condvar::new(), stats: Stats::default() });
         let limits = Limits { running: config.max_running.max(1), rows: config.step_tokens.max(1) };
-        let lm = match &model.config.foreign {
-            // Blocks only count then: what they stand for lies with each sequence.
-            Some(config) => Model::Foreign(ForeignLm::new(config, &model.weights)?),
-            None => {
-                let cache = KvCache::new(&model.config, BLOCK, blocks, &device, dtype)?;
-                Model::Own(Box::new(model.causal_lm()?), cache)
+        let lm = match own {
+            Ok(own) => {
+                let cache = KvCache::new(&model.config, blocks, embedding.device(), dtype)?;
+                Model::Own(Box::new(own), cache)
             }
+            // Blocks only count then: what they stand for lies with each sequence.
+            Err(foreign) => Model::Foreign(ForeignLm::new(foreign, &model.weights)?),
         };
         let schedule = Schedule::new(Blocks::new(BLOCK, blocks), limits);
         let (tokenizer, eos) = (model.tokenizer.clone(), model.config.eos.clone());

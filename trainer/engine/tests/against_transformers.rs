@@ -40,7 +40,7 @@ fn fixture(name: &str) -> Fixture {
 }
 
 fn cache(model: &CausalLm, blocks: usize) -> KvCache {
-    KvCache::new(model.config(), 16, blocks, &Device::Cpu, DType::F32).unwrap()
+    KvCache::new(model.config(), blocks, &Device::Cpu, DType::F32).unwrap()
 }
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {

@@ -1,0 +1,299 @@
+//! Attention of a few rows over keys and values that lie in blocks, where they were written: what a decoding step does.
+//!
+//! A block holds the tokens of one key head so that 16 lanes do the same: keys by dimension, 16 tokens side by side; values
+//! by token. Each key and each value is read once for all query heads that share it, as `f32` or as half that: with a long
+//! context that reading is the time of a step.
+//!
+//! ```text
+//! scores[n][16 tokens] = Σ_d q[n][d] * keys[d][16 tokens]        out[n][..] = Σ_t p[n][t] * values[t][..]
+//! ```
+
+#![expect(unsafe_code, reason = "an instruction that asks for memory ahead of its use")]
+
+use half::f16;
+
+use super::softmax;
+
+/// Tokens of a block.
+pub(crate) const BLOCK: usize = 16;
+/// Query heads that are computed in one go.
+const MOST: usize = 4;
+
+/// Blocks lie anywhere, so the processor does not foresee the next one: it is asked for so many blocks before its turn.
+const AHEAD: usize = 2;
+
+/// How a cached number is kept.
+pub(crate) trait Element: Copy + Send + Sync + 'static {
+    /// Nothing.
+    const ZERO: Self;
+    /// The nearest that can be kept.
+    fn of(value: f32) -> Self;
+    /// As it was kept.
+    fn get(self) -> f32;
+}
+
+impl Element for f32 {
+    const ZERO: Self = 0.0;
+
+    #[inline(always)]
+    fn of(value: f32) -> Self {
+        value
+    }
+
+    #[inline(always)]
+    fn get(self) -> f32 {
+        self
+    }
+}
+
+/// The bits of an IEEE 754 half, never infinite and never not a number.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Half(i16);
+
+impl Element for Half {
+    const ZERO: Self = Self(0);
+
+    fn of(value: f32) -> Self {
+        let most = f16::MAX.to_f32();
+        Self(f16::from_f32(value.clamp(-most, most)).to_bits() as i16)
+    }
+
+    /// Sign, exponent and fraction move to where `f32` has them, and the exponents are 112 apart: exact, below the normal numbers
+    /// too, and the same few instructions for all lanes.
+    #[inline(always)]
+    fn get(self) -> f32 {
+        const UP: f32 = f32::from_bits((127 + 112) << 23);
+        f32::from_bits((i32::from(self.0) << 13) as u32 & 0x8fff_e000) * UP
+    }
+}
+
+/// One key head's part of a block: keys, then values.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Part<'a, E>(pub(crate) &'a [E]);
+
+impl<'a, E: Element> Part<'a, E> {
+    /// Of a head of `dim`.
+    pub(crate) const fn len(dim: usize) -> usize {
+        2 * BLOCK * dim
+    }
+
+    /// Writes the keys and values of the block's `token`.
+    pub(crate) fn write(part: &mut [E], token: usize, key: &[f32], value: &[f32]) {
+        let (keys, values) = part.split_at_mut(BLOCK * key.len());
+        for (lanes, key) in keys.chunks_exact_mut(BLOCK).zip(key) {
+            lanes[token] = E::of(*key);
+        }
+        for (to, value) in values[token * value.len()..].iter_mut().zip(value) {
+            *to = E::of(*value);
+        }
+    }
+
+    /// Keys of the first `tokens` behind `keys`, values behind `values`, token by token.
+    pub(crate) fn read(self, tokens: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
+        let (by_lane, by_token) = self.0.split_at(self.0.len() / 2);
+        let dim = by_lane.len() / BLOCK;
+        for token in 0..tokens {
+            keys.extend(by_lane.chunks_exact(BLOCK).map(|lanes| lanes[token].get()));
+        }
+        values.extend(by_token[..tokens * dim].iter().map(|value| value.get()));
+    }
+
+    fn split(self) -> (&'a [E], &'a [E]) {
+        self.0.split_at(self.0.len() / 2)
+    }
+}
+
+/// Attention of the query heads in `q`, which share the keys and values of `parts`, over the first `seen` tokens: into `out`. Both are
+/// heads of `dim`, one after the other.
+pub(crate) fn attend<E: Element>(
+    parts: &[Part<'_, E>],
+    seen: usize,
+    (q, dim): (&[f32], usize),
+    scale: f32,
+    scores: &mut Vec<f32>,
+    out: &mut [f32],
+) {
+    for (q, out) in q.chunks(MOST * dim).zip(out.chunks_mut(MOST * dim)) {
+        match q.len() / dim {
+            1 => heads::<E, 1>(parts, seen, q, scale, scores, out),
+            2 => heads::<E, 2>(parts, seen, q, scale, scores, out),
+            3 => heads::<E, 3>(parts, seen, q, scale, scores, out),
+            _ => heads::<E, MOST>(parts, seen, q, scale, scores, out),
+        }
+    }
+}
+
+fn heads<E: Element, const N: usize>(
+    parts: &[Part<'_, E>],
+    seen: usize,
+    q: &[f32],
+    scale: f32,
+    scores: &mut Vec<f32>,
+    out: &mut [f32],
+) {
+    let dim = q.len() / N;
+    let parts = &parts[..seen.div_ceil(BLOCK)];
+    let padded = parts.len() * BLOCK;
+    scores.clear();
+    scores.resize(N * padded, 0.0);
+    for (at, part) in parts.iter().enumerate() {
+        fetch(parts.get(at + AHEAD).map(|part| part.split().0));
+        for (n, sums) in products::<E, N>(part.split().0, q, dim).into_iter().enumerate() {
+            let scores = &mut scores[n * padded + at * BLOCK..][..BLOCK];
+            scores.iter_mut().zip(sums).for_each(|(score, sum)| *score = scale * sum);
+        }
+    }
+    parts.iter().take(AHEAD).for_each(|part| fetch(Some(part.split().1)));
+    scores.chunks_exact_mut(padded).for_each(|scores| softmax(&mut scores[..seen]));
+    out.fill(0.0);
+    for (at, part) in parts.iter().enumerate() {
+        fetch(parts.get(at + AHEAD).map(|part| part.split().1));
+        let tokens = BLOCK.min(seen - at * BLOCK);
+        let p: [&[f32]; N] = std::array::from_fn(|n| &scores[n * padded + at * BLOCK..][..tokens]);
+        add::<E, N>(&part.split().1[..tokens * dim], p, dim, out);
+    }
+}
+
+/// Asks for memory that will be read soon.
+#[inline(always)]
+fn fetch<E>(ahead: Option<&[E]>) {
+    #[cfg(target_arch = "x86_64")]
+    for line in ahead.into_iter().flat_map(|ahead| ahead.chunks(64 / size_of::<E>())) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: asking reads nothing, and the address is one of a slice.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = ahead;
+}
+
+#[inline(always)]
+fn lanes<E: Element>(from: &[E]) -> [f32; BLOCK] {
+    std::array::from_fn(|lane| from[lane].get())
+}
+
+/// Products of `N` queries with 16 keys.
+#[inline(always)]
+fn products<E: Element, const N: usize>(keys: &[E], q: &[f32], dim: usize) -> [[f32; BLOCK]; N] {
+    let mut sums = [[0f32; BLOCK]; N];
+    for (d, keys) in keys.chunks_exact(BLOCK).enumerate() {
+        let keys = lanes(keys);
+        for (n, sums) in sums.iter_mut().enumerate() {
+            let q = q[n * dim + d];
+            sums.iter_mut().zip(keys).for_each(|(sum, key)| *sum = q.mul_add(key, *sum));
+        }
+    }
+    sums
+}
+
+/// Adds the values, weighted by `p`, to `out`.
+#[inline(always)]
+fn add<E: Element, const N: usize>(values: &[E], p: [&[f32]; N], dim: usize, out: &mut [f32]) {
+    let whole = dim - dim % BLOCK;
+    for column in (0..whole).step_by(BLOCK) {
+        let mut sums: [[f32; BLOCK]; N] = std::array::from_fn(|n| lanes(&out[n * dim + column..][..BLOCK]));
+        for (token, values) in values.chunks_exact(dim).enumerate() {
+            let values = lanes(&values[column..][..BLOCK]);
+            for (sums, p) in sums.iter_mut().zip(p) {
+                let p = p[token];
+                sums.iter_mut().zip(values).for_each(|(sum, value)| *sum = p.mul_add(value, *sum));
+            }
+        }
+        for (n, sums) in sums.iter().enumerate() {
+            out[n * dim + column..][..BLOCK].copy_from_slice(sums);
+        }
+    }
+    for column in whole..dim {
+        for (token, values) in values.chunks_exact(dim).enumerate() {
+            for (n, p) in p.iter().enumerate() {
+                let out = &mut out[n * dim + column];
+                *out = p[token].mul_add(values[column].get(), *out);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn every_half_is_read_as_it_is() {
+        for bits in 0..=u16::MAX {
+            let exact = f16::from_bits(bits);
+            if exact.is_finite() {
+                assert_eq!(Half(bits as i16).get().to_bits(), exact.to_f32().to_bits(), "{bits:#x}");
+            }
+        }
+        assert_eq!((Half::of(1e9).get(), Half::of(f32::NEG_INFINITY).get()), (65_504.0, -65_504.0));
+    }
+
+    /// The same over whole numbers kept plainly, in f64.
+    fn slow(q: &[f64], keys: &[Vec<f64>], values: &[Vec<f64>], scale: f64) -> Vec<f64> {
+        let dot = |key: &Vec<f64>| scale * q.iter().zip(key).map(|(q, key)| q * key).sum::<f64>();
+        let scores: Vec<f64> = keys.iter().map(dot).collect();
+        let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let exps: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+        let sum: f64 = exps.iter().sum();
+        let value = |d: usize| exps.iter().zip(values).map(|(p, value)| p / sum * value[d]).sum();
+        (0..q.len()).map(value).collect()
+    }
+
+    fn check<E: Element>(
+        heads: usize,
+        dim: usize,
+        seen: usize,
+        stale: usize,
+        seed: u64,
+    ) -> Result<(), TestCaseError> {
+        let mut state = seed | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        let mut row = |width: usize| -> Vec<f32> { (0..width).map(|_| 3.0 * next()).collect() };
+        let q = row(heads * dim);
+        let mut blocks = vec![vec![E::ZERO; Part::<E>::len(dim)]; seen.div_ceil(BLOCK)];
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        let kept = |row: &[f32]| -> Vec<f64> { row.iter().map(|v| f64::from(E::of(*v).get())).collect() };
+        for token in 0..(seen + stale).min(blocks.len() * BLOCK) {
+            let (key, value) = (row(dim), row(dim));
+            Part::write(&mut blocks[token / BLOCK], token % BLOCK, &key, &value);
+            if token < seen {
+                keys.push(kept(&key));
+                values.push(kept(&value));
+            }
+        }
+        let parts: Vec<Part<'_, E>> = blocks.iter().map(|block| Part(block.as_slice())).collect();
+        let (mut k, mut v) = (Vec::new(), Vec::new());
+        for (at, part) in parts.iter().enumerate() {
+            part.read(BLOCK.min(seen - at * BLOCK), &mut k, &mut v);
+        }
+        let flat = |rows: &[Vec<f64>]| -> Vec<f32> { rows.iter().flatten().map(|v| *v as f32).collect() };
+        prop_assert_eq!((k, v), (flat(&keys), flat(&values)));
+        let mut out = vec![f32::NAN; heads * dim];
+        attend(&parts, seen, (&q, dim), 0.25, &mut Vec::new(), &mut out);
+        for (q, out) in q.chunks_exact(dim).zip(out.chunks_exact(dim)) {
+            let q: Vec<f64> = q.iter().map(|q| f64::from(*q)).collect();
+            for (found, exact) in out.iter().zip(slow(&q, &keys, &values, 0.25)) {
+                prop_assert!((f64::from(*found) - exact).abs() < 1e-4, "{} {}", found, exact);
+            }
+        }
+        Ok(())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        /// What was kept is what is attended to, and what somebody else left behind the last token is not.
+        #[test]
+        fn it_is_attention(heads in 1usize..8, dim in 1usize..40, seen in 1usize..70, stale in 0usize..9, seed: u64) {
+            check::<f32>(heads, dim, seen, stale, seed)?;
+            check::<Half>(heads, dim, seen, stale, seed)?;
+        }
+    }
+}
