@@ -305,10 +305,11 @@ impl KubernetesScaler {
             .iter()
             .map(|(_, member)| {
                 let drain = member.drain.as_ref();
-                let given_up = drain.is_some_and(|drain| drain.mark.given_up);
+                let marked = !member.unmarked();
+                let given_up = marked && drain.is_some_and(|drain| drain.mark.given_up);
                 let over = drain.is_some_and(|drain| drain.since.elapsed() > longest);
                 let left = |drain: &Drain| {
-                    let written = drain.written.filter(|_| member.requests() == 0);
+                    let written = drain.written.filter(|_| marked && member.requests() == 0);
                     let cluster = &self.shared.cluster;
                     written.is_some_and(|at| cluster.left(&self.pool.model, self.part, &drain.mark.id, at))
                 };
@@ -448,13 +449,14 @@ impl KubernetesScaler {
                 return Ok(());
             }
             let Some(member) = self.members.get_mut(name) else { continue };
-            if member.unmarked() {
+            let unmarked = member.unmarked();
+            if unmarked {
                 member.drain();
             }
             let mut mark = member.drain.as_ref().map(|drain| drain.mark.clone());
             if steps.revive.contains(&at) {
                 mark = None;
-            } else if let Some(mark) = mark.as_mut().filter(|_| steps.victims.contains(&at)) {
+            } else if let Some(mark) = mark.as_mut().filter(|_| !unmarked && steps.victims.contains(&at)) {
                 mark.given_up = true;
             }
             if !member.carries(mark.as_ref()) {

@@ -392,6 +392,7 @@ impl Cluster {
         let own = if ending { Value::Null } else { json!(json!(known.own).to_string()) };
         annotations.insert(format!("{PREFIX}{}", self.name), own);
         let mut said = said_in(found);
+        known.words.retain(|model, _| by_keda(model));
         if leads {
             said.extend(known.words.clone());
             said.retain(|model, _| by_keda(model));
