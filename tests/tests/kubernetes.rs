@@ -99,6 +99,16 @@ async fn within_a_minute(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     assert!(tokio::time::timeout(Duration::from_secs(60), waiting).await.is_ok(), "{what}");
 }
 
+/// Waits until so many requests are on nodes.
+async fn writes(client: &reqwest::Client, gateway: &Started, requests: usize) {
+    let line = format!("potstill_gateway_in_flight_requests{{model=\"m\"}} {requests}\n");
+    within_a_minute("they write", async || {
+        let url = format!("{}/metrics", gateway.url);
+        client.get(url).send().await.unwrap().text().await.unwrap().contains(&line)
+    })
+    .await;
+}
+
 fn slow_stream(chunks: usize) -> Behaviour {
     Behaviour::Stream(chunks, Duration::from_millis(20))
 }
@@ -330,11 +340,7 @@ async fn an_evicted_pod_finishes_and_a_budget_can_forbid_it() {
     world.cluster.put("policy/poddisruptionbudgets", "qwq-32b", budget);
     assert_eq!(world.cluster.evict(&pod).await, 429);
     world.cluster.change("policy/poddisruptionbudgets", "qwq-32b", &json!({"spec": {"maxUnavailable": 1}}));
-    within_a_minute("it writes", async || {
-        let text = client.get(format!("{}/metrics", gateway.url)).send().await.unwrap().text().await.unwrap();
-        text.contains("potstill_gateway_in_flight_requests{model=\"m\"} 2")
-    })
-    .await;
+    writes(&client, &gateway, 2).await;
     assert_eq!(world.cluster.evict(&pod).await, 201);
     // Nobody new goes there, what is written there is finished, and another one takes its place.
     let later: Vec<_> = (0..2).map(|_| ask(&client, &gateway, true)).collect();
@@ -463,11 +469,7 @@ async fn a_reload_that_changes_the_workload_cuts_nothing_that_was_begun() {
     let gateway = world.gateway("a", "Deployment", "qwq-32b", "", "").await;
     let client = client();
     let long: Vec<_> = (0..2).map(|_| ask(&client, &gateway, true)).collect();
-    within_a_minute("they write", async || {
-        let text = client.get(format!("{}/metrics", gateway.url)).send().await.unwrap().text().await.unwrap();
-        text.contains("potstill_gateway_in_flight_requests{model=\"m\"} 2")
-    })
-    .await;
+    writes(&client, &gateway, 2).await;
     // The same pods by another name: a second scaler looks after them, of which nothing is wanted.
     let config = world.config("Deployment", "qwq-32b", "", "") + "namespace = \"test\"\n";
     std::fs::write(gateway.config(), format!("listen = \"127.0.0.1:{}\"\n{config}", gateway.port)).unwrap();
@@ -497,11 +499,7 @@ async fn a_leader_that_stops_lets_go_before_its_last_answer_has_ended() {
     let second = world.gateway("gateway-2", "Deployment", "qwq-32b", "", "").await;
     let client = client();
     let long = ask(&client, &first, true);
-    within_a_minute("it writes", async || {
-        let text = client.get(format!("{}/metrics", first.url)).send().await.unwrap().text().await.unwrap();
-        text.contains("potstill_gateway_in_flight_requests{model=\"m\"} 1")
-    })
-    .await;
+    writes(&client, &first, 1).await;
     first.signal("TERM");
     leads("gateway-2").await;
     assert!(!long.is_finished());

@@ -165,7 +165,10 @@ pub(super) fn secret_problem(hash: &Option<String>, env: &Option<String>) -> Opt
         }
         (None, Some(variable)) if std::env::var(variable).is_ok_and(|key| !key.is_empty()) => None,
         (None, Some(variable)) => Some(format!("environment variable `{variable}` is not set")),
-        _ => Some("give either `hash` or `env`".to_owned()),
+        _ => Some(
+            "give one of two: `env`, an environment variable that holds the key, or `hash`, which `potstill-gateway key new` prints"
+                .to_owned(),
+        ),
     }
 }
 

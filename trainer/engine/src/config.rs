@@ -261,14 +261,18 @@ impl ModelConfig {
     fn foreign(family: Foreign, value: Value, path: &Path) -> Result<Self, EngineError> {
         let hf: HfConfig = serde_json::from_value(value.clone())
             .map_err(|error| EngineError::malformed(path, error.to_string()))?;
+        let heads = hf.heads();
         let config = Self {
             family: Family::Foreign(family),
             vocab_size: hf.vocab_size,
             hidden_size: hf.hidden_size,
             intermediate_size: hf.intermediate_size,
             layers: hf.num_hidden_layers,
-            heads: hf.heads(),
-            max_positions: hf.max_position_embeddings.min(foreign::window(&value).unwrap_or(usize::MAX)),
+            heads,
+            max_positions: hf
+                .max_position_embeddings
+                .min(foreign::MOST_POSITIONS)
+                .min(foreign::window(&value).unwrap_or(usize::MAX)),
             rms_norm_eps: hf.rms_norm_eps,
             rope_theta: hf.rope_theta.unwrap_or(10_000.0),
             rope_scaling: None,
@@ -277,7 +281,7 @@ impl ModelConfig {
             eos: hf.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
             bos: hf.bos_token_id,
             classes: 0,
-            foreign: Some(ForeignConfig::new(family, value, path)?),
+            foreign: Some(ForeignConfig::new(family, value, heads.dim, path)?),
         };
         config.check(path)?;
         Ok(config)

@@ -76,6 +76,9 @@ impl Foreign {
     }
 }
 
+/// candle-transformers lays out rotary angles for as many positions as a configuration names, before any is used: contexts end here.
+pub(crate) const MOST_POSITIONS: usize = 1 << 18;
+
 /// `config.json` of a model of such a family.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ForeignConfig {
@@ -92,8 +95,13 @@ pub(crate) fn window(config: &Value) -> Option<usize> {
 }
 
 impl ForeignConfig {
-    /// Brings what newer versions of transformers write into the form that candle-transformers reads.
-    pub(crate) fn new(family: Foreign, mut value: Value, path: &Path) -> Result<Self, EngineError> {
+    /// Brings what newer versions of transformers write into the form that candle-transformers reads; its heads are of `dim`.
+    pub(crate) fn new(
+        family: Foreign,
+        mut value: Value,
+        dim: usize,
+        path: &Path,
+    ) -> Result<Self, EngineError> {
         let refused = |problem: &str| Err(EngineError::malformed(path, problem));
         let rope = value.get("rope_parameters").cloned().unwrap_or_default();
         let theta = rope.get("rope_theta").cloned();
@@ -108,7 +116,25 @@ impl ForeignConfig {
         if stretched(&scaling) || stretched(&rope) {
             return refused("stretched rotary frequencies are not supported for this family");
         }
+        let turned = value.get("partial_rotary_factor").or(partial.as_ref()).and_then(Value::as_f64);
+        if let Some(part) = turned.filter(|part| !(*part <= 1.0 && *part * dim as f64 >= 2.0)) {
+            return refused(&format!("`partial_rotary_factor` is {part}, of heads of {dim}"));
+        }
+        let number = |name: &str| value.get(name).and_then(Value::as_u64);
+        if number("decoder_sparse_step") == Some(0) {
+            return refused("`decoder_sparse_step` is 0");
+        }
+        let all = number("num_experts").or_else(|| number("num_local_experts"));
+        if let (Some(chosen), Some(all)) = (number("num_experts_per_tok"), all)
+            && !(1..=all).contains(&chosen)
+        {
+            return refused(&format!("`num_experts_per_tok` is {chosen}, of {all} experts"));
+        }
+        let positions = number("max_position_embeddings").map(|most| json!(most.min(MOST_POSITIONS as u64)));
         let Some(fields) = value.as_object_mut() else { return refused("it is no object") };
+        if let Some(positions) = positions {
+            fields.insert("max_position_embeddings".to_owned(), positions);
+        }
         // What a file leaves out.
         let mut known = |name: &str, given: Option<Value>| {
             if let Some(given) = given

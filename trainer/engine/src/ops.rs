@@ -164,3 +164,15 @@ pub(crate) fn softmax(scores: &mut [f32]) {
     let inverse = 1.0 / sum(scores);
     scores.iter_mut().for_each(|score| *score *= inverse);
 }
+
+/// Numbers from -1 to 1 for tests, the same for the same seed (xorshift, Marsaglia 2003).
+#[cfg(test)]
+fn noise(seed: u64) -> impl FnMut() -> f32 {
+    let mut state = seed | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+}

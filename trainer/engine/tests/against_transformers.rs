@@ -17,6 +17,7 @@ use potstill_engine::request::{Goal, Pooling, Request, Update};
 use potstill_engine::sampler::Sampling;
 use potstill_engine::scheduler::{Engine, SchedulerConfig};
 use potstill_engine::weights::Weights;
+use serde_json::{Value, json};
 
 struct Fixture {
     model: CausalLm,
@@ -187,4 +188,52 @@ fn a_foreign_model_is_served_like_any_other() {
         let error = engine.submit(refused).err().unwrap().to_string();
         assert!(error.contains("family `mistral`"), "{error}");
     }
+}
+
+/// Whatever stands in a foreign family's `config.json`: an error or a model that answers, never a panic.
+#[test]
+fn a_damaged_foreign_configuration_never_panics() {
+    let values = [
+        json!(0),
+        json!(1),
+        json!(3),
+        json!(-1),
+        json!(100_000),
+        json!(u64::MAX),
+        json!(0.3),
+        json!(1e300),
+        json!(true),
+        json!("x"),
+        json!([]),
+        Value::Null,
+    ];
+    let mut wrong = Vec::new();
+    for family in Foreign::ALL {
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/foreign");
+        let path = folder.join(family.name()).join("config.json");
+        let whole: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        let tensors =
+            candle_core::safetensors::load(path.with_file_name("model.safetensors"), &Device::Cpu).unwrap();
+        let names = whole.as_object().unwrap().keys().cloned();
+        let more =
+            ["head_dim", "rope_theta", "decoder_sparse_step", "partial_rotary_factor", "sliding_window"];
+        for name in names.chain(more.map(str::to_owned)) {
+            for value in &values {
+                let mut damaged = whole.clone();
+                damaged[&name] = value.clone();
+                let answer = || -> Result<(), EngineError> {
+                    let config = ModelConfig::from_json(&damaged.to_string(), &path)?;
+                    let weights = Weights::new(tensors.clone().into_iter().collect(), &config)?;
+                    let Some(foreign) = &config.foreign else { return Ok(()) };
+                    let mut state = ForeignLm::new(foreign, &weights)?.state();
+                    let tokens: Vec<u32> = (1..6).take(config.max_positions).collect();
+                    state.forward(&tokens, 0).map(drop)
+                };
+                if std::panic::catch_unwind(std::panic::AssertUnwindSafe(answer)).is_err() {
+                    wrong.push(format!("{}: {name} = {value}", family.name()));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }

@@ -268,6 +268,7 @@ impl Part {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::noise;
     use super::*;
     use crate::ops::Precision;
 
@@ -292,13 +293,7 @@ mod tests {
             scale in prop_oneof![Just(1.0f32), Just(0.125), Just(0.3)],
             seed in any::<u64>(),
         ) {
-            let mut state = seed | 1;
-            let mut next = || {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-            };
+            let mut next = noise(seed);
             let gap = 3;
             let left: Vec<f32> = (0..m * k).map(|_| next()).collect();
             let right: Vec<f32> = (0..k * n).map(|_| next()).collect();

@@ -217,6 +217,7 @@ fn add<E: Element, const N: usize>(values: &[E], p: [&[f32]; N], dim: usize, out
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::noise;
     use super::*;
 
     #[test]
@@ -248,13 +249,7 @@ mod tests {
         stale: usize,
         seed: u64,
     ) -> Result<(), TestCaseError> {
-        let mut state = seed | 1;
-        let mut next = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        };
+        let mut next = noise(seed);
         let mut row = |width: usize| -> Vec<f32> { (0..width).map(|_| 3.0 * next()).collect() };
         let q = row(heads * dim);
         let mut blocks = vec![vec![E::ZERO; Part::<E>::len(dim)]; seen.div_ceil(BLOCK)];

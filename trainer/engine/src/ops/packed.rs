@@ -410,6 +410,7 @@ mod tests {
     use candle_core::Device;
     use proptest::prelude::*;
 
+    use super::super::noise;
     use super::*;
 
     proptest! {
@@ -419,13 +420,7 @@ mod tests {
         #[test]
         fn the_kernels_are_the_product(rows in 1usize..70, blocks in 1usize..6, n in 1usize..20, seed in any::<u64>()) {
             let columns = blocks * BLOCK;
-            let mut state = seed | 1;
-            let mut next = || {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-            };
+            let mut next = noise(seed);
             let weight: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
             let x: Vec<f32> = (0..n * columns).map(|_| next() * 3.0).collect();
             let packed = Packed::new(&Tensor::from_slice(&weight, (rows, columns), &Device::Cpu).unwrap()).unwrap().unwrap();
