@@ -62,6 +62,17 @@ impl World {
         )
     }
 
+    /// Waits until a pod is marked as one that gets no more requests.
+    async fn one_drains(&self) {
+        within_a_minute("one drains", async || {
+            let marked = |name: &String| {
+                !self.cluster.get("pods", name)["metadata"]["annotations"]["potstill.dev/drains"].is_null()
+            };
+            self.cluster.pods().iter().any(marked)
+        })
+        .await;
+    }
+
     fn refused(&self) -> Vec<String> {
         let audit = self.cluster.audit();
         let refused = audit.iter().filter(|(.., status)| *status == 403 || *status == 401);
@@ -315,13 +326,7 @@ async fn a_pod_on_which_another_gateway_still_writes_is_not_taken() {
     let text = format!("listen = \"127.0.0.1:{}\"\n{config}", leader.port);
     std::fs::write(leader.config(), text).unwrap();
     leader.signal("HUP");
-    within_a_minute("one drains", async || {
-        let marked = |name: &String| {
-            !world.cluster.get("pods", name)["metadata"]["annotations"]["potstill.dev/drains"].is_null()
-        };
-        world.cluster.pods().iter().any(marked)
-    })
-    .await;
+    world.one_drains().await;
     all_well(long, "[DONE]").await;
     within_a_minute("it is gone", async || world.cluster.pods().len() <= 1).await;
     assert_eq!(world.cluster.counts().cut, 0);
@@ -474,13 +479,7 @@ async fn a_reload_that_changes_the_workload_cuts_nothing_that_was_begun() {
     let config = world.config("Deployment", "qwq-32b", "", "") + "namespace = \"test\"\n";
     std::fs::write(gateway.config(), format!("listen = \"127.0.0.1:{}\"\n{config}", gateway.port)).unwrap();
     gateway.signal("HUP");
-    within_a_minute("one drains", async || {
-        let marked = |name: &String| {
-            !world.cluster.get("pods", name)["metadata"]["annotations"]["potstill.dev/drains"].is_null()
-        };
-        world.cluster.pods().iter().any(marked)
-    })
-    .await;
+    world.one_drains().await;
     all_well(long, "[DONE]").await;
     within_a_minute("all pods are gone", async || world.cluster.pods().is_empty()).await;
     assert_eq!(world.cluster.counts().cut, 0);
