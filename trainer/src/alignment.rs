@@ -192,7 +192,10 @@ fn own_mistakes(
         top_p: 1.0,
         max_tokens: section.max_tokens as usize,
     };
-    let rollouts = Rollouts::start(student, once.len() * draw.group)?;
+    let devices = section.train.run.devices()?;
+    let copies =
+        devices.iter().map(|device| student.on(device, DType::F32)).collect::<Result<Vec<_>, _>>()?;
+    let rollouts = Rollouts::start(&copies, once.len() * draw.group)?;
     let asked = once
         .iter()
         .map(|trace| question(recipe, student, &trace.problem))
@@ -239,10 +242,11 @@ pub fn practice(
     folder: &Path,
     progress: &Progress,
 ) -> anyhow::Result<LoadedModel> {
+    let device = section.train.run.devices()?.swap_remove(0);
     let reward =
         |given: &Option<std::path::PathBuf>, metric: Metric| -> anyhow::Result<Option<RewardModel>> {
             let Some(path) = given.as_ref().or_else(|| own.get(metric.name())) else { return Ok(None) };
-            let model = load(path, &Device::Cpu, DType::F32)
+            let model = load(path, &device, DType::F32)
                 .with_context(|| format!("cannot load the reward model `{}`", path.display()))?;
             Ok(Some(RewardModel::new(model).with_context(|| path.display().to_string())?))
         };

@@ -8,12 +8,13 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use potstill_engine::batch::Batch;
 use potstill_engine::device;
 use potstill_engine::kv::{BLOCK, KvCache, Table};
 use potstill_engine::loader::load;
 use potstill_engine::model::CausalLm;
+use potstill_engine::sharded::ShardedLm;
 use serde::Serialize;
 
 use crate::compress::{self, Quality};
@@ -43,6 +44,9 @@ pub struct BenchArguments {
     /// Threads.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
+    /// `cpu`, `cuda` or `cuda:N`; several with commas between them share the model out.
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
     /// Times that each is measured; the fastest counts.
     #[arg(long, default_value_t = 3)]
     pub rounds: usize,
@@ -109,18 +113,20 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     let sizes = arguments.prompt.iter().chain(&arguments.batch);
     anyhow::ensure!(sizes.clone().all(|size| *size > 0), "--prompt and --batch must be at least 1");
     device::set_threads(arguments.threads);
-    let device = device::parse("cpu")?;
+    let devices = device::parse_all(&arguments.device)?;
+    let whole_at = if devices.len() == 1 { &devices[0] } else { &Device::Cpu };
     let path = arguments.model.as_ref().context("--model is missing")?;
-    let loaded = load(path, &device, device::compute_type(&device))
+    let loaded = load(path, whole_at, device::compute_type(&devices[0]))
         .with_context(|| format!("cannot load `{}`", path.display()))?;
     let parameters = loaded.config.parameters() as u64;
     let most = loaded.config.max_positions;
-    let model = loaded.causal_lm()?;
+    let model = ShardedLm::new(&loaded, &devices)?;
     let quality = match &arguments.text {
         Some(text) => {
             let tokens = compress::tokens_of(&loaded, text)?;
             let exact = CausalLm::new(&loaded.config, &loaded.weights)?;
-            Some(compress::quality(&exact, &model, &tokens[..tokens.len().min(COMPARED)])?)
+            let eight_bits = CausalLm::packed(&loaded.config, &loaded.weights)?;
+            Some(compress::quality(&exact, &eight_bits, &tokens[..tokens.len().min(COMPARED)])?)
         }
         None => None,
     };
@@ -150,30 +156,30 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
 }
 
 /// Token ids that are all different enough; what they say does not change the time.
-fn prompt_of(model: &CausalLm, length: usize, sequence: usize) -> Vec<u32> {
+fn prompt_of(model: &ShardedLm, length: usize, sequence: usize) -> Vec<u32> {
     let vocabulary = model.config().vocab_size;
     (0..length).map(|at| ((at * 7919 + sequence * 104_729 + 11) % vocabulary) as u32).collect()
 }
 
-/// A cache with the blocks of some sequences.
+/// Caches with the blocks of some sequences.
 struct Sequences {
-    cache: KvCache,
+    caches: Vec<KvCache>,
     tables: Vec<Vec<u32>>,
 }
 
 impl Sequences {
-    fn new(model: &CausalLm, count: usize, tokens: usize) -> anyhow::Result<Self> {
+    fn new(model: &ShardedLm, count: usize, tokens: usize) -> anyhow::Result<Self> {
         let each = tokens.div_ceil(BLOCK);
-        let cache = KvCache::new(model.config(), count * each, model.head().device(), model.kv_dtype())?;
+        let caches = model.caches(count * each)?;
         let tables = (0..count).map(|at| (at * each..(at + 1) * each).map(|block| block as u32).collect());
-        Ok(Self { cache, tables: tables.collect() })
+        Ok(Self { caches, tables: tables.collect() })
     }
 }
 
 /// Reads a prompt and picks the most likely next token.
-fn step(model: &CausalLm, batch: &Batch, sequences: &mut Sequences) -> anyhow::Result<Vec<u32>> {
+fn step(model: &ShardedLm, batch: &Batch, sequences: &mut Sequences) -> anyhow::Result<Vec<u32>> {
     let tables: Vec<Table<'_>> = sequences.tables.iter().map(Vec::as_slice).collect();
-    let hidden = model.hidden_cached(batch, &mut sequences.cache, &tables)?;
+    let hidden = model.hidden(batch, &mut sequences.caches, &tables)?;
     let rows = batch.last_rows();
     let rows = Tensor::from_slice(&rows, rows.len(), hidden.device())?;
     let logits = model.logits(&hidden.index_select(&rows, 0)?)?;
@@ -193,7 +199,7 @@ fn fastest(
     Ok(best)
 }
 
-fn prefill(model: &CausalLm, prompt: usize, rounds: usize) -> anyhow::Result<Measured> {
+fn prefill(model: &ShardedLm, prompt: usize, rounds: usize) -> anyhow::Result<Measured> {
     let tokens = prompt_of(model, prompt, 0);
     // Short prompts are read several times, as processor time comes in hundredths of a second.
     let repeats = (1024 / prompt).max(1);
@@ -218,7 +224,7 @@ fn prefill(model: &CausalLm, prompt: usize, rounds: usize) -> anyhow::Result<Mea
 }
 
 fn decode(
-    model: &CausalLm,
+    model: &ShardedLm,
     prompt: usize,
     generate: usize,
     batch: usize,

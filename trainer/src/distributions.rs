@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use candle_core::{DType, Device};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use potstill_cot::teacher::{AskError, Teachers};
 use potstill_data::records::{Cot, Problem};
+use potstill_engine::device::compute_type;
 use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::tokenizer::Tokenizer;
 use potstill_learn::error::LearnError;
@@ -45,7 +45,8 @@ pub fn distributions(
     let at_hand = match &section.teacher {
         None => None,
         Some(path) => {
-            let teacher = load(path, &Device::Cpu, DType::F32)
+            let device = config.run.devices()?.swap_remove(0);
+            let teacher = load(path, &device, compute_type(&device))
                 .with_context(|| format!("cannot load `kd.teacher` `{}`", path.display()))?;
             same_vocabulary(&teacher.tokenizer, &student.tokenizer)?;
             Some(teacher)

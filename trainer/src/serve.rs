@@ -23,6 +23,7 @@ use axum::response::IntoResponse;
 use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use candle_core::Device;
 use http::{Uri, header};
 use potstill_engine::grammar::Grammars;
 use potstill_engine::loader::load;
@@ -63,7 +64,7 @@ pub struct ServeArguments {
     /// Threads for the model; all cores that this process may use if left out.
     #[arg(long)]
     pub threads: Option<usize>,
-    /// `cpu`, `cuda` or `cuda:N`.
+    /// `cpu`, `cuda` or `cuda:N`; several with commas between them share the model out (tensor parallelism).
     #[arg(long, default_value = "cpu")]
     pub device: String,
     /// Requests computed together.
@@ -140,8 +141,10 @@ fn start(arguments: &ServeArguments) -> anyhow::Result<Served> {
 }
 
 fn start_node(path: &Path, arguments: &ServeArguments) -> anyhow::Result<Node> {
-    let device = device::parse(&arguments.device)?;
-    let model = load(path, &device, device::compute_type(&device))?;
+    let devices = device::parse_all(&arguments.device)?;
+    // Where several share it, it is read into memory first.
+    let whole_at = if devices.len() == 1 { &devices[0] } else { &Device::Cpu };
+    let model = load(path, whole_at, device::compute_type(&devices[0]))?;
     anyhow::ensure!(model.config.classes == 0, "it is a reward model: serve it with --reward NAME=FOLDER");
     let stem = || path.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy());
     let config = SchedulerConfig {
@@ -149,6 +152,7 @@ fn start_node(path: &Path, arguments: &ServeArguments) -> anyhow::Result<Node> {
         max_waiting: arguments.max_waiting,
         step_tokens: arguments.step_tokens,
         kv_bytes: arguments.kv_mib << 20,
+        devices,
     };
     Ok(Node {
         name: arguments.name.clone().unwrap_or_else(|| stem().into_owned()),

@@ -25,6 +25,23 @@ pub fn parse(name: &str) -> Result<Device, EngineError> {
     }
 }
 
+/// Parses names with commas between them: devices that work together, all of one kind. None stands there twice, but the CPU may.
+pub fn parse_all(names: &str) -> Result<Vec<Device>, EngineError> {
+    let names: Vec<&str> = names.split(',').map(str::trim).collect();
+    let devices = names.iter().map(|name| parse(name)).collect::<Result<Vec<_>, _>>()?;
+    for (at, device) in devices.iter().enumerate() {
+        let twice = !device.is_cpu() && devices[..at].iter().any(|other| other.same_device(device));
+        if twice || device.is_cpu() != devices[0].is_cpu() {
+            return Err(EngineError::Parameter {
+                name: "device",
+                expected: "devices of one kind, each once",
+                found: names.join(","),
+            });
+        }
+    }
+    Ok(devices)
+}
+
 /// The type to compute in: f32 on the CPU, bf16 on CUDA.
 pub fn compute_type(device: &Device) -> DType {
     if device.is_cpu() { DType::F32 } else { DType::BF16 }
@@ -44,4 +61,21 @@ pub fn set_threads(threads: usize) -> bool {
 /// has hundreds of small operations, and with one thread none of them wakes anybody.
 pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| work())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_parsed_or_refused_with_a_word() {
+        assert_eq!(parse_all("cpu, cpu").unwrap().len(), 2);
+        let refused = |names: &str| parse_all(names).unwrap_err().to_string();
+        assert!(refused("gpu:0").contains("`cpu`, `cuda` or `cuda:N`"));
+        assert!(refused("cuda:x").contains("`cpu`, `cuda` or `cuda:N`"));
+        assert!(refused("cpu,").contains("`cpu`, `cuda` or `cuda:N`"));
+        if !cfg!(feature = "cuda") {
+            assert!(refused("cpu,cuda:0").contains("--features cuda"));
+        }
+    }
 }

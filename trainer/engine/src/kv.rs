@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::config::ModelConfig;
 use crate::error::EngineError;
-use crate::ops::attention::{FEW_ROWS, Heads, Segment, attend_head, plain};
+use crate::ops::attention::{FEW_ROWS, Heads, Segment, attend_head, stock};
 use crate::ops::cached::{self, Element, Half, Part, attend};
 use crate::ops::{Precision, fused, with_values};
 
@@ -201,8 +201,8 @@ fn many<E: Element>(
 }
 
 /// The rows' places in the tensors of a layer, in the order of the tokens.
-fn places(table: Table<'_>, tokens: usize) -> Vec<u32> {
-    (0..tokens).map(|at| table[at / BLOCK] * BLOCK as u32 + (at % BLOCK) as u32).collect()
+fn places(table: Table<'_>, tokens: usize) -> impl Iterator<Item = u32> {
+    (0..tokens).map(|at| table[at / BLOCK] * BLOCK as u32 + (at % BLOCK) as u32)
 }
 
 fn attend_device(
@@ -213,7 +213,7 @@ fn attend_device(
     tables: &[Table<'_>],
 ) -> Result<Tensor, EngineError> {
     let (k, v) = (k.contiguous()?, v.contiguous()?);
-    let mut parts = Vec::with_capacity(segments.len());
+    let mut all = Vec::new();
     for (s, table) in segments.iter().zip(tables) {
         // Runs of rows that lie in one block.
         let mut row = 0;
@@ -225,17 +225,17 @@ fn attend_device(
             values.slice_set(&v.narrow(0, s.start + row, run)?, 0, at)?;
             row += run;
         }
-        let length = s.past + s.len;
-        let places = Tensor::from_vec(places(table, length), length, q.device())?;
-        let (k, v) = (keys.index_select(&places, 0)?, values.index_select(&places, 0)?);
-        parts.push(plain(&q.narrow(0, s.start, s.len)?, &k, &v, heads, s.past)?);
+        all.extend(places(table, s.past + s.len));
     }
-    Ok(Tensor::cat(&parts, 0)?)
+    let places = Tensor::new(all, q.device())?;
+    let (k, v) = (keys.index_select(&places, 0)?, values.index_select(&places, 0)?);
+    Ok(stock([q, &k, &v], heads, segments)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::attention::plain;
 
     fn config() -> ModelConfig {
         let text = r#"{"model_type": "llama", "vocab_size": 8, "hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 2,

@@ -22,6 +22,7 @@ pub mod request;
 pub mod sampler;
 mod schedule;
 pub mod scheduler;
+pub mod sharded;
 mod step_loop;
 pub mod template;
 mod text_end;

@@ -11,7 +11,6 @@ use serde_json::Value;
 use crate::config::{ModelConfig, OneOrMany};
 use crate::error::EngineError;
 use crate::gguf::Gguf;
-use crate::model::CausalLm;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -32,13 +31,9 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// The model for serving.
-    pub fn causal_lm(&self) -> Result<CausalLm, EngineError> {
-        if self.quantised {
-            CausalLm::packed(&self.config, &self.weights)
-        } else {
-            CausalLm::new(&self.config, &self.weights)
-        }
+    /// The same with its weights on `device` in `dtype`; what is there already is shared.
+    pub fn on(&self, device: &Device, dtype: DType) -> Result<Self, EngineError> {
+        Ok(Self { weights: self.weights.to(device, dtype)?, ..self.clone() })
     }
 }
 
@@ -52,7 +47,7 @@ pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<LoadedModel, E
         return Err(EngineError::malformed(path, "neither a model folder nor a `.gguf` file"));
     };
     let dtype = model.config.foreign.as_ref().map_or(dtype, |foreign| foreign.dtype(dtype));
-    Ok(LoadedModel { weights: model.weights.to(device, dtype)?, ..model })
+    model.on(device, dtype)
 }
 
 fn read(path: &Path) -> Result<String, EngineError> {

@@ -286,9 +286,8 @@ impl CausalLm {
     }
 
     fn run(&self, batch: &Batch, mut attend: Attend<'_>) -> Result<Tensor, EngineError> {
-        let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), self.embedding.device())?;
-        let rotary = Rotary::new(&batch.positions, &self.inverse_frequencies);
-        let mut x = self.embedding.index_select(&tokens, 0)?;
+        let rotary = self.rotary(batch);
+        let mut x = self.embed(batch)?;
         if self.training.is_some() && !x.track_op() {
             // A frozen embedding: the blocks' gradients are wanted all the same.
             x = Var::from_tensor(&x)?.as_tensor().clone();
@@ -301,7 +300,36 @@ impl CausalLm {
                 (_, attend) => block.forward(&x, layer, &self.config, &rotary, attend)?,
             };
         }
-        Ok(rms_norm(&x, &self.norm, self.config.rms_norm_eps)?)
+        self.last_norm(&x)
+    }
+
+    pub(crate) fn rotary(&self, batch: &Batch) -> Rotary {
+        Rotary::new(&batch.positions, &self.inverse_frequencies)
+    }
+
+    pub(crate) fn embed(&self, batch: &Batch) -> Result<Tensor, EngineError> {
+        let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), self.embedding.device())?;
+        Ok(self.embedding.index_select(&tokens, 0)?)
+    }
+
+    /// What attention adds to `x` in a layer.
+    pub(crate) fn attended(
+        &self,
+        layer: usize,
+        x: &Tensor,
+        rotary: &Rotary,
+        attend: &mut Attend<'_>,
+    ) -> Result<Tensor, EngineError> {
+        self.blocks[layer].attended(x, layer, &self.config, rotary, attend)
+    }
+
+    /// What the wide layers add to `x` in a layer.
+    pub(crate) fn fed(&self, layer: usize, x: &Tensor) -> Result<Tensor, EngineError> {
+        self.blocks[layer].fed(x, self.config.rms_norm_eps)
+    }
+
+    pub(crate) fn last_norm(&self, x: &Tensor) -> Result<Tensor, EngineError> {
+        Ok(rms_norm(x, &self.norm, self.config.rms_norm_eps)?)
     }
 }
 
@@ -372,6 +400,19 @@ impl Block {
         rotary: &Rotary,
         attend: &mut Attend<'_>,
     ) -> Result<Tensor, EngineError> {
+        let x = (x + self.attended(x, layer, config, rotary, attend)?)?;
+        let fed = self.fed(&x, config.rms_norm_eps)?;
+        Ok((x + fed)?)
+    }
+
+    fn attended(
+        &self,
+        x: &Tensor,
+        layer: usize,
+        config: &ModelConfig,
+        rotary: &Rotary,
+        attend: &mut Attend<'_>,
+    ) -> Result<Tensor, EngineError> {
         let eps = config.rms_norm_eps;
         let normed = rms_norm(x, &self.input_norm, eps)?;
         let [mut q, mut k, v] = Linear::forward_all([&self.q, &self.k, &self.v], &normed)?;
@@ -386,23 +427,25 @@ impl Block {
                 cache.attend(layer, [&q, &k, &v], config.heads, segments, tables)?
             }
         };
-        let x = (x + self.o.forward(&attended)?)?;
-        if self.gate.packed().is_none() || x.dim(0)? <= FEED_ROWS {
-            return self.feed_forward(&x, eps);
-        }
+        self.o.forward(&attended)
+    }
+
+    fn fed(&self, x: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
         let rows = x.dim(0)?;
+        if self.gate.packed().is_none() || rows <= FEED_ROWS {
+            return self.fed_at_once(x, eps);
+        }
         let parts = (0..rows).step_by(FEED_ROWS).map(|first| {
             let part = x.narrow(0, first, FEED_ROWS.min(rows - first))?;
-            self.feed_forward(&part, eps)
+            self.fed_at_once(&part, eps)
         });
         Ok(Tensor::cat(&parts.collect::<Result<Vec<_>, EngineError>>()?, 0)?)
     }
 
-    fn feed_forward(&self, x: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
+    fn fed_at_once(&self, x: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
         let normed = rms_norm(x, &self.post_attention_norm, eps)?;
         let [gate, up] = Linear::forward_all([&self.gate, &self.up], &normed)?;
-        let inner = swiglu(&gate, &up)?;
-        Ok((x + self.down.forward(&inner)?)?)
+        self.down.forward(&swiglu(&gate, &up)?)
     }
 }
 

@@ -10,8 +10,11 @@ pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
 pub(crate) mod cached;
+pub mod collective;
 pub mod exp;
 mod filled;
+#[cfg(feature = "flash-attn")]
+mod flash;
 pub mod linear;
 pub mod linear_loss;
 pub mod log_prob;
@@ -21,7 +24,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
 
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 
 use self::filled::filled;
 
@@ -89,6 +92,28 @@ pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f
         }
     }
     Ok(f(slices))
+}
+
+/// What an operation gives whose value was computed before: a node of the graph with a backward pass of its own.
+pub(crate) fn known(value: &Tensor) -> Result<(CpuStorage, Shape)> {
+    let value = value.contiguous()?;
+    let (storage, layout) = value.storage_and_layout();
+    match (&*storage, layout.start_offset()) {
+        (Storage::Cpu(storage), 0) => Ok((storage.clone(), value.shape().clone())),
+        _ => candle_core::bail!("a value that was known left the CPU"),
+    }
+}
+
+/// The same on CUDA.
+#[cfg(feature = "cuda")]
+pub(crate) fn known_on_cuda(value: &Tensor) -> Result<(candle_core::CudaStorage, Shape)> {
+    use candle_core::backend::BackendStorage;
+    let value = value.contiguous()?;
+    let (storage, layout) = value.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, value.shape().clone())),
+        _ => candle_core::bail!("a value that was known left the device"),
+    }
 }
 
 /// Rows of logits that are worked on at once: they stay near 32 MiB of f32.

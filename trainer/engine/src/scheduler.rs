@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use candle_core::Device;
 use tokio::sync::mpsc;
 
 use crate::error::EngineError;
@@ -13,9 +14,9 @@ use crate::foreign::ForeignLm;
 use crate::kv::blocks::Blocks;
 use crate::kv::{BLOCK, KvCache};
 use crate::loader::LoadedModel;
-use crate::model::CausalLm;
 pub use crate::request::{FinishReason, Goal, Pooling, Request, Sampled, ThinkingLimit, Update};
 use crate::schedule::{Limits, Schedule};
+use crate::sharded::ShardedLm;
 use crate::step_loop::{Model, StepLoop};
 
 /// Most blocks, however small they are.
@@ -32,11 +33,13 @@ pub struct SchedulerConfig {
     pub step_tokens: usize,
     /// Memory of the KV cache in bytes. On the CPU it is taken as it is used.
     pub kv_bytes: usize,
+    /// Devices that share the model out (see [`crate::sharded`]); none: it stays where its weights are.
+    pub devices: Vec<Device>,
 }
 
 impl Default for SchedulerConfig {
     fn default() -> Self {
-        Self { max_running: 64, max_waiting: 512, step_tokens: 512, kv_bytes: 4 << 30 }
+        Self { max_running: 64, max_waiting: 512, step_tokens: 512, kv_bytes: 4 << 30, devices: Vec::new() }
     }
 }
 
@@ -104,10 +107,14 @@ impl Engine {
     pub fn start(model: &LoadedModel, config: SchedulerConfig) -> Result<Self, EngineError> {
         let embedding = model.weights.get("model.embed_tokens.weight")?;
         let own = match &model.config.foreign {
-            None => Ok(model.causal_lm()?),
+            None => Ok(ShardedLm::new(model, &config.devices)?),
+            Some(_) if config.devices.len() > 1 => {
+                let problem = "it cannot be shared out over several devices".to_owned();
+                return Err(EngineError::Foreign { family: model.config.family.name(), problem });
+            }
             Some(foreign) => Err(foreign),
         };
-        let dtype = own.as_ref().map_or(embedding.dtype(), CausalLm::kv_dtype);
+        let dtype = own.as_ref().map_or(embedding.dtype(), ShardedLm::kv_dtype);
         let block_bytes = BLOCK * KvCache::bytes_per_token(&model.config, dtype);
         let blocks = (config.kv_bytes / block_bytes).min(MAX_BLOCKS);
         if blocks == 0 {
@@ -121,8 +128,8 @@ impl Engine {
         let limits = Limits { running: config.max_running.max(1), rows: config.step_tokens.max(1) };
         let lm = match own {
             Ok(own) => {
-                let cache = KvCache::new(&model.config, blocks, embedding.device(), dtype)?;
-                Model::Own(Box::new(own), cache)
+                let caches = own.caches(blocks)?;
+                Model::Own(own, caches)
             }
             // Blocks only count then: what they stand for lies with each sequence.
             Err(foreign) => Model::Foreign(ForeignLm::new(foreign, &model.weights)?),

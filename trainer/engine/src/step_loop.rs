@@ -15,11 +15,11 @@ use crate::device::in_pool;
 use crate::error::EngineError;
 use crate::foreign::{ForeignLm, State};
 use crate::kv::{KvCache, Table};
-use crate::model::CausalLm;
 use crate::request::{FinishReason, Goal, Pooling, Request, Sampled, Update};
 use crate::sampler::likeliest;
 use crate::schedule::{Schedule, Sequence};
 use crate::scheduler::{Shared, Waiting, locked};
+use crate::sharded::ShardedLm;
 use crate::text_end::TextEnd;
 use crate::tokenizer::Tokenizer;
 
@@ -50,7 +50,7 @@ pub(crate) struct Running {
 /// Who computes.
 pub(crate) enum Model {
     /// All sequences in one batch.
-    Own(Box<CausalLm>, KvCache),
+    Own(ShardedLm, Vec<KvCache>),
     /// One after the other.
     Foreign(ForeignLm),
 }
@@ -172,7 +172,7 @@ impl StepLoop {
     fn step(&mut self) -> Result<(), EngineError> {
         let rows = self.schedule.plan();
         let logits = match &mut self.model {
-            Model::Own(model, cache) => step_together(model, cache, &mut self.schedule, &rows)?,
+            Model::Own(model, caches) => step_together(model, caches, &mut self.schedule, &rows)?,
             Model::Foreign(model) => step_each(model, &mut self.schedule, &rows)?,
         };
         self.count(&rows);
@@ -246,8 +246,8 @@ type Logits = Vec<(usize, Vec<f32>)>;
 
 /// All sequences in one batch; what is asked about rows of prompts is answered on the way.
 fn step_together(
-    model: &CausalLm,
-    cache: &mut KvCache,
+    model: &ShardedLm,
+    caches: &mut [KvCache],
     schedule: &mut Schedule<Running>,
     rows: &[usize],
 ) -> Result<Logits, EngineError> {
@@ -255,7 +255,7 @@ fn step_together(
     let running = schedule.running();
     let batch = Batch::new(active().map(|(at, rows)| (running[at].rows(rows), running[at].computed())));
     let tables: Vec<Table<'_>> = active().map(|(at, _)| running[at].table()).collect();
-    let hidden = model.hidden_cached(&batch, cache, &tables)?;
+    let hidden = model.hidden(&batch, caches, &tables)?;
 
     let (mut places, mut last_rows) = (Vec::new(), Vec::new());
     for ((at, rows), segment) in active().zip(batch.segments.iter()) {
@@ -346,7 +346,7 @@ fn choose(sequence: &mut Sequence<Running>, logits: &mut [f32], eos: &[u32]) -> 
 
 /// Reports how likely the prompt's tokens are behind the rows `past .. past + rows`.
 fn score(
-    model: &CausalLm,
+    model: &ShardedLm,
     sequence: &mut Sequence<Running>,
     past: usize,
     rows: usize,

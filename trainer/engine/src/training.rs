@@ -9,14 +9,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, InplaceOp2, Layout, Result, Shape, Storage, Tensor, TensorId, Var};
+use candle_core::{CpuStorage, CustomOp1, InplaceOp2, Layout, Result, Shape, Tensor, TensorId, Var};
 use rayon::prelude::*;
 
 use crate::config::ModelConfig;
 use crate::model::{Attend, Block};
 use crate::ops::attention::Segment;
+#[cfg(feature = "cuda")]
+use crate::ops::known_on_cuda;
 use crate::ops::rope::Rotary;
-use crate::ops::{Precision, fused};
+use crate::ops::{Precision, fused, known};
 
 /// What a model needs to learn: its variables, and where their gradients add up.
 #[derive(Clone)]
@@ -127,11 +129,7 @@ impl CustomOp1 for BlockNode {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let value = self.value.contiguous()?;
-        match &*value.storage_and_layout().0 {
-            Storage::Cpu(storage) => Ok((storage.clone(), value.shape().clone())),
-            _ => candle_core::bail!("a block's value left the CPU"),
-        }
+        known(&self.value)
     }
 
     #[cfg(feature = "cuda")]
@@ -140,13 +138,7 @@ impl CustomOp1 for BlockNode {
         _: &candle_core::CudaStorage,
         _: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        let value = self.value.contiguous()?;
-        let (storage, layout) = value.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, value.shape().clone())),
-            _ => candle_core::bail!("a block's value left the device"),
-        }
+        known_on_cuda(&self.value)
     }
 
     fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

@@ -82,6 +82,29 @@ impl Weights {
         Ok(Self { tensors: moved, ..Self::default() })
     }
 
+    /// What device `rank` of `devices` holds: its share of every block's heads and inner columns, and all of the rest.
+    pub(crate) fn share(&self, rank: usize, devices: usize, device: &Device) -> Result<Self, EngineError> {
+        if !self.adapters.is_empty() || !self.quantised.is_empty() {
+            let problem = "a model with adapters is not shared out over devices: merge them first";
+            return Err(EngineError::Stopped(problem.to_owned()));
+        }
+        let cut = |tensor: &Tensor, dim: usize| {
+            let size = tensor.dim(dim)? / devices;
+            tensor.narrow(dim, rank * size, size)?.contiguous()
+        };
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in &self.tensors {
+            let module = name.rsplit('.').nth(1).unwrap_or_default();
+            let share = match module {
+                "q_proj" | "k_proj" | "v_proj" | "gate_proj" | "up_proj" => cut(tensor, 0)?,
+                "o_proj" | "down_proj" => cut(tensor, 1)?,
+                _ => tensor.clone(),
+            };
+            tensors.insert(name.clone(), share.to_device(device)?);
+        }
+        Ok(Self { tensors, ..Self::default() })
+    }
+
     /// Trainable copies in f32, and weights that share their storage: an optimiser step on the variables changes what a
     /// model built from the weights computes.
     pub fn trainable(&self) -> Result<(Self, BTreeMap<String, Var>), EngineError> {

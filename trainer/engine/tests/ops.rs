@@ -4,12 +4,12 @@
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use potstill_engine::ops::Precision;
 use potstill_engine::ops::attention::{Heads, Segment, attention, plain as plain_attention};
 use potstill_engine::ops::linear::{Frozen, linear, linear_adapted, plain_adapted};
 use potstill_engine::ops::linear_loss::{linear_cross_entropy, plain as plain_cross_entropy};
-use potstill_engine::ops::log_prob::{linear_log_prob, plain as plain_log_prob};
+use potstill_engine::ops::log_prob::{linear_log_prob, mean_entropy, plain as plain_log_prob};
 use potstill_engine::ops::rms_norm::{plain as plain_rms_norm, rms_norm};
 use potstill_engine::ops::rope::Rotary;
 use potstill_engine::ops::swiglu::{plain as plain_swiglu, swiglu};
@@ -159,6 +159,42 @@ fn the_loss_of_many_chunks_is_the_loss_of_one() {
     let targets: Vec<u32> = (0..300).map(|i| i * 197 % 60_000).collect();
     let fused = linear_cross_entropy(&h, &w, &targets, 300.0, Precision::F32).unwrap();
     close("value", &fused, &plain_cross_entropy(&h, &w, &targets, 300.0).unwrap());
+}
+
+/// What other devices compute, which another type stands for here: a chunk of logits at a time, by stock operations.
+#[test]
+fn log_probs_by_chunk_are_those_of_all_logits() {
+    for (rows, vocabulary) in [(7, 30), (300, 60_000)] {
+        let wide = |seed, shape: [usize; 2]| {
+            Var::from_tensor(&random(&shape, seed).to_dtype(DType::F64).unwrap()).unwrap()
+        };
+        let (h, w) = (wide(1, [rows, 8]), wide(2, [vocabulary, 8]));
+        let targets: Vec<u32> = (0..rows).map(|i| (i * 197 % vocabulary) as u32).collect();
+        let weighting = random(&[rows], 3);
+        let of = |log_probs: Tensor| {
+            let log_probs = log_probs.to_dtype(DType::F32).unwrap();
+            let loss = (&log_probs * weighting.as_tensor()).unwrap().sum_all().unwrap();
+            let store = loss.backward().unwrap();
+            let gradient = |x: &Var| store.get(x).unwrap().to_dtype(DType::F32).unwrap();
+            [log_probs, gradient(&h), gradient(&w)]
+        };
+        let ours = of(linear_log_prob(&h, &w, &targets, Precision::F32).unwrap());
+        let plain = of(plain_log_prob(&h, &w, &targets).unwrap());
+        for (what, (ours, plain)) in
+            ["value", "gradient of h", "gradient of w"].iter().zip(ours.iter().zip(&plain))
+        {
+            close(what, ours, plain);
+        }
+        let narrow = |x: &Var| x.to_dtype(DType::F32).unwrap();
+        let entropy = mean_entropy(&h, &w, Precision::F32).unwrap();
+        let fused = mean_entropy(&narrow(&h), &narrow(&w), Precision::F32).unwrap();
+        assert!((entropy - fused).abs() < 1e-4 * fused, "entropy {entropy} against {fused}");
+        let cross_entropy = |h: &Tensor, w: &Tensor| {
+            let loss = linear_cross_entropy(h, w, &targets, rows as f64, Precision::F32).unwrap();
+            loss.to_dtype(DType::F32).unwrap()
+        };
+        close("cross-entropy", &cross_entropy(&h, &w), &cross_entropy(&narrow(&h), &narrow(&w)));
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use potstill_engine::checkpoint_files::write_tensors;
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::model::CausalLm;
@@ -102,17 +102,20 @@ pub fn dpo(
     let reference = reference(model, pairs, &lengths, config, folder, &hash)?;
     let mut learner = Learner::new(model, &config.run, &[])?;
     let mut gradients = |learner: &Learner, _: usize, step: &[usize]| {
-        let mut outcome = StepOutcome::default();
-        for micro in packing::chunks(step, &lengths, config.run.micro_batch_tokens) {
+        let parts = learner.share(step, &lengths, config.run.micro_batch_tokens, |replica, micro| {
             let chunk: Vec<&Pair> = micro.iter().map(|&index| &pairs[index]).collect();
             let from: Vec<[f32; 2]> = micro.iter().map(|&index| reference[index]).collect();
-            let part = dpo_loss(&learner.lm, &chunk, &from, config, step.len() as f64)?;
-            outcome.loss += f64::from(part.loss.to_scalar::<f32>()?);
-            outcome.tokens += micro.iter().map(|&index| lengths[index]).sum::<usize>();
-            for (name, value) in part.sums {
+            let part = dpo_loss(&replica.lm, &chunk, &from, config, step.len() as f64)?;
+            replica.lm.backward(&part.loss)?;
+            Ok((f64::from(part.loss.to_scalar::<f32>()?), part.sums))
+        })?;
+        let tokens = step.iter().map(|&index| lengths[index]).sum();
+        let mut outcome = StepOutcome { tokens, ..StepOutcome::default() };
+        for (loss, sums) in parts {
+            outcome.loss += loss;
+            for (name, value) in sums {
                 *outcome.metrics.entry(name.to_owned()).or_default() += value / step.len() as f64;
             }
-            learner.lm.backward(&part.loss)?;
         }
         Ok(outcome)
     };
@@ -205,7 +208,9 @@ fn reference(
         }
         return Ok(rows.into_iter().map(|row| [row[0], row[1]]).collect());
     }
-    let lm = CausalLm::rounded(&model.config, &model.weights.detached(), config.run.dtype)?;
+    let device = config.run.devices()?.swap_remove(0);
+    let weights = model.weights.detached().to(&device, DType::F32)?;
+    let lm = CausalLm::rounded(&model.config, &weights, config.run.dtype)?;
     let order: Vec<usize> = (0..pairs.len()).collect();
     let mut values = Vec::with_capacity(pairs.len());
     for chunk in packing::chunks(&order, lengths, config.run.micro_batch_tokens) {

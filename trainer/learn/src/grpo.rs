@@ -20,7 +20,6 @@ use crate::curriculum::Phase;
 use crate::error::LearnError;
 use crate::examples::Example;
 use crate::learner::Learner;
-use crate::packing;
 use crate::reward_model::RewardModel;
 use crate::rewards::{Interval, Reward, advantages, total, well_formed};
 use crate::rollouts::{Completion, Draw, Rollouts};
@@ -278,9 +277,8 @@ pub fn grpo(
     let settings =
         RunConfig { checkpoint_every: config.run.checkpoint_every * config.updates, ..config.run.clone() };
     let mut learner = Learner::new(model, &settings, &[])?;
-    let rollouts = Rollouts::start(&learner.decoder(), config.prompts * config.group)?;
-    let frozen = || CausalLm::rounded(&model.config, &model.weights.detached(), config.run.dtype);
-    let reference = if config.kl > 0.0 { Some(frozen()?) } else { None };
+    let rollouts = Rollouts::start(&learner.decoders(), config.prompts * config.group)?;
+    let reference = if config.kl > 0.0 { Some(learner.beside(model, config.run.dtype)?) } else { None };
     let mut experience: Option<Experience> = None;
     let mut truncated = std::collections::VecDeque::new();
     let mut gradients = |learner: &Learner, step: usize, items: &[usize]| {
@@ -288,11 +286,11 @@ pub fn grpo(
         if experience.as_ref().is_none_or(|held| held.rollout != rollout) {
             let asked: Vec<&Prompt> = items.iter().map(|&index| &prompts[index]).collect();
             let mut fresh = experience_of(&rollouts, rollout, &asked, rewards, config)?;
-            let lm = &learner.lm;
-            fresh.reference =
-                reference.as_ref().map(|lm| token_log_probs(lm, &fresh.examples, config)).transpose()?;
+            if let Some(frozen) = &reference {
+                fresh.reference = Some(token_log_probs(learner, Some(frozen), &fresh.examples, config)?);
+            }
             if config.updates > 1 {
-                fresh.old = Some(token_log_probs(lm, &fresh.examples, config)?);
+                fresh.old = Some(token_log_probs(learner, None, &fresh.examples, config)?);
             }
             truncated.push_back(fresh.metrics["completions/truncated"]);
             if truncated.len() > 10 {
@@ -406,28 +404,32 @@ fn experience_of(
     })
 }
 
-/// Log-probabilities of the completions' tokens, at the temperature that they were drawn with; no gradient.
+/// Log-probabilities of the completions' tokens, at the temperature that they were drawn with; no gradient. By the learner as it
+/// is, or by a model that stands beside it on each device.
 fn token_log_probs(
-    lm: &CausalLm,
+    learner: &Learner,
+    beside: Option<&[CausalLm]>,
     examples: &[Example],
     config: &GrpoConfig,
 ) -> Result<Vec<Vec<f32>>, LearnError> {
     let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
     let order: Vec<usize> = (0..examples.len()).collect();
-    let mut all = Vec::with_capacity(examples.len());
-    for chunk in packing::chunks(&order, &lengths, config.run.micro_batch_tokens) {
-        let learnt = Learnt::new(chunk.iter().map(|&index| &examples[index]));
+    let parts = learner.share(&order, &lengths, config.run.micro_batch_tokens, |replica, micro| {
+        let lm = beside.map_or(&replica.lm, |beside| &beside[replica.rank]);
+        let learnt = Learnt::new(micro.iter().map(|&index| &examples[index]));
         let hidden = (learnt.hidden(lm)?.detach() / config.temperature)?;
         let head = lm.head().detach();
         let values = linear_log_prob(&hidden, &head, &learnt.targets, lm.precision())?.to_vec1::<f32>()?;
         let mut rest = values.as_slice();
+        let mut by_example = Vec::with_capacity(micro.len());
         for count in learnt.counts {
             let (own, more) = rest.split_at(count);
-            all.push(own.to_vec());
+            by_example.push(own.to_vec());
             rest = more;
         }
-    }
-    Ok(all)
+        Ok(by_example)
+    })?;
+    Ok(parts.concat())
 }
 
 fn policy_gradients(
@@ -446,11 +448,10 @@ fn policy_gradients(
     let used: Vec<usize> = (0..experience.examples.len()).filter(counts).collect();
     outcome.skipped = used.is_empty();
     let lengths: Vec<usize> = experience.examples.iter().map(|example| example.tokens.len()).collect();
-    let (mut entropy, mut kl, mut clipped, mut tokens) = (0.0, 0.0, 0.0, 0.0);
-    for micro in packing::chunks(&used, &lengths, config.run.micro_batch_tokens) {
+    let parts = learner.share(&used, &lengths, config.run.micro_batch_tokens, |replica, micro| {
         let learnt = Learnt::new(micro.iter().map(|&index| &experience.examples[index]));
-        let hidden = (learnt.hidden(&learner.lm)? / config.temperature)?;
-        let (head, precision) = (learner.lm.head(), learner.lm.precision());
+        let hidden = (learnt.hidden(&replica.lm)? / config.temperature)?;
+        let (head, precision) = (replica.lm.head(), replica.lm.precision());
         let log_probs = linear_log_prob(&hidden, head, &learnt.targets, precision)?;
         let gather = |rows: &Option<Vec<Vec<f32>>>| -> Result<Option<Tensor>, LearnError> {
             let Some(rows) = rows else { return Ok(None) };
@@ -474,16 +475,15 @@ fn policy_gradients(
             config,
         )?;
         let rows = learnt.targets.len() as f64;
-        entropy += rows * mean_entropy(&hidden, head, precision)?;
-        kl += part.kl;
-        clipped += part.clipped;
-        tokens += rows;
-        outcome.loss += f64::from(part.loss.to_scalar::<f32>()?);
-        outcome.tokens += micro.iter().map(|&index| lengths[index]).sum::<usize>();
-        learner.lm.backward(&part.loss)?;
-    }
-    for (name, sum) in [("policy/entropy", entropy), ("policy/kl", kl), ("policy/clipped", clipped)] {
-        outcome.metrics.insert(name.to_owned(), sum / f64::max(tokens, 1.0));
+        let entropy = rows * mean_entropy(&hidden, head, precision)?;
+        replica.lm.backward(&part.loss)?;
+        Ok([f64::from(part.loss.to_scalar::<f32>()?), rows, entropy, part.kl, part.clipped])
+    })?;
+    let sum = |which: usize| parts.iter().map(|part| part[which]).sum::<f64>();
+    outcome.loss = sum(0);
+    outcome.tokens = used.iter().map(|&index| lengths[index]).sum();
+    for (which, name) in [(2, "policy/entropy"), (3, "policy/kl"), (4, "policy/clipped")] {
+        outcome.metrics.insert(name.to_owned(), sum(which) / sum(1).max(1.0));
     }
     Ok(outcome)
 }

@@ -285,7 +285,7 @@ pub fn on_policy(
     let mut parts = vec![format!("on-policy kd {config:?}"), teacher.id.clone()];
     parts.extend(prompts.iter().map(|prompt| tokens_hash(prompt)));
     let mut learner = Learner::new(model, &config.run, &[])?;
-    let rollouts = Rollouts::start(&learner.decoder(), largest)?;
+    let rollouts = Rollouts::start(&learner.decoders(), largest)?;
     let draw = Draw { group: 1, temperature: 1.0, top_p: 1.0, max_tokens: config.max_tokens };
     let mut gradients = |learner: &Learner, number: usize, step: &[usize]| {
         let asked: Vec<&[u32]> = step.iter().map(|&index| prompts[index].as_slice()).collect();
@@ -336,15 +336,13 @@ fn kd_gradients(
     let lengths: Vec<usize> = chosen.iter().map(|(example, _)| example.tokens.len()).collect();
     let order: Vec<usize> = (0..chosen.len()).collect();
     let targets: usize = chosen.iter().map(|(example, _)| example.targets()).sum();
-    let mut outcome = StepOutcome::default();
-    for micro in packing::chunks(&order, &lengths, config.run.micro_batch_tokens) {
+    let losses = learner.share(&order, &lengths, config.run.micro_batch_tokens, |replica, micro| {
         let part: Vec<(&Example, &TopK)> = micro.iter().map(|&index| chosen[index]).collect();
-        let loss = kd_loss(&learner.lm, &part, config, targets as f64)?;
-        outcome.loss += f64::from(loss.to_scalar::<f32>()?);
-        outcome.tokens += micro.iter().map(|&index| lengths[index]).sum::<usize>();
-        learner.lm.backward(&loss)?;
-    }
-    Ok(outcome)
+        let loss = kd_loss(&replica.lm, &part, config, targets as f64)?;
+        replica.lm.backward(&loss)?;
+        Ok(f64::from(loss.to_scalar::<f32>()?))
+    })?;
+    Ok(StepOutcome { loss: losses.iter().sum(), tokens: lengths.iter().sum(), ..StepOutcome::default() })
 }
 
 /// The loss of some examples, divided by `normaliser`.

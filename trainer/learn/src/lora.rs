@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use potstill_engine::checkpoint_files::write_tensors;
 use potstill_engine::config::ModelConfig;
 use potstill_engine::weights::{Adapter, Weights};
@@ -113,6 +113,8 @@ impl Lora {
         base: &Weights,
         extra: &[&str],
     ) -> Result<(Weights, BTreeMap<String, Var>), LearnError> {
+        let embedding = base.get("model.embed_tokens.weight")?;
+        let device = embedding.device();
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         let (mut variables, mut adapters) = (BTreeMap::new(), BTreeMap::new());
         for (module, inputs, outputs) in &self.modules {
@@ -120,8 +122,8 @@ impl Lora {
             let bound = 1.0 / (*inputs as f32).sqrt();
             let values: Vec<f32> =
                 (0..self.config.rank * inputs).map(|_| rng.random_range(-bound..bound)).collect();
-            let a = Var::from_tensor(&Tensor::from_vec(values, (self.config.rank, *inputs), &Device::Cpu)?)?;
-            let zero = Tensor::zeros((*outputs, self.config.rank), candle_core::DType::F32, &Device::Cpu)?;
+            let a = Var::from_tensor(&Tensor::from_vec(values, (self.config.rank, *inputs), device)?)?;
+            let zero = Tensor::zeros((*outputs, self.config.rank), candle_core::DType::F32, device)?;
             let b = Var::from_tensor(&zero)?;
             let adapter = Adapter { a: a.as_tensor().clone(), b: b.as_tensor().clone(), scale: self.scale() };
             adapters.insert(module.clone(), adapter);
@@ -153,12 +155,15 @@ impl Lora {
             let (name_a, name_b) = names(module);
             let product = find(&name_b)?.as_detached_tensor().matmul(&find(&name_a)?.as_detached_tensor())?;
             let name = format!("{module}.weight");
-            merged.insert(&name, (base.get(&name)? + (product * self.scale())?)?);
+            let weight = base.get(&name)?;
+            let added = (product * self.scale())?.to_device(weight.device())?;
+            merged.insert(&name, (weight + added)?);
             left.remove(&name_a);
             left.remove(&name_b);
         }
         for (name, variable) in left {
-            merged.insert(name, variable.as_detached_tensor().copy()?);
+            let here = base.get(name)?.device().clone();
+            merged.insert(name, variable.as_detached_tensor().copy()?.to_device(&here)?);
         }
         Ok(merged)
     }

@@ -216,8 +216,7 @@ pub fn train(
     }
     let mut learner = Learner::new(&start, &config.run, &[HEAD])?;
     let mut gradients = |learner: &Learner, _: usize, step: &[usize]| {
-        let mut outcome = StepOutcome::default();
-        for micro in packing::chunks(step, &lengths, config.run.micro_batch_tokens) {
+        let losses = learner.share(step, &lengths, config.run.micro_batch_tokens, |replica, micro| {
             let items: Vec<&Item> = micro.iter().map(|&index| &items[index]).collect();
             let rows: Vec<&[u32]> = items
                 .iter()
@@ -226,13 +225,13 @@ pub fn train(
                 .map(|index| traces[index].tokens.as_slice())
                 .collect();
             let scores: Vec<u8> = items.iter().map(|item| traces[item.high].score).collect();
-            let logits = logits(&learner.lm, &learner.tensor(HEAD)?, &rows)?;
+            let logits = logits(&replica.lm, &replica.tensor(HEAD)?, &rows)?;
             let part = (reward_loss(&logits, &scores, config.loss)? / step.len() as f64)?;
-            outcome.loss += f64::from(part.to_scalar::<f32>()?);
-            outcome.tokens += micro.iter().map(|&index| lengths[index]).sum::<usize>();
-            learner.lm.backward(&part)?;
-        }
-        Ok(outcome)
+            replica.lm.backward(&part)?;
+            Ok(f64::from(part.to_scalar::<f32>()?))
+        })?;
+        let tokens = step.iter().map(|&index| lengths[index]).sum();
+        Ok(StepOutcome { loss: losses.iter().sum(), tokens, ..StepOutcome::default() })
     };
     let hash = run_hash(&start, parts)?;
     let report = run(&mut learner, &plan, &config.run, hash, folder, &mut gradients, observe)?;

@@ -42,29 +42,31 @@ pub struct Draw {
     pub max_tokens: usize,
 }
 
-/// A running engine over a model that is being trained.
+/// Running engines over a model that is being trained, one on each of its devices.
 pub struct Rollouts {
-    engine: Engine,
+    engines: Vec<Engine>,
 }
 
 impl Rollouts {
-    /// Starts an engine over `model`, with room for `requests` at once.
-    pub fn start(model: &LoadedModel, requests: usize) -> Result<Self, LearnError> {
+    /// Starts an engine over each copy of the model, with room for `requests` at once.
+    pub fn start(models: &[LoadedModel], requests: usize) -> Result<Self, LearnError> {
         let config =
             SchedulerConfig { max_running: 256, max_waiting: requests, ..SchedulerConfig::default() };
-        Ok(Self { engine: Engine::start(model, config)? })
+        let engines = models.iter().map(|model| Engine::start(model, config.clone()));
+        Ok(Self { engines: engines.collect::<Result<_, _>>()? })
     }
 
-    /// `draw.group` completions of every prompt. Seeds follow from `seed` and the place, and all requests are handed in at
-    /// once, so the same weights write the same completions.
+    /// `draw.group` completions of every prompt; the prompts go to the engines in turn. Seeds follow from `seed` and the place, and
+    /// all requests are handed in at once, so the same weights write the same completions.
     pub fn sample(
         &self,
         prompts: &[&[u32]],
         draw: Draw,
         seed: &str,
     ) -> Result<Vec<Vec<Completion>>, LearnError> {
-        let mut requests = Vec::with_capacity(prompts.len() * draw.group);
+        let mut requests: Vec<Vec<Request>> = self.engines.iter().map(|_| Vec::new()).collect();
         for (number, prompt) in prompts.iter().enumerate() {
+            let requests = &mut requests[number % self.engines.len()];
             for sample in 0..draw.group {
                 let seed = ContentId::of(&[seed, &number.to_string(), &sample.to_string()]).seed();
                 requests.push(Request {
@@ -81,9 +83,15 @@ impl Rollouts {
                 });
             }
         }
-        self.engine.forget();
-        let mut all = Vec::with_capacity(requests.len());
-        for mut updates in self.engine.submit_all(requests)? {
+        let mut running = Vec::with_capacity(self.engines.len());
+        for (engine, requests) in self.engines.iter().zip(requests) {
+            engine.forget();
+            running.push(engine.submit_all(requests)?.into_iter());
+        }
+        let mut all = Vec::with_capacity(prompts.len() * draw.group);
+        let engines = running.len();
+        for place in 0..prompts.len() * draw.group {
+            let Some(mut updates) = running[place / draw.group % engines].next() else { break };
             let mut completion = Completion { tokens: Vec::new(), text: String::new(), truncated: false };
             loop {
                 match updates.blocking_recv() {

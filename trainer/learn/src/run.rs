@@ -7,6 +7,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use candle_core::Device;
+use potstill_engine::device;
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::ops::Precision;
 use potstill_shared::durable::{create_folder, write_file};
@@ -17,7 +19,7 @@ use serde_json::json;
 use crate::checkpoint::{self, Cursor, LogEntry};
 use crate::curriculum::Phase;
 use crate::error::LearnError;
-use crate::learner::Learner;
+use crate::learner::{Learner, Replica};
 use crate::lora::LoraConfig;
 use crate::packing;
 use crate::schedule::Cosine;
@@ -59,6 +61,15 @@ pub struct RunConfig {
     pub dtype: Precision,
     /// Train adapters instead of all weights.
     pub lora: Option<LoraConfig>,
+    /// `cpu`, `cuda` or `cuda:N`. Several have a copy each and share out the micro-batches of a step.
+    pub devices: Vec<String>,
+}
+
+impl RunConfig {
+    /// The devices by these names.
+    pub fn devices(&self) -> Result<Vec<Device>, LearnError> {
+        Ok(device::parse_all(&self.devices.join(","))?)
+    }
 }
 
 impl Default for RunConfig {
@@ -80,6 +91,7 @@ impl Default for RunConfig {
             recompute: false,
             dtype: Precision::F32,
             lora: None,
+            devices: vec!["cpu".to_owned()],
         }
     }
 }
@@ -195,8 +207,11 @@ pub fn run(
     observe: Observe<'_>,
 ) -> Result<RunReport, LearnError> {
     create_folder(folder)?;
-    let mut cursor = checkpoint::resume(folder, &run_hash, &learner.variables, &mut learner.optimiser)?
-        .unwrap_or_else(|| Cursor { run_hash, ..Cursor::default() });
+    let mut found = None;
+    for replica in learner.replicas_mut() {
+        found = checkpoint::resume(folder, &run_hash, &replica.variables, &mut replica.optimiser)?;
+    }
+    let mut cursor = found.unwrap_or_else(|| Cursor { run_hash, ..Cursor::default() });
     let resumed_from = cursor.global_step;
     let mut tokens = 0;
     while let Some(phase) = plan.get(cursor.phase) {
@@ -251,7 +266,7 @@ pub fn run(
         }
         cursor.phase += 1;
         cursor.step = 0;
-        learner.optimiser.reset()?;
+        learner.replicas_mut().iter_mut().try_for_each(|replica| replica.optimiser.reset())?;
     }
     save(folder, &mut cursor, learner, config)?;
     write_logs(folder, &cursor)?;
@@ -272,8 +287,10 @@ pub fn run(
 }
 
 fn save(folder: &Path, cursor: &mut Cursor, learner: &Learner, config: &RunConfig) -> Result<(), LearnError> {
-    cursor.optimiser_step = learner.optimiser.steps();
-    checkpoint::save(folder, cursor, &learner.variables, &learner.optimiser, config.keep_checkpoints)
+    // All replicas are the same.
+    let Replica { variables, optimiser, .. } = learner.first();
+    cursor.optimiser_step = optimiser.steps();
+    checkpoint::save(folder, cursor, variables, optimiser, config.keep_checkpoints)
 }
 
 fn now() -> f64 {

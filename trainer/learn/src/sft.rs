@@ -15,7 +15,6 @@ use crate::curriculum::Phase;
 use crate::error::LearnError;
 use crate::examples::Example;
 use crate::learner::Learner;
-use crate::packing;
 use crate::run::{Observe, RunConfig, RunReport, StepOutcome, plan, run, run_hash, tokens_hash};
 
 /// Trains a copy of `model`. Checkpoints, `trainer_state.json` and TensorBoard events go to `folder`.
@@ -45,14 +44,14 @@ pub fn sft(
     let mut learner = Learner::new(model, config, &[])?;
     let mut gradients = |learner: &Learner, _: usize, step: &[usize]| {
         let targets: usize = step.iter().map(|&index| examples[index].targets()).sum();
-        let mut outcome = StepOutcome::default();
-        for micro in packing::chunks(step, &lengths, config.micro_batch_tokens) {
-            let part = sft_loss(&learner.lm, micro.iter().map(|&index| &examples[index]), targets as f64)?;
-            outcome.loss += f64::from(part.to_scalar::<f32>()?);
-            outcome.tokens += micro.iter().map(|&index| lengths[index]).sum::<usize>();
-            learner.lm.backward(&part)?;
-        }
-        Ok(outcome)
+        let losses = learner.share(step, &lengths, config.micro_batch_tokens, |replica, micro| {
+            let rows = micro.iter().map(|&index| &examples[index]);
+            let part = sft_loss(&replica.lm, rows, targets as f64)?;
+            replica.lm.backward(&part)?;
+            Ok(f64::from(part.to_scalar::<f32>()?))
+        })?;
+        let tokens = step.iter().map(|&index| lengths[index]).sum();
+        Ok(StepOutcome { loss: losses.iter().sum(), tokens, ..StepOutcome::default() })
     };
     let hash = run_hash(model, parts)?;
     let report = run(&mut learner, &plan, config, hash, folder, &mut gradients, observe)?;

@@ -24,6 +24,7 @@ use potstill_learn::learner::Learner;
 use potstill_learn::lora::{FrozenBits, LoraConfig};
 use potstill_learn::reward_model::{RewardConfig, RewardLoss, RewardModel, Scored, reward_loss, train};
 use potstill_learn::run::{Observe, Progress, RunConfig, RunReport};
+use potstill_learn::sft::sft_loss;
 use potstill_verify::verifier::Gold;
 
 struct Fixture {
@@ -451,7 +452,7 @@ fn adapters_learn_alone_and_merge() {
             let lm = CausalLm::new(&model.config, &model.weights).unwrap();
             lm.logits(&lm.hidden(&Batch::new([(&pairs[0].chosen.tokens[..], 0)])).unwrap()).unwrap()
         };
-        let (apart, together) = (logits(&learner.decoder()), logits(&merged));
+        let (apart, together) = (logits(&learner.decoders()[0]), logits(&merged));
         let gap = (&apart - &together).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         let moved = (&logits(&model) - &together)
             .unwrap()
@@ -475,4 +476,78 @@ fn adapters_learn_alone_and_merge() {
     let lora = LoraConfig { targets: vec!["query".to_owned()], ..LoraConfig::default() };
     let refused = Learner::new(&model, &RunConfig { lora: Some(lora), ..settings() }, &[]).err().unwrap();
     assert!(refused.to_string().contains("no module `query`"), "{refused}");
+}
+
+/// Three copies that share out every step learn what one does, and go on after a stop to the same bits.
+#[test]
+fn several_devices_learn_what_one_does() {
+    let run = |devices: usize| RunConfig { devices: vec!["cpu".to_owned(); devices], ..settings() };
+    let (model, pairs) = some_pairs();
+    let lora = LoraConfig { rank: 4, ..LoraConfig::default() };
+    for lora in [None, Some(lora)] {
+        let trained = |devices: usize, folder: &std::path::Path, observe: Observe<'_>| {
+            let run = RunConfig { lora: lora.clone(), ..run(devices) };
+            dpo(
+                &model,
+                &pairs,
+                &DpoConfig { learning_rate: 1e-4, run, ..DpoConfig::default() },
+                folder,
+                observe,
+            )
+        };
+        let entries = |devices: usize| {
+            let (folder, mut entries) = (tempfile::tempdir().unwrap(), Vec::new());
+            let mut keep = |progress: &Progress<'_>| {
+                entries.push((progress.entry.loss, progress.entry.grad_norm, progress.tokens));
+                true
+            };
+            trained(devices, folder.path(), &mut keep).unwrap();
+            entries
+        };
+        let (alone, together) = (entries(1), entries(3));
+        assert_eq!(alone.len(), together.len());
+        for (one, three) in alone.iter().zip(&together) {
+            let near = |a: f64, b: f64| (a - b).abs() < 1e-3 * a.abs();
+            assert!(near(one.0, three.0) && near(one.1, three.1) && one.2 == three.2, "{one:?} {three:?}");
+        }
+        resumes(&|folder, observe| {
+            let (learner, report) = trained(3, folder, observe)?;
+            Ok((learner.finish()?, report))
+        });
+    }
+    let (model, prompts, config) = practice();
+    let config = GrpoConfig { updates: 2, run: RunConfig { checkpoint_every: 3, ..run(3) }, ..config };
+    resumes(&|folder, observe| {
+        let (learner, report) = grpo(&model, &prompts, &Rewards::default(), &config, folder, observe)?;
+        Ok((learner.finish()?, report))
+    });
+    let refused = Learner::new(&model, &RunConfig { devices: vec!["gpu".to_owned()], ..settings() }, &[]);
+    assert!(refused.err().unwrap().to_string().contains("`cpu`, `cuda` or `cuda:N`"));
+}
+
+/// A step of one example leaves two of three devices without work; the copies stay the same all the same.
+#[test]
+fn a_device_without_work_takes_the_step_too() {
+    let (model, examples) = model();
+    let config = RunConfig { devices: vec!["cpu".to_owned(); 3], ..settings() };
+    let mut learner = Learner::new(&model, &config, &[]).unwrap();
+    let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
+    for step in [&[0usize][..], &[1, 2, 3, 4], &[5, 6]] {
+        let losses = learner
+            .share(step, &lengths, 1 << 20, |replica, micro| {
+                let rows = micro.iter().map(|&index| &examples[index]);
+                let loss = sft_loss(&replica.lm, rows, 10.0)?;
+                replica.lm.backward(&loss)?;
+                Ok((micro.to_vec(), replica.rank))
+            })
+            .unwrap();
+        let shared: Vec<usize> = losses.iter().flat_map(|(micro, _)| micro.clone()).collect();
+        assert_eq!(shared, step, "in order, each once");
+        assert!(losses.iter().enumerate().all(|(at, (_, rank))| *rank == at % 3));
+        assert!(learner.update(1e-3).unwrap() > 0.0);
+    }
+    let copies: Vec<_> = learner.decoders().iter().map(bits).collect();
+    assert_eq!(copies[0], copies[1]);
+    assert_eq!(copies[0], copies[2]);
+    assert_ne!(copies[0], bits(&model));
 }

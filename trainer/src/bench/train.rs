@@ -6,7 +6,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Context;
 use potstill_engine::config::{Family, ModelConfig};
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::ops::Precision;
@@ -47,6 +46,9 @@ pub struct TrainArguments {
     /// Threads.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
+    /// `cpu`, `cuda` or `cuda:N`; several with commas between them share out the sequences.
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
     /// Steps that are measured, after one that is not; the fastest counts.
     #[arg(long, default_value_t = 3)]
     pub rounds: usize,
@@ -140,8 +142,10 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
         arguments.batch > 0 && arguments.seq > 1 && arguments.threads > 0 && arguments.rounds > 0,
         "--batch, --threads and --rounds must be at least 1, --seq at least 2"
     );
-    let dtype = Precision::from(arguments.dtype).here();
-    if Precision::from(arguments.dtype) != dtype {
+    let asked = Precision::from(arguments.dtype);
+    let on_cpu = arguments.device.contains("cpu");
+    let dtype = if on_cpu { asked.here() } else { asked };
+    if asked != dtype {
         tracing::warn!("this processor has no instructions for products of bf16; measuring f32");
     }
     device::set_threads(arguments.threads);
@@ -168,6 +172,7 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
         recompute: arguments.recompute,
         dtype,
         lora: arguments.lora.then(LoraConfig::default),
+        devices: arguments.device.split(',').map(str::to_owned).collect(),
         ..RunConfig::default()
     };
     let parameters = model.config.parameters() as u64;
@@ -178,15 +183,19 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
     let trainable = learner.variables().values().map(|variable| variable.elem_count() as u64).sum();
     let tokens = arguments.batch * arguments.seq;
     let targets = (arguments.batch * (arguments.seq - 1)) as f64;
+    let (order, lengths) = ((0..arguments.batch).collect::<Vec<_>>(), vec![arguments.seq; arguments.batch]);
     let mut losses = Vec::new();
     let mut best = (f64::INFINITY, f64::INFINITY);
     for round in 0..=arguments.rounds {
         let (begin, cpu) = (Instant::now(), cpu_seconds());
         let loss = device::in_pool(|| -> anyhow::Result<f32> {
-            let loss = sft_loss(&learner.lm, &examples, targets)?;
-            learner.lm.backward(&loss)?;
+            let losses = learner.share(&order, &lengths, tokens, |replica, micro| {
+                let loss = sft_loss(&replica.lm, micro.iter().map(|&row| &examples[row]), targets)?;
+                replica.lm.backward(&loss)?;
+                Ok(loss.to_scalar::<f32>()?)
+            })?;
             learner.update(1e-4)?;
-            loss.to_scalar::<f32>().context("the loss is no scalar")
+            Ok(losses.iter().sum())
         })?;
         losses.push(loss);
         if round > 0 {

@@ -74,15 +74,26 @@ pub fn attention(
         let op = Attention { heads, segments: Arc::clone(segments), precision };
         q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
     } else {
-        let parts: Result<Vec<_>> = segments
-            .iter()
-            .map(|s| {
-                let rows = |t: &Tensor| t.narrow(0, s.start, s.len);
-                plain(&rows(q)?, &rows(k)?, &rows(v)?, heads, 0)
-            })
-            .collect();
-        Tensor::cat(&parts?, 0)
+        stock([q, k, v], heads, segments)
     }
+}
+
+/// On other devices and types, without a fused form of our own: every segment's rows over its `past + len` keys, which lie one
+/// segment after the other in `k` and `v`.
+pub(crate) fn stock([q, k, v]: [&Tensor; 3], heads: Heads, segments: &[Segment]) -> Result<Tensor> {
+    #[cfg(feature = "flash-attn")]
+    if let Some(out) = super::flash::flash([q, k, v], heads, segments)? {
+        return Ok(out);
+    }
+    let mut parts = Vec::with_capacity(segments.len());
+    let mut first = 0;
+    for s in segments {
+        let keys = s.past + s.len;
+        let (k, v) = (k.narrow(0, first, keys)?, v.narrow(0, first, keys)?);
+        parts.push(plain(&q.narrow(0, s.start, s.len)?, &k, &v, heads, s.past)?);
+        first += keys;
+    }
+    Tensor::cat(&parts, 0)
 }
 
 /// The plain twin for one sequence: `q` holds the rows after the first `past` keys.

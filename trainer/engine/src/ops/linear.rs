@@ -5,14 +5,26 @@
 use std::sync::Arc;
 
 use candle_core::quantized::QTensor;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
 
 use super::product::{Matrix, Product};
 use super::{Precision, fused, learns, values, with_values};
 
 /// `x`: `[rows, in]`, `weight`: `[out, in]`; the result is `[rows, out]`.
 pub fn linear(x: &Tensor, weight: &Tensor, precision: Precision) -> Result<Tensor> {
-    if fused(x) { x.contiguous()?.apply_op2(weight, Linear { precision }) } else { x.matmul(&weight.t()?) }
+    if fused(x) {
+        x.contiguous()?.apply_op2(weight, Linear { precision })
+    } else {
+        stock(x, &weight.t()?, precision)
+    }
+}
+
+/// A product where there is no fused form: on other devices than the CPU in f32 with both sides rounded as `precision` says.
+pub(super) fn stock(x: &Tensor, y: &Tensor, precision: Precision) -> Result<Tensor> {
+    if precision == Precision::Bf16 && x.dtype() == DType::F32 && !x.device().is_cpu() {
+        return x.to_dtype(DType::BF16)?.matmul(&y.to_dtype(DType::BF16)?)?.to_dtype(DType::F32);
+    }
+    x.matmul(y)
 }
 
 /// A weight that never learns.
@@ -45,7 +57,8 @@ pub fn linear_adapted(
     if fused(x) {
         x.contiguous()?.apply_op3(a, b, Adapted { weight: weight.clone(), scale: scale as f32, precision })
     } else {
-        plain_adapted(x, weight, a, b, scale)
+        let own = stock(x, &weight.dense()?.to_device(x.device())?.t()?, precision)?;
+        own + (stock(&stock(x, &a.t()?, precision)?, &b.t()?, precision)? * scale)?
     }
 }
 

@@ -4,15 +4,17 @@
 //! them. Memory is one chunk of logits plus one gradient of `W`. Cross-entropy is the usual loss; distillation brings
 //! others.
 
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::exp::exp;
+use super::log_prob::linear_log_prob;
 use super::product::{Matrix, Product};
 use super::{Precision, fused, learns, logit_rows, max, sum, with_values};
 
 /// `hidden`: `[rows, d]`, `weight`: `[vocabulary, d]`. `row_loss` gets the index of a row and its logits, leaves the
-/// gradient of its loss in their place and returns the loss. Returns the scalar sum of the losses. f32 on the CPU only.
+/// gradient of its loss in their place and returns the loss. Returns the scalar sum of the losses, on the CPU: what lies elsewhere
+/// or in another type is brought there as f32.
 pub fn linear_loss(
     hidden: &Tensor,
     weight: &Tensor,
@@ -22,7 +24,9 @@ pub fn linear_loss(
     if hidden.dim(0)? == 0 {
         candle_core::bail!("a loss over no rows");
     }
-    hidden.apply_op2(weight, through_logits(hidden, weight, precision, row_loss)?)
+    let here = |x: &Tensor| x.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous();
+    let (hidden, weight) = (here(hidden)?, here(weight)?);
+    hidden.apply_op2(&weight, through_logits(&hidden, &weight, precision, row_loss)?)
 }
 
 /// The loss and its gradients, a chunk of logits at a time; `row_loss` as for [`linear_loss`].
@@ -78,7 +82,8 @@ pub fn linear_cross_entropy(
 ) -> Result<Tensor> {
     check_targets(hidden, weight, targets)?;
     if !fused(hidden) {
-        return plain(hidden, weight, targets, normaliser);
+        let log_probs = linear_log_prob(hidden, weight, targets, precision)?;
+        return log_probs.sum_all()?.affine(-1.0 / normaliser, 0.0);
     }
     let scale = (1.0 / normaliser) as f32;
     linear_loss(hidden, weight, precision, &|row, logits| {

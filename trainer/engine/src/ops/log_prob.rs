@@ -1,13 +1,14 @@
 //! Log-probabilities of given tokens, `log softmax(hidden Wᵀ)[target]`, with backward and without ever holding all
 //! logits: the backward pass computes each chunk of logits again. Preference and policy losses are built on it.
 
-use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::exp::exp;
+use super::linear::stock;
 use super::linear_loss::{check_targets, through_logits};
 use super::product::{Matrix, Product};
-use super::{Precision, fused, logit_rows, max, sum_exp, with_values};
+use super::{Precision, fused, known, learns, logit_rows, max, sum_exp, with_values};
 
 /// `hidden`: `[rows, d]`, `weight`: `[vocabulary, d]`, one target per row; returns `[rows]`.
 pub fn linear_log_prob(
@@ -18,7 +19,7 @@ pub fn linear_log_prob(
 ) -> Result<Tensor> {
     check_targets(hidden, weight, targets)?;
     if !fused(hidden) {
-        return plain(hidden, weight, targets);
+        return hidden.apply_op2(weight, Stock::new(hidden, weight, targets, precision)?);
     }
     let rows: Vec<(f32, f32)> = each_row(hidden, weight, precision, |row, logits| {
         let max = max(logits);
@@ -41,8 +42,17 @@ pub fn plain(hidden: &Tensor, weight: &Tensor, targets: &[u32]) -> Result<Tensor
 
 /// Mean entropy of the next-token distributions of `hidden`, in nats; no gradient.
 pub fn mean_entropy(hidden: &Tensor, weight: &Tensor, precision: Precision) -> Result<f64> {
-    let on_cpu = |t: &Tensor| t.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu);
-    let each = each_row(&on_cpu(hidden)?, &on_cpu(weight)?, precision, |_, logits| {
+    if !fused(hidden) {
+        let mut sum = 0.0;
+        logits_by_chunk(hidden, weight, precision, |_, logits| {
+            let log_probs = logits.broadcast_sub(&log_sum_exp(&logits)?)?;
+            let part = (log_probs.exp()? * log_probs)?.sum_all()?.to_dtype(DType::F64)?;
+            sum -= part.to_scalar::<f64>()?;
+            Ok(())
+        })?;
+        return Ok(sum / hidden.dim(0)?.max(1) as f64);
+    }
+    let each = each_row(hidden, weight, precision, |_, logits| {
         let max = max(logits);
         let (mut mass, mut weighted) = (0f32, 0f32);
         for value in logits {
@@ -111,5 +121,102 @@ impl CustomOp2 for LogProb {
             0.0
         })?;
         Ok((Some(all.dh), all.dw))
+    }
+}
+
+/// Where there is no fused form: the same by stock operations, a chunk of logits at a time.
+struct Stock {
+    /// `[rows]`.
+    log_probs: Tensor,
+    /// `[rows, 1]`.
+    targets: Tensor,
+    precision: Precision,
+}
+
+/// Hands over logits of some rows at a time: of more on devices, which have the memory, and idle over little.
+fn logits_by_chunk(
+    hidden: &Tensor,
+    weight: &Tensor,
+    precision: Precision,
+    mut each: impl FnMut(usize, Tensor) -> Result<()>,
+) -> Result<()> {
+    let (hidden, weight) = (hidden.detach(), weight.detach().t()?);
+    let at_once = if hidden.device().is_cpu() { 1 } else { 8 };
+    let (rows, chunk) = (hidden.dim(0)?, at_once * logit_rows(weight.dim(1)?));
+    for first in (0..rows).step_by(chunk) {
+        let logits = stock(&hidden.narrow(0, first, chunk.min(rows - first))?, &weight, precision)?;
+        let wide = if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        each(first, logits.to_dtype(wide)?)?;
+    }
+    Ok(())
+}
+
+/// `[rows, 1]` of `[rows, vocabulary]`.
+fn log_sum_exp(logits: &Tensor) -> Result<Tensor> {
+    let max = logits.max_keepdim(1)?;
+    logits.broadcast_sub(&max)?.exp()?.sum_keepdim(1)?.log()? + max
+}
+
+impl Stock {
+    fn new(hidden: &Tensor, weight: &Tensor, targets: &[u32], precision: Precision) -> Result<Self> {
+        let targets = Tensor::from_slice(targets, (targets.len(), 1), hidden.device())?;
+        let mut parts = Vec::new();
+        logits_by_chunk(hidden, weight, precision, |first, logits| {
+            let of_targets = logits.gather(&targets.narrow(0, first, logits.dim(0)?)?, 1)?;
+            parts.push((of_targets - log_sum_exp(&logits)?)?.squeeze(1)?);
+            Ok(())
+        })?;
+        Ok(Self { log_probs: Tensor::cat(&parts, 0)?, targets, precision })
+    }
+}
+
+impl CustomOp2 for Stock {
+    fn name(&self) -> &'static str {
+        "linear-log-prob-stock"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        known(&self.log_probs)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        super::known_on_cuda(&self.log_probs)
+    }
+
+    /// As [`LogProb`] has it.
+    fn bwd(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.unsqueeze(1)?;
+        let (mut dh, mut dw) = (Vec::new(), None::<Tensor>);
+        logits_by_chunk(hidden, weight, self.precision, |first, logits| {
+            let rows = logits.dim(0)?;
+            let (grad, targets) = (grad.narrow(0, first, rows)?, self.targets.narrow(0, first, rows)?);
+            let probs = logits.broadcast_sub(&log_sum_exp(&logits)?)?.exp()?;
+            let dlogits = probs.broadcast_mul(&grad.neg()?)?.scatter_add(&targets, &grad.contiguous()?, 1)?;
+            let dlogits = dlogits.to_dtype(hidden.dtype())?;
+            dh.push(stock(&dlogits, &weight.detach(), self.precision)?);
+            if learns(weight) {
+                let hidden = hidden.detach().narrow(0, first, rows)?;
+                let part = stock(&dlogits.t()?.contiguous()?, &hidden, self.precision)?;
+                dw = Some(match dw.take() {
+                    Some(sum) => (sum + part)?,
+                    None => part,
+                });
+            }
+            Ok(())
+        })?;
+        Ok((Some(Tensor::cat(&dh, 0)?), dw))
     }
 }

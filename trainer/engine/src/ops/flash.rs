@@ -1,0 +1,36 @@
+//! Attention by FlashAttention-2 (Dao 2023) through candle's kernels: on CUDA, in 16 bits, without a backward pass. The program is
+//! built with `flash-attn` for it.
+
+use candle_core::{DType, Result, Tensor};
+use candle_flash_attn::flash_attn_varlen;
+
+use super::attention::{Heads, Segment};
+use super::learns;
+
+/// Largest head that the kernels know.
+const LARGEST_HEAD: usize = 512;
+
+/// Attention of every segment's rows over its own keys, `past + len` of them, which lie one segment after the other in `k` and `v`.
+/// None where the kernels do not apply.
+pub(super) fn flash([q, k, v]: [&Tensor; 3], heads: Heads, segments: &[Segment]) -> Result<Option<Tensor>> {
+    let known = matches!(q.dtype(), DType::BF16 | DType::F16) && heads.dim.is_multiple_of(8);
+    if !q.device().is_cuda() || !known || heads.dim > LARGEST_HEAD || learns(q) {
+        return Ok(None);
+    }
+    let split = |x: &Tensor, count: usize| x.contiguous()?.reshape((x.dim(0)?, count, heads.dim));
+    let ends = |length: fn(&Segment) -> usize| {
+        let mut end = 0;
+        let after = segments.iter().map(|segment| {
+            end += length(segment) as u32;
+            end
+        });
+        let ends: Vec<u32> = std::iter::once(0).chain(after).collect();
+        let longest = segments.iter().map(length).max().unwrap_or(0);
+        Tensor::new(ends, q.device()).map(|ends| (ends, longest))
+    };
+    let (rows, most_rows) = ends(|segment| segment.len)?;
+    let (keys, most_keys) = ends(|segment| segment.past + segment.len)?;
+    let (q, k, v) = (split(q, heads.query)?, split(k, heads.kv)?, split(v, heads.kv)?);
+    let out = flash_attn_varlen(&q, &k, &v, &rows, &keys, most_rows, most_keys, heads.scale(), true)?;
+    out.reshape((out.dim(0)?, heads.query_width())).map(Some)
+}
