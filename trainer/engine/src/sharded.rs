@@ -2,8 +2,6 @@
 //! outputs of a block are summed over the devices (tensor parallelism; Shoeybi et al. 2019, "Megatron-LM", section 3). What lies
 //! between the sums is computed on all devices at once; embedding and norms are held by each, the output layer by the first.
 
-use std::path::Path;
-
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
@@ -120,10 +118,11 @@ impl ModelConfig {
             ("intermediate_size", &mut share.intermediate_size),
         ] {
             if !size.is_multiple_of(devices) {
-                let problem = format!(
-                    "`{name}` = {size} cannot be shared out over {devices} devices: use as many as divide it"
-                );
-                return Err(EngineError::malformed(Path::new("config.json"), problem));
+                return Err(EngineError::Parameter {
+                    name: "device",
+                    expected: "as many devices as divide the model's heads and inner columns",
+                    found: format!("{devices} devices for `{name}` = {size}"),
+                });
             }
             *size /= devices;
         }
@@ -133,6 +132,8 @@ impl ModelConfig {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::config::Family;
     use crate::init;

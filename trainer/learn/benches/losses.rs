@@ -67,12 +67,27 @@ fn main() {
             (0..shapes).map(|at| (at.to_string(), random(1536, width))).collect();
         let gradients: BTreeMap<String, Tensor> =
             (0..shapes).map(|at| (at.to_string(), random(1536, width).as_detached_tensor())).collect();
-        let config =
-            AdamWConfig { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, max_grad_norm: 1.0 };
+        let config = AdamWConfig {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            max_grad_norm: 1.0,
+            eight_bits: false,
+        };
         let mut ours = AdamW::new(variables.clone(), config).unwrap();
         let mut stock = Stock::new(&variables);
         compare(
             "AdamW with clipping over 14 million weights",
+            || {
+                let norm = ours.gradient_norm(&gradients).unwrap();
+                ours.step(&gradients, norm, 1e-5).unwrap();
+            },
+            || stock.step(&gradients, config, 1e-5),
+        );
+        let mut ours = AdamW::new(variables.clone(), AdamWConfig { eight_bits: true, ..config }).unwrap();
+        compare(
+            "the same with moments of eight bits",
             || {
                 let norm = ours.gradient_norm(&gradients).unwrap();
                 ours.step(&gradients, norm, 1e-5).unwrap();

@@ -1,14 +1,17 @@
 //! AdamW (Loshchilov and Hutter 2019) with f32 moments, updated in place:
 //! `m = β1 m + (1-β1) g`, `v = β2 v + (1-β2) g²`, `θ -= lr (m̂ / (√v̂ + ε) + decay θ)`.
 //!
-//! Decay applies to matrices only, not to norms and biases. Gradients are clipped by their global norm on the way in.
+//! Decay applies to matrices only, not to norms and biases. Gradients are clipped by their global norm on the way in. On the CPU
+//! the moments may be kept in eight bits ([`crate::eight_bits`]).
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
 use potstill_engine::ops::{fused, with_values};
 use rayon::prelude::*;
 
+use crate::eight_bits::EightBits;
 use crate::error::LearnError;
 
 const CHUNK: usize = 1 << 14;
@@ -26,13 +29,66 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
     /// Largest global norm of the gradients.
     pub max_grad_norm: f64,
+    /// Keep the moments in eight bits.
+    pub eight_bits: bool,
 }
 
 struct Slot {
     variable: Var,
-    m: Tensor,
-    v: Tensor,
+    moments: Moments,
     decays: bool,
+}
+
+enum Moments {
+    F32 { m: Tensor, v: Tensor },
+    EightBits(EightBits),
+}
+
+impl Moments {
+    fn zeros(variable: &Var, eight_bits: bool) -> Result<Self, LearnError> {
+        if !eight_bits {
+            return Ok(Self::F32 { m: variable.zeros_like()?, v: variable.zeros_like()? });
+        }
+        if !fused(variable.as_tensor()) {
+            let problem = "moments of eight bits are computed on the CPU only: leave `eight_bit_moments` out";
+            return Err(LearnError::Data(problem.to_owned()));
+        }
+        Ok(Self::EightBits(EightBits::zeros(variable.elem_count())))
+    }
+}
+
+/// One step's constants.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rates {
+    beta1: f32,
+    beta2: f32,
+    clip: f32,
+    rate: f32,
+    inverse_correction2: f32,
+    eps: f32,
+    keep: f32,
+}
+
+impl Rates {
+    /// `m = β1 m + (1-β1) clip·g`.
+    #[inline(always)]
+    pub(crate) fn first(&self, m: f32, gradient: f32) -> f32 {
+        self.beta1 * m + (1.0 - self.beta1) * (gradient * self.clip)
+    }
+
+    /// The same of the square.
+    #[inline(always)]
+    pub(crate) fn second(&self, v: f32, gradient: f32) -> f32 {
+        let gradient = gradient * self.clip;
+        self.beta2 * v + (1.0 - self.beta2) * (gradient * gradient)
+    }
+
+    /// The weight after the step.
+    #[inline(always)]
+    pub(crate) fn moved(&self, theta: f32, m: f32, v: f32) -> f32 {
+        let root = (v * self.inverse_correction2).sqrt() + self.eps;
+        self.keep * theta - self.rate * m / root
+    }
 }
 
 /// The optimiser and its moments.
@@ -48,9 +104,9 @@ impl AdamW {
         let slots = variables
             .into_iter()
             .map(|(name, variable)| {
-                let (m, v) = (variable.zeros_like()?, variable.zeros_like()?);
+                let moments = Moments::zeros(&variable, config.eight_bits)?;
                 let decays = variable.rank() > 1;
-                Ok((name, Slot { variable, m, v, decays }))
+                Ok((name, Slot { variable, moments, decays }))
             })
             .collect::<Result<_, LearnError>>()?;
         Ok(Self { config, slots, step: 0 })
@@ -59,7 +115,7 @@ impl AdamW {
     /// Forgets the moments, as a new curriculum phase asks for.
     pub fn reset(&mut self) -> Result<(), LearnError> {
         for slot in self.slots.values_mut() {
-            (slot.m, slot.v) = (slot.variable.zeros_like()?, slot.variable.zeros_like()?);
+            slot.moments = Moments::zeros(&slot.variable, self.config.eight_bits)?;
         }
         self.step = 0;
         Ok(())
@@ -100,38 +156,52 @@ impl AdamW {
         for (name, slot) in &mut self.slots {
             let gradient = gradients.get(name).ok_or_else(|| LearnError::NoGradient(name.clone()))?;
             let decay = if slot.decays { lr * self.config.weight_decay } else { 0.0 };
-            if fused(gradient) {
-                let gradient = gradient.contiguous()?;
-                let moment = |beta: f64, squared| Moment { beta: beta as f32, clip: clip as f32, squared };
-                slot.m.inplace_op2(&gradient, &moment(beta1, false))?;
-                slot.v.inplace_op2(&gradient, &moment(beta2, true))?;
-                let update = Update {
-                    rate: (lr / correction1) as f32,
-                    inverse_correction2: (1.0 / correction2) as f32,
-                    eps: self.config.eps as f32,
-                    keep: (1.0 - decay) as f32,
-                };
-                slot.variable.as_tensor().inplace_op3(&slot.m, &slot.v, &update)?;
-            } else {
-                let gradient = (gradient * clip)?;
-                slot.m = ((&slot.m * beta1)? + (&gradient * (1.0 - beta1))?)?;
-                slot.v = ((&slot.v * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
-                let root = ((&slot.v / correction2)?.sqrt()? + self.config.eps)?;
-                let update = ((&slot.m / root)? * (lr / correction1))?;
-                slot.variable.set(&((slot.variable.as_tensor() * (1.0 - decay))? - update)?)?;
+            let rates = Rates {
+                beta1: beta1 as f32,
+                beta2: beta2 as f32,
+                clip: clip as f32,
+                rate: (lr / correction1) as f32,
+                inverse_correction2: (1.0 / correction2) as f32,
+                eps: self.config.eps as f32,
+                keep: (1.0 - decay) as f32,
+            };
+            match &mut slot.moments {
+                Moments::F32 { m, v } if fused(gradient) => {
+                    let gradient = gradient.contiguous()?;
+                    m.inplace_op2(&gradient, &Moment { rates, squared: false })?;
+                    v.inplace_op2(&gradient, &Moment { rates, squared: true })?;
+                    slot.variable.as_tensor().inplace_op3(m, v, &Update(rates))?;
+                }
+                Moments::F32 { m, v } => {
+                    let gradient = (gradient * clip)?;
+                    *m = ((&*m * beta1)? + (&gradient * (1.0 - beta1))?)?;
+                    *v = ((&*v * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+                    let root = ((&*v / correction2)?.sqrt()? + self.config.eps)?;
+                    let update = ((&*m / root)? * (lr / correction1))?;
+                    slot.variable.set(&((slot.variable.as_tensor() * (1.0 - decay))? - update)?)?;
+                }
+                Moments::EightBits(moments) => {
+                    let step = Step { moments: RefCell::new(moments), rates };
+                    slot.variable.as_tensor().inplace_op2(&gradient.contiguous()?, &step)?;
+                }
             }
         }
         Ok(())
     }
 
-    /// Moments as tensors `m.NAME` and `v.NAME`.
-    pub fn state(&self) -> HashMap<String, Tensor> {
+    /// Moments as tensors `m.NAME` and `v.NAME`; in eight bits with `m_scale.NAME` and `v_scale.NAME`.
+    pub fn state(&self) -> Result<HashMap<String, Tensor>, LearnError> {
         let mut state = HashMap::new();
         for (name, slot) in &self.slots {
-            state.insert(format!("m.{name}"), slot.m.clone());
-            state.insert(format!("v.{name}"), slot.v.clone());
+            match &slot.moments {
+                Moments::F32 { m, v } => {
+                    state.insert(format!("m.{name}"), m.clone());
+                    state.insert(format!("v.{name}"), v.clone());
+                }
+                Moments::EightBits(moments) => moments.state(name, &mut state)?,
+            }
         }
-        state
+        Ok(state)
     }
 
     /// Steps since the moments were fresh.
@@ -142,7 +212,14 @@ impl AdamW {
     /// Puts back what [`AdamW::state`] gave.
     pub fn restore(&mut self, mut state: HashMap<String, Tensor>, step: usize) -> Result<(), LearnError> {
         for (name, slot) in &mut self.slots {
-            for (prefix, moment) in [("m", &mut slot.m), ("v", &mut slot.v)] {
+            let (m, v) = match &mut slot.moments {
+                Moments::F32 { m, v } => (m, v),
+                Moments::EightBits(moments) => {
+                    moments.restore(name, &state)?;
+                    continue;
+                }
+            };
+            for (prefix, moment) in [("m", m), ("v", v)] {
                 let key = format!("{prefix}.{name}");
                 let tensor =
                     state.remove(&key).filter(|tensor| tensor.dims() == moment.dims()).ok_or_else(|| {
@@ -156,10 +233,9 @@ impl AdamW {
     }
 }
 
-/// `m = β m + (1-β) clip·g`, or the same with the square.
+/// The first moment, or the second.
 struct Moment {
-    beta: f32,
-    clip: f32,
+    rates: Rates,
     squared: bool,
 }
 
@@ -183,23 +259,44 @@ impl InplaceOp2 for Moment {
         _: &Layout,
     ) -> candle_core::Result<()> {
         let (moment, gradient) = both(s1, s2)?;
-        let (beta, fresh) = (self.beta, 1.0 - self.beta);
+        let rates = self.rates;
         moment.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK)).for_each(|(moment, gradient)| {
-            for (m, g) in moment.iter_mut().zip(gradient) {
-                let g = g * self.clip;
-                *m = beta * *m + fresh * if self.squared { g * g } else { g };
+            let each = moment.iter_mut().zip(gradient);
+            if self.squared {
+                each.for_each(|(v, g)| *v = rates.second(*v, *g));
+            } else {
+                each.for_each(|(m, g)| *m = rates.first(*m, *g));
             }
         });
         Ok(())
     }
 }
 
-struct Update {
-    rate: f32,
-    inverse_correction2: f32,
-    eps: f32,
-    keep: f32,
+/// Moments of eight bits and the weights in one pass.
+struct Step<'a> {
+    moments: RefCell<&'a mut EightBits>,
+    rates: Rates,
 }
+
+impl InplaceOp2 for Step<'_> {
+    fn name(&self) -> &'static str {
+        "adamw-eight-bits"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &mut CpuStorage,
+        _: &Layout,
+        s2: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<()> {
+        let (theta, gradient) = both(s1, s2)?;
+        self.moments.borrow_mut().step(theta, gradient, &self.rates);
+        Ok(())
+    }
+}
+
+struct Update(Rates);
 
 impl InplaceOp3 for Update {
     fn name(&self) -> &'static str {
@@ -220,8 +317,7 @@ impl InplaceOp3 for Update {
         theta.par_chunks_mut(CHUNK).zip(m.par_chunks(CHUNK)).zip(v.par_chunks(CHUNK)).for_each(
             |((theta, m), v)| {
                 for ((theta, m), v) in theta.iter_mut().zip(m).zip(v) {
-                    let root = (v * self.inverse_correction2).sqrt() + self.eps;
-                    *theta = self.keep * *theta - self.rate * m / root;
+                    *theta = self.0.moved(*theta, *m, *v);
                 }
             },
         );
@@ -238,8 +334,21 @@ mod tests {
     /// The update written out for one scalar, in f64.
     #[test]
     fn agrees_with_the_formula() {
-        let config =
-            AdamWConfig { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 0.5 };
+        for eight_bits in [false, true] {
+            follows(eight_bits);
+        }
+    }
+
+    /// In eight bits the moments of a block of one value are exact.
+    fn follows(eight_bits: bool) {
+        let config = AdamWConfig {
+            beta1: 0.9,
+            beta2: 0.99,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            max_grad_norm: 0.5,
+            eight_bits,
+        };
         let variable = Var::from_tensor(&Tensor::new(&[[2.0f32]], &Device::Cpu).unwrap()).unwrap();
         let mut optimiser = AdamW::new(BTreeMap::from([("w".to_owned(), variable.clone())]), config).unwrap();
         let (mut theta, mut m, mut v) = (2.0f64, 0.0f64, 0.0f64);

@@ -62,7 +62,7 @@ pub fn save(
 ) -> Result<(), LearnError> {
     let weights: HashMap<String, Tensor> =
         variables.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone())).collect();
-    let moments = optimiser.state();
+    let moments = optimiser.state()?;
     let path = folder.join(format!("checkpoint-{}", cursor.global_step));
     publish_folder::<LearnError>(&path, |folder| {
         write_tensors(&folder.join("model.safetensors"), &weights)?;

@@ -61,6 +61,7 @@ impl Replica {
                 eps: 1e-8,
                 weight_decay: config.weight_decay,
                 max_grad_norm: config.max_grad_norm,
+                eight_bits: config.eight_bit_moments,
             },
         )?;
         Ok(Self { rank, lm, variables, optimiser, weights })

@@ -10,6 +10,7 @@ pub mod checkpoint;
 pub mod curriculum;
 pub mod divergence;
 pub mod dpo;
+mod eight_bits;
 pub mod error;
 pub mod examples;
 pub mod grpo;

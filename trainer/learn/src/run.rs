@@ -47,6 +47,8 @@ pub struct RunConfig {
     pub beta2: f64,
     /// Largest gradient norm.
     pub max_grad_norm: f64,
+    /// Keep the optimiser's moments in eight bits instead of 32; on the CPU only.
+    pub eight_bit_moments: bool,
     /// Seed of the data order.
     pub seed: u64,
     /// Steps between checkpoints.
@@ -84,6 +86,7 @@ impl Default for RunConfig {
             beta1: 0.9,
             beta2: 0.999,
             max_grad_norm: 1.0,
+            eight_bit_moments: false,
             seed: 0,
             checkpoint_every: 200,
             keep_checkpoints: 2,

@@ -550,3 +550,36 @@ fn a_device_without_work_takes_the_step_too() {
     assert!(copies[0] == copies[1] && copies[0] == copies[2], "the copies differ");
     assert!(copies[0] != bits(&model), "nothing moved");
 }
+
+/// Moments in eight bits: the loss falls as with 32, the checkpoint is smaller, and what goes on ends with the same bits.
+#[test]
+fn moments_of_eight_bits_learn_as_well() {
+    let (model, pairs) = some_pairs();
+    let last_loss = |eight_bit_moments: bool, folder: &std::path::Path| {
+        let run = RunConfig { eight_bit_moments, ..settings() };
+        let config = DpoConfig { learning_rate: 1e-3, epochs: 4.0, nll: 1.0, run, ..DpoConfig::default() };
+        let mut entries = Vec::new();
+        dpo(&model, &pairs, &config, folder, &mut |progress| {
+            entries.push(progress.entry.loss);
+            true
+        })
+        .unwrap();
+        if eight_bit_moments {
+            resumes(&|folder, observe| {
+                let (learner, report) = dpo(&model, &pairs, &config, folder, observe)?;
+                Ok((learner.finish()?, report))
+            });
+        }
+        (entries[0], *entries.last().unwrap())
+    };
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let (first, exact) = last_loss(false, folders[0].path());
+    let (_, eight) = last_loss(true, folders[1].path());
+    assert!((eight - exact).abs() < 0.05 * (first - exact), "from {first} to {exact} and {eight}");
+    let size = |folder: &tempfile::TempDir| {
+        let newest = std::fs::read_dir(folder.path()).unwrap().flatten().map(|entry| entry.path());
+        let newest = newest.filter(|path| path.join("optimizer.safetensors").exists()).max().unwrap();
+        std::fs::metadata(newest.join("optimizer.safetensors")).unwrap().len()
+    };
+    assert!(3 * size(&folders[1]) < size(&folders[0]), "a quarter, and names");
+}

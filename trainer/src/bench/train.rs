@@ -43,6 +43,9 @@ pub struct TrainArguments {
     /// Compute every block again in the backward pass.
     #[arg(long)]
     pub recompute: bool,
+    /// Keep the optimiser's moments in eight bits.
+    #[arg(long)]
+    pub eight_bit_moments: bool,
     /// Threads.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
@@ -172,6 +175,7 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
         recompute: arguments.recompute,
         dtype,
         lora: arguments.lora.then(LoraConfig::default),
+        eight_bit_moments: arguments.eight_bit_moments,
         devices: arguments.device.split(',').map(str::to_owned).collect(),
         ..RunConfig::default()
     };
