@@ -97,6 +97,26 @@ async fn post_get(url: &str) -> (u16, Value) {
     (response.status().as_u16(), response.json().await.unwrap())
 }
 
+/// Two shares of the model, as two GPUs would have them: the same answers, to many at once.
+#[tokio::test]
+async fn a_model_on_two_devices_answers_as_on_one() {
+    let (_alone, one) = serve_teacher(&[]).await;
+    let (_together, two) = serve_teacher(&["--device", "cpu,cpu"]).await;
+    let answers = |url: String| async move {
+        let asked = (0..6).map(|number| {
+            let problem = PROBLEM.replace("11 cards", &format!("{} cards", 10 + number));
+            let body = json!({"model": "teacher", "temperature": 0, "messages": [{"role": "user", "content": problem}]});
+            let url = format!("{url}/v1/chat/completions");
+            async move { post(&url, body).await }
+        });
+        let answers = futures_util::future::join_all(asked).await;
+        answers.into_iter().map(|(_, answer)| answer["choices"][0]["message"].clone()).collect::<Vec<_>>()
+    };
+    let (alone, together) = (answers(one).await, answers(two).await);
+    assert_eq!(alone[1]["content"], "\\boxed{13}");
+    assert_eq!(alone, together);
+}
+
 #[tokio::test]
 async fn wrong_requests_get_clear_errors() {
     let (_running, url) = serve_teacher(&[]).await;

@@ -28,6 +28,7 @@ max_tokens = 200
 [dpo.train]
 learning_rate = 1e-4
 [dpo.train.run]
+devices = ["cpu", "cpu"]
 batch_tokens = 2000
 max_steps = 4
 checkpoint_every = 2
@@ -81,6 +82,19 @@ fn finish(recipe: &Path, out: &Path) -> String {
     std::io::Read::read_to_string(&mut running.0.stderr.take().unwrap(), &mut log).unwrap();
     assert!(running.0.wait().unwrap().success(), "{log}");
     log
+}
+
+#[test]
+fn a_device_that_cannot_be_is_refused_by_the_check() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = recipe(folder.path());
+    let text = std::fs::read_to_string(&path).unwrap().replace("[\"cpu\", \"cpu\"]", "[\"cuda:0\", \"gpu\"]");
+    write_file(&path, text.as_bytes()).unwrap();
+    let checked = Command::new(program("potstill")).arg("check").arg(&path).output().unwrap();
+    let told = String::from_utf8_lossy(&checked.stderr);
+    assert!(!checked.status.success(), "{told}");
+    assert!(told.contains("`dpo.train.run.devices`") && told.contains("`gpu`"), "{told}");
+    assert!(!told.contains("`cuda:0`"), "a name that may be elsewhere: {told}");
 }
 
 fn has_checkpoint(folder: &Path) -> bool {

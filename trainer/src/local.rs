@@ -70,6 +70,8 @@ impl LocalGateway {
             "{port}",
             "--threads",
             &model.threads.to_string(),
+            "--device",
+            &model.device,
             "--max-running",
             &slots,
             "--exit-with-parent",

@@ -6,23 +6,24 @@ use crate::error::EngineError;
 
 /// Parses `cpu`, `cuda` or `cuda:N`.
 pub fn parse(name: &str) -> Result<Device, EngineError> {
-    match name.split_once(':').unwrap_or((name, "0")) {
-        ("cpu", _) => Ok(Device::Cpu),
-        ("cuda", index) => {
-            let index = index.parse().map_err(|_| EngineError::Parameter {
-                name: "device",
-                expected: "`cpu`, `cuda` or `cuda:N`",
-                found: name.to_owned(),
-            })?;
-            Device::new_cuda(index)
-                .map_err(|error| EngineError::Device { name: name.to_owned(), problem: error.to_string() })
-        }
-        _ => Err(EngineError::Parameter {
-            name: "device",
-            expected: "`cpu`, `cuda` or `cuda:N`",
-            found: name.to_owned(),
-        }),
-    }
+    let Some(number) = number(name)? else { return Ok(Device::Cpu) };
+    Device::new_cuda(number)
+        .map_err(|error| EngineError::Device { name: name.to_owned(), problem: error.to_string() })
+}
+
+/// The number of the CUDA device that a name means, none for the CPU. Nothing is opened.
+pub fn number(name: &str) -> Result<Option<usize>, EngineError> {
+    let found = match name.split_once(':') {
+        None if name == "cpu" => Some(None),
+        None if name == "cuda" => Some(Some(0)),
+        Some(("cuda", index)) => index.parse().ok().map(Some),
+        _ => None,
+    };
+    found.ok_or_else(|| EngineError::Parameter {
+        name: "device",
+        expected: "`cpu`, `cuda` or `cuda:N`",
+        found: name.to_owned(),
+    })
 }
 
 /// Parses names with commas between them: devices that work together, all of one kind. None stands there twice, but the CPU may.

@@ -31,40 +31,50 @@ struct Quantised {
     scales: Vec<f32>,
 }
 
-/// Numbers from 0 to 1 in rising order, and where to look for the nearest.
+/// Numbers from 0 to 1 in rising order, and where to look for the nearest. All arrays are as long as their indices can be.
 struct Levels {
-    values: Vec<f32>,
+    /// By code: with a sign bit where there is one.
+    values: [f32; 256],
     /// Between a level and the next; beyond the last nothing is.
-    middles: Vec<f32>,
+    middles: [f32; 256],
     /// By the first bits of a number: the level of the smallest number that begins like this.
-    first: Vec<u8>,
+    first: Box<[u8; 1 << (u32::BITS - SHIFT)]>,
 }
 
 /// For the first moment: 128 levels, and a bit for the sign.
 static SIGNED: LazyLock<Levels> = LazyLock::new(|| Levels::new(7));
 /// For the second.
 static UNSIGNED: LazyLock<Levels> = LazyLock::new(|| Levels::new(8));
-const SIGN: u8 = 1 << 7;
 
 impl Levels {
     /// `2^bits` levels: 0, 1 and, in each of seven decades, the middles of as many equal parts as there are bits for; each decade
     /// has twice as many as the one below.
     fn new(bits: u32) -> Self {
-        let mut values = vec![0.0];
+        let mut rising = vec![0.0];
         for decade in 0..7 {
             let parts = 1usize << (decade + bits - 7);
             let width = 0.9 / parts as f64;
             let middle = |part: usize| 0.1 + (part as f64 + 0.5) * width;
-            values.extend((0..parts).map(|part| (middle(part) * 10f64.powi(decade as i32 - 6)) as f32));
+            rising.extend((0..parts).map(|part| (middle(part) * 10f64.powi(decade as i32 - 6)) as f32));
         }
         // The one too many is the smallest.
-        let surplus = (values.len() + 1).saturating_sub(1 << bits);
-        values.drain(1..1 + surplus);
-        values.push(1.0);
-        let mut middles: Vec<f32> = values.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0).collect();
-        middles.push(f32::INFINITY);
-        let level = |begin: u32| middles.partition_point(|middle| *middle < f32::from_bits(begin << SHIFT));
-        let first = (0..=1f32.to_bits() >> SHIFT).map(|begin| level(begin) as u8).collect();
+        let surplus = (rising.len() + 1).saturating_sub(1 << bits);
+        rising.drain(1..1 + surplus);
+        rising.push(1.0);
+        let (mut values, mut middles) = ([0.0; 256], [f32::INFINITY; 256]);
+        for (level, value) in rising.iter().enumerate() {
+            // With a sign, the same again below zero.
+            values[level + (256 - (1 << bits))] = -value;
+            values[level] = *value;
+        }
+        for (middle, pair) in middles.iter_mut().zip(rising.windows(2)) {
+            *middle = (pair[0] + pair[1]) / 2.0;
+        }
+        let mut first = Box::new([0; 1 << (u32::BITS - SHIFT)]);
+        for (begin, first) in (0u32..=1f32.to_bits() >> SHIFT).zip(first.iter_mut()) {
+            let number = f32::from_bits(begin << SHIFT);
+            *first = middles.partition_point(|middle| *middle < number) as u8;
+        }
         Self { values, middles, first }
     }
 
@@ -76,6 +86,12 @@ impl Levels {
         level += u8::from(x > self.middles[level as usize]);
         level + u8::from(x > self.middles[level as usize])
     }
+}
+
+/// The largest of some numbers that are not negative.
+#[inline(always)]
+fn largest(numbers: impl Iterator<Item = f32>) -> f32 {
+    numbers.fold(0.0, |most, number| if number > most { number } else { most })
 }
 
 impl Quantised {
@@ -108,25 +124,32 @@ impl EightBits {
                 for (((theta, gradient), (m_codes, m_scale)), (v_codes, v_scale)) in
                     blocks.zip(m_blocks).zip(v_blocks)
                 {
+                    let count = theta.len();
                     let (mut m, mut v) = ([0f32; BLOCK], [0f32; BLOCK]);
-                    let (mut m_most, mut v_most) = (0f32, 0f32);
-                    for (i, gradient) in gradient.iter().enumerate() {
-                        let old = signed.values[(m_codes[i] & !SIGN) as usize] * *m_scale;
-                        let old = if m_codes[i] & SIGN == 0 { old } else { -old };
-                        m[i] = rates.first(old, *gradient);
-                        v[i] = rates.second(unsigned.values[v_codes[i] as usize] * *v_scale, *gradient);
-                        m_most = m_most.max(m[i].abs());
-                        v_most = v_most.max(v[i]);
-                        theta[i] = rates.moved(theta[i], m[i], v[i]);
+                    // One thing at a time, so that the compiler may vectorise what can be.
+                    for (m, code) in m.iter_mut().zip(&*m_codes) {
+                        *m = signed.values[*code as usize] * *m_scale;
                     }
-                    (*m_scale, *v_scale) = (m_most, v_most);
+                    for (v, code) in v.iter_mut().zip(&*v_codes) {
+                        *v = unsigned.values[*code as usize] * *v_scale;
+                    }
+                    for (((theta, gradient), m), v) in theta.iter_mut().zip(gradient).zip(&mut m).zip(&mut v)
+                    {
+                        *m = rates.first(*m, *gradient);
+                        *v = rates.second(*v, *gradient);
+                        *theta = rates.moved(*theta, *m, *v);
+                    }
+                    *m_scale = largest(m[..count].iter().map(|m| m.abs()));
+                    *v_scale = largest(v[..count].iter().copied());
                     // Of a block of zeros every share is zero.
                     let share = |most: f32| if most > 0.0 { 1.0 / most } else { 0.0 };
-                    let (m_share, v_share) = (share(m_most), share(v_most));
-                    for i in 0..gradient.len() {
-                        let sign = if m[i] < 0.0 { SIGN } else { 0 };
-                        m_codes[i] = sign | signed.nearest((m[i].abs() * m_share).min(1.0));
-                        v_codes[i] = unsigned.nearest((v[i] * v_share).min(1.0)).max(u8::from(v[i] > 0.0));
+                    let (m_share, v_share) = (share(*m_scale), share(*v_scale));
+                    for (code, m) in m_codes.iter_mut().zip(&m) {
+                        let sign = ((m.to_bits() >> 31) as u8) << 7;
+                        *code = sign | signed.nearest((m.abs() * m_share).min(1.0));
+                    }
+                    for (code, v) in v_codes.iter_mut().zip(&v) {
+                        *code = unsigned.nearest((v * v_share).min(1.0)).max(u8::from(*v > 0.0));
                     }
                 }
             },
@@ -170,10 +193,11 @@ mod tests {
     #[test]
     fn levels_rise_from_zero_to_one() {
         for (levels, count) in [(&*SIGNED, 128), (&*UNSIGNED, 256)] {
-            assert_eq!(levels.values.len(), count);
-            assert!(levels.values.is_sorted_by(|a, b| a < b));
-            assert_eq!((levels.values[0], levels.values[count - 1]), (0.0, 1.0));
-            assert!(levels.values[1] < 1e-5);
+            let rising = &levels.values[..count];
+            assert!(rising.is_sorted_by(|a, b| a < b));
+            assert_eq!((rising[0], rising[count - 1]), (0.0, 1.0));
+            assert!(rising[1] < 1e-5);
+            assert!(count == 256 || (0..128).all(|code| levels.values[code + 128] == -levels.values[code]));
         }
     }
 
@@ -181,9 +205,9 @@ mod tests {
         #[test]
         fn the_nearest_level_is_found(mantissa in 0.0f32..=1.0, scale in 0i32..9) {
             let x = mantissa * 10f32.powi(-scale);
-            for levels in [&*SIGNED, &*UNSIGNED] {
+            for (levels, count) in [(&*SIGNED, 128), (&*UNSIGNED, 256)] {
                 let found = levels.values[levels.nearest(x) as usize];
-                let best = levels.values.iter().map(|value| (value - x).abs()).fold(f32::INFINITY, f32::min);
+                let best = levels.values[..count].iter().map(|value| (value - x).abs()).fold(f32::INFINITY, f32::min);
                 prop_assert!((found - x).abs() <= best * 1.000_01, "{x}: {found}, {best} away is nearer");
             }
         }

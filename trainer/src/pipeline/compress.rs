@@ -15,7 +15,6 @@ use serde_json::{Value, json};
 
 use super::Run;
 use crate::compress::{self, Bits, ENOUGH_TOKENS, Written};
-use crate::recipe::LocalModel;
 use crate::report::{Compressed, StudentFigures};
 use crate::students::Lessons;
 
@@ -31,16 +30,7 @@ impl Run {
         let mut all = Vec::new();
         for (bits, written) in self.forms(&student, &section.to, section.calibrate).await? {
             let name = form(&student, bits);
-            let threads = self.recipe.student.threads;
-            let path = written.path.clone();
-            self.local.add_model(&LocalModel {
-                model: name.clone(),
-                path,
-                min: 0,
-                max: 1,
-                slots: 64,
-                threads,
-            })?;
+            self.serve_locally(&name, written.path.clone())?;
             let revision = ContentId::of_bytes(&std::fs::read(&written.path)?).to_string();
             let figures = self.examine(&name, revision, bits.name(), &held_out).await?;
             let figures = StudentFigures::new(bits.name(), figures);

@@ -1,5 +1,6 @@
 //! The students of a run: which there are, how each comes out of the one before it, and where it is served.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -9,7 +10,7 @@ use potstill_engine::loader::LoadedModel;
 use super::Run;
 use crate::alignment::{self, Metric};
 use crate::distributions::distributions;
-use crate::recipe::{Baseline, LocalModel};
+use crate::recipe::{Baseline, LocalModel, StudentSection};
 use crate::students::{Lessons, Plan, base};
 use crate::{card, export};
 
@@ -208,15 +209,21 @@ impl Run {
         let model = self.student_name(variant);
         let path = self.folder.path().join("models").join(&model);
         anyhow::ensure!(path.exists(), "`{}` does not exist; run `potstill export` first", path.display());
-        let threads = self.recipe.student.threads;
+        self.serve_locally(&model, path)?;
+        Ok(model)
+    }
+
+    /// Has the local gateway serve a model that came out of this run.
+    pub(super) fn serve_locally(&self, model: &str, path: PathBuf) -> anyhow::Result<()> {
+        let StudentSection { threads, device, .. } = &self.recipe.student;
         self.local.add_model(&LocalModel {
-            model: model.clone(),
+            model: model.to_owned(),
             path,
             min: 0,
             max: 1,
             slots: 64,
-            threads,
-        })?;
-        Ok(model)
+            threads: *threads,
+            device: device.clone(),
+        })
     }
 }

@@ -50,10 +50,17 @@ pub struct LocalModel {
     /// Threads per node.
     #[serde(default = "one")]
     pub threads: usize,
+    /// Where a node computes, as `potstill serve --device` has it.
+    #[serde(default = "cpu")]
+    pub device: String,
 }
 
 fn one() -> usize {
     1
+}
+
+fn cpu() -> String {
+    "cpu".to_owned()
 }
 
 fn default_slots() -> usize {
@@ -188,6 +195,9 @@ pub struct StudentSection {
     /// Threads of the node that serves it.
     #[serde(default = "one")]
     pub threads: usize,
+    /// Where that node computes, as `potstill serve --device` has it.
+    #[serde(default = "cpu")]
+    pub device: String,
 }
 
 impl StudentSection {
@@ -200,6 +210,7 @@ impl StudentSection {
             prompt: default_prompt(),
             export: ExportType::default(),
             threads: 1,
+            device: cpu(),
         }
     }
 }
