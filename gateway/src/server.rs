@@ -6,6 +6,7 @@ pub mod addresses;
 pub mod stall;
 pub mod stop;
 pub mod tls;
+mod window;
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
@@ -17,8 +18,8 @@ use http::{Request, Response};
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -28,6 +29,7 @@ use self::addresses::Addresses;
 use self::stall::StallGuard;
 use self::stop::{Stop, Watched};
 use self::tls::Tls;
+use self::window::{Noticed, Streams};
 use crate::config::{Limits, ms};
 use crate::keys::ClientCertificate;
 
@@ -201,7 +203,11 @@ fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         }};
     }
     if http2 {
-        let mut builder = http2::Builder::new(TokioExecutor::new());
+        let service = service_fn(move |request| {
+            let answered = service.call(request);
+            async move { Ok::<_, Infallible>(answered.await?.map(Noticed::new)) }
+        });
+        let mut builder = http2::Builder::new(Streams { patience: ms(limits.write_idle_ms) });
         builder
             .timer(TokioTimer::new())
             .max_concurrent_streams(128)

@@ -3,6 +3,9 @@
 //! milliseconds and a seed always gives the same run. `POTSTILL_SEEDS=10000` runs more of them.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+#[path = "simulation/orders.rs"]
+mod orders;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

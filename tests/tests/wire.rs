@@ -6,6 +6,7 @@ use potstill_gateway::config::Config;
 use system_tests::gateway::{TestGateway, config, pool};
 use system_tests::mock::{Behaviour, Mock, until};
 use system_tests::raw::{BODY, listen, post, say};
+use system_tests::started::Started;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
@@ -239,27 +240,61 @@ const HEADERS: &[u8] = &[0x82, 0x86, 0x84, 0x41, 0x01, b'x'];
 #[tokio::test]
 async fn http2_floods_end_in_goaway() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
-    let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
+    let pool = format!("[[pools]]\nmodel = \"m\"\nnodes = [{{ url = \"{}\", slots = 4 }}]\n", mock.url());
+    let gateway = Started::with(&pool, "info").await;
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], gateway.port));
     let begin = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(4, 0, 0, &[])].concat();
     let resets = (0..10_000u32)
         .flat_map(|n| [frame(1, 5, 2 * n + 1, HEADERS), frame(3, 0, 2 * n + 1, &[0, 0, 0, 8])].concat());
     let continuations = std::iter::once(frame(1, 1, 1, HEADERS))
         .chain((0..1_000).map(|_| frame(9, 0, 1, &[0x40, 1, b'a', 1, b'b'].repeat(200))));
     let settings = (0..100_000).map(|_| frame(4, 0, 0, &[0, 4, 0, 0, 0xff, 0xff]));
+    let before = gateway.memory_kb();
     for (name, flood) in [
         ("rapid resets", resets.collect::<Vec<u8>>()),
         ("continuations", continuations.flatten().collect()),
         ("settings", settings.flatten().collect()),
     ] {
-        let heard = say(gateway.address(), &[begin.clone(), flood].concat(), Duration::from_secs(3)).await;
+        let heard = say(address, &[begin.clone(), flood].concat(), Duration::from_secs(3)).await;
         // A GOAWAY frame (type 7), or the connection is simply gone; settings are answered one by one.
         assert!(heard.closed || name == "settings", "{name} goes on for ever");
     }
+    let grown = gateway.memory_kb().saturating_sub(before);
+    assert!(grown < 20 << 10, "{grown} KB more than before");
     // Afterwards it serves as before.
-    assert_eq!(gateway.chat(false).send().await.unwrap().status(), 200);
-    let client = reqwest::Client::builder().no_proxy().http2_prior_knowledge().build().unwrap();
     let body = serde_json::json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
-    let answer = client.post(gateway.url("/v1/chat/completions")).json(&body).send().await.unwrap();
-    assert_eq!((answer.version(), answer.status().as_u16()), (http::Version::HTTP_2, 200));
-    until("everything is free", || gateway.gateway.load("m").unwrap().active == 0).await;
+    for http2 in [false, true] {
+        let client = reqwest::Client::builder().no_proxy();
+        let client = if http2 { client.http2_prior_knowledge() } else { client }.build().unwrap();
+        let url = format!("{}/v1/chat/completions", gateway.url);
+        let answer = client.post(url).json(&body).send().await.unwrap();
+        assert_eq!((answer.version() == http::Version::HTTP_2, answer.status().as_u16()), (http2, 200));
+    }
+}
+
+/// A client that never opens its window: its connection answers pings, and still it loses the slot.
+#[tokio::test]
+async fn an_http2_window_that_stays_closed_does_not_hold_a_slot() {
+    let mock = Mock::start(Behaviour::Endless).await;
+    let mut configuration = config(pool(&[&mock], 4));
+    configuration.limits.write_idle_ms = 500;
+    configuration.limits.head_ms = 60_000;
+    let gateway = TestGateway::start(configuration).await;
+    // POST, http, and the path and the host in plain letters.
+    let path = "/v1/chat/completions";
+    let head = [&[0x83, 0x86, 0x04, path.len() as u8], path.as_bytes(), &[0x41, 0x01, b'x']].concat();
+    let body = br#"{"model":"m","stream":true,"messages":[{"role":"user","content":"hi"}]}"#;
+    let begin = [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
+        frame(4, 0, 0, &[0, 4, 0, 0, 0, 0]),
+        frame(1, 4, 1, &head),
+        frame(0, 1, 1, body),
+    ];
+    let mut socket = TcpStream::connect(gateway.address()).await.unwrap();
+    socket.write_all(&begin.concat()).await.unwrap();
+    until("the node writes", || mock.writing() == 1).await;
+    let heard = listen(&mut socket, Duration::from_secs(3)).await;
+    assert!(!heard.closed, "the connection is not to blame: {heard:?}");
+    gateway.all_free().await;
+    until("the node is let go", || mock.writing() == 0).await;
 }
