@@ -7,7 +7,6 @@ use potstill_cot::ledger::Budget;
 use potstill_data::hub;
 use potstill_data::sampler::SamplePolicy;
 use potstill_data::tasks::TASKS;
-use potstill_engine::device;
 use potstill_learn::run::RunConfig;
 use serde::{Deserialize, Serialize};
 
@@ -277,9 +276,9 @@ impl Recipe {
                 run.batch_tokens > 0 && run.micro_batch_tokens > 0,
                 format!("`{key}.batch_tokens` and `{key}.micro_batch_tokens` must be at least 1"),
             );
-            for problem in run.devices.iter().filter_map(|name| device::number(name).err()) {
-                need(false, format!("`{key}.devices`: {problem}"));
-            }
+        }
+        for (key, problem) in self.problems_of_devices() {
+            need(false, format!("`{key}`: {problem}"));
         }
         if let Some(section) = &self.compress {
             need(

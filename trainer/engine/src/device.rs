@@ -4,15 +4,29 @@ use candle_core::{DType, Device};
 
 use crate::error::EngineError;
 
-/// Parses `cpu`, `cuda` or `cuda:N`.
+/// Opens `cpu`, `cuda` or `cuda:N`.
 pub fn parse(name: &str) -> Result<Device, EngineError> {
-    let Some(number) = number(name)? else { return Ok(Device::Cpu) };
-    Device::new_cuda(number)
+    open(name, number(name)?)
+}
+
+/// Opens devices that work together, as [`numbers`] reads their names.
+pub fn parse_all(names: &str) -> Result<Vec<Device>, EngineError> {
+    numbers(names)?
+        .into_iter()
+        .zip(names.split(','))
+        .map(|(number, name)| open(name.trim(), number))
+        .collect()
+}
+
+/// A GPU gets one stream: what different threads of the host ask of it is done in the order in which they ask.
+fn open(name: &str, number: Option<usize>) -> Result<Device, EngineError> {
+    let Some(number) = number else { return Ok(Device::Cpu) };
+    Device::new_cuda_with_stream(number)
         .map_err(|error| EngineError::Device { name: name.to_owned(), problem: error.to_string() })
 }
 
 /// The number of the CUDA device that a name means, none for the CPU. Nothing is opened.
-pub fn number(name: &str) -> Result<Option<usize>, EngineError> {
+fn number(name: &str) -> Result<Option<usize>, EngineError> {
     let found = match name.split_once(':') {
         None if name == "cpu" => Some(None),
         None if name == "cuda" => Some(Some(0)),
@@ -26,21 +40,20 @@ pub fn number(name: &str) -> Result<Option<usize>, EngineError> {
     })
 }
 
-/// Parses names with commas between them: devices that work together, all of one kind. None stands there twice, but the CPU may.
-pub fn parse_all(names: &str) -> Result<Vec<Device>, EngineError> {
-    let names: Vec<&str> = names.split(',').map(str::trim).collect();
-    let devices = names.iter().map(|name| parse(name)).collect::<Result<Vec<_>, _>>()?;
-    for (at, device) in devices.iter().enumerate() {
-        let twice = !device.is_cpu() && devices[..at].iter().any(|other| other.same_device(device));
-        if twice || device.is_cpu() != devices[0].is_cpu() {
-            return Err(EngineError::Parameter {
-                name: "device",
-                expected: "devices of one kind, each once",
-                found: names.join(","),
-            });
-        }
+/// The numbers of devices whose names stand with commas between them: all of one kind, GPUs once each. Nothing is opened.
+pub fn numbers(names: &str) -> Result<Vec<Option<usize>>, EngineError> {
+    let numbers = names.split(',').map(|name| number(name.trim())).collect::<Result<Vec<_>, _>>()?;
+    let wrong = |(at, device): (usize, &Option<usize>)| {
+        device.is_none() != numbers[0].is_none() || device.is_some() && numbers[..at].contains(device)
+    };
+    if numbers.iter().enumerate().any(wrong) {
+        return Err(EngineError::Parameter {
+            name: "device",
+            expected: "devices of one kind, each once",
+            found: names.to_owned(),
+        });
     }
-    Ok(devices)
+    Ok(numbers)
 }
 
 /// The type to compute in: f32 on the CPU, bf16 on CUDA.
@@ -75,8 +88,12 @@ mod tests {
         assert!(refused("gpu:0").contains("`cpu`, `cuda` or `cuda:N`"));
         assert!(refused("cuda:x").contains("`cpu`, `cuda` or `cuda:N`"));
         assert!(refused("cpu,").contains("`cpu`, `cuda` or `cuda:N`"));
+        assert!(refused("").contains("`cpu`, `cuda` or `cuda:N`"));
+        assert!(refused("cpu,cuda").contains("one kind"));
+        assert!(refused("cuda, cuda:1, cuda:0").contains("each once"));
+        assert_eq!(numbers("cuda:3,cuda").unwrap(), [Some(3), Some(0)]);
         if !cfg!(feature = "cuda") {
-            assert!(refused("cpu,cuda:0").contains("--features cuda"));
+            assert!(refused("cuda:0").contains("--features cuda"));
         }
     }
 }

@@ -23,6 +23,7 @@ mod product;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
+mod tiled;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 

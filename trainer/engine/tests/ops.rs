@@ -197,6 +197,35 @@ fn log_probs_by_chunk_are_those_of_all_logits() {
     }
 }
 
+/// The same for linear layers, with and without an adapter; and what is frozen gets no gradient.
+#[test]
+fn linear_layers_by_stock_operations_agree() {
+    let wide = |seed, rows, columns| {
+        Var::from_tensor(&random(&[rows, columns], seed).to_dtype(DType::F64).unwrap()).unwrap()
+    };
+    let (x, w, a, b) = (wide(1, 9, 12), wide(2, 7, 12), wide(3, 3, 12), wide(4, 7, 3));
+    let weighting = wide(5, 9, 7);
+    let frozen = Frozen::Dense(w.as_detached_tensor());
+    let backward = |y: &Tensor| (y * weighting.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+    let agree = |ours: &Tensor, plain: &Tensor, learn: &[&Var], rest: &[&Var]| {
+        let near = |a: &Tensor, b: &Tensor| {
+            let gap = (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
+            assert!(gap < 1e-9, "{gap}");
+        };
+        near(ours, plain);
+        let (ours, plain) = (backward(ours), backward(plain));
+        learn.iter().for_each(|x| near(ours.get(x).unwrap(), plain.get(x).unwrap()));
+        assert!(rest.iter().all(|x| ours.get(x).is_none()), "a gradient that nobody asked for");
+    };
+    let product = |x: &Tensor, w: &Tensor| x.matmul(&w.t().unwrap()).unwrap();
+    let of = |x: &Tensor, w: &Tensor| linear(x, w, Precision::F32).unwrap();
+    agree(&of(&x, &w), &product(&x, &w), &[&x, &w], &[]);
+    agree(&of(&x, &w.as_detached_tensor()), &product(&x, &w), &[&x], &[&w]);
+    agree(&of(&x.as_detached_tensor(), &w), &product(&x, &w), &[&w], &[&x]);
+    let adapted = linear_adapted(&x, &frozen, &a, &b, 0.5, Precision::F32).unwrap();
+    agree(&adapted, &plain_adapted(&x, &frozen, &a, &b, 0.5).unwrap(), &[&x, &a, &b], &[&w]);
+}
+
 #[test]
 fn a_target_outside_the_vocabulary_is_refused() {
     let (h, w) = (random(&[2, 4], 1), random(&[3, 4], 2));

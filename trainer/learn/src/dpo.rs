@@ -91,7 +91,7 @@ pub fn dpo(
         learning_rate: config.learning_rate,
     };
     let plan = plan(&[phase], &lengths, usize::MAX, &config.run);
-    let mut parts = vec![format!("dpo {config:?}")];
+    let mut parts = vec![format!("dpo {:?}", DpoConfig { run: config.run.anywhere(), ..config.clone() })];
     for pair in pairs {
         parts.push(tokens_hash(&pair.chosen.tokens));
         parts.push(tokens_hash(&pair.rejected.tokens));

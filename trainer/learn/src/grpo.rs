@@ -261,7 +261,7 @@ pub fn grpo(
         learning_rate: config.learning_rate,
     };
     let plan = steps(phase, prompts.len(), config);
-    let mut parts = vec![format!("grpo {config:?}")];
+    let mut parts = vec![format!("grpo {:?}", GrpoConfig { run: config.run.anywhere(), ..config.clone() })];
     for prompt in prompts {
         parts.push(tokens_hash(&prompt.tokens));
         parts.push(format!("{:?}", prompt.gold));

@@ -47,6 +47,12 @@ pub struct KdConfig {
     pub run: RunConfig,
 }
 
+impl KdConfig {
+    fn anywhere(&self) -> Self {
+        Self { run: self.run.anywhere(), ..self.clone() }
+    }
+}
+
 impl Default for KdConfig {
     fn default() -> Self {
         Self {
@@ -240,7 +246,7 @@ pub fn kd(
             examples.len()
         )));
     }
-    let mut parts = vec![format!("kd {config:?}")];
+    let mut parts = vec![format!("kd {:?}", config.anywhere())];
     for (example, rows) in examples.iter().zip(teacher) {
         parts.push(tokens_hash(&example.tokens));
         parts.push(tokens_hash(&rows.ids));
@@ -282,7 +288,7 @@ pub fn on_policy(
             config.max_tokens
         )));
     }
-    let mut parts = vec![format!("on-policy kd {config:?}"), teacher.id.clone()];
+    let mut parts = vec![format!("on-policy kd {:?}", config.anywhere()), teacher.id.clone()];
     parts.extend(prompts.iter().map(|prompt| tokens_hash(prompt)));
     let mut learner = Learner::new(model, &config.run, &[])?;
     let rollouts = Rollouts::start(&learner.decoders(), largest)?;

@@ -94,8 +94,8 @@ impl Learner {
         Ok(Self { replicas, collective: Collective::new(&devices)?, base, lora })
     }
 
-    /// Cuts `order` into micro-batches of at most `budget` tokens, at least one for each replica where there are as many items, and
-    /// has the replicas share them out: micro-batch `i` goes to replica `i` modulo their number. Results in the order of the
+    /// Cuts `order` into micro-batches of at most `budget` tokens, and of no more than each replica's share of all, and has the
+    /// replicas share them out: micro-batch `i` goes to replica `i` modulo their number. Results in the order of the
     /// micro-batches.
     pub fn share<T: Send>(
         &self,

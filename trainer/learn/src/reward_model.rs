@@ -210,7 +210,8 @@ pub fn train(
         learning_rate: config.learning_rate,
     };
     let plan = plan(&[phase], &lengths, usize::MAX, &config.run);
-    let mut parts = vec![format!("reward {config:?}")];
+    let mut parts =
+        vec![format!("reward {:?}", RewardConfig { run: config.run.anywhere(), ..config.clone() })];
     for trace in traces {
         parts.push(format!("{} {}", tokens_hash(&trace.tokens), trace.score));
     }

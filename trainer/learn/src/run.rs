@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 use potstill_engine::device;
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::ops::Precision;
@@ -68,6 +68,11 @@ pub struct RunConfig {
 }
 
 impl RunConfig {
+    /// What tells runs apart: everything but where they are computed.
+    pub(crate) fn anywhere(&self) -> Self {
+        Self { devices: Vec::new(), ..self.clone() }
+    }
+
     /// The devices by these names.
     pub fn devices(&self) -> Result<Vec<Device>, LearnError> {
         Ok(device::parse_all(&self.devices.join(","))?)
@@ -308,7 +313,7 @@ pub(crate) fn run_hash(model: &LoadedModel, parts: Vec<String>) -> Result<String
     parts.push(model.config.to_json().to_string());
     // The first norm and a slice of the embedding tell base models of one shape apart.
     for name in ["model.norm.weight", "model.embed_tokens.weight"] {
-        let values = model.weights.get(name)?.flatten_all()?;
+        let values = model.weights.get(name)?.flatten_all()?.to_dtype(DType::F32)?;
         let head = values.narrow(0, 0, values.elem_count().min(4096))?.to_vec1::<f32>()?;
         let bytes: Vec<u8> = head.iter().flat_map(|value| value.to_le_bytes()).collect();
         parts.push(ContentId::of_bytes(&bytes).to_string());

@@ -36,7 +36,7 @@ pub fn sft(
             examples.len()
         )));
     }
-    let mut parts = vec![format!("sft {config:?}"), format!("{phases:?}")];
+    let mut parts = vec![format!("sft {:?}", config.anywhere()), format!("{phases:?}")];
     for example in examples {
         parts.push(tokens_hash(&example.tokens));
         parts.push(example.targets().to_string());

@@ -5,24 +5,34 @@
 #[path = "fixture/models.rs"]
 mod fixture;
 
-use candle_core::Device;
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor, Var};
 use fixture::{bits, folder, load, model, same_gradient};
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::model::CausalLm;
 use potstill_engine::ops::Precision;
 use potstill_engine::training::Training;
+use potstill_engine::weights::Weights;
 use potstill_learn::LearnError;
 use potstill_learn::curriculum::Phase;
 use potstill_learn::examples::Example;
 use potstill_learn::run::RunConfig;
 use potstill_learn::sft::{sft, sft_loss};
 
+/// In f32 with the fused operations of the CPU, and in f64 with the stock ones that every other device computes with.
 #[test]
 fn loss_and_gradients_agree() {
     for name in ["qwen2", "qwen3", "llama"] {
         let (config, weights, examples) = load(name);
-        for recompute in [false, true] {
-            let (weights, variables) = weights.trainable().unwrap();
+        for (dtype, recompute) in [(DType::F32, false), (DType::F32, true), (DType::F64, false)] {
+            let variable =
+                |tensor: &Tensor| Var::from_tensor(&tensor.to_dtype(dtype).unwrap().copy().unwrap());
+            let variables: BTreeMap<String, Var> =
+                weights.iter().map(|(name, tensor)| (name.clone(), variable(tensor).unwrap())).collect();
+            let tensors =
+                variables.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone()));
+            let weights = Weights::new(tensors.collect(), &config).unwrap();
             let lm =
                 CausalLm::trainable(&config, &weights, Training::new(&variables, recompute, Precision::F32))
                     .unwrap();
@@ -32,14 +42,15 @@ fn loss_and_gradients_agree() {
                 candle_core::safetensors::load(folder(name).join("expected.safetensors"), &Device::Cpu)
                     .unwrap();
             let reference = expected["loss"].to_vec1::<f32>().unwrap()[0];
-            let ours = loss.to_scalar::<f32>().unwrap();
+            let ours = loss.to_dtype(DType::F32).unwrap().to_scalar::<f32>().unwrap();
             assert!((ours - reference).abs() <= 1e-4 * reference, "{name}: loss {ours}, PyTorch {reference}");
             lm.backward(&loss).unwrap();
             let gradients = lm.take_gradients();
             for tensor in variables.keys() {
                 let ours =
                     gradients.get(tensor).unwrap_or_else(|| panic!("{name}: `{tensor}` got no gradient"));
-                same_gradient(&format!("{name}: {tensor}"), ours, &expected[&format!("grad.{tensor}")]);
+                let ours = ours.to_dtype(DType::F32).unwrap();
+                same_gradient(&format!("{name}: {tensor}"), &ours, &expected[&format!("grad.{tensor}")]);
             }
         }
     }

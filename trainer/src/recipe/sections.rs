@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use potstill_cot::generate::TeacherConfig;
 use potstill_data::jsonl::Source;
 use potstill_engine::config::Family;
+use potstill_engine::{EngineError, device};
 use potstill_learn::curriculum::Curriculum;
 use potstill_learn::dpo::DpoConfig;
 use potstill_learn::grpo::GrpoConfig;
@@ -14,6 +15,7 @@ use potstill_learn::reward_model::RewardConfig;
 use potstill_learn::run::RunConfig;
 use serde::{Deserialize, Serialize};
 
+use super::Recipe;
 use crate::compress::Bits;
 
 /// An endpoint that serves the teachers.
@@ -65,6 +67,18 @@ fn cpu() -> String {
 
 fn default_slots() -> usize {
     32
+}
+
+impl Recipe {
+    /// Devices that cannot be, and where they stand.
+    pub(super) fn problems_of_devices(&self) -> Vec<(String, EngineError)> {
+        let runs = self.runs().map(|(key, run)| (format!("{key}.devices"), run.devices.join(",")));
+        let local = self.local.iter().enumerate();
+        let nodes = local.map(|(i, model)| (format!("local[{i}].device"), model.device.clone()));
+        let student = ("student.device".to_owned(), self.student.device.clone());
+        let all = runs.chain(nodes).chain([student]);
+        all.filter_map(|(key, names)| Some((key, device::numbers(&names).err()?))).collect()
+    }
 }
 
 /// Problems that this program makes itself.

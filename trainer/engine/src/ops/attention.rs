@@ -7,10 +7,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::product::{Matrix, Product};
+use super::tiled::{self, by_head, grouped, tiled, ungrouped};
 use super::{Precision, axpy, dot, fused, softmax, values, with_values};
 
 /// Query rows per tile.
@@ -90,7 +91,7 @@ pub(crate) fn stock([q, k, v]: [&Tensor; 3], heads: Heads, segments: &[Segment])
     for s in segments {
         let keys = s.past + s.len;
         let (k, v) = (k.narrow(0, first, keys)?, v.narrow(0, first, keys)?);
-        parts.push(plain(&q.narrow(0, s.start, s.len)?, &k, &v, heads, s.past)?);
+        parts.push(tiled(&q.narrow(0, s.start, s.len)?, &k, &v, heads, s.past)?);
         first += keys;
     }
     Tensor::cat(&parts, 0)
@@ -98,24 +99,9 @@ pub(crate) fn stock([q, k, v]: [&Tensor; 3], heads: Heads, segments: &[Segment])
 
 /// The plain twin for one sequence: `q` holds the rows after the first `past` keys.
 pub fn plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, past: usize) -> Result<Tensor> {
-    let (rows, keys) = (q.dim(0)?, k.dim(0)?);
-    let group = heads.query / heads.kv;
-    // [kv, group * rows, dim] against [kv, keys, dim]: grouped queries without repeating keys.
-    let q = q.reshape((rows, heads.kv, group, heads.dim))?.permute((1, 2, 0, 3))?.contiguous()?;
-    let q = q.reshape((heads.kv, group * rows, heads.dim))?;
-    let k = k.reshape((keys, heads.kv, heads.dim))?.transpose(0, 1)?.contiguous()?;
-    let v = v.reshape((keys, heads.kv, heads.dim))?.transpose(0, 1)?.contiguous()?;
-    let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * f64::from(heads.scale()))?;
-    let mask: Vec<f32> = (0..rows)
-        .flat_map(|row| (0..keys).map(move |key| if key <= past + row { 0.0 } else { f32::NEG_INFINITY }))
-        .collect();
-    let mask = Tensor::from_vec(mask, (1, 1, rows, keys), q.device())?;
-    let scores = scores.to_dtype(DType::F32)?.reshape((heads.kv, group, rows, keys))?.broadcast_add(&mask)?;
-    let exps = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
-    let probs = exps.broadcast_div(&exps.sum_keepdim(D::Minus1)?)?.to_dtype(v.dtype())?;
-    let out = probs.reshape((heads.kv, group * rows, keys))?.matmul(&v)?;
-    let out = out.reshape((heads.kv, group, rows, heads.dim))?.permute((2, 0, 1, 3))?.contiguous()?;
-    out.reshape((rows, heads.query_width()))
+    let (q, k, v) = (grouped(q, heads)?, by_head(k, heads)?, by_head(v, heads)?);
+    let probs = tiled::probabilities(&q, &k, heads, past)?.to_dtype(v.dtype())?;
+    ungrouped(&probs.matmul(&v)?, heads)
 }
 
 /// Attention of one sequence's rows over themselves. Runs on the calling thread.

@@ -8,18 +8,28 @@ use candle_core::quantized::QTensor;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
 
 use super::product::{Matrix, Product};
-use super::{Precision, fused, learns, values, with_values};
+use super::{Precision, fused, known, learns, values, with_values};
 
 /// `x`: `[rows, in]`, `weight`: `[out, in]`; the result is `[rows, out]`.
 pub fn linear(x: &Tensor, weight: &Tensor, precision: Precision) -> Result<Tensor> {
     if fused(x) {
         x.contiguous()?.apply_op2(weight, Linear { precision })
     } else {
-        stock(x, &weight.t()?, precision)
+        of_stock(x, weight, &Frozen::Dense(weight.detach()), precision)
     }
 }
 
-/// A product where there is no fused form: on other devices than the CPU in f32 with both sides rounded as `precision` says.
+/// The same by stock operations; what does not learn costs no gradient there either. `weight` is the one that may learn.
+fn of_stock(x: &Tensor, weight: &Tensor, frozen: &Frozen, precision: Precision) -> Result<Tensor> {
+    let value = stock(&x.detach(), &frozen.dense(x.device())?.t()?, precision)?;
+    if !learns(x) && !learns(weight) {
+        return Ok(value);
+    }
+    x.apply_op2(weight, Stock { weight: frozen.clone(), precision, value })
+}
+
+/// A product where there is no fused form. On other devices than the CPU, as `precision` says, of f32 in bf16, the result
+/// too, as PyTorch's autocast has it.
 pub(super) fn stock(x: &Tensor, y: &Tensor, precision: Precision) -> Result<Tensor> {
     if precision == Precision::Bf16 && x.dtype() == DType::F32 && !x.device().is_cpu() {
         return x.to_dtype(DType::BF16)?.matmul(&y.to_dtype(DType::BF16)?)?.to_dtype(DType::F32);
@@ -37,10 +47,10 @@ pub enum Frozen {
 }
 
 impl Frozen {
-    fn dense(&self) -> Result<Tensor> {
+    fn dense(&self, device: &Device) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => Ok(weight.detach()),
-            Self::Quantised(weight) => weight.dequantize(&Device::Cpu),
+            Self::Quantised(weight) => weight.dequantize(device),
         }
     }
 }
@@ -57,14 +67,15 @@ pub fn linear_adapted(
     if fused(x) {
         x.contiguous()?.apply_op3(a, b, Adapted { weight: weight.clone(), scale: scale as f32, precision })
     } else {
-        let own = stock(x, &weight.dense()?.to_device(x.device())?.t()?, precision)?;
-        own + (stock(&stock(x, &a.t()?, precision)?, &b.t()?, precision)? * scale)?
+        // The weight's place in the graph goes to something that does not learn.
+        let own = of_stock(x, &a.detach(), weight, precision)?;
+        own + (linear(&linear(x, a, precision)?, b, precision)? * scale)?
     }
 }
 
 /// The plain twin.
 pub fn plain_adapted(x: &Tensor, weight: &Frozen, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-    let own = x.matmul(&weight.dense()?.to_device(x.device())?.t()?)?;
+    let own = x.matmul(&weight.dense(x.device())?.t()?)?;
     own + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * scale)?
 }
 
@@ -147,8 +158,9 @@ impl CustomOp3 for Adapted {
         let x = Matrix::new(values(s1, l1)?, rows, inner);
         let (a, b) = (Matrix::new(values(s2, l2)?, rank, inner), Matrix::new(values(s3, l3)?, out, rank));
         let how = Product::shared(self.precision);
-        let mut y =
-            with_values([&self.weight.dense()?], |[weight]| how.of(x, Matrix::new(weight, out, inner).t()))?;
+        let mut y = with_values([&self.weight.dense(&Device::Cpu)?], |[weight]| {
+            how.of(x, Matrix::new(weight, out, inner).t())
+        })?;
         let low = how.of(x, a.t());
         how.scaled(self.scale).adding(true).run(&mut y, out, Matrix::new(&low, rows, rank), b.t());
         Ok((CpuStorage::F32(y), Shape::from((rows, out))))
@@ -166,7 +178,7 @@ impl CustomOp3 for Adapted {
         let (rows, inner) = x.dims2()?;
         let (rank, out) = (a.dim(0)?, b.dim(0)?);
         let how = Product::shared(self.precision);
-        let weight = if learns(x) { Some(self.weight.dense()?) } else { None };
+        let weight = if learns(x) { Some(self.weight.dense(&Device::Cpu)?) } else { None };
         let (da, db, h) = with_values([x, a, b, grad], |[xs, aa, bs, gs]| {
             let (g, x) = (Matrix::new(gs, rows, out), Matrix::new(xs, rows, inner));
             let u = how.of(x, Matrix::new(aa, rank, inner).t());
@@ -185,5 +197,47 @@ impl CustomOp3 for Adapted {
             })??),
         };
         Ok((dx, Some(da?), Some(db?)))
+    }
+}
+
+/// A product of known value on any device.
+struct Stock {
+    weight: Frozen,
+    precision: Precision,
+    value: Tensor,
+}
+
+impl CustomOp2 for Stock {
+    fn name(&self) -> &'static str {
+        "linear-stock"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        known(&self.value)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        super::known_on_cuda(&self.value)
+    }
+
+    /// As [`Linear`] has it.
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.detach().contiguous()?;
+        let dx = learns(x).then(|| stock(&grad, &self.weight.dense(x.device())?, self.precision));
+        let dw = learns(weight).then(|| stock(&grad.t()?.contiguous()?, &x.detach(), self.precision));
+        Ok((dx.transpose()?, dw.transpose()?))
     }
 }

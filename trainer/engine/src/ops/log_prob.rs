@@ -44,7 +44,7 @@ pub fn plain(hidden: &Tensor, weight: &Tensor, targets: &[u32]) -> Result<Tensor
 pub fn mean_entropy(hidden: &Tensor, weight: &Tensor, precision: Precision) -> Result<f64> {
     if !fused(hidden) {
         let mut sum = 0.0;
-        logits_by_chunk(hidden, weight, precision, |_, logits| {
+        logits_by_chunk(hidden, weight, |_, logits| {
             let log_probs = logits.broadcast_sub(&log_sum_exp(&logits)?)?;
             let part = (log_probs.exp()? * log_probs)?.sum_all()?.to_dtype(DType::F64)?;
             sum -= part.to_scalar::<f64>()?;
@@ -137,14 +137,14 @@ struct Stock {
 fn logits_by_chunk(
     hidden: &Tensor,
     weight: &Tensor,
-    precision: Precision,
     mut each: impl FnMut(usize, Tensor) -> Result<()>,
 ) -> Result<()> {
     let (hidden, weight) = (hidden.detach(), weight.detach().t()?);
+    // Logits as they are, whatever else is rounded: their steps in bf16 would show in every log-probability.
     let at_once = if hidden.device().is_cpu() { 1 } else { 8 };
     let (rows, chunk) = (hidden.dim(0)?, at_once * logit_rows(weight.dim(1)?));
     for first in (0..rows).step_by(chunk) {
-        let logits = stock(&hidden.narrow(0, first, chunk.min(rows - first))?, &weight, precision)?;
+        let logits = hidden.narrow(0, first, chunk.min(rows - first))?.matmul(&weight)?;
         let wide = if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         each(first, logits.to_dtype(wide)?)?;
     }
@@ -161,7 +161,7 @@ impl Stock {
     fn new(hidden: &Tensor, weight: &Tensor, targets: &[u32], precision: Precision) -> Result<Self> {
         let targets = Tensor::from_slice(targets, (targets.len(), 1), hidden.device())?;
         let mut parts = Vec::new();
-        logits_by_chunk(hidden, weight, precision, |first, logits| {
+        logits_by_chunk(hidden, weight, |first, logits| {
             let of_targets = logits.gather(&targets.narrow(0, first, logits.dim(0)?)?, 1)?;
             parts.push((of_targets - log_sum_exp(&logits)?)?.squeeze(1)?);
             Ok(())
@@ -200,7 +200,7 @@ impl CustomOp2 for Stock {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.unsqueeze(1)?;
         let (mut dh, mut dw) = (Vec::new(), None::<Tensor>);
-        logits_by_chunk(hidden, weight, self.precision, |first, logits| {
+        logits_by_chunk(hidden, weight, |first, logits| {
             let rows = logits.dim(0)?;
             let (grad, targets) = (grad.narrow(0, first, rows)?, self.targets.narrow(0, first, rows)?);
             let probs = logits.broadcast_sub(&log_sum_exp(&logits)?)?.exp()?;

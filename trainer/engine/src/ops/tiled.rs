@@ -1,0 +1,201 @@
+//! Attention of one sequence by stock operations, some query rows at a time in both directions: where there is no fused form. The
+//! backward pass computes the probabilities of each tile again, so memory is that of one tile and never `O(rows²)`.
+
+use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor};
+
+use super::attention::Heads;
+use super::{known, learns};
+
+/// Scores of a tile: 256 MiB of f32.
+const SCORES: usize = 64 << 20;
+
+/// `q` holds the rows after the first `past` keys.
+pub(super) fn tiled(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, past: usize) -> Result<Tensor> {
+    let rows = (SCORES / (heads.query * k.dim(0)?)).clamp(16, 1024);
+    of_rows(q, k, v, (heads, past), rows)
+}
+
+fn of_rows(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    (heads, past): (Heads, usize),
+    at_once: usize,
+) -> Result<Tensor> {
+    let all = Tiled { heads, past, at_once, value: None };
+    let value = all.forward(&q.detach(), &k.detach(), &v.detach())?;
+    if [q, k, v].into_iter().any(learns) {
+        q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Tiled { value: Some(value), ..all })
+    } else {
+        Ok(value)
+    }
+}
+
+struct Tiled {
+    heads: Heads,
+    past: usize,
+    at_once: usize,
+    value: Option<Tensor>,
+}
+
+impl Tiled {
+    /// First row and number of rows of each tile.
+    fn tiles(&self, rows: usize) -> impl Iterator<Item = (usize, usize)> {
+        let at_once = self.at_once;
+        (0..rows).step_by(at_once).map(move |first| (first, at_once.min(rows - first)))
+    }
+
+    fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (k, v) = (by_head(k, self.heads)?, by_head(v, self.heads)?);
+        let parts = self.tiles(q.dim(0)?).map(|(first, rows)| {
+            let keys = self.past + first + rows;
+            let q = grouped(&q.narrow(0, first, rows)?, self.heads)?;
+            let (k, v) = (k.narrow(1, 0, keys)?.contiguous()?, v.narrow(1, 0, keys)?.contiguous()?);
+            let probs = probabilities(&q, &k, self.heads, self.past + first)?;
+            ungrouped(&probs.to_dtype(v.dtype())?.matmul(&v)?, self.heads)
+        });
+        Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
+    }
+}
+
+impl CustomOp3 for Tiled {
+    fn name(&self) -> &'static str {
+        "attention-tiled"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.value.as_ref().map_or_else(|| candle_core::bail!("attention without a value"), known)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let value = self.value.as_ref();
+        value.map_or_else(|| candle_core::bail!("attention without a value"), super::known_on_cuda)
+    }
+
+    /// With `P` the probabilities and `D = dO Vᵀ`: `dV = Pᵀ dO`, `dS = P (D - Σ P D)`, `dQ = scale dS K`, `dK = scale dSᵀ Q`.
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (heads, scale) = (self.heads, f64::from(self.heads.scale()));
+        let (q, grad) = (q.detach(), grad.detach());
+        let (k, v) = (by_head(&k.detach(), heads)?, by_head(&v.detach(), heads)?);
+        let all_keys = k.dim(1)?;
+        let (mut dq, mut dk, mut dv) = (Vec::new(), k.zeros_like()?, v.zeros_like()?);
+        for (first, rows) in self.tiles(q.dim(0)?) {
+            let keys = self.past + first + rows;
+            let (q, grad) = (q.narrow(0, first, rows)?, grad.narrow(0, first, rows)?);
+            let (q, grad) = (grouped(&q, heads)?, grouped(&grad, heads)?);
+            let (k, v) = (k.narrow(1, 0, keys)?.contiguous()?, v.narrow(1, 0, keys)?.contiguous()?);
+            let probs = probabilities(&q, &k, heads, self.past + first)?.to_dtype(v.dtype())?;
+            let behind = |part: Tensor| part.pad_with_zeros(1, 0, all_keys - keys);
+            dv = (dv + behind(transposed(&probs)?.matmul(&grad)?)?)?;
+            let d = grad.matmul(&transposed(&v)?)?;
+            let mean = (&d * &probs)?.sum_keepdim(D::Minus1)?;
+            let ds = (probs * d.broadcast_sub(&mean)?)?;
+            dq.push(ungrouped(&(ds.matmul(&k)? * scale)?, heads)?);
+            dk = (dk + behind((transposed(&ds)?.matmul(&q)? * scale)?)?)?;
+        }
+        let rows = |x: Tensor| x.transpose(0, 1)?.contiguous()?.reshape((all_keys, heads.kv * heads.dim));
+        Ok((Some(Tensor::cat(&dq, 0)?), Some(rows(dk)?), Some(rows(dv)?)))
+    }
+}
+
+fn transposed(x: &Tensor) -> Result<Tensor> {
+    x.transpose(1, 2)?.contiguous()
+}
+
+/// `[rows, query * dim]` as `[kv, group * rows, dim]`: grouped queries, without repeating keys.
+pub(super) fn grouped(q: &Tensor, heads: Heads) -> Result<Tensor> {
+    let (rows, group) = (q.dim(0)?, heads.query / heads.kv);
+    let q = q.reshape((rows, heads.kv, group, heads.dim))?.permute((1, 2, 0, 3))?.contiguous()?;
+    q.reshape((heads.kv, group * rows, heads.dim))
+}
+
+/// And back.
+pub(super) fn ungrouped(x: &Tensor, heads: Heads) -> Result<Tensor> {
+    let group = heads.query / heads.kv;
+    let rows = x.dim(1)? / group;
+    let x = x.reshape((heads.kv, group, rows, heads.dim))?.permute((2, 0, 1, 3))?.contiguous()?;
+    x.reshape((rows, heads.query * heads.dim))
+}
+
+/// `[keys, kv * dim]` as `[kv, keys, dim]`.
+pub(super) fn by_head(x: &Tensor, heads: Heads) -> Result<Tensor> {
+    x.reshape((x.dim(0)?, heads.kv, heads.dim))?.transpose(0, 1)?.contiguous()
+}
+
+/// Softmax of the scores, `[kv, group * rows, keys]`, in f32 or wider; row `i` sees the first `past + i + 1` keys.
+pub(super) fn probabilities(q: &Tensor, k: &Tensor, heads: Heads, past: usize) -> Result<Tensor> {
+    let (all_rows, keys) = (q.dim(1)?, k.dim(1)?);
+    let group = heads.query / heads.kv;
+    let rows = all_rows / group;
+    let scores = (q.matmul(&transposed(k)?)? * f64::from(heads.scale()))?;
+    let wide = if scores.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let scores = scores.to_dtype(wide)?.reshape((heads.kv, group, rows, keys))?;
+    let scores = scores.broadcast_add(&mask(rows, keys, past, q.device())?.to_dtype(wide)?)?;
+    let exps = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    exps.broadcast_div(&exps.sum_keepdim(D::Minus1)?)?.reshape((heads.kv, all_rows, keys))
+}
+
+fn mask(rows: usize, keys: usize, past: usize, device: &Device) -> Result<Tensor> {
+    let mask: Vec<f32> = (0..rows)
+        .flat_map(|row| (0..keys).map(move |key| if key <= past + row { 0.0 } else { f32::NEG_INFINITY }))
+        .collect();
+    Tensor::from_vec(mask, (1, 1, rows, keys), device)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Var;
+
+    use super::*;
+    use crate::ops::attention::plain;
+
+    /// Tiles of any size, values and gradients, against all rows at once by candle's own backward pass.
+    #[test]
+    fn tiles_give_what_all_rows_give() {
+        let heads = Heads { query: 6, kv: 2, dim: 4 };
+        let random = |rows: usize, width: usize| {
+            Var::from_tensor(&Tensor::randn(0f64, 1.0, (rows, width), &Device::Cpu).unwrap()).unwrap()
+        };
+        for (rows, past) in [(1, 0), (23, 0), (23, 9)] {
+            let (q, k, v) = (random(rows, 24), random(past + rows, 8), random(past + rows, 8));
+            let weighting = random(rows, 24);
+            let of = |out: Tensor| {
+                let store = (&out * weighting.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+                let gradient = |x: &Var| store.get(x).unwrap().clone();
+                [out, gradient(&q), gradient(&k), gradient(&v)]
+            };
+            let expected = of(plain(&q, &k, &v, heads, past).unwrap());
+            for at_once in [1, 7, 16, 64] {
+                let ours = of(of_rows(&q, &k, &v, (heads, past), at_once).unwrap());
+                for (ours, expected) in ours.iter().zip(&expected) {
+                    let gap = (ours - expected).unwrap().abs().unwrap().max_all().unwrap();
+                    assert!(gap.to_scalar::<f64>().unwrap() < 1e-9, "{rows} rows, {at_once} at once");
+                }
+            }
+        }
+    }
+}
