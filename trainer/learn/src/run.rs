@@ -59,7 +59,8 @@ pub struct RunConfig {
     pub max_steps: usize,
     /// Compute every block again in the backward pass: memory of one block instead of all, a third more work.
     pub recompute: bool,
-    /// What the sides of products are rounded to, where the processor can; weights, moments and sums are f32 always.
+    /// What the sides of products are rounded to, where the processor can; weights, moments and sums are f32 always. On a GPU the
+    /// results of the blocks' products are rounded too.
     pub dtype: Precision,
     /// Train adapters instead of all weights.
     pub lora: Option<LoraConfig>,
