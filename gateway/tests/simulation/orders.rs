@@ -92,8 +92,11 @@ impl Play {
                     Asked::Holds(permit)
                 }
                 Err(GatewayError::NoNode { .. }) => Asked::Refused,
-                Err(GatewayError::QueueFull { .. }) if self.room < 3 => Asked::Refused,
-                Err(other) => panic!("{other}"),
+                Err(error) => {
+                    let full = matches!(error, GatewayError::QueueFull { .. }) && self.room < 3;
+                    assert!(full, "{error}");
+                    Asked::Refused
+                }
             };
         }
     }
@@ -148,8 +151,8 @@ fn every_order(scene: &Scene, metrics: &Metrics, order: &mut Vec<usize>) -> usiz
         return 1;
     }
     let mut orders = 0;
-    for actor in 0..4 {
-        if order.iter().filter(|taken| **taken == actor).count() < STEPS[actor] {
+    for (actor, steps) in STEPS.into_iter().enumerate() {
+        if order.iter().filter(|taken| **taken == actor).count() < steps {
             order.push(actor);
             orders += every_order(scene, metrics, order);
             order.pop();
