@@ -15,6 +15,7 @@ pub mod exp;
 mod filled;
 #[cfg(feature = "flash-attn")]
 mod flash;
+pub(crate) mod known;
 pub mod linear;
 pub mod linear_loss;
 pub mod log_prob;
@@ -25,7 +26,7 @@ pub mod rope;
 pub mod swiglu;
 mod tiled;
 
-use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 
 use self::filled::filled;
 
@@ -93,28 +94,6 @@ pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f
         }
     }
     Ok(f(slices))
-}
-
-/// What an operation gives whose value was computed before: a node of the graph with a backward pass of its own.
-pub(crate) fn known(value: &Tensor) -> Result<(CpuStorage, Shape)> {
-    let value = value.contiguous()?;
-    let (storage, layout) = value.storage_and_layout();
-    match (&*storage, layout.start_offset()) {
-        (Storage::Cpu(storage), 0) => Ok((storage.clone(), value.shape().clone())),
-        _ => candle_core::bail!("a value that was known left the CPU"),
-    }
-}
-
-/// The same on CUDA.
-#[cfg(feature = "cuda")]
-pub(crate) fn known_on_cuda(value: &Tensor) -> Result<(candle_core::CudaStorage, Shape)> {
-    use candle_core::backend::BackendStorage;
-    let value = value.contiguous()?;
-    let (storage, layout) = value.storage_and_layout();
-    match &*storage {
-        Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, value.shape().clone())),
-        _ => candle_core::bail!("a value that was known left the device"),
-    }
 }
 
 /// Rows of logits that are worked on at once: they stay near 32 MiB of f32.

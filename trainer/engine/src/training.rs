@@ -15,8 +15,6 @@ use rayon::prelude::*;
 use crate::config::ModelConfig;
 use crate::model::{Attend, Block};
 use crate::ops::attention::Segment;
-#[cfg(feature = "cuda")]
-use crate::ops::known_on_cuda;
 use crate::ops::rope::Rotary;
 use crate::ops::{Precision, fused, known};
 
@@ -70,8 +68,21 @@ impl Training {
         let input = Var::from_tensor(&x.detach())?;
         let output = inside.run(input.as_tensor())?;
         let value = output.detach();
-        let kept = if self.recompute { None } else { Some((input, output)) };
-        let node = BlockNode { inside, value, kept: Mutex::new(kept), sums: Arc::clone(&self.sums) };
+        let kept = Mutex::new(if self.recompute { None } else { Some((input, output)) });
+        let sums = Arc::clone(&self.sums);
+        let node = known::of_one("block", value, move |x, grad| {
+            let (input, output) = match kept.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                Some(kept) => kept,
+                None => {
+                    let input = Var::from_tensor(&x.detach())?;
+                    let output = inside.run(input.as_tensor())?;
+                    (input, output)
+                }
+            };
+            let store = output.apply_op1(Seed { grad: grad.detach() })?.backward()?;
+            sums.collect(&store)?;
+            Ok(store.get(&input).cloned())
+        });
         Ok(x.apply_op1(node)?)
     }
 }
@@ -113,47 +124,6 @@ impl Inside {
         self.block
             .forward(x, 0, &self.config, &self.rotary, &mut attend)
             .map_err(|error| candle_core::Error::Msg(error.to_string()))
-    }
-}
-
-struct BlockNode {
-    inside: Inside,
-    value: Tensor,
-    kept: Mutex<Option<(Var, Tensor)>>,
-    sums: Arc<Sums>,
-}
-
-impl CustomOp1 for BlockNode {
-    fn name(&self) -> &'static str {
-        "block"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        known(&self.value)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        _: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        known_on_cuda(&self.value)
-    }
-
-    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (input, output) = match kept {
-            Some(kept) => kept,
-            None => {
-                let input = Var::from_tensor(&x.detach())?;
-                let output = self.inside.run(input.as_tensor())?;
-                (input, output)
-            }
-        };
-        let store = output.apply_op1(Seed { grad: grad.detach() })?.backward()?;
-        self.sums.collect(&store)?;
-        Ok(store.get(&input).cloned())
     }
 }
 

@@ -25,7 +25,15 @@ fn of_stock(x: &Tensor, weight: &Tensor, frozen: &Frozen, precision: Precision) 
     if !learns(x) && !learns(weight) {
         return Ok(value);
     }
-    x.apply_op2(weight, Stock { weight: frozen.clone(), precision, value })
+    let frozen = frozen.clone();
+    // As [`Linear`] has it.
+    let op = known::of_two("linear-stock", value, move |[x, weight], grad| {
+        let grad = grad.detach().contiguous()?;
+        let dx = learns(x).then(|| stock(&grad, &frozen.dense(x.device())?, precision));
+        let dw = learns(weight).then(|| stock(&grad.t()?.contiguous()?, &x.detach(), precision));
+        Ok((dx.transpose()?, dw.transpose()?))
+    });
+    x.apply_op2(weight, op)
 }
 
 /// A product where there is no fused form. On other devices than the CPU, as `precision` says, of f32 in bf16, the result
@@ -197,47 +205,5 @@ impl CustomOp3 for Adapted {
             })??),
         };
         Ok((dx, Some(da?), Some(db?)))
-    }
-}
-
-/// A product of known value on any device.
-struct Stock {
-    weight: Frozen,
-    precision: Precision,
-    value: Tensor,
-}
-
-impl CustomOp2 for Stock {
-    fn name(&self) -> &'static str {
-        "linear-stock"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        known(&self.value)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        _: &candle_core::CudaStorage,
-        _: &Layout,
-        _: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        super::known_on_cuda(&self.value)
-    }
-
-    /// As [`Linear`] has it.
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.detach().contiguous()?;
-        let dx = learns(x).then(|| stock(&grad, &self.weight.dense(x.device())?, self.precision));
-        let dw = learns(weight).then(|| stock(&grad.t()?.contiguous()?, &x.detach(), self.precision));
-        Ok((dx.transpose()?, dw.transpose()?))
     }
 }

@@ -19,7 +19,7 @@ pub fn linear_log_prob(
 ) -> Result<Tensor> {
     check_targets(hidden, weight, targets)?;
     if !fused(hidden) {
-        return hidden.apply_op2(weight, Stock::new(hidden, weight, targets, precision)?);
+        return by_chunk(hidden, weight, targets, precision);
     }
     let rows: Vec<(f32, f32)> = each_row(hidden, weight, precision, |row, logits| {
         let max = max(logits);
@@ -124,15 +124,6 @@ impl CustomOp2 for LogProb {
     }
 }
 
-/// Where there is no fused form: the same by stock operations, a chunk of logits at a time.
-struct Stock {
-    /// `[rows]`.
-    log_probs: Tensor,
-    /// `[rows, 1]`.
-    targets: Tensor,
-    precision: Precision,
-}
-
 /// Hands over logits of some rows at a time: of more on devices, which have the memory, and idle over little.
 fn logits_by_chunk(
     hidden: &Tensor,
@@ -157,66 +148,39 @@ fn log_sum_exp(logits: &Tensor) -> Result<Tensor> {
     logits.broadcast_sub(&max)?.exp()?.sum_keepdim(1)?.log()? + max
 }
 
-impl Stock {
-    fn new(hidden: &Tensor, weight: &Tensor, targets: &[u32], precision: Precision) -> Result<Self> {
-        let targets = Tensor::from_slice(targets, (targets.len(), 1), hidden.device())?;
-        let mut parts = Vec::new();
-        logits_by_chunk(hidden, weight, |first, logits| {
-            let of_targets = logits.gather(&targets.narrow(0, first, logits.dim(0)?)?, 1)?;
-            parts.push((of_targets - log_sum_exp(&logits)?)?.squeeze(1)?);
-            Ok(())
-        })?;
-        Ok(Self { log_probs: Tensor::cat(&parts, 0)?, targets, precision })
-    }
-}
-
-impl CustomOp2 for Stock {
-    fn name(&self) -> &'static str {
-        "linear-log-prob-stock"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        known(&self.log_probs)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        _: &candle_core::CudaStorage,
-        _: &Layout,
-        _: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        super::known_on_cuda(&self.log_probs)
-    }
-
-    /// As [`LogProb`] has it.
-    fn bwd(
-        &self,
-        hidden: &Tensor,
-        weight: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.unsqueeze(1)?;
-        let (mut dh, mut dw) = (Vec::new(), None::<Tensor>);
-        logits_by_chunk(hidden, weight, |first, logits| {
-            let rows = logits.dim(0)?;
-            let (grad, targets) = (grad.narrow(0, first, rows)?, self.targets.narrow(0, first, rows)?);
-            let probs = logits.broadcast_sub(&log_sum_exp(&logits)?)?.exp()?;
-            let dlogits = probs.broadcast_mul(&grad.neg()?)?.scatter_add(&targets, &grad.contiguous()?, 1)?;
-            let dlogits = dlogits.to_dtype(hidden.dtype())?;
-            dh.push(stock(&dlogits, &weight.detach(), self.precision)?);
-            if learns(weight) {
-                let hidden = hidden.detach().narrow(0, first, rows)?;
-                let part = stock(&dlogits.t()?.contiguous()?, &hidden, self.precision)?;
-                dw = Some(match dw.take() {
-                    Some(sum) => (sum + part)?,
-                    None => part,
-                });
-            }
-            Ok(())
-        })?;
-        Ok((Some(Tensor::cat(&dh, 0)?), dw))
-    }
+/// Where there is no fused form: the same by stock operations, a chunk of logits at a time in both directions.
+fn by_chunk(hidden: &Tensor, weight: &Tensor, targets: &[u32], precision: Precision) -> Result<Tensor> {
+    let targets = Tensor::from_slice(targets, (targets.len(), 1), hidden.device())?;
+    let mut parts = Vec::new();
+    logits_by_chunk(hidden, weight, |first, logits| {
+        let of_targets = logits.gather(&targets.narrow(0, first, logits.dim(0)?)?, 1)?;
+        parts.push((of_targets - log_sum_exp(&logits)?)?.squeeze(1)?);
+        Ok(())
+    })?;
+    // As [`LogProb`] has it.
+    let op =
+        known::of_two("linear-log-prob-stock", Tensor::cat(&parts, 0)?, move |[hidden, weight], grad| {
+            let grad = grad.unsqueeze(1)?;
+            let (mut dh, mut dw) = (Vec::new(), None::<Tensor>);
+            logits_by_chunk(hidden, weight, |first, logits| {
+                let rows = logits.dim(0)?;
+                let (grad, targets) = (grad.narrow(0, first, rows)?, targets.narrow(0, first, rows)?);
+                let probs = logits.broadcast_sub(&log_sum_exp(&logits)?)?.exp()?;
+                let dlogits =
+                    probs.broadcast_mul(&grad.neg()?)?.scatter_add(&targets, &grad.contiguous()?, 1)?;
+                let dlogits = dlogits.to_dtype(hidden.dtype())?;
+                dh.push(stock(&dlogits, &weight.detach(), precision)?);
+                if learns(weight) {
+                    let hidden = hidden.detach().narrow(0, first, rows)?;
+                    let part = stock(&dlogits.t()?.contiguous()?, &hidden, precision)?;
+                    dw = Some(match dw.take() {
+                        Some(sum) => (sum + part)?,
+                        None => part,
+                    });
+                }
+                Ok(())
+            })?;
+            Ok((Some(Tensor::cat(&dh, 0)?), dw))
+        });
+    hidden.apply_op2(weight, op)
 }

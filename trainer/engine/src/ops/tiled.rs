@@ -1,7 +1,7 @@
 //! Attention of one sequence by stock operations, some query rows at a time in both directions: where there is no fused form. The
 //! backward pass computes the probabilities of each tile again, so memory is that of one tile and never `O(rows²)`.
 
-use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::attention::Heads;
 use super::{known, learns};
@@ -22,30 +22,30 @@ fn of_rows(
     (heads, past): (Heads, usize),
     at_once: usize,
 ) -> Result<Tensor> {
-    let all = Tiled { heads, past, at_once, value: None };
+    let all = Tiled { heads, past, at_once };
     let value = all.forward(&q.detach(), &k.detach(), &v.detach())?;
     if [q, k, v].into_iter().any(learns) {
-        q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Tiled { value: Some(value), ..all })
+        let op = known::of_three("attention-tiled", value, move |inputs, grad| all.backward(inputs, grad));
+        q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
     } else {
         Ok(value)
     }
 }
 
+#[derive(Clone, Copy)]
 struct Tiled {
     heads: Heads,
     past: usize,
     at_once: usize,
-    value: Option<Tensor>,
 }
 
 impl Tiled {
     /// First row and number of rows of each tile.
-    fn tiles(&self, rows: usize) -> impl Iterator<Item = (usize, usize)> {
-        let at_once = self.at_once;
-        (0..rows).step_by(at_once).map(move |first| (first, at_once.min(rows - first)))
+    fn tiles(self, rows: usize) -> impl Iterator<Item = (usize, usize)> {
+        (0..rows).step_by(self.at_once).map(move |first| (first, self.at_once.min(rows - first)))
     }
 
-    fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn forward(self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (k, v) = (by_head(k, self.heads)?, by_head(v, self.heads)?);
         let parts = self.tiles(q.dim(0)?).map(|(first, rows)| {
             let keys = self.past + first + rows;
@@ -56,46 +56,11 @@ impl Tiled {
         });
         Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
     }
-}
-
-impl CustomOp3 for Tiled {
-    fn name(&self) -> &'static str {
-        "attention-tiled"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.value.as_ref().map_or_else(|| candle_core::bail!("attention without a value"), known)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        _: &candle_core::CudaStorage,
-        _: &Layout,
-        _: &candle_core::CudaStorage,
-        _: &Layout,
-        _: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let value = self.value.as_ref();
-        value.map_or_else(|| candle_core::bail!("attention without a value"), super::known_on_cuda)
-    }
 
     /// With `P` the probabilities and `D = dO Vᵀ`: `dV = Pᵀ dO`, `dS = P (D - Σ P D)`, `dQ = scale dS K`, `dK = scale dSᵀ Q`.
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        _res: &Tensor,
+    fn backward(
+        self,
+        [q, k, v]: [&Tensor; 3],
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (heads, scale) = (self.heads, f64::from(self.heads.scale()));

@@ -1,0 +1,151 @@
+//! An operation whose value was computed before, on any device: all that it adds to the graph is its backward pass.
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor};
+
+/// `backward` gets the inputs and the gradient of the value, and gives the gradients of the inputs.
+pub(crate) struct Known<B> {
+    name: &'static str,
+    value: Tensor,
+    backward: B,
+}
+
+type Gradient = Option<Tensor>;
+
+/// Of one input.
+pub(crate) fn of_one(
+    name: &'static str,
+    value: Tensor,
+    backward: impl Fn(&Tensor, &Tensor) -> Result<Gradient> + Send + Sync + 'static,
+) -> impl CustomOp1 + Send + Sync + 'static {
+    Known { name, value, backward }
+}
+
+/// Of two inputs.
+pub(crate) fn of_two(
+    name: &'static str,
+    value: Tensor,
+    backward: impl Fn([&Tensor; 2], &Tensor) -> Result<(Gradient, Gradient)> + Send + Sync + 'static,
+) -> impl CustomOp2 + Send + Sync + 'static {
+    Known { name, value, backward }
+}
+
+/// Of three inputs.
+pub(crate) fn of_three(
+    name: &'static str,
+    value: Tensor,
+    backward: impl Fn([&Tensor; 3], &Tensor) -> Result<(Gradient, Gradient, Gradient)> + Send + Sync + 'static,
+) -> impl CustomOp3 + Send + Sync + 'static {
+    Known { name, value, backward }
+}
+
+impl<B> Known<B> {
+    fn on_cpu(&self) -> Result<(CpuStorage, Shape)> {
+        let value = self.value.contiguous()?;
+        let (storage, layout) = value.storage_and_layout();
+        match (&*storage, layout.start_offset()) {
+            (Storage::Cpu(storage), 0) => Ok((storage.clone(), value.shape().clone())),
+            _ => candle_core::bail!("the value of `{}` left the CPU", self.name),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_cuda(&self) -> Result<(candle_core::CudaStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let value = self.value.contiguous()?;
+        let (storage, layout) = value.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, value.shape().clone())),
+            _ => candle_core::bail!("the value of `{}` left the device", self.name),
+        }
+    }
+}
+
+impl<B: Fn(&Tensor, &Tensor) -> Result<Gradient>> CustomOp1 for Known<B> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.on_cpu()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        self.on_cuda()
+    }
+
+    fn bwd(&self, x: &Tensor, _value: &Tensor, grad: &Tensor) -> Result<Gradient> {
+        (self.backward)(x, grad)
+    }
+}
+
+impl<B: Fn([&Tensor; 2], &Tensor) -> Result<(Gradient, Gradient)>> CustomOp2 for Known<B> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.on_cpu()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        self.on_cuda()
+    }
+
+    fn bwd(&self, a: &Tensor, b: &Tensor, _value: &Tensor, grad: &Tensor) -> Result<(Gradient, Gradient)> {
+        (self.backward)([a, b], grad)
+    }
+}
+
+impl<B: Fn([&Tensor; 3], &Tensor) -> Result<(Gradient, Gradient, Gradient)>> CustomOp3 for Known<B> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.on_cpu()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        self.on_cuda()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        _value: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Gradient, Gradient, Gradient)> {
+        (self.backward)([a, b, c], grad)
+    }
+}
