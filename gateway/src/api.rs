@@ -4,6 +4,7 @@ pub mod body;
 pub mod local;
 pub mod reply;
 pub mod request;
+pub mod request_id;
 pub mod responses;
 pub mod waiting;
 

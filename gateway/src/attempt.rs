@@ -90,19 +90,19 @@ pub(crate) async fn attempt(
     let mut last: Option<GatewayError> = None;
     loop {
         let permit = match next {
-            Next::Have(permit) => Ok(permit),
+            Next::Have(permit) => Ok((permit, Instant::now())),
             Next::Wait(exclude) => slot(pool, ask, exclude, record).await,
             Next::Never => Err(GatewayError::NoNode { model: job.model.to_owned(), retry_after: 5 }),
         };
         let permit = match (permit, last.take()) {
-            (Ok(permit), None) => {
-                let before = record.started.elapsed().saturating_sub(record.waited);
+            (Ok((permit, now)), None) => {
+                let before = now.saturating_duration_since(record.started).saturating_sub(record.waited);
                 pool.metrics.overhead.observe(before.as_secs_f64());
                 permit
             }
-            (Ok(permit), Some(error)) => {
+            (Ok((permit, _)), Some(error)) => {
                 pool.metrics.retries.inc();
-                tracing::info!(request = record.request_id, model = job.model, %error, "tried again");
+                tracing::info!(request = %record.request_id, model = job.model, %error, "tried again");
                 permit
             }
             // What the first node said tells more than that there is no second one.
@@ -173,19 +173,21 @@ fn judge(pool: &Arc<ModelPool>, ask: &Ask, permit: Permit, bad: Bad, more: bool)
     }
 }
 
+/// A slot, and when it was got.
 async fn slot(
     pool: &Arc<ModelPool>,
     ask: &Ask,
     exclude: Option<u64>,
     record: &mut Record,
-) -> Result<Permit, GatewayError> {
+) -> Result<(Permit, Instant), GatewayError> {
     record.phase = Phase::Queue;
     let since = Instant::now();
     let permit = pool.acquire(ask, exclude).await;
-    let waited = since.elapsed();
+    let now = Instant::now();
+    let waited = now - since;
     record.waited += waited;
     pool.metrics.queue_wait.observe(waited.as_secs_f64());
-    permit.inspect_err(|error| {
+    permit.map(|permit| (permit, now)).inspect_err(|error| {
         record.status = error.status().as_u16();
     })
 }
@@ -243,9 +245,10 @@ async fn hedged(
 async fn once(job: &Job<'_>, permit: &Permit) -> Result<Good, Bad> {
     let node_failed = |reason: String| GatewayError::NodeFailed { reason };
     let deadlines = &job.config.deadlines;
-    let until = tokio::time::Instant::now() + ms(deadlines.total_ms);
+    let now = tokio::time::Instant::now();
+    let until = now + ms(deadlines.total_ms);
     let (connect, first_byte) = (ms(deadlines.connect_ms), ms(deadlines.first_byte_ms));
-    let sent = send(job.connector, permit.node(), job.outgoing, connect, first_byte).await;
+    let sent = send(job.connector, permit.node(), job.outgoing, now, connect, first_byte).await;
     let mut exchange = sent.map_err(|error| match error {
         SendError::Timeout => Bad::Timeout,
         SendError::Unreachable(reason) => Bad::Unreachable(node_failed(reason)),

@@ -165,7 +165,11 @@ impl ModelPool {
 
     /// Milliseconds on the pool's own clock.
     pub fn now_ms(&self) -> u64 {
-        self.epoch.elapsed().as_millis() as u64
+        self.ms_at(Instant::now())
+    }
+
+    fn ms_at(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.epoch).as_millis() as u64
     }
 
     fn locked(&self) -> MutexGuard<'_, State> {
@@ -308,13 +312,14 @@ impl ModelPool {
         let wait = ask.within.map_or(longest, |within| within.min(longest));
         let (granted, place) = {
             let mut pool = self.locked();
+            let now = Instant::now();
             if exclude.is_none() {
                 pool.budget.deposit(config.retry.budget_percent);
             }
             if pool.queue.is_empty()
-                && let Some(permit) = self.try_grant(&mut pool, ask.tokens, ask.affinity, exclude)
+                && let Some(permit) = self.try_grant(&mut pool, now, ask.tokens, ask.affinity, exclude)
             {
-                pool.traffic.arrived.count(self.now_ms() / 1000);
+                pool.traffic.arrived.count(self.ms_at(now) / 1000);
                 return Ok(permit);
             }
             if config.scale.is_none() && !works_besides(&pool, exclude) {
@@ -333,13 +338,13 @@ impl ModelPool {
                 };
                 match refused {
                     Some(waiter) => {
-                        pool.traffic.departed.count(self.now_ms() / 1000);
+                        pool.traffic.departed.count(self.ms_at(now) / 1000);
                         drop(waiter.grant.send(Err(error)));
                     }
                     None => return Err(error),
                 }
             }
-            let now_ms = self.now_ms();
+            let now_ms = self.ms_at(now);
             let ticket = Ticket {
                 class: ask.class,
                 key: Arc::clone(&ask.key),
@@ -378,7 +383,7 @@ impl ModelPool {
     pub fn try_acquire(self: &Arc<Self>, ask: &Ask, exclude: u64) -> Option<Permit> {
         let mut pool = self.locked();
         if pool.queue.is_empty() {
-            self.try_grant(&mut pool, ask.tokens, ask.affinity, Some(exclude))
+            self.try_grant(&mut pool, Instant::now(), ask.tokens, ask.affinity, Some(exclude))
         } else {
             None
         }
@@ -386,39 +391,40 @@ impl ModelPool {
 
     /// Seconds until what waits now is on a node, as far as can be told.
     fn seconds_of_work(&self, pool: &State) -> u64 {
-        let (views, usual) = self.views(pool);
+        let (views, usual) = self.views(pool, self.now_ms());
         let slots: usize = views.iter().map(|view| view.slots).sum();
         let tokens = self.lengths.lock().unwrap_or_else(PoisonError::into_inner).expected(None);
         let seconds = usual * tokens as f64 * (pool.queue.len() + 1) as f64 / slots.max(1) as f64;
         (seconds.ceil() as u64).clamp(1, 60)
     }
 
-    fn views(&self, pool: &State) -> (Vec<NodeView>, f64) {
+    fn views(&self, pool: &State, now_ms: u64) -> (Vec<NodeView>, f64) {
         let speeds = pool.nodes.iter().filter_map(|node| node.learnt().speed.measured());
         let (sum, count) = speeds.fold((0.0, 0u32), |(sum, count), speed| (sum + speed, count + 1));
         let usual = if count == 0 { USUAL_SPEED } else { sum / f64::from(count) };
-        let (config, now_ms) = (self.config.load(), self.now_ms());
+        let config = self.config.load();
         (pool.nodes.iter().map(|node| node.view(&config.outlier, usual, now_ms)).collect(), usual)
     }
 
     fn try_grant(
         self: &Arc<Self>,
         pool: &mut State,
+        now: Instant,
         tokens: u64,
         affinity: Option<u64>,
         exclude: Option<u64>,
     ) -> Option<Permit> {
-        let (views, _) = self.views(pool);
+        let (views, _) = self.views(pool, self.ms_at(now));
         pool.turn += 1;
         let request = RequestView {
             tokens,
             affinity,
             waiting: pool.queue.len().saturating_sub(1),
             exclude: exclude.and_then(|id| pool.nodes.iter().position(|node| node.id == id)),
-            random: mix(pool.turn ^ self.epoch.elapsed().as_nanos() as u64),
+            random: mix(pool.turn ^ now.saturating_duration_since(self.epoch).as_nanos() as u64),
         };
         let at = pick(self.config.load().balance, &views, &request, pool.turn)?;
-        Some(Permit::new(Arc::clone(self), Arc::clone(&pool.nodes[at]), tokens))
+        Some(Permit::new(Arc::clone(self), Arc::clone(&pool.nodes[at]), tokens, now))
     }
 
     /// There is no node; where one can be started, the client may come back when that would be done.
@@ -481,14 +487,14 @@ impl ModelPool {
         if pool.queue.is_empty() {
             return;
         }
-        let now_ms = self.now_ms();
+        let now = Instant::now();
         let mut passed_over = Vec::new();
-        while let Some(place) = pool.queue.next(now_ms, &passed_over) {
+        while let Some(place) = pool.queue.next(self.ms_at(now), &passed_over) {
             let Some((ticket, waiter)) = pool.queue.get(&place) else { break };
             let (tokens, affinity) = (ticket.tokens, waiter.affinity);
             // A node that failed and is well again beats waiting for one that may never come.
             let exclude = waiter.exclude.filter(|id| works_besides(&pool, Some(*id)));
-            match self.try_grant(&mut pool, tokens, affinity, exclude) {
+            match self.try_grant(&mut pool, now, tokens, affinity, exclude) {
                 Some(permit) => {
                     if let Some(waiter) = pool.queue.take(&place, true)
                         && let Err(back) = waiter.grant.send(Ok(permit))

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use potstill_shared::openai::Usage;
 
+use crate::api::request_id::RequestId;
 use crate::gateway::Shared;
 use crate::keys::Key;
 use crate::keys::limiter::Reservation;
@@ -75,7 +76,7 @@ impl InFlight {
 pub struct Record {
     shared: Arc<Shared>,
     /// Id of the request.
-    pub request_id: String,
+    pub request_id: RequestId,
     /// Whose it is.
     pub key: Arc<Key>,
     /// What it is part of.
@@ -101,6 +102,7 @@ pub struct Record {
     /// How it ended; a record that is dropped before anyone has said so belongs to a client that left.
     pub end: End,
     first: Option<Duration>,
+    took: Option<Duration>,
     usage: Usage,
     reservation: Option<Reservation>,
     bytes: usize,
@@ -110,7 +112,7 @@ impl Record {
     /// Begins a record and counts the bytes of the request.
     pub(crate) fn new(
         shared: &Arc<Shared>,
-        request_id: String,
+        request_id: RequestId,
         key: Arc<Key>,
         pool: Arc<ModelPool>,
         started: Instant,
@@ -133,6 +135,7 @@ impl Record {
             status: 499,
             end: End::ClientLeft,
             first: None,
+            took: None,
             usage: Usage::default(),
             reservation: None,
             bytes,
@@ -153,6 +156,11 @@ impl Record {
         }
     }
 
+    /// How long it has taken, or took.
+    pub fn took(&self) -> Duration {
+        self.took.unwrap_or_else(|| self.started.elapsed())
+    }
+
     /// What was seen of the answer; where the node gave no counts, pieces stand for tokens.
     pub fn seen(&mut self, usage: Option<Usage>, pieces: u64) {
         self.usage = usage.unwrap_or(Usage::new(0, pieces));
@@ -166,6 +174,8 @@ impl Record {
         if self.usage.completion_tokens > 0 {
             self.pool.learn_length(self.stage.as_deref(), self.usage.completion_tokens);
         }
+        // A whole answer has come at once.
+        self.took = self.first.filter(|_| self.phase != Phase::Stream);
         if let Some(permit) = permit {
             let completion = (self.usage.completion_tokens > 0).then_some(self.usage.completion_tokens);
             permit.success(self.usage.prompt_tokens, completion);
@@ -180,7 +190,7 @@ impl Drop for Record {
         if let Some(reservation) = &mut self.reservation {
             reservation.settle(usage.prompt_tokens + usage.completion_tokens);
         }
-        let took = self.started.elapsed();
+        let took = self.took();
         let cost = self.pool.config().price.of(usage.prompt_tokens, usage.completion_tokens);
         shared.metrics.ended(pool, &self.pool.model, self.status, self.end.name(), took, usage);
         shared.metrics.usage.add(&self.key.name, self.stage.as_deref(), &self.pool.model, usage, cost);
@@ -200,7 +210,7 @@ impl Drop for Record {
                 time: std::time::SystemTime::now()
                     .duration_since(std::time::UNIX_EPOCH)
                     .map_or(0.0, |since| since.as_secs_f64()),
-                request: &self.request_id,
+                request: self.request_id.as_str(),
                 key: &self.key.name,
                 model: &self.asked.model,
                 stage: self.stage.as_deref(),

@@ -14,10 +14,10 @@ use bytes::Bytes;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header};
 use hyper::body::Incoming;
-use potstill_shared::id::unique;
 
 use crate::api::reply::{Answer, Reply, as_stream, local};
 use crate::api::request::{Head, parse, with_model};
+use crate::api::request_id::RequestId;
 use crate::api::waiting::answer_or_wait;
 use crate::api::{Endpoint, body, endpoint, responses};
 use crate::attempt::{Answered, Job, attempt};
@@ -34,12 +34,15 @@ use crate::upstream::mend::chunk::ChunkMend;
 use crate::upstream::relay::Relay;
 use crate::upstream::send::Outgoing;
 
+/// Headers of a usual answer.
+const HEADERS: usize = 9;
+
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// What the gateway itself reads of a request's head, found in one pass.
 #[derive(Default)]
 struct Told {
-    request_id: Option<String>,
+    request_id: Option<RequestId>,
     stage: Option<String>,
     priority: Option<Priority>,
     deadline: Option<Duration>,
@@ -64,10 +67,7 @@ impl Told {
                 }
                 "content-length" => told.length = true,
                 // An id of the client is kept, so that its own logs and ours meet.
-                "x-request-id" => {
-                    told.request_id =
-                        text().filter(|id| !id.is_empty() && id.len() <= 128).map(str::to_owned);
-                }
+                "x-request-id" => told.request_id = RequestId::of(value),
                 "x-potstill-stage" => told.stage = text().filter(|stage| is_name(stage)).map(str::to_owned),
                 "x-potstill-priority" => told.priority = text().and_then(Priority::parse),
                 "x-potstill-deadline-ms" => told.deadline = text().and_then(|ms| ms.parse().ok()).map(ms),
@@ -100,12 +100,12 @@ impl Told {
 /// Handles a request of a client.
 pub(crate) async fn handle(shared: &Arc<Shared>, mut request: Request<Incoming>) -> Answer {
     let started = Instant::now();
-    let told = Told::read(request.headers());
-    let request_id = told.request_id.clone().unwrap_or_else(|| unique("req"));
-    let id = HeaderValue::from_str(&request_id).ok();
-    if let Some(id) = id.clone().filter(|_| told.request_id.is_none()) {
-        request.headers_mut().insert(REQUEST_ID, id);
-    }
+    let mut told = Told::read(request.headers());
+    let request_id = told.request_id.take().unwrap_or_else(|| {
+        let id = RequestId::fresh();
+        request.headers_mut().insert(REQUEST_ID, id.header());
+        id
+    });
     let mut caller = Caller { request_id, started, key: None, told };
     let outcome = match (caller.told.check(request.version()), endpoint(request.uri().path())) {
         (Err(error), _) => Err(error),
@@ -121,22 +121,20 @@ pub(crate) async fn handle(shared: &Arc<Shared>, mut request: Request<Incoming>)
     if let Some(key) = &caller.key {
         key.write_limits(caller.told.stage.as_deref(), headers);
     }
-    if let Some(id) = id {
-        headers.insert(REQUEST_ID, id);
-    }
+    headers.insert(REQUEST_ID, caller.request_id.header());
     answer
 }
 
 /// Counts and tells a request that gets nothing.
-pub(crate) fn refused(shared: &Shared, request_id: &str, error: &GatewayError) {
+pub(crate) fn refused(shared: &Shared, request_id: &RequestId, error: &GatewayError) {
     shared.metrics.refused.with_label_values(&[error.code()]).inc();
     let (status, reason) = (error.status().as_u16(), error.code());
-    tracing::info!(request = request_id, status, reason, "refused");
+    tracing::info!(request = %request_id, status, reason, "refused");
 }
 
 /// Who asks, as far as is known.
 struct Caller {
-    request_id: String,
+    request_id: RequestId,
     started: Instant,
     key: Option<Arc<Key>>,
     told: Told,
@@ -209,7 +207,7 @@ async fn serve(
             let (pool, answered) = somewhere(&owned, pool, &head, kind, &ask, outgoing, &mut record).await?;
             Ok(answer(answered, &head, kind, translated, &pool, Some(every), record))
         });
-        return answer_or_wait(work, ms(every.max(100)), shared, &caller.request_id, responses).await;
+        return answer_or_wait(work, ms(every.max(100)), shared, caller.request_id.clone(), responses).await;
     }
     let (pool, answered) = somewhere(shared, pool, &head, kind, &ask, outgoing, &mut record).await?;
     let heartbeat = pool.config().heartbeat_ms.or(key.heartbeat_ms());
@@ -305,11 +303,11 @@ fn answer(
             record.status = status.as_u16();
             let mut answer = Answer::new(Reply::from(body));
             *answer.status_mut() = status;
-            answer.headers_mut().insert(header::CONTENT_TYPE, content_type);
-            let took = record.started.elapsed().as_millis() as u64;
-            answer
-                .headers_mut()
-                .insert(HeaderName::from_static("openai-processing-ms"), HeaderValue::from(took));
+            let headers = answer.headers_mut();
+            headers.reserve(HEADERS);
+            headers.insert(header::CONTENT_TYPE, content_type);
+            let took = record.took().as_millis() as u64;
+            headers.insert(HeaderName::from_static("openai-processing-ms"), HeaderValue::from(took));
             answer
         }
     };
@@ -337,7 +335,8 @@ pub(crate) async fn fetch(
     path: &'static str,
 ) -> Result<Response, GatewayError> {
     let config = pool.config().clone();
-    let mut record = Record::new(shared, unique("req"), Arc::clone(key), Arc::clone(pool), Instant::now(), 0);
+    let mut record =
+        Record::new(shared, RequestId::fresh(), Arc::clone(key), Arc::clone(pool), Instant::now(), 0);
     let outgoing = Outgoing {
         method: Method::GET,
         path: PathAndQuery::from_static(path),

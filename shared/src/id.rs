@@ -75,7 +75,17 @@ pub fn unique(prefix: &str) -> String {
     hasher.write_u64(NEXT.fetch_add(1, Ordering::Relaxed));
     let high = hasher.finish();
     hasher.write_u64(high);
-    format!("{prefix}-{:016x}{:08x}", high, hasher.finish() as u32)
+    let mut id = String::with_capacity(prefix.len() + 25);
+    id.push_str(prefix);
+    id.push('-');
+    let mut hexadecimal = |number: u64, digits: u32| {
+        for digit in (0..digits).rev() {
+            id.push(char::from(b"0123456789abcdef"[(number >> (4 * digit)) as usize & 15]));
+        }
+    };
+    hexadecimal(high, 16);
+    hexadecimal(hasher.finish(), 8);
+    id
 }
 
 #[cfg(test)]

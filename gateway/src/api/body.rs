@@ -1,6 +1,6 @@
 //! Reads a request body: bounded in size, in time between two pieces, and in how slow it may be.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
@@ -28,15 +28,18 @@ where
     if announced > limit as u64 {
         return Err(GatewayError::TooLarge { limit });
     }
-    let started = Instant::now();
+    let mut waited: Option<Instant> = None;
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     loop {
         let idle = ms(limits.body_idle_ms);
-        // A body that is there already costs no timer.
+        // A body that is there already costs no timer and no look at the clock.
         let frame = match futures_util::FutureExt::now_or_never(body.frame()) {
             Some(frame) => frame,
-            None => tokio::time::timeout(idle, body.frame()).await.map_err(|_| GatewayError::SlowBody)?,
+            None => {
+                waited.get_or_insert_with(Instant::now);
+                tokio::time::timeout(idle, body.frame()).await.map_err(|_| GatewayError::SlowBody)?
+            }
         };
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|error| GatewayError::Invalid {
@@ -49,7 +52,7 @@ where
         if length > limit {
             return Err(GatewayError::TooLarge { limit });
         }
-        let took = started.elapsed();
+        let took = waited.map_or(Duration::ZERO, |since| since.elapsed());
         if took > ms(limits.body_slow_ms) && (length as f64) < BYTES_PER_SECOND * took.as_secs_f64() {
             return Err(GatewayError::SlowBody);
         }

@@ -74,7 +74,10 @@ pub fn parse(body: &[u8], kind: Kind) -> Result<Head, GatewayError> {
     if openers > DEPTH && depth_exceeds(body, DEPTH) {
         return Err(invalid(format!("the request body nests deeper than {DEPTH}"), None, "invalid_json"));
     }
-    let fields: Fields<'_> = serde_json::from_slice(body).map_err(|error| {
+    // Told to be UTF-8 once, its strings are not looked at again.
+    let text = std::str::from_utf8(body)
+        .map_err(|error| invalid(format!("the request body is not valid: {error}"), None, "invalid_json"))?;
+    let fields: Fields<'_> = serde_json::from_str(text).map_err(|error| {
         let code = if error.is_data() { "invalid_request" } else { "invalid_json" };
         invalid(format!("the request body is not valid: {error}"), None, code)
     })?;

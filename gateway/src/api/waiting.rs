@@ -16,6 +16,7 @@ use serde_json::json;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::reply::{Answer, Reply, as_stream};
+use super::request_id::RequestId;
 use crate::error::GatewayError;
 use crate::gateway::Shared;
 use crate::stack::refused;
@@ -34,7 +35,7 @@ pub struct Waiting {
     timer: Pin<Box<Sleep>>,
     every: Duration,
     shared: Arc<Shared>,
-    request_id: String,
+    request_id: RequestId,
     /// Its words are those of the Responses API.
     responses: bool,
     over: bool,
@@ -45,7 +46,7 @@ pub(crate) async fn answer_or_wait(
     mut work: Work,
     every: Duration,
     shared: &Arc<Shared>,
-    request_id: &str,
+    request_id: RequestId,
     responses: bool,
 ) -> Result<Answer, GatewayError> {
     if let Ok(outcome) = tokio::time::timeout(every, &mut work).await {
@@ -58,7 +59,7 @@ pub(crate) async fn answer_or_wait(
         timer: Box::pin(sleep_until(Instant::now())),
         every,
         shared: Arc::clone(shared),
-        request_id: request_id.to_owned(),
+        request_id,
         responses,
         over: false,
     }))))

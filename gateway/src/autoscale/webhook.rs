@@ -147,7 +147,9 @@ impl WebhookScaler {
         let outgoing = Outgoing { method: Method::POST, path: self.path.clone(), client: headers, body };
         let failed = |error: SendError| error.to_string();
         let mut answer =
-            send(&self.connector, &self.program, &outgoing, ANSWER, ANSWER).await.map_err(failed)?;
+            send(&self.connector, &self.program, &outgoing, tokio::time::Instant::now(), ANSWER, ANSWER)
+                .await
+                .map_err(failed)?;
         if !answer.head.status.is_success() {
             return Err(format!("it answered {}", answer.head.status));
         }

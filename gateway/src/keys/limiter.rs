@@ -3,9 +3,10 @@
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use bytes::{BufMut, BytesMut};
 use governor::clock::{Clock, DefaultClock};
 use governor::middleware::StateInformationMiddleware;
 use governor::state::{InMemoryState, NotKeyed};
@@ -112,9 +113,8 @@ impl Limiter {
         }
     }
 
-    fn with_tokens<T>(&self, act: impl FnOnce(&mut TokenBucket, f64) -> T) -> Option<T> {
-        let bucket = self.tokens.as_ref()?;
-        Some(act(&mut bucket.lock().unwrap_or_else(PoisonError::into_inner), self.now()))
+    fn tokens(&self) -> Option<MutexGuard<'_, TokenBucket>> {
+        self.tokens.as_ref().map(|bucket| bucket.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Writes `x-ratelimit-*` headers.
@@ -122,21 +122,46 @@ impl Limiter {
         let mut three = |names: &[HeaderName; 3], limit: u64, left: u64| {
             // Whole seconds until all of it is there again.
             let reset = limit.saturating_sub(left) * 60 / limit.max(1);
-            headers.insert(&names[0], HeaderValue::from(limit));
-            headers.insert(&names[1], HeaderValue::from(left));
-            if let Ok(reset) = HeaderValue::from_str(&format!("{reset}s")) {
-                headers.insert(&names[2], reset);
+            // The three values are pieces of one buffer.
+            let mut text = BytesMut::with_capacity(64);
+            decimal(&mut text, limit);
+            let first = text.len();
+            decimal(&mut text, left);
+            let second = text.len();
+            decimal(&mut text, reset);
+            text.put_u8(b's');
+            let text = text.freeze();
+            let pieces = [text.slice(..first), text.slice(first..second), text.slice(second..)];
+            for (name, piece) in names.iter().zip(pieces) {
+                if let Ok(value) = HeaderValue::from_maybe_shared(piece) {
+                    headers.insert(name, value);
+                }
             }
         };
         if let (Some(limit), Some((_, left))) = (self.limits.requests_per_minute, &self.requests) {
             three(&REQUESTS, limit.into(), left.load(Ordering::Relaxed).into());
         }
         if let (Some(limit), Some(left)) =
-            (self.limits.tokens_per_minute, self.with_tokens(|bucket, now| bucket.remaining(now)))
+            (self.limits.tokens_per_minute, self.tokens().map(|mut bucket| bucket.remaining(self.now())))
         {
             three(&TOKENS, limit, left);
         }
     }
+}
+
+/// Writes a number.
+fn decimal(text: &mut BytesMut, mut number: u64) {
+    let mut digits = [0; 20];
+    let mut at = digits.len();
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            break;
+        }
+    }
+    text.extend_from_slice(&digits[at..]);
 }
 
 const REQUESTS: [HeaderName; 3] = [
@@ -172,7 +197,7 @@ impl Reservation {
             let refused = |_| GatewayError::RateLimited { what: "requests at once", retry_after: 1 };
             self.places.push(place.map_err(refused)?);
         }
-        match limiter.with_tokens(|bucket, now| bucket.reserve(self.tokens, now)) {
+        match limiter.tokens().map(|mut bucket| bucket.reserve(self.tokens, limiter.now())) {
             None => {}
             Some(Ok(())) => self.buckets.push(Arc::clone(limiter)),
             Some(Err(seconds)) => {
@@ -194,7 +219,9 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         for limiter in &self.buckets {
-            limiter.with_tokens(|bucket, _| bucket.settle(self.tokens, self.used));
+            if let Some(mut bucket) = limiter.tokens() {
+                bucket.settle(self.tokens, self.used);
+            }
         }
     }
 }
@@ -226,6 +253,13 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn numbers_are_written_as_the_library_does(number: u64) {
+            let mut text = BytesMut::new();
+            decimal(&mut text, number);
+            prop_assert_eq!(text, number.to_string());
+        }
+
         #[test]
         fn no_minute_uses_more_than_its_tokens_and_one_request(
             requests in prop::collection::vec((1u64..400, 0u64..400, 0.0f64..5.0), 1..200),

@@ -19,9 +19,9 @@ pub struct Permit {
 const PROMPT_SHARE: u64 = 40;
 
 impl Permit {
-    pub(super) fn new(pool: Arc<ModelPool>, node: Arc<Node>, tokens: u64) -> Self {
+    pub(super) fn new(pool: Arc<ModelPool>, node: Arc<Node>, tokens: u64, since: Instant) -> Self {
         node.begin(tokens);
-        Self { pool, node, tokens, since: Instant::now() }
+        Self { pool, node, tokens, since }
     }
 
     /// The node that the slot is on.
@@ -36,7 +36,8 @@ impl Permit {
 
     /// The node answered to the end, with so many tokens (none if it did not say).
     pub fn success(&self, prompt_tokens: u64, completion_tokens: Option<u64>) {
-        let now_ms = self.pool.now_ms();
+        let now = Instant::now();
+        let now_ms = self.pool.ms_at(now);
         let config = self.pool.config();
         let work = completion_tokens.unwrap_or(0) + prompt_tokens / PROMPT_SHARE;
         let mut learnt = self.node.learnt();
@@ -45,7 +46,7 @@ impl Permit {
         }
         learnt.slots.success(self.node.requests());
         let work = if work == 0 { self.tokens } else { work };
-        let took = self.since.elapsed().as_secs_f64();
+        let took = now.saturating_duration_since(self.since).as_secs_f64();
         learnt.speed.push(took, work, now_ms);
         learnt.token_time.push(self.node.requests(), took * 1e3 / work.max(1) as f64);
     }

@@ -51,7 +51,7 @@ impl Traces {
             number("gen_ai.usage.input_tokens", usage.prompt_tokens),
             number("gen_ai.usage.output_tokens", usage.completion_tokens),
             number("http.response.status_code", record.status.into()),
-            text("potstill.request.id", &record.request_id),
+            text("potstill.request.id", record.request_id.as_str()),
             text("potstill.key", &record.key.name),
             text("potstill.end", record.end.name()),
             number("potstill.attempts", record.attempts.into()),
@@ -146,7 +146,7 @@ async fn post(connector: &Connector, node: &std::sync::Arc<Node>, spans: Vec<Val
     let outgoing =
         Outgoing { method: Method::POST, path, client: headers, body: Bytes::from(body.to_string()) };
     let limit = Duration::from_secs(5);
-    match send(connector, node, &outgoing, limit, limit).await {
+    match send(connector, node, &outgoing, tokio::time::Instant::now(), limit, limit).await {
         Ok(answer) if answer.head.status.is_success() => {}
         Ok(answer) => {
             tracing::warn!(status = answer.head.status.as_u16(), spans = count, "the collector refused spans")

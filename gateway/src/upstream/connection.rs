@@ -6,12 +6,13 @@
 use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use tokio::time::Instant;
 
 use super::connect::{Connector, Stream};
 use super::pieces::Pieces;
@@ -102,10 +103,10 @@ impl Idle {
     }
 
     /// Takes the newest connection that is still open.
-    pub fn take(&self, context: &mut Context<'_>) -> Option<Box<Connection>> {
+    pub fn take(&self, context: &mut Context<'_>, now: Instant) -> Option<Box<Connection>> {
         loop {
             let mut connection = self.locked().pop()?;
-            if connection.idle_since.elapsed() < KEEP_FOR {
+            if now.saturating_duration_since(connection.idle_since) < KEEP_FOR {
                 connection.drive(context);
                 if connection.reusable() {
                     return Some(connection);

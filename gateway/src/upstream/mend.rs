@@ -42,20 +42,23 @@ pub fn finish_reason(word: &str) -> &'static str {
     }
 }
 
-/// Token counts of an answer, and whether their JSON is right as it is.
-pub fn usage(json: &RawValue, kind: Kind) -> Option<(Usage, bool)> {
-    #[derive(Deserialize)]
-    struct Counts {
-        prompt_tokens: Option<u64>,
-        completion_tokens: Option<u64>,
-        total_tokens: Option<u64>,
+/// The `usage` of an answer.
+#[derive(Deserialize)]
+struct Counts {
+    prompt_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
+    total_tokens: Option<u64>,
+}
+
+impl Counts {
+    /// The tokens, and whether they are all there and their sum is right.
+    fn usage(&self, kind: Kind) -> (Usage, bool) {
+        let usage = Usage::new(self.prompt_tokens.unwrap_or(0), self.completion_tokens.unwrap_or(0));
+        let whole = self.prompt_tokens.is_some()
+            && (self.completion_tokens.is_some() || kind == Kind::Embeddings)
+            && self.total_tokens == Some(usage.total_tokens);
+        (usage, whole)
     }
-    let counts: Counts = serde_json::from_str(json.get()).ok()?;
-    let usage = Usage::new(counts.prompt_tokens.unwrap_or(0), counts.completion_tokens.unwrap_or(0));
-    let whole = counts.prompt_tokens.is_some()
-        && (counts.completion_tokens.is_some() || kind == Kind::Embeddings)
-        && counts.total_tokens == Some(usage.total_tokens);
-    Some((usage, whole))
 }
 
 /// Writes right sums into a `usage` object, beside what else it holds.

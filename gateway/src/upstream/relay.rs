@@ -102,7 +102,7 @@ impl Relay {
     /// Ends a broken stream with one error event.
     fn broken(&mut self, before: Bytes, reason: &str) -> Bytes {
         tracing::warn!(
-            request = self.record.request_id,
+            request = %self.record.request_id,
             model = &*self.record.asked.model,
             node = self.permit.as_ref().map(|permit| permit.node().name.as_str()),
             reason,

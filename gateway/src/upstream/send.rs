@@ -1,6 +1,7 @@
 //! Sends a request to a node and waits for its response head: headers by rule, the first-byte clock, one more try on a fresh
 //! connection when a kept one turns out to be stale.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -18,30 +19,33 @@ use super::pieces::Pieces;
 use crate::config::ms;
 use crate::pool::node::Node;
 
-/// Headers of the client that no node gets to see: its keys, what concerns one connection only (RFC 9110, section 7.6.1),
-/// and what the gateway sets itself.
-const KEPT_BACK: [&str; 19] = [
-    "authorization",
-    "api-key",
-    "x-api-key",
-    "cookie",
-    "proxy-authorization",
-    "proxy-authenticate",
-    "proxy-connection",
-    "connection",
-    "keep-alive",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "expect",
-    "host",
-    "content-length",
-    "content-encoding",
-    // The gateway reads along, so answers come as they are.
-    "accept-encoding",
-    "forwarded",
-];
+/// Whether a header of the client may reach a node: not its keys, not what concerns one connection only (RFC 9110, section
+/// 7.6.1), not what the gateway sets itself.
+fn passes(name: &str) -> bool {
+    !matches!(
+        name,
+        "authorization"
+            | "api-key"
+            | "x-api-key"
+            | "cookie"
+            | "proxy-authorization"
+            | "proxy-authenticate"
+            | "proxy-connection"
+            | "connection"
+            | "keep-alive"
+            | "te"
+            | "trailer"
+            | "transfer-encoding"
+            | "upgrade"
+            | "expect"
+            | "host"
+            | "content-length"
+            | "content-encoding"
+            // The gateway reads along, so answers come as they are.
+            | "accept-encoding"
+            | "forwarded"
+    ) && !name.starts_with("x-potstill-")
+}
 
 /// Why a node gave no response head.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -70,14 +74,10 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
-    /// Whether a header of the client passes on.
-    fn passes(&self, name: &str) -> bool {
-        let listed = || {
-            let lists =
-                self.client.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
-            lists.flat_map(|list| list.split(',')).any(|listed| listed.trim().eq_ignore_ascii_case(name))
-        };
-        !KEPT_BACK.contains(&name) && !name.starts_with("x-potstill-") && !listed()
+    /// Whether the client said that a header is for this connection only.
+    fn is_listed(&self, name: &str) -> bool {
+        let lists = self.client.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
+        lists.flat_map(|list| list.split(',')).any(|listed| listed.trim().eq_ignore_ascii_case(name))
     }
 
     fn request(&self, node: &Node) -> Result<Request<Pieces>, SendError> {
@@ -92,8 +92,13 @@ impl Outgoing {
         let headers = request.headers_mut();
         headers.reserve(self.client.len() + 2);
         headers.insert(header::HOST, node.host.clone());
+        // `keep-alive` and `close` are the usual words, and name no header.
+        let usual = |value: &HeaderValue| {
+            value.as_bytes().eq_ignore_ascii_case(b"keep-alive") || value.as_bytes() == b"close"
+        };
+        let listing = !self.client.get_all(header::CONNECTION).iter().all(usual);
         for (name, value) in &self.client {
-            if self.passes(name.as_str()) {
+            if passes(name.as_str()) && !(listing && self.is_listed(name.as_str())) {
                 headers.append(name, value.clone());
             }
         }
@@ -125,12 +130,12 @@ impl Answer {
         &mut self,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let mut polled = std::pin::Pin::new(&mut self.body).poll_frame(context);
+        let mut polled = Pin::new(&mut self.body).poll_frame(context);
         if polled.is_pending()
             && let Some(connection) = &mut self.connection
         {
             connection.drive(context);
-            polled = std::pin::Pin::new(&mut self.body).poll_frame(context);
+            polled = Pin::new(&mut self.body).poll_frame(context);
         }
         let ended = matches!(polled, Poll::Ready(None)) || (polled.is_ready() && self.body.is_end_stream());
         if ended && let Some(connection) = self.connection.take() {
@@ -150,23 +155,23 @@ impl Answer {
     }
 }
 
-/// Sends `outgoing` to `node`.
+/// Sends `outgoing` to `node`, `now`: `connect` bounds the time for a connection, `first_byte` that for the head.
 pub async fn send(
     connector: &Connector,
     node: &Arc<Node>,
     outgoing: &Outgoing,
+    now: Instant,
     connect: Duration,
     first_byte: Duration,
 ) -> Result<Exchange, SendError> {
-    let deadline = Instant::now() + first_byte;
-    let kept = std::future::poll_fn(|context| Poll::Ready(node.idle.take(context))).await;
+    let kept = std::future::poll_fn(|context| Poll::Ready(node.idle.take(context, now))).await;
     let mut connection = match kept {
         Some(connection) => connection,
         None => fresh(connector, node, connect).await?,
     };
     loop {
         let request = outgoing.request(node)?;
-        match tokio::time::timeout_at(deadline, connection.send(request)).await {
+        match tokio::time::timeout_at(now + first_byte, connection.send(request)).await {
             Err(_) => return Err(SendError::Timeout),
             Ok(Ok(response)) => {
                 let (head, body) = response.into_parts();
@@ -180,8 +185,13 @@ pub async fn send(
     }
 }
 
-async fn fresh(connector: &Connector, node: &Node, connect: Duration) -> Result<Box<Connection>, SendError> {
-    Connection::open(connector, node, connect).await.map_err(SendError::Unreachable)
+/// Boxed: rare, and three times as large as all else that a request carries while it is sent.
+fn fresh<'a>(
+    connector: &'a Connector,
+    node: &'a Node,
+    connect: Duration,
+) -> Pin<Box<dyn Future<Output = Result<Box<Connection>, SendError>> + Send + 'a>> {
+    Box::pin(async move { Connection::open(connector, node, connect).await.map_err(SendError::Unreachable) })
 }
 
 /// Whether `GET path` succeeds; the body is not looked at. An empty path asks for a connection only.

@@ -1,5 +1,6 @@
 //! Requests of unequal length that arrive at random: the step loop, which lets them join and leave at every step, beside static
-//! batching, which collects what has arrived, computes all of it until the longest is done, and only then looks again.
+//! batching, which collects what has arrived, computes all of it as one rectangle (prompts padded to the longest, answers written
+//! until the longest is done, as `generate` of transformers does), and only then looks again.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -157,6 +158,11 @@ fn request(prompt: &[u32], max_tokens: usize) -> Request {
     }
 }
 
+/// The prompt repeated up to `length`.
+fn padded(prompt: &[u32], length: usize) -> Vec<u32> {
+    prompt.iter().copied().cycle().take(length).collect()
+}
+
 /// When the first of all tokens and the token number `count` came.
 fn watch(mut updates: mpsc::Receiver<Update>, count: usize, begin: Instant) -> anyhow::Result<Times> {
     let (mut times, mut written) = (Times::default(), 0);
@@ -200,7 +206,8 @@ fn continuous(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times
     })
 }
 
-/// What has arrived is computed together, all as long as the longest, since a static batch keeps its shape.
+/// What has arrived is computed together, prompts and answers all as long as the longest: a static batch is one tensor. The
+/// padding is computed as the rest is.
 fn in_batches(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times>> {
     let begin = Instant::now();
     let mut all = Vec::with_capacity(arrivals.len());
@@ -211,7 +218,9 @@ fn in_batches(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times
             left.iter().take(STATIC).take_while(|arrival| arrival.at <= begin.elapsed()).count().max(1);
         let (batch, rest) = left.split_at(arrived);
         let longest = batch.iter().map(|arrival| arrival.answer).max().unwrap_or(1);
-        let requests = batch.iter().map(|arrival| request(&arrival.prompt, longest)).collect();
+        let widest = batch.iter().map(|arrival| arrival.prompt.len()).max().unwrap_or(0);
+        let requests =
+            batch.iter().map(|arrival| request(&padded(&arrival.prompt, widest), longest)).collect();
         let updates = engine.submit_all(requests)?;
         let times: anyhow::Result<Vec<Times>> = std::thread::scope(|scope| {
             let clients: Vec<_> = updates

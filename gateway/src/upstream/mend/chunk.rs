@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use super::thinking::StreamSplit;
 use super::{
-    Edits, Kind, Presence, finish_reason, is_count, is_text, mend_content, mend_tool_calls, mend_usage,
-    presence,
+    Counts, Edits, Kind, Presence, finish_reason, is_count, is_text, mend_content, mend_tool_calls,
+    mend_usage, presence,
 };
 use crate::config::Reasoning;
 
@@ -139,7 +139,7 @@ impl ChunkMend {
             return None;
         }
         if let Some(usage) = chunk.usage {
-            let (usage, whole) = super::usage(usage, self.kind)?;
+            let (usage, whole) = serde_json::from_str::<Counts>(usage.get()).ok()?.usage(self.kind);
             if !whole || (self.own_usage && !choices.is_empty()) {
                 return None;
             }

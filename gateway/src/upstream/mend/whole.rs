@@ -2,12 +2,13 @@
 
 use potstill_shared::openai::{Usage, now_seconds};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::{
-    Edits, Kind, Presence, REASONS, finish_reason, is_count, is_text, mend_content, mend_tool_calls,
-    mend_usage, presence,
+    Counts, Edits, Kind, Presence, REASONS, finish_reason, mend_content, mend_tool_calls, mend_usage,
+    presence,
 };
 use crate::config::Reasoning;
 
@@ -24,22 +25,17 @@ pub enum Mended {
     Broken,
 }
 
+/// An answer as it should be: what does not fit in here is mended.
 #[derive(Deserialize)]
 struct Whole<'a> {
-    #[serde(borrow)]
-    id: Option<&'a RawValue>,
-    #[serde(borrow)]
-    object: Option<&'a RawValue>,
-    #[serde(borrow)]
-    created: Option<&'a RawValue>,
-    #[serde(borrow)]
-    model: Option<&'a RawValue>,
+    id: Option<&'a str>,
+    object: Option<&'a str>,
+    created: Option<u64>,
+    model: Option<&'a str>,
     #[serde(borrow)]
     choices: Option<Vec<Choice<'a>>>,
-    #[serde(borrow)]
-    usage: Option<&'a RawValue>,
-    #[serde(borrow)]
-    error: Option<&'a RawValue>,
+    usage: Option<Counts>,
+    error: Option<IgnoredAny>,
 }
 
 #[derive(Deserialize)]
@@ -55,8 +51,7 @@ struct Choice<'a> {
 
 #[derive(Deserialize)]
 struct Message<'a> {
-    #[serde(borrow)]
-    role: Option<&'a RawValue>,
+    role: Option<&'a str>,
     #[serde(borrow)]
     content: Option<&'a RawValue>,
     #[serde(borrow)]
@@ -68,7 +63,12 @@ pub fn mend(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Mende
     if kind == Kind::Other {
         return Mended::Same(None);
     }
-    match serde_json::from_slice::<Whole<'_>>(body) {
+    // Told to be UTF-8 once, its strings are not looked at again.
+    let whole = match std::str::from_utf8(body) {
+        Ok(text) => serde_json::from_str::<Whole<'_>>(text),
+        Err(_) => serde_json::from_slice(body),
+    };
+    match whole {
         Ok(whole) if whole.error.is_some() => Mended::Failed,
         Ok(whole) => match skim(body, &whole, kind, model, reasoning) {
             Some((edits, usage)) if edits.0.is_empty() => Mended::Same(usage),
@@ -95,23 +95,25 @@ fn skim(
     model: &str,
     reasoning: Reasoning,
 ) -> Option<(Edits, Option<Usage>)> {
-    let named = whole.object.is_some_and(|found| found.get().trim_matches('"') == object(kind));
-    let head = kind == Kind::Embeddings || (is_text(whole.id) && is_count(whole.created));
+    let named = whole.object == Some(object(kind));
+    let head =
+        kind == Kind::Embeddings || (whole.id.is_some_and(|id| !id.is_empty()) && whole.created.is_some());
     let choices = kind == Kind::Embeddings
         || (reasoning == Reasoning::Pass
             && whole.choices.as_ref()?.iter().all(|choice| is_right(choice, kind)));
     if !named || !head || !choices {
         return None;
     }
-    let usage = match whole.usage.map(|usage| super::usage(usage, kind)) {
-        Some(Some((usage, true))) => Some(usage),
+    let usage = match whole.usage.as_ref().map(|counts| counts.usage(kind)) {
+        Some((usage, true)) => Some(usage),
         Some(_) => return None,
         None => None,
     };
     let mut edits = Edits::default();
-    let (found, wanted) = (whole.model?.get(), serde_json::to_string(model).ok()?);
-    if found != wanted {
-        edits.replace(body, found, wanted);
+    let found = whole.model?;
+    if found != model {
+        let quoted = serde_json::to_string(model).ok()?;
+        edits.replace(body, found, &quoted[1..quoted.len() - 1]);
     }
     Some((edits, usage))
 }
@@ -120,7 +122,7 @@ fn is_right(choice: &Choice<'_>, kind: Kind) -> bool {
     let reason = matches!(&choice.finish_reason, Some(Some(reason)) if REASONS.contains(&&**reason));
     let body = match (kind, &choice.message) {
         (Kind::Chat, Some(message)) => {
-            message.role.is_some_and(|role| role.get() == "\"assistant\"")
+            message.role.is_some_and(|role| role == "assistant")
                 && message.content.is_none_or(|content| content.get().starts_with('"'))
                 && message.tool_calls.is_none()
         }
@@ -137,6 +139,9 @@ fn rebuild(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Mended
         // Lone surrogates and the like.
         Err(_) => return Mended::Same(None),
     };
+    if answer.get("error").is_some_and(|error| !error.is_null()) {
+        return Mended::Failed;
+    }
     if kind == Kind::Embeddings {
         answer.insert("object".into(), "list".into());
         answer.insert("model".into(), model.into());
