@@ -256,6 +256,9 @@ mod tests {
     fn an_error_or_no_json_is_no_answer() {
         let kind = |body: &str| mend(body.as_bytes(), Kind::Chat, "m", Reasoning::Pass);
         assert!(matches!(kind(r#"{"error":{"message":"x"}}"#), Mended::Failed));
+        // Also beside fields that fit nothing.
+        assert!(matches!(kind(r#"{"error":"x","id":5,"choices":"none"}"#), Mended::Failed));
+        assert!(matches!(kind(r#"{"error":null,"id":5,"choices":"none"}"#), Mended::Broken));
         assert!(matches!(kind("<html>"), Mended::Broken));
         assert!(matches!(kind("[1]"), Mended::Broken));
     }
