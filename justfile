@@ -35,6 +35,10 @@ clients:
 fuzz CASES="100000":
     PROPTEST_CASES={{CASES}} cargo test --release --locked -p potstill-gateway -p potstill-shared -p potstill-data -p potstill-verify --lib
 
+# Every reader of foreign bytes for so many seconds with fresh inputs.
+fuzz-bytes SECONDS="60":
+    FUZZ_SECONDS={{SECONDS}} cargo test --release --locked -p system-tests --test fuzz -- --nocapture
+
 deny:
     cargo deny check bans licenses sources
 

@@ -50,7 +50,7 @@ pub fn parse(text: &str, letters: Letters) -> Result<Expr, ParseError> {
     if all.is_empty() {
         return Err(ParseError::Empty);
     }
-    let mut parser = Parser { tokens: all, at: 0, depth: 0, letters };
+    let mut parser = Parser { tokens: all, at: 0, depth: 0, guessing: false, letters };
     let expr = parser.list()?;
     // A full stop ends the sentence.
     while parser.is('.') {
@@ -63,6 +63,8 @@ struct Parser {
     tokens: Vec<Spaced>,
     at: usize,
     depth: usize,
+    /// Within what may be the fraction of a mixed number, and is read again if it is not.
+    guessing: bool,
     letters: Letters,
 }
 

@@ -209,6 +209,9 @@ fn hostile_input_ends_soon() {
         deep("(", ")"),
         deep("\\frac{", "}{2}"),
         deep("\\sqrt{", "}"),
+        // What may be mixed numbers within mixed numbers: a guess at each level.
+        format!("{}{{4}}", "\\frac{3".repeat(50)),
+        format!("{}4{}", "3\\frac{".repeat(60), "}{5}".repeat(60)),
         deep("-", ""),
         "9".repeat(1_000_000),
         "9".repeat(19_000),

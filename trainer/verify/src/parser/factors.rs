@@ -82,10 +82,16 @@ impl Parser {
             first.number().filter(|number| !number.is_decimal && is_whole(&number.value))?.value.clone();
         let before = self.at;
         let mut unread = None;
-        let fraction = if self.is_command("frac") {
+        let fraction = if self.guessing {
+            // A mixed number holds no other: to guess within a guess would double the work with each level.
+            None
+        } else if self.is_command("frac") {
             // Reading may split a token (`\frac12`).
             unread = Some(self.tokens.clone());
-            self.primary().ok().and_then(|fraction| plain_fraction(&fraction))
+            self.guessing = true;
+            let fraction = self.primary();
+            self.guessing = false;
+            fraction.ok().and_then(|fraction| plain_fraction(&fraction))
         } else if self.letters == Letters::Words {
             match (self.token(), self.ahead(1), self.ahead(2)) {
                 (Some(Token::Number(top)), Some(Token::Sign('/')), Some(Token::Number(bottom)))
