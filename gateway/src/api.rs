@@ -2,6 +2,7 @@
 
 pub mod body;
 pub mod local;
+pub mod pieces;
 pub mod reply;
 pub mod request;
 pub mod request_id;

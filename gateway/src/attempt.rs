@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderValue, StatusCode};
 use potstill_shared::openai::{ErrorBody, Usage};
 
 use crate::config::{PoolConfig, Priority, ms};
@@ -13,6 +13,7 @@ use crate::error::GatewayError;
 use crate::pool::{Ask, ModelPool, Permit};
 use crate::record::{Phase, Record};
 use crate::upstream::connect::Connector;
+use crate::upstream::head::Head;
 use crate::upstream::mend::{Kind, failure, whole as mend};
 use crate::upstream::send::{Exchange, Outgoing, SendError, send};
 use crate::upstream::whole;
@@ -255,7 +256,7 @@ async fn once(job: &Job<'_>, permit: &Permit) -> Result<Good, Bad> {
         SendError::Failed(reason) => Bad::Failed(node_failed(reason)),
     })?;
     let status = exchange.head.status;
-    if job.stream && status.is_success() && is(&exchange.head.headers, "text/event-stream") {
+    if job.stream && status.is_success() && is_event_stream(&exchange.head) {
         return Ok(Good::Stream(Box::new(exchange)));
     }
     let read = whole::read(&mut exchange.body, ms(deadlines.idle_ms), until).await;
@@ -264,9 +265,9 @@ async fn once(job: &Job<'_>, permit: &Permit) -> Result<Good, Bad> {
         other => Bad::Failed(node_failed(other.to_string())),
     })?;
     if !status.is_success() {
-        return Err(refusal(status, &exchange.head.headers, &body));
+        return Err(refusal(&exchange.head, &body));
     }
-    let content_type = exchange.head.headers.get(header::CONTENT_TYPE).cloned();
+    let content_type = exchange.head.content_type;
     let usual = || HeaderValue::from_static("application/json");
     match mend::mend(&body, job.kind, job.model, job.config.reasoning) {
         mend::Mended::Same(usage) => {
@@ -292,11 +293,8 @@ fn node_error(status: StatusCode, body: ErrorBody, retry_after: Option<u64>) -> 
 }
 
 /// A node's own error, and whether another node may do better.
-fn refusal(status: StatusCode, headers: &HeaderMap, body: &Bytes) -> Bad {
-    let retry_after = headers
-        .get(header::RETRY_AFTER)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|seconds| seconds.trim().parse::<u64>().ok());
+fn refusal(head: &Head, body: &Bytes) -> Bad {
+    let (status, retry_after) = (head.status, head.retry_after);
     let (shown, words) = failure::body(status, body);
     let error = node_error(shown, words, retry_after);
     match status.as_u16() {
@@ -306,8 +304,6 @@ fn refusal(status: StatusCode, headers: &HeaderMap, body: &Bytes) -> Bad {
     }
 }
 
-fn is(headers: &HeaderMap, content_type: &str) -> bool {
-    headers
-        .get(header::CONTENT_TYPE)
-        .is_some_and(|value| value.as_bytes().starts_with(content_type.as_bytes()))
+fn is_event_stream(head: &Head) -> bool {
+    head.content_type.as_ref().is_some_and(|value| value.as_bytes().starts_with(b"text/event-stream"))
 }

@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::StatusCode;
+use http::{Method, StatusCode};
 use potstill_data::journal::Journal;
 use potstill_data::jsonl::{Source, read_problems};
 use potstill_engine::config::ModelConfig;
@@ -24,6 +24,7 @@ use potstill_gateway::api::responses::request::to_chat;
 use potstill_gateway::config::Config;
 use potstill_gateway::config::pools::Reasoning;
 use potstill_gateway::upstream::events::{Events, Step};
+use potstill_gateway::upstream::head;
 use potstill_gateway::upstream::mend::chunk::ChunkMend;
 use potstill_gateway::upstream::mend::{Kind, failure, whole};
 use potstill_shared::durable::write_file;
@@ -187,6 +188,46 @@ fn events_are_the_same_however_they_are_cut() {
             assert_eq!(format!("{whole:?}"), format!("{cut:?}"));
         },
     );
+}
+
+#[test]
+fn a_nodes_http_is_read_the_same_however_it_is_cut() {
+    let corpus: [&[u8]; 3] = [
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nc: d\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 429 Busy\r\nretry-after: 5\r\ncontent-length: 5\r\nconnection: close\r\n\r\nhello",
+        b"HTTP/1.0 200 OK\r\n\r\nhello",
+    ];
+    let words: [&'static [u8]; 9] = [
+        b"\r\n",
+        b"\r\n\r\n",
+        b"\n",
+        b"0\r\n\r\n",
+        b"ffffffffffffffff\r\n",
+        b"content-length: 5\r\n",
+        b"transfer-encoding: chunked\r\n",
+        b"HTTP/1.1 200 OK\r\n",
+        b"HTTP/1.1 103 X\r\n\r\n",
+    ];
+    fuzz(&corpus, &words, |input, (a, b)| {
+        let Ok(Some((head, length))) = head::parse(input, &Method::POST) else { return };
+        let read = |parts: &[&[u8]]| {
+            let (mut framing, mut body) = (head.framing, Vec::new());
+            for part in parts {
+                let mut rest = *part;
+                loop {
+                    let piece = framing.piece(&mut rest).map_err(|fault| fault.to_string())?;
+                    if piece.is_empty() {
+                        break;
+                    }
+                    body.extend_from_slice(piece);
+                }
+            }
+            framing.closed().map_err(|fault| fault.to_string())?;
+            Ok::<_, String>(body)
+        };
+        let (a, b) = (a.max(length), b.max(length));
+        assert_eq!(read(&[&input[length..]]), read(&[&input[length..a], &input[a..b], &input[b..]]));
+    });
 }
 
 #[test]

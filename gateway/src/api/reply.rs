@@ -8,9 +8,9 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Response, header};
 use http_body::{Body, Frame, SizeHint};
 
+use super::pieces::Pieces;
 use super::responses::stream::ResponsesStream;
 use super::waiting::Waiting;
-use crate::upstream::pieces::Pieces;
 use crate::upstream::relay::Relay;
 
 /// A body.

@@ -11,7 +11,7 @@ use super::outlier::Outlier;
 use crate::balance::{NodeView, hash_text};
 use crate::config::OutlierConfig;
 use crate::upstream::address::{AddressPolicy, NodeUrl, parse_url};
-use crate::upstream::connection::Idle;
+use crate::upstream::idle::Idle;
 
 /// Whether a node may get requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

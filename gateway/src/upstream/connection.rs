@@ -1,150 +1,265 @@
-//! A connection to a node, driven by the request that uses it: hyper's connection future is polled in the same task as the
-//! client's connection, so a relayed chunk wakes one task and crosses no channel between tasks, and dropping the request
-//! closes the socket at once. Between requests a connection lies in its node's [`Idle`] list, polled by nobody; whether it
-//! is still open is looked at when it is taken out.
+//! A connection to a node: an HTTP/1.1 client that is driven by the request that uses it, one at a time. There is no task and
+//! no channel, so a relayed chunk wakes one task, and dropping the request closes the socket at once. It owns no buffer
+//! either: reading and writing go through one of the thread's, and what is kept is only what the other side has not taken yet.
 
+use std::cell::RefCell;
+use std::io;
 use std::pin::Pin;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use http::{Request, Response};
-use hyper::body::Incoming;
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
-use tokio::time::Instant;
+use bytes::{Buf, Bytes, BytesMut};
+use http::Method;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::connect::{Connector, Stream};
-use super::pieces::Pieces;
+use super::fault::Fault;
+use super::framing::Framing;
+use super::head::{self, HEAD_BYTES, Head};
+use super::send::Outgoing;
 use crate::pool::node::Node;
 
-/// Connections that are kept for a node.
-const KEEP: usize = 256;
+/// Most that is read or written at once.
+const AT_ONCE: usize = 16 << 10;
 
-/// An unused connection is closed after this.
-const KEEP_FOR: Duration = Duration::from_secs(30);
-
-/// Largest response head.
-const HEAD_BYTES: usize = 64 << 10;
-
-type Driver = http1::Connection<TokioIo<Stream>, Pieces>;
+thread_local! {
+    static INPUT: RefCell<Box<[u8]>> = RefCell::new(vec![0; AT_ONCE].into());
+    static OUTPUT: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A connection.
 pub struct Connection {
-    sender: http1::SendRequest<Pieces>,
-    driver: Driver,
-    closed: bool,
+    stream: Stream,
+    /// What is left to be written of the request: of its head and the beginning of its body, and of the rest.
+    unsent: [Bytes; 2],
+    /// What was written lies in the stream's own buffers, as TLS has them.
+    unflushed: bool,
+    /// What is there of a response head that is not whole.
+    partial: Vec<u8>,
+    answer: Incoming,
     /// It has served a request: the node may have closed it meanwhile without our noticing.
-    pub used: bool,
-    idle_since: Instant,
+    used: bool,
+}
+
+/// The body of the answer that is under way.
+struct Incoming {
+    /// What came of it with the head.
+    early: Bytes,
+    framing: Framing,
+    /// Whether another request may follow.
+    keep: bool,
 }
 
 impl Connection {
     /// Opens one.
     pub async fn open(connector: &Connector, node: &Node, limit: Duration) -> Result<Box<Self>, String> {
-        let stream = connector
-            .connect(&node.url, node.spec.policy, limit)
-            .await
-            .map_err(|error| format!("cannot connect: {error}"))?;
-        let (sender, driver) = http1::Builder::new()
-            .max_buf_size(HEAD_BYTES)
-            .writev(false)
-            .handshake(TokioIo::new(stream))
-            .await
-            .map_err(|error| error.to_string())?;
+        let stream = connector.connect(&node.url, node.spec.policy, limit).await;
+        let stream = stream.map_err(|error| format!("cannot connect: {error}"))?;
         // Boxed once: it passes through many hands on its way from request to request.
-        Ok(Box::new(Self { sender, driver, closed: false, used: false, idle_since: Instant::now() }))
+        Ok(Box::new(Self {
+            stream,
+            unsent: [Bytes::new(), Bytes::new()],
+            unflushed: false,
+            partial: Vec::new(),
+            answer: Incoming { early: Bytes::new(), framing: Framing::ENDED, keep: true },
+            used: false,
+        }))
     }
 
-    /// Lets hyper read and write.
-    pub fn drive(&mut self, context: &mut Context<'_>) {
-        if !self.closed && Pin::new(&mut self.driver).poll(context).is_ready() {
-            self.closed = true;
-        }
+    /// Whether the node may have closed it before it saw the request: a failure is then not the node's.
+    pub fn may_be_stale(&self) -> bool {
+        self.used && self.partial.is_empty()
+    }
+
+    /// Whether another request may follow.
+    pub fn reusable(&self) -> bool {
+        self.answer.keep && self.ended() && self.sent()
+    }
+
+    /// Whether the answer has been read to its end.
+    pub fn ended(&self) -> bool {
+        self.answer.framing.ended() && self.answer.early.is_empty()
+    }
+
+    /// Bytes of the answer that follow at least.
+    pub fn lower_bound(&self) -> u64 {
+        self.answer.early.len() as u64 + self.answer.framing.lower_bound()
+    }
+
+    /// Whether the node has neither closed it nor said anything unasked.
+    pub fn is_open(&mut self, context: &mut Context<'_>) -> bool {
+        poll_read(&mut self.stream, context, |_| ()).is_pending()
     }
 
     /// Sends a request and waits for the response head.
-    pub async fn send(&mut self, request: Request<Pieces>) -> Result<Response<Incoming>, hyper::Error> {
-        std::future::poll_fn(|context| {
-            self.drive(context);
-            self.sender.poll_ready(context)
-        })
-        .await?;
-        let answer = self.sender.send_request(request);
-        let mut answer = std::pin::pin!(answer);
-        let (driver, closed) = (&mut self.driver, &mut self.closed);
-        std::future::poll_fn(|context| {
-            if let Poll::Ready(answer) = answer.as_mut().poll(context) {
-                return Poll::Ready(answer);
+    pub async fn send(&mut self, outgoing: &Outgoing, node: &Node) -> Result<Head, Fault> {
+        let mut begun = false;
+        let head = std::future::poll_fn(|context| {
+            let written = if begun { self.poll_rest(context) } else { self.begin(context, outgoing, node) };
+            begun = true;
+            // A node may refuse a request, and close, before it has read all of it: its answer counts for more.
+            match (self.poll_head(context, &outgoing.method), written) {
+                (Poll::Pending | Poll::Ready(Err(_)), Err(error)) => Poll::Ready(Err(error.into())),
+                (head, Err(_)) => {
+                    self.give_up_writing();
+                    head
+                }
+                (head, Ok(())) => head,
             }
-            if !*closed && Pin::new(&mut *driver).poll(context).is_ready() {
-                *closed = true;
+        });
+        let head = head.await?;
+        self.used = true;
+        Ok(head)
+    }
+
+    /// The next piece of the answer's body; nothing after its end.
+    pub fn poll_data(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
+        if !self.answer.early.is_empty() {
+            return Poll::Ready(Some(Ok(std::mem::take(&mut self.answer.early))));
+        }
+        if !self.sent() && self.poll_rest(context).is_err() {
+            self.give_up_writing();
+        }
+        while !self.ended() {
+            let answer = &mut self.answer;
+            let read = poll_read(&mut self.stream, context, |input| match input {
+                [] => answer.framing.closed().map(|()| Bytes::new()),
+                input => answer.take_in(input),
+            });
+            match ready!(read).map_err(Fault::from).flatten() {
+                Ok(data) if data.is_empty() => {}
+                read => return Poll::Ready(Some(read)),
             }
-            answer.as_mut().poll(context)
-        })
-        .await
+        }
+        Poll::Ready(None)
     }
 
-    /// Whether another request can be sent.
-    fn reusable(&self) -> bool {
-        !self.closed && self.sender.is_ready()
+    /// Writes the head and what goes with it at once; the rest of a long body follows without being copied.
+    fn begin(&mut self, context: &mut Context<'_>, outgoing: &Outgoing, node: &Node) -> io::Result<()> {
+        OUTPUT.with_borrow_mut(|output| {
+            output.clear();
+            outgoing.write_head(node, output);
+            let along = outgoing.body.len().min(AT_ONCE.saturating_sub(output.len()));
+            output.extend_from_slice(&outgoing.body[..along]);
+            self.unflushed = true;
+            let written = match Pin::new(&mut self.stream).poll_write(context, output) {
+                Poll::Ready(written) => written?,
+                Poll::Pending => 0,
+            };
+            self.unsent = [Bytes::copy_from_slice(&output[written..]), outgoing.body.slice(along..)];
+            Ok::<_, io::Error>(())
+        })?;
+        self.poll_rest(context)
     }
-}
 
-/// Connections of a node that wait for their next request, newest last.
-#[derive(Default)]
-#[expect(clippy::vec_box, reason = "a connection is boxed for its whole life, not for this list")]
-pub struct Idle(Mutex<Vec<Box<Connection>>>);
-
-impl Idle {
-    #[expect(clippy::vec_box, reason = "as above")]
-    fn locked(&self) -> MutexGuard<'_, Vec<Box<Connection>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes the newest connection that is still open.
-    pub fn take(&self, context: &mut Context<'_>, now: Instant) -> Option<Box<Connection>> {
-        loop {
-            let mut connection = self.locked().pop()?;
-            if now.saturating_duration_since(connection.idle_since) < KEEP_FOR {
-                connection.drive(context);
-                if connection.reusable() {
-                    return Some(connection);
+    /// Writes what is left of the request, as far as the node takes it.
+    fn poll_rest(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        for part in &mut self.unsent {
+            while !part.is_empty() {
+                match Pin::new(&mut self.stream).poll_write(context, part) {
+                    Poll::Ready(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
+                    Poll::Ready(written) => part.advance(written?),
+                    Poll::Pending => return Ok(()),
                 }
             }
         }
+        if self.unflushed
+            && let Poll::Ready(flushed) = Pin::new(&mut self.stream).poll_flush(context)
+        {
+            flushed?;
+            self.unflushed = false;
+        }
+        Ok(())
     }
 
-    /// Keeps a connection whose answer has been read to the end.
-    pub fn put(&self, mut connection: Box<Connection>, context: &mut Context<'_>) {
-        // hyper gets ready for the next request.
-        connection.drive(context);
-        if connection.reusable() {
-            connection.used = true;
-            connection.idle_since = Instant::now();
-            let mut kept = self.locked();
-            if kept.len() < KEEP {
-                kept.push(connection);
+    fn sent(&self) -> bool {
+        self.unsent.iter().all(Bytes::is_empty) && !self.unflushed
+    }
+
+    /// The answer is on its way already, so only the connection is lost.
+    fn give_up_writing(&mut self) {
+        self.unsent = [Bytes::new(), Bytes::new()];
+        self.unflushed = false;
+        self.answer.keep = false;
+    }
+
+    fn poll_head(&mut self, context: &mut Context<'_>, method: &Method) -> Poll<Result<Head, Fault>> {
+        let Self { stream, partial, answer, .. } = self;
+        loop {
+            let read = poll_read(stream, context, |input| match input {
+                [] if partial.is_empty() => Err(Fault::Closed),
+                [] => Err(Fault::Cut),
+                input if partial.is_empty() => match head::parse(input, method)? {
+                    Some((head, length)) => answer.begin(head, &input[length..]).map(Some),
+                    None => {
+                        partial.extend_from_slice(input);
+                        Ok(None)
+                    }
+                },
+                input => {
+                    partial.extend_from_slice(input);
+                    // However finely a head is cut, it is read as a whole a few times only.
+                    if partial.len() < HEAD_BYTES && !may_end_a_head(&partial[..], input.len()) {
+                        return Ok(None);
+                    }
+                    let Some((head, length)) = head::parse(partial, method)? else { return Ok(None) };
+                    let head = answer.begin(head, &partial[length..])?;
+                    *partial = Vec::new();
+                    Ok(Some(head))
+                }
+            });
+            if let Some(head) = ready!(read).map_err(Fault::from).flatten().transpose() {
+                return Poll::Ready(head);
             }
         }
     }
+}
 
-    /// Closes connections that nobody has used for long.
-    pub fn sweep(&self) {
-        let mut kept = self.locked();
-        let old: Vec<_> =
-            kept.extract_if(.., |connection| connection.idle_since.elapsed() >= KEEP_FOR).collect();
-        drop(kept);
-        drop(old);
+impl Incoming {
+    /// An answer begins with `head`, and `input` came with it.
+    fn begin(&mut self, head: Head, input: &[u8]) -> Result<Head, Fault> {
+        (self.framing, self.keep) = (head.framing, head.keep);
+        self.early = self.take_in(input)?;
+        Ok(head)
     }
 
-    /// Connections kept.
-    pub fn len(&self) -> usize {
-        self.locked().len()
+    /// The pieces of the body in `input`, as one.
+    fn take_in(&mut self, mut input: &[u8]) -> Result<Bytes, Fault> {
+        let first = self.framing.piece(&mut input)?;
+        let mut next = self.framing.piece(&mut input)?;
+        let data = if next.is_empty() {
+            Bytes::copy_from_slice(first)
+        } else {
+            let mut data = BytesMut::with_capacity(first.len() + next.len() + input.len());
+            data.extend_from_slice(first);
+            while !next.is_empty() {
+                data.extend_from_slice(next);
+                next = self.framing.piece(&mut input)?;
+            }
+            data.freeze()
+        };
+        // Nobody asked for more than one answer.
+        self.keep &= input.is_empty();
+        Ok(data)
     }
+}
 
-    /// Whether none is kept.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
+/// Hands what can be read to `take`: nothing at the end.
+fn poll_read<T>(
+    stream: &mut Stream,
+    context: &mut Context<'_>,
+    take: impl FnOnce(&[u8]) -> T,
+) -> Poll<io::Result<T>> {
+    INPUT.with_borrow_mut(|input| {
+        let mut input = ReadBuf::new(input);
+        ready!(Pin::new(stream).poll_read(context, &mut input))?;
+        Poll::Ready(Ok(take(input.filled())))
+    })
+}
+
+/// Whether an empty line may end within the last `new` bytes.
+fn may_end_a_head(bytes: &[u8], new: usize) -> bool {
+    let from = bytes.len().saturating_sub(new + 2);
+    memchr::memchr_iter(b'\n', &bytes[from..])
+        .any(|at| matches!(bytes[from + at + 1..], [b'\n', ..] | [b'\r', b'\n', ..]))
 }

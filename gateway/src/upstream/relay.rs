@@ -15,7 +15,7 @@ use potstill_shared::sse;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::events::{Events, Step};
-use super::send::{Answer, innermost};
+use super::send::Answer;
 use crate::api::waiting::COMMENT;
 use crate::config::{Deadlines, ms};
 use crate::pool::Permit;
@@ -153,7 +153,7 @@ impl Relay {
     fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let Some(answer) = &mut self.answer else { return Poll::Ready(()) };
         loop {
-            match answer.poll_frame(context) {
+            match answer.poll_data(context) {
                 // Nothing passes after the end.
                 Poll::Ready(Some(Ok(_))) => {}
                 Poll::Ready(_) => return Poll::Ready(()),
@@ -178,18 +178,14 @@ impl Body for Relay {
         }
         loop {
             let Some(answer) = &mut self.answer else { return Poll::Ready(None) };
-            let polled = answer.poll_frame(context);
+            let polled = answer.poll_data(context);
             let bytes = match polled {
-                Poll::Ready(Some(Ok(frame))) => {
-                    let Ok(data) = frame.into_data() else { continue };
+                Poll::Ready(Some(Ok(data))) => {
                     self.clocks.last = Instant::now();
                     self.record.first_token();
                     self.step(data)
                 }
-                Poll::Ready(Some(Err(error))) => {
-                    let reason = innermost(&error);
-                    self.broken(Bytes::new(), &reason)
-                }
+                Poll::Ready(Some(Err(fault))) => self.broken(Bytes::new(), &fault.to_string()),
                 Poll::Ready(None) => self.broken(Bytes::new(), "the node closed the stream before its end"),
                 Poll::Pending => match self.clocks.poll(context) {
                     Some(reason) => self.broken(Bytes::new(), reason),

@@ -8,14 +8,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderValue, Method, Request, header};
-use http_body::{Body, Frame};
-use hyper::body::Incoming;
+use http::{HeaderMap, HeaderValue, Method, header};
 use tokio::time::Instant;
 
 use super::connect::Connector;
 use super::connection::Connection;
-use super::pieces::Pieces;
+use super::fault::Fault;
+use super::head::Head;
 use crate::config::ms;
 use crate::pool::node::Node;
 
@@ -80,78 +79,71 @@ impl Outgoing {
         lists.flat_map(|list| list.split(',')).any(|listed| listed.trim().eq_ignore_ascii_case(name))
     }
 
-    fn request(&self, node: &Node) -> Result<Request<Pieces>, SendError> {
-        let failed = |error: &dyn std::error::Error| SendError::Failed(error.to_string());
-        let mut request = Request::new(Pieces(self.body.clone()));
-        *request.method_mut() = self.method.clone();
-        *request.uri_mut() = if node.url.prefix.is_empty() {
-            self.path.clone().into()
-        } else {
-            format!("{}{}", node.url.prefix, self.path).parse().map_err(|error| failed(&error))?
-        };
-        let headers = request.headers_mut();
-        headers.reserve(self.client.len() + 2);
-        headers.insert(header::HOST, node.host.clone());
+    /// Writes the head of the request to `node`.
+    pub(super) fn write_head(&self, node: &Node, output: &mut Vec<u8>) {
         // `keep-alive` and `close` are the usual words, and name no header.
         let usual = |value: &HeaderValue| {
             value.as_bytes().eq_ignore_ascii_case(b"keep-alive") || value.as_bytes() == b"close"
         };
         let listing = !self.client.get_all(header::CONNECTION).iter().all(usual);
+        let (method, path) = (self.method.as_str(), self.path.as_str());
+        for part in [method, " ", &node.url.prefix, path, " HTTP/1.1\r\n"] {
+            output.extend_from_slice(part.as_bytes());
+        }
+        let mut field = |name: &str, value: &[u8]| {
+            for part in [name.as_bytes(), b": ", value, b"\r\n"] {
+                output.extend_from_slice(part);
+            }
+        };
+        field("host", node.host.as_bytes());
         for (name, value) in &self.client {
             if passes(name.as_str()) && !(listing && self.is_listed(name.as_str())) {
-                headers.append(name, value.clone());
+                field(name.as_str(), value.as_bytes());
             }
         }
         if let Some(key) = &node.authorization {
-            headers.insert(header::AUTHORIZATION, key.clone());
+            field("authorization", key.as_bytes());
         }
-        Ok(request)
+        if !self.body.is_empty() || self.method != Method::GET {
+            field("content-length", self.body.len().to_string().as_bytes());
+        }
+        output.extend_from_slice(b"\r\n");
     }
 }
 
 /// An answer on its way: its head, and its body with the connection that it comes over.
 pub struct Exchange {
-    /// Status and headers.
-    pub head: http::response::Parts,
+    /// Its status, and what it is.
+    pub head: Head,
     /// The body.
     pub body: Answer,
 }
 
 /// The body of an answer; drives its own connection.
 pub struct Answer {
-    body: Incoming,
     connection: Option<Box<Connection>>,
     node: Arc<Node>,
 }
 
 impl Answer {
-    /// The next frame. At the end the connection is kept for the next request.
-    pub fn poll_frame(
-        &mut self,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let mut polled = Pin::new(&mut self.body).poll_frame(context);
-        if polled.is_pending()
-            && let Some(connection) = &mut self.connection
-        {
-            connection.drive(context);
-            polled = Pin::new(&mut self.body).poll_frame(context);
-        }
-        let ended = matches!(polled, Poll::Ready(None)) || (polled.is_ready() && self.body.is_end_stream());
-        if ended && let Some(connection) = self.connection.take() {
-            self.node.idle.put(connection, context);
+    /// The next piece; nothing after the end, where the connection is kept for the next request.
+    pub fn poll_data(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
+        let Some(connection) = &mut self.connection else { return Poll::Ready(None) };
+        let polled = connection.poll_data(context);
+        if connection.ended() || matches!(polled, Poll::Ready(Some(Err(_)))) {
+            self.connection.take().into_iter().for_each(|connection| self.node.idle.put(connection));
         }
         polled
     }
 
     /// Whether nothing follows.
-    pub fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+    pub fn ended(&self) -> bool {
+        self.connection.is_none()
     }
 
     /// Bytes that follow at least.
     pub fn lower_bound(&self) -> u64 {
-        self.body.size_hint().lower()
+        self.connection.as_ref().map_or(0, |connection| connection.lower_bound())
     }
 }
 
@@ -170,17 +162,17 @@ pub async fn send(
         None => fresh(connector, node, connect).await?,
     };
     loop {
-        let request = outgoing.request(node)?;
-        match tokio::time::timeout_at(now + first_byte, connection.send(request)).await {
+        match tokio::time::timeout_at(now + first_byte, connection.send(outgoing, node)).await {
             Err(_) => return Err(SendError::Timeout),
-            Ok(Ok(response)) => {
-                let (head, body) = response.into_parts();
-                let body = Answer { body, connection: Some(connection), node: Arc::clone(node) };
+            Ok(Ok(head)) => {
+                let body = Answer { connection: Some(connection), node: Arc::clone(node) };
                 return Ok(Exchange { head, body });
             }
             // The node had closed it: not its fault, and nothing was answered.
-            Ok(Err(_)) if connection.used => connection = fresh(connector, node, connect).await?,
-            Ok(Err(error)) => return Err(SendError::Failed(innermost(&error))),
+            Ok(Err(Fault::Closed | Fault::Io(_))) if connection.may_be_stale() => {
+                connection = fresh(connector, node, connect).await?;
+            }
+            Ok(Err(fault)) => return Err(SendError::Failed(fault.to_string())),
         }
     }
 }
@@ -204,17 +196,7 @@ pub async fn get_ok(connector: &Connector, node: &Node, path: &str) -> bool {
     let mut headers = HeaderMap::new();
     headers.insert(header::USER_AGENT, HeaderValue::from_static("potstill-health"));
     let outgoing = Outgoing { method: Method::GET, path, client: headers, body: Bytes::new() };
-    let Ok(request) = outgoing.request(node) else { return false };
-    connection.send(request).await.is_ok_and(|response| response.status().is_success())
-}
-
-/// The last cause of an error: what hyper's own message only hints at.
-pub fn innermost(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    cause.to_string()
+    connection.send(&outgoing, node).await.is_ok_and(|head| head.status.is_success())
 }
 
 #[cfg(test)]
@@ -241,9 +223,20 @@ mod tests {
         let path = PathAndQuery::from_static("/v1/chat/completions?a=b");
         let outgoing = Outgoing { method: Method::POST, path, client, body: Bytes::new() };
         let node = Node::new(0, crate::pool::node::NodeSpec::new("http://h:1", None)).unwrap();
-        let request = outgoing.request(&node).unwrap();
-        let mut names: Vec<_> = request.headers().keys().map(http::HeaderName::as_str).collect();
-        names.sort_unstable();
-        assert_eq!(names, ["content-type", "host", "traceparent", "x-stainless-retry-count"]);
+        let mut head = Vec::new();
+        outgoing.write_head(&node, &mut head);
+        let head = String::from_utf8(head).unwrap();
+        let mut lines: Vec<_> = head.split_terminator("\r\n").collect();
+        lines[1..].sort_unstable();
+        let wanted = [
+            "POST /v1/chat/completions?a=b HTTP/1.1",
+            "",
+            "content-length: 0",
+            "content-type: application/json",
+            "host: h:1",
+            "traceparent: 00-1-2-3",
+            "x-stainless-retry-count: 1",
+        ];
+        assert_eq!(lines, wanted);
     }
 }

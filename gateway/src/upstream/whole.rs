@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 
-use super::send::{Answer, SendError, innermost};
+use super::send::{Answer, SendError};
 
 /// Largest whole answer.
 pub const MAX_BYTES: usize = 64 << 20;
@@ -21,21 +21,20 @@ pub async fn read(
     let mut rest = BytesMut::new();
     loop {
         // What is there already costs no timer.
-        let ready = std::future::poll_fn(|context| Poll::Ready(answer.poll_frame(context))).await;
-        let frame = match ready {
-            Poll::Ready(frame) => Ok(frame),
+        let ready = std::future::poll_fn(|context| Poll::Ready(answer.poll_data(context))).await;
+        let data = match ready {
+            Poll::Ready(data) => Ok(data),
             Poll::Pending => {
                 let limit = until.min(tokio::time::Instant::now() + idle);
-                let frame = std::future::poll_fn(|context| answer.poll_frame(context));
-                tokio::time::timeout_at(limit, frame).await
+                let data = std::future::poll_fn(|context| answer.poll_data(context));
+                tokio::time::timeout_at(limit, data).await
             }
         };
-        match frame {
+        match data {
             Err(_) => return Err(SendError::Timeout),
             Ok(None) => break,
-            Ok(Some(Err(error))) => return Err(SendError::Failed(innermost(&error))),
-            Ok(Some(Ok(frame))) => {
-                let Ok(data) = frame.into_data() else { continue };
+            Ok(Some(Err(fault))) => return Err(SendError::Failed(fault.to_string())),
+            Ok(Some(Ok(data))) => {
                 if first.len() + rest.len() + data.len() > MAX_BYTES {
                     return Err(SendError::Failed(format!("the answer is longer than {MAX_BYTES} bytes")));
                 }
@@ -52,7 +51,7 @@ pub async fn read(
                     }
                     rest.extend_from_slice(&data);
                 }
-                if answer.is_end_stream() {
+                if answer.ended() {
                     break;
                 }
             }
