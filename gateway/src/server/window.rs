@@ -14,15 +14,19 @@ use tokio::time::Sleep;
 /// What happened while a stream's task was polled.
 #[derive(Clone, Copy, Default)]
 struct Seen {
+    /// There is an answer.
     answered: bool,
-    body: bool,
+    /// Something of it was taken.
+    taken: bool,
+    /// It was asked for more and has none yet: the node is waited for, not the client.
+    waits: bool,
 }
 
 thread_local! {
-    static SEEN: Cell<Seen> = const { Cell::new(Seen { answered: false, body: false }) };
+    static SEEN: Cell<Seen> = const { Cell::new(Seen { answered: false, taken: false, waits: false }) };
 }
 
-/// Runs the tasks of streams; one that has an answer to write and has not asked for any of it for `patience` ends, with a reset.
+/// Runs the tasks of streams; one that has an answer to write and has not taken any of it for `patience` ends, with a reset.
 #[derive(Clone)]
 pub(crate) struct Streams {
     pub(crate) patience: Duration,
@@ -45,8 +49,10 @@ where
                 }
                 let seen = SEEN.get();
                 answered |= seen.answered;
-                if seen.body || !answered {
+                if seen.taken || seen.waits {
                     stalled = None;
+                }
+                if seen.waits || !answered {
                     return Poll::Pending;
                 }
                 let stalled = stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
@@ -57,7 +63,7 @@ where
     }
 }
 
-/// The body of an answer to a stream, which says when it is asked for more.
+/// The body of an answer to a stream, which says what becomes of it.
 pub(crate) struct Noticed<B>(Pin<Box<B>>);
 
 impl<B> Noticed<B> {
@@ -76,8 +82,10 @@ impl<B: Body> Body for Noticed<B> {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        SEEN.set(Seen { body: true, ..SEEN.get() });
-        self.0.as_mut().poll_frame(context)
+        let polled = self.0.as_mut().poll_frame(context);
+        let taken = polled.is_ready() || SEEN.get().taken;
+        SEEN.set(Seen { taken, waits: polled.is_pending(), ..SEEN.get() });
+        polled
     }
 
     fn is_end_stream(&self) -> bool {
