@@ -10,6 +10,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use crate::canary;
 use crate::mock::Mock;
 
 /// A running gateway.
@@ -44,6 +45,7 @@ pub fn config(pool: PoolConfig) -> Config {
 impl TestGateway {
     /// Starts a gateway.
     pub async fn start(config: Config) -> Self {
+        canary::watch();
         assert_eq!(config.problems(), Vec::<String>::new());
         let listener = TcpListener::bind(config.listen).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -69,7 +71,7 @@ impl TestGateway {
 
     /// A chat request to `m`.
     pub fn chat(&self, stream: bool) -> reqwest::RequestBuilder {
-        let body = json!({"model": "m", "stream": stream, "messages": [{"role": "user", "content": "hi"}]});
+        let body = json!({"model": "m", "stream": stream, "messages": [{"role": "user", "content": canary::PROMPT}]});
         self.client.post(self.url("/v1/chat/completions")).json(&body)
     }
 

@@ -3,6 +3,7 @@
 #![expect(clippy::disallowed_methods, reason = "files of a test need not outlive a crash")]
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test harness")]
 
+pub mod canary;
 pub mod cloud;
 pub mod gateway;
 pub mod hub;

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
+use crate::canary::secret_in;
 use crate::programs::{Running, answers, free_port, program};
 
-/// A running `potstill-gateway`.
+/// A running `potstill-gateway`. What it has printed by its end holds no secret.
 pub struct Started {
     /// The process.
     pub process: Running,
@@ -79,6 +80,14 @@ impl Started {
         while self.process.0.try_wait().unwrap().is_none() {
             assert!(std::time::Instant::now() < deadline, "the gateway did not end");
             tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            assert_eq!(secret_in(self.printed().as_bytes()), None, "it was printed");
         }
     }
 }

@@ -212,8 +212,7 @@ async fn a_short_request_is_hedged_and_a_long_one_is_not() {
     configuration.hedge = Some(HedgeConfig { after_ms: 30, max_tokens: 16 });
     let gateway = TestGateway::start(config(configuration)).await;
     let ask = |limit: u64| {
-        let body =
-            json!({"model": "m", "max_tokens": limit, "messages": [{"role": "user", "content": "hi"}]});
+        let body = json!({"model": "m", "max_tokens": limit, "messages": [{"role": "user", "content": system_tests::canary::PROMPT}]});
         gateway.client.post(gateway.url("/v1/chat/completions")).json(&body).send()
     };
     // The first node in turn holds the request; the second answers it.

@@ -15,7 +15,7 @@ const TICK: Duration = Duration::from_millis(10);
 async fn a_plain_answer_passes_through_with_unknown_fields() {
     let mock = Mock::start(Behaviour::Answer(3)).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
-    let body = json!({"model": "m", "messages": [{"role": "user", "content": "hi", "name": "bob"}], "top_k": 5,
+    let body = json!({"model": "m", "messages": [{"role": "user", "content": system_tests::canary::PROMPT, "name": "bob"}], "top_k": 5,
         "chat_template_kwargs": {"enable_thinking": false}});
     let request =
         gateway.client.post(gateway.url("/v1/chat/completions")).json(&body).header("x-request-id", "mine");
