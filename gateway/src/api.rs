@@ -2,6 +2,7 @@
 
 pub mod body;
 pub mod local;
+mod outline;
 pub mod pieces;
 pub mod reply;
 pub mod request;

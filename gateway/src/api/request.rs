@@ -1,18 +1,16 @@
 //! What the gateway itself reads of a request body. One pass, without building a document; the node gets the bytes as they
 //! came. Two parsers must not read two meanings out of one body, so a field that is read here may stand there only once.
 
-use std::borrow::Cow;
 use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::outline::{DEPTH, Value, outline};
 use crate::error::GatewayError;
 use crate::upstream::mend::Kind;
 
-/// JSON may nest so deep, as serde_json holds for itself.
-const DEPTH: usize = 128;
 /// Messages of one request.
 const MESSAGES: usize = 10_000;
 /// Choices of one request.
@@ -41,24 +39,21 @@ pub struct Head {
     pub prefix: u64,
 }
 
-#[derive(Deserialize)]
+/// The members that are read.
+#[derive(Default)]
 struct Fields<'a> {
-    #[serde(borrow)]
-    model: Option<&'a RawValue>,
-    stream: Option<bool>,
-    max_tokens: Option<u64>,
-    max_completion_tokens: Option<u64>,
-    n: Option<u64>,
-    #[serde(borrow)]
-    stop: Option<&'a RawValue>,
-    #[serde(borrow)]
-    messages: Option<&'a RawValue>,
-    #[serde(borrow)]
-    prompt: Option<&'a RawValue>,
-    stream_options: Option<StreamOptions>,
+    model: Option<Value<'a>>,
+    stream: Option<Value<'a>>,
+    max_tokens: Option<Value<'a>>,
+    max_completion_tokens: Option<Value<'a>>,
+    n: Option<Value<'a>>,
+    stop: Option<Value<'a>>,
+    messages: Option<Value<'a>>,
+    prompt: Option<Value<'a>>,
+    stream_options: Option<Value<'a>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
 struct StreamOptions {
     include_usage: Option<bool>,
     continuous_usage_stats: Option<bool>,
@@ -68,64 +63,104 @@ fn invalid(message: impl Into<String>, param: Option<&'static str>, code: &'stat
     GatewayError::Invalid { message: message.into(), param, code }
 }
 
+fn wrong(param: &'static str, must: &str) -> GatewayError {
+    invalid(format!("`{param}` must {must}"), Some(param), "invalid_value")
+}
+
+impl<'a> Fields<'a> {
+    fn of(text: &'a str) -> Result<Self, GatewayError> {
+        let mut fields = Self::default();
+        let taken = outline(text, |name, value| fields.take(name, value));
+        taken.unwrap_or_else(|| Err(not_an_object(text))).map(|()| fields)
+    }
+
+    fn take(&mut self, name: &str, value: Value<'a>) -> Result<(), GatewayError> {
+        let field = match name {
+            "model" => &mut self.model,
+            "stream" => &mut self.stream,
+            "max_tokens" => &mut self.max_tokens,
+            "max_completion_tokens" => &mut self.max_completion_tokens,
+            "n" => &mut self.n,
+            "stop" => &mut self.stop,
+            "messages" => &mut self.messages,
+            "prompt" => &mut self.prompt,
+            "stream_options" => &mut self.stream_options,
+            _ => return Ok(()),
+        };
+        match field.replace(value) {
+            None => Ok(()),
+            Some(_) => {
+                Err(invalid(format!("the request body has two fields `{name}`"), None, "invalid_request"))
+            }
+        }
+    }
+}
+
+/// Why a body has no outline.
+fn not_an_object(text: &str) -> GatewayError {
+    match serde_json::from_str::<&RawValue>(text) {
+        Err(error) => invalid(format!("the request body is not valid JSON: {error}"), None, "invalid_json"),
+        Ok(_) if text.trim_start().starts_with('{') => {
+            invalid(format!("the request body nests deeper than {DEPTH}"), None, "invalid_json")
+        }
+        Ok(_) => invalid("the request body must be a JSON object", None, "invalid_request"),
+    }
+}
+
+/// A value that may be null, which says as much as nothing.
+fn given(field: Option<Value<'_>>) -> Option<&str> {
+    field.map(|value| value.text).filter(|text| *text != "null")
+}
+
+fn count(field: Option<Value<'_>>, param: &'static str) -> Result<Option<u64>, GatewayError> {
+    given(field)
+        .map(|text| text.parse().map_err(|_| wrong(param, "be a whole number of at least 0")))
+        .transpose()
+}
+
 /// Reads a body.
 pub fn parse(body: &[u8], kind: Kind) -> Result<Head, GatewayError> {
-    let openers = openers(body);
-    if openers > DEPTH && depth_exceeds(body, DEPTH) {
-        return Err(invalid(format!("the request body nests deeper than {DEPTH}"), None, "invalid_json"));
-    }
-    // Told to be UTF-8 once, its strings are not looked at again.
     let text = std::str::from_utf8(body)
-        .map_err(|error| invalid(format!("the request body is not valid: {error}"), None, "invalid_json"))?;
-    let fields: Fields<'_> = serde_json::from_str(text).map_err(|error| {
-        let code = if error.is_data() { "invalid_request" } else { "invalid_json" };
-        invalid(format!("the request body is not valid: {error}"), None, code)
-    })?;
+        .map_err(|error| invalid(format!("the request body is not UTF-8: {error}"), None, "invalid_json"))?;
+    let fields = Fields::of(text)?;
     let missing = |param| invalid(format!("`{param}` is missing"), Some(param), "missing_required_parameter");
-    let raw = fields.model.ok_or_else(|| missing("model"))?.get();
-    let model: Cow<'_, str> = serde_json::from_str(raw)
-        .map_err(|_| invalid("`model` must be a string", Some("model"), "invalid_value"))?;
+    let raw = given(fields.model).ok_or_else(|| missing("model"))?;
+    let model: String = serde_json::from_str(raw).map_err(|_| wrong("model", "be a string"))?;
     if model.is_empty() {
         return Err(missing("model"));
     }
     if kind == Kind::Chat {
-        let messages = fields.messages.ok_or_else(|| missing("messages"))?.get();
-        if !messages.starts_with('[') || messages[1..].trim_start().starts_with(']') {
-            let text = "`messages` must be a list of at least one message";
-            return Err(invalid(text, Some("messages"), "invalid_value"));
+        let messages =
+            fields.messages.filter(|value| value.text != "null").ok_or_else(|| missing("messages"))?;
+        if !messages.text.starts_with('[') || messages.items == 0 {
+            return Err(wrong("messages", "be a list of at least one message"));
         }
-        // Counted only where there could be too many.
-        if openers > MESSAGES
-            && serde_json::from_str::<Vec<&RawValue>>(messages).is_ok_and(|list| list.len() > MESSAGES)
-        {
-            let text = format!("`messages` must not hold more than {MESSAGES}");
-            return Err(invalid(text, Some("messages"), "invalid_value"));
+        if messages.items > MESSAGES {
+            return Err(wrong("messages", &format!("not hold more than {MESSAGES}")));
         }
     }
-    let choices = fields.n.unwrap_or(1);
+    let choices = count(fields.n, "n")?.unwrap_or(1);
     if choices == 0 || choices > CHOICES {
-        return Err(invalid(format!("`n` must be between 1 and {CHOICES}"), Some("n"), "invalid_value"));
+        return Err(wrong("n", &format!("be between 1 and {CHOICES}")));
     }
-    if let Some(stop) = fields.stop
-        && serde_json::from_str::<Vec<&RawValue>>(stop.get()).is_ok_and(|list| list.len() > STOPS)
-    {
-        return Err(invalid(
-            format!("`stop` must not hold more than {STOPS}"),
-            Some("stop"),
-            "invalid_value",
-        ));
+    if fields.stop.is_some_and(|stop| stop.text.starts_with('[') && stop.items > STOPS) {
+        return Err(wrong("stop", &format!("not hold more than {STOPS}")));
     }
+    let stream = given(fields.stream).map(serde_json::from_str).transpose();
+    let options = given(fields.stream_options).map(serde_json::from_str::<StreamOptions>).transpose();
+    let options =
+        options.map_err(|error| wrong("stream_options", &format!("be valid: {error}")))?.unwrap_or_default();
     let start = raw.as_ptr() as usize - body.as_ptr() as usize;
-    let options = fields.stream_options.as_ref();
-    let asked = |pick: fn(&StreamOptions) -> Option<bool>| options.and_then(pick).unwrap_or(false);
-    let prompt = fields.messages.or(fields.prompt).map_or("", RawValue::get).as_bytes();
+    let most = count(fields.max_completion_tokens, "max_completion_tokens")?;
+    let limit = count(fields.max_tokens, "max_tokens")?;
+    let prompt = given(fields.messages).or(given(fields.prompt)).unwrap_or_default().as_bytes();
     Ok(Head {
-        model: model.into_owned(),
+        model,
         model_at: start..start + raw.len(),
-        stream: fields.stream.unwrap_or(false),
-        token_limit: fields.max_completion_tokens.or(fields.max_tokens),
+        stream: stream.map_err(|_| wrong("stream", "be true or false"))?.unwrap_or(false),
+        token_limit: most.or(limit),
         choices,
-        own_usage: asked(|o| o.include_usage) && !asked(|o| o.continuous_usage_stats),
+        own_usage: options.include_usage == Some(true) && options.continuous_usage_stats != Some(true),
         prefix: crc_of(&prompt[..prompt.len().min(PREFIX)]),
     })
 }
@@ -143,14 +178,6 @@ pub fn with_model(body: &Bytes, head: &Head, model: &str) -> Bytes {
     changed.freeze()
 }
 
-/// Opening brackets in the body: no document has more levels, or more messages. Sums of bytes over short pieces, which the
-/// compiler turns into vector code: a long prompt is read at memory speed.
-fn openers(bytes: &[u8]) -> usize {
-    let piece =
-        |piece: &[u8]| piece.iter().map(|byte| u8::from(*byte == b'[') + u8::from(*byte == b'{')).sum::<u8>();
-    bytes.chunks(128).map(|part| usize::from(piece(part))).sum()
-}
-
 /// A number for a text: enough to tell prompts apart, cheap for each request.
 fn crc_of(bytes: &[u8]) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
@@ -160,36 +187,6 @@ fn crc_of(bytes: &[u8]) -> u64 {
         hash = crate::balance::mix(hash ^ u64::from_le_bytes(word));
     }
     hash
-}
-
-/// Whether brackets nest deeper than `limit`. Parsers that skip what they do not need do not look, and the node's might fall
-/// over it.
-fn depth_exceeds(body: &[u8], limit: usize) -> bool {
-    let (mut depth, mut at) = (0usize, 0);
-    while at < body.len() {
-        match body[at] {
-            b'[' | b'{' => {
-                depth += 1;
-                if depth > limit {
-                    return true;
-                }
-            }
-            b']' | b'}' => depth = depth.saturating_sub(1),
-            b'"' => {
-                at += 1;
-                while let Some(next) = memchr::memchr2(b'"', b'\\', &body[at.min(body.len())..]) {
-                    at += next;
-                    if body[at] == b'"' {
-                        break;
-                    }
-                    at += 2;
-                }
-            }
-            _ => {}
-        }
-        at += 1;
-    }
-    false
 }
 
 #[cfg(test)]
@@ -228,7 +225,9 @@ mod tests {
                 r#"{"model":"a","messages":[{}],"stop":[1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]}"#,
                 "invalid_value",
             ),
-            (r#"{"model":"a","stream":"yes"}"#, "invalid_request"),
+            (r#"{"model":"a","messages":[{}],"stream":"yes"}"#, "invalid_value"),
+            (r#"{"model":"a","messages":[{}],"max_tokens":1.5}"#, "invalid_value"),
+            (r#"{"model":"a","messages":[{}],"stream_options":3}"#, "invalid_value"),
             (r#"{"model":"a"} x"#, "invalid_json"),
             ("{\"model\":\"\u{0}\"}", "invalid_json"),
         ] {
@@ -251,23 +250,6 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn depth_is_what_a_parser_finds(text in "([\\[\\]{}\"\\\\a,:]|\"[a\\[]*\"){0,60}") {
-            // Whatever the text, no panic; and what a strict parser accepts has the depth that is found here.
-            let found = depth_exceeds(text.as_bytes(), 3);
-            if let Ok(value) = serde_json::from_str::<serde_json::Value>(&text) {
-                fn depth(value: &serde_json::Value) -> usize {
-                    match value {
-                        serde_json::Value::Array(list) => 1 + list.iter().map(depth).max().unwrap_or(0),
-                        serde_json::Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
-                        _ => 0,
-                    }
-                }
-                // Duplicate keys hide what a document does not show.
-                prop_assert!(found == (depth(&value) > 3) || (found && text.contains(':')));
-            }
-        }
-
         #[test]
         fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _read = parse(&bytes, Kind::Chat);
