@@ -14,6 +14,7 @@ use num_traits::{One, ToPrimitive, Zero};
 
 pub use self::functions::replaced;
 use self::polynomial::{constant, one, times, without_denominators};
+use crate::effort::{spend, spend_on};
 use crate::expr::{Constant, Expr, from_base, is_whole};
 
 /// Terms of a polynomial.
@@ -56,12 +57,7 @@ enum Atom {
 pub struct Atoms {
     list: Vec<Atom>,
     index: HashMap<Atom, u32>,
-    /// Work done so far, in products of machine words.
-    spent: std::cell::Cell<u64>,
 }
-
-/// Work that is done for one comparison: some hundredths of a second.
-const WORK: u64 = 20_000_000;
 
 /// Whether a difference is zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,13 +71,6 @@ pub enum Sameness {
 }
 
 impl Atoms {
-    /// Pays for an operation on two numbers; none when the work is used up.
-    fn spend(&self, a: &BigRational, b: &BigRational) -> Option<()> {
-        let words = |value: &BigRational| (value.numer().bits() + value.denom().bits()) / 64 + 1;
-        self.spent.set(self.spent.get() + (words(a) + words(b)).pow(2) + 8);
-        (self.spent.get() <= WORK).then_some(())
-    }
-
     fn number(&mut self, atom: Atom) -> u32 {
         if let Some(known) = self.index.get(&atom) {
             return *known;
@@ -99,6 +88,7 @@ impl Atoms {
 
     /// The normal form; none for what is no number, too large, or undefined.
     pub fn form(&mut self, expr: &Expr) -> Option<Form> {
+        spend(200)?;
         match expr {
             Expr::Number(number) => Some(constant(number.value.clone())),
             Expr::Symbol(name) => Some(self.atom(Atom::Symbol(name.clone()))),
@@ -159,29 +149,28 @@ impl Atoms {
         }
     }
 
-    fn opaque(&mut self, name: &str, arguments: &[Form]) -> Form {
-        let texts: Vec<String> = arguments.iter().map(|form| self.text(form)).collect();
-        self.atom(Atom::Opaque(format!("{name}({})", texts.join(", "))))
+    fn opaque(&mut self, name: &str, arguments: &[Form]) -> Option<Form> {
+        let texts: Option<Vec<String>> = arguments.iter().map(Self::text).collect();
+        Some(self.atom(Atom::Opaque(format!("{name}({})", texts?.join(", ")))))
     }
 
-    fn monomial_text(&self, monomial: &Monomial) -> String {
-        let mut parts: Vec<String> =
-            monomial.iter().map(|(atom, power)| format!("{:?}^{power}", self.list[*atom as usize])).collect();
-        parts.sort();
+    /// Atoms by their numbers: what is within an opaque one must not grow with every function around it.
+    fn monomial_text(monomial: &Monomial) -> String {
+        let parts: Vec<String> = monomial.iter().map(|(atom, power)| format!("#{atom}^{power}")).collect();
         parts.join("*")
     }
 
     /// The form as text: the same for the same form.
-    fn text(&self, form: &Form) -> String {
-        let side = |polynomial: &Polynomial| {
-            let mut terms: Vec<String> = polynomial
-                .iter()
-                .map(|(monomial, coefficient)| format!("{coefficient}*{}", self.monomial_text(monomial)))
-                .collect();
-            terms.sort();
-            terms.join("+")
-        };
-        format!("{}/{}", side(&form.top), side(&form.bottom))
+    fn text(form: &Form) -> Option<String> {
+        let mut text = String::new();
+        for side in [&form.top, &form.bottom] {
+            for (monomial, coefficient) in side {
+                spend_on(coefficient, coefficient)?;
+                text.push_str(&format!("+{coefficient}*{}", Self::monomial_text(monomial)));
+            }
+            text.push('/');
+        }
+        Some(text)
     }
 
     /// Whether two forms are the same.

@@ -208,6 +208,11 @@ impl Expr {
         is(self) || self.parts().into_iter().any(|part| part.any(is))
     }
 
+    /// How many parts it has, all levels together.
+    pub fn size(&self) -> u64 {
+        1 + self.parts().into_iter().map(Self::size).sum::<u64>()
+    }
+
     /// Its direct parts.
     pub fn parts(&self) -> Vec<&Self> {
         match self {

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod compat;
+mod effort;
 pub mod exact;
 pub mod expr;
 pub mod extract;

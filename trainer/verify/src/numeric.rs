@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use num_traits::ToPrimitive;
 
+use crate::effort::{spend, spend_on};
 use crate::expr::{Constant, Expr, Function, Over};
 
 /// A complex number and how far it may be off.
@@ -82,6 +83,7 @@ impl Ball {
             && exponent.re.abs() <= 512.0
             && exponent.error < 1e-9
         {
+            spend(exponent.re.abs() as u64 * 16)?;
             let mut result = Self { re: 1.0, im: 0.0, error: 0.0 };
             for _ in 0..exponent.re.abs() as u32 {
                 result = result.times(self)?;
@@ -112,8 +114,10 @@ pub type Place = HashMap<String, Ball>;
 
 /// The value of an expression at a place; none where it has none, or none that can be trusted.
 pub fn value(expr: &Expr, place: &Place) -> Option<Ball> {
+    spend(120)?;
     match expr {
         Expr::Number(number) => {
+            spend_on(&number.value, &number.value)?;
             let value = number.value.to_f64()?;
             Ball::new(value, 0.0, 0.0)
         }

@@ -6,6 +6,7 @@ mod factors;
 mod words;
 
 use self::words::{scientific, words};
+use crate::effort::spend;
 use crate::expr::{Constant, End, Expr, Function, Number, Relation, is_whole};
 use crate::lexer::{Spaced, Token, tokens};
 
@@ -20,6 +21,9 @@ pub enum ParseError {
     /// Longer than is read.
     #[error("longer than {} characters", crate::lexer::LONGEST)]
     TooLong,
+    /// More values than are compared.
+    #[error("too many values by plus-minus within plus-minus")]
+    TooLarge,
     /// More brackets within brackets than are read.
     #[error("nested deeper than {DEEPEST} levels")]
     TooDeep,
@@ -231,6 +235,9 @@ impl Parser {
         Ok(match plus_minus {
             None => whole(terms),
             Some(at) => {
+                // Twice as much, and within another one twice as much again.
+                let size: u64 = terms.iter().map(Expr::size).sum();
+                spend(size * 2_000).ok_or(ParseError::TooLarge)?;
                 let mut minus = terms.clone();
                 minus[at] = minus[at].clone().negated();
                 Expr::Set(vec![whole(terms), whole(minus)])

@@ -241,6 +241,34 @@ fn hostile_input_ends_soon() {
     }
 }
 
+/// Short texts that ask for more than any machine could do: what they cost grows with each level by a factor.
+#[test]
+fn work_is_bounded_and_not_only_size() {
+    let nested = |open: &str, inner: &str, close: &str, levels: usize| {
+        format!("{}{inner}{}", open.repeat(levels), close.repeat(levels))
+    };
+    for (text, decided) in [
+        (nested("\\sum_{k=1}^{400}", "k^{1/3}", "", 20), false),
+        (nested("\\pm(1+", "1", ")", 20), false),
+        ("\\binom{5000}{2500}".repeat(40), false),
+        ((1..1_500).map(|n| format!("\\{{{n}\\}}")).collect::<Vec<_>>().join("\\cup"), false),
+        // Once as slow; with each level the text of its normal form was four times as long.
+        (nested("\\sqrt{1+", "x", "}", 20), true),
+        (nested("\\sin(1+", "x", ")", 20), true),
+    ] {
+        let other = text.replacen('x', "2x", 1) + "+1";
+        let verdict = strict::compare_answers(&other, &text);
+        assert_eq!(verdict.equal.is_some(), decided, "{verdict:?}");
+        assert!(decided || verdict.why.contains("more work") || verdict.why.contains("too many"), "{verdict:?}");
+        verify(&format!("${other}$"), &format!("${text}$"), Profile::Compat);
+    }
+    assert_eq!(
+        strict::compare_answers("1/2", "0.5").equal,
+        Some(true),
+        "the next comparison has its own allowance"
+    );
+}
+
 prop_compose! {
     /// Formulas over one variable, as LaTeX.
     fn formula()(a in 1i64..9, b in 1i64..9, c in 2u32..4, shape in 0usize..6) -> (String, String) {

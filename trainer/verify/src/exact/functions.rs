@@ -9,6 +9,7 @@ use num_traits::{One, Signed, ToPrimitive, Zero};
 
 use super::polynomial::{CheckedScale, big_power, constant, one, rational};
 use super::{Atom, Atoms, Exponent, Form, PRIMES};
+use crate::effort::{spend, spend_bits};
 use crate::expr::{Expr, Function, Over, is_whole};
 
 impl Atoms {
@@ -49,7 +50,7 @@ impl Atoms {
             let coefficient = self.root(&constant(coefficient.clone()), &rational(exponent))?;
             return variable.times(&coefficient, self);
         }
-        let key = format!("root {} {:?}", exponent, self.text(base));
+        let key = format!("root {exponent} {}", Self::text(base)?);
         Some(self.atom(Atom::Opaque(key)))
     }
 
@@ -71,6 +72,7 @@ impl Atoms {
         };
         let mut divisor = 2u64;
         while divisor <= PRIMES && BigInt::from(divisor) * divisor <= rest {
+            spend(rest.bits() / 64 * 4 + 60)?;
             let big = BigInt::from(divisor);
             let mut count = 0;
             while rest.is_multiple_of(&big) {
@@ -85,6 +87,7 @@ impl Atoms {
         if rest > BigInt::one() {
             // A perfect power of what is left, or the rest itself.
             let degree = exponent.denom().to_u32()?;
+            spend_bits(rest.bits())?;
             let root = rest.nth_root(degree);
             if degree > 1 && num_traits::pow(root.clone(), degree as usize) == rest {
                 take(self, &root, i64::from(degree))?;
@@ -98,7 +101,7 @@ impl Atoms {
     /// `b^(c + k m)` is `b^c (b^m)^k`: for primes of a number, for `e`, for a variable.
     pub(super) fn symbolic_power(&mut self, base: &Form, exponent: &Form) -> Option<Form> {
         if exponent.bottom.len() != 1 || exponent.bottom.keys().any(|monomial| !monomial.is_empty()) {
-            return Some(self.opaque("power", &[base.clone(), exponent.clone()]));
+            return self.opaque("power", &[base.clone(), exponent.clone()]);
         }
         let scale = exponent.bottom.values().next()?.clone();
         let bases: Vec<(String, i64)> = if let Some(value) = base.value().filter(BigRational::is_positive) {
@@ -109,7 +112,7 @@ impl Atoms {
             bases.extend(small_primes(value.denom(), -1)?);
             bases
         } else {
-            vec![(self.text(base), 1)]
+            vec![(Self::text(base)?, 1)]
         };
         let mut product = constant(BigRational::one());
         for (monomial, coefficient) in exponent.top.clone() {
@@ -120,7 +123,7 @@ impl Atoms {
                 continue;
             }
             let coefficient = Exponent::new(coefficient.numer().to_i64()?, coefficient.denom().to_i64()?);
-            let shape = self.monomial_text(&monomial);
+            let shape = Self::monomial_text(&monomial);
             for (name, count) in &bases {
                 let atom = self.number(Atom::Opaque(format!("{name}^[{shape}]")));
                 let power = coefficient.checked_mul_i(*count)?;
@@ -163,11 +166,11 @@ impl Atoms {
                 {
                     return Some(constant(rational(*power)));
                 }
-                Some(self.opaque("ln", arguments))
+                self.opaque("ln", arguments)
             }
             (Function::Binomial, [top, bottom]) => {
                 let bottom = bottom.value().filter(is_whole)?.to_i64().filter(|k| (0..=12).contains(k));
-                let Some(bottom) = bottom else { return Some(self.opaque("binomial", arguments)) };
+                let Some(bottom) = bottom else { return self.opaque("binomial", arguments) };
                 let mut product = constant(BigRational::one());
                 for step in 0..bottom {
                     let less = constant(BigRational::from_integer((-step).into()));
@@ -176,7 +179,7 @@ impl Atoms {
                 }
                 Some(product)
             }
-            _ => Some(self.opaque(&format!("{function:?}"), arguments)),
+            _ => self.opaque(&format!("{function:?}"), arguments),
         }
     }
 
@@ -271,15 +274,21 @@ fn evaluated(function: Function, values: &[BigRational]) -> Option<BigRational> 
         }
         (Function::Binomial, [top, bottom]) => {
             let (top, bottom) = (whole(top)?.to_u64()?, whole(bottom)?.to_u64()?);
-            (top <= 5_000).then(|| {
-                BigRational::from_integer(num_integer::binomial(BigInt::from(top), BigInt::from(bottom)))
-            })
+            if top > 5_000 {
+                return None;
+            }
+            // As many steps as the shorter side is long, each on a number of so many bits.
+            for step in 0..bottom.min(top.saturating_sub(bottom)) {
+                spend_bits(step * 2)?;
+            }
+            Some(BigRational::from_integer(num_integer::binomial(BigInt::from(top), BigInt::from(bottom))))
         }
         (Function::Gcd | Function::Lcm, values) => {
             let mut all = values.iter().map(whole);
             let first = all.next()??;
             let fold = |a: BigInt, b: Option<BigInt>| {
                 let b = b?;
+                spend_bits(a.bits() + b.bits())?;
                 Some(if function == Function::Gcd { a.gcd(&b) } else { a.lcm(&b) })
             };
             all.try_fold(first, fold).map(BigRational::from_integer)

@@ -7,6 +7,7 @@ use num_rational::BigRational;
 use num_traits::{One, Zero};
 
 use super::{Atom, Atoms, BITS, EXPONENT, Exponent, Form, Monomial, Polynomial, TERMS};
+use crate::effort::{spend_bits, spend_on};
 
 /// The product of monomials: exponents add up; whole powers of primes and of `i` go into the coefficient.
 pub(super) fn monomial_product(
@@ -69,28 +70,23 @@ pub(super) fn times(a: &Polynomial, b: &Polynomial, atoms: &Atoms) -> Option<Pol
     let mut product = Polynomial::new();
     for (m, x) in a {
         for (n, y) in b {
-            atoms.spend(x, y)?;
+            spend_on(x, y)?;
             let mut coefficient = x * y;
             let monomial = monomial_product(m, n, &mut coefficient, atoms)?;
-            add(&mut product, monomial, coefficient, atoms)?;
+            add(&mut product, monomial, coefficient)?;
         }
     }
     (product.len() <= TERMS).then_some(product)
 }
 
-pub(super) fn add(
-    into: &mut Polynomial,
-    monomial: Monomial,
-    coefficient: BigRational,
-    atoms: &Atoms,
-) -> Option<()> {
+pub(super) fn add(into: &mut Polynomial, monomial: Monomial, coefficient: BigRational) -> Option<()> {
     use std::collections::btree_map::Entry;
     match into.entry(monomial) {
         Entry::Vacant(free) => {
             free.insert(coefficient);
         }
         Entry::Occupied(mut known) => {
-            atoms.spend(known.get(), &coefficient)?;
+            spend_on(known.get(), &coefficient)?;
             *known.get_mut() += coefficient;
             if known.get().is_zero() {
                 known.remove();
@@ -124,9 +120,11 @@ pub(super) fn without_denominators(polynomial: &Polynomial) -> Polynomial {
 /// `base^exponent` within the bound on bits.
 pub(super) fn big_power(base: &BigInt, exponent: i64) -> Option<BigRational> {
     let size = u32::try_from(exponent.unsigned_abs()).ok()?;
-    if base.bits().checked_mul(u64::from(size))? > BITS {
+    let bits = base.bits().checked_mul(u64::from(size))?;
+    if bits > BITS {
         return None;
     }
+    spend_bits(bits)?;
     let power = base.pow(size);
     if exponent >= 0 {
         Some(BigRational::from_integer(power))
@@ -168,7 +166,12 @@ impl Form {
             1 => polynomial.get(&Vec::new()).cloned(),
             _ => None,
         };
-        Some(plain(&self.top)? / plain(&self.bottom)?)
+        let (top, bottom) = (plain(&self.top)?, plain(&self.bottom)?);
+        if bottom.is_one() {
+            return Some(top);
+        }
+        spend_on(&top, &bottom)?;
+        Some(top / bottom)
     }
 
     pub(super) fn times(&self, other: &Self, atoms: &Atoms) -> Option<Self> {
@@ -185,13 +188,13 @@ impl Form {
         if self.bottom == other.bottom {
             let mut top = self.top.clone();
             for (monomial, coefficient) in &other.top {
-                add(&mut top, monomial.clone(), coefficient.clone(), atoms)?;
+                add(&mut top, monomial.clone(), coefficient.clone())?;
             }
             return (top.len() <= TERMS).then(|| Self { top, bottom: self.bottom.clone() });
         }
         let mut top = times(&self.top, &other.bottom, atoms)?;
         for (monomial, coefficient) in times(&other.top, &self.bottom, atoms)? {
-            add(&mut top, monomial, coefficient, atoms)?;
+            add(&mut top, monomial, coefficient)?;
         }
         Some(Self { top, bottom: times(&self.bottom, &other.bottom, atoms)? }.reduced(atoms))
     }
@@ -222,6 +225,7 @@ impl Form {
         if let Some(value) = self.value() {
             let top = big_power(value.numer(), exponent.abs())?;
             let bottom = big_power(value.denom(), exponent.abs())?;
+            spend_on(&top, &bottom)?;
             let power = top / bottom;
             return if exponent >= 0 {
                 Some(constant(power))
@@ -237,8 +241,10 @@ impl Form {
             let (monomial, coefficient) = base.top.iter().next()?;
             let size = exponent.abs();
             let mut coefficient = {
-                let top = big_power(coefficient.numer(), size)?;
-                top / big_power(coefficient.denom(), size)?
+                let (top, bottom) =
+                    (big_power(coefficient.numer(), size)?, big_power(coefficient.denom(), size)?);
+                spend_on(&top, &bottom)?;
+                top / bottom
             };
             let scaled: Option<Monomial> =
                 monomial.iter().map(|(atom, power)| Some((*atom, power.checked_mul_i(size)?))).collect();

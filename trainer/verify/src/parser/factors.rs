@@ -3,6 +3,7 @@
 use num_traits::ToPrimitive;
 
 use super::{Letters, ParseError, Parsed, Parser};
+use crate::effort::spend;
 use crate::expr::{Expr, Function, Number, is_whole};
 use crate::lexer::{Spaced, Token};
 
@@ -87,6 +88,7 @@ impl Parser {
             None
         } else if self.is_command("frac") {
             // Reading may split a token (`\frac12`).
+            spend(self.tokens.len() as u64 * 20)?;
             unread = Some(self.tokens.clone());
             self.guessing = true;
             let fraction = self.primary();
