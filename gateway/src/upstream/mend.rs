@@ -4,6 +4,7 @@
 
 pub mod chunk;
 pub mod failure;
+mod repeat;
 pub mod thinking;
 pub mod whole;
 

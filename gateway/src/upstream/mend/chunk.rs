@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
+use super::repeat::{Repeat, only_text, quoted};
 use super::thinking::StreamSplit;
 use super::{
     Counts, Edits, Kind, Presence, finish_reason, is_count, is_text, mend_content, mend_tool_calls,
@@ -43,6 +44,7 @@ pub struct ChunkMend {
     /// The client asked for usage in a chunk of its own.
     own_usage: bool,
     split: Option<StreamSplit>,
+    repeat: Repeat,
     /// A finish reason has passed.
     pub finished: bool,
     /// The last usage that passed.
@@ -93,6 +95,7 @@ impl ChunkMend {
             own_usage,
             split: (kind == Kind::Chat && reasoning != Reasoning::Pass)
                 .then(|| StreamSplit::new(reasoning == Reasoning::SplitOpen)),
+            repeat: Repeat::default(),
             finished: false,
             usage: None,
             pieces: 0,
@@ -107,6 +110,10 @@ impl ChunkMend {
     pub fn event(&mut self, data: &[u8]) -> Verdict {
         if data.trim_ascii() == b"[DONE]" {
             return Verdict::Done;
+        }
+        if let Some(known) = self.repeat.find(data) {
+            self.pieces += 1;
+            return known;
         }
         match serde_json::from_slice::<Chunk<'_>>(data) {
             Ok(chunk) if chunk.error.is_some() => Verdict::Failed(super::failure::event(data)),
@@ -151,6 +158,14 @@ impl ChunkMend {
             // An empty delta, or an empty text, ends a choice and is no token.
             let written = choice.delta.or(choice.text).is_some_and(|part| part.get().len() > 2);
             self.pieces += u64::from(written);
+        }
+        if let [choice] = choices.as_slice()
+            && choice.finish_reason == Some(None)
+            && chunk.usage.is_none()
+            && let Some(text) = token(choice)
+        {
+            let start = text.as_ptr() as usize - data.as_ptr() as usize;
+            self.repeat.remember(data, &(start..start + text.len()), &edits);
         }
         Some(edits)
     }
@@ -277,6 +292,14 @@ impl ChunkMend {
     }
 }
 
+/// A token's text as it stands between its quotes, if the choice holds nothing else of it.
+fn token<'a>(choice: &Choice<'a>) -> Option<&'a str> {
+    match choice.delta {
+        Some(delta) => only_text(delta.get()),
+        None => quoted(choice.text?.get()),
+    }
+}
+
 /// Keeps a field as it was in the first chunk.
 fn same(first: &mut Option<String>, now: &str, data: &[u8], edits: &mut Edits) {
     match first {
@@ -288,6 +311,8 @@ fn same(first: &mut Option<String>, now: &str, data: &[u8], edits: &mut Edits) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn mend() -> ChunkMend {
@@ -362,5 +387,45 @@ mod tests {
         let Verdict::Failed(line) = verdict else { panic!("{verdict:?}") };
         let body: Value = serde_json::from_slice(&line).unwrap();
         assert_eq!((body["error"]["message"].as_str(), &body["error"]["code"]), (Some("CUDA"), &Value::Null));
+    }
+
+    fn event() -> impl Strategy<Value = String> {
+        let delta = prop::sample::select(vec![
+            r#"{"role":"assistant","content":""}"#,
+            r#"{"content":"a"}"#,
+            r#"{"content":"\n\"b\u00e4"}"#,
+            r#"{"content": "\ud83d"}"#,
+            r#"{"content":""}"#,
+            r#"{"content":"\q"}"#,
+            r#"{"content":["x"]}"#,
+            r#"{"reasoning_content":"t"}"#,
+            r#"{"content":"a","tool_calls":[]}"#,
+            r#"{"content":null}"#,
+            "{}",
+        ]);
+        let model = prop::sample::select(vec!["m", "/weights/m"]);
+        let end = prop::sample::select(vec!["null", "null", "null", r#""stop""#, r#""eos""#]);
+        let usage = prop::sample::select(vec![
+            "",
+            r#","usage":null"#,
+            r#","usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}"#,
+        ]);
+        (delta, model, end, usage, 0..2, 5..7).prop_map(|(delta, model, end, usage, index, created)| {
+            format!(
+                r#"{{"id":"a","object":"chat.completion.chunk","created":{created},"model":"{model}","choices":[{{"index":{index},"delta":{delta},"finish_reason":{end}}}]{usage}}}"#
+            )
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_remembered_changes_nothing(events in prop::collection::vec((event(), 1usize..4), 0..12)) {
+            let (mut quick, mut plain) = (mend(), mend());
+            for data in events.iter().flat_map(|(event, times)| std::iter::repeat_n(event, *times)) {
+                plain.repeat = Repeat::default();
+                prop_assert_eq!(quick.event(data.as_bytes()), plain.event(data.as_bytes()), "{}", data);
+                prop_assert_eq!((quick.pieces, quick.finished, quick.usage), (plain.pieces, plain.finished, plain.usage));
+            }
+        }
     }
 }
