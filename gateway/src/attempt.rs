@@ -2,11 +2,12 @@
 //! client. A request never holds two slots, but for hedging: it would wait for one while others wait for the one it holds.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode};
 use potstill_shared::openai::{ErrorBody, Usage};
+use tokio::time::Instant;
 
 use crate::config::{PoolConfig, Priority, ms};
 use crate::error::GatewayError;

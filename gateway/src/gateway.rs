@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response as LocalResponse};
 use http::Request;
 use hyper::body::Incoming;
 use potstill_shared::openai::now_seconds;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -300,6 +301,13 @@ impl Gateway {
         shared.end.cancel();
         shared.tasks.close();
         shared.tasks.wait().await;
+    }
+
+    /// Serves one connection that was accepted elsewhere, HTTP/1.1 in plain text, until it ends.
+    pub async fn serve_connection(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        let clients = Clients(Arc::clone(&self.shared));
+        let limits = clients.limits();
+        crate::server::speak(stream, false, None, clients, limits, self.shared.stop.clone()).await;
     }
 
     /// Serves the admin API on `listener` until the gateway stops. `file` is what a reload reads.

@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use potstill_shared::openai::Usage;
+use tokio::time::Instant;
 
 use crate::api::request_id::RequestId;
 use crate::gateway::Shared;

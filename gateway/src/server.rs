@@ -167,7 +167,8 @@ fn handshake(
     Box::pin(tokio::time::timeout(limit, tls.accept(stream)))
 }
 
-fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+/// Serves a connection whose protocol is known.
+pub(crate) fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
     http2: bool,
     certificate: Option<ClientCertificate>,

@@ -7,13 +7,14 @@
 //! ```
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header};
 use hyper::body::Incoming;
+use tokio::time::Instant;
 
 use crate::api::reply::{Answer, Reply, as_stream, local};
 use crate::api::request::{Head, parse, with_model};

@@ -1,12 +1,13 @@
 //! Reads a request body: bounded in size, in time between two pieces, and in how slow it may be.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http::header;
 use http_body::Body;
 use http_body_util::BodyExt;
+use tokio::time::Instant;
 
 use crate::config::{Limits, ms};
 use crate::error::GatewayError;

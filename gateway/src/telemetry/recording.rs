@@ -4,10 +4,11 @@
 use std::io::Write;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use potstill_shared::durable::append_lines;
 use potstill_shared::openai::Usage;
+use tokio::time::Instant;
 
 use crate::record::Record;
 

@@ -22,7 +22,20 @@ pub enum Stream {
     Plain(TcpStream),
     /// TLS.
     Tls(Box<TlsStream<TcpStream>>),
+    /// Of another network.
+    Other(Box<dyn Socket>),
 }
+
+/// What a connection of any network does.
+pub trait Socket: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Sync + Unpin> Socket for S {}
+
+/// Opens connections of another network. Passed in, so that tests can have nodes without sockets on simulated time.
+pub type Dial = dyn Fn(SocketAddr) -> Dialled + Send + Sync;
+
+/// A connection of another network that is being opened.
+pub type Dialled = Pin<Box<dyn Future<Output = io::Result<Box<dyn Socket>>> + Send>>;
 
 /// Looks names up. Passed in, so that tests can have names change their addresses.
 pub type Resolve = dyn Fn(&str, u16) -> Option<Vec<SocketAddr>> + Send + Sync;
@@ -32,12 +45,18 @@ pub type Resolve = dyn Fn(&str, u16) -> Option<Vec<SocketAddr>> + Send + Sync;
 pub struct Connector {
     tls: Arc<std::sync::OnceLock<TlsConnector>>,
     resolve: Option<Arc<Resolve>>,
+    dial: Option<Arc<Dial>>,
 }
 
 impl Connector {
     /// A connector with an own resolver in front of the system's.
     pub fn with_resolver(resolve: Arc<Resolve>) -> Self {
         Self { resolve: Some(resolve), ..Self::default() }
+    }
+
+    /// A connector to another network than the machine's; in plain text only.
+    pub fn with_network(dial: Arc<Dial>) -> Self {
+        Self { dial: Some(dial), ..Self::default() }
     }
 
     /// Opens a connection within `limit`.
@@ -56,6 +75,9 @@ impl Connector {
                     format!("`{}` is at {}, where no node may be", url.host, address.ip()),
                 );
                 continue;
+            }
+            if let Some(dial) = &self.dial {
+                return dial(address).await.map(Stream::Other);
             }
             match TcpStream::connect(address).await {
                 Ok(stream) => {
@@ -106,6 +128,7 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_read(context, buffer),
             Self::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+            Self::Other(stream) => Pin::new(stream).poll_read(context, buffer),
         }
     }
 }
@@ -115,6 +138,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_write(context, bytes),
             Self::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
+            Self::Other(stream) => Pin::new(stream).poll_write(context, bytes),
         }
     }
 
@@ -126,6 +150,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_write_vectored(context, slices),
             Self::Tls(stream) => Pin::new(stream).poll_write_vectored(context, slices),
+            Self::Other(stream) => Pin::new(stream).poll_write_vectored(context, slices),
         }
     }
 
@@ -137,6 +162,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_flush(context),
             Self::Tls(stream) => Pin::new(stream).poll_flush(context),
+            Self::Other(stream) => Pin::new(stream).poll_flush(context),
         }
     }
 
@@ -144,6 +170,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_shutdown(context),
             Self::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+            Self::Other(stream) => Pin::new(stream).poll_shutdown(context),
         }
     }
 }
