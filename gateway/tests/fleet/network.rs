@@ -332,33 +332,35 @@ impl Node {
     }
 
     async fn stream_tokens(&mut self, id: &str, tokens: u64, breaks: Option<u64>) -> io::Result<bool> {
-        self.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n",
-        )
-        .await?;
+        // Where it ends is said by chunks, or by closing the connection.
+        let chunked = self.random.random_bool(0.7);
+        let ends = if chunked { "transfer-encoding: chunked" } else { "connection: close" };
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n{ends}\r\n\r\n");
+        self.write(head.as_bytes()).await?;
         for number in 0..tokens {
             if breaks == Some(number) {
                 return Ok(false);
             }
             let role = if number == 0 { r#""role":"assistant","# } else { "" };
             let delta = format!(r#"{{{role}"content":"{}"}}"#, token(id, number));
-            self.write(&chunk(&delta, "null")).await?;
+            self.write(&event(&delta, "null", chunked)).await?;
             self.work(20).await?;
         }
-        self.write(&chunk("{}", r#""stop""#)).await?;
+        self.write(&event("{}", r#""stop""#, chunked)).await?;
         if breaks.is_some() {
             return Ok(false);
         }
         self.release();
-        self.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n").await.map(|()| true)
+        let end: &[u8] = if chunked { b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n" } else { b"data: [DONE]\n\n" };
+        self.write(end).await.map(|()| chunked)
     }
 }
 
-fn chunk(delta: &str, reason: &str) -> Vec<u8> {
+fn event(delta: &str, reason: &str, chunked: bool) -> Vec<u8> {
     let event = format!(
         "data: {{\"id\":\"c\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"m\",\"choices\":[{{\"index\":0,\"delta\":{delta},\"finish_reason\":{reason}}}]}}\n\n"
     );
-    format!("{:x}\r\n{event}\r\n", event.len()).into_bytes()
+    if chunked { format!("{:x}\r\n{event}\r\n", event.len()).into_bytes() } else { event.into_bytes() }
 }
 
 fn answer(status: u16, body: &str) -> String {
