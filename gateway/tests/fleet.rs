@@ -2,7 +2,7 @@
 //! tokio's paused one, so that a minute takes a few hundredths of a second. Nodes crash, hang, slow down, break off, talk
 //! nonsense, refuse and come back; the network splits; the configuration changes; clients leave and dawdle; the gateway stops.
 //! Whatever happens, every request ends once and with its own answer or an error. `POTSTILL_SEEDS=10000` runs more seeds.
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests")]
 
 #[path = "fleet/client.rs"]
 mod client;
