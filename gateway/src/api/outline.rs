@@ -5,6 +5,8 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use serde_json::value::RawValue;
+
 /// Levels of nesting that are followed.
 pub(super) const DEPTH: usize = 128;
 
@@ -179,12 +181,13 @@ impl Walk<'_> {
     }
 }
 
-/// A name without its quotes and escapes.
+/// A name without its quotes and escapes; one with half of a pair of surrogates is no name that anybody knows.
 fn name_of(quoted: &str) -> Option<Cow<'_, str>> {
-    match quoted.contains('\\') {
-        false => Some(Cow::Borrowed(&quoted[1..quoted.len() - 1])),
-        true => serde_json::from_str(quoted).ok().map(Cow::Owned),
+    if !quoted.contains('\\') {
+        return Some(Cow::Borrowed(&quoted[1..quoted.len() - 1]));
     }
+    let unpaired = || serde_json::from_str::<&RawValue>(quoted).is_ok().then_some(Cow::Borrowed(quoted));
+    serde_json::from_str(quoted).ok().map(Cow::Owned).or_else(unpaired)
 }
 
 /// Minima over short pieces, which the compiler turns into vector code.
@@ -197,7 +200,6 @@ mod tests {
     use std::collections::BTreeMap;
 
     use proptest::prelude::*;
-    use serde_json::value::RawValue;
 
     use super::*;
 
@@ -230,6 +232,7 @@ mod tests {
         assert!(members(&deep(DEPTH - 1)).is_some());
         assert!(members(&deep(DEPTH)).is_none());
         assert_eq!(members(r#"{"\u0061":1}"#).unwrap()[0].0, "a", "a name in disguise is known");
+        assert!(members(r#"{"\ud83d":1}"#).is_some() && members(r#"{"\model":1}"#).is_none());
     }
 
     /// Documents, and what is nearly one.

@@ -77,7 +77,14 @@ impl Connector {
                 continue;
             }
             if let Some(dial) = &self.dial {
-                return dial(address).await.map(Stream::Other);
+                match dial(address).await {
+                    Ok(_) if url.tls => {
+                        last = io::Error::other("another network than the machine's has no TLS")
+                    }
+                    Ok(stream) => return Ok(Stream::Other(stream)),
+                    Err(error) => last = error,
+                }
+                continue;
             }
             match TcpStream::connect(address).await {
                 Ok(stream) => {

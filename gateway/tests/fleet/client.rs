@@ -1,6 +1,8 @@
 //! Clients that read every byte of their answers and hold it against what was asked for.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use potstill_gateway::Gateway;
@@ -8,6 +10,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 use super::network::token;
@@ -27,6 +30,31 @@ pub(crate) enum End {
     TurnedAway,
 }
 
+/// The gateway as clients find it.
+pub(crate) struct Door {
+    pub(crate) gateway: Gateway,
+    /// It was told to stop.
+    pub(crate) stopping: AtomicBool,
+    served: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Door {
+    pub(crate) fn new(gateway: Gateway) -> Arc<Self> {
+        Arc::new(Self { gateway, stopping: AtomicBool::new(false), served: Mutex::default() })
+    }
+
+    /// Waits for the end of all connections; fails if one panicked, or outlives its client.
+    pub(crate) async fn close(&self) {
+        let served = std::mem::take(&mut *self.served.lock().unwrap());
+        for connection in served {
+            timeout(Duration::from_secs(60), connection)
+                .await
+                .expect("connections end with their clients")
+                .unwrap();
+        }
+    }
+}
+
 /// A client's connection.
 pub(crate) struct Client {
     stream: DuplexStream,
@@ -34,15 +62,24 @@ pub(crate) struct Client {
     random: ChaCha8Rng,
     /// It reads slowly.
     slow: bool,
+    door: Arc<Door>,
 }
 
 impl Client {
-    pub(crate) fn connect(gateway: &Gateway, mut random: ChaCha8Rng) -> Self {
+    pub(crate) fn connect(door: &Arc<Door>, mut random: ChaCha8Rng) -> Self {
         let (near, far) = tokio::io::duplex(2 << 10);
-        let gateway = gateway.clone();
-        tokio::spawn(async move { gateway.serve_connection(far).await });
+        let gateway = door.gateway.clone();
+        let served = tokio::spawn(async move { gateway.serve_connection(far).await });
+        door.served.lock().unwrap().push(served);
         let slow = random.random_bool(0.1);
-        Self { stream: near, seen: Vec::new(), random, slow }
+        Self { stream: near, seen: Vec::new(), random, slow, door: Arc::clone(door) }
+    }
+
+    /// The gateway has closed the connection before it answered anything: only one that stops may do so, to requests that were
+    /// sent since.
+    fn turned_away(&self, stopping: bool) -> (End, bool) {
+        assert!(stopping, "turned away by a gateway that did not stop");
+        (End::TurnedAway, false)
     }
 
     /// Asks for an answer; whether another request may follow.
@@ -67,11 +104,11 @@ impl Client {
             "POST /v1/chat/completions HTTP/1.1\r\nhost: g\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         );
-        // A gateway that stops closes connections between their requests.
+        let stopping = self.door.stopping.load(Ordering::Relaxed);
         if self.stream.write_all(request.as_bytes()).await.is_err() {
-            return (End::TurnedAway, false);
+            return self.turned_away(stopping);
         }
-        let Some(head) = self.until(b"\r\n\r\n").await else { return (End::TurnedAway, false) };
+        let Some(head) = self.until(b"\r\n\r\n").await else { return self.turned_away(stopping) };
         let head = String::from_utf8(head).unwrap().to_ascii_lowercase();
         let field = |name: &str| head.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
         let status: u16 = head.split(' ').nth(1).unwrap().parse().unwrap();

@@ -15,6 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 /// How a node is; the gateway has to find out.
@@ -52,6 +53,7 @@ pub(crate) struct Host {
 pub(crate) struct Network {
     hosts: BTreeMap<u8, Arc<Host>>,
     random: Mutex<ChaCha8Rng>,
+    nodes: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Network {
@@ -66,7 +68,7 @@ impl Network {
             })
         };
         let hosts = (1..=hosts).map(|number| (number, host())).collect();
-        Arc::new(Self { hosts, random: Mutex::new(ChaCha8Rng::seed_from_u64(seed)) })
+        Arc::new(Self { hosts, random: Mutex::new(ChaCha8Rng::seed_from_u64(seed)), nodes: Mutex::default() })
     }
 
     pub(crate) fn host(&self, number: u8) -> &Arc<Host> {
@@ -81,11 +83,20 @@ impl Network {
         format!("http://10.0.0.{number}:80")
     }
 
+    /// Fails if a node has found something wrong.
+    pub(crate) async fn check(&self) {
+        let ended = self.nodes.lock().unwrap().extract_if(.., |node| node.is_finished()).collect::<Vec<_>>();
+        for node in ended {
+            node.await.unwrap();
+        }
+    }
+
     /// Opens a connection to a node.
-    pub(crate) fn dial(&self, address: SocketAddr) -> Dialled {
+    pub(crate) fn dial(self: &Arc<Self>, address: SocketAddr) -> Dialled {
         let SocketAddr::V4(address) = address else { unreachable!("addresses are of version 4") };
         let host = Arc::clone(&self.hosts[&address.ip().octets()[3]]);
         let random = ChaCha8Rng::from_rng(&mut *self.random.lock().unwrap());
+        let network = Arc::clone(self);
         Box::pin(async move {
             sleep(Duration::from_millis(1)).await;
             let mut condition = host.condition.subscribe();
@@ -106,7 +117,7 @@ impl Network {
                 condition,
                 random,
             };
-            tokio::spawn(node.run());
+            network.nodes.lock().unwrap().push(tokio::spawn(node.run()));
             Ok(Box::new(Link { stream: near, _busy: busy }) as Box<dyn Socket>)
         })
     }
@@ -210,8 +221,11 @@ impl Node {
         busy.store(true, Ordering::Relaxed);
         let mut connections = self.host.connections.lock().unwrap();
         connections.retain(|connection| connection.strong_count() > 0);
-        let held =
-            connections.iter().filter_map(Weak::upgrade).filter(|busy| busy.load(Ordering::Relaxed)).count();
+        let busy = |connection: &Weak<AtomicBool>| {
+            connection.upgrade().is_some_and(|busy| busy.load(Ordering::Relaxed))
+        };
+        let held = connections.iter().filter(|connection| busy(connection)).count();
+        drop(connections);
         assert!(held <= self.host.slots, "a node holds {held} requests with {} slots", self.host.slots);
     }
 

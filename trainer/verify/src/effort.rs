@@ -17,10 +17,16 @@ thread_local! {
 
 /// Runs a comparison with `allowed` to spend; none when that was not enough.
 pub(crate) fn bounded<T>(allowed: u64, compare: impl FnOnce() -> T) -> Option<T> {
-    LEFT.set(Some(allowed));
+    /// Puts back what was there before, also when a comparison panics.
+    struct Before(Option<u64>);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            LEFT.set(self.0);
+        }
+    }
+    let _before = Before(LEFT.replace(Some(allowed)));
     let found = compare();
-    let left = LEFT.replace(None);
-    (left != Some(0)).then_some(found)
+    (LEFT.get() != Some(0)).then_some(found)
 }
 
 /// Pays; none when nothing is left, from then on for ever.

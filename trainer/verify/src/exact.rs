@@ -104,7 +104,11 @@ impl Atoms {
                 let inner = self.form(inner)?;
                 inner.times(&pi, self)?.times(&constant(BigRational::new(1.into(), 180.into())), self)
             }
-            Expr::Based(digits, base) => Some(constant(from_base(&digits.number()?.value, *base)?)),
+            Expr::Based(digits, base) => {
+                let digits = &digits.number()?.value;
+                spend_on(digits, digits)?;
+                Some(constant(from_base(digits, *base)?))
+            }
             Expr::Ratio(parts) => {
                 let [a, b] = parts.as_slice() else { return None };
                 let (a, b) = (self.form(a)?, self.form(b)?);

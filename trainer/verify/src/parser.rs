@@ -21,15 +21,15 @@ pub enum ParseError {
     /// Longer than is read.
     #[error("longer than {} characters", crate::lexer::LONGEST)]
     TooLong,
-    /// More values than are compared.
-    #[error("too many values by plus-minus within plus-minus")]
-    TooLarge,
     /// More brackets within brackets than are read.
     #[error("nested deeper than {DEEPEST} levels")]
     TooDeep,
     /// Nothing is there.
     #[error("nothing there")]
     Empty,
+    /// More work than is done for one comparison.
+    #[error("takes more work than is done for one answer")]
+    TooMuch,
     /// Something that is not understood.
     #[error("not understood from token {0} on")]
     At(usize),
@@ -237,7 +237,7 @@ impl Parser {
             Some(at) => {
                 // Twice as much, and within another one twice as much again.
                 let size: u64 = terms.iter().map(Expr::size).sum();
-                spend(size * 2_000).ok_or(ParseError::TooLarge)?;
+                spend(size * 2_000).ok_or(ParseError::TooMuch)?;
                 let mut minus = terms.clone();
                 minus[at] = minus[at].clone().negated();
                 Expr::Set(vec![whole(terms), whole(minus)])

@@ -251,6 +251,8 @@ fn work_is_bounded_and_not_only_size() {
         (nested("\\sum_{k=1}^{400}", "k^{1/3}", "", 20), false),
         (nested("\\pm(1+", "1", ")", 20), false),
         ("\\binom{5000}{2500}".repeat(40), false),
+        ("\\sum_{k=1}^{400}\\sum_{j=1}^{400}\\ln(170141183460469231731687303715884105727)".to_owned(), false),
+        ("\\sum_{k=1}^{400}\\sum_{j=1}^{400}0\\cdot 2000!".to_owned(), false),
         // Once as slow; with each level the text of its normal form was four times as long.
         (nested("\\sqrt{1+", "x", "}", 20), true),
         (nested("\\sin(1+", "x", ")", 20), true),
@@ -258,10 +260,7 @@ fn work_is_bounded_and_not_only_size() {
         let other = text.replacen('x', "2x", 1) + "+1";
         let verdict = strict::compare_answers(&other, &text);
         assert_eq!(verdict.equal.is_some(), decided, "{verdict:?}");
-        assert!(
-            decided || verdict.why.contains("more work") || verdict.why.contains("too many"),
-            "{verdict:?}"
-        );
+        assert!(decided || verdict.why.contains("more work"), "{verdict:?}");
         verify(&format!("${other}$"), &format!("${text}$"), Profile::Compat);
     }
     assert_eq!(

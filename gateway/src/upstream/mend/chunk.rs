@@ -181,6 +181,9 @@ impl ChunkMend {
             Kind::Chat => choice.delta.is_some_and(|delta| {
                 let delta = delta.get();
                 let begins = self.begun & (1 << index.min(63)) == 0;
+                if only_text(delta).is_some() {
+                    return !begins;
+                }
                 let has = |text: &str| memchr::memmem::find(delta.as_bytes(), text.as_bytes()).is_some();
                 delta.starts_with('{')
                     && (!begins || has("\"role\":\"assistant\"") || has("\"role\": \"assistant\""))
@@ -396,6 +399,7 @@ mod tests {
             r#"{"content":"\n\"b\u00e4"}"#,
             r#"{"content": "\ud83d"}"#,
             r#"{"content":""}"#,
+            r#"{"content":"tool_calls"}"#,
             r#"{"content":"\q"}"#,
             r#"{"content":["x"]}"#,
             r#"{"reasoning_content":"t"}"#,
@@ -418,6 +422,20 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_is_remembered_of_completions_changes_nothing(texts in prop::collection::vec("[a-c\\\\n]{0,2}", 0..9)) {
+            let new = || ChunkMend::new(Kind::Text, "m".into(), true, Reasoning::Pass);
+            let (mut quick, mut plain) = (new(), new());
+            for text in texts {
+                let data = format!(
+                    r#"{{"id":"a","object":"text_completion","created":5,"model":"m","choices":[{{"index":0,"text":"{text}","finish_reason":null}}]}}"#
+                );
+                plain.repeat = Repeat::default();
+                prop_assert_eq!(quick.event(data.as_bytes()), plain.event(data.as_bytes()), "{}", data);
+                prop_assert_eq!(quick.pieces, plain.pieces);
+            }
+        }
+
         #[test]
         fn what_is_remembered_changes_nothing(events in prop::collection::vec((event(), 1usize..4), 0..12)) {
             let (mut quick, mut plain) = (mend(), mend());

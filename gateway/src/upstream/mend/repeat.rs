@@ -39,7 +39,8 @@ impl Repeat {
     pub(super) fn find(&self, data: &[u8]) -> Option<Verdict> {
         let [before, behind] = &self.seen;
         let text = data.strip_prefix(&before[..])?.strip_suffix(&behind[..])?;
-        if before.is_empty() || !is_text(text) {
+        // An empty text may be no token.
+        if before.is_empty() || text.is_empty() || !is_text(text) {
             return None;
         }
         Some(match &self.given {

@@ -9,7 +9,7 @@ use num_traits::{One, Signed, ToPrimitive, Zero};
 
 use super::polynomial::{CheckedScale, big_power, constant, one, rational};
 use super::{Atom, Atoms, Exponent, Form, PRIMES};
-use crate::effort::{spend, spend_bits};
+use crate::effort::{spend, spend_bits, spend_on};
 use crate::expr::{Expr, Function, Over, is_whole};
 
 impl Atoms {
@@ -242,6 +242,7 @@ fn small_primes(number: &BigInt, sign: i64) -> Option<Vec<(String, i64)>> {
     }
     let mut divisor = 2u64;
     while divisor <= PRIMES && BigInt::from(divisor) * divisor <= rest {
+        spend(rest.bits() / 64 * 4 + 60)?;
         let big = BigInt::from(divisor);
         let mut count = 0;
         while rest.is_multiple_of(&big) {
@@ -262,6 +263,7 @@ fn small_primes(number: &BigInt, sign: i64) -> Option<Vec<(String, i64)>> {
 /// Functions of numbers whose value is a number.
 fn evaluated(function: Function, values: &[BigRational]) -> Option<BigRational> {
     let whole = |value: &BigRational| is_whole(value).then(|| value.numer().clone());
+    values.iter().try_for_each(|value| spend_on(value, value))?;
     match (function, values) {
         (Function::Abs, [value]) => Some(value.abs()),
         (Function::Floor, [value]) => Some(value.floor()),
@@ -270,6 +272,7 @@ fn evaluated(function: Function, values: &[BigRational]) -> Option<BigRational> 
         (Function::Min, values) => values.iter().min().cloned(),
         (Function::Factorial, [value]) => {
             let number = whole(value)?.to_u64().filter(|number| *number <= 2_000)?;
+            spend(number * (number / 8 + 40))?;
             Some(BigRational::from_integer((1..=number).map(BigInt::from).product()))
         }
         (Function::Binomial, [top, bottom]) => {

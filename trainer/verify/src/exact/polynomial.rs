@@ -7,7 +7,7 @@ use num_rational::BigRational;
 use num_traits::{One, Zero};
 
 use super::{Atom, Atoms, BITS, EXPONENT, Exponent, Form, Monomial, Polynomial, TERMS};
-use crate::effort::{spend_bits, spend_on};
+use crate::effort::{spend, spend_bits, spend_on};
 
 /// The product of monomials: exponents add up; whole powers of primes and of `i` go into the coefficient.
 pub(super) fn monomial_product(
@@ -71,6 +71,7 @@ pub(super) fn times(a: &Polynomial, b: &Polynomial, atoms: &Atoms) -> Option<Pol
     for (m, x) in a {
         for (n, y) in b {
             spend_on(x, y)?;
+            spend((m.len() + n.len()) as u64 * 60)?;
             let mut coefficient = x * y;
             let monomial = monomial_product(m, n, &mut coefficient, atoms)?;
             add(&mut product, monomial, coefficient)?;
