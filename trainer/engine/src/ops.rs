@@ -149,10 +149,20 @@ pub(crate) fn sum_exp(values: &[f32], max: f32) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
-/// Largest value.
+/// Largest value, in 16 lanes; what is no number is passed over.
 #[inline(always)]
 pub(crate) fn max(values: &[f32]) -> f32 {
-    values.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    // `f32::max` would look at both sides.
+    let larger = |most: f32, value: f32| if value > most { value } else { most };
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let chunks = values.chunks_exact(16);
+    let tail = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, larger);
+    for chunk in chunks {
+        for i in 0..16 {
+            lanes[i] = larger(lanes[i], chunk[i]);
+        }
+    }
+    lanes.into_iter().fold(tail, larger)
 }
 
 /// `out += a * x`.

@@ -12,6 +12,8 @@ mod amx;
 mod avx512;
 mod layout;
 
+pub(super) use layout::pairs;
+
 use std::cell::Cell;
 use std::sync::OnceLock;
 use std::thread::LocalKey;
@@ -26,7 +28,7 @@ const LANES: usize = 16;
 const DEPTH: usize = 32;
 /// Values of a tile.
 const TILE: usize = LANES * DEPTH;
-/// Left rows that one task lays out and multiplies.
+/// Left rows that one task lays out and multiplies, at most.
 const LEFT: usize = 256;
 /// Right columns that are laid out at a time.
 const RIGHT: usize = 4096;
@@ -70,6 +72,17 @@ pub(super) fn available() -> bool {
     Kernel::best().is_some()
 }
 
+/// The right side of a product, wherever its values come from.
+pub(super) trait Right: Sync {
+    /// Lays out the panel of 16 columns from `first` on, `sum` values from `begin` on, rounded to bf16: tiles of 16 pairs along
+    /// the sum, each pair of 16 columns. Columns and values beyond the matrix are zero.
+    ///
+    /// # Safety
+    ///
+    /// The processor must have AVX512-BF16.
+    unsafe fn panel(&self, first: usize, begin: usize, sum: usize, room: &mut [u16]);
+}
+
 /// One side of a product: how many values there are, and how far apart, along the result and along the sum.
 #[derive(Clone, Copy)]
 struct Side<'a> {
@@ -89,6 +102,13 @@ impl<'a> From<Matrix<'a>> for Side<'a> {
             outer_stride: left.row_stride,
             sum_stride: left.column_stride,
         }
+    }
+}
+
+impl Right for Side<'_> {
+    unsafe fn panel(&self, first: usize, begin: usize, sum: usize, room: &mut [u16]) {
+        // SAFETY: the caller's word.
+        unsafe { layout::panel(*self, layout::Order::Pairs, first, begin, sum, 1.0, room) };
     }
 }
 
@@ -135,12 +155,35 @@ pub(super) unsafe fn run(
     if !laid_out(&left) || !laid_out(&right) {
         return false;
     }
-    multiply(product, &Target { start: dst, stride }, left, right, kernel);
+    multiply(product, &Target { start: dst, stride }, left, (&right, right.outer), kernel);
     true
 }
 
-fn multiply(product: &Product, target: &Target, left: Side<'_>, right: Side<'_>, kernel: Kernel) {
-    let (m, n, k) = (left.outer, right.outer, left.sum);
+/// `lhs * right` for a right side of `columns`, in memory of its own; none where the processor has no such product.
+pub(super) fn product_with(
+    product: &Product,
+    lhs: Matrix<'_>,
+    right: &impl Right,
+    columns: usize,
+) -> Option<Vec<f32>> {
+    let kernel = Kernel::best()?;
+    let mut out = Vec::with_capacity(lhs.rows * columns);
+    let target = Target { start: out.as_mut_ptr(), stride: columns };
+    multiply(&product.adding(false), &target, lhs.into(), (right, columns), kernel);
+    // SAFETY: there is room for as many, and every value of the result was written.
+    unsafe { out.set_len(lhs.rows * columns) };
+    Some(out)
+}
+
+fn multiply<R: Right>(
+    product: &Product,
+    target: &Target,
+    left: Side<'_>,
+    (right, n): (&R, usize),
+    kernel: Kernel,
+) {
+    let (m, k) = (left.outer, left.sum);
+    let task = task_rows(m, product.threads);
     for from in (0..n).step_by(RIGHT) {
         let columns = RIGHT.min(n - from);
         for begin in (0..k).step_by(SUM) {
@@ -151,11 +194,11 @@ fn multiply(product: &Product, target: &Target, left: Side<'_>, right: Side<'_>,
                 let lay = |(at, room): (usize, &mut [u16])| {
                     let first = from + at * LANES;
                     // SAFETY: the kernel was chosen because the processor has these instructions.
-                    unsafe { layout::panel(right, layout::Order::Pairs, first, begin, sum, 1.0, room) };
+                    unsafe { right.panel(first, begin, sum, room) };
                 };
                 let rows = |at: usize, right_panels: &[u16]| {
-                    let first = at * LEFT;
-                    let rows = LEFT.min(m - first);
+                    let first = at * task;
+                    let rows = task.min(m - first);
                     with_room(&LEFT_ROOM, rows.div_ceil(LANES) * panel, |room| {
                         for (at, room) in room.chunks_exact_mut(panel).enumerate() {
                             let first = first + at * LANES;
@@ -176,7 +219,7 @@ fn multiply(product: &Product, target: &Target, left: Side<'_>, right: Side<'_>,
                         panels(target, place, room, right_panels, panel, add, kernel);
                     });
                 };
-                let tasks = m.div_ceil(LEFT);
+                let tasks = m.div_ceil(task);
                 if product.threads > 1 {
                     room.par_chunks_exact_mut(panel).enumerate().for_each(lay);
                     (0..tasks).into_par_iter().for_each(|at| rows(at, room));
@@ -187,6 +230,11 @@ fn multiply(product: &Product, target: &Target, left: Side<'_>, right: Side<'_>,
             });
         }
     }
+}
+
+/// Left rows of a task: so few that every thread gets some, and whole squares of panels.
+fn task_rows(rows: usize, threads: usize) -> usize {
+    rows.div_ceil(2 * threads.max(1)).next_multiple_of(2 * LANES).min(LEFT)
 }
 
 /// A part of the result.
@@ -305,7 +353,7 @@ mod tests {
                 let [found, shared] = [1, 2].map(|threads| {
                     let mut found = before.clone();
                     let target = Target { start: found.as_mut_ptr(), stride: n + gap };
-                    multiply(&product(threads), &target, lhs.into(), rhs.t().into(), kernel);
+                    multiply(&product(threads), &target, lhs.into(), (&Side::from(rhs.t()), n), kernel);
                     found
                 });
                 prop_assert!(found == shared, "threads change the bits");

@@ -10,7 +10,11 @@ pub fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let clamped = x.clamp(-87.0, 88.0);
-    let n = (clamped * LOG2_E).round_ties_even();
+    // Beyond 2^23 numbers are whole: adding so much rounds, and leaves the whole number in the low bits. A conversion would not
+    // vectorise, as it looks after numbers that do not fit.
+    const WHOLE: f32 = 12_582_912.0;
+    let shifted = clamped * LOG2_E + WHOLE;
+    let n = shifted - WHOLE;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, clamped));
     let mut p = 1.388_888_9e-3f32;
     p = p.mul_add(r, 8.333_334e-3);
@@ -19,7 +23,7 @@ pub fn exp(x: f32) -> f32 {
     p = p.mul_add(r, 0.5);
     p = p.mul_add(r, 1.0);
     p = p.mul_add(r, 1.0);
-    let scale = f32::from_bits(((n as i32 + 127) as u32) << 23);
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1f32.to_bits()));
     let y = p * scale;
     if x < -87.0 { 0.0 } else { y }
 }
@@ -48,5 +52,6 @@ mod tests {
         assert_eq!(super::exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(super::exp(-100.0), 0.0);
         assert_eq!(super::exp(0.0), 1.0);
+        assert!(super::exp(f32::NAN).is_nan() && super::exp(1e9).is_finite());
     }
 }

@@ -13,6 +13,8 @@ mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod long;
 
 use std::sync::OnceLock;
 
@@ -36,6 +38,8 @@ const AMX_ROWS: usize = 6;
 /// The same for AVX2.
 #[cfg(target_arch = "x86_64")]
 const AVX2_TILE: usize = 3;
+/// So many activation rows are worth laying the weights out in bf16.
+const LONG_ROWS: usize = 64;
 /// Bytes of weights, times rows of activations, that are worth a task of their own.
 const TASK_BYTES: usize = 1 << 16;
 /// And from which on more than one thread is worth it.
@@ -77,20 +81,16 @@ enum Kernel {
 }
 
 impl Kernel {
-    /// The best that this processor has, or a lesser one that `POTSTILL_KERNEL` (`plain`, `avx2`, `avx512`) names, to compare
-    /// them.
+    /// The best that this processor has.
     fn best() -> Self {
-        static BEST: OnceLock<Kernel> = OnceLock::new();
-        *BEST.get_or_init(|| {
-            let most = match std::env::var("POTSTILL_KERNEL").as_deref() {
-                Ok("plain") => Some(Self::Plain),
-                Ok("avx2") => Some(Self::Avx2),
-                Ok("avx512") => Some(Self::Avx512),
-                _ => None,
-            };
-            let usable = |kernel: &Self| most.is_none_or(|most| *kernel <= most);
-            Self::all().into_iter().filter(usable).max().unwrap_or(Self::Plain)
-        })
+        Choice::here().kernel
+    }
+
+    fn has_tiles(self) -> bool {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        return self == Self::Amx;
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        false
     }
 
     /// Those that this processor can run.
@@ -114,6 +114,34 @@ impl Kernel {
             }
         }
         all
+    }
+}
+
+/// How products are taken.
+#[derive(Debug, Clone, Copy)]
+struct Choice {
+    kernel: Kernel,
+    /// Many rows go through tiles of bf16.
+    long: bool,
+}
+
+impl Choice {
+    /// The best that this processor has, or what `POTSTILL_KERNEL` names, to compare them: a lesser kernel (`plain`, `avx2`,
+    /// `avx512`), or `bf16` for the way that long prompts go where there is AMX, without its tiles.
+    fn here() -> Self {
+        static HERE: OnceLock<Choice> = OnceLock::new();
+        *HERE.get_or_init(|| {
+            let named = std::env::var("POTSTILL_KERNEL").unwrap_or_default();
+            let most = match named.as_str() {
+                "plain" => Some(Kernel::Plain),
+                "avx2" => Some(Kernel::Avx2),
+                "avx512" => Some(Kernel::Avx512),
+                _ => None,
+            };
+            let usable = |kernel: &Kernel| most.is_none_or(|most| *kernel <= most);
+            let kernel = Kernel::all().into_iter().filter(usable).max().unwrap_or(Kernel::Plain);
+            Self { kernel, long: kernel.has_tiles() || named == "bf16" }
+        })
     }
 }
 
@@ -180,15 +208,38 @@ impl Packed {
                 candle_core::bail!("a product of {columns} columns with a matrix of {}", matrix.columns);
             }
         }
-        let outs = with_values([x], |[values]| products(matrices, values, n, Kernel::best()))?;
+        let outs = with_values([x], |[values]| {
+            long_products(matrices, values, n).unwrap_or_else(|| products(matrices, values, n, Kernel::best()))
+        })?;
         let shaped = outs.into_iter().zip(matrices).map(|(out, matrix)| (out, (n, matrix.rows)));
         shaped.map(|(out, shape)| Tensor::from_vec(out, shape, x.device())).collect()
+    }
+
+    /// A weight as it was packed.
+    #[cfg(test)]
+    fn weight(&self, row: usize, column: usize) -> f32 {
+        let block = row / LANES * (self.columns / BLOCK) + column / BLOCK;
+        let (lane, at) = (row % LANES, column % BLOCK);
+        let byte = self.weights[block * LANES * BLOCK + (at / 4) * 4 * LANES + lane * 4 + at % 4];
+        (f32::from(byte) - 128.0) * self.scales[block * LANES + lane]
     }
 
     /// Groups of rows that lie side by side.
     fn groups(&self) -> usize {
         self.rows.div_ceil(LANES)
     }
+}
+
+/// The products of many rows, where there are enough and a faster way for them.
+fn long_products(matrices: &[&Packed], values: &[f32], n: usize) -> Option<Vec<Vec<f32>>> {
+    if !Choice::here().long || n < LONG_ROWS {
+        return None;
+    }
+    #[cfg(target_arch = "x86_64")]
+    let all = matrices.iter().map(|matrix| long::product(matrix, values, n)).collect();
+    #[cfg(not(target_arch = "x86_64"))]
+    let all = None;
+    all
 }
 
 fn products(matrices: &[&Packed], values: &[f32], n: usize, kernel: Kernel) -> Vec<Vec<f32>> {

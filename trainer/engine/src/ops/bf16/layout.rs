@@ -108,11 +108,6 @@ unsafe fn across_the_sum(
     depth: usize,
     scale: f32,
 ) -> [__m512i; LANES] {
-    // The word after word i of the first sixteen is word i of the last.
-    let woven = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18,
-        2, 17, 1, 16, 0,
-    );
     let mask = first(rows);
     let mut lines = [_mm512_castps_si512(_mm512_setzero_ps()); LANES];
     for (pair, line) in lines.iter_mut().enumerate().take(depth.div_ceil(2)) {
@@ -122,11 +117,23 @@ unsafe fn across_the_sum(
             let other = if 2 * pair + 1 < depth { mask } else { 0 };
             (low, _mm512_maskz_loadu_ps(other, at.wrapping_add((2 * pair + 1) * stride)))
         };
-        let both = _mm512_cvtne2ps_pbh(scaled(high, scale), scaled(low, scale));
-        // SAFETY: both are 64 bytes.
-        *line = _mm512_permutexvar_epi16(woven, unsafe { std::mem::transmute::<__m512bh, __m512i>(both) });
+        *line = pairs(scaled(low, scale), scaled(high, scale));
     }
     lines
+}
+
+/// Both rounded to bf16, a value of `high` behind each of `low`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(in crate::ops) fn pairs(low: __m512, high: __m512) -> __m512i {
+    // The word after word i of the first sixteen is word i of the last.
+    let woven = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18,
+        2, 17, 1, 16, 0,
+    );
+    // SAFETY: both are 64 bytes without a meaning of their own.
+    let both = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) };
+    _mm512_permutexvar_epi16(woven, both)
 }
 
 /// 16 x 16 pairs, mirrored at the diagonal.

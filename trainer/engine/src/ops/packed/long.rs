@@ -1,0 +1,120 @@
+//! Many rows at once: weights are laid out as tiles of bf16, and rows are rounded to bf16 too ([`crate::ops::bf16`]).
+//!
+//! Sums stay in a tile along the whole row. With tiles of bytes they leave it after each block of 32, as every block has its own
+//! scale, and that is most of the time. Laying a weight out costs as much as some tens of rows, so fewer rows are not worth it. Bf16
+//! rounds a row less than eight bits do.
+
+use std::arch::x86_64::{
+    __m512, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps,
+    _mm512_or_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi32,
+    _mm512_storeu_si512, _mm512_sub_ps,
+};
+
+use super::{BLOCK, LANES, Packed};
+use crate::ops::Precision;
+use crate::ops::bf16::{self, Right, pairs};
+use crate::ops::product::{Matrix, Product};
+
+/// Values of a tile: a block of 16 rows of weights.
+const TILE: usize = LANES * BLOCK;
+
+/// The product of `n` rows of `values` with `matrix`; none where the processor has no products of bf16.
+pub(super) fn product(matrix: &Packed, values: &[f32], n: usize) -> Option<Vec<f32>> {
+    let rows = Matrix::new(values, n, matrix.columns);
+    bf16::product_with(&Product::shared(Precision::Bf16), rows, matrix, matrix.rows)
+}
+
+impl Right for Packed {
+    unsafe fn panel(&self, first: usize, begin: usize, sum: usize, room: &mut [u16]) {
+        assert!(first % LANES == 0 && begin % BLOCK == 0 && sum % BLOCK == 0);
+        let blocks = self.columns / BLOCK;
+        let (at, count) = (first / LANES * blocks + begin / BLOCK, sum / BLOCK);
+        let weights = &self.weights[at * TILE..][..count * TILE];
+        let scales = &self.scales[at * LANES..][..count * LANES];
+        assert!(room.len() == count * TILE);
+        for ((weights, scales), room) in
+            weights.chunks_exact(TILE).zip(scales.chunks_exact(LANES)).zip(room.chunks_exact_mut(TILE))
+        {
+            // SAFETY: the caller's word; the sizes are those of a block.
+            unsafe { lay_out(weights, scales, room) };
+        }
+    }
+}
+
+/// One block of 16 rows as a tile of 16 pairs along the sum.
+///
+/// # Safety
+///
+/// The processor must have the features named below; the slices hold 512 weights, 16 scales and 512 values.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn lay_out(weights: &[u8], scales: &[f32], room: &mut [u16]) {
+    // SAFETY: 16 scales.
+    let scales = unsafe { _mm512_loadu_ps(scales.as_ptr()) };
+    for (four, room) in weights.chunks_exact(4 * LANES).zip(room.chunks_exact_mut(4 * LANES)) {
+        // SAFETY: 64 bytes.
+        let four = unsafe { _mm512_loadu_si512(four.as_ptr().cast()) };
+        // Each byte to where a fraction begins that counts in ones.
+        let columns = [
+            _mm512_slli_epi32::<15>(four),
+            _mm512_slli_epi32::<7>(four),
+            _mm512_srli_epi32::<1>(four),
+            _mm512_srli_epi32::<9>(four),
+        ]
+        .map(|moved| value(moved, scales));
+        for (pair, room) in columns.chunks_exact(2).zip(room.chunks_exact_mut(2 * LANES)) {
+            // SAFETY: 32 values of room.
+            unsafe { _mm512_storeu_si512(room.as_mut_ptr().cast(), pairs(pair[0], pair[1])) };
+        }
+    }
+}
+
+/// A byte that was stored plus 128, times its scale: as the fraction of a number from 256 to 512 it needs no conversion.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn value(moved: __m512i, scales: __m512) -> __m512 {
+    const FRACTION: i32 = 0xff << 15;
+    let bits = _mm512_and_si512(moved, _mm512_set1_epi32(FRACTION));
+    let from_256 = _mm512_castsi512_ps(_mm512_or_si512(bits, _mm512_set1_epi32(256f32.to_bits() as i32)));
+    _mm512_mul_ps(_mm512_sub_ps(from_256, _mm512_set1_ps(256.0 + 128.0)), scales)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+    use proptest::prelude::*;
+
+    use super::super::super::noise;
+    use super::*;
+
+    fn rounded(x: f32) -> f64 {
+        f64::from(half::bf16::from_f32(x).to_f32())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        /// The product of what was packed with the rows, both rounded to bf16, whatever the shapes are.
+        #[test]
+        fn it_is_the_product(
+            (rows, blocks, n) in prop_oneof![(1usize..70, 1usize..6, 1usize..80), (1usize..20, 31usize..35, 1usize..5)],
+            seed in any::<u64>(),
+        ) {
+            let columns = blocks * BLOCK;
+            let mut next = noise(seed);
+            let weight: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
+            let x: Vec<f32> = (0..n * columns).map(|_| next() * 3.0).collect();
+            let packed = Packed::new(&Tensor::from_slice(&weight, (rows, columns), &Device::Cpu).unwrap()).unwrap().unwrap();
+            let Some(found) = product(&packed, &x, n) else { return Ok(()) };
+            prop_assert_eq!(found.len(), n * rows);
+            for (row, out) in found.chunks_exact(rows).enumerate() {
+                for (column, found) in out.iter().enumerate() {
+                    let exact: f64 = (0..columns)
+                        .map(|at| rounded(packed.weight(column, at)) * rounded(x[row * columns + at]))
+                        .sum();
+                    let off = (f64::from(*found) - exact).abs();
+                    prop_assert!(off < 1e-4 * (columns as f64).sqrt(), "{row} {column}: {found} {exact}");
+                }
+            }
+        }
+    }
+}
