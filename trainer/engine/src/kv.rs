@@ -8,12 +8,18 @@ use rayon::prelude::*;
 
 use crate::config::ModelConfig;
 use crate::error::EngineError;
-use crate::ops::attention::{FEW_ROWS, Heads, Segment, attend_head, stock};
+use crate::ops::attention::{self, FEW_ROWS, Heads, Segment, attend_head, stock};
 use crate::ops::cached::{self, Element, Half, Part, attend};
 use crate::ops::{Precision, fused, with_values};
 
 /// Tokens of a block.
 pub const BLOCK: usize = cached::BLOCK;
+
+/// Blocks that one task writes, at least.
+const BLOCKS_PER_TASK: usize = 4;
+/// Rows of a long prompt that one task attends for, at least: each lays the keys and values out anew. Whole tiles, so that
+/// the sums of a row are the same whatever the number of threads.
+const MANY_ROWS: usize = 2 * attention::TILE;
 
 /// The blocks of a model's cache.
 #[derive(Debug)]
@@ -105,28 +111,35 @@ impl<E: Element> Host<E> {
         let part = Part::<E>::len(heads.dim);
         let first = layer * heads.kv * part;
         Ok(with_values([q, k, v], |[qd, kd, vd]| {
+            let mut writes = Vec::new();
             for (segment, table) in segments.iter().zip(tables) {
-                for row in 0..segment.len {
-                    let place = segment.past + row;
-                    let block = &mut self.0[table[place / BLOCK] as usize];
-                    if block.is_empty() {
-                        *block = vec![E::ZERO; layers * heads.kv * part].into_boxed_slice();
-                    }
-                    for head in 0..heads.kv {
-                        let from = ((segment.start + row) * heads.kv + head) * heads.dim;
-                        let part = &mut block[first + head * part..][..part];
+                for rows in segment.parts(BLOCK, BLOCK - segment.past % BLOCK) {
+                    let at = table[rows.past / BLOCK] as usize;
+                    writes.push((rows, at, std::mem::take(&mut self.0[at])));
+                }
+            }
+            writes.par_iter_mut().with_min_len(BLOCKS_PER_TASK).for_each(|(rows, _, block)| {
+                if block.is_empty() {
+                    *block = vec![E::ZERO; layers * heads.kv * part].into_boxed_slice();
+                }
+                for (head, part) in block[first..][..heads.kv * part].chunks_exact_mut(part).enumerate() {
+                    for row in 0..rows.len {
+                        let from = ((rows.start + row) * heads.kv + head) * heads.dim;
                         let values = from..from + heads.dim;
-                        Part::write(part, place % BLOCK, &kd[values.clone()], &vd[values]);
+                        Part::write(part, rows.past % BLOCK + row, &kd[values.clone()], &vd[values]);
                     }
                 }
+            });
+            for (_, at, block) in writes {
+                self.0[at] = block;
             }
             let out = self.attend(first, qd, heads, segments, tables);
             Tensor::from_vec(out, q.shape(), q.device())
         })??)
     }
 
-    /// Attention of all rows in the layer whose parts begin at `first`. Each sequence and key head is a task of its own; its
-    /// queries' results lie together until the end.
+    /// Attention of all rows in the layer whose parts begin at `first`. Some rows of a sequence and a key head are a task of their
+    /// own; a key head's results lie together until the end.
     fn attend(
         &self,
         first: usize,
@@ -136,25 +149,29 @@ impl<E: Element> Host<E> {
         tables: &[Table<'_>],
     ) -> Vec<f32> {
         let (query_width, group_width) = (heads.query_width(), heads.query_width() / heads.kv);
+        let rows = q.len() / query_width;
+        let task_rows = (rows * heads.kv / (4 * rayon::current_num_threads())).max(MANY_ROWS);
+        let task_rows = task_rows.next_multiple_of(MANY_ROWS);
         let mut by_head = vec![0f32; q.len()];
         let mut tasks = Vec::with_capacity(segments.len() * heads.kv);
-        let mut rest = by_head.as_mut_slice();
-        for (segment, table) in segments.iter().zip(tables) {
-            for head in 0..heads.kv {
-                let (out, tail) = rest.split_at_mut(segment.len * group_width);
-                tasks.push((segment, *table, head, out));
-                rest = tail;
+        for (head, mut rest) in by_head.chunks_exact_mut(rows * group_width).enumerate() {
+            for (segment, table) in segments.iter().zip(tables) {
+                for part in segment.parts(task_rows, task_rows) {
+                    let (out, tail) = rest.split_at_mut(part.len * group_width);
+                    tasks.push((part, segment.len > FEW_ROWS, *table, head, out));
+                    rest = tail;
+                }
             }
         }
-        tasks.into_par_iter().for_each(|(segment, table, head, out)| {
+        tasks.into_par_iter().for_each(|(segment, of_many, table, head, out)| {
             let part = Part::<E>::len(heads.dim);
             let at = first + head * part;
             let blocks = &table[..(segment.past + segment.len).div_ceil(BLOCK)];
             let parts: Vec<Part<'_, E>> =
                 blocks.iter().map(|block| Part(&self.0[*block as usize][at..at + part])).collect();
             let rows = &q[segment.start * query_width..(segment.start + segment.len) * query_width];
-            if segment.len > FEW_ROWS {
-                return many(&parts, rows, heads, head, *segment, out);
+            if of_many {
+                return many(&parts, rows, heads, head, segment, out);
             }
             let mut scores = Vec::new();
             for (row, out) in out.chunks_exact_mut(group_width).enumerate() {
@@ -164,17 +181,14 @@ impl<E: Element> Host<E> {
             }
         });
         let mut out = vec![0f32; q.len()];
-        let mut from = by_head.as_slice();
-        for segment in segments {
-            for head in 0..heads.kv {
-                for row in segment.start..segment.start + segment.len {
-                    let (values, tail) = from.split_at(group_width);
-                    let at = row * query_width + head * group_width;
-                    out[at..at + group_width].copy_from_slice(values);
-                    from = tail;
+        out.par_chunks_mut(query_width * MANY_ROWS).enumerate().for_each(|(task, out)| {
+            for (row, out) in out.chunks_exact_mut(query_width).enumerate() {
+                for (head, out) in out.chunks_exact_mut(group_width).enumerate() {
+                    let from = (head * rows + task * MANY_ROWS + row) * group_width;
+                    out.copy_from_slice(&by_head[from..from + group_width]);
                 }
             }
-        }
+        });
         out
     }
 }

@@ -25,7 +25,7 @@ use crate::training::Training;
 use crate::weights::{Adapter, Weights};
 
 /// Rows that go through the wide layers at a time when a model only serves: what they hold stays in the processor's cache.
-const FEED_ROWS: usize = 128;
+const FEED_ROWS: usize = 256;
 
 /// A causal language model.
 pub struct CausalLm {

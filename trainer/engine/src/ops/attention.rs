@@ -15,7 +15,7 @@ use super::tiled::{self, by_head, grouped, tiled, ungrouped};
 use super::{Precision, axpy, dot, fused, softmax, values, with_values};
 
 /// Query rows per tile.
-const TILE: usize = 64;
+pub(crate) const TILE: usize = 64;
 /// Up to this many rows plain dot products beat the packing of a matrix product.
 pub(crate) const FEW_ROWS: usize = 4;
 
@@ -28,6 +28,17 @@ pub struct Segment {
     pub len: usize,
     /// Tokens of the sequence that are in its cache already.
     pub past: usize,
+}
+
+impl Segment {
+    /// The same rows in parts: the first of up to `first` rows, others of up to `each`.
+    pub(crate) fn parts(self, each: usize, first: usize) -> impl Iterator<Item = Self> {
+        let begins = std::iter::once(0).chain((first..self.len).step_by(each));
+        begins.filter(move |begin| *begin < self.len).map(move |begin| {
+            let most = if begin == 0 { first } else { each };
+            Self { start: self.start + begin, len: most.min(self.len - begin), past: self.past + begin }
+        })
+    }
 }
 
 /// Head counts and size.

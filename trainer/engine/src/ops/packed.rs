@@ -29,6 +29,8 @@ const BLOCK: usize = 32;
 const LANES: usize = 16;
 /// Activation rows that are multiplied in one go, at most.
 const TILE: usize = 16;
+/// Tiles that are rounded in one task, at least.
+const TILES_PER_TASK: usize = 4;
 /// The same for AVX-512.
 #[cfg(target_arch = "x86_64")]
 const AVX512_TILE: usize = 8;
@@ -64,6 +66,13 @@ struct Activations {
     scales: Vec<f32>,
     /// -128 times the sum of each block.
     offsets: Vec<i32>,
+}
+
+/// Some rows of [`Activations`].
+struct Rounded<'a> {
+    quads: &'a mut [i32],
+    scales: &'a mut [f32],
+    offsets: &'a mut [i32],
 }
 
 /// The instructions that products are made of.
@@ -331,26 +340,35 @@ impl Activations {
             scales: vec![0.0; padded * blocks],
             offsets: vec![0; padded * blocks],
         };
-        match kernel {
-            // SAFETY: a kernel is only chosen where the processor has what it is compiled for.
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Kernel::Amx => unsafe { avx512::quantise(values, &mut all) },
-            // SAFETY: the same.
-            #[cfg(target_arch = "x86_64")]
-            Kernel::Avx512 => unsafe { avx512::quantise(values, &mut all) },
-            // SAFETY: the same.
-            #[cfg(target_arch = "x86_64")]
-            Kernel::Avx2 => unsafe { avx2::quantise(values, &mut all) },
-            Kernel::Plain => quantise(values, &mut all),
-        }
+        // Blocks of a tile, at least one, as there are no pieces of nothing.
+        let piece = TILE * blocks.max(1);
+        let (quads, scales) = (all.quads.par_chunks_mut(piece * BLOCK / 4), all.scales.par_chunks_mut(piece));
+        let tasks = quads.zip(scales).zip(all.offsets.par_chunks_mut(piece));
+        tasks.zip(values.par_chunks(piece * BLOCK)).with_min_len(TILES_PER_TASK).for_each(
+            |(((quads, scales), offsets), values)| {
+                let into = Rounded { quads, scales, offsets };
+                match kernel {
+                    // SAFETY: a kernel is only chosen where the processor has what it is compiled for.
+                    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                    Kernel::Amx => unsafe { avx512::quantise(values, into) },
+                    // SAFETY: the same.
+                    #[cfg(target_arch = "x86_64")]
+                    Kernel::Avx512 => unsafe { avx512::quantise(values, into) },
+                    // SAFETY: the same.
+                    #[cfg(target_arch = "x86_64")]
+                    Kernel::Avx2 => unsafe { avx2::quantise(values, into) },
+                    Kernel::Plain => quantise(values, into),
+                }
+            },
+        );
         all
     }
 }
 
 /// Rounds activations to eight bits, block by block.
 #[inline(always)]
-fn quantise(values: &[f32], into: &mut Activations) {
-    let numbers = into.scales.iter_mut().zip(&mut into.offsets);
+fn quantise(values: &[f32], into: Rounded<'_>) {
+    let numbers = into.scales.iter_mut().zip(into.offsets);
     for ((block, quads), (scale, offset)) in
         values.chunks_exact(BLOCK).zip(into.quads.chunks_exact_mut(BLOCK / 4)).zip(numbers)
     {

@@ -7,7 +7,7 @@ use std::arch::x86_64::{
     _mm256_sign_epi8, _mm256_storeu_ps, _mm256_xor_si256,
 };
 
-use super::{Activations, BLOCK, LANES};
+use super::{Activations, BLOCK, LANES, Rounded};
 
 /// The plain form, compiled for wider registers.
 ///
@@ -15,7 +15,7 @@ use super::{Activations, BLOCK, LANES};
 ///
 /// The processor must have the features named below.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn quantise(values: &[f32], into: &mut Activations) {
+pub(super) unsafe fn quantise(values: &[f32], into: Rounded<'_>) {
     super::quantise(values, into);
 }
 

@@ -7,7 +7,7 @@ use std::arch::x86_64::{
     _mm512_reduce_max_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
-use super::{Activations, BLOCK, LANES};
+use super::{Activations, BLOCK, LANES, Rounded};
 
 /// Bytes of weights that are asked for ahead of their use: one row of activations waits for nothing but memory.
 const AHEAD: usize = 4096;
@@ -18,10 +18,10 @@ const AHEAD: usize = 4096;
 ///
 /// The processor must have the features named below; `values` holds no more blocks than `into` has scales.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) unsafe fn quantise(values: &[f32], into: &mut Activations) {
+pub(super) unsafe fn quantise(values: &[f32], into: Rounded<'_>) {
     let blocks = values.len() / BLOCK;
     assert!(blocks <= into.scales.len() && into.quads.len() * 4 == into.scales.len() * BLOCK);
-    for (block, (scale, offset)) in into.scales.iter_mut().zip(&mut into.offsets).take(blocks).enumerate() {
+    for (block, (scale, offset)) in into.scales.iter_mut().zip(into.offsets).take(blocks).enumerate() {
         // SAFETY: block by block within `values` and `quads`, by the assertion above.
         unsafe {
             let from = values.as_ptr().add(block * BLOCK);
