@@ -95,6 +95,14 @@ pub enum RopeScaling {
     },
 }
 
+impl RopeScaling {
+    /// What all models of Llama 3.1 to 3.3 have but for the factor.
+    pub(crate) fn llama3(factor: f32, original_max_position_embeddings: f32) -> Self {
+        let (low_freq_factor, high_freq_factor) = (1.0, 4.0);
+        Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }
+    }
+}
+
 /// The shape of a decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
@@ -375,6 +383,12 @@ impl ModelConfig {
                 }
             })
             .collect()
+    }
+
+    /// What each of the frequencies is divided by for long contexts.
+    pub(crate) fn frequency_divisors(&self) -> Vec<f32> {
+        let unstretched = Self { rope_scaling: None, ..self.clone() }.inverse_frequencies();
+        unstretched.iter().zip(self.inverse_frequencies()).map(|(from, to)| from / to).collect()
     }
 
     /// Every tensor of the model with its shape, in file order, by Hugging Face names.

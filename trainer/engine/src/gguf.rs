@@ -25,6 +25,9 @@ use crate::error::EngineError;
 use crate::ops::attention::Heads;
 use crate::tokenizer::Tokenizer;
 
+/// What Llama 3 divides each frequency by.
+pub(crate) const ROPE_DIVISORS: &str = "rope_freqs.weight";
+
 /// An opened GGUF file.
 pub struct Gguf {
     path: std::path::PathBuf,
@@ -74,7 +77,34 @@ impl Gguf {
     }
 
     /// The configuration.
-    pub fn config(&self) -> Result<ModelConfig, EngineError> {
+    pub fn config(&mut self) -> Result<ModelConfig, EngineError> {
+        let mut config = self.shape()?;
+        if self.content.tensor_infos.contains_key(ROPE_DIVISORS) {
+            self.stretch(&mut config)?;
+        }
+        Ok(config)
+    }
+
+    /// Reads Llama 3's stretched frequencies: the file has what each is divided by, and not the numbers that say so.
+    fn stretch(&mut self, config: &mut ModelConfig) -> Result<(), EngineError> {
+        let divisors = self.tensor(ROPE_DIVISORS)?.flatten_all()?.to_vec1::<f32>()?;
+        let key = format!("{}.rope.scaling.original_context_length", config.family.name());
+        // Llama 3.1 to 3.3 were all trained on contexts of this length first, and older files do not say so.
+        let original = self.number(&key).or(self.integer(&key).map(|tokens| tokens as f32)).unwrap_or(8192.0);
+        config.rope_scaling =
+            Some(RopeScaling::llama3(divisors.iter().copied().fold(1.0, f32::max), original));
+        let known = config.frequency_divisors();
+        let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-3 * b.abs();
+        if known.len() != divisors.len() || !divisors.iter().zip(&known).all(near) {
+            let problem = format!(
+                "`{ROPE_DIVISORS}` stretches frequencies in another way than Llama 3; take the safetensors folder"
+            );
+            return Err(self.malformed(problem));
+        }
+        Ok(())
+    }
+
+    fn shape(&self) -> Result<ModelConfig, EngineError> {
         let name = self.text("general.architecture").unwrap_or_default();
         let family = Family::parse_own(name, &self.path)?;
         let need = |key: &str| -> Result<usize, EngineError> {
@@ -93,9 +123,6 @@ impl Gguf {
             }),
             Some(other) => return Err(self.malformed(format!("rope scaling `{other}` is not supported"))),
         };
-        if self.content.tensor_infos.contains_key("rope_freqs.weight") {
-            return Err(self.malformed("`rope_freqs.weight` (Llama 3.1 scaling) is not supported in GGUF; use the safetensors folder"));
-        }
         let vocab_size = match self.content.tensor_infos.get("token_embd.weight") {
             Some(info) => info.shape.dims().first().copied().unwrap_or_default(),
             None => {
@@ -136,16 +163,21 @@ impl Gguf {
         2 * matrices().filter(|info| small(info.ggml_dtype)).count() > matrices().count()
     }
 
+    /// A tensor as f32 under the name that it has in the file.
+    fn tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
+        let quantised = self
+            .content
+            .tensor(&mut self.reader, name, &Device::Cpu)
+            .map_err(|error| EngineError::malformed(&self.path, format!("tensor `{name}`: {error}")))?;
+        Ok(quantised.dequantize(&Device::Cpu)?)
+    }
+
     /// All tensors as f32 under Hugging Face names.
     pub fn tensors(&mut self, config: &ModelConfig) -> Result<BTreeMap<String, Tensor>, EngineError> {
         let mut tensors = BTreeMap::new();
         let names: Vec<String> = self.content.tensor_infos.keys().cloned().collect();
         for name in names {
-            let quantised = self
-                .content
-                .tensor(&mut self.reader, &name, &Device::Cpu)
-                .map_err(|error| EngineError::malformed(&self.path, format!("tensor `{name}`: {error}")))?;
-            let mut tensor = quantised.dequantize(&Device::Cpu)?;
+            let mut tensor = self.tensor(&name)?;
             let Some(hf_name) = hugging_face_name(&name) else { continue };
             if config.family == Family::Llama {
                 for (part, heads) in [("q_proj", config.heads.query), ("k_proj", config.heads.kv)] {

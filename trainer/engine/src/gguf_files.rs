@@ -16,6 +16,7 @@ use serde_json::Value;
 
 use crate::config::{Family, RopeScaling};
 use crate::error::EngineError;
+use crate::gguf::ROPE_DIVISORS;
 use crate::loader::LoadedModel;
 
 const ALIGNMENT: usize = 32;
@@ -88,6 +89,12 @@ pub fn write_gguf(
             kind,
             quantised,
         ));
+    }
+    if let Some(RopeScaling::Llama3 { .. }) = model.config.rope_scaling {
+        let divisors = model.config.frequency_divisors();
+        let shape = vec![divisors.len()];
+        let tensor = QTensor::quantize(&Tensor::new(divisors, &Device::Cpu)?, GgmlDType::F32)?;
+        tensors.push((ROPE_DIVISORS.to_owned(), shape, GgmlDType::F32, tensor));
     }
     let data: Vec<_> =
         tensors.iter().map(|(.., tensor)| tensor.data()).collect::<candle_core::Result<Vec<_>>>()?;
@@ -293,10 +300,13 @@ fn metadata(
             put("{arch}.rope.scaling.type", Meta::Text("linear".to_owned()));
             put("{arch}.rope.scaling.factor", Meta::F32(*factor));
         }
-        Some(RopeScaling::Llama3 { .. }) => {
-            let problem =
-                "rope scaling `llama3` cannot be written to GGUF; export a safetensors folder instead";
-            return Err(EngineError::malformed(path, problem));
+        Some(scaling @ RopeScaling::Llama3 { factor, original_max_position_embeddings: original, .. }) => {
+            if *scaling != RopeScaling::llama3(*factor, *original) {
+                let problem = "rope scaling `llama3` with other bounds than 1 and 4 has no form in GGUF; export a safetensors \
+                               folder instead";
+                return Err(EngineError::malformed(path, problem));
+            }
+            put("{arch}.rope.scaling.original_context_length", Meta::U32(*original as u32));
         }
     }
     put("{arch}.vocab_size", Meta::U32(config.vocab_size as u32));

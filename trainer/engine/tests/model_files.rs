@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use potstill_engine::EngineError;
 use potstill_engine::checkpoint_files::{write_model, write_tensors};
+use potstill_engine::config::ModelConfig;
 use potstill_engine::gguf_files::{Format, write_gguf};
-use potstill_engine::loader::load;
+use potstill_engine::loader::{LoadedModel, load};
+use potstill_engine::weights::Weights;
 use proptest::prelude::*;
 
 fn teacher() -> PathBuf {
@@ -111,6 +113,45 @@ fn a_written_model_reads_back_the_same() {
     assert_eq!(ids, again.tokenizer.encode("A Dan has 11 cards.").unwrap());
 }
 
+/// GGUF has no numbers for Llama 3's stretching, but what each frequency is divided by.
+#[test]
+fn stretched_frequencies_of_llama_3_survive_gguf() {
+    let fixture = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama");
+    let text = std::fs::read_to_string(fixture.join("config.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let stretched = |low: f64| {
+        serde_json::json!({"rope_type": "llama3", "factor": 32.0, "low_freq_factor": low, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192})
+    };
+    json["rope_parameters"] = stretched(1.0);
+    json["rope_theta"] = 500_000.0.into();
+    let read = |json: &serde_json::Value| ModelConfig::from_json(&json.to_string(), &fixture).unwrap();
+    let model = |config: ModelConfig| LoadedModel {
+        weights: Weights::new(tensors(&fixture).into_iter().collect(), &config).unwrap(),
+        config,
+        ..teacher_of_bytes()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.gguf");
+    let written = model(read(&json));
+    write_gguf(&path, &written, "x", Format::F16, None).unwrap();
+    let again = load(&path, &Device::Cpu, DType::F32).unwrap();
+    assert_eq!(again.config.rope_scaling, written.config.rope_scaling);
+    assert_eq!(again.config.inverse_frequencies(), written.config.inverse_frequencies());
+    let unstretched = ModelConfig { rope_scaling: None, ..written.config.clone() };
+    assert_ne!(again.config.inverse_frequencies(), unstretched.inverse_frequencies());
+
+    // Divided in another way: refused, not served with wrong positions.
+    let mut bytes = std::fs::read(&path).unwrap();
+    let divisors = bytes.len() - 32;
+    bytes[divisors..][..4].copy_from_slice(&7f32.to_le_bytes());
+    potstill_shared::durable::write_file(&path, &bytes).unwrap();
+    assert!(error_of(&path).contains("rope_freqs.weight"), "{}", error_of(&path));
+    json["rope_parameters"] = stretched(2.0);
+    let error = write_gguf(&path, &model(read(&json)), "x", Format::F16, None).err().unwrap().to_string();
+    assert!(error.contains("no form in GGUF"), "{error}");
+}
+
 proptest! {
     /// Bytes of a safetensors header changed at random: an error or a model, never a panic.
     #[test]
@@ -159,24 +200,35 @@ proptest! {
 /// What damage writes.
 const JUNK: &str = r#"[0-9\[\]{}",:.eE\\-]{0,6}|null|true|18446744073709551615|-1|1e999"#;
 
-/// The demonstration's teacher as a file of llama.cpp.
+/// The demonstration's teacher with another tokenizer: its own knows whole words, llama.cpp wants bytes.
+fn teacher_of_bytes() -> LoadedModel {
+    let folder = copy();
+    let vocabulary: serde_json::Map<_, _> = ('a'..='z')
+        .chain(['Ġ', 'Ċ'])
+        .zip(0..)
+        .map(|(c, id)| (c.to_string(), serde_json::json!(id)))
+        .collect();
+    let bytes = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": bytes, "decoder": bytes,
+        "post_processor": null, "model": {"type": "BPE", "vocab": vocabulary, "merges": []}
+    });
+    edit(folder.path(), "tokenizer.json", |file| *file = tokenizer);
+    load(folder.path(), &Device::Cpu, DType::F32).unwrap()
+}
+
+/// It as a file of llama.cpp.
 fn gguf() -> &'static Vec<u8> {
     static FILE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     FILE.get_or_init(|| {
-        // Its own tokenizer knows whole words; llama.cpp wants bytes.
-        let folder = copy();
-        let vocabulary: serde_json::Map<_, _> =
-            ('a'..='z').chain(['Ġ', 'Ċ']).zip(0..).map(|(c, id)| (c.to_string(), serde_json::json!(id))).collect();
-        let bytes = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-        let tokenizer = serde_json::json!({
-            "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": bytes, "decoder": bytes,
-            "post_processor": null, "model": {"type": "BPE", "vocab": vocabulary, "merges": []}
-        });
-        edit(folder.path(), "tokenizer.json", |file| *file = tokenizer);
-        let model = load(folder.path(), &Device::Cpu, DType::F32).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let model = teacher_of_bytes();
         let path = folder.path().join("teacher.gguf");
         write_gguf(&path, &model, "teacher", Format::Q8_0, None).unwrap();
-        assert_eq!(load(&path, &Device::Cpu, DType::F32).unwrap().weights.iter().count(), model.weights.iter().count());
+        assert_eq!(
+            load(&path, &Device::Cpu, DType::F32).unwrap().weights.iter().count(),
+            model.weights.iter().count()
+        );
         std::fs::read(path).unwrap()
     })
 }

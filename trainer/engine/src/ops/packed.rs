@@ -218,7 +218,8 @@ impl Packed {
             }
         }
         let outs = with_values([x], |[values]| {
-            long_products(matrices, values, n).unwrap_or_else(|| products(matrices, values, n, Kernel::best()))
+            long_products(matrices, values, n)
+                .unwrap_or_else(|| products(matrices, values, n, Kernel::best()))
         })?;
         let shaped = outs.into_iter().zip(matrices).map(|(out, matrix)| (out, (n, matrix.rows)));
         shaped.map(|(out, shape)| Tensor::from_vec(out, shape, x.device())).collect()
