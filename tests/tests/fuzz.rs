@@ -443,8 +443,8 @@ fn a_models_files_are_read_or_refused() {
     ]
     .concat();
     fuzz_file("model.gguf", &[&gguf], &[b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x09\0\0\0", b"GGUF"], |path| {
-        if let Ok(file) = Gguf::open(path) {
-            let _config = file.config();
+        if let Ok(mut file) = Gguf::open(path) {
+            let _tensors = file.config().and_then(|config| file.tensors(&config));
             let _tokenizer = file.tokenizer();
         }
     });

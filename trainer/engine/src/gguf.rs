@@ -33,16 +33,20 @@ pub struct Gguf {
     path: std::path::PathBuf,
     reader: BufReader<File>,
     content: Content,
+    /// Bytes of the file.
+    length: u64,
 }
 
 impl Gguf {
     /// Reads header and metadata.
     pub fn open(path: &Path) -> Result<Self, EngineError> {
         let file = File::open(path).map_err(|source| EngineError::Read { path: path.to_owned(), source })?;
+        let length =
+            file.metadata().map_err(|source| EngineError::Read { path: path.to_owned(), source })?.len();
         let mut reader = BufReader::with_capacity(1 << 20, file);
         let content = Content::read(&mut reader)
             .map_err(|error| EngineError::malformed(path, format!("not a readable GGUF file: {error}")))?;
-        Ok(Self { path: path.to_owned(), reader, content })
+        Ok(Self { path: path.to_owned(), reader, content, length })
     }
 
     fn malformed(&self, problem: impl Into<String>) -> EngineError {
@@ -165,6 +169,16 @@ impl Gguf {
 
     /// A tensor as f32 under the name that it has in the file.
     fn tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
+        // candle makes room for what the header says before it reads.
+        let fits = self.content.tensor_infos.get(name).is_none_or(|info| {
+            let values = info.shape.dims().iter().try_fold(1u64, |all, size| all.checked_mul(*size as u64));
+            let blocks = values.map(|values| values / info.ggml_dtype.block_size() as u64);
+            let bytes = blocks.and_then(|blocks| blocks.checked_mul(info.ggml_dtype.type_size() as u64));
+            bytes.is_some_and(|bytes| bytes <= self.length)
+        });
+        if !fits {
+            return Err(self.malformed(format!("tensor `{name}` is larger than the file")));
+        }
         let quantised = self
             .content
             .tensor(&mut self.reader, name, &Device::Cpu)

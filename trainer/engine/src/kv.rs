@@ -154,7 +154,7 @@ impl<E: Element> Host<E> {
         let task_rows = task_rows.next_multiple_of(MANY_ROWS);
         let mut by_head = vec![0f32; q.len()];
         let mut tasks = Vec::with_capacity(segments.len() * heads.kv);
-        for (head, mut rest) in by_head.chunks_exact_mut(rows * group_width).enumerate() {
+        for (head, mut rest) in by_head.chunks_exact_mut((rows * group_width).max(1)).enumerate() {
             for (segment, table) in segments.iter().zip(tables) {
                 for part in segment.parts(task_rows, task_rows) {
                     let (out, tail) = rest.split_at_mut(part.len * group_width);
@@ -307,6 +307,44 @@ mod tests {
             let row = make(1, 24, 0).to_dtype(dtype).unwrap();
             let kv = make(1, 8, 0).to_dtype(dtype).unwrap();
             assert!(cache.attend(0, [&row, &kv, &kv], heads, &[all], &[&tables[0]]).is_err());
+        }
+    }
+
+    /// Rows that several tasks share, beside others: what whole sequences give, and the same bits on any number of threads.
+    #[test]
+    fn a_long_prompt_is_shared_out_and_stays_the_same() {
+        let (config, heads) = (config(), Heads { query: 6, kv: 2, dim: 4 });
+        let value = |i: usize| ((i * 7919 + 13) % 997) as f32 / 498.0 - 1.0;
+        let lengths = [3, 5 * MANY_ROWS + 7, 2, 40];
+        let rows = lengths.iter().sum::<usize>();
+        let make = |width: usize| {
+            let values: Vec<f32> = (0..rows * width).map(|i| value(i + width)).collect();
+            Tensor::from_vec(values, (rows, width), &Device::Cpu).unwrap()
+        };
+        let (q, k, v) = (make(24), make(8), make(8));
+        let (mut start, mut block, mut segments, mut tables) = (0, 0, Vec::new(), Vec::new());
+        for len in lengths {
+            segments.push(Segment { start, len, past: 0 });
+            let next = block + len.div_ceil(BLOCK) as u32;
+            tables.push((block..next).collect::<Vec<u32>>());
+            (start, block) = (start + len, next);
+        }
+        let borrowed: Vec<Table<'_>> = tables.iter().map(Vec::as_slice).collect();
+        let on = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut cache = KvCache::new(&config, block as usize, &Device::Cpu, DType::F32).unwrap();
+            let out = pool.install(|| cache.attend(1, [&q, &k, &v], heads, &segments, &borrowed).unwrap());
+            out.to_vec2::<f32>().unwrap()
+        };
+        let ours = on(1);
+        assert_eq!(ours, on(3));
+        for segment in segments {
+            let part = |x: &Tensor| x.narrow(0, segment.start, segment.len).unwrap();
+            let expected =
+                plain(&part(&q), &part(&k), &part(&v), heads, 0).unwrap().to_vec2::<f32>().unwrap();
+            for (ours, expected) in ours[segment.start..].iter().flatten().zip(expected.iter().flatten()) {
+                assert!((ours - expected).abs() < 1e-5, "{ours} {expected}");
+            }
         }
     }
 }

@@ -167,6 +167,7 @@ pub(super) fn product_with(
     columns: usize,
 ) -> Option<Vec<f32>> {
     let kernel = Kernel::best()?;
+    assert!(lhs.columns > 0, "product: sums of nothing");
     let mut out = Vec::with_capacity(lhs.rows * columns);
     let target = Target { start: out.as_mut_ptr(), stride: columns };
     multiply(&product.adding(false), &target, lhs.into(), (right, columns), kernel);

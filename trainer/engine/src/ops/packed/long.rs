@@ -26,7 +26,7 @@ pub(super) fn product(matrix: &Packed, values: &[f32], n: usize) -> Option<Vec<f
 
 impl Right for Packed {
     unsafe fn panel(&self, first: usize, begin: usize, sum: usize, room: &mut [u16]) {
-        assert!(first % LANES == 0 && begin % BLOCK == 0 && sum % BLOCK == 0);
+        assert!(first.is_multiple_of(LANES) && begin.is_multiple_of(BLOCK) && sum.is_multiple_of(BLOCK));
         let blocks = self.columns / BLOCK;
         let (at, count) = (first / LANES * blocks + begin / BLOCK, sum / BLOCK);
         let weights = &self.weights[at * TILE..][..count * TILE];
