@@ -442,13 +442,21 @@ fn a_models_files_are_read_or_refused() {
         &[0; 64],
     ]
     .concat();
-    fuzz_file("model.gguf", &[&gguf], &[b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x09\0\0\0", b"GGUF"], |path| {
+    let alignment = [
+        &b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0"[..],
+        b"\x11\0\0\0\0\0\0\0general.alignment\x04\0\0\0\0\0\0\0",
+    ]
+    .concat();
+    let config: &[u8] = br#"{"model_type":"qwen2","vocab_size":64,"hidden_size":32,"intermediate_size":64,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"rms_norm_eps":1e-6,"rope_theta":10000.0,"max_position_embeddings":128,"tie_word_embeddings":true}"#;
+    let shape = ModelConfig::from_json(&String::from_utf8_lossy(config), Path::new("config.json")).unwrap();
+    let pieces: [&[u8]; 4] = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x09\0\0\0", b"GGUF"];
+    fuzz_file("model.gguf", &[&gguf, &alignment], &pieces, |path| {
         if let Ok(mut file) = Gguf::open(path) {
-            let _tensors = file.config().and_then(|config| file.tensors(&config));
+            let _config = file.config();
+            let _tensors = file.tensors(&shape);
             let _tokenizer = file.tokenizer();
         }
     });
-    let config: &[u8] = br#"{"model_type":"qwen2","vocab_size":64,"hidden_size":32,"intermediate_size":64,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"rms_norm_eps":1e-6,"rope_theta":10000.0,"max_position_embeddings":128,"tie_word_embeddings":true}"#;
     fuzz(&[config], &JSON, |input, _| {
         let text = String::from_utf8_lossy(input);
         if let Ok(config) = ModelConfig::from_json(&text, Path::new("config.json")) {

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::BufReader;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
@@ -44,8 +45,12 @@ impl Gguf {
         let length =
             file.metadata().map_err(|source| EngineError::Read { path: path.to_owned(), source })?.len();
         let mut reader = BufReader::with_capacity(1 << 20, file);
-        let content = Content::read(&mut reader)
-            .map_err(|error| EngineError::malformed(path, format!("not a readable GGUF file: {error}")))?;
+        let unreadable =
+            |error: String| EngineError::malformed(path, format!("not a readable GGUF file: {error}"));
+        // candle 0.11 divides by the file's alignment, whatever that is.
+        let content = catch_unwind(AssertUnwindSafe(|| Content::read(&mut reader)))
+            .map_err(|_| unreadable("its header makes no sense".to_owned()))?
+            .map_err(|error| unreadable(error.to_string()))?;
         Ok(Self { path: path.to_owned(), reader, content, length })
     }
 
@@ -91,6 +96,10 @@ impl Gguf {
 
     /// Reads Llama 3's stretched frequencies: the file has what each is divided by, and not the numbers that say so.
     fn stretch(&mut self, config: &mut ModelConfig) -> Result<(), EngineError> {
+        if config.rope_scaling.is_some() {
+            let problem = format!("frequencies are stretched twice, by `{ROPE_DIVISORS}` and by a factor");
+            return Err(self.malformed(problem));
+        }
         let divisors = self.tensor(ROPE_DIVISORS)?.flatten_all()?.to_vec1::<f32>()?;
         let key = format!("{}.rope.scaling.original_context_length", config.family.name());
         // Llama 3.1 to 3.3 were all trained on contexts of this length first, and older files do not say so.
@@ -169,7 +178,7 @@ impl Gguf {
 
     /// A tensor as f32 under the name that it has in the file.
     fn tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
-        // candle makes room for what the header says before it reads.
+        // candle's product of the sizes may wrap around.
         let fits = self.content.tensor_infos.get(name).is_none_or(|info| {
             let values = info.shape.dims().iter().try_fold(1u64, |all, size| all.checked_mul(*size as u64));
             let blocks = values.map(|values| values / info.ggml_dtype.block_size() as u64);

@@ -301,9 +301,13 @@ fn metadata(
             put("{arch}.rope.scaling.factor", Meta::F32(*factor));
         }
         Some(scaling @ RopeScaling::Llama3 { factor, original_max_position_embeddings: original, .. }) => {
-            if *scaling != RopeScaling::llama3(*factor, *original) {
-                let problem = "rope scaling `llama3` with other bounds than 1 and 4 has no form in GGUF; export a safetensors \
-                               folder instead";
+            // Readers take the factor from the slowest frequency.
+            let most = config.frequency_divisors().into_iter().fold(0.0, f32::max);
+            let plain =
+                *scaling == RopeScaling::llama3(*factor, *original) && (most - factor).abs() <= 1e-3 * factor;
+            if config.family != Family::Llama || !plain {
+                let problem = "this rope scaling has no form in GGUF: `llama3` of a Llama, with bounds of 1 and 4, where the slowest \
+                               frequency is divided by the whole factor; export a safetensors folder instead";
                 return Err(EngineError::malformed(path, problem));
             }
             put("{arch}.rope.scaling.original_context_length", Meta::U32(*original as u32));

@@ -147,9 +147,14 @@ fn stretched_frequencies_of_llama_3_survive_gguf() {
     bytes[divisors..][..4].copy_from_slice(&7f32.to_le_bytes());
     potstill_shared::durable::write_file(&path, &bytes).unwrap();
     assert!(error_of(&path).contains("rope_freqs.weight"), "{}", error_of(&path));
+    let refused = |json: &serde_json::Value| {
+        write_gguf(&path, &model(read(json)), "x", Format::F16, None).err().unwrap().to_string()
+    };
+    let mut short = json.clone();
+    short["rope_theta"] = 10_000.0.into();
+    assert!(refused(&short).contains("no form in GGUF"), "no frequency is divided by the whole factor");
     json["rope_parameters"] = stretched(2.0);
-    let error = write_gguf(&path, &model(read(&json)), "x", Format::F16, None).err().unwrap().to_string();
-    assert!(error.contains("no form in GGUF"), "{error}");
+    assert!(refused(&json).contains("no form in GGUF"));
 }
 
 proptest! {

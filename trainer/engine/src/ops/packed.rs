@@ -40,8 +40,8 @@ const AMX_ROWS: usize = 6;
 /// The same for AVX2.
 #[cfg(target_arch = "x86_64")]
 const AVX2_TILE: usize = 3;
-/// So many activation rows are worth laying the weights out in bf16.
-const LONG_ROWS: usize = 64;
+/// So many activation rows are worth laying the weights out in bf16: more than answers that are written at once as a rule.
+const LONG_ROWS: usize = 96;
 /// Bytes of weights, times rows of activations, that are worth a task of their own.
 const TASK_BYTES: usize = 1 << 16;
 /// And from which on more than one thread is worth it.
