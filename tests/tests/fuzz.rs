@@ -19,6 +19,7 @@ use potstill_engine::config::ModelConfig;
 use potstill_engine::gguf::Gguf;
 use potstill_engine::template::ChatTemplate;
 use potstill_engine::tokenizer::Tokenizer;
+use potstill_engine::weights::Gathered;
 use potstill_gateway::api::request::{parse, with_model};
 use potstill_gateway::api::responses::request::to_chat;
 use potstill_gateway::config::Config;
@@ -453,7 +454,7 @@ fn a_models_files_are_read_or_refused() {
     fuzz_file("model.gguf", &[&gguf, &alignment], &pieces, |path| {
         if let Ok(mut file) = Gguf::open(path) {
             let _config = file.config();
-            let _tensors = file.tensors(&shape);
+            let _tensors = file.tensors(&shape, &mut Gathered::as_they_are(&shape));
             let _tokenizer = file.tokenizer();
         }
     });

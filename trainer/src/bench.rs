@@ -8,11 +8,11 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use potstill_engine::batch::Batch;
 use potstill_engine::device;
 use potstill_engine::kv::{BLOCK, KvCache, Table};
-use potstill_engine::loader::load;
+use potstill_engine::loader::{load, load_to_serve};
 use potstill_engine::model::CausalLm;
 use potstill_engine::sharded::ShardedLm;
 use serde::Serialize;
@@ -114,18 +114,18 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     anyhow::ensure!(sizes.clone().all(|size| *size > 0), "--prompt and --batch must be at least 1");
     device::set_threads(arguments.threads);
     let devices = device::parse_all(&arguments.device)?;
-    let whole_at = if devices.len() == 1 { &devices[0] } else { &Device::Cpu };
     let path = arguments.model.as_ref().context("--model is missing")?;
-    let loaded = load(path, whole_at, device::compute_type(&devices[0]))
-        .with_context(|| format!("cannot load `{}`", path.display()))?;
+    let failed = || format!("cannot load `{}`", path.display());
+    let loaded = load_to_serve(path, &devices).with_context(failed)?;
     let parameters = loaded.config.parameters() as u64;
     let most = loaded.config.max_positions;
     let model = ShardedLm::new(&loaded, &devices)?;
     let quality = match &arguments.text {
         Some(text) => {
             let tokens = compress::tokens_of(&loaded, text)?;
-            let exact = CausalLm::new(&loaded.config, &loaded.weights)?;
-            let eight_bits = CausalLm::packed(&loaded.config, &loaded.weights)?;
+            let exact = load(path, &Device::Cpu, DType::F32).with_context(failed)?;
+            let eight_bits = CausalLm::new(&exact.config, &exact.weights.in_eight_bits()?)?;
+            let exact = CausalLm::new(&exact.config, &exact.weights)?;
             Some(compress::quality(&exact, &eight_bits, &tokens[..tokens.len().min(COMPARED)])?)
         }
         None => None,

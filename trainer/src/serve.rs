@@ -23,10 +23,9 @@ use axum::response::IntoResponse;
 use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use candle_core::Device;
 use http::{Uri, header};
 use potstill_engine::grammar::Grammars;
-use potstill_engine::loader::load;
+use potstill_engine::loader::load_to_serve;
 use potstill_engine::scheduler::{Engine, SchedulerConfig};
 use potstill_engine::template::ChatTemplate;
 use potstill_engine::tokenizer::Tokenizer;
@@ -142,9 +141,7 @@ fn start(arguments: &ServeArguments) -> anyhow::Result<Served> {
 
 fn start_node(path: &Path, arguments: &ServeArguments) -> anyhow::Result<Node> {
     let devices = device::parse_all(&arguments.device)?;
-    // Where several share it, it is read into memory first.
-    let whole_at = if devices.len() == 1 { &devices[0] } else { &Device::Cpu };
-    let model = load(path, whole_at, device::compute_type(&devices[0]))?;
+    let model = load_to_serve(path, &devices)?;
     anyhow::ensure!(model.config.classes == 0, "it is a reward model: serve it with --reward NAME=FOLDER");
     let stem = || path.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy());
     let config = SchedulerConfig {

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::error::EngineError;
 use crate::foreign::{self, Foreign, ForeignConfig};
 use crate::ops::attention::Heads;
+use crate::rope_scaling::RopeScaling;
 
 /// The decoder families with a definition here. They share one block; what differs is in the methods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,36 +71,6 @@ impl Family {
                 .collect::<Vec<_>>()
                 .join(", "),
         })
-    }
-}
-
-/// Stretching of the rotary frequencies for long contexts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "rope_type", rename_all = "lowercase")]
-pub enum RopeScaling {
-    /// All frequencies divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f32,
-    },
-    /// Llama 3: low frequencies divided by `factor`, high ones kept, a ramp between.
-    Llama3 {
-        /// The divisor of low frequencies.
-        factor: f32,
-        /// Wavelengths above `original / low_freq_factor` are low frequencies.
-        low_freq_factor: f32,
-        /// Wavelengths below `original / high_freq_factor` are high frequencies.
-        high_freq_factor: f32,
-        /// Context length before stretching.
-        original_max_position_embeddings: f32,
-    },
-}
-
-impl RopeScaling {
-    /// What all models of Llama 3.1 to 3.3 have but for the factor.
-    pub(crate) fn llama3(factor: f32, original_max_position_embeddings: f32) -> Self {
-        let (low_freq_factor, high_freq_factor) = (1.0, 4.0);
-        Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }
     }
 }
 
@@ -236,8 +207,10 @@ impl ModelConfig {
             .map(|theta| theta as f32)
             .or(hf.rope_theta)
             .unwrap_or(10_000.0);
+        let scaling = hf.rope_scaling.as_ref().filter(|scaling| !scaling.is_null()).or(parameters);
+        let positions = hf.max_position_embeddings;
         let rope_scaling =
-            parse_scaling(hf.rope_scaling.as_ref().filter(|v| !v.is_null()).or(parameters), path)?;
+            scaling.map(|scaling| RopeScaling::parse(scaling, positions, path)).transpose()?.flatten();
         let config = Self {
             family,
             vocab_size: hf.vocab_size,
@@ -245,7 +218,7 @@ impl ModelConfig {
             intermediate_size: hf.intermediate_size,
             layers: hf.num_hidden_layers,
             heads: hf.heads(),
-            max_positions: hf.max_position_embeddings,
+            max_positions: rope_scaling.as_ref().map_or(positions, |scaling| scaling.context(positions)),
             rms_norm_eps: hf.rms_norm_eps,
             rope_theta: theta,
             rope_scaling,
@@ -364,25 +337,18 @@ impl ModelConfig {
     pub fn inverse_frequencies(&self) -> Vec<f32> {
         let dim = self.heads.dim;
         (0..dim / 2)
-            .map(|i| {
-                let frequency = 1.0 / self.rope_theta.powf(2.0 * i as f32 / dim as f32);
-                match &self.rope_scaling {
-                    None => frequency,
-                    Some(RopeScaling::Linear { factor }) => frequency / factor,
-                    Some(RopeScaling::Llama3 {
-                        factor,
-                        low_freq_factor,
-                        high_freq_factor,
-                        original_max_position_embeddings,
-                    }) => {
-                        let turns = original_max_position_embeddings * frequency / std::f32::consts::TAU;
-                        let ramp = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor))
-                            .clamp(0.0, 1.0);
-                        frequency * (ramp + (1.0 - ramp) / factor)
-                    }
-                }
+            .map(|pair| {
+                let frequency = 1.0 / self.rope_theta.powf(2.0 * pair as f32 / dim as f32);
+                self.rope_scaling
+                    .as_ref()
+                    .map_or(frequency, |scaling| scaling.stretched(frequency, pair, dim, self.rope_theta))
             })
             .collect()
+    }
+
+    /// What rotated queries and keys are multiplied by.
+    pub fn rotary_magnitude(&self) -> f32 {
+        self.rope_scaling.as_ref().map_or(1.0, RopeScaling::magnitude)
     }
 
     /// What each of the frequencies is divided by for long contexts.
@@ -432,21 +398,4 @@ impl ModelConfig {
     pub fn parameters(&self) -> usize {
         self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
-}
-
-fn parse_scaling(value: Option<&Value>, path: &Path) -> Result<Option<RopeScaling>, EngineError> {
-    let Some(value) = value else { return Ok(None) };
-    let kind =
-        value.get("rope_type").or_else(|| value.get("type")).and_then(Value::as_str).unwrap_or("default");
-    if kind == "default" {
-        return Ok(None);
-    }
-    let mut tagged = value.clone();
-    tagged["rope_type"] = json!(kind);
-    serde_json::from_value(tagged).map(Some).map_err(|error| {
-        EngineError::malformed(
-            path,
-            format!("rope scaling `{kind}`: {error}; supported are `linear` and `llama3`"),
-        )
-    })
 }

@@ -1,16 +1,16 @@
 //! GGUF files: configuration, tensors (dequantised) and tokenizer from the metadata.
 //!
 //! llama.cpp's conversion permutes the rows of q and k for `llama`, since it rotates neighbouring elements; here they are
-//! permuted back to Hugging Face's half-split order. Weights become f32 when loaded; a model that is served gets its matrices
-//! packed to eight bits again ([`crate::ops::packed`]).
+//! permuted back to Hugging Face's half-split order. A tensor is read as f32; the matrices of a model that is served are packed to
+//! eight bits ([`crate::ops::packed`]) as they come.
 
-use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
+use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{Device, Tensor};
 use tokenizers::models::bpe::BPE;
@@ -21,10 +21,13 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior};
 
-use crate::config::{Family, ModelConfig, RopeScaling};
+use crate::config::{Family, ModelConfig};
 use crate::error::EngineError;
 use crate::ops::attention::Heads;
+use crate::ops::packed::Packed;
+use crate::rope_scaling::RopeScaling;
 use crate::tokenizer::Tokenizer;
+use crate::weights::Gathered;
 
 /// What Llama 3 divides each frequency by.
 pub(crate) const ROPE_DIVISORS: &str = "rope_freqs.weight";
@@ -117,6 +120,32 @@ impl Gguf {
         Ok(())
     }
 
+    /// YaRN as the paper has it; what would change it is refused.
+    fn yarn(&self, name: &str) -> Result<RopeScaling, EngineError> {
+        let number = |key: &str| self.number(&format!("{name}.rope.scaling.{key}"));
+        for (key, usual) in [
+            ("attn_factor", 1.0),
+            ("yarn_ext_factor", 1.0),
+            ("yarn_attn_factor", 1.0),
+            ("yarn_beta_fast", 32.0),
+            ("yarn_beta_slow", 1.0),
+            ("yarn_log_multiplier", 0.0),
+        ] {
+            if let Some(other) = number(key).filter(|found| *found != usual) {
+                return Err(
+                    self.malformed(format!("rope scaling `yarn` with `{key}` of {other} is not supported"))
+                );
+            }
+        }
+        let original = self.integer(&format!("{name}.rope.scaling.original_context_length"));
+        match (number("factor"), original) {
+            (Some(factor), Some(original)) if factor.is_finite() && factor > 0.0 => {
+                Ok(RopeScaling::yarn(factor, original as f32))
+            }
+            _ => Err(self.malformed("rope scaling `yarn` without `factor` and `original_context_length`")),
+        }
+    }
+
     fn shape(&self) -> Result<ModelConfig, EngineError> {
         let name = self.text("general.architecture").unwrap_or_default();
         let family = Family::parse_own(name, &self.path)?;
@@ -129,11 +158,13 @@ impl Gguf {
         let query = need("attention.head_count")?;
         let kv = need("attention.head_count_kv").unwrap_or(query);
         let dim = need("attention.key_length").unwrap_or(hidden_size / query.max(1));
+        let positions = need("context_length")?;
         let rope_scaling = match self.text(&format!("{name}.rope.scaling.type")) {
             None | Some("none") => None,
             Some("linear") => Some(RopeScaling::Linear {
                 factor: self.number(&format!("{name}.rope.scaling.factor")).unwrap_or(1.0),
             }),
+            Some("yarn") => Some(self.yarn(name)?),
             Some(other) => return Err(self.malformed(format!("rope scaling `{other}` is not supported"))),
         };
         let vocab_size = match self.content.tensor_infos.get("token_embd.weight") {
@@ -152,7 +183,7 @@ impl Gguf {
             intermediate_size: need("feed_forward_length")?,
             layers: need("block_count")?,
             heads: Heads { query, kv, dim },
-            max_positions: need("context_length")?,
+            max_positions: rope_scaling.as_ref().map_or(positions, |scaling| scaling.context(positions)),
             rms_norm_eps: f64::from(
                 self.number(&format!("{name}.attention.layer_norm_rms_epsilon")).unwrap_or(1e-6),
             ),
@@ -176,42 +207,63 @@ impl Gguf {
         2 * matrices().filter(|info| small(info.ggml_dtype)).count() > matrices().count()
     }
 
-    /// A tensor as f32 under the name that it has in the file.
-    fn tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
-        // candle's product of the sizes may wrap around.
-        let fits = self.content.tensor_infos.get(name).is_none_or(|info| {
-            let values = info.shape.dims().iter().try_fold(1u64, |all, size| all.checked_mul(*size as u64));
-            let blocks = values.map(|values| values / info.ggml_dtype.block_size() as u64);
-            let bytes = blocks.and_then(|blocks| blocks.checked_mul(info.ggml_dtype.type_size() as u64));
-            bytes.is_some_and(|bytes| bytes <= self.length)
-        });
-        if !fits {
-            return Err(self.malformed(format!("tensor `{name}` is larger than the file")));
-        }
-        let quantised = self
-            .content
-            .tensor(&mut self.reader, name, &Device::Cpu)
-            .map_err(|error| EngineError::malformed(&self.path, format!("tensor `{name}`: {error}")))?;
-        Ok(quantised.dequantize(&Device::Cpu)?)
+    /// A tensor by the name that it has in the file.
+    fn raw(&mut self, name: &str) -> Result<Raw, EngineError> {
+        let missing = || EngineError::MissingTensor { name: name.to_owned(), expected: Vec::new() };
+        let info = self.content.tensor_infos.get(name).ok_or_else(missing)?;
+        let (kind, dims) = (info.ggml_dtype, info.shape.dims().to_vec());
+        let values = dims.iter().try_fold(1u64, |all, size| all.checked_mul(*size as u64));
+        let blocks = values.map(|values| values / kind.block_size() as u64);
+        let bytes = blocks.and_then(|blocks| blocks.checked_mul(kind.type_size() as u64));
+        let start = self.content.tensor_data_offset.checked_add(info.offset);
+        let end = start.zip(bytes).and_then(|(start, bytes)| start.checked_add(bytes));
+        let (Some(start), Some(size)) = (start, bytes.filter(|_| end.is_some_and(|end| end <= self.length)))
+        else {
+            return Err(self.malformed(format!("tensor `{name}` is larger than what the file has of it")));
+        };
+        let mut bytes = vec![0; size as usize];
+        let read = self.reader.seek(SeekFrom::Start(start)).and_then(|_| self.reader.read_exact(&mut bytes));
+        read.map_err(|source| EngineError::Read { path: self.path.clone(), source })?;
+        Ok(Raw { kind, dims, bytes })
     }
 
-    /// All tensors as f32 under Hugging Face names.
-    pub fn tensors(&mut self, config: &ModelConfig) -> Result<BTreeMap<String, Tensor>, EngineError> {
-        let mut tensors = BTreeMap::new();
-        let names: Vec<String> = self.content.tensor_infos.keys().cloned().collect();
-        for name in names {
-            let mut tensor = self.tensor(&name)?;
-            let Some(hf_name) = hugging_face_name(&name) else { continue };
-            if config.family == Family::Llama {
-                for (part, heads) in [("q_proj", config.heads.query), ("k_proj", config.heads.kv)] {
-                    if hf_name.contains(part) {
-                        tensor = unpermute(&tensor, heads)?;
-                    }
-                }
+    /// The same as f32.
+    fn tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
+        let whole = self.raw(name)?.whole();
+        whole.map_err(|error| self.malformed(format!("tensor `{name}`: {error}")))
+    }
+
+    /// Gives the tensors that are wanted to `gathered`, as f32 under Hugging Face names, in the order of the file.
+    pub fn tensors(&mut self, config: &ModelConfig, gathered: &mut Gathered) -> Result<(), EngineError> {
+        let infos = self.content.tensor_infos.iter();
+        let mut names: Vec<(u64, String)> = infos.map(|(name, info)| (info.offset, name.clone())).collect();
+        names.sort();
+        for (_, name) in names {
+            let Some(hf_name) = hugging_face_name(&name).filter(|name| gathered.wants(name)) else {
+                continue;
+            };
+            let raw = self.raw(&name)?;
+            let heads = match hf_name.rsplit('.').nth(1) {
+                Some("q_proj") if config.family == Family::Llama => Some(config.heads.query),
+                Some("k_proj") if config.family == Family::Llama => Some(config.heads.kv),
+                _ => None,
+            };
+            let unreadable = |error| self.malformed(format!("tensor `{name}`: {error}"));
+            if gathered.packs()
+                && heads.is_none()
+                && let Some(packed) = raw.packed().map_err(unreadable)?
+            {
+                gathered.add_packed(&hf_name, packed)?;
+                continue;
             }
-            tensors.insert(hf_name, tensor);
+            let tensor = raw.whole().map_err(unreadable)?;
+            let tensor = match heads {
+                Some(heads) => unpermute(&tensor, heads)?,
+                None => tensor,
+            };
+            gathered.add(hf_name, tensor)?;
         }
-        Ok(tensors)
+        Ok(())
     }
 
     /// The chat template of the metadata.
@@ -339,6 +391,38 @@ impl Gguf {
         } else {
             Err(self.malformed(format!("{} scores for {count} tokens", scores.len())))
         }
+    }
+}
+
+/// A tensor as it lies in the file.
+struct Raw {
+    kind: GgmlDType,
+    dims: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl Raw {
+    /// All of it as f32.
+    fn whole(&self) -> candle_core::Result<Tensor> {
+        self.values(&self.bytes, self.dims.clone())
+    }
+
+    /// A matrix in eight bits, where rows and blocks allow it.
+    fn packed(&self) -> candle_core::Result<Option<Packed>> {
+        let (&[rows, columns], block) = (self.dims.as_slice(), self.kind.block_size()) else {
+            return Ok(None);
+        };
+        if !columns.is_multiple_of(block) {
+            return Ok(None);
+        }
+        let row = columns / block * self.kind.type_size();
+        Packed::from_rows(rows, columns, |some| {
+            self.values(&self.bytes[some.start * row..some.end * row], vec![some.len(), columns])
+        })
+    }
+
+    fn values(&self, bytes: &[u8], dims: Vec<usize>) -> candle_core::Result<Tensor> {
+        qtensor_from_ggml(self.kind, bytes, dims, &Device::Cpu)?.dequantize(&Device::Cpu)
     }
 }
 

@@ -14,10 +14,11 @@ use potstill_shared::durable::write_with;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::{Family, RopeScaling};
+use crate::config::Family;
 use crate::error::EngineError;
 use crate::gguf::ROPE_DIVISORS;
 use crate::loader::LoadedModel;
+use crate::rope_scaling::RopeScaling;
 
 const ALIGNMENT: usize = 32;
 
@@ -299,6 +300,16 @@ fn metadata(
         Some(RopeScaling::Linear { factor }) => {
             put("{arch}.rope.scaling.type", Meta::Text("linear".to_owned()));
             put("{arch}.rope.scaling.factor", Meta::F32(*factor));
+        }
+        Some(scaling @ RopeScaling::Yarn { factor, original_max_position_embeddings: original, .. }) => {
+            if *scaling != RopeScaling::yarn(*factor, *original) {
+                let problem = "this rope scaling has no form in GGUF: `yarn` with the numbers of the paper; export a safetensors \
+                               folder instead";
+                return Err(EngineError::malformed(path, problem));
+            }
+            put("{arch}.rope.scaling.type", Meta::Text("yarn".to_owned()));
+            put("{arch}.rope.scaling.factor", Meta::F32(*factor));
+            put("{arch}.rope.scaling.original_context_length", Meta::U32(*original as u32));
         }
         Some(scaling @ RopeScaling::Llama3 { factor, original_max_position_embeddings: original, .. }) => {
             // Readers take the factor from the slowest frequency.

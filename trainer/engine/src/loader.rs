@@ -1,19 +1,23 @@
-//! Loads a model from a Hugging Face folder (`config.json`, `tokenizer.json`, `*.safetensors`) or a GGUF file.
+//! Loads a model from a Hugging Face folder (`config.json`, `tokenizer.json`, `*.safetensors`) or a GGUF file, tensor by tensor:
+//! each is brought to its device and type before the next one is read.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::config::{ModelConfig, OneOrMany};
+use crate::device::compute_type;
 use crate::error::EngineError;
 use crate::gguf::Gguf;
+use crate::ops::packed::is_fast;
+use crate::shard::Shard;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
-use crate::weights::Weights;
+use crate::weights::{Gathered, Keep, Weights};
 
 /// A model with all that belongs to it.
 #[derive(Clone)]
@@ -39,15 +43,27 @@ impl LoadedModel {
 
 /// Loads `path` and brings the weights to `device` and `dtype`.
 pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<LoadedModel, EngineError> {
-    let model = if path.is_dir() {
-        from_folder(path)?
-    } else if path.extension().is_some_and(|extension| extension == "gguf") {
-        from_gguf(path)?
-    } else {
-        return Err(EngineError::malformed(path, "neither a model folder nor a `.gguf` file"));
+    from(path, device, dtype, false)
+}
+
+/// Loads `path` to be served, and nothing else, by `devices`: matrices that are quantised in the file are packed to eight bits as they are
+/// read, where products of those are fast. What several devices share out lies on the CPU first.
+pub fn load_to_serve(path: &Path, devices: &[Device]) -> Result<LoadedModel, EngineError> {
+    let [only] = devices else {
+        return from(path, &Device::Cpu, devices.first().map_or(DType::F32, compute_type), false);
     };
-    let dtype = model.config.foreign.as_ref().map_or(dtype, |foreign| foreign.dtype(dtype));
-    model.on(device, dtype)
+    from(path, only, compute_type(only), only.is_cpu() && is_fast())
+}
+
+fn from(path: &Path, device: &Device, dtype: DType, eight_bits: bool) -> Result<LoadedModel, EngineError> {
+    let keep = Keep { device: device.clone(), dtype, eight_bits };
+    if path.is_dir() {
+        from_folder(path, keep)
+    } else if path.extension().is_some_and(|extension| extension == "gguf") {
+        from_gguf(path, keep)
+    } else {
+        Err(EngineError::malformed(path, "neither a model folder nor a `.gguf` file"))
+    }
 }
 
 fn read(path: &Path) -> Result<String, EngineError> {
@@ -80,7 +96,7 @@ fn parse<T: for<'de> Deserialize<'de>>(text: &str, path: &Path) -> Result<T, Eng
     serde_json::from_str(text).map_err(|error| EngineError::malformed(path, error.to_string()))
 }
 
-fn from_folder(folder: &Path) -> Result<LoadedModel, EngineError> {
+fn from_folder(folder: &Path, mut keep: Keep) -> Result<LoadedModel, EngineError> {
     let config_path = folder.join("config.json");
     let mut config = ModelConfig::from_json(&read(&config_path)?, &config_path)?;
     let tokenizer_path = folder.join("tokenizer.json");
@@ -115,11 +131,24 @@ fn from_folder(folder: &Path) -> Result<LoadedModel, EngineError> {
     });
     let bos_text = token_text(names.bos_token.as_ref());
     let template = template(source.as_deref(), bos_text, eos_text, &tokenizer, &config)?;
-    let weights = Weights::new(read_safetensors(folder)?, &config)?;
+    keep.eight_bits = false;
+    if let Some(foreign) = &config.foreign {
+        keep.dtype = foreign.dtype(keep.dtype);
+    }
+    let mut gathered = Gathered::new(&config, keep);
+    for path in shards(folder)? {
+        let mut shard = Shard::open(&path)?;
+        for name in shard.names() {
+            if gathered.wants(&name) {
+                gathered.add(name.clone(), shard.tensor(&name)?)?;
+            }
+        }
+    }
+    let weights = gathered.finish()?;
     Ok(LoadedModel { config, weights, tokenizer, template, quantised: false })
 }
 
-fn from_gguf(path: &Path) -> Result<LoadedModel, EngineError> {
+fn from_gguf(path: &Path, mut keep: Keep) -> Result<LoadedModel, EngineError> {
     let mut gguf = Gguf::open(path)?;
     let mut config = gguf.config()?;
     let tokenizer = gguf.tokenizer()?;
@@ -130,8 +159,11 @@ fn from_gguf(path: &Path) -> Result<LoadedModel, EngineError> {
     let text_of = |id: Option<u32>| id.and_then(|id| tokenizer.token(id));
     let (bos, eos) = (text_of(config.bos), text_of(config.eos.first().copied()));
     let template = template(source.as_deref(), bos, eos, &tokenizer, &config)?;
-    let weights = Weights::new(gguf.tensors(&config)?, &config)?;
     let quantised = gguf.is_quantised();
+    keep.eight_bits &= quantised;
+    let mut gathered = Gathered::new(&config, keep);
+    gguf.tensors(&config, &mut gathered)?;
+    let weights = gathered.finish()?;
     Ok(LoadedModel { config, weights, tokenizer, template, quantised })
 }
 
@@ -164,33 +196,16 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// All tensors of a folder: one `model.safetensors`, or the shards that the index names.
-fn read_safetensors(folder: &Path) -> Result<BTreeMap<String, Tensor>, EngineError> {
+/// The files of a folder that hold tensors: one `model.safetensors`, or the shards that the index names.
+fn shards(folder: &Path) -> Result<Vec<PathBuf>, EngineError> {
     let index_path = folder.join("model.safetensors.index.json");
-    let mut files: Vec<PathBuf> = match read_if_there(&index_path)? {
-        None => vec![folder.join("model.safetensors")],
-        Some(text) => {
-            let index: Index = parse(&text, &index_path)?;
-            let mut names: Vec<String> = index.weight_map.into_values().collect();
-            names.sort();
-            names.dedup();
-            if let Some(name) = names.iter().find(|name| name.contains(['/', '\\'])) {
-                return Err(EngineError::malformed(
-                    index_path,
-                    format!("shard `{name}` lies outside the folder"),
-                ));
-            }
-            names.iter().map(|name| folder.join(name)).collect()
-        }
-    };
-    let mut tensors = BTreeMap::new();
-    for path in files.drain(..) {
-        let bytes =
-            std::fs::read(&path).map_err(|source| EngineError::Read { path: path.clone(), source })?;
-        let shard = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|error| {
-            EngineError::malformed(&path, format!("not a readable safetensors file: {error}"))
-        })?;
-        tensors.extend(shard);
+    let Some(text) = read_if_there(&index_path)? else { return Ok(vec![folder.join("model.safetensors")]) };
+    let index: Index = parse(&text, &index_path)?;
+    let mut names: Vec<String> = index.weight_map.into_values().collect();
+    names.sort();
+    names.dedup();
+    if let Some(name) = names.iter().find(|name| name.contains(['/', '\\'])) {
+        return Err(EngineError::malformed(index_path, format!("shard `{name}` lies outside the folder")));
     }
-    Ok(tensors)
+    Ok(names.iter().map(|name| folder.join(name)).collect())
 }

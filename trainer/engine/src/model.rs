@@ -14,13 +14,13 @@ use crate::batch::Batch;
 use crate::config::{Family, ModelConfig};
 use crate::error::EngineError;
 use crate::kv::{KvCache, Table};
+use crate::ops::Precision;
 use crate::ops::attention::{Segment, attention};
 use crate::ops::linear::{Frozen, linear, linear_adapted};
-use crate::ops::packed::{Packed, is_fast};
+use crate::ops::packed::Packed;
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::Rotary;
 use crate::ops::swiglu::swiglu;
-use crate::ops::{Precision, fused};
 use crate::training::Training;
 use crate::weights::{Adapter, Weights};
 
@@ -30,12 +30,12 @@ const FEED_ROWS: usize = 256;
 /// A causal language model.
 pub struct CausalLm {
     config: ModelConfig,
-    embedding: Tensor,
+    embedding: Matrix,
     blocks: Vec<Arc<Block>>,
     norm: Tensor,
-    head: Tensor,
-    packed_head: Option<Packed>,
+    head: Matrix,
     inverse_frequencies: Vec<f32>,
+    rotary_magnitude: f32,
     training: Option<Training>,
     precision: Precision,
 }
@@ -52,12 +52,24 @@ struct Linear {
 /// Sums of squares by input, and how many rows they are over.
 type Probe = Arc<Mutex<(Vec<f64>, usize)>>;
 
+#[derive(Clone)]
 enum Matrix {
     Dense(Tensor),
     /// Eight bits: for serving only, it has no gradient.
-    Packed(Packed),
+    Packed(Arc<Packed>),
     /// Few bits, frozen, under an adapter that learns.
     Quantised(Arc<QTensor>),
+}
+
+impl Matrix {
+    /// The weight of a module, as it is kept.
+    fn of(weights: &Weights, module: &str) -> Result<Self, EngineError> {
+        Ok(match (weights.quantised(module), weights.packed(module)) {
+            (Some(quantised), _) => Self::Quantised(quantised),
+            (None, Some(packed)) => Self::Packed(packed),
+            (None, None) => Self::Dense(weights.get(&format!("{module}.weight"))?),
+        })
+    }
 }
 
 impl Linear {
@@ -144,7 +156,7 @@ pub(crate) enum Attend<'a> {
 impl CausalLm {
     /// Builds the model over `weights`, sharing their storage.
     pub fn new(config: &ModelConfig, weights: &Weights) -> Result<Self, EngineError> {
-        Self::build(config, weights, false, Precision::F32)
+        Self::build(config, weights, Precision::F32)
     }
 
     /// The same with products of this precision: what a model is compared with should round as it does.
@@ -153,13 +165,7 @@ impl CausalLm {
         weights: &Weights,
         precision: Precision,
     ) -> Result<Self, EngineError> {
-        Self::build(config, weights, false, precision)
-    }
-
-    /// The same with matrices of eight bits, for serving models that were quantised already: on CPUs with the fast kernel
-    /// only, elsewhere and where a shape does not fit, matrices stay as they are.
-    pub fn packed(config: &ModelConfig, weights: &Weights) -> Result<Self, EngineError> {
-        Self::build(config, weights, is_fast(), Precision::F32)
+        Self::build(config, weights, precision)
     }
 
     /// The model with a backward pass that runs block by block.
@@ -169,36 +175,31 @@ impl CausalLm {
         training: Training,
     ) -> Result<Self, EngineError> {
         let precision = training.precision();
-        Ok(Self { training: Some(training), ..Self::build(config, weights, false, precision)? })
+        Ok(Self { training: Some(training), ..Self::build(config, weights, precision)? })
     }
 
-    fn build(
-        config: &ModelConfig,
-        weights: &Weights,
-        packed: bool,
-        precision: Precision,
-    ) -> Result<Self, EngineError> {
+    fn build(config: &ModelConfig, weights: &Weights, precision: Precision) -> Result<Self, EngineError> {
         if let Family::Foreign(family) = config.family {
             let problem = "it can be served, and nothing else: its decoder is not defined here".to_owned();
             return Err(EngineError::Foreign { family: family.name(), problem });
         }
-        let embedding = weights.get("model.embed_tokens.weight")?;
+        let embedding = Matrix::of(weights, "model.embed_tokens")?;
         let head = if config.tied || config.classes > 0 {
             embedding.clone()
         } else {
-            weights.get("lm_head.weight")?
+            Matrix::of(weights, "lm_head")?
         };
         let blocks = (0..config.layers)
-            .map(|layer| Block::new(config, weights, layer, packed, precision).map(Arc::new))
+            .map(|layer| Block::new(config, weights, layer, precision).map(Arc::new))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             config: config.clone(),
             embedding,
             blocks,
             norm: weights.get("model.norm.weight")?,
-            packed_head: if packed && fused(&head) { Packed::new(&head)? } else { None },
             head,
             inverse_frequencies: config.inverse_frequencies(),
+            rotary_magnitude: config.rotary_magnitude(),
             training: None,
             precision,
         })
@@ -211,12 +212,21 @@ impl CausalLm {
 
     /// How keys and values are best kept: in half of f32 where weights of eight bits round more than that.
     pub fn kv_dtype(&self) -> DType {
-        if self.packed_head.is_some() { DType::F16 } else { self.head.dtype() }
+        match &self.head {
+            Matrix::Dense(head) => head.dtype(),
+            Matrix::Packed(_) => DType::F16,
+            Matrix::Quantised(_) => DType::F32,
+        }
     }
 
-    /// The output layer's weight, `[vocabulary, hidden]`.
-    pub fn head(&self) -> &Tensor {
-        &self.head
+    /// The output layer's weight, `[vocabulary, hidden]`, which a loss takes its gradients of.
+    pub fn head(&self) -> Result<&Tensor, EngineError> {
+        match &self.head {
+            Matrix::Dense(head) => Ok(head),
+            Matrix::Packed(_) | Matrix::Quantised(_) => Err(EngineError::Stopped(
+                "this model's output layer is quantised and has no gradient".to_owned(),
+            )),
+        }
     }
 
     /// What its products are rounded to.
@@ -279,10 +289,11 @@ impl CausalLm {
 
     /// Logits `[rows, vocabulary]` of hidden states.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
-        match &self.packed_head {
-            Some(packed) if fused(hidden) => Ok(packed.forward(hidden)?),
-            _ => Ok(linear(hidden, &self.head, self.precision)?),
-        }
+        Ok(match &self.head {
+            Matrix::Dense(head) => linear(hidden, head, self.precision)?,
+            Matrix::Packed(head) => head.forward(hidden)?,
+            Matrix::Quantised(head) => linear(hidden, &head.dequantize(hidden.device())?, self.precision)?,
+        })
     }
 
     fn run(&self, batch: &Batch, mut attend: Attend<'_>) -> Result<Tensor, EngineError> {
@@ -304,12 +315,19 @@ impl CausalLm {
     }
 
     pub(crate) fn rotary(&self, batch: &Batch) -> Rotary {
-        Rotary::new(&batch.positions, &self.inverse_frequencies)
+        Rotary::new(&batch.positions, &self.inverse_frequencies, self.rotary_magnitude)
     }
 
     pub(crate) fn embed(&self, batch: &Batch) -> Result<Tensor, EngineError> {
-        let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), self.embedding.device())?;
-        Ok(self.embedding.index_select(&tokens, 0)?)
+        let look_up = |embedding: &Tensor| {
+            let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), embedding.device())?;
+            embedding.index_select(&tokens, 0)
+        };
+        Ok(match &self.embedding {
+            Matrix::Dense(embedding) => look_up(embedding)?,
+            Matrix::Packed(embedding) => embedding.select(&batch.tokens)?,
+            Matrix::Quantised(embedding) => look_up(&embedding.dequantize(&embedding.device())?)?,
+        })
     }
 
     /// What attention adds to `x` in a layer.
@@ -338,24 +356,13 @@ impl Block {
         config: &ModelConfig,
         weights: &Weights,
         layer: usize,
-        packed: bool,
         precision: Precision,
     ) -> Result<Self, EngineError> {
         let get = |name: &str| weights.get(&format!("model.layers.{layer}.{name}"));
         let projection = |name: &str, bias: bool| -> Result<Linear, EngineError> {
             let full = format!("model.layers.{layer}.{name}");
-            let weight = match weights.quantised(&full) {
-                Some(weight) => Matrix::Quantised(weight),
-                None => {
-                    let weight = get(&format!("{name}.weight"))?;
-                    let adapted = weights.adapter(&full).is_some();
-                    let small =
-                        if packed && !adapted && fused(&weight) { Packed::new(&weight)? } else { None };
-                    small.map_or(Matrix::Dense(weight), Matrix::Packed)
-                }
-            };
             Ok(Linear {
-                weight,
+                weight: Matrix::of(weights, &full)?,
                 bias: if bias { Some(get(&format!("{name}.bias"))?) } else { None },
                 adapter: weights.adapter(&full),
                 probe: None,

@@ -105,7 +105,6 @@ pub struct Engine {
 impl Engine {
     /// Starts the step loop over `model`.
     pub fn start(model: &LoadedModel, config: SchedulerConfig) -> Result<Self, EngineError> {
-        let embedding = model.weights.get("model.embed_tokens.weight")?;
         let own = match &model.config.foreign {
             None => Ok(ShardedLm::new(model, &config.devices)?),
             Some(_) if config.devices.len() > 1 => {
@@ -114,7 +113,10 @@ impl Engine {
             }
             Some(foreign) => Err(foreign),
         };
-        let dtype = own.as_ref().map_or(embedding.dtype(), ShardedLm::kv_dtype);
+        let dtype = match &own {
+            Ok(own) => own.kv_dtype(),
+            Err(_) => model.weights.get("model.embed_tokens.weight")?.dtype(),
+        };
         let block_bytes = BLOCK * KvCache::bytes_per_token(&model.config, dtype);
         let blocks = (config.kv_bytes / block_bytes).min(MAX_BLOCKS);
         if blocks == 0 {

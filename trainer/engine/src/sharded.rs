@@ -32,9 +32,15 @@ impl ShardedLm {
         quantised: bool,
         devices: &[Device],
     ) -> Result<Self, EngineError> {
-        let here = [weights.get("model.embed_tokens.weight")?.device().clone()];
+        let here = [weights.device()?];
         let devices = if devices.is_empty() { &here } else { devices };
-        let build = if quantised { CausalLm::packed } else { CausalLm::new };
+        let build = |config: &ModelConfig, weights: &Weights| {
+            if quantised {
+                CausalLm::new(config, &weights.in_eight_bits()?)
+            } else {
+                CausalLm::new(config, weights)
+            }
+        };
         let share = |(rank, device): (usize, &Device)| {
             if devices.len() == 1 && device.same_device(&here[0]) {
                 return build(config, weights);

@@ -9,6 +9,8 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use crate::config::ModelConfig;
 use crate::error::EngineError;
+use crate::ops::fused;
+use crate::ops::packed::{Packed, is_fast};
 
 /// What LoRA (Hu et al. 2021) adds to a frozen matrix: `scale B A`.
 #[derive(Debug, Clone)]
@@ -25,38 +27,169 @@ pub struct Adapter {
 #[derive(Debug, Clone, Default)]
 pub struct Weights {
     tensors: BTreeMap<String, Tensor>,
-    /// By module: the name without `.weight`.
+    /// Under adapters that learn. By module: the name without `.weight`.
     quantised: BTreeMap<String, Arc<QTensor>>,
+    /// For serving only: there is no gradient. By module.
+    packed: BTreeMap<String, Arc<Packed>>,
     adapters: BTreeMap<String, Adapter>,
 }
 
-impl Weights {
-    /// Checks that every tensor of `config` is there with its shape. Tensors that the model does not use are dropped
-    /// and named in the log. A tied model may carry an output layer; it is dropped too. Those of a foreign family are looked at
-    /// when its decoder is built.
-    pub fn new(mut found: BTreeMap<String, Tensor>, config: &ModelConfig) -> Result<Self, EngineError> {
-        if config.foreign.is_some() {
-            return Ok(Self { tensors: found, ..Self::default() });
+/// How tensors are kept.
+#[derive(Debug, Clone)]
+pub(crate) struct Keep {
+    pub(crate) device: Device,
+    pub(crate) dtype: DType,
+    /// Matrices are packed to eight bits, as far as their shapes allow.
+    pub(crate) eight_bits: bool,
+}
+
+/// Tensors of a model as they are read: each is checked against the configuration and brought to where it is kept before the next one.
+pub struct Gathered {
+    /// What is still to come, in the order of the configuration; nothing is known of a foreign family's before its decoder is built.
+    missing: Option<Vec<(String, Vec<usize>)>>,
+    left_out: Vec<String>,
+    weights: Weights,
+    keep: Option<Keep>,
+}
+
+impl Gathered {
+    /// Nothing yet.
+    pub(crate) fn new(config: &ModelConfig, keep: Keep) -> Self {
+        Self { keep: Some(keep), ..Self::as_they_are(config) }
+    }
+
+    /// Nothing yet; tensors stay where they are.
+    pub fn as_they_are(config: &ModelConfig) -> Self {
+        let missing = config.foreign.is_none().then(|| config.tensors());
+        Self { missing, left_out: Vec::new(), weights: Weights::default(), keep: None }
+    }
+
+    /// Whether the model has use for a tensor of that name. One that it has none for is remembered.
+    pub fn wants(&mut self, name: &str) -> bool {
+        let wanted =
+            self.missing.as_ref().is_none_or(|missing| missing.iter().any(|(known, _)| known == name));
+        if !wanted {
+            self.left_out.push(name.to_owned());
         }
-        let mut tensors = BTreeMap::new();
-        for (name, expected) in config.tensors() {
-            let Some(tensor) = found.remove(&name) else {
-                return Err(EngineError::MissingTensor { name, expected });
-            };
-            if tensor.dims() != expected {
-                return Err(EngineError::WrongShape { name, expected, found: tensor.dims().to_vec() });
+        wanted
+    }
+
+    /// Whether matrices are packed to eight bits, as far as their shapes allow.
+    pub(crate) fn packs(&self) -> bool {
+        self.keep.as_ref().is_some_and(|keep| keep.eight_bits)
+    }
+
+    /// Takes a tensor that is wanted.
+    pub fn add(&mut self, name: String, tensor: Tensor) -> Result<(), EngineError> {
+        self.check(&name, tensor.dims())?;
+        let Some(keep) = &self.keep else {
+            self.weights.tensors.insert(name, tensor);
+            return Ok(());
+        };
+        let tensor = tensor.to_device(&keep.device)?.to_dtype(keep.dtype)?;
+        let packed = if keep.eight_bits { packed(&name, &tensor)? } else { None };
+        self.weights.put(name, tensor, packed);
+        Ok(())
+    }
+
+    /// Takes the weight of a module that is wanted and was packed while it was read.
+    pub(crate) fn add_packed(&mut self, name: &str, packed: Packed) -> Result<(), EngineError> {
+        self.check(name, &packed.dims())?;
+        self.weights.packed.insert(module(name).unwrap_or(name).to_owned(), Arc::new(packed));
+        Ok(())
+    }
+
+    /// Strikes a tensor off, if it has the shape that it should have.
+    fn check(&mut self, name: &str, found: &[usize]) -> Result<(), EngineError> {
+        let Some(missing) = &mut self.missing else { return Ok(()) };
+        match missing.iter().position(|(known, _)| known == name) {
+            Some(at) if missing[at].1 == found => {
+                missing.remove(at);
+                Ok(())
             }
-            tensors.insert(name, tensor);
+            at => {
+                let expected = at.map(|at| missing.remove(at).1).unwrap_or_default();
+                Err(EngineError::WrongShape { name: name.to_owned(), expected, found: found.to_vec() })
+            }
         }
-        if !found.is_empty() {
-            let names: Vec<_> = found.keys().take(5).collect();
+    }
+
+    /// All of them. Tensors that the model does not use were left out and are named in the log; a tied model may carry an output
+    /// layer, which it does not use either.
+    pub fn finish(self) -> Result<Weights, EngineError> {
+        if let Some((name, expected)) = self.missing.into_iter().flatten().next() {
+            return Err(EngineError::MissingTensor { name, expected });
+        }
+        if !self.left_out.is_empty() {
+            let names: Vec<_> = self.left_out.iter().take(5).collect();
             tracing::warn!(
-                count = found.len(),
+                count = self.left_out.len(),
                 ?names,
                 "tensors that the architecture does not use were left out"
             );
         }
-        Ok(Self { tensors, ..Self::default() })
+        Ok(self.weights)
+    }
+}
+
+/// The module whose weight has that name.
+fn module(name: &str) -> Option<&str> {
+    name.strip_suffix(".weight")
+}
+
+/// A matrix of a language model in eight bits, if it is one and can be.
+fn packed(name: &str, tensor: &Tensor) -> Result<Option<Packed>, EngineError> {
+    if tensor.rank() != 2 || !fused(tensor) || module(name).is_none_or(|module| module == "score") {
+        return Ok(None);
+    }
+    Ok(Packed::new(tensor)?)
+}
+
+impl Weights {
+    /// Checks that every tensor of `config` is there with its shape.
+    pub fn new(found: BTreeMap<String, Tensor>, config: &ModelConfig) -> Result<Self, EngineError> {
+        let mut gathered = Gathered::as_they_are(config);
+        for (name, tensor) in found {
+            if gathered.wants(&name) {
+                gathered.add(name, tensor)?;
+            }
+        }
+        gathered.finish()
+    }
+
+    fn put(&mut self, name: String, tensor: Tensor, packed: Option<Packed>) {
+        match (packed, module(&name)) {
+            (Some(packed), Some(module)) => {
+                self.packed.insert(module.to_owned(), Arc::new(packed));
+            }
+            _ => {
+                self.tensors.insert(name, tensor);
+            }
+        }
+    }
+
+    /// The same with matrices of eight bits, for serving models that were quantised already: where the fast kernels are; elsewhere
+    /// and where a shape does not fit, matrices stay as they are.
+    pub fn in_eight_bits(&self) -> Result<Self, EngineError> {
+        if !is_fast() {
+            return Ok(self.clone());
+        }
+        let mut all = Self { tensors: BTreeMap::new(), ..self.clone() };
+        for (name, tensor) in &self.tensors {
+            let adapted = module(name).is_some_and(|module| self.adapters.contains_key(module));
+            let packed = if adapted { None } else { packed(name, tensor)? };
+            all.put(name.clone(), tensor.clone(), packed);
+        }
+        Ok(all)
+    }
+
+    /// Where the embedding is.
+    pub(crate) fn device(&self) -> Result<Device, EngineError> {
+        const EMBEDDING: &str = "model.embed_tokens";
+        if self.packed.contains_key(EMBEDDING) {
+            return Ok(Device::Cpu);
+        }
+        Ok(self.get(&format!("{EMBEDDING}.weight"))?.device().clone())
     }
 
     /// The tensor of that name; `new` has checked that it is there.
@@ -72,7 +205,7 @@ impl Weights {
         self.tensors.iter()
     }
 
-    /// Copies to a device and type.
+    /// Copies the tensors to a device and type.
     pub fn to(&self, device: &Device, dtype: DType) -> Result<Self, EngineError> {
         let moved = self
             .tensors
@@ -84,8 +217,8 @@ impl Weights {
 
     /// What device `rank` of `devices` holds: its share of every block's heads and inner columns, and all of the rest.
     pub(crate) fn share(&self, rank: usize, devices: usize, device: &Device) -> Result<Self, EngineError> {
-        if !self.adapters.is_empty() || !self.quantised.is_empty() {
-            let problem = "a model with adapters is not shared out over devices: merge them first";
+        if !self.adapters.is_empty() || !self.quantised.is_empty() || !self.packed.is_empty() {
+            let problem = "a model with adapters or packed matrices is not shared out over devices";
             return Err(EngineError::Stopped(problem.to_owned()));
         }
         let cut = |tensor: &Tensor, dim: usize| {
@@ -127,6 +260,7 @@ impl Weights {
         Self {
             tensors: self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.detach())).collect(),
             quantised: self.quantised.clone(),
+            packed: self.packed.clone(),
             adapters: adapters.collect(),
         }
     }
@@ -158,6 +292,10 @@ impl Weights {
 
     pub(crate) fn adapter(&self, module: &str) -> Option<Adapter> {
         self.adapters.get(module).cloned()
+    }
+
+    pub(crate) fn packed(&self, module: &str) -> Option<Arc<Packed>> {
+        self.packed.get(module).cloned()
     }
 
     pub(crate) fn quantised(&self, module: &str) -> Option<Arc<QTensor>> {

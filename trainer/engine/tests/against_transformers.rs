@@ -26,9 +26,15 @@ struct Fixture {
 }
 
 fn fixture(name: &str) -> Fixture {
+    changed_fixture(name, |_| (), "expected.safetensors")
+}
+
+fn changed_fixture(name: &str, change: impl FnOnce(&mut Value), expected: &str) -> Fixture {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name);
     let path = folder.join("config.json");
-    let config = ModelConfig::from_json(&std::fs::read_to_string(&path).unwrap(), &path).unwrap();
+    let mut json: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    change(&mut json);
+    let config = ModelConfig::from_json(&json.to_string(), &path).unwrap();
     let tensors = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
     let weights = Weights::new(tensors.into_iter().collect(), &config).unwrap();
     let rows: serde_json::Value =
@@ -36,7 +42,7 @@ fn fixture(name: &str) -> Fixture {
     Fixture {
         model: CausalLm::new(&config, &weights).unwrap(),
         rows: serde_json::from_value(rows["rows"].clone()).unwrap(),
-        expected: candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap(),
+        expected: candle_core::safetensors::load(folder.join(expected), &Device::Cpu).unwrap(),
     }
 }
 
@@ -52,8 +58,12 @@ const FAMILIES: [&str; 3] = ["qwen2", "qwen3", "llama"];
 
 #[test]
 fn logits_of_packed_rows_agree() {
-    for name in FAMILIES {
-        let fixture = fixture(name);
+    let yarn = |config: &mut Value| {
+        config["rope_parameters"] = json!({"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0,
+            "original_max_position_embeddings": 128});
+    };
+    let stretched = ("qwen2 with YaRN", changed_fixture("qwen2", yarn, "yarn.safetensors"));
+    for (name, fixture) in FAMILIES.map(|name| (name, fixture(name))).into_iter().chain([stretched]) {
         let batch = Batch::new(fixture.rows.iter().map(|row| (row.as_slice(), 0)));
         let logits = fixture.model.logits(&fixture.model.hidden(&batch).unwrap()).unwrap();
         for (i, segment) in batch.segments.iter().enumerate() {

@@ -6,10 +6,13 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use potstill_engine::EngineError;
+use potstill_engine::batch::Batch;
 use potstill_engine::checkpoint_files::{write_model, write_tensors};
 use potstill_engine::config::ModelConfig;
 use potstill_engine::gguf_files::{Format, write_gguf};
-use potstill_engine::loader::{LoadedModel, load};
+use potstill_engine::loader::{LoadedModel, load, load_to_serve};
+use potstill_engine::model::CausalLm;
+use potstill_engine::ops::packed::is_fast;
 use potstill_engine::weights::Weights;
 use proptest::prelude::*;
 
@@ -58,7 +61,7 @@ fn a_wrong_shape_is_named_with_both_shapes() {
     edit(folder.path(), "config.json", |config| config["intermediate_size"] = 400.into());
     let error = error_of(folder.path());
     assert!(
-        error.contains("[400, 128]") && error.contains("[384, 128]") && error.contains("gate_proj"),
+        error.contains("[128, 400]") && error.contains("[128, 384]") && error.contains("down_proj"),
         "{error}"
     );
 }
@@ -155,6 +158,48 @@ fn stretched_frequencies_of_llama_3_survive_gguf() {
     assert!(refused(&short).contains("no form in GGUF"), "no frequency is divided by the whole factor");
     json["rope_parameters"] = stretched(2.0);
     assert!(refused(&json).contains("no form in GGUF"));
+
+    // YaRN has its numbers in the file.
+    json["rope_parameters"] =
+        serde_json::json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096});
+    let written = model(read(&json));
+    write_gguf(&path, &written, "x", Format::F16, None).unwrap();
+    let again = load(&path, &Device::Cpu, DType::F32).unwrap();
+    assert_eq!(again.config.rope_scaling, written.config.rope_scaling);
+    assert_eq!(again.config.max_positions, 16_384);
+    json["rope_parameters"]["beta_fast"] = 16.0.into();
+    assert!(refused(&json).contains("`yarn` with the numbers of the paper"));
+}
+
+/// What is packed while it is read is what is packed afterwards; and it takes no more room for it.
+#[test]
+fn a_model_that_is_loaded_to_serve_computes_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, format) in [("q8_0", Format::Q8_0), ("q4_k_m", Format::Q4KM), ("f16", Format::F16)] {
+        let path = folder.path().join(format!("{name}.gguf"));
+        write_gguf(&path, &teacher_of_bytes(), name, format, None).unwrap();
+        let dense = load(&path, &Device::Cpu, DType::F32).unwrap();
+        let served = load_to_serve(&path, &[Device::Cpu]).unwrap();
+        let packed =
+            if dense.quantised { dense.weights.in_eight_bits().unwrap() } else { dense.weights.clone() };
+        let tokens: Vec<u32> = (0..23).map(|at| at * 5 % 28).collect();
+        let batch = Batch::new([(tokens.as_slice(), 0)]);
+        let logits = |weights: &Weights| {
+            let model = CausalLm::new(&dense.config, weights).unwrap();
+            model.logits(&model.hidden(&batch).unwrap()).unwrap().to_vec2::<f32>().unwrap()
+        };
+        assert_eq!(logits(&served.weights), logits(&packed), "{name}");
+        let exact = logits(&dense.weights);
+        let off = logits(&served.weights).concat().into_iter().zip(exact.concat());
+        let off = off.map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        let most = exact.concat().into_iter().map(f32::abs).fold(0f32, f32::max);
+        assert!(off < 0.05 * most, "{name}: logits of up to {most} are off by {off}");
+        if dense.quantised && is_fast() {
+            let matrices =
+                |weights: &Weights| weights.iter().filter(|(_, tensor)| tensor.rank() == 2).count();
+            assert!(matrices(&dense.weights) > 0 && matrices(&served.weights) == 0, "{name}");
+        }
+    }
 }
 
 proptest! {

@@ -96,11 +96,11 @@ proptest! {
     }
 
     #[test]
-    fn rope_agrees(rows in 1usize..200, heads in 1usize..5, half in 1usize..20, seed: u64) {
+    fn rope_agrees(rows in 1usize..200, heads in 1usize..5, half in 1usize..20, magnitude in 0.5f32..2.0, seed: u64) {
         let x = random(&[rows, heads * half * 2], seed);
         let positions: Vec<u32> = (0..rows as u32).map(|i| i * 7 % 101).collect();
         let frequencies: Vec<f32> = (0..half).map(|i| 1.0 / (1.0 + i as f32)).collect();
-        let rotary = Rotary::new(&positions, &frequencies);
+        let rotary = Rotary::new(&positions, &frequencies, magnitude);
         same(&[&x], &rotary.apply(&x).unwrap(), &rotary.plain(&x).unwrap());
     }
 

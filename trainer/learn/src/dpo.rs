@@ -176,7 +176,7 @@ pub(crate) fn softplus(x: &Tensor) -> candle_core::Result<Tensor> {
 /// `log π` of the learnt tokens of chosen, rejected, chosen, …: `[2 n]`.
 fn sequence_log_probs(lm: &CausalLm, pairs: &[&Pair]) -> Result<Tensor, LearnError> {
     let learnt = Learnt::new(pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]));
-    let each = linear_log_prob(&learnt.hidden(lm)?, lm.head(), &learnt.targets, lm.precision())?;
+    let each = linear_log_prob(&learnt.hidden(lm)?, lm.head()?, &learnt.targets, lm.precision())?;
     Ok(sum_by(&each, &learnt.counts)?)
 }
 

@@ -418,7 +418,7 @@ fn token_log_probs(
         let lm = beside.map_or(&replica.lm, |beside| &beside[replica.rank]);
         let learnt = Learnt::new(micro.iter().map(|&index| &examples[index]));
         let hidden = (learnt.hidden(lm)?.detach() / config.temperature)?;
-        let head = lm.head().detach();
+        let head = lm.head()?.detach();
         let values = linear_log_prob(&hidden, &head, &learnt.targets, lm.precision())?.to_vec1::<f32>()?;
         let mut rest = values.as_slice();
         let mut by_example = Vec::with_capacity(micro.len());
@@ -451,7 +451,7 @@ fn policy_gradients(
     let parts = learner.share(&used, &lengths, config.run.micro_batch_tokens, |replica, micro| {
         let learnt = Learnt::new(micro.iter().map(|&index| &experience.examples[index]));
         let hidden = (learnt.hidden(&replica.lm)? / config.temperature)?;
-        let (head, precision) = (replica.lm.head(), replica.lm.precision());
+        let (head, precision) = (replica.lm.head()?, replica.lm.precision());
         let log_probs = linear_log_prob(&hidden, head, &learnt.targets, precision)?;
         let gather = |rows: &Option<Vec<Vec<f32>>>| -> Result<Option<Tensor>, LearnError> {
             let Some(rows) = rows else { return Ok(None) };

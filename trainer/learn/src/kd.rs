@@ -373,7 +373,7 @@ pub fn kd_loss(
         logits.iter_mut().for_each(|gradient| *gradient *= factor);
         loss
     };
-    Ok(linear_loss(&learnt.hidden(lm)?, lm.head(), lm.precision(), &scaled)?)
+    Ok(linear_loss(&learnt.hidden(lm)?, lm.head()?, lm.precision(), &scaled)?)
 }
 
 /// `(1 - r) CE + r D` of one row; leaves the gradient by the logits in their place.

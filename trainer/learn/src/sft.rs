@@ -66,7 +66,7 @@ pub fn sft_loss<'a>(
 ) -> Result<Tensor, LearnError> {
     let learnt = Learnt::new(examples);
     let hidden = learnt.hidden(lm)?;
-    Ok(linear_cross_entropy(&hidden, lm.head(), &learnt.targets, normaliser, lm.precision())?)
+    Ok(linear_cross_entropy(&hidden, lm.head()?, &learnt.targets, normaliser, lm.precision())?)
 }
 
 /// The rows of a batch that predict a learnt token, and these tokens.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use potstill_engine::device;
-use potstill_engine::loader::load;
+use potstill_engine::loader::load_to_serve;
 use potstill_engine::sampler::Sampling;
 use potstill_engine::scheduler::{Engine, Request, SchedulerConfig, Update};
 use rand::{Rng, SeedableRng};
@@ -90,8 +90,7 @@ pub fn run(arguments: &ArrivalArguments) -> anyhow::Result<ArrivalReport> {
         "--requests and --threads must be at least 1"
     );
     device::set_threads(arguments.threads);
-    let device = device::parse("cpu")?;
-    let model = load(&arguments.model, &device, device::compute_type(&device))
+    let model = load_to_serve(&arguments.model, &[device::parse("cpu")?])
         .with_context(|| format!("cannot load `{}`", arguments.model.display()))?;
     let arrivals = arrivals(arguments, model.config.vocab_size);
     let tokens: usize = arrivals.iter().map(|arrival| arrival.answer).sum();

@@ -16,9 +16,10 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod long;
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::with_values;
@@ -27,6 +28,8 @@ use super::with_values;
 const BLOCK: usize = 32;
 /// Rows that lie side by side.
 const LANES: usize = 16;
+/// Groups of as many rows that are packed at a time.
+const BAND: usize = 16;
 /// Activation rows that are multiplied in one go, at most.
 const TILE: usize = 16;
 /// Tiles that are rounded in one task, at least.
@@ -163,7 +166,16 @@ impl Packed {
     /// Packs a matrix of f32 on the CPU; none when its columns do not fill blocks.
     pub fn new(weight: &Tensor) -> Result<Option<Self>> {
         let (rows, columns) = weight.dims2()?;
-        if !columns.is_multiple_of(BLOCK) {
+        Self::from_rows(rows, columns, |band| weight.narrow(0, band.start, band.len()))
+    }
+
+    /// Packs a matrix that is given some rows at a time, by several threads at once, so that it is never held in f32 as a whole.
+    pub fn from_rows(
+        rows: usize,
+        columns: usize,
+        some: impl Fn(Range<usize>) -> Result<Tensor> + Sync,
+    ) -> Result<Option<Self>> {
+        if columns == 0 || !columns.is_multiple_of(BLOCK) {
             return Ok(None);
         }
         let (groups, blocks) = (rows.div_ceil(LANES), columns / BLOCK);
@@ -173,30 +185,42 @@ impl Packed {
             weights: vec![128; groups * blocks * LANES * BLOCK],
             scales: vec![0.0; groups * blocks * LANES],
         };
-        let (weights, scales) = (&mut packed.weights, &mut packed.scales);
-        with_values([weight], |[values]| {
-            weights
-                .par_chunks_mut(blocks * LANES * BLOCK)
-                .zip(scales.par_chunks_mut(blocks * LANES))
-                .enumerate()
-                .for_each(|(group, (weights, scales))| {
-                    for lane in 0..LANES.min(rows - group * LANES) {
-                        let row = &values[(group * LANES + lane) * columns..][..columns];
-                        for (block, values) in row.chunks_exact(BLOCK).enumerate() {
-                            let most = values.iter().fold(0f32, |most, value| most.max(value.abs()));
-                            let scale = most / 127.0;
-                            scales[block * LANES + lane] = scale;
-                            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-                            for (at, value) in values.iter().enumerate() {
-                                let byte = ((value * inverse).round() as i32 + 128) as u8;
-                                weights[block * LANES * BLOCK + (at / 4) * 4 * LANES + lane * 4 + at % 4] =
-                                    byte;
-                            }
-                        }
-                    }
-                });
+        let weights = packed.weights.par_chunks_mut(BAND * blocks * LANES * BLOCK);
+        let bands = weights.zip(packed.scales.par_chunks_mut(BAND * blocks * LANES));
+        bands.enumerate().try_for_each(|(at, (weights, scales))| {
+            let first = at * BAND * LANES;
+            let band = first..rows.min(first + BAND * LANES);
+            let (count, tensor) = (band.len(), some(band)?);
+            if tensor.dims() != [count, columns] {
+                candle_core::bail!("{:?} in place of {count} rows of {columns}", tensor.dims());
+            }
+            with_values([&tensor], |[values]| pack(values, blocks, weights, scales))
         })?;
         Ok(Some(packed))
+    }
+
+    /// Rows of the matrix itself, `[rows.len(), columns]`: what an embedding gives for tokens.
+    pub fn select(&self, rows: &[u32]) -> Result<Tensor> {
+        let mut values = Vec::with_capacity(rows.len() * self.columns);
+        for &row in rows {
+            let row = row as usize;
+            if row >= self.rows {
+                candle_core::bail!("row {row} of a matrix of {}", self.rows);
+            }
+            let (group, lane, blocks) = (row / LANES, row % LANES, self.columns / BLOCK);
+            for block in group * blocks..(group + 1) * blocks {
+                let scale = self.scales[block * LANES + lane];
+                let quads = self.weights[block * LANES * BLOCK..][..LANES * BLOCK].chunks_exact(4 * LANES);
+                let bytes = quads.flat_map(|quad| &quad[lane * 4..][..4]);
+                values.extend(bytes.map(|byte| (f32::from(*byte) - 128.0) * scale));
+            }
+        }
+        Tensor::from_vec(values, (rows.len(), self.columns), &Device::Cpu)
+    }
+
+    /// Rows and columns.
+    pub fn dims(&self) -> [usize; 2] {
+        [self.rows, self.columns]
     }
 
     /// Bytes that it holds.
@@ -237,6 +261,27 @@ impl Packed {
     /// Groups of rows that lie side by side.
     fn groups(&self) -> usize {
         self.rows.div_ceil(LANES)
+    }
+}
+
+/// Packs rows of so many blocks.
+fn pack(values: &[f32], blocks: usize, weights: &mut [u8], scales: &mut [f32]) {
+    for (row, values) in values.chunks_exact(blocks * BLOCK).enumerate() {
+        let (group, lane) = (row / LANES, row % LANES);
+        for (block, values) in values.chunks_exact(BLOCK).enumerate() {
+            let block = group * blocks + block;
+            let most = values.iter().fold(0f32, |most, value| most.max(value.abs()));
+            let scale = most / 127.0;
+            scales[block * LANES + lane] = scale;
+            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+            let quads = weights[block * LANES * BLOCK..][..LANES * BLOCK].chunks_exact_mut(4 * LANES);
+            for (quad, four) in quads.zip(values.chunks_exact(4)) {
+                for (byte, value) in quad[lane * 4..][..4].iter_mut().zip(four) {
+                    // To the nearest whole number, as what is cut off is positive.
+                    *byte = (value * inverse + 128.5) as u8;
+                }
+            }
+        }
     }
 }
 
@@ -477,7 +522,6 @@ fn plain(weights: &[u8], scales: &[f32], activations: &Activations, first: usize
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
     use proptest::prelude::*;
 
     use super::super::noise;
@@ -485,6 +529,24 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Rows that are looked up are those that were packed, rounded.
+        #[test]
+        fn selected_rows_are_those_of_the_matrix(rows in 1usize..70, blocks in 1usize..6, seed in any::<u64>()) {
+            let columns = blocks * BLOCK;
+            let mut next = noise(seed);
+            let weight: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
+            let packed = Packed::new(&Tensor::from_slice(&weight, (rows, columns), &Device::Cpu).unwrap()).unwrap().unwrap();
+            let wanted: Vec<u32> = (0..rows as u32).rev().collect();
+            let found = packed.select(&wanted).unwrap().to_vec2::<f32>().unwrap();
+            for (row, values) in wanted.iter().zip(found) {
+                for (column, value) in values.into_iter().enumerate() {
+                    prop_assert_eq!(value, packed.weight(*row as usize, column));
+                    prop_assert!((value - weight[*row as usize * columns + column]).abs() < 0.005);
+                }
+            }
+            prop_assert!(packed.select(&[rows as u32]).is_err());
+        }
 
         /// Every kernel is its plain twin, and all are near the product of what was packed.
         #[test]

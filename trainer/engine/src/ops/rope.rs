@@ -19,16 +19,16 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// For rows at `positions`, with one inverse frequency per pair.
-    pub fn new(positions: &[u32], inverse_frequencies: &[f32]) -> Self {
+    /// For rows at `positions`, with one inverse frequency per pair; what is rotated gets `magnitude` times as long.
+    pub fn new(positions: &[u32], inverse_frequencies: &[f32], magnitude: f32) -> Self {
         let half = inverse_frequencies.len();
         let (mut cos, mut sin) =
             (Vec::with_capacity(positions.len() * half), Vec::with_capacity(positions.len() * half));
         for &position in positions {
             for &frequency in inverse_frequencies {
                 let (s, c) = (position as f32 * frequency).sin_cos();
-                cos.push(c);
-                sin.push(s);
+                cos.push(c * magnitude);
+                sin.push(s * magnitude);
             }
         }
         Self { cos: Arc::new(cos), sin: Arc::new(sin), half }

@@ -1,0 +1,78 @@
+//! A safetensors file, read tensor by tensor: a model takes no more room while it is loaded than it takes afterwards.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::tensor::Metadata;
+
+use crate::error::EngineError;
+
+/// Bytes of the number that says how long the header is.
+const LENGTH: u64 = 8;
+/// Longest header, as the format has it.
+const LONGEST_HEADER: u64 = 100_000_000;
+
+/// An open file whose header fits it.
+pub(crate) struct Shard {
+    path: PathBuf,
+    file: File,
+    metadata: Metadata,
+    /// Where the values begin.
+    start: u64,
+}
+
+impl Shard {
+    /// Reads the header and holds it against the length of the file.
+    pub(crate) fn open(path: &Path) -> Result<Self, EngineError> {
+        let read = |source| EngineError::Read { path: path.to_owned(), source };
+        let unreadable = |problem: String| {
+            EngineError::malformed(path, format!("not a readable safetensors file: {problem}"))
+        };
+        let mut file = File::open(path).map_err(read)?;
+        let size = file.metadata().map_err(read)?.len();
+        let mut length = [0; LENGTH as usize];
+        if size < LENGTH {
+            return Err(unreadable("it is too short for a header".to_owned()));
+        }
+        file.read_exact(&mut length).map_err(read)?;
+        let length = u64::from_le_bytes(length);
+        if length > LONGEST_HEADER.min(size - LENGTH) {
+            return Err(unreadable(format!("a header of {length} bytes in a file of {size}")));
+        }
+        let mut header = vec![0; length as usize];
+        file.read_exact(&mut header).map_err(read)?;
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|error| unreadable(error.to_string()))?;
+        let start = LENGTH + length;
+        if start.checked_add(metadata.data_len() as u64) != Some(size) {
+            let values = metadata.data_len();
+            return Err(unreadable(format!(
+                "a header of {length} bytes and {values} of values in a file of {size}"
+            )));
+        }
+        Ok(Self { path: path.to_owned(), file, metadata, start })
+    }
+
+    /// The names of its tensors, in the order of the file.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.metadata.offset_keys()
+    }
+
+    /// The tensor of that name, on the CPU.
+    pub(crate) fn tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
+        let read = |source| EngineError::Read { path: self.path.clone(), source };
+        let info = self
+            .metadata
+            .info(name)
+            .ok_or_else(|| EngineError::MissingTensor { name: name.to_owned(), expected: Vec::new() })?;
+        let (begin, end) = info.data_offsets;
+        let mut bytes = vec![0; end - begin];
+        self.file.seek(SeekFrom::Start(self.start + begin as u64)).map_err(read)?;
+        self.file.read_exact(&mut bytes).map_err(read)?;
+        let tensor = DType::try_from(info.dtype)
+            .and_then(|dtype| Tensor::from_raw_buffer(&bytes, dtype, &info.shape, &Device::Cpu));
+        tensor.map_err(|error| EngineError::malformed(&self.path, format!("tensor `{name}`: {error}")))
+    }
+}
