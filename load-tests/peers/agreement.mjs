@@ -34,7 +34,8 @@ const port = await new Promise((resolve) => {
         probe.close(() => resolve(port));
     });
 });
-const node = spawn(program, ["serve", "--model", file, "--name", "m", "--port", String(port)], { stdio: "ignore" });
+const node = spawn(program, ["serve", "--model", file, "--name", "m", "--port", String(port)],
+    { stdio: ["ignore", "ignore", "inherit"] });
 const post = async (route, body) => {
     const answer = await fetch(`http://127.0.0.1:${port}${route}`,
         { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
@@ -43,6 +44,7 @@ const post = async (route, body) => {
 };
 try {
     while (!await fetch(`http://127.0.0.1:${port}/health`).then((answer) => answer.ok, () => false)) {
+        if (node.exitCode !== null) throw new Error(`${program} ended with ${node.exitCode}`);
         await new Promise((resolve) => setTimeout(resolve, 100));
     }
     const own = (await post("/tokenize", { model: "m", prompt: text })).tokens.slice(0, TOKENS);

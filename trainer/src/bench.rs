@@ -47,6 +47,9 @@ pub struct BenchArguments {
     /// `cpu`, `cuda` or `cuda:N`; several with commas between them share the model out.
     #[arg(long, default_value = "cpu")]
     pub device: String,
+    /// Round the matrices to eight bits, as `potstill serve --eight-bits` does.
+    #[arg(long)]
+    pub eight_bits: bool,
     /// Times that each is measured; the fastest counts.
     #[arg(long, default_value_t = 3)]
     pub rounds: usize,
@@ -116,7 +119,7 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     let devices = device::parse_all(&arguments.device)?;
     let path = arguments.model.as_ref().context("--model is missing")?;
     let failed = || format!("cannot load `{}`", path.display());
-    let loaded = load_to_serve(path, &devices).with_context(failed)?;
+    let loaded = load_to_serve(path, &devices, arguments.eight_bits).with_context(failed)?;
     let parameters = loaded.config.parameters() as u64;
     let most = loaded.config.max_positions;
     let model = ShardedLm::new(&loaded, &devices)?;

@@ -9,7 +9,7 @@ use candle_core::{DType, Device};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::config::{ModelConfig, OneOrMany};
+use crate::config::{Family, ModelConfig, OneOrMany};
 use crate::device::compute_type;
 use crate::error::EngineError;
 use crate::gguf::Gguf;
@@ -30,7 +30,7 @@ pub struct LoadedModel {
     pub tokenizer: Tokenizer,
     /// Its chat template.
     pub template: Arc<ChatTemplate>,
-    /// Its matrices were quantised in the file, so that eight bits lose next to nothing more.
+    /// Its matrices were quantised in the file, so that eight bits lose next to nothing more, or are wanted in eight bits all the same.
     pub quantised: bool,
 }
 
@@ -43,24 +43,39 @@ impl LoadedModel {
 
 /// Loads `path` and brings the weights to `device` and `dtype`.
 pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<LoadedModel, EngineError> {
-    from(path, device, dtype, false)
+    from(path, Keep { device: device.clone(), dtype, eight_bits: false }, false)
 }
 
-/// Loads `path` to be served, and nothing else, by `devices`: matrices that are quantised in the file are packed to eight bits as they are
-/// read, where products of those are fast. What several devices share out lies on the CPU first.
-pub fn load_to_serve(path: &Path, devices: &[Device]) -> Result<LoadedModel, EngineError> {
-    let [only] = devices else {
-        return from(path, &Device::Cpu, devices.first().map_or(DType::F32, compute_type), false);
+/// Loads `path` to be served, and nothing else, by `devices`: matrices that are quantised in the file, or all of them if `eight_bits`
+/// says so, are packed to eight bits as they are read, where products of those are fast. What several devices share out lies on the CPU first.
+pub fn load_to_serve(path: &Path, devices: &[Device], eight_bits: bool) -> Result<LoadedModel, EngineError> {
+    let (device, packs) = match devices {
+        [only] => (only, only.is_cpu() && is_fast()),
+        _ => (&Device::Cpu, false),
     };
-    from(path, only, compute_type(only), only.is_cpu() && is_fast())
+    let dtype = devices.first().map_or(DType::F32, compute_type);
+    if !eight_bits {
+        return from(path, Keep { device: device.clone(), dtype, eight_bits: packs }, false);
+    }
+    if devices.iter().any(|device| !device.is_cpu()) {
+        let (expected, found) = ("`cpu`, where matrices are to have eight bits", "another".to_owned());
+        return Err(EngineError::Parameter { name: "device", expected, found });
+    }
+    let model = from(path, Keep { device: device.clone(), dtype, eight_bits: packs }, true)?;
+    if let Family::Foreign(family) = model.config.family {
+        let problem =
+            "its matrices cannot be packed to eight bits: its decoder is not defined here".to_owned();
+        return Err(EngineError::Foreign { family: family.name(), problem });
+    }
+    Ok(LoadedModel { quantised: true, ..model })
 }
 
-fn from(path: &Path, device: &Device, dtype: DType, eight_bits: bool) -> Result<LoadedModel, EngineError> {
-    let keep = Keep { device: device.clone(), dtype, eight_bits };
+/// Packs what `keep` allows it to: quantised matrices, or `all`.
+fn from(path: &Path, keep: Keep, all: bool) -> Result<LoadedModel, EngineError> {
     if path.is_dir() {
-        from_folder(path, keep)
+        from_folder(path, keep, all)
     } else if path.extension().is_some_and(|extension| extension == "gguf") {
-        from_gguf(path, keep)
+        from_gguf(path, keep, all)
     } else {
         Err(EngineError::malformed(path, "neither a model folder nor a `.gguf` file"))
     }
@@ -96,9 +111,14 @@ fn parse<T: for<'de> Deserialize<'de>>(text: &str, path: &Path) -> Result<T, Eng
     serde_json::from_str(text).map_err(|error| EngineError::malformed(path, error.to_string()))
 }
 
-fn from_folder(folder: &Path, mut keep: Keep) -> Result<LoadedModel, EngineError> {
+fn from_folder(folder: &Path, mut keep: Keep, all: bool) -> Result<LoadedModel, EngineError> {
     let config_path = folder.join("config.json");
     let mut config = ModelConfig::from_json(&read(&config_path)?, &config_path)?;
+    if let (Family::Foreign(family), true) = (config.family, all) {
+        let problem =
+            "its matrices cannot be packed to eight bits: its decoder is not defined here".to_owned();
+        return Err(EngineError::Foreign { family: family.name(), problem });
+    }
     let tokenizer_path = folder.join("tokenizer.json");
     let tokenizer = Tokenizer::from_json(&read(&tokenizer_path)?, &tokenizer_path)?;
     if tokenizer.len() > config.vocab_size {
@@ -131,7 +151,7 @@ fn from_folder(folder: &Path, mut keep: Keep) -> Result<LoadedModel, EngineError
     });
     let bos_text = token_text(names.bos_token.as_ref());
     let template = template(source.as_deref(), bos_text, eos_text, &tokenizer, &config)?;
-    keep.eight_bits = false;
+    keep.eight_bits &= all;
     if let Some(foreign) = &config.foreign {
         keep.dtype = foreign.dtype(keep.dtype);
     }
@@ -148,7 +168,7 @@ fn from_folder(folder: &Path, mut keep: Keep) -> Result<LoadedModel, EngineError
     Ok(LoadedModel { config, weights, tokenizer, template, quantised: false })
 }
 
-fn from_gguf(path: &Path, mut keep: Keep) -> Result<LoadedModel, EngineError> {
+fn from_gguf(path: &Path, mut keep: Keep, all: bool) -> Result<LoadedModel, EngineError> {
     let mut gguf = Gguf::open(path)?;
     let mut config = gguf.config()?;
     let tokenizer = gguf.tokenizer()?;
@@ -160,7 +180,7 @@ fn from_gguf(path: &Path, mut keep: Keep) -> Result<LoadedModel, EngineError> {
     let (bos, eos) = (text_of(config.bos), text_of(config.eos.first().copied()));
     let template = template(source.as_deref(), bos, eos, &tokenizer, &config)?;
     let quantised = gguf.is_quantised();
-    keep.eight_bits &= quantised;
+    keep.eight_bits &= quantised || all;
     let mut gathered = Gathered::new(&config, keep);
     gguf.tensors(&config, &mut gathered)?;
     let weights = gathered.finish()?;

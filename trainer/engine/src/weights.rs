@@ -9,7 +9,6 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use crate::config::ModelConfig;
 use crate::error::EngineError;
-use crate::ops::fused;
 use crate::ops::packed::{Packed, is_fast};
 
 /// What LoRA (Hu et al. 2021) adds to a frozen matrix: `scale B A`.
@@ -86,16 +85,21 @@ impl Gathered {
             self.weights.tensors.insert(name, tensor);
             return Ok(());
         };
-        let tensor = tensor.to_device(&keep.device)?.to_dtype(keep.dtype)?;
-        let packed = if keep.eight_bits { packed(&name, &tensor)? } else { None };
-        self.weights.put(name, tensor, packed);
+        if keep.eight_bits
+            && let Some(packed) = packed(&name, &tensor)?
+        {
+            self.weights.put_packed(&name, packed);
+        } else {
+            let tensor = tensor.to_device(&keep.device)?.to_dtype(keep.dtype)?;
+            self.weights.tensors.insert(name, tensor);
+        }
         Ok(())
     }
 
     /// Takes the weight of a module that is wanted and was packed while it was read.
     pub(crate) fn add_packed(&mut self, name: &str, packed: Packed) -> Result<(), EngineError> {
         self.check(name, &packed.dims())?;
-        self.weights.packed.insert(module(name).unwrap_or(name).to_owned(), Arc::new(packed));
+        self.weights.put_packed(name, packed);
         Ok(())
     }
 
@@ -139,7 +143,8 @@ fn module(name: &str) -> Option<&str> {
 
 /// A matrix of a language model in eight bits, if it is one and can be.
 fn packed(name: &str, tensor: &Tensor) -> Result<Option<Packed>, EngineError> {
-    if tensor.rank() != 2 || !fused(tensor) || module(name).is_none_or(|module| module == "score") {
+    if tensor.rank() != 2 || !tensor.device().is_cpu() || module(name).is_none_or(|module| module == "score")
+    {
         return Ok(None);
     }
     Ok(Packed::new(tensor)?)
@@ -157,15 +162,8 @@ impl Weights {
         gathered.finish()
     }
 
-    fn put(&mut self, name: String, tensor: Tensor, packed: Option<Packed>) {
-        match (packed, module(&name)) {
-            (Some(packed), Some(module)) => {
-                self.packed.insert(module.to_owned(), Arc::new(packed));
-            }
-            _ => {
-                self.tensors.insert(name, tensor);
-            }
-        }
+    fn put_packed(&mut self, name: &str, packed: Packed) {
+        self.packed.insert(module(name).unwrap_or(name).to_owned(), Arc::new(packed));
     }
 
     /// The same with matrices of eight bits, for serving models that were quantised already: where the fast kernels are; elsewhere
@@ -177,8 +175,11 @@ impl Weights {
         let mut all = Self { tensors: BTreeMap::new(), ..self.clone() };
         for (name, tensor) in &self.tensors {
             let adapted = module(name).is_some_and(|module| self.adapters.contains_key(module));
-            let packed = if adapted { None } else { packed(name, tensor)? };
-            all.put(name.clone(), tensor.clone(), packed);
+            if !adapted && let Some(packed) = packed(name, tensor)? {
+                all.put_packed(name, packed);
+            } else {
+                all.tensors.insert(name.clone(), tensor.clone());
+            }
         }
         Ok(all)
     }

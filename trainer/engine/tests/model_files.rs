@@ -179,7 +179,7 @@ fn a_model_that_is_loaded_to_serve_computes_the_same() {
         let path = folder.path().join(format!("{name}.gguf"));
         write_gguf(&path, &teacher_of_bytes(), name, format, None).unwrap();
         let dense = load(&path, &Device::Cpu, DType::F32).unwrap();
-        let served = load_to_serve(&path, &[Device::Cpu]).unwrap();
+        let served = load_to_serve(&path, &[Device::Cpu], false).unwrap();
         let packed =
             if dense.quantised { dense.weights.in_eight_bits().unwrap() } else { dense.weights.clone() };
         let tokens: Vec<u32> = (0..23).map(|at| at * 5 % 28).collect();

@@ -90,7 +90,7 @@ pub fn run(arguments: &ArrivalArguments) -> anyhow::Result<ArrivalReport> {
         "--requests and --threads must be at least 1"
     );
     device::set_threads(arguments.threads);
-    let model = load_to_serve(&arguments.model, &[device::parse("cpu")?])
+    let model = load_to_serve(&arguments.model, &[device::parse("cpu")?], false)
         .with_context(|| format!("cannot load `{}`", arguments.model.display()))?;
     let arrivals = arrivals(arguments, model.config.vocab_size);
     let tokens: usize = arrivals.iter().map(|arrival| arrival.answer).sum();

@@ -19,7 +19,7 @@ mod long;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::with_values;
@@ -163,13 +163,13 @@ pub fn is_fast() -> bool {
 }
 
 impl Packed {
-    /// Packs a matrix of f32 on the CPU; none when its columns do not fill blocks.
+    /// Packs a matrix on the CPU; none when its columns do not fill blocks.
     pub fn new(weight: &Tensor) -> Result<Option<Self>> {
         let (rows, columns) = weight.dims2()?;
-        Self::from_rows(rows, columns, |band| weight.narrow(0, band.start, band.len()))
+        Self::from_rows(rows, columns, |some| weight.narrow(0, some.start, some.len())?.to_dtype(DType::F32))
     }
 
-    /// Packs a matrix that is given some rows at a time, by several threads at once, so that it is never held in f32 as a whole.
+    /// Packs a matrix that is given in f32, some rows at a time, by several threads at once, so that it is never held in f32 as a whole.
     pub fn from_rows(
         rows: usize,
         columns: usize,
@@ -576,7 +576,7 @@ mod tests {
 
     #[test]
     fn columns_that_fill_no_block_are_refused() {
-        let weight = Tensor::zeros((4, 33), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let weight = Tensor::zeros((4, 33), DType::F32, &Device::Cpu).unwrap();
         assert!(Packed::new(&weight).unwrap().is_none());
     }
 }
