@@ -11,7 +11,7 @@ use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 use candle_core::{Device, Tensor};
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::{NFC, Prepend, Replace, Sequence as NormalizerSequence};
@@ -131,17 +131,16 @@ impl Gguf {
             ("yarn_beta_slow", 1.0),
             ("yarn_log_multiplier", 0.0),
         ] {
-            if let Some(other) = number(key).filter(|found| *found != usual) {
-                return Err(
-                    self.malformed(format!("rope scaling `yarn` with `{key}` of {other} is not supported"))
-                );
+            let value = self.content.metadata.get(&format!("{name}.rope.scaling.{key}"));
+            if value.is_some_and(|value| value.to_f32().ok() != Some(usual)) {
+                let problem =
+                    format!("rope scaling `yarn` with another `{key}` than {usual} is not supported");
+                return Err(self.malformed(problem));
             }
         }
         let original = self.integer(&format!("{name}.rope.scaling.original_context_length"));
         match (number("factor"), original) {
-            (Some(factor), Some(original)) if factor.is_finite() && factor > 0.0 => {
-                Ok(RopeScaling::yarn(factor, original as f32))
-            }
+            (Some(factor), Some(original)) => Ok(RopeScaling::yarn(factor, original as f32)),
             _ => Err(self.malformed("rope scaling `yarn` without `factor` and `original_context_length`")),
         }
     }
@@ -167,6 +166,8 @@ impl Gguf {
             Some("yarn") => Some(self.yarn(name)?),
             Some(other) => return Err(self.malformed(format!("rope scaling `{other}` is not supported"))),
         };
+        let checked = rope_scaling.map(RopeScaling::checked).transpose();
+        let rope_scaling = checked.map_err(|problem| self.malformed(format!("rope scaling: {problem}")))?;
         let vocab_size = match self.content.tensor_infos.get("token_embd.weight") {
             Some(info) => info.shape.dims().first().copied().unwrap_or_default(),
             None => {
@@ -236,12 +237,15 @@ impl Gguf {
     /// Gives the tensors that are wanted to `gathered`, as f32 under Hugging Face names, in the order of the file.
     pub fn tensors(&mut self, config: &ModelConfig, gathered: &mut Gathered) -> Result<(), EngineError> {
         let infos = self.content.tensor_infos.iter();
-        let mut names: Vec<(u64, String)> = infos.map(|(name, info)| (info.offset, name.clone())).collect();
+        let placed =
+            |(name, info): (&String, &TensorInfo)| (info.offset, name.clone(), info.shape.dims().to_vec());
+        let mut names: Vec<(u64, String, Vec<usize>)> = infos.map(placed).collect();
         names.sort();
-        for (_, name) in names {
+        for (_, name, dims) in names {
             let Some(hf_name) = hugging_face_name(&name).filter(|name| gathered.wants(name)) else {
                 continue;
             };
+            gathered.fits(&hf_name, &dims)?;
             let raw = self.raw(&name)?;
             let heads = match hf_name.rsplit('.').nth(1) {
                 Some("q_proj") if config.family == Family::Llama => Some(config.heads.query),

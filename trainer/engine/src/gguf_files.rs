@@ -302,7 +302,7 @@ fn metadata(
             put("{arch}.rope.scaling.factor", Meta::F32(*factor));
         }
         Some(scaling @ RopeScaling::Yarn { factor, original_max_position_embeddings: original, .. }) => {
-            if *scaling != RopeScaling::yarn(*factor, *original) {
+            if !scaling.is_plain_yarn() {
                 let problem = "this rope scaling has no form in GGUF: `yarn` with the numbers of the paper; export a safetensors \
                                folder instead";
                 return Err(EngineError::malformed(path, problem));

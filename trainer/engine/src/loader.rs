@@ -47,27 +47,20 @@ pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<LoadedModel, E
 }
 
 /// Loads `path` to be served, and nothing else, by `devices`: matrices that are quantised in the file, or all of them if `eight_bits`
-/// says so, are packed to eight bits as they are read, where products of those are fast. What several devices share out lies on the CPU first.
+/// says so, are packed to eight bits as they are read. Where products of those are slow this is only done if it is asked for. What several
+/// devices share out lies on the CPU first.
 pub fn load_to_serve(path: &Path, devices: &[Device], eight_bits: bool) -> Result<LoadedModel, EngineError> {
+    if eight_bits && devices.iter().any(|device| !device.is_cpu()) {
+        let (expected, found) = ("`cpu`, where matrices are to have eight bits", "a GPU".to_owned());
+        return Err(EngineError::Parameter { name: "device", expected, found });
+    }
     let (device, packs) = match devices {
-        [only] => (only, only.is_cpu() && is_fast()),
+        [only] => (only, only.is_cpu() && (eight_bits || is_fast())),
         _ => (&Device::Cpu, false),
     };
     let dtype = devices.first().map_or(DType::F32, compute_type);
-    if !eight_bits {
-        return from(path, Keep { device: device.clone(), dtype, eight_bits: packs }, false);
-    }
-    if devices.iter().any(|device| !device.is_cpu()) {
-        let (expected, found) = ("`cpu`, where matrices are to have eight bits", "another".to_owned());
-        return Err(EngineError::Parameter { name: "device", expected, found });
-    }
-    let model = from(path, Keep { device: device.clone(), dtype, eight_bits: packs }, true)?;
-    if let Family::Foreign(family) = model.config.family {
-        let problem =
-            "its matrices cannot be packed to eight bits: its decoder is not defined here".to_owned();
-        return Err(EngineError::Foreign { family: family.name(), problem });
-    }
-    Ok(LoadedModel { quantised: true, ..model })
+    let model = from(path, Keep { device: device.clone(), dtype, eight_bits: packs }, eight_bits)?;
+    Ok(LoadedModel { quantised: model.quantised || eight_bits, ..model })
 }
 
 /// Packs what `keep` allows it to: quantised matrices, or `all`.

@@ -223,9 +223,10 @@ impl CausalLm {
     pub fn head(&self) -> Result<&Tensor, EngineError> {
         match &self.head {
             Matrix::Dense(head) => Ok(head),
-            Matrix::Packed(_) | Matrix::Quantised(_) => Err(EngineError::Stopped(
-                "this model's output layer is quantised and has no gradient".to_owned(),
-            )),
+            Matrix::Packed(_) | Matrix::Quantised(_) => {
+                let expected = "one whose output layer has a gradient";
+                Err(EngineError::Parameter { name: "model", expected, found: "one of fewer bits".to_owned() })
+            }
         }
     }
 

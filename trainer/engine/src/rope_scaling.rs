@@ -67,17 +67,33 @@ impl RopeScaling {
         }
         let refused =
             |problem: String| EngineError::malformed(path, format!("rope scaling `{kind}`: {problem}"));
+        if !["linear", "llama3", "yarn"].contains(&kind) {
+            return Err(refused("not supported; `linear`, `llama3` and `yarn` are".to_owned()));
+        }
         let mut tagged = value.clone();
         tagged["rope_type"] = json!(kind);
         if kind == "yarn" {
-            fill_in_yarn(&mut tagged, positions as f64).map_err(&refused)?;
+            fill_in_yarn(&mut tagged, positions as f64).map_err(refused)?;
         }
-        let scaling: Self = serde_json::from_value(tagged)
-            .map_err(|error| refused(format!("{error}; supported are `linear`, `llama3` and `yarn`")))?;
-        match scaling.numbers().into_iter().find(|(_, number)| !(number.is_finite() && *number > 0.0)) {
-            Some((name, number)) => Err(refused(format!("`{name}` is {number}, which has to be above 0"))),
-            None => Ok(Some(scaling)),
+        let scaling: Self = serde_json::from_value(tagged).map_err(|error| refused(error.to_string()))?;
+        scaling.checked().map(Some).map_err(refused)
+    }
+
+    /// Refuses numbers that stretch nothing.
+    pub(crate) fn checked(self) -> Result<Self, String> {
+        match self.numbers().into_iter().find(|(_, number)| !(number.is_finite() && *number > 0.0)) {
+            Some((name, number)) => Err(format!("`{name}` is {number}, which has to be above 0")),
+            None => Ok(self),
         }
+    }
+
+    /// Whether it is YaRN with the numbers of the paper, but for their last digits.
+    pub(crate) fn is_plain_yarn(&self) -> bool {
+        let Self::Yarn { factor, original_max_position_embeddings: original, .. } = self else {
+            return false;
+        };
+        let (own, plain) = (self.numbers(), Self::yarn(*factor, *original).numbers());
+        own.iter().zip(plain).all(|((_, own), (_, plain))| (own - plain).abs() <= 1e-4 * plain)
     }
 
     fn numbers(&self) -> Vec<(&'static str, f32)> {
@@ -178,6 +194,9 @@ fn fill_in_yarn(tagged: &mut Value, positions: f64) -> Result<(), String> {
         return Err("neither `factor` nor `original_max_position_embeddings` is a number".to_owned());
     }
     let original = original.unwrap_or(positions);
+    if original <= 0.0 {
+        return Err(format!("`original_max_position_embeddings` is {original}, which has to be above 0"));
+    }
     let factor = factor.unwrap_or(positions / original);
     let weight = |name: &str| number(tagged, name).filter(|weight| *weight != 0.0);
     let attention = match (weight("mscale"), weight("mscale_all_dim")) {
@@ -230,10 +249,11 @@ mod tests {
         for (value, word) in [
             (json!({"rope_type": "yarn"}), "neither `factor`"),
             (json!({"rope_type": "yarn", "factor": 0.0}), "`factor` is 0"),
+            (json!({"rope_type": "yarn", "original_max_position_embeddings": 0}), "embeddings` is 0"),
             (json!({"rope_type": "yarn", "factor": 4.0, "truncate": false}), "`truncate`"),
             (json!({"rope_type": "yarn", "factor": 4.0, "beta_slow": -1.0}), "`beta_slow` is -1"),
             (json!({"rope_type": "linear", "factor": -2.0}), "`factor` is -2"),
-            (json!({"rope_type": "longrope"}), "supported are `linear`, `llama3` and `yarn`"),
+            (json!({"rope_type": "longrope"}), "`linear`, `llama3` and `yarn` are"),
         ] {
             let error = read(value).unwrap_err().to_string();
             assert!(error.contains(word), "{error}");

@@ -1,4 +1,4 @@
-//! A safetensors file, read tensor by tensor: a model takes no more room while it is loaded than it takes afterwards.
+//! A safetensors file, read tensor by tensor: what a model takes while it is loaded and not afterwards is twice one tensor.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};

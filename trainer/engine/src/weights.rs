@@ -103,19 +103,26 @@ impl Gathered {
         Ok(())
     }
 
-    /// Strikes a tensor off, if it has the shape that it should have.
-    fn check(&mut self, name: &str, found: &[usize]) -> Result<(), EngineError> {
-        let Some(missing) = &mut self.missing else { return Ok(()) };
-        match missing.iter().position(|(known, _)| known == name) {
-            Some(at) if missing[at].1 == found => {
-                missing.remove(at);
-                Ok(())
-            }
-            at => {
-                let expected = at.map(|at| missing.remove(at).1).unwrap_or_default();
-                Err(EngineError::WrongShape { name: name.to_owned(), expected, found: found.to_vec() })
-            }
+    /// Refuses a tensor that is wanted in another shape.
+    pub(crate) fn fits(&self, name: &str, found: &[usize]) -> Result<(), EngineError> {
+        let mut missing = self.missing.iter().flatten();
+        match missing.find(|(known, expected)| known == name && expected != found) {
+            None => Ok(()),
+            Some((_, expected)) => Err(EngineError::WrongShape {
+                name: name.to_owned(),
+                expected: expected.clone(),
+                found: found.to_vec(),
+            }),
         }
+    }
+
+    /// Strikes a tensor off, if it fits.
+    fn check(&mut self, name: &str, found: &[usize]) -> Result<(), EngineError> {
+        self.fits(name, found)?;
+        if let Some(missing) = &mut self.missing {
+            missing.retain(|(known, _)| known != name);
+        }
+        Ok(())
     }
 
     /// All of them. Tensors that the model does not use were left out and are named in the log; a tied model may carry an output
@@ -208,6 +215,7 @@ impl Weights {
 
     /// Copies the tensors to a device and type.
     pub fn to(&self, device: &Device, dtype: DType) -> Result<Self, EngineError> {
+        self.refuse_packed("taken elsewhere")?;
         let moved = self
             .tensors
             .iter()
@@ -239,9 +247,18 @@ impl Weights {
         Ok(Self { tensors, ..Self::default() })
     }
 
+    fn refuse_packed(&self, what: &str) -> Result<(), EngineError> {
+        if self.packed.is_empty() {
+            return Ok(());
+        }
+        let found = format!("matrices of eight bits, which cannot be {what}");
+        Err(EngineError::Parameter { name: "model", expected: "one that was not loaded to be served", found })
+    }
+
     /// Trainable copies in f32, and weights that share their storage: an optimiser step on the variables changes what a
     /// model built from the weights computes.
     pub fn trainable(&self) -> Result<(Self, BTreeMap<String, Var>), EngineError> {
+        self.refuse_packed("trained")?;
         let mut variables = BTreeMap::new();
         let mut tensors = BTreeMap::new();
         for (name, tensor) in &self.tensors {

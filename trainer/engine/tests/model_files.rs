@@ -167,11 +167,32 @@ fn stretched_frequencies_of_llama_3_survive_gguf() {
     let again = load(&path, &Device::Cpu, DType::F32).unwrap();
     assert_eq!(again.config.rope_scaling, written.config.rope_scaling);
     assert_eq!(again.config.max_positions, 16_384);
+    // An output layer of its own, heads that llama.cpp wants in another order, and rows that fill no blocks.
+    let served = load_to_serve(&path, &[Device::Cpu], true).unwrap();
+    if is_fast() {
+        let batch = Batch::new([([5u32, 9, 14, 3].as_slice(), 0)]);
+        let logits = |weights: &Weights| {
+            let model = CausalLm::new(&again.config, weights).unwrap();
+            model.logits(&model.hidden(&batch).unwrap()).unwrap().to_vec2::<f32>().unwrap()
+        };
+        assert_eq!(logits(&served.weights), logits(&again.weights.in_eight_bits().unwrap()));
+    }
+    // What is refused by its shape is not read.
+    let mut bytes = std::fs::read(&path).unwrap();
+    let name = b"blk.0.ffn_up.weight";
+    let at = bytes.windows(name.len()).position(|window| window == name).unwrap() + name.len() + 4;
+    bytes[at..at + 8].copy_from_slice(&(1u64 << 62).to_le_bytes());
+    bytes[at + 8..at + 16].copy_from_slice(&0u64.to_le_bytes());
+    potstill_shared::durable::write_file(&path, &bytes).unwrap();
+    let wrong = load_to_serve(&path, &[Device::Cpu], true).err().unwrap().to_string();
+    assert!(wrong.contains("up_proj.weight` has shape"), "{wrong}");
+    json["rope_parameters"]["attention_factor"] = 1.13863.into();
+    write_gguf(&path, &model(read(&json)), "x", Format::F16, None).unwrap();
     json["rope_parameters"]["beta_fast"] = 16.0.into();
     assert!(refused(&json).contains("`yarn` with the numbers of the paper"));
 }
 
-/// What is packed while it is read is what is packed afterwards; and it takes no more room for it.
+/// What is packed while it is read is what is packed afterwards, and nothing is kept beside it.
 #[test]
 fn a_model_that_is_loaded_to_serve_computes_the_same() {
     let folder = tempfile::tempdir().unwrap();
@@ -195,11 +216,26 @@ fn a_model_that_is_loaded_to_serve_computes_the_same() {
         let most = exact.concat().into_iter().map(f32::abs).fold(0f32, f32::max);
         assert!(off < 0.05 * most, "{name}: logits of up to {most} are off by {off}");
         if dense.quantised && is_fast() {
-            let matrices =
-                |weights: &Weights| weights.iter().filter(|(_, tensor)| tensor.rank() == 2).count();
             assert!(matrices(&dense.weights) > 0 && matrices(&served.weights) == 0, "{name}");
         }
+        // All the same whatever the file has, if that is asked for.
+        let asked = load_to_serve(&path, &[Device::Cpu], true).unwrap();
+        assert_eq!(matrices(&asked.weights), 0, "{name}");
+        assert!(asked.weights.trainable().unwrap_err().to_string().contains("eight bits"));
+        if is_fast() {
+            assert_eq!(logits(&asked.weights), logits(&dense.weights.in_eight_bits().unwrap()), "{name}");
+        }
     }
+    let folder = load_to_serve(&teacher(), &[Device::Cpu], true).unwrap();
+    assert!(folder.quantised && matrices(&folder.weights) == 0);
+    let foreign = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/foreign/mistral");
+    let refused = load_to_serve(&foreign, &[Device::Cpu], true).err().unwrap().to_string();
+    assert!(refused.contains("eight bits"), "{refused}");
+}
+
+/// Matrices that are held as they are.
+fn matrices(weights: &Weights) -> usize {
+    weights.iter().filter(|(_, tensor)| tensor.rank() == 2).count()
 }
 
 proptest! {
@@ -229,6 +265,7 @@ proptest! {
         bytes.truncate(bytes.len() - length.saturating_sub(200_000));
         potstill_shared::durable::write_file(&path, &bytes).unwrap();
         let _either = load(&path, &Device::Cpu, DType::F32);
+        let _either = load_to_serve(&path, &[Device::Cpu], true);
     }
 
     /// The same for what is JSON.

@@ -169,13 +169,14 @@ impl Packed {
         Self::from_rows(rows, columns, |some| weight.narrow(0, some.start, some.len())?.to_dtype(DType::F32))
     }
 
-    /// Packs a matrix that is given in f32, some rows at a time, by several threads at once, so that it is never held in f32 as a whole.
+    /// Packs a matrix that is given in f32, some rows at a time, by several threads at once: each holds a
+    /// band of it in f32.
     pub fn from_rows(
         rows: usize,
         columns: usize,
         some: impl Fn(Range<usize>) -> Result<Tensor> + Sync,
     ) -> Result<Option<Self>> {
-        if columns == 0 || !columns.is_multiple_of(BLOCK) {
+        if rows == 0 || columns == 0 || !columns.is_multiple_of(BLOCK) {
             return Ok(None);
         }
         let (groups, blocks) = (rows.div_ceil(LANES), columns / BLOCK);
