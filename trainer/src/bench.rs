@@ -47,13 +47,14 @@ pub struct BenchArguments {
     /// `cpu`, `cuda` or `cuda:N`; several with commas between them share the model out.
     #[arg(long, default_value = "cpu")]
     pub device: String,
-    /// Round the matrices to eight bits, as `potstill serve --eight-bits` does.
+    /// Round matrices of more bits to eight, as `potstill serve --eight-bits` does.
     #[arg(long)]
     pub eight_bits: bool,
     /// Times that each is measured; the fastest counts.
     #[arg(long, default_value_t = 3)]
     pub rounds: usize,
-    /// A text: how often matrices of eight bits choose the same next token as f32 on it, and how far apart they are.
+    /// A text: how often packed matrices (eight bits, or four where a file has four) choose the same next token as f32 on it, and how
+    /// far apart they are.
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
     /// Print JSON.
@@ -127,9 +128,10 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
         Some(text) => {
             let tokens = compress::tokens_of(&loaded, text)?;
             let exact = load(path, &Device::Cpu, DType::F32).with_context(failed)?;
-            let eight_bits = CausalLm::new(&exact.config, &exact.weights.in_eight_bits()?)?;
+            let packed = load_to_serve(path, &[Device::Cpu], true).with_context(failed)?;
+            let packed = CausalLm::new(&packed.config, &packed.weights)?;
             let exact = CausalLm::new(&exact.config, &exact.weights)?;
-            Some(compress::quality(&exact, &eight_bits, &tokens[..tokens.len().min(COMPARED)])?)
+            Some(compress::quality(&exact, &packed, &tokens[..tokens.len().min(COMPARED)])?)
         }
         None => None,
     };

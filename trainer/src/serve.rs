@@ -66,8 +66,8 @@ pub struct ServeArguments {
     /// `cpu`, `cuda` or `cuda:N`; several with commas between them share the model out (tensor parallelism).
     #[arg(long, default_value = "cpu")]
     pub device: String,
-    /// Round the matrices of `--model` to eight bits as they are read, on the CPU: a third to a quarter of the memory, and answers are written
-    /// several times as fast. Quantised files are served like this anyway. `potstill bench --text` says what it loses.
+    /// Round matrices of `--model` that have more to eight bits as they are read, on the CPU: a third to a quarter of the memory, and answers are written
+    /// several times as fast. Quantised files are served in eight bits, or their own four, anyway. `potstill bench --text` says what it loses.
     #[arg(long)]
     pub eight_bits: bool,
     /// Requests computed together.

@@ -1,8 +1,8 @@
 //! GGUF files: configuration, tensors (dequantised) and tokenizer from the metadata.
 //!
 //! llama.cpp's conversion permutes the rows of q and k for `llama`, since it rotates neighbouring elements; here they are
-//! permuted back to Hugging Face's half-split order. A tensor is read as f32; the matrices of a model that is served are packed to
-//! eight bits ([`crate::ops::packed`]) as they come.
+//! permuted back to Hugging Face's half-split order. A tensor is read as f32; the matrices of a model that is served are packed
+//! ([`crate::ops::packed`]) as they come.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -23,6 +23,7 @@ use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use crate::config::{Family, ModelConfig};
 use crate::error::EngineError;
+use crate::gguf_blocks::four_bits;
 use crate::ops::attention::Heads;
 use crate::ops::packed::Packed;
 use crate::rope_scaling::RopeScaling;
@@ -252,19 +253,20 @@ impl Gguf {
                 Some("k_proj") if config.family == Family::Llama => Some(config.heads.kv),
                 _ => None,
             };
+            let raw = match heads {
+                Some(heads) => raw.unpermuted(heads).ok_or_else(|| {
+                    self.malformed(format!("tensor `{name}` does not fall into the halves of {heads} heads"))
+                })?,
+                None => raw,
+            };
             let unreadable = |error| self.malformed(format!("tensor `{name}`: {error}"));
             if gathered.packs()
-                && heads.is_none()
                 && let Some(packed) = raw.packed().map_err(unreadable)?
             {
                 gathered.add_packed(&hf_name, packed)?;
                 continue;
             }
             let tensor = raw.whole().map_err(unreadable)?;
-            let tensor = match heads {
-                Some(heads) => unpermute(&tensor, heads)?,
-                None => tensor,
-            };
             gathered.add(hf_name, tensor)?;
         }
         Ok(())
@@ -411,18 +413,41 @@ impl Raw {
         self.values(&self.bytes, self.dims.clone())
     }
 
-    /// A matrix in eight bits, where rows and blocks allow it.
+    /// A matrix of as many bits as it has here, four or eight, where rows and blocks allow it; of eight if it has others.
     fn packed(&self) -> candle_core::Result<Option<Packed>> {
-        let (&[rows, columns], block) = (self.dims.as_slice(), self.kind.block_size()) else {
-            return Ok(None);
-        };
-        if !columns.is_multiple_of(block) {
-            return Ok(None);
+        let Some((rows, columns, row)) = self.rows() else { return Ok(None) };
+        if four_bits(self.kind, &[]).is_some() {
+            let blocks =
+                |at: usize| four_bits(self.kind, &self.bytes[at * row..(at + 1) * row]).into_iter().flatten();
+            if let Some(packed) = Packed::from_four_bits(rows, columns, blocks)? {
+                return Ok(Some(packed));
+            }
         }
-        let row = columns / block * self.kind.type_size();
         Packed::from_rows(rows, columns, |some| {
             self.values(&self.bytes[some.start * row..some.end * row], vec![some.len(), columns])
         })
+    }
+
+    /// Rows and columns of a matrix, and the bytes of a row, if rows are whole blocks.
+    fn rows(&self) -> Option<(usize, usize, usize)> {
+        let (&[rows, columns], block) = (self.dims.as_slice(), self.kind.block_size()) else {
+            return None;
+        };
+        columns.is_multiple_of(block).then(|| (rows, columns, columns / block * self.kind.type_size()))
+    }
+
+    /// Rows `[head][pair][half]` back to `[head][half][pair]`.
+    fn unpermuted(self, heads: usize) -> Option<Self> {
+        let (rows, _, row) = self.rows()?;
+        if !rows.is_multiple_of(2 * heads) {
+            return None;
+        }
+        let half = rows / heads / 2;
+        let places = (0..heads).flat_map(|head| (0..2).map(move |side| (head, side)));
+        let places =
+            places.flat_map(|(head, side)| (0..half).map(move |pair| (head * half + pair) * 2 + side));
+        let bytes = places.flat_map(|at| &self.bytes[at * row..(at + 1) * row]).copied().collect();
+        Some(Self { bytes, ..self })
     }
 
     fn values(&self, bytes: &[u8], dims: Vec<usize>) -> candle_core::Result<Tensor> {
@@ -472,11 +497,4 @@ fn hugging_face_name(name: &str) -> Option<String> {
             format!("model.layers.{layer}.{part}.{kind}")
         }
     })
-}
-
-/// Rows `[head][pair][half]` back to `[head][half][pair]`.
-fn unpermute(tensor: &Tensor, heads: usize) -> Result<Tensor, EngineError> {
-    let (rows, columns) = tensor.dims2()?;
-    let half = rows / heads / 2;
-    Ok(tensor.reshape((heads, half, 2, columns))?.transpose(1, 2)?.contiguous()?.reshape((rows, columns))?)
 }

@@ -11,6 +11,7 @@ pub mod device;
 pub mod error;
 pub mod foreign;
 pub mod gguf;
+mod gguf_blocks;
 pub mod gguf_files;
 pub mod grammar;
 pub mod init;

@@ -38,7 +38,7 @@ pub struct Weights {
 pub(crate) struct Keep {
     pub(crate) device: Device,
     pub(crate) dtype: DType,
-    /// Matrices are packed to eight bits, as far as their shapes allow.
+    /// Matrices are packed to eight bits, or to four if they have no more, as far as their shapes allow.
     pub(crate) eight_bits: bool,
 }
 
@@ -73,7 +73,7 @@ impl Gathered {
         wanted
     }
 
-    /// Whether matrices are packed to eight bits, as far as their shapes allow.
+    /// Whether matrices are packed, as far as their shapes allow.
     pub(crate) fn packs(&self) -> bool {
         self.keep.as_ref().is_some_and(|keep| keep.eight_bits)
     }
@@ -251,7 +251,7 @@ impl Weights {
         if self.packed.is_empty() {
             return Ok(());
         }
-        let found = format!("matrices of eight bits, which cannot be {what}");
+        let found = format!("matrices that were packed to be served, which cannot be {what}");
         Err(EngineError::Parameter { name: "model", expected: "one that was not loaded to be served", found })
     }
 
@@ -306,6 +306,11 @@ impl Weights {
     /// One more tensor, or another in its place.
     pub fn insert(&mut self, name: &str, tensor: Tensor) {
         self.tensors.insert(name.to_owned(), tensor);
+    }
+
+    /// Bytes of the packed matrices.
+    pub fn packed_bytes(&self) -> usize {
+        self.packed.values().map(|packed| packed.bytes()).sum()
     }
 
     pub(crate) fn adapter(&self, module: &str) -> Option<Adapter> {

@@ -1,12 +1,15 @@
 //! The kernel for tiles of bytes (AMX-INT8): sixteen activation rows at once, the sums of a block in one instruction.
 
 use std::arch::x86_64::{
-    _mm512_add_epi32, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_load_si512, _mm512_loadu_ps, _mm512_mul_ps,
+    _mm512_add_epi32, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_load_si512, _mm512_mul_ps,
     _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
+use std::cell::Cell;
 use std::mem::MaybeUninit;
 
-use super::{Activations, BLOCK, LANES};
+use super::activations::Activations;
+use super::form::{Form, Group};
+use super::{AMX_ROWS, BLOCK, LANES, avx512};
 use crate::ops::amx::{BYTES, ROWS, Tiles, tile};
 
 /// Blocks whose sums are under way: a tile takes long to reach memory, so others are begun meanwhile.
@@ -16,27 +19,60 @@ const AHEAD: usize = 4;
 #[repr(C, align(64))]
 struct Sums([i32; ROWS * LANES]);
 
-/// The registers as [`tile`] wants them: four of sums, two of activations, two of weights.
-///
-/// # Safety
-///
-/// The processor must have AMX-INT8, and this process the permission.
-pub(super) unsafe fn tiles() -> Tiles {
-    let (sums, activations, weights) = ((ROWS, BYTES), (ROWS, BLOCK), (BLOCK / 4, BYTES));
-    // SAFETY: the caller's word.
-    unsafe { Tiles::new([sums, sums, sums, sums, activations, activations, weights, weights]) }
+// Weights of four bits, one byte each: kept between groups.
+thread_local! {
+    static WIDE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// Sixteen activation rows.
+/// All activation rows with one group of weights: each 16 of them, or the rest, go to `write` with their first.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below, and this thread [`tiles`]; `out` holds 16 rows of 16, `weights` and
-/// `scales` the blocks of one group, and the activations at least `first + 16` rows.
+/// The processor must have AMX-INT8 and the features of AVX-512 that [`tile`] names, and this process the permission.
+pub(super) unsafe fn group<F: Form>(
+    group: Group<'_, F>,
+    activations: &Activations,
+    n: usize,
+    write: impl Fn(usize, &[f32]),
+) {
+    let (sums, rows, columns) = ((ROWS, BYTES), (ROWS, BLOCK), (BLOCK / 4, BYTES));
+    // SAFETY: the caller's word.
+    let _tiles = unsafe { Tiles::new([sums, sums, sums, sums, rows, rows, columns, columns]) };
+    let mut room = WIDE.take();
+    let bytes = if F::FOUR {
+        room.resize(2 * group.weights.len(), 0);
+        // SAFETY: the caller's word.
+        unsafe { avx512::widen(group, &mut room) };
+        &room
+    } else {
+        group.weights
+    };
+    let mut out = [0f32; ROWS * LANES];
+    for first in (0..n).step_by(ROWS) {
+        let out = &mut out[..ROWS.min(n - first) * LANES];
+        // SAFETY: the caller's word; the registers were shaped above.
+        unsafe {
+            if out.len() < AMX_ROWS * LANES {
+                avx512::rows(group, activations, first, out);
+            } else {
+                tile(group, bytes, activations, first, out);
+            }
+        }
+        write(first, out);
+    }
+    WIDE.set(room);
+}
+
+/// Up to sixteen activation rows, as many as `out` has room for; the others of them are there and count for nothing.
+///
+/// # Safety
+///
+/// The processor must have the features named below, and this thread the registers in [`group`]'s shapes; the
+/// activations hold at least `first + 16` rows.
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) unsafe fn tile(
+unsafe fn tile<F: Form>(
+    group: Group<'_, F>,
     weights: &[u8],
-    scales: &[f32],
     activations: &Activations,
     first: usize,
     out: &mut [f32],
@@ -44,13 +80,14 @@ pub(super) unsafe fn tile(
     let blocks = activations.blocks;
     let row_bytes = blocks * BLOCK;
     assert!(
-        out.len() == ROWS * LANES
+        out.len() <= ROWS * LANES
             && weights.len() == blocks * LANES * BLOCK
-            && scales.len() == blocks * LANES
+            && group.numbers.len() == blocks * F::NUMBERS
     );
     let quads = &activations.quads[first * row_bytes / 4..][..ROWS * row_bytes / 4];
     let row_scales = &activations.scales[first * blocks..][..ROWS * blocks];
     let offsets = &activations.offsets[first * blocks..][..ROWS * blocks];
+    let row_sums = &activations.sums[first * blocks..][..ROWS * blocks];
     let mut totals = [_mm512_setzero_ps(); ROWS];
     // Zeroed memory would take as long as the sums.
     let mut sums = [const { MaybeUninit::<Sums>::uninit() }; AHEAD];
@@ -86,16 +123,23 @@ pub(super) unsafe fn tile(
             start_any!(next);
         }
         let sums: *const i32 = sums[block % AHEAD].as_ptr().cast();
-        // SAFETY: within `scales`, by the assertion above.
-        let weight_scale = unsafe { _mm512_loadu_ps(scales.as_ptr().add(block * LANES)) };
+        // SAFETY: within the group, by the assertion above.
+        let (weight_scale, least) =
+            unsafe { avx512::numbers::<F>(group.numbers.as_ptr().add(block * F::NUMBERS)) };
         for (row, total) in totals.iter_mut().enumerate() {
-            // SAFETY: 16 aligned rows of 16 sums, which the tile was stored to; `offsets` and `row_scales` hold 16 rows of `blocks`.
-            let (sum, offset, scale) = unsafe {
-                let at = row * blocks + block;
-                let sum = _mm512_load_si512(sums.add(row * LANES).cast());
-                (sum, *offsets.get_unchecked(at), *row_scales.get_unchecked(at))
-            };
-            let sum = _mm512_add_epi32(sum, _mm512_set1_epi32(offset));
+            let at = row * blocks + block;
+            // SAFETY: 16 aligned rows of 16 sums, which the tile was stored to; the numbers of activations are 16 rows of `blocks`.
+            let (mut sum, scale) =
+                unsafe { (_mm512_load_si512(sums.add(row * LANES).cast()), *row_scales.get_unchecked(at)) };
+            if F::FOUR {
+                // SAFETY: as above.
+                let row_sum = unsafe { *row_sums.get_unchecked(at) };
+                *total = _mm512_fmadd_ps(_mm512_set1_ps(row_sum), least, *total);
+            } else {
+                // SAFETY: as above.
+                let offset = unsafe { *offsets.get_unchecked(at) };
+                sum = _mm512_add_epi32(sum, _mm512_set1_epi32(offset));
+            }
             let scale = _mm512_mul_ps(weight_scale, _mm512_set1_ps(scale));
             *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, *total);
         }

@@ -1,77 +1,162 @@
-//! The kernel for AVX2 and FMA.
+//! The kernel for AVX2 with FMA and F16C.
 
 use std::arch::x86_64::{
-    __m256, __m256i, _mm256_abs_epi8, _mm256_add_epi32, _mm256_cvtepi32_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
-    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_set1_epi8,
-    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256,
-    _mm256_sign_epi8, _mm256_storeu_ps, _mm256_xor_si256,
+    __m256, __m256i, _mm_loadu_si128, _mm256_abs_epi8, _mm256_add_epi32, _mm256_and_si256,
+    _mm256_cvtepi32_ps, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_set1_epi8, _mm256_set1_epi16,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_sign_epi8,
+    _mm256_srli_epi16, _mm256_storeu_ps, _mm256_xor_si256,
 };
 
-use super::{Activations, BLOCK, LANES, Rounded};
+use super::LANES;
+use super::activations::{self, Activations, Rounded};
+use super::form::{Form, Group, QUADS};
+
+/// Rows that are multiplied in one go: as many sums as the registers hold.
+const TILE: usize = 3;
+/// Lanes of a register.
+const HALF: usize = LANES / 2;
 
 /// The plain form, compiled for wider registers.
 ///
 /// # Safety
 ///
 /// The processor must have the features named below.
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn quantise(values: &[f32], into: Rounded<'_>) {
-    super::quantise(values, into);
+    activations::quantise(values, into);
 }
 
-/// `N` activation rows at once. The only product of bytes takes one side unsigned and adds pairs in 16 bits: with the
-/// sign of the activation moved to the weight, two products of at most 127 times 127 fit.
+/// As many activation rows as `out` has room for.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below; `out` holds `N` rows of 16, `weights` and `scales` the blocks of one
-/// group, and the activations at least `first + N` rows. The slices are indexed with checks outside the inner loop.
-#[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn tile<const N: usize>(
-    weights: &[u8],
-    scales: &[f32],
+/// The processor must have the features of [`tile`].
+pub(super) unsafe fn rows<F: Form>(
+    group: Group<'_, F>,
+    activations: &Activations,
+    first: usize,
+    out: &mut [f32],
+) {
+    for (part, out) in out.chunks_mut(TILE * LANES).enumerate() {
+        let first = first + part * TILE;
+        // SAFETY: the caller's word.
+        unsafe {
+            match out.len() / LANES {
+                1 => tile::<1, F>(group, activations, first, out),
+                2 => tile::<2, F>(group, activations, first, out),
+                _ => tile::<3, F>(group, activations, first, out),
+            }
+        }
+    }
+}
+
+/// Two quads of weights, two times eight rows each; those of eight bits with their sign.
+///
+/// # Safety
+///
+/// 128 weights at `at`.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn two_quads<F: Form>(at: *const u8) -> [[__m256i; 2]; 2] {
+    let at: *const __m256i = at.cast();
+    // SAFETY: the caller's word: 64 bytes of four bits, or twice as many of eight.
+    unsafe {
+        if F::FOUR {
+            let low = _mm256_set1_epi8(15);
+            let both = [_mm256_loadu_si256(at), _mm256_loadu_si256(at.add(1))];
+            [
+                both.map(|both| _mm256_and_si256(both, low)),
+                both.map(|both| _mm256_and_si256(_mm256_srli_epi16::<4>(both), low)),
+            ]
+        } else {
+            let signed = _mm256_set1_epi8(-128);
+            let half = |half: usize| _mm256_xor_si256(_mm256_loadu_si256(at.add(half)), signed);
+            [[half(0), half(1)], [half(2), half(3)]]
+        }
+    }
+}
+
+/// Scales of eight rows of a block, and the least values where weights have them.
+///
+/// # Safety
+///
+/// The numbers of a block at `at`.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn numbers<F: Form>(at: *const F::Number, half: usize) -> (__m256, __m256) {
+    // SAFETY: the caller's word: 32 halves of four bits, else 16 values.
+    unsafe {
+        let at = at.add(half * HALF);
+        if F::FOUR {
+            let wide = |at: *const F::Number| _mm256_cvtph_ps(_mm_loadu_si128(at.cast()));
+            (wide(at), wide(at.add(LANES)))
+        } else {
+            (_mm256_loadu_ps(at.cast()), _mm256_setzero_ps())
+        }
+    }
+}
+
+/// `N` activation rows at once. The only product of bytes takes one side unsigned and adds pairs in 16 bits. Weights of four bits
+/// are unsigned; for those of eight, with the sign of the activation moved to the weight, two products of at most 127
+/// times 127 fit.
+///
+/// # Safety
+///
+/// The processor must have the features named below.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn tile<const N: usize, F: Form>(
+    group: Group<'_, F>,
     activations: &Activations,
     first: usize,
     out: &mut [f32],
 ) {
     let blocks = activations.blocks;
-    let quads_per_row = blocks * BLOCK / 4;
+    let quads_per_row = blocks * QUADS;
     assert!(
-        out.len() == N * LANES && weights.len() == blocks * LANES * BLOCK && scales.len() == blocks * LANES
+        out.len() == N * LANES
+            && group.weights.len() == blocks * F::BYTES
+            && group.numbers.len() == blocks * F::NUMBERS
     );
     let quads = &activations.quads[first * quads_per_row..][..N * quads_per_row];
     let row_scales = &activations.scales[first * blocks..][..N * blocks];
-    let (signed, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
+    let row_sums = &activations.sums[first * blocks..][..N * blocks];
+    let ones = _mm256_set1_epi16(1);
     let mut totals: [[__m256; 2]; N] = [[_mm256_setzero_ps(); 2]; N];
     for block in 0..blocks {
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
-        for step in 0..BLOCK / 4 {
-            // SAFETY: two times 32 bytes within `weights`, by the assertion above.
-            let weight: [__m256i; 2] = unsafe {
-                let at: *const __m256i =
-                    weights.as_ptr().add((block * (BLOCK / 4) + step) * 4 * LANES).cast();
-                [
-                    _mm256_xor_si256(_mm256_loadu_si256(at), signed),
-                    _mm256_xor_si256(_mm256_loadu_si256(at.add(1)), signed),
-                ]
+        for step in (0..QUADS).step_by(2) {
+            // SAFETY: within the group, by the assertion above.
+            let weights = unsafe {
+                two_quads::<F>(group.weights.as_ptr().add(block * F::BYTES + step * (F::BYTES / QUADS)))
             };
             for (row, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: within `quads`, which holds N rows of `quads_per_row`.
-                let quad = unsafe { *quads.get_unchecked(row * quads_per_row + block * (BLOCK / 4) + step) };
-                let quad = _mm256_set1_epi32(quad);
-                let size = _mm256_abs_epi8(quad);
-                for (sum, weight) in sums.iter_mut().zip(weight) {
-                    let pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(weight, quad));
-                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                for (at, weights) in weights.into_iter().enumerate() {
+                    // SAFETY: within `quads`, which holds N rows of `quads_per_row`.
+                    let quad =
+                        unsafe { *quads.get_unchecked(row * quads_per_row + block * QUADS + step + at) };
+                    let quad = _mm256_set1_epi32(quad);
+                    for (sum, weight) in sums.iter_mut().zip(weights) {
+                        let pairs = if F::FOUR {
+                            _mm256_maddubs_epi16(weight, quad)
+                        } else {
+                            _mm256_maddubs_epi16(_mm256_abs_epi8(quad), _mm256_sign_epi8(weight, quad))
+                        };
+                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                    }
                 }
             }
         }
         for half in 0..2 {
-            // SAFETY: within `scales`, by the assertion above.
-            let weight_scale =
-                unsafe { _mm256_loadu_ps(scales.as_ptr().add(block * LANES + half * LANES / 2)) };
+            // SAFETY: within the group, by the assertion above.
+            let (weight_scale, least) =
+                unsafe { numbers::<F>(group.numbers.as_ptr().add(block * F::NUMBERS), half) };
             for (row, (sums, totals)) in sums.iter().zip(&mut totals).enumerate() {
-                let scale = _mm256_mul_ps(weight_scale, _mm256_set1_ps(row_scales[row * blocks + block]));
+                let at = row * blocks + block;
+                if F::FOUR {
+                    totals[half] = _mm256_fmadd_ps(_mm256_set1_ps(row_sums[at]), least, totals[half]);
+                }
+                let scale = _mm256_mul_ps(weight_scale, _mm256_set1_ps(row_scales[at]));
                 totals[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[half]), scale, totals[half]);
             }
         }
@@ -79,7 +164,7 @@ pub(super) unsafe fn tile<const N: usize>(
     for (row, totals) in totals.iter().enumerate() {
         for (half, total) in totals.iter().enumerate() {
             // SAFETY: `out` holds N rows of 16, by the assertion above.
-            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(row * LANES + half * LANES / 2), *total) };
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(row * LANES + half * HALF), *total) };
         }
     }
 }

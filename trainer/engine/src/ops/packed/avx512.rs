@@ -1,14 +1,20 @@
 //! The kernel for AVX-512 with VNNI.
 
 use std::arch::x86_64::{
-    __m128i, __m512i, _MM_HINT_T0, _mm_prefetch, _mm_storeu_si128, _mm512_abs_ps, _mm512_add_epi32,
-    _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_add_epi32,
-    _mm512_reduce_max_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    __m128i, __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm_storeu_si128, _mm256_loadu_si256, _mm512_abs_ps,
+    _mm512_add_epi32, _mm512_and_si512, _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtph_ps,
+    _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_reduce_max_ps, _mm512_set1_epi8,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_srli_epi16, _mm512_storeu_ps,
+    _mm512_storeu_si512,
 };
 
-use super::{Activations, BLOCK, LANES, Rounded};
+use super::activations::{Activations, Rounded};
+use super::form::{Form, Group, QUADS};
+use super::{BLOCK, LANES};
 
+/// Rows that are multiplied in one go: as many sums as the registers hold.
+const TILE: usize = 8;
 /// Bytes of weights that are asked for ahead of their use: one row of activations waits for nothing but memory.
 const AHEAD: usize = 4096;
 
@@ -20,8 +26,9 @@ const AHEAD: usize = 4096;
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) unsafe fn quantise(values: &[f32], into: Rounded<'_>) {
     let blocks = values.len() / BLOCK;
-    assert!(blocks <= into.scales.len() && into.quads.len() * 4 == into.scales.len() * BLOCK);
-    for (block, (scale, offset)) in into.scales.iter_mut().zip(into.offsets).take(blocks).enumerate() {
+    assert!(blocks <= into.scales.len() && into.quads.len() == into.scales.len() * QUADS);
+    let numbers = into.scales.iter_mut().zip(into.offsets).zip(into.sums);
+    for (block, ((scale, offset), sum)) in numbers.take(blocks).enumerate() {
         // SAFETY: block by block within `values` and `quads`, by the assertion above.
         unsafe {
             let from = values.as_ptr().add(block * BLOCK);
@@ -32,10 +39,97 @@ pub(super) unsafe fn quantise(values: &[f32], into: Rounded<'_>) {
             // Conversion rounds to the nearest, ties to even.
             let low = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
             let high = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-            *offset = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
-            let to: *mut __m128i = into.quads.as_mut_ptr().add(block * BLOCK / 4).cast();
+            let whole = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+            (*offset, *sum) = (-128 * whole, whole as f32 * *scale);
+            let to: *mut __m128i = into.quads.as_mut_ptr().add(block * QUADS).cast();
             _mm_storeu_si128(to, _mm512_cvtepi32_epi8(low));
             _mm_storeu_si128(to.add(1), _mm512_cvtepi32_epi8(high));
+        }
+    }
+}
+
+/// As many activation rows as `out` has room for.
+///
+/// # Safety
+///
+/// The processor must have the features of [`tile`].
+pub(super) unsafe fn rows<F: Form>(
+    group: Group<'_, F>,
+    activations: &Activations,
+    first: usize,
+    out: &mut [f32],
+) {
+    for (part, out) in out.chunks_mut(TILE * LANES).enumerate() {
+        let first = first + part * TILE;
+        // SAFETY: the caller's word.
+        unsafe {
+            match out.len() / LANES {
+                1 => tile::<1, F>(group, activations, first, out),
+                2 => tile::<2, F>(group, activations, first, out),
+                3 => tile::<3, F>(group, activations, first, out),
+                4 => tile::<4, F>(group, activations, first, out),
+                5 => tile::<5, F>(group, activations, first, out),
+                6 => tile::<6, F>(group, activations, first, out),
+                7 => tile::<7, F>(group, activations, first, out),
+                _ => tile::<8, F>(group, activations, first, out),
+            }
+        }
+    }
+}
+
+/// Two quads of weights, one byte each.
+///
+/// # Safety
+///
+/// 128 weights at `at`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn two_quads<F: Form>(at: *const u8) -> [__m512i; 2] {
+    // SAFETY: the caller's word: 64 bytes of four bits, or twice as many of eight.
+    unsafe {
+        let first = _mm512_loadu_si512(at.cast());
+        if F::FOUR {
+            let low = _mm512_set1_epi8(15);
+            [_mm512_and_si512(first, low), _mm512_and_si512(_mm512_srli_epi16::<4>(first), low)]
+        } else {
+            [first, _mm512_loadu_si512(at.add(4 * LANES).cast())]
+        }
+    }
+}
+
+/// Scales of the 16 rows of a block, and the least values where weights have them.
+///
+/// # Safety
+///
+/// The numbers of a block at `at`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn numbers<F: Form>(at: *const F::Number) -> (__m512, __m512) {
+    // SAFETY: the caller's word: 32 halves of four bits, else 16 values.
+    unsafe {
+        if F::FOUR {
+            let half = |at: *const F::Number| _mm512_cvtph_ps(_mm256_loadu_si256(at.cast()));
+            (half(at), half(at.add(LANES)))
+        } else {
+            (_mm512_loadu_ps(at.cast()), _mm512_setzero_ps())
+        }
+    }
+}
+
+/// Writes the weights of four bits of a group one byte each, quad by quad.
+///
+/// # Safety
+///
+/// The processor must have the features named below.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) unsafe fn widen<F: Form>(group: Group<'_, F>, into: &mut [u8]) {
+    assert!(F::FOUR && into.len() == 2 * group.weights.len());
+    for (from, into) in group.weights.chunks_exact(4 * LANES).zip(into.chunks_exact_mut(8 * LANES)) {
+        // SAFETY: 64 bytes of weights, and room for 128.
+        unsafe {
+            let [low, high] = two_quads::<F>(from.as_ptr());
+            _mm512_storeu_si512(into.as_mut_ptr().cast(), low);
+            _mm512_storeu_si512(into.as_mut_ptr().add(4 * LANES).cast(), high);
         }
     }
 }
@@ -44,49 +138,62 @@ pub(super) unsafe fn quantise(values: &[f32], into: Rounded<'_>) {
 ///
 /// # Safety
 ///
-/// The processor must have the features named below; `out` holds `N` rows of 16, `weights` and `scales` the blocks of one
-/// group, and the activations at least `first + N` rows. The slices are indexed with checks outside the inner loop.
+/// The processor must have the features named below.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) unsafe fn tile<const N: usize>(
-    weights: &[u8],
-    scales: &[f32],
+unsafe fn tile<const N: usize, F: Form>(
+    group: Group<'_, F>,
     activations: &Activations,
     first: usize,
     out: &mut [f32],
 ) {
     let blocks = activations.blocks;
-    let quads_per_row = blocks * BLOCK / 4;
+    let quads_per_row = blocks * QUADS;
     assert!(
-        out.len() == N * LANES && weights.len() == blocks * LANES * BLOCK && scales.len() == blocks * LANES
+        out.len() == N * LANES
+            && group.weights.len() == blocks * F::BYTES
+            && group.numbers.len() == blocks * F::NUMBERS
     );
     let quads = &activations.quads[first * quads_per_row..][..N * quads_per_row];
     let row_scales = &activations.scales[first * blocks..][..N * blocks];
     let offsets = &activations.offsets[first * blocks..][..N * blocks];
+    let row_sums = &activations.sums[first * blocks..][..N * blocks];
     let mut totals = [_mm512_setzero_ps(); N];
     for block in 0..blocks {
         let mut sums = [_mm512_set1_epi32(0); N];
-        for (row, sum) in sums.iter_mut().enumerate() {
-            *sum = _mm512_set1_epi32(offsets[row * blocks + block]);
-        }
-        for step in 0..BLOCK / 4 {
-            // SAFETY: within `weights`, by the assertion above.
-            let weight: __m512i = unsafe {
-                let at = weights.as_ptr().add((block * (BLOCK / 4) + step) * 4 * LANES);
-                if N == 1 {
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
-                }
-                _mm512_loadu_si512(at.cast())
-            };
+        if !F::FOUR {
             for (row, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: within `quads`, which holds N rows of `quads_per_row`.
-                let quad = unsafe { *quads.get_unchecked(row * quads_per_row + block * (BLOCK / 4) + step) };
-                *sum = _mm512_dpbusd_epi32(*sum, weight, _mm512_set1_epi32(quad));
+                *sum = _mm512_set1_epi32(offsets[row * blocks + block]);
             }
         }
-        // SAFETY: within `scales`, by the assertion above.
-        let weight_scale = unsafe { _mm512_loadu_ps(scales.as_ptr().add(block * LANES)) };
+        for step in (0..QUADS).step_by(2) {
+            // SAFETY: within the group, by the assertion above.
+            let weights = unsafe {
+                let at = group.weights.as_ptr().add(block * F::BYTES + step * (F::BYTES / QUADS));
+                if N == 1 {
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+                    if !F::FOUR {
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD + 4 * LANES).cast());
+                    }
+                }
+                two_quads::<F>(at)
+            };
+            for (row, sum) in sums.iter_mut().enumerate() {
+                for (at, weights) in weights.into_iter().enumerate() {
+                    // SAFETY: within `quads`, which holds N rows of `quads_per_row`.
+                    let quad =
+                        unsafe { *quads.get_unchecked(row * quads_per_row + block * QUADS + step + at) };
+                    *sum = _mm512_dpbusd_epi32(*sum, weights, _mm512_set1_epi32(quad));
+                }
+            }
+        }
+        // SAFETY: within the group, by the assertion above.
+        let (weight_scale, least) = unsafe { numbers::<F>(group.numbers.as_ptr().add(block * F::NUMBERS)) };
         for (row, (sum, total)) in sums.iter().zip(&mut totals).enumerate() {
-            let scale = _mm512_mul_ps(weight_scale, _mm512_set1_ps(row_scales[row * blocks + block]));
+            let at = row * blocks + block;
+            if F::FOUR {
+                *total = _mm512_fmadd_ps(_mm512_set1_ps(row_sums[at]), least, *total);
+            }
+            let scale = _mm512_mul_ps(weight_scale, _mm512_set1_ps(row_scales[at]));
             *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*sum), scale, *total);
         }
     }

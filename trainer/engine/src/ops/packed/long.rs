@@ -5,12 +5,13 @@
 //! rounds a row less than eight bits do.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_mul_ps, _mm512_or_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi32,
-    _mm512_storeu_si512, _mm512_sub_ps,
+    __m512, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_fmadd_ps,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_or_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32,
+    _mm512_srli_epi32, _mm512_storeu_si512, _mm512_sub_ps,
 };
 
-use super::{BLOCK, LANES, Packed};
+use super::form::{Blocks, Form};
+use super::{BLOCK, Held, LANES, Packed, avx512};
 use crate::ops::Precision;
 use crate::ops::bf16::{self, Right, pairs};
 use crate::ops::product::{Matrix, Product};
@@ -21,22 +22,35 @@ const TILE: usize = LANES * BLOCK;
 /// The product of `n` rows of `values` with `matrix`; none where the processor has no products of bf16.
 pub(super) fn product(matrix: &Packed, values: &[f32], n: usize) -> Option<Vec<f32>> {
     let rows = Matrix::new(values, n, matrix.columns);
-    bf16::product_with(&Product::shared(Precision::Bf16), rows, matrix, matrix.rows)
+    let how = Product::shared(Precision::Bf16);
+    match &matrix.held {
+        Held::Eight(all) => bf16::product_with(&how, rows, &Tiles { matrix, all }, matrix.rows),
+        Held::Four(all) => bf16::product_with(&how, rows, &Tiles { matrix, all }, matrix.rows),
+    }
 }
 
-impl Right for Packed {
+/// A matrix as the right side of such a product.
+struct Tiles<'a, F: Form> {
+    matrix: &'a Packed,
+    all: &'a Blocks<F>,
+}
+
+impl<F: Form> Right for Tiles<'_, F> {
     unsafe fn panel(&self, first: usize, begin: usize, sum: usize, room: &mut [u16]) {
         assert!(first.is_multiple_of(LANES) && begin.is_multiple_of(BLOCK) && sum.is_multiple_of(BLOCK));
-        let blocks = self.columns / BLOCK;
-        let (at, count) = (first / LANES * blocks + begin / BLOCK, sum / BLOCK);
-        let weights = &self.weights[at * TILE..][..count * TILE];
-        let scales = &self.scales[at * LANES..][..count * LANES];
-        assert!(room.len() == count * TILE);
-        for ((weights, scales), room) in
-            weights.chunks_exact(TILE).zip(scales.chunks_exact(LANES)).zip(room.chunks_exact_mut(TILE))
-        {
+        let from = self.matrix.group(first / LANES).start + begin / BLOCK;
+        assert!(room.len() == sum / BLOCK * TILE);
+        let blocks = self.all.group(from..from + sum / BLOCK).blocks();
+        for (block, room) in blocks.zip(room.chunks_exact_mut(TILE)) {
             // SAFETY: the caller's word; the sizes are those of a block.
-            unsafe { lay_out(weights, scales, room) };
+            unsafe {
+                let (scales, least) = avx512::numbers::<F>(block.numbers.as_ptr());
+                if F::FOUR {
+                    lay_out_four(block.weights, scales, least, room);
+                } else {
+                    lay_out_eight(block.weights, scales, room);
+                }
+            }
         }
     }
 }
@@ -45,11 +59,9 @@ impl Right for Packed {
 ///
 /// # Safety
 ///
-/// The processor must have the features named below; the slices hold 512 weights, 16 scales and 512 values.
+/// The processor must have the features named below.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn lay_out(weights: &[u8], scales: &[f32], room: &mut [u16]) {
-    // SAFETY: 16 scales.
-    let scales = unsafe { _mm512_loadu_ps(scales.as_ptr()) };
+unsafe fn lay_out_eight(weights: &[u8], scales: __m512, room: &mut [u16]) {
     for (four, room) in weights.chunks_exact(4 * LANES).zip(room.chunks_exact_mut(4 * LANES)) {
         // SAFETY: 64 bytes.
         let four = unsafe { _mm512_loadu_si512(four.as_ptr().cast()) };
@@ -78,12 +90,39 @@ fn value(moved: __m512i, scales: __m512) -> __m512 {
     _mm512_mul_ps(_mm512_sub_ps(from_256, _mm512_set1_ps(256.0 + 128.0)), scales)
 }
 
+/// The same for weights of four bits.
+///
+/// # Safety
+///
+/// The processor must have the features named below.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn lay_out_four(weights: &[u8], scales: __m512, least: __m512, room: &mut [u16]) {
+    let low = _mm512_set1_epi32(15);
+    let worth =
+        |whole: __m512i| _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(whole, low)), scales, least);
+    for (two, room) in weights.chunks_exact(4 * LANES).zip(room.chunks_exact_mut(8 * LANES)) {
+        // SAFETY: 64 bytes.
+        let two = unsafe { _mm512_loadu_si512(two.as_ptr().cast()) };
+        let columns = [
+            [two, _mm512_srli_epi32::<8>(two)],
+            [_mm512_srli_epi32::<16>(two), _mm512_srli_epi32::<24>(two)],
+            [_mm512_srli_epi32::<4>(two), _mm512_srli_epi32::<12>(two)],
+            [_mm512_srli_epi32::<20>(two), _mm512_srli_epi32::<28>(two)],
+        ];
+        for (pair, room) in columns.into_iter().zip(room.chunks_exact_mut(2 * LANES)) {
+            let [first, second] = pair.map(worth);
+            // SAFETY: 32 values of room.
+            unsafe { _mm512_storeu_si512(room.as_mut_ptr().cast(), pairs(first, second)) };
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
     use proptest::prelude::*;
 
     use super::super::super::noise;
+    use super::super::tests::both;
     use super::*;
 
     fn rounded(x: f32) -> f64 {
@@ -101,18 +140,19 @@ mod tests {
         ) {
             let columns = blocks * BLOCK;
             let mut next = noise(seed);
-            let weight: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
+            let matrices = both(rows, columns, &mut next);
             let x: Vec<f32> = (0..n * columns).map(|_| next() * 3.0).collect();
-            let packed = Packed::new(&Tensor::from_slice(&weight, (rows, columns), &Device::Cpu).unwrap()).unwrap().unwrap();
-            let Some(found) = product(&packed, &x, n) else { return Ok(()) };
-            prop_assert_eq!(found.len(), n * rows);
-            for (row, out) in found.chunks_exact(rows).enumerate() {
-                for (column, found) in out.iter().enumerate() {
-                    let exact: f64 = (0..columns)
-                        .map(|at| rounded(packed.weight(column, at)) * rounded(x[row * columns + at]))
-                        .sum();
-                    let off = (f64::from(*found) - exact).abs();
-                    prop_assert!(off < 1e-4 * (columns as f64).sqrt(), "{row} {column}: {found} {exact}");
+            for packed in &matrices {
+                let Some(found) = product(packed, &x, n) else { return Ok(()) };
+                prop_assert_eq!(found.len(), n * rows);
+                for (row, out) in found.chunks_exact(rows).enumerate() {
+                    for (column, found) in out.iter().enumerate() {
+                        let exact: f64 = (0..columns)
+                            .map(|at| rounded(packed.weight(column, at)) * rounded(x[row * columns + at]))
+                            .sum();
+                        let off = (f64::from(*found) - exact).abs();
+                        prop_assert!(off < 1e-4 * (columns as f64).sqrt(), "{row} {column}: {found} {exact}");
+                    }
                 }
             }
         }

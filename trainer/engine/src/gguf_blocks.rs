@@ -1,0 +1,87 @@
+//! Blocks of four bits in GGUF files, as llama.cpp lays them out (ggml's `block_q4_0`, `block_q4_1` and `block_q4_K`): what is packed from them is
+//! what they say, without rounding to eight bits.
+
+use candle_core::quantized::GgmlDType;
+use half::f16;
+
+use crate::ops::packed::{BLOCK, FourBits};
+
+/// Blocks of 32 weights in the order of the columns, from the bytes of whole rows; none where the format has not got four bits a weight,
+/// equally far apart.
+pub(crate) fn four_bits(kind: GgmlDType, bytes: &[u8]) -> Option<Box<dyn Iterator<Item = FourBits> + '_>> {
+    let blocks = bytes.chunks_exact(kind.type_size());
+    Some(match kind {
+        GgmlDType::Q4_0 => Box::new(blocks.map(|block| {
+            let scale = half(block, 0);
+            FourBits { scale, least: -8.0 * scale, values: halves(&block[2..]) }
+        })),
+        GgmlDType::Q4_1 => Box::new(blocks.map(|block| FourBits {
+            scale: half(block, 0),
+            least: half(block, 2),
+            values: halves(&block[4..]),
+        })),
+        GgmlDType::Q4K => Box::new(blocks.flat_map(super_block)),
+        _ => return None,
+    })
+}
+
+fn half(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+/// 16 bytes: their low halves are the first 16 weights, their high ones the others.
+fn halves(bytes: &[u8]) -> [u8; BLOCK] {
+    std::array::from_fn(|at| bytes[at % 16] >> (4 * (at / 16)) & 15)
+}
+
+/// 256 weights: a scale and a scale of least values as f16, 12 bytes with six bits of both for each of eight blocks, then the weights. Two blocks
+/// share 32 bytes, the low halves and the high ones.
+fn super_block(bytes: &[u8]) -> impl Iterator<Item = FourBits> + '_ {
+    let (scale, least) = (half(bytes, 0), half(bytes, 2));
+    let (numbers, weights) = bytes[4..].split_at(12);
+    (0..8).map(move |at| {
+        // Six bits of the first four blocks lie whole; of the others two bits fill up what the first leave.
+        let [of_scale, of_least] = if at < 4 {
+            [numbers[at] & 63, numbers[at + 4] & 63]
+        } else {
+            let (low, high) = (numbers[at + 4], [numbers[at - 4], numbers[at]]);
+            [low & 15 | high[0] >> 6 << 4, low >> 4 | high[1] >> 6 << 4]
+        };
+        let bytes = &weights[at / 2 * BLOCK..][..BLOCK];
+        FourBits {
+            scale: scale * f32::from(of_scale),
+            least: -least * f32::from(of_least),
+            values: std::array::from_fn(|column| bytes[column] >> (4 * (at % 2)) & 15),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::QTensor;
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    /// Each block is worth what candle reads from the same bytes.
+    #[test]
+    fn blocks_are_what_candle_makes_of_them() {
+        let values: Vec<f32> = (0..6 * 512).map(|at| ((at * 7919) % 1009) as f32 / 504.0 - 0.8).collect();
+        let tensor = Tensor::from_vec(values, (6, 512), &Device::Cpu).unwrap();
+        for kind in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q4K] {
+            let quantised = QTensor::quantize(&tensor, kind).unwrap();
+            let expected =
+                quantised.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let bytes = quantised.data().unwrap();
+            let found: Vec<f32> = four_bits(kind, &bytes)
+                .unwrap()
+                .flat_map(|block| block.values.map(|value| f32::from(value) * block.scale + block.least))
+                .collect();
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((found - expected).abs() < 1e-5, "{kind:?}: {found} {expected}");
+            }
+        }
+        assert!(four_bits(GgmlDType::Q8_0, &[]).is_none());
+    }
+}
