@@ -143,6 +143,12 @@ fn stretched_frequencies_of_llama_3_survive_gguf() {
     assert_eq!(again.config.inverse_frequencies(), written.config.inverse_frequencies());
     let unstretched = ModelConfig { rope_scaling: None, ..written.config.clone() };
     assert_ne!(again.config.inverse_frequencies(), unstretched.inverse_frequencies());
+    // The rows of q and k, which lie in another order in the file, are where they were.
+    for (name, tensor) in written.weights.iter() {
+        let off = (tensor - again.weights.get(name).unwrap()).unwrap().abs().unwrap().flatten_all().unwrap();
+        let off = off.max(0).unwrap().to_scalar::<f32>().unwrap();
+        assert!(off < 1e-3, "{name} is off by {off}");
+    }
 
     // Divided in another way: refused, not served with wrong positions.
     let mut bytes = std::fs::read(&path).unwrap();
