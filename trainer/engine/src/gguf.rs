@@ -255,7 +255,9 @@ impl Gguf {
             };
             let raw = match heads {
                 Some(heads) => raw.unpermuted(heads).ok_or_else(|| {
-                    self.malformed(format!("tensor `{name}` does not fall into the halves of {heads} heads"))
+                    self.malformed(format!(
+                        "tensor `{name}`: its rows are not whole blocks, or not {heads} heads of two halves"
+                    ))
                 })?,
                 None => raw,
             };

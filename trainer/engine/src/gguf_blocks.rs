@@ -1,5 +1,5 @@
-//! Blocks of four bits in GGUF files, as llama.cpp lays them out (ggml's `block_q4_0`, `block_q4_1` and `block_q4_K`): what is packed from them is
-//! what they say, without rounding to eight bits.
+//! Blocks of four bits in GGUF files, as llama.cpp lays them out (ggml's `block_q4_0`, `block_q4_1` and `block_q4_K`): packed as they are,
+//! without rounding to eight bits. Only the products of Q4_K's scales, 17 bits long, are rounded to f16 then.
 
 use candle_core::quantized::GgmlDType;
 use half::f16;
@@ -62,6 +62,7 @@ mod tests {
     use candle_core::{Device, Tensor};
 
     use super::*;
+    use crate::ops::packed::Packed;
 
     /// Each block is worth what candle reads from the same bytes.
     #[test]
@@ -78,8 +79,18 @@ mod tests {
                 .flat_map(|block| block.values.map(|value| f32::from(value) * block.scale + block.least))
                 .collect();
             assert_eq!(found.len(), expected.len());
-            for (found, expected) in found.iter().zip(expected) {
+            for (found, expected) in found.iter().zip(&expected) {
                 assert!((found - expected).abs() < 1e-5, "{kind:?}: {found} {expected}");
+            }
+            let row =
+                |row: usize| four_bits(kind, &bytes[row * bytes.len() / 6..][..bytes.len() / 6]).unwrap();
+            let packed = Packed::from_four_bits(6, 512, row).unwrap().unwrap();
+            let kept =
+                packed.select(&[0, 1, 2, 3, 4, 5]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            // Values reach from -0.8 to 1.2, so no part of one is larger than 2.
+            let bound = if kind == GgmlDType::Q4K { 2.0 * 2f32.powi(-11) } else { 1e-6 };
+            for (kept, expected) in kept.iter().zip(&expected) {
+                assert!((kept - expected).abs() < bound, "{kind:?}: {kept} {expected}");
             }
         }
         assert!(four_bits(GgmlDType::Q8_0, &[]).is_none());

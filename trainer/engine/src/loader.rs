@@ -48,7 +48,7 @@ pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<LoadedModel, E
 
 /// Loads `path` to be served, and nothing else, by `devices`: matrices that are quantised in the file, or all of them if `eight_bits`
 /// says so, are packed as they are read: to eight bits, or to four if the file has four. Where products of those are slow this is only done if it is asked for. What several
-/// devices share out lies on the CPU first.
+/// devices share out lies on the CPU first, in f32, and is packed to eight bits by each.
 pub fn load_to_serve(path: &Path, devices: &[Device], eight_bits: bool) -> Result<LoadedModel, EngineError> {
     if eight_bits && devices.iter().any(|device| !device.is_cpu()) {
         let (expected, found) = ("`cpu`, where matrices are to have eight bits", "a GPU".to_owned());

@@ -210,7 +210,7 @@ impl CausalLm {
         &self.config
     }
 
-    /// How keys and values are best kept: in half of f32 where weights of eight bits round more than that.
+    /// How keys and values are best kept: in half of f32 where products round more than that.
     pub fn kv_dtype(&self) -> DType {
         match &self.head {
             Matrix::Dense(head) => head.dtype(),

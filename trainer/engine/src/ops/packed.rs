@@ -195,8 +195,11 @@ impl Packed {
         in_bands(&mut all, rows, columns, |band, weights, numbers| {
             for (at, row) in band.map(&row).enumerate() {
                 let mut count = 0;
-                for (block, four) in row.enumerate().take(blocks) {
-                    let block = at / LANES * blocks + block;
+                for four in row {
+                    if count == blocks {
+                        candle_core::bail!("a row of more than {blocks} blocks");
+                    }
+                    let block = at / LANES * blocks + count;
                     let weights = &mut weights[block * Four::BYTES..][..Four::BYTES];
                     let numbers = &mut numbers[block * Four::NUMBERS..][..Four::NUMBERS];
                     if !four.write(at % LANES, weights, numbers) {

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::{
     _mm512_add_epi32, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_load_si512, _mm512_mul_ps,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 use std::cell::Cell;
 use std::mem::MaybeUninit;
@@ -28,7 +28,7 @@ thread_local! {
 ///
 /// # Safety
 ///
-/// The processor must have AMX-INT8 and the features of AVX-512 that [`tile`] names, and this process the permission.
+/// The processor must have AMX-INT8 and what [`avx512::rows`] needs, and this process the permission.
 pub(super) unsafe fn group<F: Form>(
     group: Group<'_, F>,
     activations: &Activations,
@@ -42,7 +42,7 @@ pub(super) unsafe fn group<F: Form>(
     let bytes = if F::FOUR {
         room.resize(2 * group.weights.len(), 0);
         // SAFETY: the caller's word.
-        unsafe { avx512::widen(group, &mut room) };
+        unsafe { widen(group, &mut room) };
         &room
     } else {
         group.weights
@@ -61,6 +61,24 @@ pub(super) unsafe fn group<F: Form>(
         write(first, out);
     }
     WIDE.set(room);
+}
+
+/// Writes the weights of four bits of a group one byte each, quad by quad.
+///
+/// # Safety
+///
+/// The processor must have the features named below.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn widen<F: Form>(group: Group<'_, F>, into: &mut [u8]) {
+    assert!(F::FOUR && into.len() == 2 * group.weights.len());
+    for (from, into) in group.weights.chunks_exact(4 * LANES).zip(into.chunks_exact_mut(8 * LANES)) {
+        // SAFETY: 64 bytes of weights, and room for 128.
+        unsafe {
+            let [low, high] = avx512::two_quads::<F>(from.as_ptr());
+            _mm512_storeu_si512(into.as_mut_ptr().cast(), low);
+            _mm512_storeu_si512(into.as_mut_ptr().add(4 * LANES).cast(), high);
+        }
+    }
 }
 
 /// Up to sixteen activation rows, as many as `out` has room for; the others of them are there and count for nothing.

@@ -6,7 +6,6 @@ use std::arch::x86_64::{
     _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
     _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_reduce_max_ps, _mm512_set1_epi8,
     _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_srli_epi16, _mm512_storeu_ps,
-    _mm512_storeu_si512,
 };
 
 use super::activations::{Activations, Rounded};
@@ -84,7 +83,7 @@ pub(super) unsafe fn rows<F: Form>(
 /// 128 weights at `at`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn two_quads<F: Form>(at: *const u8) -> [__m512i; 2] {
+pub(super) unsafe fn two_quads<F: Form>(at: *const u8) -> [__m512i; 2] {
     // SAFETY: the caller's word: 64 bytes of four bits, or twice as many of eight.
     unsafe {
         let first = _mm512_loadu_si512(at.cast());
@@ -112,24 +111,6 @@ pub(super) unsafe fn numbers<F: Form>(at: *const F::Number) -> (__m512, __m512) 
             (half(at), half(at.add(LANES)))
         } else {
             (_mm512_loadu_ps(at.cast()), _mm512_setzero_ps())
-        }
-    }
-}
-
-/// Writes the weights of four bits of a group one byte each, quad by quad.
-///
-/// # Safety
-///
-/// The processor must have the features named below.
-#[target_feature(enable = "avx512f,avx512bw")]
-pub(super) unsafe fn widen<F: Form>(group: Group<'_, F>, into: &mut [u8]) {
-    assert!(F::FOUR && into.len() == 2 * group.weights.len());
-    for (from, into) in group.weights.chunks_exact(4 * LANES).zip(into.chunks_exact_mut(8 * LANES)) {
-        // SAFETY: 64 bytes of weights, and room for 128.
-        unsafe {
-            let [low, high] = two_quads::<F>(from.as_ptr());
-            _mm512_storeu_si512(into.as_mut_ptr().cast(), low);
-            _mm512_storeu_si512(into.as_mut_ptr().add(4 * LANES).cast(), high);
         }
     }
 }
