@@ -1,21 +1,24 @@
 //! The configuration: one typed tree, unknown keys refused, defaults in one place. All times carry their unit in the name.
 
+mod file;
 pub mod keys;
 pub mod limits;
 pub mod pools;
+pub mod renamed_keys;
 pub mod scale;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::file::ConfigError;
+use self::file::read_toml;
 pub use self::keys::{JwtConfig, KeyConfig, KeyLimits, Priority};
 pub use self::limits::Limits;
 pub use self::pools::{
-    Balance, Deadlines, HealthConfig, HedgeConfig, NodeConfig, OutlierConfig, PoolConfig, Price, QueueConfig,
-    Reasoning, RetryConfig,
+    Deadlines, HealthConfig, HedgeConfig, LoadBalancing, NodeConfig, OutlierConfig, PoolConfig, Price,
+    QueueConfig, Reasoning, RetryConfig,
 };
 pub use self::scale::{
     Actuator, AutoscaleConfig, KubernetesConfig, ProcessConfig, ScaleConfig, WebhookConfig, WorkloadKind,
@@ -98,30 +101,6 @@ fn default_drain() -> u64 {
     30
 }
 
-/// Milliseconds as a duration.
-pub fn ms(value: u64) -> Duration {
-    Duration::from_millis(value)
-}
-
-/// Why a configuration was refused: every problem found, one a line.
-#[derive(Debug, thiserror::Error)]
-#[error("`{path}`:\n  {}", problems.join("\n  "))]
-pub struct ConfigError {
-    /// The file.
-    pub path: PathBuf,
-    /// The problems.
-    pub problems: Vec<String>,
-}
-
-/// Reads a TOML document; an error names the key and what was expected there.
-fn read_toml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
-    let refused = |problem: String| ConfigError { path: path.to_owned(), problems: vec![problem] };
-    let text = std::fs::read_to_string(path).map_err(|error| refused(error.to_string()))?;
-    let document = toml::Deserializer::parse(&text).map_err(|error| refused(error.to_string()))?;
-    serde_path_to_error::deserialize(document)
-        .map_err(|error| refused(format!("key `{}`: {}", error.path(), error.inner().message())))
-}
-
 impl Config {
     /// An empty configuration that listens on `listen`.
     pub fn new(listen: SocketAddr) -> Self {
@@ -158,7 +137,7 @@ impl Config {
     fn resolve(&mut self, folder: &Path) {
         let anchor = |path: &mut PathBuf| *path = folder.join(&*path);
         self.keys_file.as_mut().map(anchor);
-        self.autoscale.trace_file.as_mut().map(anchor);
+        self.autoscale.load_trace_file.as_mut().map(anchor);
         if let Some(tls) = &mut self.tls {
             anchor(&mut tls.certificate);
             anchor(&mut tls.key);
@@ -234,6 +213,6 @@ mod tests {
     #[test]
     fn a_small_configuration_is_enough() {
         let config = read("[[pools]]\nmodel = \"m\"\nnodes = [{url = \"http://127.0.0.1:9000\"}]").unwrap();
-        assert_eq!(config.pools[0].nodes[0].slots, None, "learnt");
+        assert_eq!(config.pools[0].nodes[0].max_concurrency, None, "learnt");
     }
 }

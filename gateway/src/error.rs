@@ -54,13 +54,13 @@ pub enum GatewayError {
     MethodNotAllowed,
     /// The request head breaks a rule of HTTP that guards the way to the nodes.
     #[error("{message}")]
-    BadHead {
+    InvalidHttpRequest {
         /// What is wrong.
         message: &'static str,
     },
     /// The request body is encoded.
     #[error("the request body must not be encoded; send it without `content-encoding`")]
-    Encoded,
+    UnsupportedContentEncoding,
     /// The gateway holds as many bytes as it may.
     #[error("the gateway holds as many bytes of requests as it may")]
     Overloaded,
@@ -82,7 +82,7 @@ pub enum GatewayError {
     },
     /// No slot came free in time.
     #[error("no slot for `{model}` came free within the longest wait")]
-    WaitTooLong {
+    QueueTimeout {
         /// The model.
         model: String,
         /// Seconds until a retry makes sense.
@@ -90,7 +90,7 @@ pub enum GatewayError {
     },
     /// The pool has no node that works.
     #[error("no node for `{model}` is available")]
-    NoNode {
+    NoUpstream {
         /// The model.
         model: String,
         /// Seconds until a retry makes sense.
@@ -126,17 +126,17 @@ impl GatewayError {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::ModelNotAllowed { .. } => StatusCode::FORBIDDEN,
-            Self::Invalid { .. } | Self::BadHead { .. } => StatusCode::BAD_REQUEST,
-            Self::Encoded => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Invalid { .. } | Self::InvalidHttpRequest { .. } => StatusCode::BAD_REQUEST,
+            Self::UnsupportedContentEncoding => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Self::ModelNotFound { .. } | Self::NotFound { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::RateLimited { .. }
             | Self::QueueFull { .. }
-            | Self::WaitTooLong { .. }
+            | Self::QueueTimeout { .. }
             | Self::Overloaded => StatusCode::TOO_MANY_REQUESTS,
-            Self::NoNode { .. } | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NoUpstream { .. } | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
             Self::Node { status, .. } => *status,
             Self::NodeFailed { .. } => StatusCode::BAD_GATEWAY,
             Self::NodeTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -156,15 +156,15 @@ impl GatewayError {
             Self::MethodNotAllowed => "method_not_allowed",
             Self::RateLimited { .. } => "rate_limit_exceeded",
             Self::QueueFull { .. } => "queue_full",
-            Self::WaitTooLong { .. } => "wait_too_long",
-            Self::NoNode { .. } => "no_node",
+            Self::QueueTimeout { .. } => "queue_timeout",
+            Self::NoUpstream { .. } => "no_upstream",
             Self::Draining => "draining",
             Self::NodeFailed { .. } => "node_failed",
             Self::NodeTimeout => "node_timeout",
-            Self::BadHead { .. } => "bad_head",
-            Self::Encoded => "encoded_body",
+            Self::InvalidHttpRequest { .. } => "invalid_http_request",
+            Self::UnsupportedContentEncoding => "unsupported_content_encoding",
             Self::Overloaded => "overloaded",
-            Self::Node { .. } => "node_refused",
+            Self::Node { .. } => "node_error",
         }
     }
 
@@ -172,9 +172,9 @@ impl GatewayError {
         match self {
             Self::RateLimited { retry_after, .. }
             | Self::QueueFull { retry_after, .. }
-            | Self::WaitTooLong { retry_after, .. }
+            | Self::QueueTimeout { retry_after, .. }
             | Self::Node { retry_after: Some(retry_after), .. } => Some((*retry_after).clamp(1, 60)),
-            Self::NoNode { retry_after, .. } => Some((*retry_after).clamp(1, 600)),
+            Self::NoUpstream { retry_after, .. } => Some((*retry_after).clamp(1, 600)),
             Self::Draining | Self::Overloaded => Some(1),
             // Every 429 and 503 says when to come back.
             _ => matches!(self.status().as_u16(), 429 | 503).then_some(5),
@@ -182,11 +182,11 @@ impl GatewayError {
     }
 
     /// Whether another pool may serve the request instead: this one is full, empty or failing.
-    pub fn elsewhere(&self) -> bool {
+    pub fn is_retryable_on_fallback(&self) -> bool {
         match self {
             Self::QueueFull { .. }
-            | Self::WaitTooLong { .. }
-            | Self::NoNode { .. }
+            | Self::QueueTimeout { .. }
+            | Self::NoUpstream { .. }
             | Self::NodeFailed { .. }
             | Self::NodeTimeout => true,
             Self::Node { status, .. } => *status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error(),
@@ -225,7 +225,13 @@ impl IntoResponse for GatewayError {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         // What is left of such a request on the connection is not to be taken for another one.
-        if matches!(self, Self::BadHead { .. } | Self::TooLarge { .. } | Self::SlowBody | Self::Encoded) {
+        if matches!(
+            self,
+            Self::InvalidHttpRequest { .. }
+                | Self::TooLarge { .. }
+                | Self::SlowBody
+                | Self::UnsupportedContentEncoding
+        ) {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response

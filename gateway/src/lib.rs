@@ -1,26 +1,27 @@
-//! The gateway: an OpenAI-compatible front door for pools of inference nodes. It routes by `model`, admits, balances by
-//! outstanding tokens, relays streams without buffering them, watches its nodes, and starts and stops local nodes with
+//! The gateway: an OpenAI-compatible server in front of pools of inference nodes. It routes requests by `model`, admits and
+//! queues them, balances by expected time, relays streams without buffering, watches its nodes, and starts and stops nodes with
 //! the demand.
 //!
-//! Read [`stack`] first: the whole way of a request on one screen. Deliberately absent: tensors, and any dependency on
-//! the trainer half.
+//! Start reading at [`proxy::handler`]: every step of a request on one screen. Deliberately absent: tensors, and any dependency
+//! on the trainer.
 #![forbid(unsafe_code)]
 
-mod admin;
+pub mod admission;
 pub mod api;
-mod attempt;
+pub mod app;
+pub mod auth;
 pub mod autoscale;
-pub mod balance;
 pub mod config;
 pub mod error;
-mod gateway;
-pub mod keys;
+mod hash;
+pub mod normalize;
 pub mod pool;
-pub mod record;
+pub mod proxy;
+pub mod scaling_policy;
 pub mod server;
-pub mod stack;
 pub mod telemetry;
+mod time;
 pub mod upstream;
 
-pub use gateway::{BuildError, Gateway};
+pub use app::gateway::{BuildError, Gateway};
 pub use server::tls::certificates;

@@ -85,7 +85,7 @@ fn main() -> anyhow::Result<()> {
             runtime(threads)?.block_on(serve(config, loaded))
         }
         Command::Check { config } => check(&config),
-        Command::Autoscale { stdio: _, interval } => potstill_gateway::autoscale::stdio::run(
+        Command::Autoscale { stdio: _, interval } => potstill_gateway::app::autoscale_stdio::run(
             interval,
             std::io::stdin().lock(),
             std::io::stdout().lock(),
@@ -124,7 +124,7 @@ fn check(path: &Path) -> anyhow::Result<()> {
 }
 
 fn new_key(file: Option<PathBuf>, name: Option<String>, priority: Priority) -> anyhow::Result<()> {
-    let (key, hash) = potstill_gateway::keys::generate();
+    let (key, hash) = potstill_gateway::auth::keys::generate();
     if let (Some(file), Some(name)) = (&file, name) {
         let mut list = keys::read_file(file)?;
         list.push(KeyConfig { name, hash: Some(hash.clone()), priority, ..KeyConfig::default() });
@@ -158,7 +158,9 @@ async fn serve(path: PathBuf, config: Config) -> anyhow::Result<()> {
     let gateway = Gateway::build(config)?;
     let admin = admin.map(|listener| {
         let (gateway, path) = (gateway.clone(), path.clone());
-        tokio::spawn(async move { gateway.serve_admin(listener, Some(path)).await })
+        tokio::spawn(async move {
+            potstill_gateway::app::admin::serve(gateway.clone(), listener, Some(path)).await
+        })
     });
     #[cfg(feature = "kubernetes")]
     let keda = keda.map(|listener| {

@@ -30,8 +30,9 @@ use self::stall::StallGuard;
 use self::stop::{Stop, Watched};
 use self::tls::Tls;
 use self::window::{Noticed, Streams};
-use crate::config::{Limits, ms};
-use crate::keys::ClientCertificate;
+use crate::auth::keys::ClientCertificate;
+use crate::config::Limits;
+use crate::time::ms;
 
 /// Largest request head.
 const HEAD_BYTES: usize = 64 << 10;
@@ -50,7 +51,7 @@ pub(crate) trait Handler: Clone + Send + Sync + 'static {
     /// TLS as it is now; none for plain text.
     fn tls(&self) -> Option<Tls>;
     /// A connection was opened (+1) or closed (-1).
-    fn connections(&self, change: i64);
+    fn count_connection(&self, change: i64);
 }
 
 /// Accepts connections until `stop`, cancels `draining`, and returns when the last connection has ended or the grace is over.
@@ -86,9 +87,9 @@ pub(crate) async fn serve(
                 let abort = abort.clone();
                 let handler = handler.clone();
                 connections.spawn(async move {
-                    handler.connections(1);
+                    handler.count_connection(1);
                     Watched::new(&abort).run(|context| connection.as_mut().poll(context)).await;
-                    handler.connections(-1);
+                    handler.count_connection(-1);
                     drop((slot, place));
                 });
             }
@@ -138,7 +139,7 @@ async fn connection(stream: TcpStream, handler: impl Handler, limits: Arc<Limits
     }
     let Some(tls) = handler.tls() else {
         let http2 = first[..seen] == PREFACE[..seen] && seen > 3;
-        return speak(stream, http2, None, handler, limits, draining).await;
+        return serve_connection(stream, http2, None, handler, limits, draining).await;
     };
     let accepted = handshake(&tls, stream, ms(limits.head_ms)).await;
     match accepted {
@@ -149,7 +150,7 @@ async fn connection(stream: TcpStream, handler: impl Handler, limits: Arc<Limits
                 .peer_certificates()
                 .and_then(|chain| chain.first())
                 .map(|der| ClientCertificate(*blake3::hash(der).as_bytes()));
-            speak(stream, http2, certificate, handler, limits, draining).await;
+            serve_connection(stream, http2, certificate, handler, limits, draining).await;
         }
         Ok(Err(error)) => tracing::debug!(%error, "no TLS session"),
         Err(_) => {}
@@ -168,7 +169,7 @@ fn handshake(
 }
 
 /// Serves a connection whose protocol is known.
-pub(crate) fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+pub(crate) fn serve_connection<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
     http2: bool,
     certificate: Option<ClientCertificate>,

@@ -1,14 +1,15 @@
-//! The side towards the nodes: addresses, connections, sending, and the way of an answer back.
+//! HTTP/1.1 client for upstream nodes: addresses, connections, one exchange of a request and a response. Transport only: it
+//! knows neither pools nor OpenAI's API.
 
 pub mod address;
 pub mod connect;
 pub mod connection;
-pub mod events;
-pub mod fault;
+pub mod endpoint;
+pub mod error;
+pub mod exchange;
 pub mod framing;
-pub mod head;
-pub mod idle;
-pub mod mend;
-pub mod relay;
-pub mod send;
-pub mod whole;
+pub mod idle_connections;
+pub mod read_body;
+pub mod request;
+pub mod response_head;
+pub mod target;

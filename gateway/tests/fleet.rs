@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use potstill_gateway::Gateway;
-use potstill_gateway::config::{Balance, Config, Deadlines, HealthConfig, NodeConfig, PoolConfig};
+use potstill_gateway::config::{Config, Deadlines, HealthConfig, LoadBalancing, NodeConfig, PoolConfig};
 use potstill_gateway::upstream::connect::Connector;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -29,11 +29,12 @@ const SLOTS: usize = 3;
 const SECONDS: u64 = 60;
 const BUDGET: u32 = 10;
 
-fn config(random: &mut ChaCha8Rng, balance: Balance) -> Config {
+fn config(random: &mut ChaCha8Rng, load_balancing: LoadBalancing) -> Config {
     let mut pool = PoolConfig::new("m");
-    let node = |number| NodeConfig { url: Network::url(number), slots: Some(SLOTS), api_key_env: None };
+    let node =
+        |number| NodeConfig { url: Network::url(number), max_concurrency: Some(SLOTS), api_key_env: None };
     pool.nodes = (1..=random.random_range(1..=HOSTS)).map(node).collect();
-    pool.balance = balance;
+    pool.load_balancing = load_balancing;
     pool.queue.requests = 30;
     pool.queue.wait_ms = 20_000;
     pool.deadlines = Deadlines { connect_ms: 500, first_byte_ms: 5_000, idle_ms: 4_000, total_ms: 30_000 };
@@ -83,13 +84,18 @@ async fn visit(world: Arc<World>, door: Arc<Door>, name: String, mut random: Cha
 
 async fn run(seed: u64) -> BTreeMap<End, u64> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let balances =
-        [Balance::LeastTokens, Balance::PeakEwma, Balance::PrefixHash, Balance::Session, Balance::RoundRobin];
-    let balance = balances[random.random_range(0..balances.len())];
+    let balances = [
+        LoadBalancing::LeastTokens,
+        LoadBalancing::PeakEwma,
+        LoadBalancing::PrefixHash,
+        LoadBalancing::Session,
+        LoadBalancing::RoundRobin,
+    ];
+    let load_balancing = balances[random.random_range(0..balances.len())];
     let network = Network::new(HOSTS, SLOTS, seed);
     let dial = Arc::clone(&network);
-    let connector = Connector::with_network(Arc::new(move |address| dial.dial(address)));
-    let gateway = Gateway::build_with(config(&mut random, balance), connector).unwrap();
+    let connector = Connector::with_dialer(Arc::new(move |address| dial.dial(address)));
+    let gateway = Gateway::build_with(config(&mut random, load_balancing), connector).unwrap();
     let (world, door) = (Arc::new(World::default()), Door::new(gateway.clone()));
     let rate = random.random_range(0.3..4.0);
     let end = Instant::now() + Duration::from_secs(SECONDS);
@@ -101,7 +107,7 @@ async fn run(seed: u64) -> BTreeMap<End, u64> {
                 let now = condition(&mut random);
                 network.host(random.random_range(1..=HOSTS)).condition.send_replace(now);
             }
-            4 => gateway.reload(config(&mut random, balance)).unwrap(),
+            4 => gateway.reload(config(&mut random, load_balancing)).unwrap(),
             _ => {}
         }
         let (name, random) = (format!("c{}", clients.len()), ChaCha8Rng::from_rng(&mut random));
@@ -111,7 +117,7 @@ async fn run(seed: u64) -> BTreeMap<End, u64> {
     let stops = random.random_bool(0.5);
     if stops {
         door.stopping.store(true, Ordering::Relaxed);
-        gateway.begin_stop();
+        gateway.begin_drain();
     }
     for client in clients {
         client.await.unwrap();

@@ -11,11 +11,13 @@ use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method};
 use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::TokioIo;
-use potstill_gateway::pool::node::{Node, NodeSpec};
+use potstill_gateway::upstream::address::AddressPolicy;
 use potstill_gateway::upstream::connect::Connector;
-use potstill_gateway::upstream::head::parse;
-use potstill_gateway::upstream::send::{Outgoing, SendError, send};
-use potstill_gateway::upstream::whole;
+use potstill_gateway::upstream::endpoint::Endpoint;
+use potstill_gateway::upstream::exchange::{SendError, send};
+use potstill_gateway::upstream::read_body::read_full_body;
+use potstill_gateway::upstream::request::UpstreamRequest;
+use potstill_gateway::upstream::response_head::parse;
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -43,7 +45,7 @@ impl Script {
 
 /// A node, and the connections that it was opened.
 struct Peer {
-    node: Arc<Node>,
+    endpoint: Arc<Endpoint>,
     connector: Connector,
     opened: Arc<AtomicUsize>,
     asked: Arc<std::sync::Mutex<Vec<Vec<u8>>>>,
@@ -63,18 +65,18 @@ impl Peer {
                 tokio::spawn(serve(stream, script.clone(), Arc::clone(&log)));
             }
         });
-        let node = Arc::new(Node::new(0, NodeSpec::new(url, None)).unwrap());
-        Self { node, connector: Connector::default(), opened, asked }
+        let endpoint = Arc::new(Endpoint::new(&url, None, AddressPolicy::Trusted).unwrap());
+        Self { endpoint, connector: Connector::default(), opened, asked }
     }
 
     async fn ask(&self, body: Bytes) -> Result<(u16, Bytes), SendError> {
         let mut client = HeaderMap::new();
         client.insert("content-type", HeaderValue::from_static("application/json"));
         let path = PathAndQuery::from_static("/v1/x");
-        let outgoing = Outgoing { method: Method::POST, path, client, body };
+        let outgoing = UpstreamRequest { method: Method::POST, path, client_headers: client, body };
         let now = tokio::time::Instant::now();
-        let mut exchange = send(&self.connector, &self.node, &outgoing, now, LONG, LONG).await?;
-        let body = whole::read(&mut exchange.body, LONG, now + LONG).await?;
+        let mut exchange = send(&self.connector, &self.endpoint, &outgoing, now, LONG, LONG).await?;
+        let body = read_full_body(&mut exchange.body, LONG, now + LONG).await?;
         Ok((exchange.head.status.as_u16(), body))
     }
 

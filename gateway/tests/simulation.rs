@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use potstill_gateway::config::{Balance, NodeConfig, PoolConfig, Priority};
+use potstill_gateway::config::{LoadBalancing, NodeConfig, PoolConfig, Priority};
 use potstill_gateway::error::GatewayError;
 use potstill_gateway::pool::node::NodeState;
-use potstill_gateway::pool::{Ask, ModelPool, Permit};
-use potstill_gateway::telemetry::Metrics;
+use potstill_gateway::pool::{AcquireRequest, ModelPool, Permit};
+use potstill_gateway::telemetry::metrics::Metrics;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tokio::time::sleep;
@@ -59,11 +59,12 @@ impl World {
     }
 }
 
-fn config(nodes: usize, balance: Balance) -> PoolConfig {
+fn config(nodes: usize, load_balancing: LoadBalancing) -> PoolConfig {
     let mut pool = PoolConfig::new("m");
-    let node = |n| NodeConfig { url: format!("http://node-{n}:1"), slots: Some(SLOTS), api_key_env: None };
+    let node =
+        |n| NodeConfig { url: format!("http://node-{n}:1"), max_concurrency: Some(SLOTS), api_key_env: None };
     pool.nodes = (0..nodes).map(node).collect();
-    pool.balance = balance;
+    pool.load_balancing = load_balancing;
     pool.queue.requests = 40;
     pool.queue.wait_ms = 20_000;
     pool.queue.starvation_ms = 5_000;
@@ -94,7 +95,7 @@ impl Drop for OnNode<'_> {
 }
 
 /// One client's request, as the request path makes it: a slot, a node, perhaps another one.
-async fn request(world: &World, ask: &Ask, work: Duration) {
+async fn request(world: &World, ask: &AcquireRequest, work: Duration) {
     let counts = &world.counts;
     let (mut exclude, mut tries) = (None, 0);
     loop {
@@ -104,8 +105,8 @@ async fn request(world: &World, ask: &Ask, work: Duration) {
                 assert!(matches!(
                     error,
                     GatewayError::QueueFull { .. }
-                        | GatewayError::WaitTooLong { .. }
-                        | GatewayError::NoNode { .. }
+                        | GatewayError::QueueTimeout { .. }
+                        | GatewayError::NoUpstream { .. }
                 ));
                 counts.refused.fetch_add(1, Ordering::Relaxed);
                 return;
@@ -154,26 +155,31 @@ async fn watch(world: Arc<World>) {
         for node in world.pool.nodes() {
             let well = world.health(&node.name) != Health::Down;
             if node.state() == NodeState::Unhealthy && well {
-                world.pool.set_state(&node, NodeState::Ready);
+                world.pool.set_node_state(&node, NodeState::Ready);
             }
         }
         world.pool.remove_drained();
         // Ejections and pauses end with time alone: any change of state looks at the queue.
         if let Some(node) = world.pool.nodes().first() {
-            world.pool.set_state(node, node.state());
+            world.pool.set_node_state(node, node.state());
         }
     }
 }
 
 async fn run(seed: u64) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let balances =
-        [Balance::LeastTokens, Balance::PeakEwma, Balance::PrefixHash, Balance::Session, Balance::RoundRobin];
-    let balance = balances[rng.random_range(0..balances.len())];
+    let balances = [
+        LoadBalancing::LeastTokens,
+        LoadBalancing::PeakEwma,
+        LoadBalancing::PrefixHash,
+        LoadBalancing::Session,
+        LoadBalancing::RoundRobin,
+    ];
+    let load_balancing = balances[rng.random_range(0..balances.len())];
     let nodes = rng.random_range(1..6);
     let metrics = Metrics::new().unwrap();
     let world = Arc::new(World {
-        pool: ModelPool::new(config(nodes, balance), &metrics, CancellationToken::new()),
+        pool: ModelPool::new(config(nodes, load_balancing), &metrics, CancellationToken::new()),
         health: Mutex::default(),
         on_node: Mutex::default(),
         counts: Counts::default(),
@@ -195,13 +201,13 @@ async fn run(seed: u64) {
                 let node = format!("node-{}:1", rng.random_range(0..6));
                 world.health.lock().unwrap().insert(node, health);
             }
-            1 => world.pool.reconfigure(config(rng.random_range(1..6), balance)),
+            1 => world.pool.reconfigure(config(rng.random_range(1..6), load_balancing)),
             _ => {}
         }
-        let ask = Ask {
+        let ask = AcquireRequest {
             class: Priority::ALL[rng.random_range(0..3)],
             key: format!("key-{}", rng.random_range(0..4)).into(),
-            within: rng.random_bool(0.2).then(|| Duration::from_millis(rng.random_range(1..5_000))),
+            max_wait: rng.random_bool(0.2).then(|| Duration::from_millis(rng.random_range(1..5_000))),
             tokens: rng.random_range(1..2_000),
             bytes: 100,
             affinity: rng.random_bool(0.8).then(|| rng.random_range(0..20)),

@@ -6,6 +6,9 @@ use bytes::Bytes;
 /// No event may grow beyond this.
 pub const MAX_EVENT_BYTES: usize = 4 << 20;
 
+/// A comment that keeps a silent stream open. Between two events, clients ignore it.
+pub const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n\n");
+
 /// One event: its name (empty for most) and its data lines joined by `\n`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Event {

@@ -74,10 +74,10 @@ impl Cloud {
     pub fn scaling(&self, max: usize, slots: usize) -> ScaleConfig {
         ScaleConfig {
             max,
-            slots,
+            max_concurrency: slots,
             cold_start_s: 0.2,
-            memory_s: 0.3,
-            hold_s: 0.3,
+            demand_window_s: 0.3,
+            scale_down_delay_s: 0.3,
             webhook: Some(WebhookConfig { url: format!("http://{}/scale", self.address), api_key_env: None }),
             ..ScaleConfig::default()
         }

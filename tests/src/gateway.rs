@@ -29,7 +29,7 @@ pub fn pool(nodes: &[&Mock], slots: usize) -> PoolConfig {
     let mut pool = PoolConfig::new("m");
     pool.nodes = nodes
         .iter()
-        .map(|mock| NodeConfig { url: mock.url(), slots: Some(slots), api_key_env: None })
+        .map(|mock| NodeConfig { url: mock.url(), max_concurrency: Some(slots), api_key_env: None })
         .collect();
     pool.health.interval_ms = 50;
     pool
@@ -102,7 +102,7 @@ impl TestGateway {
     }
 
     /// Tells it to stop without waiting.
-    pub fn begin_stop(&mut self) {
+    pub fn begin_drain(&mut self) {
         drop(self.stop.take());
     }
 

@@ -110,7 +110,7 @@ async fn two_pools_never_cost_more_than_the_budget() {
     ];
     let mut both = config(pool("a", &clouds[0], 8, 1));
     let mut dear = pool("b", &clouds[1], 8, 1);
-    dear.scale.as_mut().unwrap().cost = 2.0;
+    dear.scale.as_mut().unwrap().cost_per_hour = 2.0;
     both.pools.push(dear);
     both.autoscale.budget = Some(5.0);
     let gateway = TestGateway::start(quick(both)).await;
@@ -188,7 +188,7 @@ async fn admin(gateway: &TestGateway) -> (String, String) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let serving = gateway.gateway.clone();
-    tokio::spawn(async move { serving.serve_admin(listener, None).await });
+    tokio::spawn(async move { potstill_gateway::app::admin::serve(serving.clone(), listener, None).await });
     (format!("http://{address}/admin"), std::env::var("PATH").unwrap())
 }
 
@@ -286,7 +286,7 @@ async fn who_waits_for_a_node_hears_comments_where_they_are_asked_for() {
     assert!(text.contains("\"code\":\"no_node\"") && !text.contains("[DONE]"), "{text}");
     let asked = json!({"model": "m", "stream": true, "input": "x"});
     let text = post("/v1/responses", asked).await.unwrap().text().await.unwrap();
-    assert!(text.contains("event: error\ndata: {") && text.contains("no_node"), "{text}");
+    assert!(text.contains("event: error\ndata: {") && text.contains("no_upstream"), "{text}");
     // One that leaves leaves the queue.
     gateway.gateway.reload(with(60_000)).unwrap();
     let answer = post("/v1/chat/completions", chat).await.unwrap();
@@ -329,7 +329,7 @@ async fn the_load_is_recorded_for_simulators() {
     let file = folder.path().join("load.csv");
     let cloud = Cloud::start(Behaviour::Answer(7), Duration::from_millis(10)).await;
     let mut recorded = quick(config(pool("m", &cloud, 1, 4)));
-    recorded.autoscale.trace_file = Some(file.clone());
+    recorded.autoscale.load_trace_file = Some(file.clone());
     let gateway = TestGateway::start(recorded).await;
     all_well((0..5).map(|_| ask(&gateway, "m")).collect()).await;
     let rows = || std::fs::read_to_string(&file).unwrap().lines().map(str::to_owned).collect::<Vec<_>>();

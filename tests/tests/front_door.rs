@@ -13,7 +13,7 @@ fn document(body: Value) -> Behaviour {
 }
 
 fn key(config: KeyConfig) -> (String, KeyConfig) {
-    let (key, hash) = potstill_gateway::keys::generate();
+    let (key, hash) = potstill_gateway::auth::keys::generate();
     (key, KeyConfig { hash: Some(hash), ..config })
 }
 
@@ -209,7 +209,7 @@ async fn another_pool_stands_in() {
 async fn a_short_request_is_hedged_and_a_long_one_is_not() {
     let (slow, quick) = (Mock::start(Behaviour::Hold).await, Mock::start(Behaviour::Answer(1)).await);
     let mut configuration = pool(&[&slow, &quick], 4);
-    configuration.hedge = Some(HedgeConfig { after_ms: 30, max_tokens: 16 });
+    configuration.hedge = Some(HedgeConfig { delay_ms: 30, max_tokens: 16 });
     let gateway = TestGateway::start(config(configuration)).await;
     let ask = |limit: u64| {
         let body = json!({"model": "m", "max_tokens": limit, "messages": [{"role": "user", "content": system_tests::canary::PROMPT}]});

@@ -20,14 +20,14 @@ use potstill_engine::gguf::Gguf;
 use potstill_engine::template::ChatTemplate;
 use potstill_engine::tokenizer::Tokenizer;
 use potstill_engine::weights::Gathered;
-use potstill_gateway::api::request::{parse, with_model};
+use potstill_gateway::api::request_fields::{scan, with_model};
 use potstill_gateway::api::responses::request::to_chat;
 use potstill_gateway::config::Config;
 use potstill_gateway::config::pools::Reasoning;
-use potstill_gateway::upstream::events::{Events, Step};
-use potstill_gateway::upstream::head;
-use potstill_gateway::upstream::mend::chunk::ChunkMend;
-use potstill_gateway::upstream::mend::{Kind, failure, whole};
+use potstill_gateway::normalize::sse_stream::{SseStream, StreamStep};
+use potstill_gateway::normalize::stream_chunk::ChunkNormalizer;
+use potstill_gateway::normalize::{Kind, completion, error_body};
+use potstill_gateway::upstream::response_head;
 use potstill_shared::durable::write_file;
 use potstill_shared::{reasoning, sse};
 use potstill_trainer::recipe::Recipe;
@@ -210,7 +210,7 @@ fn a_nodes_http_is_read_the_same_however_it_is_cut() {
         b"HTTP/1.1 103 X\r\n\r\n",
     ];
     fuzz(&corpus, &words, |input, (a, b)| {
-        let Ok(Some((head, length))) = head::parse(input, &Method::POST) else { return };
+        let Ok(Some((head, length))) = response_head::parse(input, &Method::POST) else { return };
         let read = |parts: &[&[u8]]| {
             let (mut framing, mut body) = (head.framing, Vec::new());
             for part in parts {
@@ -236,9 +236,9 @@ fn a_request_is_read_or_refused() {
     fuzz(&[CHAT, br#"{"model":"a/b","prompt":["x",[1,2]],"echo":true}"#], &JSON, |input, _| {
         let body = Bytes::copy_from_slice(input);
         for kind in [Kind::Chat, Kind::Text, Kind::Embeddings, Kind::Other] {
-            if let Ok(head) = parse(&body, kind) {
+            if let Ok(head) = scan(&body, kind) {
                 let changed = with_model(&body, &head, "other");
-                assert_eq!(parse(&changed, kind).unwrap().model, "other");
+                assert_eq!(scan(&changed, kind).unwrap().model, "other");
             }
         }
     });
@@ -251,7 +251,9 @@ fn an_answer_is_mended_to_json() {
             for reasoning in [Reasoning::Pass, Reasoning::Split, Reasoning::SplitOpen] {
                 // Half a character in an escape is the node's affair: it passes as it came.
                 let read = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).is_ok();
-                if let whole::Mended::Changed(body, _) = whole::mend(input, kind, "m", reasoning) {
+                if let completion::Normalized::Changed(body, _) =
+                    completion::normalize(input, kind, "m", reasoning)
+                {
                     assert!(read(&body) || !read(input));
                 }
             }
@@ -266,9 +268,10 @@ fn a_stream_is_mended_however_it_is_cut() {
         &[b"data: ", b"\n\n", b"\r\n", b"[DONE]", b"{\"error\":{}}", b"null", b"[]"],
         |input, (a, b)| {
             for reasoning in [Reasoning::Pass, Reasoning::Split] {
-                let mut events = Events::new(ChunkMend::new(Kind::Chat, "m".into(), true, reasoning), true);
+                let mut events =
+                    SseStream::new(ChunkNormalizer::new(Kind::Chat, "m".into(), true, reasoning), true);
                 for part in [&input[..a], &input[a..b], &input[b..]] {
-                    if !matches!(events.push(Bytes::copy_from_slice(part)), Step::Pass(_)) {
+                    if !matches!(events.push(Bytes::copy_from_slice(part)), StreamStep::Forward(_)) {
                         break;
                     }
                 }
@@ -286,11 +289,11 @@ fn an_error_is_told_in_openais_shape() {
     ];
     fuzz(&corpus, &JSON, |input, _| {
         for status in [StatusCode::BAD_REQUEST, StatusCode::TOO_MANY_REQUESTS, StatusCode::BAD_GATEWAY] {
-            let (_, body) = failure::body(status, input);
+            let (_, body) = error_body::normalize(status, input);
             let json: Value = serde_json::from_str(&body.to_json()).unwrap();
             assert!(json["error"]["message"].is_string());
         }
-        let _event = failure::event(input);
+        let _event = error_body::normalize_event(input);
     });
 }
 
@@ -394,7 +397,7 @@ fn problems_are_read_or_put_aside() {
 #[test]
 fn a_configuration_is_taken_or_refused() {
     let corpus: [&[u8]; 2] = [
-        b"listen = \"127.0.0.1:8080\"\n[[keys]]\nname = \"a\"\nhash = \"00\"\nrequests_per_minute = 5\n[[pools]]\nmodel = \"m\"\nnodes = [{ url = \"http://h:1\", slots = 4 }]\nqueue = { requests = 10 }\n[pools.scale]\nmin = 0\nmax = 4\nprocess = { command = [\"x\"] }\n",
+        b"listen = \"127.0.0.1:8080\"\n[[keys]]\nname = \"a\"\nhash = \"00\"\nrequests_per_minute = 5\n[[pools]]\nmodel = \"m\"\nnodes = [{ url = \"http://h:1\", max_concurrency = 4 }]\nqueue = { requests = 10 }\n[pools.scale]\nmin = 0\nmax = 4\nprocess = { command = [\"x\"] }\n",
         b"[limits]\nbody_bytes = 1\n[admin]\nlisten = \"127.0.0.1:1\"\n",
     ];
     let words: [&'static [u8]; 8] =

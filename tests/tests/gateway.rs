@@ -27,7 +27,7 @@ async fn a_plain_answer_passes_through_with_unknown_fields() {
     gateway.all_free().await;
     let metrics = gateway.client.get(gateway.url("/metrics")).send().await.unwrap().text().await.unwrap();
     for line in [
-        "potstill_gateway_requests_total{end=\"complete\",model=\"m\",status=\"200\"} 1",
+        "potstill_gateway_requests_total{model=\"m\",outcome=\"complete\",status=\"200\"} 1",
         "potstill_gateway_tokens_total{direction=\"completion\",model=\"m\"} 3",
         "potstill_gateway_in_flight_tokens{model=\"m\"} 0",
     ] {
@@ -299,7 +299,7 @@ async fn errors_have_openai_bodies() {
 #[tokio::test]
 async fn keys_open_their_models_and_never_reach_a_node() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
-    let (key, hash) = potstill_gateway::keys::generate();
+    let (key, hash) = potstill_gateway::auth::keys::generate();
     let mut configuration = config(pool(&[&mock], 4));
     configuration.keys.push(KeyConfig {
         name: "a".into(),
@@ -359,7 +359,7 @@ async fn drain_lets_streams_finish_and_refuses_new_ones() {
         })
         .collect();
     mock.busy(20).await;
-    gateway.begin_stop();
+    gateway.begin_drain();
     until("nobody is let in", || std::net::TcpStream::connect(gateway.address()).is_err()).await;
     for stream in streams {
         assert!(stream.await.unwrap().ends_with("data: [DONE]\n\n"), "a stream was broken by the drain");

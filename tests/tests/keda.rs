@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use potstill_gateway::autoscale::keda::{
+use potstill_gateway::autoscale::kubernetes::keda::{
     GetMetricSpecResponse, GetMetricsRequest, GetMetricsResponse, IsActiveResponse, ScaledObjectRef,
 };
 use serde_json::{Value, json};
@@ -59,7 +59,7 @@ async fn gateways(cluster: &Kubernetes, names: &[&str], min: usize) -> (Vec<Star
         let port = free_port();
         let config = format!(
             "[autoscale]\ninterval_ms = 50\nlease_s = 2\nkeda_listen = \"127.0.0.1:{port}\"\n[[pools]]\nmodel = \"m\"\n\
-             health = {{ interval_ms = 50 }}\n[pools.scale]\nmin = {min}\nmax = 4\nslots = 2\ncold_start_s = 0.3\nmemory_s = 0.5\nhold_s = 0.3\n\
+             health = {{ interval_ms = 50 }}\n[pools.scale]\nmin = {min}\nmax = 4\nmax_concurrency = 2\ncold_start_s = 0.3\nmemory_s = 0.5\nhold_s = 0.3\n\
              [pools.scale.kubernetes]\nkind = \"Deployment\"\nname = \"qwq-32b\"\nport = {}\nactuator = \"keda\"\n",
             cluster.port()
         );

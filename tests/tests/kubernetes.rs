@@ -52,12 +52,12 @@ impl World {
     }
 
     fn config(&self, kind: &str, workload: &str, more: &str, top: &str) -> String {
-        let memory = if more.contains("memory_s") { "" } else { "memory_s = 0.5\n" };
+        let memory = if more.contains("memory_s") { "" } else { "demand_window_s = 0.5\n" };
         let more = if more.contains("max") { more.to_owned() } else { format!("max = 4\n{more}") };
         format!(
             "{top}\n[autoscale]\ninterval_ms = 50\nlease_s = 2\n[admin]\nlisten = \"127.0.0.1:0\"\nenv = \"PATH\"\n\
-             [[pools]]\nmodel = \"m\"\nhealth = {{ interval_ms = 50 }}\n[pools.scale]\nslots = 2\ncold_start_s = 0.3\n\
-             {memory}hold_s = 0.3\n{more}\n[pools.scale.kubernetes]\nkind = \"{kind}\"\nname = \"{workload}\"\nport = {}\n",
+             [[pools]]\nmodel = \"m\"\nhealth = {{ interval_ms = 50 }}\n[pools.scale]\nmax_concurrency = 2\ncold_start_s = 0.3\n\
+             {memory}scale_down_delay_s = 0.3\n{more}\n[pools.scale.kubernetes]\nkind = \"{kind}\"\nname = \"{workload}\"\nport = {}\n",
             self.cluster.port()
         )
     }

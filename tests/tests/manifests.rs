@@ -436,7 +436,7 @@ fn what_must_hold_for_every_object() {
             });
             let grace =
                 templates(workload.unwrap())[0]["spec"]["terminationGracePeriodSeconds"].as_u64().unwrap();
-            assert!(grace >= scale.drain_s, "{overlay}: {grace}");
+            assert!(grace >= scale.drain_timeout_s, "{overlay}: {grace}");
         }
         for object in objects.iter().filter(|object| object["kind"] == "ScaledObject") {
             let trigger = &object["spec"]["triggers"][0]["metadata"];

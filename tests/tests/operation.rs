@@ -24,7 +24,10 @@ fn client() -> reqwest::Client {
 }
 
 fn pool_of(mock: &Mock, model: &str) -> String {
-    format!("[[pools]]\nmodel = \"{model}\"\nnodes = [{{ url = \"{}\", slots = 512 }}]\n", mock.url())
+    format!(
+        "[[pools]]\nmodel = \"{model}\"\nnodes = [{{ url = \"{}\", max_concurrency = 512 }}]\n",
+        mock.url()
+    )
 }
 
 fn chat(gateway: &Started, model: &str, stream: bool) -> reqwest::RequestBuilder {
@@ -79,7 +82,7 @@ async fn a_thousand_reloads_under_load_fail_nothing() {
     let metric = async |outcome: &str| {
         let metrics =
             client().get(format!("{}/metrics", gateway.url)).send().await.unwrap().text().await.unwrap();
-        let name = format!("potstill_gateway_reloads_total{{outcome=\"{outcome}\"}} ");
+        let name = format!("potstill_gateway_config_reloads_total{{outcome=\"{outcome}\"}} ");
         metrics.lines().find_map(|line| line.strip_prefix(&name)?.parse::<u64>().ok()).unwrap_or(0)
     };
     for round in 0..1_000 {
@@ -94,8 +97,8 @@ async fn a_thousand_reloads_under_load_fail_nothing() {
         }
     }
     // Signals that come close together are taken as one.
-    assert!(metric("taken").await >= 20, "{}", metric("taken").await);
-    let taken = metric("taken").await;
+    assert!(metric("applied").await >= 20, "{}", metric("applied").await);
+    let taken = metric("applied").await;
     for (broken, why) in [("", "names no pools"), ("listen = 5", "expected socket address")] {
         std::fs::write(gateway.config(), broken).unwrap();
         gateway.signal("HUP");
@@ -105,7 +108,7 @@ async fn a_thousand_reloads_under_load_fail_nothing() {
     for client in load {
         assert!(client.await.unwrap() > 0);
     }
-    assert_eq!(metric("taken").await, taken, "the old one stays");
+    assert_eq!(metric("applied").await, taken, "the old one stays");
     assert!(
         first.asked() > 0 && second.asked() > 0,
         "{} {}: both configurations have served\n{}",
@@ -118,7 +121,7 @@ async fn a_thousand_reloads_under_load_fail_nothing() {
 #[tokio::test]
 async fn the_admin_api_shows_changes_and_keeps_secrets() {
     let (mock, added) = (Mock::start(Behaviour::Answer(5)).await, Mock::start(Behaviour::Answer(5)).await);
-    let (admin_key, admin_hash) = potstill_gateway::keys::generate();
+    let (admin_key, admin_hash) = potstill_gateway::auth::keys::generate();
     let port = system_tests::programs::free_port();
     let node_key = "node-secret-51b2";
     let config = format!(

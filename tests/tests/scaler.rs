@@ -22,11 +22,11 @@ fn pool(pids: &Path, max: usize) -> PoolConfig {
     let mut pool = PoolConfig::new("m");
     pool.scale = Some(ScaleConfig {
         max,
-        slots: 4,
+        max_concurrency: 4,
         cold_start_s: 0.3,
-        memory_s: 0.3,
-        hold_s: 0.3,
-        start_s: 60,
+        demand_window_s: 0.3,
+        scale_down_delay_s: 0.3,
+        startup_timeout_s: 60,
         process: Some(ProcessConfig {
             command: vec!["sh".into(), "-c".into(), command],
             log_folder: None,

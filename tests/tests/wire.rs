@@ -257,7 +257,8 @@ const HEADERS: &[u8] = &[0x82, 0x86, 0x84, 0x41, 0x01, b'x'];
 #[tokio::test]
 async fn http2_floods_end_in_goaway() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
-    let pool = format!("[[pools]]\nmodel = \"m\"\nnodes = [{{ url = \"{}\", slots = 4 }}]\n", mock.url());
+    let pool =
+        format!("[[pools]]\nmodel = \"m\"\nnodes = [{{ url = \"{}\", max_concurrency = 4 }}]\n", mock.url());
     let gateway = Started::with(&pool, "info").await;
     let address = std::net::SocketAddr::from(([127, 0, 0, 1], gateway.port));
     let begin = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(4, 0, 0, &[])].concat();

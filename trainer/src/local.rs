@@ -83,11 +83,11 @@ impl LocalGateway {
         pool.scale = Some(ScaleConfig {
             min: model.min,
             max: model.max,
-            slots: model.slots,
+            max_concurrency: model.slots,
             cold_start_s: 2.0,
-            memory_s: 10.0,
-            hold_s: 5.0,
-            start_s: 300,
+            demand_window_s: 10.0,
+            scale_down_delay_s: 5.0,
+            startup_timeout_s: 300,
             process: Some(ProcessConfig { command, log_folder: Some(self.logs.clone()), gpus: Vec::new() }),
             ..ScaleConfig::default()
         });
@@ -118,7 +118,7 @@ impl LocalPlans {
     /// Announces the stages of a run, in the form that the gateway's admin API takes; answers in its form, too.
     pub fn declare(&self, plan: serde_json::Value) -> Result<serde_json::Value, String> {
         let plan: RunPlan = serde_json::from_value(plan).map_err(|error| error.to_string())?;
-        let forecasts = self.0.declare(plan)?;
+        let forecasts = self.0.register_plan(plan)?;
         Ok(serde_json::json!({ "forecasts": forecasts }))
     }
 }

@@ -15,13 +15,13 @@ pub struct RequestId(HeaderValue);
 
 impl RequestId {
     /// A new one.
-    pub fn fresh() -> Self {
+    pub fn generate() -> Self {
         // Letters, digits and a hyphen: always a header's value.
         Self(HeaderValue::try_from(unique("req")).unwrap_or_else(|_| HeaderValue::from_static("req")))
     }
 
     /// The client's own, if it can be used. Copied, so that it does not keep the buffer that the request was read into.
-    pub fn of(header: &HeaderValue) -> Option<Self> {
+    pub fn from_header(header: &HeaderValue) -> Option<Self> {
         let text = header.to_str().ok().filter(|id| !id.is_empty() && id.len() <= LONGEST)?;
         HeaderValue::from_str(text).ok().map(Self)
     }
@@ -49,12 +49,13 @@ mod tests {
 
     #[test]
     fn only_plain_short_ids_are_taken_over() {
-        let of =
-            |bytes: &[u8]| RequestId::of(&HeaderValue::from_bytes(bytes).unwrap()).map(|id| id.to_string());
+        let of = |bytes: &[u8]| {
+            RequestId::from_header(&HeaderValue::from_bytes(bytes).unwrap()).map(|id| id.to_string())
+        };
         assert_eq!(of(b"mine-1").as_deref(), Some("mine-1"));
         for unusable in [&b""[..], b"\xff", &[b'a'; 129]] {
             assert_eq!(of(unusable), None);
         }
-        assert!(RequestId::fresh().as_str().starts_with("req-"));
+        assert!(RequestId::generate().as_str().starts_with("req-"));
     }
 }

@@ -5,9 +5,11 @@ pub mod request;
 pub mod stream;
 pub mod whole;
 
+use bytes::Bytes;
+use potstill_shared::openai::ErrorBody;
 use serde_json::{Value, json};
 
-use self::request::Wanted;
+use self::request::ResponsesRequest;
 
 /// A `usage` object out of a chat answer's.
 fn usage(chat: &Value) -> Value {
@@ -33,16 +35,16 @@ fn outcome(finish_reason: Option<&str>) -> (&'static str, Value) {
 
 /// The response object.
 fn object(
-    wanted: &Wanted,
+    request: &ResponsesRequest,
     model: &str,
     status: &str,
     details: Value,
     output: &[Value],
     usage: Value,
 ) -> Value {
-    let echo = |name: &str, usual: Value| wanted.echo.get(name).cloned().unwrap_or(usual);
+    let echo = |name: &str, usual: Value| request.echo.get(name).cloned().unwrap_or(usual);
     json!({
-        "id": wanted.id, "object": "response", "created_at": wanted.created, "status": status,
+        "id": request.id, "object": "response", "created_at": request.created, "status": status,
         "background": false, "error": null, "incomplete_details": details, "model": model, "output": output,
         "usage": usage, "store": false, "previous_response_id": null,
         "instructions": echo("instructions", Value::Null),
@@ -80,4 +82,11 @@ fn reasoning_item(id: &str, status: &str, text: Option<&str>) -> Value {
 
 fn call_item(id: &str, status: &str, call: &str, name: &str, arguments: &str) -> Value {
     json!({"id": id, "type": "function_call", "status": status, "call_id": call, "name": name, "arguments": arguments})
+}
+
+/// Renders an error as an event of the Responses API.
+pub fn error_event(_body: &ErrorBody, code: &str, message: &str) -> Bytes {
+    let event =
+        json!({"type": "error", "code": code, "message": message, "param": null, "sequence_number": 0});
+    format!("event: error\ndata: {event}\n\n").into()
 }

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::policy::StagePlan;
 use crate::config::pools::is_name;
+use crate::scaling_policy::StagePlan;
 
 /// Runs that may have a plan at the same time.
 const RUNS: usize = 64;
@@ -71,7 +71,7 @@ pub struct Plans {
 impl Plans {
     /// Takes a plan. `finished` tells how many completions of a stage a model has seen so far, so that progress counts
     /// without a further word from the owner. An error says what is wrong with it.
-    pub fn declare(
+    pub fn register(
         &mut self,
         plan: RunPlan,
         now: f64,
@@ -170,7 +170,7 @@ impl Plans {
     }
 
     /// Forgets a run. False when it has no plan.
-    pub fn withdraw(&mut self, run: &str) -> bool {
+    pub fn remove(&mut self, run: &str) -> bool {
         self.runs.remove(run).is_some()
     }
 
@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn progress_counts_and_an_abandoned_plan_expires() {
         let mut plans = Plans::default();
-        plans.declare(plan(PLAN), 0.0, |_, _| 40).unwrap();
+        plans.register(plan(PLAN), 0.0, |_, _| 40).unwrap();
         let left = plans.of("m", 5.0, |_| 70);
         assert_eq!((left[0].remaining, left[0].deadline_s), (70, Some(55.0)));
         assert!(plans.of("m", 5.0, |_| 140).is_empty() && plans.of("other", 5.0, |_| 40).is_empty());
@@ -240,13 +240,13 @@ mod tests {
     #[test]
     fn gateways_tell_each_other_and_the_last_word_counts() {
         let (mut a, mut b) = (Plans::default(), Plans::default());
-        a.declare(plan(PLAN), 0.0, |_, _| 0).unwrap();
+        a.register(plan(PLAN), 0.0, |_, _| 0).unwrap();
         let told = |from: &Plans, now: f64| vec![("a".to_owned(), from.export(now), 0.5)];
         b.import(100.0, &told(&a, 1.0), |_, _| 7);
         assert_eq!(b.of("m", 100.0, |_| 17)[0].remaining, 90, "what b finishes from then on counts");
         assert!(b.export(100.0).is_empty(), "what was told is not told on");
         // Declared again to b: that is the last word, and a takes it over.
-        b.declare(plan(&PLAN.replace("100", "30")), 104.0, |_, _| 0).unwrap();
+        b.register(plan(&PLAN.replace("100", "30")), 104.0, |_, _| 0).unwrap();
         b.import(104.0, &told(&a, 5.0), |_, _| 0);
         assert_eq!(b.of("m", 104.0, |_| 0)[0].remaining, 30);
         a.import(5.0, &[("b".to_owned(), b.export(104.0), 0.0)], |_, _| 0);
@@ -254,7 +254,7 @@ mod tests {
         assert!(a.export(5.0).is_empty());
         // Withdrawn where it was declared, it is gone everywhere; it expires as it would there.
         assert_eq!(a.runs(5.0)[0].1, 10.0);
-        b.withdraw("r");
+        b.remove("r");
         a.import(6.0, &[("b".to_owned(), b.export(105.0), 0.0)], |_, _| 0);
         assert!(a.runs(6.0).is_empty());
     }
@@ -268,11 +268,11 @@ mod tests {
             (": 50,", ": -50,", "stages[0].est_out_tokens"),
             ("generate", "gen erate", "stages[0].stage"),
         ] {
-            let error = plans.declare(plan(&PLAN.replace(from, to)), 0.0, |_, _| 0).unwrap_err();
+            let error = plans.register(plan(&PLAN.replace(from, to)), 0.0, |_, _| 0).unwrap_err();
             assert!(error.contains(word), "{error}");
         }
         for run in 0..70 {
-            let taken = plans.declare(plan(&PLAN.replace("\"r\"", &format!("\"r{run}\""))), 0.0, |_, _| 0);
+            let taken = plans.register(plan(&PLAN.replace("\"r\"", &format!("\"r{run}\""))), 0.0, |_, _| 0);
             assert_eq!(taken.is_ok(), run < RUNS);
         }
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::file::{ConfigError, read_toml};
 
 /// Priority class of a request; the first is served first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -148,7 +148,7 @@ pub fn read_file(path: &Path) -> Result<Vec<KeyConfig>, ConfigError> {
     if !path.exists() {
         return Ok(Vec::new());
     }
-    super::read_toml::<KeysFile>(path).map(|file| file.keys)
+    read_toml::<KeysFile>(path).map(|file| file.keys)
 }
 
 /// Writes a keys file, whole or not at all.

@@ -19,7 +19,7 @@ pub struct PoolConfig {
     pub scale: Option<ScaleConfig>,
     /// How a node is chosen.
     #[serde(default)]
-    pub balance: Balance,
+    pub load_balancing: LoadBalancing,
     /// What is done with raw `<think>` text.
     #[serde(default)]
     pub reasoning: Reasoning,
@@ -57,7 +57,7 @@ pub struct NodeConfig {
     /// Base URL without `/v1`, `http://host:port` or `https://host`.
     pub url: String,
     /// Requests that it works on at once; none to learn it from its answers.
-    pub slots: Option<usize>,
+    pub max_concurrency: Option<usize>,
     /// Environment variable with the node's own key.
     pub api_key_env: Option<String>,
 }
@@ -65,7 +65,7 @@ pub struct NodeConfig {
 /// How a node is chosen among those with a free slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Balance {
+pub enum LoadBalancing {
     /// Least expected time: outstanding tokens per slot, weighed by the measured speed of the node.
     #[default]
     LeastTokens,
@@ -194,7 +194,7 @@ impl Default for RetryConfig {
 #[serde(deny_unknown_fields)]
 pub struct HedgeConfig {
     /// When the second try starts.
-    pub after_ms: u64,
+    pub delay_ms: u64,
     /// Only for requests whose `max_tokens` is at most this.
     pub max_tokens: u64,
 }
@@ -211,7 +211,7 @@ pub struct Price {
 
 impl Price {
     /// What so many tokens cost.
-    pub fn of(&self, prompt: u64, completion: u64) -> f64 {
+    pub fn cost(&self, prompt: u64, completion: u64) -> f64 {
         (prompt as f64 * self.prompt + completion as f64 * self.completion) / 1e6
     }
 }
@@ -238,7 +238,7 @@ impl PoolConfig {
             upstream_model: None,
             nodes: Vec::new(),
             scale: None,
-            balance: Balance::default(),
+            load_balancing: LoadBalancing::default(),
             reasoning: Reasoning::default(),
             fallback: Vec::new(),
             queue: QueueConfig::default(),
@@ -267,14 +267,17 @@ impl PoolConfig {
         let mut urls = std::collections::HashSet::new();
         for node in &self.nodes {
             if !urls.insert(&node.url) {
-                problems.push(format!("node `{}` is named twice; give it more `slots` instead", node.url));
+                problems.push(format!(
+                    "node `{}` is named twice; give it more `max_concurrency` instead",
+                    node.url
+                ));
             }
             if let Err(problem) = crate::upstream::address::parse_url(&node.url) {
                 problems.push(format!("node `{}`: {problem}", node.url));
             }
-            if node.slots == Some(0) {
+            if node.max_concurrency == Some(0) {
                 problems.push(format!(
-                    "node `{}`: `slots` must be at least 1; leave it out to learn it",
+                    "node `{}`: `max_concurrency` must be at least 1; leave it out to learn it",
                     node.url
                 ));
             }

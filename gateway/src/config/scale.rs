@@ -1,11 +1,11 @@
-//! How a pool grows and shrinks: the law, its bounds, and the hand that starts and stops nodes.
+//! How a pool grows and shrinks: the law, its bounds, and the actuator that starts and stops nodes.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::autoscale::policy::{Mode, Settings};
+use crate::scaling_policy::{Mode, Settings};
 
 /// What holds for all pools together.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -18,11 +18,11 @@ pub struct AutoscaleConfig {
     /// Decide and log, but leave every pool at its `min`.
     pub dry_run: bool,
     /// A CSV file that gets one row per finished request, for simulators: `t_s,in_tokens,out_tokens,wait_s,stay_s,model`.
-    pub trace_file: Option<PathBuf>,
+    pub load_trace_file: Option<PathBuf>,
     /// Name of the Lease by which the gateways of a cluster agree on who leads, where pools are workloads of Kubernetes.
-    pub lease: String,
+    pub lease_name: String,
     /// A leader that was not heard of for so many seconds is replaced.
-    pub lease_s: u64,
+    pub lease_duration_s: u64,
     /// Where KEDA finds the external scaler (gRPC); none for no external scaler.
     pub keda_listen: Option<SocketAddr>,
 }
@@ -33,9 +33,9 @@ impl Default for AutoscaleConfig {
             budget: None,
             interval_ms: 5_000,
             dry_run: false,
-            trace_file: None,
-            lease: "potstill-gateway".to_owned(),
-            lease_s: 15,
+            load_trace_file: None,
+            lease_name: "potstill-gateway".to_owned(),
+            lease_duration_s: 15,
             keda_listen: None,
         }
     }
@@ -52,9 +52,9 @@ pub struct ScaleConfig {
     /// Most nodes.
     pub max: usize,
     /// Requests that a node works on at once.
-    pub slots: usize,
+    pub max_concurrency: usize,
     /// What a node costs per hour, in the unit of the budget.
-    pub cost: f64,
+    pub cost_per_hour: f64,
     /// Nodes of a `fixed` pool; `min` if not given.
     pub nodes: Option<usize>,
     /// Requests per second that a node of a `qps` pool should get.
@@ -62,19 +62,19 @@ pub struct ScaleConfig {
     /// Cold start before one was seen, in seconds.
     pub cold_start_s: f64,
     /// A pool that may go to zero does so after so many seconds without requests, at the earliest.
-    pub idle_s: f64,
+    pub idle_timeout_s: f64,
     /// Demand of so many seconds is remembered.
-    pub memory_s: f64,
+    pub demand_window_s: f64,
     /// Nodes that announced work no longer needs go after so many seconds.
-    pub hold_s: f64,
+    pub scale_down_delay_s: f64,
     /// What an hour of waiting for a stage is worth, in cost of nodes per hour.
-    pub hour_worth: f64,
+    pub delay_cost_per_hour: f64,
     /// Milliseconds per token of one request, alone and for each further one on the node, before any were measured.
     pub itl_ms: [f64; 2],
     /// A node that drains is stopped after so many seconds even if it still writes.
-    pub drain_s: u64,
+    pub drain_timeout_s: u64,
     /// A process that is not ready after so many seconds is stopped.
-    pub start_s: u64,
+    pub startup_timeout_s: u64,
     /// Nodes as processes of this machine.
     pub process: Option<ProcessConfig>,
     /// Nodes that a program of yours starts and stops.
@@ -90,18 +90,18 @@ impl Default for ScaleConfig {
             mode: usual.mode,
             min: 0,
             max: 1,
-            slots: 8,
-            cost: 1.0,
+            max_concurrency: 8,
+            cost_per_hour: 1.0,
             nodes: None,
             target_qps: usual.target_qps,
             cold_start_s: usual.cold_start_s,
-            idle_s: usual.idle_s,
-            memory_s: usual.memory_s,
-            hold_s: usual.hold_s,
-            hour_worth: usual.hour_worth,
+            idle_timeout_s: usual.idle_timeout_s,
+            demand_window_s: usual.demand_window_s,
+            scale_down_delay_s: usual.scale_down_delay_s,
+            delay_cost_per_hour: usual.delay_cost_per_hour,
             itl_ms: [30.0, 0.5],
-            drain_s: 3_600,
-            start_s: 3_600,
+            drain_timeout_s: 3_600,
+            startup_timeout_s: 3_600,
             process: None,
             webhook: None,
             kubernetes: None,
@@ -201,36 +201,36 @@ impl ScaleConfig {
             nodes: self.nodes,
             target_qps: self.target_qps,
             cold_start_s: self.cold_start_s,
-            idle_s: self.idle_s,
-            memory_s: self.memory_s,
-            hold_s: self.hold_s,
-            hour_worth: self.hour_worth,
+            idle_timeout_s: self.idle_timeout_s,
+            demand_window_s: self.demand_window_s,
+            scale_down_delay_s: self.scale_down_delay_s,
+            delay_cost_per_hour: self.delay_cost_per_hour,
         }
     }
 
     /// What is wrong beyond types.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
-        if self.min > self.max || self.max == 0 || self.slots == 0 {
+        if self.min > self.max || self.max == 0 || self.max_concurrency == 0 {
             problems.push(format!(
-                "`scale` needs min <= max, max >= 1 and slots >= 1, not min {}, max {}, slots {}",
-                self.min, self.max, self.slots
+                "`scale` needs min <= max, max >= 1 and max_concurrency >= 1, not min {}, max {}, max_concurrency {}",
+                self.min, self.max, self.max_concurrency
             ));
         }
         if self.nodes.is_some_and(|nodes| nodes < self.min || nodes > self.max) {
             problems.push("`scale.nodes` must be between `min` and `max`".to_owned());
         }
         let positive = [
-            ("cost", self.cost),
+            ("cost_per_hour", self.cost_per_hour),
             ("target_qps", self.target_qps),
-            ("memory_s", self.memory_s),
+            ("demand_window_s", self.demand_window_s),
             ("itl_ms[0]", self.itl_ms[0]),
         ];
         let others = [
             ("cold_start_s", self.cold_start_s),
-            ("idle_s", self.idle_s),
-            ("hold_s", self.hold_s),
-            ("hour_worth", self.hour_worth),
+            ("idle_timeout_s", self.idle_timeout_s),
+            ("scale_down_delay_s", self.scale_down_delay_s),
+            ("delay_cost_per_hour", self.delay_cost_per_hour),
             ("itl_ms[1]", self.itl_ms[1]),
         ];
         for (name, value) in positive.iter().filter(|(_, value)| !(value.is_finite() && *value > 0.0)) {
@@ -239,8 +239,8 @@ impl ScaleConfig {
         for (name, value) in others.iter().filter(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
             problems.push(format!("`scale.{name}` must not be negative, not {value}"));
         }
-        let hands = [self.process.is_some(), self.webhook.is_some(), self.kubernetes.is_some()];
-        if hands.iter().filter(|given| **given).count() != 1 {
+        let actuators = [self.process.is_some(), self.webhook.is_some(), self.kubernetes.is_some()];
+        if actuators.iter().filter(|given| **given).count() != 1 {
             problems.push("`scale` needs one of `process`, `webhook` and `kubernetes`".to_owned());
         }
         if let Some(process) = &self.process {

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 
-use super::ModelPool;
+use super::model_pool::ModelPool;
 use super::node::{Node, NodeState};
-use crate::config::ms;
+use crate::time::ms;
 use crate::upstream::connect::Connector;
-use crate::upstream::send;
+use crate::upstream::exchange::get_ok;
 
 /// Watches `pool` until it is retired.
 pub async fn watch(pool: Arc<ModelPool>, connector: Connector) {
@@ -31,17 +31,17 @@ pub async fn watch(pool: Arc<ModelPool>, connector: Connector) {
             nodes.iter().map(|node| check(&connector, node, &health.path, ms(health.timeout_ms))).collect();
         let results = join_all(checks).await;
         for (node, healthy) in nodes.iter().zip(results) {
-            node.idle.sweep();
+            node.endpoint.idle.sweep();
             let count = failures.entry(node.id).or_default();
             *count = if healthy { 0 } else { *count + 1 };
             match node.state() {
                 NodeState::Unhealthy if healthy => {
                     tracing::info!(model = &*pool.model, node = node.name, "node is ready");
-                    pool.set_state(node, NodeState::Ready);
+                    pool.set_node_state(node, NodeState::Ready);
                 }
                 NodeState::Ready if *count >= health.failures => {
                     tracing::warn!(model = &*pool.model, node = node.name, "node fails its health check");
-                    pool.set_state(node, NodeState::Unhealthy);
+                    pool.set_node_state(node, NodeState::Unhealthy);
                 }
                 _ => {}
             }
@@ -53,5 +53,5 @@ pub async fn watch(pool: Arc<ModelPool>, connector: Connector) {
 
 /// Whether the node answers `path` with success in time.
 pub async fn check(connector: &Connector, node: &Node, path: &str, timeout: Duration) -> bool {
-    tokio::time::timeout(timeout, send::get_ok(connector, node, path)).await.unwrap_or(false)
+    tokio::time::timeout(timeout, get_ok(connector, &node.endpoint.target, path)).await.unwrap_or(false)
 }

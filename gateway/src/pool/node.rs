@@ -1,17 +1,17 @@
 //! One upstream endpoint: where it is, how it is, what it holds, what was learnt of it.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use http::HeaderValue;
 use potstill_shared::redact::Redacted;
 
-use super::learnt::{Slots, Speed, TokenTime};
+use super::balance::NodeView;
 use super::outlier::Outlier;
-use crate::balance::{NodeView, hash_text};
+use super::statistics::{ConcurrencyLimit, Speed, TokenTime};
 use crate::config::OutlierConfig;
-use crate::upstream::address::{AddressPolicy, NodeUrl, parse_url};
-use crate::upstream::idle::Idle;
+use crate::hash::hash_text;
+use crate::upstream::address::AddressPolicy;
+use crate::upstream::endpoint::Endpoint;
 
 /// Whether a node may get requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,91 +39,104 @@ impl NodeState {
     }
 }
 
-/// How a node is made.
+/// Who added a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeOrigin {
+    /// The configuration.
+    Config,
+    /// The admin API.
+    Admin {
+        /// Whether loopback and private addresses are allowed.
+        allow_private: bool,
+    },
+    /// The actuator of a scaled pool, which also removes it.
+    Scaler,
+}
+
+impl NodeOrigin {
+    fn address_policy(self) -> AddressPolicy {
+        match self {
+            Self::Config | Self::Scaler => AddressPolicy::Trusted,
+            Self::Admin { allow_private } => AddressPolicy::Added { allow_private },
+        }
+    }
+}
+
+/// How a node is created.
 #[derive(Debug, Clone)]
 pub struct NodeSpec {
     /// Base URL.
     pub url: String,
-    /// Requests at once; none to learn them.
-    pub slots: Option<usize>,
-    /// The node's own key.
+    /// Most requests at once; `None` to measure it.
+    pub max_concurrency: Option<usize>,
+    /// The node's own API key.
     pub key: Option<Redacted<String>>,
-    /// Which addresses it may have.
-    pub policy: AddressPolicy,
-    /// How it begins.
+    /// Who adds it.
+    pub origin: NodeOrigin,
+    /// State at the beginning.
     pub state: NodeState,
 }
 
 impl NodeSpec {
-    /// A trusted node that is ready.
-    pub fn new(url: impl Into<String>, slots: Option<usize>) -> Self {
-        Self { url: url.into(), slots, key: None, policy: AddressPolicy::Trusted, state: NodeState::Ready }
+    /// A ready node of the configuration.
+    pub fn new(url: impl Into<String>, max_concurrency: Option<usize>) -> Self {
+        Self {
+            url: url.into(),
+            max_concurrency,
+            key: None,
+            origin: NodeOrigin::Config,
+            state: NodeState::Ready,
+        }
     }
 }
 
-/// What was learnt of a node.
+/// What was measured of a node.
 #[derive(Debug, Clone)]
-pub struct Learnt {
+pub struct NodeStats {
     /// Failures and ejections.
     pub outlier: Outlier,
-    /// Time per token.
+    /// Seconds per token.
     pub speed: Speed,
-    /// Time per token by requests at once.
+    /// Milliseconds per token by the number of requests on the node.
     pub token_time: TokenTime,
-    /// Requests at once.
-    pub slots: Slots,
+    /// Most requests at once.
+    pub concurrency: ConcurrencyLimit,
 }
 
 /// An upstream endpoint.
 pub struct Node {
-    /// Number within the pool.
+    /// Number of the node, unique within its pool.
     pub id: u64,
     /// `host:port`, for logs and metrics.
     pub name: String,
-    /// Where it is.
-    pub url: NodeUrl,
-    /// As configured.
+    /// How it was created.
     pub spec: NodeSpec,
-    /// Its `host` header.
-    pub host: HeaderValue,
-    /// Its `authorization` header, with the node's own key.
-    pub authorization: Option<HeaderValue>,
-    /// Connections that wait for their next request.
-    pub(crate) idle: Idle,
+    /// Address and idle connections.
+    pub endpoint: Arc<Endpoint>,
     hash: u64,
     state: AtomicU8,
     requests: AtomicUsize,
     tokens: AtomicU64,
-    learnt: Mutex<Learnt>,
+    stats: Mutex<NodeStats>,
 }
 
 impl Node {
     /// A node.
     pub fn new(id: u64, spec: NodeSpec) -> Result<Self, String> {
-        let url = parse_url(&spec.url)?;
-        let value =
-            |text: &str| HeaderValue::from_str(text).map_err(|_| "the node's key or host is no header value");
-        let authorization =
-            spec.key.as_ref().map(|key| value(&format!("Bearer {}", key.expose()))).transpose()?;
+        let endpoint = Endpoint::new(&spec.url, spec.key.as_ref(), spec.origin.address_policy())?;
         Ok(Self {
             id,
-            host: value(url.authority.as_str())?,
-            authorization: authorization.map(|mut value| {
-                value.set_sensitive(true);
-                value
-            }),
-            name: url.authority.to_string(),
+            name: endpoint.name().to_owned(),
             hash: hash_text(&spec.url),
-            url,
-            idle: Idle::default(),
+            endpoint: Arc::new(endpoint),
             state: AtomicU8::new(spec.state as u8),
             requests: AtomicUsize::new(0),
             tokens: AtomicU64::new(0),
-            learnt: Mutex::new(Learnt {
+            stats: Mutex::new(NodeStats {
                 outlier: Outlier::default(),
                 speed: Speed::default(),
                 token_time: TokenTime::default(),
-                slots: Slots::new(spec.slots),
+                concurrency: ConcurrencyLimit::new(spec.max_concurrency),
             }),
             spec,
         })
@@ -143,9 +156,9 @@ impl Node {
         self.state.store(state as u8, Ordering::Release);
     }
 
-    /// What was learnt.
-    pub fn learnt(&self) -> MutexGuard<'_, Learnt> {
-        self.learnt.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What was measured.
+    pub fn stats(&self) -> MutexGuard<'_, NodeStats> {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Requests that it holds.
@@ -160,16 +173,16 @@ impl Node {
 
     /// What a balancer needs to know; `usual` seconds per token stand in where nothing was measured.
     pub fn view(&self, config: &OutlierConfig, usual: f64, now_ms: u64) -> NodeView {
-        let learnt = self.learnt();
+        let stats = self.stats();
         let slots = match self.state() {
-            NodeState::Ready => learnt.outlier.usable(learnt.slots.get(), config, now_ms),
+            NodeState::Ready => stats.outlier.usable(stats.concurrency.get(), config, now_ms),
             _ => 0,
         };
         NodeView {
             requests: self.requests(),
             slots,
             tokens: self.tokens(),
-            seconds_per_token: learnt.speed.get(usual, now_ms),
+            seconds_per_token: stats.speed.get(usual, now_ms),
             hash: self.hash,
         }
     }
@@ -177,7 +190,7 @@ impl Node {
     pub(super) fn begin(&self, tokens: u64) {
         self.requests.fetch_add(1, Ordering::AcqRel);
         self.tokens.fetch_add(tokens, Ordering::AcqRel);
-        self.learnt().outlier.begin();
+        self.stats().outlier.begin();
     }
 
     pub(super) fn end(&self, tokens: u64) {

@@ -4,24 +4,42 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::ModelPool;
 use super::node::{Node, NodeState};
+use crate::config::OutlierConfig;
+
+/// What a permit needs of the pool that issued it.
+pub(super) trait PermitIssuer: Send + Sync {
+    /// Name of the model, for logs.
+    fn model(&self) -> &str;
+    /// Milliseconds on the pool's clock at `now`.
+    fn ms_at(&self, now: Instant) -> u64;
+    /// Settings of outlier detection.
+    fn outlier_config(&self) -> OutlierConfig;
+    /// Returns whether another node may be ejected: at least half of the ready ones stay.
+    fn may_eject(&self) -> bool;
+    /// Counts an ejection.
+    fn count_ejection(&self);
+    /// Changes the state of a ready node.
+    fn set_state_if_ready(self: Arc<Self>, node: &Node, state: NodeState);
+    /// A permit was dropped: its slot is free.
+    fn released(self: Arc<Self>);
+}
 
 /// A slot on a node. Dropping it frees the slot and serves the next waiting request.
 pub struct Permit {
-    pool: Arc<ModelPool>,
+    issuer: Arc<dyn PermitIssuer>,
     node: Arc<Node>,
     tokens: u64,
     since: Instant,
 }
 
-/// How much cheaper a prompt token is than one that is written, when a node's speed is measured.
-const PROMPT_SHARE: u64 = 40;
+/// Weight of a completion token relative to a prompt token when a node's speed is measured.
+const PROMPT_TOKENS_PER_COMPLETION_TOKEN: u64 = 40;
 
 impl Permit {
-    pub(super) fn new(pool: Arc<ModelPool>, node: Arc<Node>, tokens: u64, since: Instant) -> Self {
+    pub(super) fn new(issuer: Arc<dyn PermitIssuer>, node: Arc<Node>, tokens: u64, since: Instant) -> Self {
         node.begin(tokens);
-        Self { pool, node, tokens, since }
+        Self { issuer, node, tokens, since }
     }
 
     /// The node that the slot is on.
@@ -29,66 +47,56 @@ impl Permit {
         &self.node
     }
 
-    /// The pool of the node.
-    pub fn pool(&self) -> &Arc<ModelPool> {
-        &self.pool
-    }
-
-    /// The node answered to the end, with so many tokens (none if it did not say).
+    /// Records a complete response. `completion_tokens` is `None` if the node reported no usage.
     pub fn success(&self, prompt_tokens: u64, completion_tokens: Option<u64>) {
         let now = Instant::now();
-        let now_ms = self.pool.ms_at(now);
-        let config = self.pool.config();
-        let work = completion_tokens.unwrap_or(0) + prompt_tokens / PROMPT_SHARE;
-        let mut learnt = self.node.learnt();
-        if learnt.outlier.success(&config.outlier, now_ms) {
-            tracing::info!(model = &*self.pool.model, node = self.node.name, "node is back");
+        let now_ms = self.issuer.ms_at(now);
+        let work = completion_tokens.unwrap_or(0) + prompt_tokens / PROMPT_TOKENS_PER_COMPLETION_TOKEN;
+        let mut stats = self.node.stats();
+        if stats.outlier.success(&self.issuer.outlier_config(), now_ms) {
+            tracing::info!(model = self.issuer.model(), node = self.node.name, "node is back");
         }
-        learnt.slots.success(self.node.requests());
+        stats.concurrency.success(self.node.requests());
         let work = if work == 0 { self.tokens } else { work };
         let took = now.saturating_duration_since(self.since).as_secs_f64();
-        learnt.speed.push(took, work, now_ms);
-        learnt.token_time.push(self.node.requests(), took * 1e3 / work.max(1) as f64);
+        stats.speed.push(took, work, now_ms);
+        stats.token_time.push(self.node.requests(), took * 1e3 / work.max(1) as f64);
     }
 
-    /// The node answered, if only to refuse the request for what it is.
-    pub fn answered(&self) {
-        let (now_ms, config) = (self.pool.now_ms(), self.pool.config());
-        self.node.learnt().outlier.success(&config.outlier, now_ms);
+    /// Records that the node responded, if only to reject the request.
+    pub fn responded(&self) {
+        let now_ms = self.issuer.ms_at(Instant::now());
+        self.node.stats().outlier.success(&self.issuer.outlier_config(), now_ms);
     }
 
-    /// The node failed to answer, or broke off.
+    /// Records that the node failed to respond, or broke off. Ejects the node after enough failures in a row, unless too few
+    /// nodes would be left.
     pub fn failure(&self, reason: &str) {
-        let now_ms = self.pool.now_ms();
-        let may_eject = {
-            let state = self.pool.locked();
-            self.pool.may_eject(&state)
-        };
-        let config = self.pool.config();
-        let mut learnt = self.node.learnt();
-        // The last nodes that work are kept, however badly they do.
-        let before = learnt.outlier.clone();
-        if learnt.outlier.failure(&config.outlier, now_ms) {
+        let now_ms = self.issuer.ms_at(Instant::now());
+        let may_eject = self.issuer.may_eject();
+        let mut stats = self.node.stats();
+        let before = stats.outlier.clone();
+        if stats.outlier.failure(&self.issuer.outlier_config(), now_ms) {
             if may_eject || before.ejected() {
-                self.pool.metrics.ejections.inc();
-                tracing::warn!(model = &*self.pool.model, node = self.node.name, reason, "node ejected");
+                self.issuer.count_ejection();
+                tracing::warn!(model = self.issuer.model(), node = self.node.name, reason, "node ejected");
             } else {
-                learnt.outlier = before;
+                stats.outlier = before;
             }
         }
     }
 
-    /// No connection to the node can be made: it is out until a health check finds it well again.
+    /// Records that no connection to the node can be opened. It receives no requests until a health check succeeds.
     pub fn unreachable(&self) {
-        self.pool.set_state_if_ready(&self.node, NodeState::Unhealthy);
+        Arc::clone(&self.issuer).set_state_if_ready(&self.node, NodeState::Unhealthy);
     }
 
-    /// The node said that it is busy, and perhaps for how long.
+    /// Records that the node reported to be busy, for `pause_ms` milliseconds if it said so.
     pub fn busy(&self, pause_ms: Option<u64>) {
-        let mut learnt = self.node.learnt();
-        learnt.slots.busy(self.node.requests());
+        let mut stats = self.node.stats();
+        stats.concurrency.busy(self.node.requests());
         if let Some(pause) = pause_ms {
-            learnt.outlier.pause_until(self.pool.now_ms() + pause.min(60_000));
+            stats.outlier.pause_until(self.issuer.ms_at(Instant::now()) + pause.min(60_000));
         }
     }
 }
@@ -96,6 +104,6 @@ impl Permit {
 impl Drop for Permit {
     fn drop(&mut self) {
         self.node.end(self.tokens);
-        self.pool.departed();
+        Arc::clone(&self.issuer).released();
     }
 }

@@ -54,9 +54,9 @@ pub struct WaitQueue<T> {
     starvation_ms: u64,
 }
 
-/// A request's place, to take it out or put it back.
+/// A request's entry, to take it out or put it back.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct QueueEntry {
     class: Priority,
     key: Arc<str>,
     deadline_ms: u64,
@@ -103,10 +103,10 @@ impl<T> WaitQueue<T> {
     }
 
     /// Adds a request.
-    pub fn push(&mut self, ticket: Ticket, item: T) -> Place {
+    pub fn push(&mut self, ticket: Ticket, item: T) -> QueueEntry {
         let number = self.next;
         self.next += 1;
-        let place = Place {
+        let entry = QueueEntry {
             class: ticket.class,
             key: Arc::clone(&ticket.key),
             deadline_ms: ticket.deadline_ms,
@@ -123,18 +123,18 @@ impl<T> WaitQueue<T> {
             .entry(Arc::clone(&ticket.key))
             .or_insert_with(|| Flow { served: now, waiting: BTreeMap::new() });
         flow.waiting.insert((ticket.deadline_ms, number), Waiting { ticket, item });
-        place
+        entry
     }
 
     /// Where the next request to serve stands, besides those in `skip`.
-    pub fn next(&self, now_ms: u64, skip: &[u64]) -> Option<Place> {
+    pub fn next(&self, now_ms: u64, skip: &[u64]) -> Option<QueueEntry> {
         let oldest = self.arrivals.iter().find(|((_, number), _)| !skip.contains(number));
         if let Some(((arrived_ms, number), (class, key, deadline_ms))) = oldest
             && *class != Priority::Interactive
             && arrived_ms + self.starvation_ms <= now_ms
         {
             let key = Arc::clone(key);
-            return Some(Place {
+            return Some(QueueEntry {
                 class: *class,
                 key,
                 deadline_ms: *deadline_ms,
@@ -151,17 +151,17 @@ impl<T> WaitQueue<T> {
                 heads.min_by_key(|(served, order, _, _)| (*served, *order))?;
             let ticket = &waiting.ticket;
             let key = Arc::clone(key);
-            Some(Place { class: ticket.class, key, deadline_ms, arrived_ms: ticket.arrived_ms, number })
+            Some(QueueEntry { class: ticket.class, key, deadline_ms, arrived_ms: ticket.arrived_ms, number })
         })
     }
 
     /// The newest request of the lowest class below `class`: who makes room for a higher one.
-    pub fn displaceable(&self, class: Priority) -> Option<Place> {
+    pub fn displaceable(&self, class: Priority) -> Option<QueueEntry> {
         Priority::ALL.into_iter().rev().take_while(|lower| *lower > class).find_map(|lower| {
             let ((arrived_ms, number), (class, key, deadline_ms)) =
                 self.arrivals.iter().rev().find(|(_, (found, _, _))| *found == lower)?;
             let key = Arc::clone(key);
-            Some(Place {
+            Some(QueueEntry {
                 class: *class,
                 key,
                 deadline_ms: *deadline_ms,
@@ -171,26 +171,26 @@ impl<T> WaitQueue<T> {
         })
     }
 
-    /// The request at `place`.
-    pub fn get(&self, place: &Place) -> Option<(&Ticket, &T)> {
-        let flow = self.classes[place.class as usize].flows.get(&place.key)?;
-        let waiting = flow.waiting.get(&(place.deadline_ms, place.number))?;
+    /// The request at `entry`.
+    pub fn get(&self, entry: &QueueEntry) -> Option<(&Ticket, &T)> {
+        let flow = self.classes[entry.class as usize].flows.get(&entry.key)?;
+        let waiting = flow.waiting.get(&(entry.deadline_ms, entry.number))?;
         Some((&waiting.ticket, &waiting.item))
     }
 
-    /// Takes the request at `place` out; `served` charges its key for it.
-    pub fn take(&mut self, place: &Place, served: bool) -> Option<T> {
-        let class = &mut self.classes[place.class as usize];
-        let flow = class.flows.get_mut(&place.key)?;
-        let waiting = flow.waiting.remove(&(place.deadline_ms, place.number))?;
-        self.arrivals.remove(&(place.arrived_ms, place.number));
+    /// Takes the request at `entry` out; `served` charges its key for it.
+    pub fn take(&mut self, entry: &QueueEntry, served: bool) -> Option<T> {
+        let class = &mut self.classes[entry.class as usize];
+        let flow = class.flows.get_mut(&entry.key)?;
+        let waiting = flow.waiting.remove(&(entry.deadline_ms, entry.number))?;
+        self.arrivals.remove(&(entry.arrived_ms, entry.number));
         self.bytes -= waiting.ticket.bytes;
         if served {
             class.now = class.now.max(flow.served);
             flow.served += waiting.ticket.tokens.max(1);
         }
         if flow.waiting.is_empty() && flow.served <= class.now {
-            class.flows.remove(&place.key);
+            class.flows.remove(&entry.key);
         } else if class.flows.len() > 1024 {
             // Flows that owe nothing and hold nothing need not be remembered.
             let now = class.now;
@@ -199,9 +199,9 @@ impl<T> WaitQueue<T> {
         Some(waiting.item)
     }
 
-    /// Every place, in no order; for taking out those whose owner has left.
-    pub fn places(&self) -> impl Iterator<Item = Place> {
-        self.arrivals.iter().map(|((arrived_ms, number), (class, key, deadline_ms))| Place {
+    /// Every entry, in no order; for taking out those whose owner has left.
+    pub fn entries(&self) -> impl Iterator<Item = QueueEntry> {
+        self.arrivals.iter().map(|((arrived_ms, number), (class, key, deadline_ms))| QueueEntry {
             class: *class,
             key: Arc::clone(key),
             deadline_ms: *deadline_ms,
@@ -211,7 +211,7 @@ impl<T> WaitQueue<T> {
     }
 }
 
-impl Place {
+impl QueueEntry {
     /// Number of the request within its queue.
     pub fn number(&self) -> u64 {
         self.number
@@ -230,8 +230,8 @@ mod tests {
 
     fn drain(queue: &mut WaitQueue<u64>, now_ms: u64) -> Vec<u64> {
         let mut order = Vec::new();
-        while let Some(place) = queue.next(now_ms, &[]) {
-            order.extend(queue.take(&place, true));
+        while let Some(entry) = queue.next(now_ms, &[]) {
+            order.extend(queue.take(&entry, true));
         }
         order
     }
@@ -258,8 +258,8 @@ mod tests {
         queue.push(ticket(Priority::Bulk, "a", 9_000, 0, 1), 0);
         queue.push(ticket(Priority::Bulk, "a", 9_000, 500, 1), 1);
         queue.push(ticket(Priority::Interactive, "b", 9_000, 500, 1), 2);
-        let place = queue.displaceable(Priority::Interactive).unwrap();
-        assert_eq!(queue.get(&place).unwrap().1, &1);
+        let entry = queue.displaceable(Priority::Interactive).unwrap();
+        assert_eq!(queue.get(&entry).unwrap().1, &1);
         assert!(queue.displaceable(Priority::Bulk).is_none());
         assert_eq!(drain(&mut queue, 1_000), [0, 2, 1]);
     }
@@ -273,13 +273,13 @@ mod tests {
                 queue.push(ticket(Priority::Default, "a", 0, number as u64, *tokens), 0);
             }
             for _ in 0..10 {
-                let place = queue.next(0, &[]).unwrap();
-                queue.take(&place, true);
+                let entry = queue.next(0, &[]).unwrap();
+                queue.take(&entry, true);
                 queue.push(ticket(Priority::Default, "b", 0, 1_000, 1), 1);
                 let mut before = 0;
                 loop {
-                    let place = queue.next(0, &[]).unwrap();
-                    if queue.take(&place, true) == Some(1) { break; }
+                    let entry = queue.next(0, &[]).unwrap();
+                    if queue.take(&entry, true) == Some(1) { break; }
                     before += 1;
                 }
                 prop_assert!(before <= 1, "{before}");
@@ -289,14 +289,14 @@ mod tests {
         #[test]
         fn nothing_is_lost(items in prop::collection::vec((0usize..3, 0u8..4, 0u64..50, 0u64..50, 0u64..9), 0..60), leave in prop::collection::vec(any::<bool>(), 60)) {
             let mut queue = WaitQueue::new(20);
-            let mut places = Vec::new();
+            let mut entries = Vec::new();
             for (number, (class, key, deadline, arrived, tokens)) in items.iter().enumerate() {
                 let ticket = ticket(Priority::ALL[*class], &key.to_string(), *deadline, *arrived, *tokens);
-                places.push(queue.push(ticket, number as u64));
+                entries.push(queue.push(ticket, number as u64));
             }
             let mut seen: Vec<u64> = Vec::new();
-            for (place, leaves) in places.iter().zip(&leave) {
-                if *leaves { seen.extend(queue.take(place, false)); }
+            for (entry, leaves) in entries.iter().zip(&leave) {
+                if *leaves { seen.extend(queue.take(entry, false)); }
             }
             prop_assert_eq!(queue.bytes(), queue.len() * 10);
             seen.extend(drain(&mut queue, 40));

@@ -1,22 +1,22 @@
 //! Arrivals and departures of the last minutes, by the second. Pure: the second is passed in.
 
-/// Seconds that are remembered.
+/// EventCounter that are remembered.
 const SPAN: usize = 301;
 
 /// Events by the second.
 #[derive(Debug)]
-pub struct Seconds {
+pub struct EventCounter {
     counts: [u32; SPAN],
     now: u64,
 }
 
-impl Default for Seconds {
+impl Default for EventCounter {
     fn default() -> Self {
         Self { counts: [0; SPAN], now: 0 }
     }
 }
 
-impl Seconds {
+impl EventCounter {
     fn advance(&mut self, second: u64) {
         if second > self.now {
             for passed in (self.now + 1..=second).rev().take(SPAN) {
@@ -44,9 +44,9 @@ impl Seconds {
 #[derive(Debug, Default)]
 pub struct Traffic {
     /// Requests that asked for a slot.
-    pub arrived: Seconds,
+    pub arrived: EventCounter,
     /// Requests that freed their slot or left the queue.
-    pub departed: Seconds,
+    pub departed: EventCounter,
 }
 
 #[cfg(test)]
@@ -58,7 +58,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_window_counts_its_seconds(steps in prop::collection::vec(0u64..400, 1..80), span in 1u64..300) {
-            let (mut ring, mut now, mut all) = (Seconds::default(), 0, Vec::new());
+            let (mut ring, mut now, mut all) = (EventCounter::default(), 0, Vec::new());
             for step in steps {
                 now += step;
                 ring.count(now);

@@ -1,73 +1,78 @@
-//! Traces: one span per request, sent to an OpenTelemetry collector in batches (OTLP over HTTP, JSON encoding), with the
-//! attribute names of the GenAI conventions. A collector that is slow or away costs spans, never requests.
+//! Spans: one per request, sent to an OpenTelemetry collector in batches (OTLP over HTTP, JSON encoding), with the attribute
+//! names of the GenAI semantic conventions. Spans that a slow or absent collector does not take are dropped; requests never
+//! wait.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, header};
-use potstill_shared::openai::Usage;
 use rand::RngCore;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::pool::node::{Node, NodeSpec};
-use crate::record::{End, Record};
+use super::request_summary::{Outcome, RequestSummary};
+use crate::upstream::address::AddressPolicy;
 use crate::upstream::connect::Connector;
-use crate::upstream::send::{Outgoing, send};
+use crate::upstream::endpoint::Endpoint;
+use crate::upstream::exchange::send;
+use crate::upstream::request::UpstreamRequest;
 
-/// Spans that may wait to be sent.
-const WAITING: usize = 4096;
-/// Spans of one batch.
-const BATCH: usize = 512;
-/// A batch that is not full leaves after this.
-const EVERY: Duration = Duration::from_secs(2);
+/// Capacity of the queue, in spans.
+const QUEUE_SPANS: usize = 4096;
+/// Largest batch, in spans.
+const BATCH_SPANS: usize = 512;
+/// Longest time that a batch is collected.
+const BATCH_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Where spans go.
+/// Queue of spans to send.
 pub struct Traces {
     spans: mpsc::Sender<Value>,
 }
 
 impl Traces {
-    /// Starts the sender; `endpoint` is the collector's base URL.
-    pub fn start(endpoint: &str, tasks: &TaskTracker, end: CancellationToken) -> Result<Self, String> {
-        let node = Node::new(0, NodeSpec::new(endpoint, None))
+    /// Starts the task that sends spans; `collector` is the collector's base URL. The task ends, after a last batch, when
+    /// `shutdown` is cancelled.
+    pub fn start(collector: &str, tasks: &TaskTracker, shutdown: CancellationToken) -> Result<Self, String> {
+        let endpoint = Endpoint::new(collector, None, AddressPolicy::Trusted)
             .map_err(|problem| format!("otlp_endpoint: {problem}"))?;
-        let (spans, waiting) = mpsc::channel(WAITING);
-        tasks.spawn(deliver(std::sync::Arc::new(node), waiting, end));
+        let (spans, queue) = mpsc::channel(QUEUE_SPANS);
+        tasks.spawn(send_batches(Arc::new(endpoint), queue, shutdown));
         Ok(Self { spans })
     }
 
-    /// Hands over the span of a request that is over.
-    pub(crate) fn push(&self, record: &Record, took: Duration, usage: Usage) {
+    /// Queues the span of a finished request.
+    pub fn push(&self, request: &RequestSummary<'_>) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let (trace, parent) = context(record.traceparent.as_deref());
+        let (trace, parent) = parse_traceparent(request.traceparent);
         let mut attributes = vec![
             text("gen_ai.operation.name", "chat"),
-            text("gen_ai.request.model", &record.asked.model),
-            text("gen_ai.response.model", &record.pool.model),
-            number("gen_ai.usage.input_tokens", usage.prompt_tokens),
-            number("gen_ai.usage.output_tokens", usage.completion_tokens),
-            number("http.response.status_code", record.status.into()),
-            text("potstill.request.id", record.request_id.as_str()),
-            text("potstill.key", &record.key.name),
-            text("potstill.end", record.end.name()),
-            number("potstill.attempts", record.attempts.into()),
-            number("potstill.queue_ms", record.waited.as_millis() as u64),
+            text("gen_ai.request.model", request.requested_model),
+            text("gen_ai.response.model", request.served_model),
+            number("gen_ai.usage.input_tokens", request.usage.prompt_tokens),
+            number("gen_ai.usage.output_tokens", request.usage.completion_tokens),
+            number("http.response.status_code", request.status.into()),
+            text("potstill.request.id", request.request_id),
+            text("potstill.key", request.key),
+            text("potstill.outcome", request.outcome.name()),
+            number("potstill.attempts", request.attempts.into()),
+            number("potstill.queue_ms", request.queue_time.as_millis() as u64),
         ];
-        attributes.extend(record.node.as_ref().map(|node| text("server.address", &node.name)));
-        attributes.extend(record.stage.as_deref().map(|stage| text("potstill.stage", stage)));
-        let failed = record.end == End::Truncated || record.status >= 500;
+        attributes.extend(request.node.map(|node| text("server.address", node)));
+        attributes.extend(request.stage.map(|stage| text("potstill.stage", stage)));
+        let failed = request.outcome == Outcome::Truncated || request.status >= 500;
         let span = json!({
-            "traceId": trace, "spanId": hex(8), "parentSpanId": parent, "name": format!("chat {}", record.asked.model),
-            "kind": 2, "startTimeUnixNano": now.saturating_sub(took).as_nanos().to_string(),
+            "traceId": trace, "spanId": hex(8), "parentSpanId": parent,
+            "name": format!("chat {}", request.requested_model),
+            "kind": 2, "startTimeUnixNano": now.saturating_sub(request.duration).as_nanos().to_string(),
             "endTimeUnixNano": now.as_nanos().to_string(), "attributes": attributes,
             "status": {"code": if failed { 2 } else { 0 }},
         });
-        // Full: the collector is too slow.
-        let _left_out = self.spans.try_send(span);
+        // A full queue means that the collector is too slow.
+        let _dropped = self.spans.try_send(span);
     }
 }
 
@@ -85,8 +90,8 @@ fn hex(bytes: usize) -> String {
     random.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Trace and parent of a `traceparent` header (W3C Trace Context), or a new trace.
-fn context(traceparent: Option<&str>) -> (String, String) {
+/// Returns trace id and parent span id of a `traceparent` header (W3C Trace Context), or a new trace id.
+fn parse_traceparent(traceparent: Option<&str>) -> (String, String) {
     let parts: Vec<&str> = traceparent.unwrap_or_default().split('-').collect();
     let is_hex = |text: &str, length| {
         text.len() == length
@@ -101,40 +106,44 @@ fn context(traceparent: Option<&str>) -> (String, String) {
     }
 }
 
-async fn deliver(node: std::sync::Arc<Node>, mut waiting: mpsc::Receiver<Value>, end: CancellationToken) {
+async fn send_batches(
+    endpoint: Arc<Endpoint>,
+    mut queue: mpsc::Receiver<Value>,
+    shutdown: CancellationToken,
+) {
     let connector = Connector::default();
     let mut ending = false;
     while !ending {
         let mut spans = Vec::new();
         tokio::select! {
-            () = end.cancelled() => ending = true,
-            // The first span of a batch opens it; it leaves when it is full or after a while.
-            count = waiting.recv_many(&mut spans, BATCH) => {
+            () = shutdown.cancelled() => ending = true,
+            // The first span opens a batch; it is sent when it is full or after the interval.
+            count = queue.recv_many(&mut spans, BATCH_SPANS) => {
                 ending = count == 0;
-                let deadline = tokio::time::Instant::now() + EVERY;
-                while spans.len() < BATCH {
-                    let room = BATCH - spans.len();
+                let deadline = tokio::time::Instant::now() + BATCH_INTERVAL;
+                while spans.len() < BATCH_SPANS {
+                    let room = BATCH_SPANS - spans.len();
                     tokio::select! {
-                        count = waiting.recv_many(&mut spans, room) => if count == 0 { break },
+                        count = queue.recv_many(&mut spans, room) => if count == 0 { break },
                         () = tokio::time::sleep_until(deadline) => break,
-                        () = end.cancelled() => break,
+                        () = shutdown.cancelled() => break,
                     }
                 }
             }
         }
         if ending {
-            waiting.close();
-            while let Ok(span) = waiting.try_recv() {
+            queue.close();
+            while let Ok(span) = queue.try_recv() {
                 spans.push(span);
             }
         }
         if !spans.is_empty() {
-            post(&connector, &node, spans).await;
+            post(&connector, &endpoint, spans).await;
         }
     }
 }
 
-async fn post(connector: &Connector, node: &std::sync::Arc<Node>, spans: Vec<Value>) {
+async fn post(connector: &Connector, endpoint: &Arc<Endpoint>, spans: Vec<Value>) {
     let count = spans.len();
     let body = json!({"resourceSpans": [{
         "resource": {"attributes": [text("service.name", "potstill-gateway")]},
@@ -143,13 +152,17 @@ async fn post(connector: &Connector, node: &std::sync::Arc<Node>, spans: Vec<Val
     let mut headers = HeaderMap::new();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     let path = PathAndQuery::from_static("/v1/traces");
-    let outgoing =
-        Outgoing { method: Method::POST, path, client: headers, body: Bytes::from(body.to_string()) };
-    let limit = Duration::from_secs(5);
-    match send(connector, node, &outgoing, tokio::time::Instant::now(), limit, limit).await {
-        Ok(answer) if answer.head.status.is_success() => {}
-        Ok(answer) => {
-            tracing::warn!(status = answer.head.status.as_u16(), spans = count, "the collector refused spans")
+    let body = Bytes::from(body.to_string());
+    let request = UpstreamRequest { method: Method::POST, path, client_headers: headers, body };
+    let timeout = Duration::from_secs(5);
+    match send(connector, endpoint, &request, tokio::time::Instant::now(), timeout, timeout).await {
+        Ok(response) if response.head.status.is_success() => {}
+        Ok(response) => {
+            tracing::warn!(
+                status = response.head.status.as_u16(),
+                spans = count,
+                "the collector refused spans"
+            )
         }
         Err(error) => tracing::warn!(%error, spans = count, "the collector cannot be reached"),
     }
@@ -160,14 +173,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_clients_trace_goes_on() {
+    fn continues_the_trace_of_the_client() {
         let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         assert_eq!(
-            context(Some(good)),
+            parse_traceparent(Some(good)),
             ("0af7651916cd43dd8448eb211c80319c".into(), "b7ad6b7169203331".into())
         );
         for bad in ["", "00-xyz-1-01", "00-00000000000000000000000000000000-b7ad6b7169203331-01", "00-0af7"] {
-            let (trace, parent) = context(Some(bad));
+            let (trace, parent) = parse_traceparent(Some(bad));
             assert!(trace.len() == 32 && parent.is_empty(), "{bad}");
         }
     }

@@ -32,10 +32,10 @@ pub trait Socket: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Sync + Unpin> Socket for S {}
 
 /// Opens connections of another network. Passed in, so that tests can have nodes without sockets on simulated time.
-pub type Dial = dyn Fn(SocketAddr) -> Dialled + Send + Sync;
+pub type DialFn = dyn Fn(SocketAddr) -> DialFuture + Send + Sync;
 
 /// A connection of another network that is being opened.
-pub type Dialled = Pin<Box<dyn Future<Output = io::Result<Box<dyn Socket>>> + Send>>;
+pub type DialFuture = Pin<Box<dyn Future<Output = io::Result<Box<dyn Socket>>> + Send>>;
 
 /// Looks names up. Passed in, so that tests can have names change their addresses.
 pub type Resolve = dyn Fn(&str, u16) -> Option<Vec<SocketAddr>> + Send + Sync;
@@ -45,7 +45,7 @@ pub type Resolve = dyn Fn(&str, u16) -> Option<Vec<SocketAddr>> + Send + Sync;
 pub struct Connector {
     tls: Arc<std::sync::OnceLock<TlsConnector>>,
     resolve: Option<Arc<Resolve>>,
-    dial: Option<Arc<Dial>>,
+    dial: Option<Arc<DialFn>>,
 }
 
 impl Connector {
@@ -55,7 +55,7 @@ impl Connector {
     }
 
     /// A connector to another network than the machine's; in plain text only.
-    pub fn with_network(dial: Arc<Dial>) -> Self {
+    pub fn with_dialer(dial: Arc<DialFn>) -> Self {
         Self { dial: Some(dial), ..Self::default() }
     }
 

@@ -13,11 +13,12 @@ use http::Method;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::connect::{Connector, Stream};
-use super::fault::Fault;
+use super::error::TransportError;
 use super::framing::Framing;
-use super::head::{self, HEAD_BYTES, Head};
-use super::send::Outgoing;
-use crate::pool::node::Node;
+use super::request::UpstreamRequest;
+use super::response_head;
+use super::response_head::{HEAD_BYTES, ResponseHead};
+use super::target::Target;
 
 /// Most that is read or written at once.
 const AT_ONCE: usize = 16 << 10;
@@ -52,8 +53,8 @@ struct Incoming {
 
 impl Connection {
     /// Opens one.
-    pub async fn open(connector: &Connector, node: &Node, limit: Duration) -> Result<Box<Self>, String> {
-        let stream = connector.connect(&node.url, node.spec.policy, limit).await;
+    pub async fn open(connector: &Connector, target: &Target, limit: Duration) -> Result<Box<Self>, String> {
+        let stream = connector.connect(&target.url, target.policy, limit).await;
         let stream = stream.map_err(|error| format!("cannot connect: {error}"))?;
         // Boxed once: it passes through many hands on its way from request to request.
         Ok(Box::new(Self {
@@ -92,13 +93,17 @@ impl Connection {
     }
 
     /// Sends a request and waits for the response head.
-    pub async fn send(&mut self, outgoing: &Outgoing, node: &Node) -> Result<Head, Fault> {
+    pub async fn send(
+        &mut self,
+        request: &UpstreamRequest,
+        target: &Target,
+    ) -> Result<ResponseHead, TransportError> {
         let mut begun = false;
         let head = std::future::poll_fn(|context| {
-            let written = if begun { self.poll_rest(context) } else { self.begin(context, outgoing, node) };
+            let written = if begun { self.poll_rest(context) } else { self.begin(context, request, target) };
             begun = true;
             // A node may refuse a request, and close, before it has read all of it: its answer counts for more.
-            match (self.poll_head(context, &outgoing.method), written) {
+            match (self.poll_head(context, &request.method), written) {
                 (Poll::Pending | Poll::Ready(Err(_)), Err(error)) => Poll::Ready(Err(error.into())),
                 (head, Err(_)) => {
                     self.give_up_writing();
@@ -113,7 +118,7 @@ impl Connection {
     }
 
     /// The next piece of the answer's body; nothing after its end.
-    pub fn poll_data(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
+    pub fn poll_data(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, TransportError>>> {
         if !self.answer.early.is_empty() {
             return Poll::Ready(Some(Ok(std::mem::take(&mut self.answer.early))));
         }
@@ -126,7 +131,7 @@ impl Connection {
                 [] => answer.framing.closed().map(|()| Bytes::new()),
                 input => answer.take_in(input),
             });
-            match ready!(read).map_err(Fault::from).flatten() {
+            match ready!(read).map_err(TransportError::from).flatten() {
                 Ok(data) if data.is_empty() => {}
                 read => return Poll::Ready(Some(read)),
             }
@@ -135,18 +140,23 @@ impl Connection {
     }
 
     /// Writes the head and what goes with it at once; the rest of a long body follows without being copied.
-    fn begin(&mut self, context: &mut Context<'_>, outgoing: &Outgoing, node: &Node) -> io::Result<()> {
+    fn begin(
+        &mut self,
+        context: &mut Context<'_>,
+        request: &UpstreamRequest,
+        target: &Target,
+    ) -> io::Result<()> {
         OUTPUT.with_borrow_mut(|output| {
             output.clear();
-            outgoing.write_head(node, output);
-            let along = outgoing.body.len().min(AT_ONCE.saturating_sub(output.len()));
-            output.extend_from_slice(&outgoing.body[..along]);
+            request.write_head(target, output);
+            let along = request.body.len().min(AT_ONCE.saturating_sub(output.len()));
+            output.extend_from_slice(&request.body[..along]);
             self.unflushed = true;
             let written = match Pin::new(&mut self.stream).poll_write(context, output) {
                 Poll::Ready(written) => written?,
                 Poll::Pending => 0,
             };
-            self.unsent = [Bytes::copy_from_slice(&output[written..]), outgoing.body.slice(along..)];
+            self.unsent = [Bytes::copy_from_slice(&output[written..]), request.body.slice(along..)];
             Ok::<_, io::Error>(())
         })?;
         self.poll_rest(context)
@@ -183,13 +193,17 @@ impl Connection {
         self.answer.keep = false;
     }
 
-    fn poll_head(&mut self, context: &mut Context<'_>, method: &Method) -> Poll<Result<Head, Fault>> {
+    fn poll_head(
+        &mut self,
+        context: &mut Context<'_>,
+        method: &Method,
+    ) -> Poll<Result<ResponseHead, TransportError>> {
         let Self { stream, partial, answer, .. } = self;
         loop {
             let read = poll_read(stream, context, |input| match input {
-                [] if partial.is_empty() => Err(Fault::Closed),
-                [] => Err(Fault::Cut),
-                input if partial.is_empty() => match head::parse(input, method)? {
+                [] if partial.is_empty() => Err(TransportError::Closed),
+                [] => Err(TransportError::Truncated),
+                input if partial.is_empty() => match response_head::parse(input, method)? {
                     Some((head, length)) => answer.begin(head, &input[length..]).map(Some),
                     None => {
                         partial.extend_from_slice(input);
@@ -202,13 +216,15 @@ impl Connection {
                     if partial.len() < HEAD_BYTES && !may_end_a_head(&partial[..], input.len()) {
                         return Ok(None);
                     }
-                    let Some((head, length)) = head::parse(partial, method)? else { return Ok(None) };
+                    let Some((head, length)) = response_head::parse(partial, method)? else {
+                        return Ok(None);
+                    };
                     let head = answer.begin(head, &partial[length..])?;
                     *partial = Vec::new();
                     Ok(Some(head))
                 }
             });
-            if let Some(head) = ready!(read).map_err(Fault::from).flatten().transpose() {
+            if let Some(head) = ready!(read).map_err(TransportError::from).flatten().transpose() {
                 return Poll::Ready(head);
             }
         }
@@ -217,14 +233,14 @@ impl Connection {
 
 impl Incoming {
     /// An answer begins with `head`, and `input` came with it.
-    fn begin(&mut self, head: Head, input: &[u8]) -> Result<Head, Fault> {
+    fn begin(&mut self, head: ResponseHead, input: &[u8]) -> Result<ResponseHead, TransportError> {
         (self.framing, self.keep) = (head.framing, head.keep);
         self.early = self.take_in(input)?;
         Ok(head)
     }
 
     /// The pieces of the body in `input`, as one.
-    fn take_in(&mut self, mut input: &[u8]) -> Result<Bytes, Fault> {
+    fn take_in(&mut self, mut input: &[u8]) -> Result<Bytes, TransportError> {
         let first = self.framing.piece(&mut input)?;
         let mut next = self.framing.piece(&mut input)?;
         let data = if next.is_empty() {

@@ -1,7 +1,7 @@
 //! Where the body of a node's answer ends (RFC 9112, sections 6 and 7): after so many bytes, after its last chunk, or with the
 //! connection. Copies nothing: it points at the pieces of a body within what was read.
 
-use super::fault::Fault;
+use super::error::TransportError;
 
 /// Most bytes of chunk extensions and trailers together, which are read and left out.
 const EXTRA_BYTES: u32 = 16 << 10;
@@ -65,7 +65,7 @@ impl Framing {
     }
 
     /// Takes the next piece of the body off `input`: an empty one when all of `input` is used up or the body has ended.
-    pub fn piece<'a>(&mut self, input: &mut &'a [u8]) -> Result<&'a [u8], Fault> {
+    pub fn piece<'a>(&mut self, input: &mut &'a [u8]) -> Result<&'a [u8], TransportError> {
         match self {
             Self::Close => Ok(std::mem::take(input)),
             Self::Length(left) => Ok(take(input, left)),
@@ -83,10 +83,10 @@ impl Framing {
                     if matches!(chunk, Chunk::Extension(_) | Chunk::Trailer | Chunk::TrailerRest) {
                         *extra += 1;
                         if *extra > EXTRA_BYTES {
-                            return Err(Fault::Protocol("its chunks carry too much else"));
+                            return Err(TransportError::Protocol("its chunks carry too much else"));
                         }
                     }
-                    let Some(next) = chunk.next(byte).map_err(Fault::Protocol)? else {
+                    let Some(next) = chunk.next(byte).map_err(TransportError::Protocol)? else {
                         *self = Self::ENDED;
                         break;
                     };
@@ -98,14 +98,14 @@ impl Framing {
     }
 
     /// The node has closed the connection.
-    pub fn closed(&mut self) -> Result<(), Fault> {
+    pub fn closed(&mut self) -> Result<(), TransportError> {
         match self {
             Self::Close => {
                 *self = Self::ENDED;
                 Ok(())
             }
             ended if ended.ended() => Ok(()),
-            _ => Err(Fault::Cut),
+            _ => Err(TransportError::Truncated),
         }
     }
 }

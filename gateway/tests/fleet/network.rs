@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use potstill_gateway::upstream::connect::{Dialled, Socket};
+use potstill_gateway::upstream::connect::{DialFuture, Socket};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
@@ -92,7 +92,7 @@ impl Network {
     }
 
     /// Opens a connection to a node.
-    pub(crate) fn dial(self: &Arc<Self>, address: SocketAddr) -> Dialled {
+    pub(crate) fn dial(self: &Arc<Self>, address: SocketAddr) -> DialFuture {
         let SocketAddr::V4(address) = address else { unreachable!("addresses are of version 4") };
         let host = Arc::clone(&self.hosts[&address.ip().octets()[3]]);
         let random = ChaCha8Rng::from_rng(&mut *self.random.lock().unwrap());

@@ -6,11 +6,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use potstill_gateway::config::{Balance, NodeConfig, PoolConfig, Priority};
+use potstill_gateway::config::{LoadBalancing, NodeConfig, PoolConfig, Priority};
 use potstill_gateway::error::GatewayError;
 use potstill_gateway::pool::node::NodeState;
-use potstill_gateway::pool::{Ask, ModelPool, Permit};
-use potstill_gateway::telemetry::Metrics;
+use potstill_gateway::pool::{AcquireRequest, ModelPool, Permit};
+use potstill_gateway::telemetry::metrics::Metrics;
 use tokio_util::sync::CancellationToken;
 
 type Outcome = Result<Permit, GatewayError>;
@@ -49,9 +49,10 @@ struct Play {
 impl Play {
     fn new(scene: &Scene, metrics: &Metrics) -> Self {
         let mut config = PoolConfig::new("m");
-        let node = |n| NodeConfig { url: format!("http://node-{n}:1"), slots: Some(1), api_key_env: None };
+        let node =
+            |n| NodeConfig { url: format!("http://node-{n}:1"), max_concurrency: Some(1), api_key_env: None };
         config.nodes = (0..scene.nodes).map(node).collect();
-        config.balance = Balance::LeastTokens;
+        config.load_balancing = LoadBalancing::LeastTokens;
         config.queue.requests = scene.room;
         let pool = ModelPool::new(config, metrics, CancellationToken::new());
         let avoids = scene.avoids.then(|| pool.nodes()[0].id);
@@ -66,14 +67,14 @@ impl Play {
     fn take(&mut self, actor: usize, step: usize) {
         if actor == NODE {
             let node = Arc::clone(&self.pool.nodes()[0]);
-            self.pool.set_state(&node, if step == 0 { NodeState::Draining } else { NodeState::Ready });
+            self.pool.set_node_state(&node, if step == 0 { NodeState::Draining } else { NodeState::Ready });
             return;
         }
         if step == 0 {
-            let ask = Ask {
+            let ask = AcquireRequest {
                 class: self.classes[actor],
                 key: format!("key-{actor}").into(),
-                within: None,
+                max_wait: None,
                 tokens: 10,
                 bytes: 100,
                 affinity: None,
@@ -91,7 +92,7 @@ impl Play {
                     assert!(self.exclude(actor) != Some(permit.node().id) || self.pool.nodes().len() == 1);
                     Asked::Holds(permit)
                 }
-                Err(GatewayError::NoNode { .. }) => Asked::Refused,
+                Err(GatewayError::NoUpstream { .. }) => Asked::Refused,
                 Err(error) => {
                     let full = matches!(error, GatewayError::QueueFull { .. }) && self.room < 3;
                     assert!(full, "{error}");

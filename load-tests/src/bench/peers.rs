@@ -196,7 +196,7 @@ fn envoy(port: u16, nodes: &[u16]) -> String {
 
 fn potstill(port: u16, nodes: &[u16], slots: Option<usize>) -> String {
     let slots = slots.unwrap_or(100_000);
-    let node = |node: &u16| format!("{{ url = \"http://127.0.0.1:{node}\", slots = {slots} }}");
+    let node = |node: &u16| format!("{{ url = \"http://127.0.0.1:{node}\", max_concurrency = {slots} }}");
     let nodes: Vec<String> = nodes.iter().map(node).collect();
     let hash = blake3_of(KEY);
     format!(

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use potstill_gateway::autoscale::policy::{Memory, Mode, Observation, PoolObservation, decide};
+use potstill_gateway::scaling_policy::{Mode, Observation, PolicyState, PoolObservation, decide};
 
 use super::sim::{Law, PoolSpec, Sim};
 use super::workloads::{OPEN, Workload};
@@ -26,7 +26,7 @@ pub(crate) fn by_name(name: &str) -> Option<Box<dyn Law>> {
 /// The gateway's own policy.
 #[derive(Default)]
 struct Potstill {
-    memory: Memory,
+    memory: PolicyState,
     mode: Mode,
     /// Requests per second and node, as an operator would find them out on the first requests.
     target: Vec<f64>,

@@ -6,7 +6,7 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
-use potstill_gateway::autoscale::policy::{Observation, PoolObservation, Settings, StagePlan, Windows};
+use potstill_gateway::scaling_policy::{Observation, PoolObservation, RequestCounts, Settings, StagePlan};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -316,7 +316,7 @@ impl Sim {
                 cold_start_s_p90: cold.get(cold.len() * 9 / 10).copied(),
                 active: Some(pool.nodes.iter().map(|node| node.ends.len()).sum()),
                 queued: Some(pool.queue.len()),
-                arrivals: Windows {
+                arrivals: RequestCounts {
                     s10: last(&pool.arrivals, 10.0),
                     s60: last(&pool.arrivals, 60.0),
                     s300: last(&pool.arrivals, 300.0),

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use potstill_gateway::autoscale::policy::StagePlan;
+use potstill_gateway::scaling_policy::StagePlan;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

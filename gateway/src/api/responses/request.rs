@@ -10,7 +10,7 @@ use crate::error::GatewayError;
 
 /// What the answer needs to know of the request.
 #[derive(Debug, Clone)]
-pub struct Wanted {
+pub struct ResponsesRequest {
     /// Id of the response.
     pub id: String,
     /// Seconds since 1970.
@@ -52,37 +52,37 @@ fn invalid(message: impl Into<String>, param: &'static str) -> GatewayError {
 }
 
 /// Translates a body.
-pub fn to_chat(body: &Bytes) -> Result<(Bytes, Wanted), GatewayError> {
-    let mut request: Map<String, Value> =
+pub fn to_chat(body: &Bytes) -> Result<(Bytes, ResponsesRequest), GatewayError> {
+    let mut fields: Map<String, Value> =
         serde_json::from_slice(body).map_err(|error| GatewayError::Invalid {
             message: format!("the request body is not valid: {error}"),
             param: None,
             code: "invalid_json",
         })?;
     for param in ["previous_response_id", "conversation", "prompt"] {
-        if request.get(param).is_some_and(|value| !value.is_null()) {
+        if fields.get(param).is_some_and(|value| !value.is_null()) {
             return Err(invalid(
                 format!("`{param}` is not supported: nothing is stored here; send the whole input"),
                 param,
             ));
         }
     }
-    if request.get("background").and_then(Value::as_bool) == Some(true) {
+    if fields.get("background").and_then(Value::as_bool) == Some(true) {
         return Err(invalid("`background` is not supported; use `stream`", "background"));
     }
     let mut echo = Map::new();
     for name in ECHOED {
-        if let Some(value) = request.get(name).filter(|value| !value.is_null()) {
+        if let Some(value) = fields.get(name).filter(|value| !value.is_null()) {
             echo.insert(name.to_owned(), value.clone());
         }
     }
-    let model = request.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
-    let wanted = Wanted { id: unique("resp"), created: now_seconds(), model, echo };
+    let model = fields.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let request = ResponsesRequest { id: unique("resp"), created: now_seconds(), model, echo };
     let mut messages = Vec::new();
-    if let Some(Value::String(instructions)) = request.remove("instructions") {
+    if let Some(Value::String(instructions)) = fields.remove("instructions") {
         messages.push(json!({"role": "system", "content": instructions}));
     }
-    match request.remove("input") {
+    match fields.remove("input") {
         Some(Value::String(text)) => messages.push(json!({"role": "user", "content": text})),
         Some(Value::Array(items)) => {
             for item in items {
@@ -98,7 +98,7 @@ pub fn to_chat(body: &Bytes) -> Result<(Bytes, Wanted), GatewayError> {
         }
     }
     let mut chat = Map::new();
-    for (name, value) in request {
+    for (name, value) in fields {
         match name.as_str() {
             _ if value.is_null() || DROPPED.contains(&name.as_str()) => {}
             "max_output_tokens" => drop(chat.insert("max_completion_tokens".into(), value)),
@@ -128,7 +128,7 @@ pub fn to_chat(body: &Bytes) -> Result<(Bytes, Wanted), GatewayError> {
     if chat.get("stream").and_then(Value::as_bool) == Some(true) {
         chat.insert("stream_options".into(), json!({"include_usage": true}));
     }
-    Ok((serde_json::to_vec(&chat).unwrap_or_default().into(), wanted))
+    Ok((serde_json::to_vec(&chat).unwrap_or_default().into(), request))
 }
 
 fn add_item(messages: &mut Vec<Value>, mut item: Value) -> Result<(), GatewayError> {

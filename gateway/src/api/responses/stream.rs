@@ -9,9 +9,8 @@ use http_body::{Body, Frame};
 use potstill_shared::id::unique;
 use serde_json::{Value, json};
 
-use super::request::Wanted;
+use super::request::ResponsesRequest;
 use super::{call_item, message_item, object, outcome, reasoning_item, text_part, usage};
-use crate::upstream::relay::Relay;
 
 /// What is being written.
 enum Open {
@@ -22,7 +21,7 @@ enum Open {
 
 /// Translates events; knows nothing of sockets.
 struct Writer {
-    wanted: Wanted,
+    request: ResponsesRequest,
     model: String,
     sequence: u64,
     output: Vec<Value>,
@@ -35,10 +34,10 @@ struct Writer {
 }
 
 impl Writer {
-    fn new(wanted: Wanted) -> Self {
+    fn new(request: ResponsesRequest) -> Self {
         Self {
-            model: wanted.model.clone(),
-            wanted,
+            model: request.model.clone(),
+            request,
             sequence: 0,
             output: Vec::new(),
             open: None,
@@ -58,7 +57,7 @@ impl Writer {
     }
 
     fn response(&self, status: &str, details: Value) -> Value {
-        object(&self.wanted, &self.model, status, details, &self.output, self.usage.clone())
+        object(&self.request, &self.model, status, details, &self.output, self.usage.clone())
     }
 
     /// One event of the chat stream.
@@ -226,19 +225,19 @@ impl Writer {
 }
 
 /// The body of a streamed response.
-pub struct ResponsesStream {
-    relay: Relay,
+pub struct ResponsesStream<B> {
+    inner: B,
     writer: Writer,
 }
 
-impl ResponsesStream {
-    /// Translates what `relay` passes on.
-    pub fn new(relay: Relay, wanted: Wanted) -> Self {
-        Self { relay, writer: Writer::new(wanted) }
+impl<B> ResponsesStream<B> {
+    /// Translates the events of `inner`, a stream of chat completion chunks.
+    pub fn new(inner: B, request: ResponsesRequest) -> Self {
+        Self { inner, writer: Writer::new(request) }
     }
 }
 
-impl Body for ResponsesStream {
+impl<B: Body<Data = Bytes, Error = std::io::Error> + Unpin> Body for ResponsesStream<B> {
     type Data = Bytes;
     type Error = std::io::Error;
 
@@ -247,12 +246,12 @@ impl Body for ResponsesStream {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
         loop {
-            let frame = match Pin::new(&mut self.relay).poll_frame(context) {
+            let frame = match Pin::new(&mut self.inner).poll_frame(context) {
                 Poll::Ready(Some(Ok(frame))) => frame,
                 other => return other,
             };
             let Ok(data) = frame.into_data() else { continue };
-            // The relay passes whole events only, one `data` line each.
+            // The inner body yields whole events only, one `data` line each.
             for block in data.split_inclusive(|byte| *byte == b'\n') {
                 if let Some(data) = block.strip_prefix(b"data: ") {
                     self.writer.event(data.trim_ascii_end());
@@ -274,9 +273,9 @@ mod tests {
     use super::*;
 
     fn run(events: &[&str]) -> Vec<Value> {
-        let (_, wanted) =
+        let (_, request) =
             super::super::request::to_chat(&Bytes::from_static(br#"{"model":"m","input":"x"}"#)).unwrap();
-        let mut writer = Writer::new(wanted);
+        let mut writer = Writer::new(request);
         events.iter().for_each(|event| writer.event(event.as_bytes()));
         let text = String::from_utf8(writer.out.to_vec()).unwrap();
         text.lines()

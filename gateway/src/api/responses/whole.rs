@@ -4,11 +4,11 @@ use bytes::Bytes;
 use potstill_shared::id::unique;
 use serde_json::Value;
 
-use super::request::Wanted;
+use super::request::ResponsesRequest;
 use super::{call_item, message_item, object, outcome, reasoning_item, usage};
 
 /// Translates a mended chat answer.
-pub fn from_chat(body: &Bytes, wanted: &Wanted) -> Bytes {
+pub fn from_chat(body: &Bytes, request: &ResponsesRequest) -> Bytes {
     let Ok(chat) = serde_json::from_slice::<Value>(body) else { return body.clone() };
     let choice = &chat["choices"][0];
     let message = &choice["message"];
@@ -28,7 +28,7 @@ pub fn from_chat(body: &Bytes, wanted: &Wanted) -> Bytes {
         let (name, arguments) = (part(&call["function"]["name"]), part(&call["function"]["arguments"]));
         output.push(call_item(&unique("fc"), "completed", &part(&call["id"]), &name, &arguments));
     }
-    let model = chat["model"].as_str().unwrap_or(&wanted.model);
-    let response = object(wanted, model, status, details, &output, usage(&chat["usage"]));
+    let model = chat["model"].as_str().unwrap_or(&request.model);
+    let response = object(request, model, status, details, &output, usage(&chat["usage"]));
     serde_json::to_vec(&response).unwrap_or_default().into()
 }

@@ -1,4 +1,4 @@
-//! The pods of a workload, as the API server tells of them.
+//! The pods of a workload, as a watch of the API server reports them.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -9,38 +9,38 @@ use kube::Api;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 
-use super::member::Mark;
+use super::drain_mark::DrainMark;
 
-/// Holds the [`Mark`] of a pod that gets no more requests; every gateway obeys it.
+/// Annotation with the [`DrainMark`] of a pod that receives no new requests. Every gateway follows it.
 pub(super) const DRAINS: &str = "potstill.dev/drains";
-/// Says which pods a Deployment gives up first.
+/// Annotation by which a Deployment chooses the pods that it deletes first.
 pub(super) const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
-/// Lower than any other.
+/// Lowest deletion cost.
 pub(super) const LOWEST_COST: &str = "-2147483648";
-/// A watch begins anew after so many seconds, so one that hangs is noticed.
+/// Seconds after which a watch is started again, so that one that hangs is noticed.
 const WATCH_S: u32 = 60;
 
-/// What matters of a pod.
+/// The part of a pod that scaling uses.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct PodSeen {
-    /// Distinguishes pods that follow each other under one name.
+pub(super) struct PodState {
+    /// Tells apart pods that have one name one after the other.
     pub(super) uid: String,
     pub(super) ip: Option<String>,
     pub(super) ready: bool,
-    /// It is on its way out.
-    pub(super) leaving: bool,
+    /// It is being deleted.
+    pub(super) deleting: bool,
     /// Index in a StatefulSet or LeaderWorkerSet.
     pub(super) index: usize,
-    /// Which version of its Deployment it belongs to.
+    /// Pod template of its Deployment (`pod-template-hash`).
     pub(super) template: Option<String>,
-    /// What it carries as [`DRAINS`].
-    pub(super) mark: Option<Mark>,
-    /// It carries [`LOWEST_COST`].
+    /// Its annotation [`DRAINS`].
+    pub(super) mark: Option<DrainMark>,
+    /// Its deletion cost is [`LOWEST_COST`].
     pub(super) lowest_cost: bool,
 }
 
-impl PodSeen {
-    fn of(pod: &Pod) -> Self {
+impl PodState {
+    fn from_pod(pod: &Pod) -> Self {
         let meta = &pod.metadata;
         let label = |name: &str| meta.labels.as_ref().and_then(|labels| labels.get(name));
         let note = |name: &str| meta.annotations.as_ref().and_then(|notes| notes.get(name));
@@ -57,16 +57,16 @@ impl PodSeen {
             ready: conditions
                 .iter()
                 .any(|condition| condition.type_ == "Ready" && condition.status == "True"),
-            leaving: meta.deletion_timestamp.is_some(),
+            deleting: meta.deletion_timestamp.is_some(),
             index: index.and_then(|index| index.parse().ok()).unwrap_or(0),
             template: label("pod-template-hash").cloned(),
-            mark: note(DRAINS).map(|text| Mark::parse(text)),
+            mark: note(DRAINS).map(|text| DrainMark::parse(text)),
             lowest_cost: note(DELETION_COST).is_some_and(|cost| cost == LOWEST_COST),
         }
     }
 }
 
-/// Whether its containers have ended for good: what is left of it may stay for days.
+/// Returns whether its containers have ended for good. The object may stay for days.
 fn ended(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     matches!(phase, Some("Failed" | "Succeeded"))
@@ -74,29 +74,29 @@ fn ended(pod: &Pod) -> bool {
 
 type Events = Pin<Box<dyn Stream<Item = watcher::Result<Event<Pod>>> + Send>>;
 
-/// The pods of one selector. Nothing happens between two reads: the watch is read where the pods are looked at.
-pub(super) struct Pods {
+/// The pods of one selector. The watch is polled by [`Self::poll`] only; no task runs in between.
+pub(super) struct PodWatch {
     events: Events,
-    seen: BTreeMap<String, PodSeen>,
-    /// A list that is being read.
-    listing: Option<BTreeMap<String, PodSeen>>,
+    seen: BTreeMap<String, PodState>,
+    /// The list that the watch is sending.
+    listing: Option<BTreeMap<String, PodState>>,
     synced: bool,
 }
 
-impl Pods {
-    /// The pods that `selector` chooses.
+impl PodWatch {
+    /// Watches the pods that `selector` selects.
     pub(super) fn new(api: Api<Pod>, selector: &str) -> Self {
         let config = watcher::Config::default().labels(selector).timeout(WATCH_S);
         let events = Box::pin(watcher(api, config).default_backoff());
         Self { events, seen: BTreeMap::new(), listing: None, synced: false }
     }
 
-    /// Takes in what has happened since, and says whether anything has; an error says that news are missing, and the watch tries again.
-    pub(super) fn read(&mut self) -> Result<bool, String> {
+    /// Takes in all events. Returns whether there were any. After an error the watch starts again by itself.
+    pub(super) fn poll(&mut self) -> Result<bool, String> {
         let mut outcome = Ok(false);
         while let Some(Some(event)) = self.events.next().now_or_never() {
             outcome = outcome.map(|_| true);
-            let named = |pod: &Pod| (pod.metadata.name.clone().unwrap_or_default(), PodSeen::of(pod));
+            let named = |pod: &Pod| (pod.metadata.name.clone().unwrap_or_default(), PodState::from_pod(pod));
             match event {
                 Ok(Event::Init) => self.listing = Some(BTreeMap::new()),
                 Ok(Event::InitApply(pod)) => {
@@ -117,8 +117,8 @@ impl Pods {
         outcome
     }
 
-    /// Pods by name; none before the first list was read.
-    pub(super) fn seen(&self) -> Option<&BTreeMap<String, PodSeen>> {
+    /// Pods by name; `None` before the first list is complete.
+    pub(super) fn seen(&self) -> Option<&BTreeMap<String, PodState>> {
         self.synced.then_some(&self.seen)
     }
 }
@@ -129,24 +129,24 @@ mod tests {
 
     use super::*;
 
-    fn of(value: serde_json::Value) -> PodSeen {
-        PodSeen::of(&serde_json::from_value(value).unwrap())
+    fn parse(value: serde_json::Value) -> PodState {
+        PodState::from_pod(&serde_json::from_value(value).unwrap())
     }
 
     #[test]
-    fn what_matters_is_read_from_labels_annotations_and_status() {
-        let pod = of(json!({
+    fn parses_labels_annotations_and_status() {
+        let pod = parse(json!({
             "metadata": {"name": "r1-3", "uid": "u", "labels": {"leaderworkerset.sigs.k8s.io/group-index": "3"},
                 "annotations": {"potstill.dev/drains": "true"}},
             "status": {"phase": "Running", "podIP": "10.0.0.7", "conditions": [{"type": "Ready", "status": "True"}]}
         }));
         assert_eq!((pod.index, pod.ip.as_deref()), (3, Some("10.0.0.7")));
-        assert!(pod.ready && pod.mark.is_some() && !pod.leaving && !pod.lowest_cost);
+        assert!(pod.ready && pod.mark.is_some() && !pod.deleting && !pod.lowest_cost);
         let pod =
-            of(json!({"metadata": {"name": "qwq-7d9f-x2x4z", "deletionTimestamp": "2026-01-01T00:00:00Z",
+            parse(json!({"metadata": {"name": "qwq-7d9f-x2x4z", "deletionTimestamp": "2026-01-01T00:00:00Z",
             "annotations": {"controller.kubernetes.io/pod-deletion-cost": "-2147483648"}}}));
-        assert!(pod.leaving && pod.lowest_cost && !pod.ready && pod.ip.is_none());
-        assert_eq!(of(json!({"metadata": {"name": "cache-12"}})).index, 12);
+        assert!(pod.deleting && pod.lowest_cost && !pod.ready && pod.ip.is_none());
+        assert_eq!(parse(json!({"metadata": {"name": "cache-12"}})).index, 12);
         let phase =
             |phase: &str| ended(&serde_json::from_value(json!({"status": {"phase": phase}})).unwrap());
         assert!(phase("Failed") && phase("Succeeded") && !phase("Running"));

@@ -1,0 +1,295 @@
+//! The scan_object of a JSON object: the names of its members and where their values stand. Strings are passed over to their closing
+//! quote at memory speed, so that a long prompt costs next to nothing; what their escapes say is for whoever reads them. All
+//! else is held against RFC 8259.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use serde_json::value::RawValue;
+
+/// Levels of nesting that are followed.
+pub(super) const DEPTH: usize = 128;
+
+/// A member's value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Value<'a> {
+    /// As it is written.
+    pub(super) text: &'a str,
+    /// Items of a list or members of an object; nothing for others.
+    pub(super) items: usize,
+}
+
+/// Shows the members of the object `text` in their order, until one is not taken. No scan_object has what is not an object, nests
+/// deeper than [`DEPTH`], or is no JSON.
+pub(super) fn scan_object<'a, E>(
+    text: &'a str,
+    member: impl FnMut(&str, Value<'a>) -> Result<(), E>,
+) -> Option<Result<(), E>> {
+    Scanner { text: text.as_bytes(), at: 0 }.object(text, member)
+}
+
+struct Scanner<'a> {
+    text: &'a [u8],
+    at: usize,
+}
+
+impl Scanner<'_> {
+    fn object<'a, E>(
+        &mut self,
+        text: &'a str,
+        mut member: impl FnMut(&str, Value<'a>) -> Result<(), E>,
+    ) -> Option<Result<(), E>> {
+        self.take(b'{')?;
+        let mut more = self.take(b'}').is_none();
+        while more {
+            let name = &text[self.name()?];
+            self.peek()?;
+            let start = self.at;
+            let items = self.value()?;
+            if let Err(error) = member(&name_of(name)?, Value { text: &text[start..self.at], items }) {
+                return Some(Err(error));
+            }
+            more = self.take(b',').is_some();
+            if !more {
+                self.take(b'}')?;
+            }
+        }
+        self.peek().is_none().then_some(Ok(()))
+    }
+
+    /// Passes over a value; how many items its first level has.
+    fn value(&mut self) -> Option<usize> {
+        // A bit a level: set within an object. The root is the first level.
+        let (mut objects, mut depth, mut items) = (0u128, 0, 0);
+        loop {
+            items += usize::from(depth == 1);
+            match self.peek()? {
+                open @ (b'{' | b'[') => {
+                    self.at += 1;
+                    let object = open == b'{';
+                    if self.take(open + 2).is_none() {
+                        objects = objects << 1 | u128::from(object);
+                        depth += 1;
+                        if depth >= DEPTH {
+                            return None;
+                        }
+                        if object {
+                            self.name()?;
+                        }
+                        continue;
+                    }
+                    if depth + 1 >= DEPTH {
+                        return None;
+                    }
+                }
+                b'"' => self.string()?,
+                b't' => self.literal("true")?,
+                b'f' => self.literal("false")?,
+                b'n' => self.literal("null")?,
+                _ => self.number()?,
+            }
+            // A value has ended, and with it perhaps what it stands in.
+            loop {
+                if depth == 0 {
+                    return Some(items);
+                }
+                let object = objects & 1 == 1;
+                match self.peek()? {
+                    b',' => {
+                        self.at += 1;
+                        if object {
+                            self.name()?;
+                        }
+                        break;
+                    }
+                    b'}' if object => {}
+                    b']' if !object => {}
+                    _ => return None,
+                }
+                self.at += 1;
+                objects >>= 1;
+                depth -= 1;
+            }
+        }
+    }
+
+    /// A member's name, with its quotes, and the colon.
+    fn name(&mut self) -> Option<Range<usize>> {
+        self.peek().filter(|byte| *byte == b'"')?;
+        let start = self.at;
+        self.string()?;
+        let name = start..self.at;
+        self.take(b':')?;
+        Some(name)
+    }
+
+    /// Passes over a string. A quote behind an odd number of backslashes does not end it.
+    fn string(&mut self) -> Option<()> {
+        let start = self.at + 1;
+        let mut at = start;
+        loop {
+            let end = at + memchr::memchr(b'"', &self.text[at..])?;
+            let escapes = self.text[start..end].iter().rev().take_while(|byte| **byte == b'\\').count();
+            at = end + 1;
+            if escapes % 2 == 0 {
+                self.at = at;
+                return (!has_control(&self.text[start..end])).then_some(());
+            }
+        }
+    }
+
+    fn literal(&mut self, literal: &str) -> Option<()> {
+        let found = self.text[self.at..].starts_with(literal.as_bytes());
+        self.at += literal.len();
+        found.then_some(())
+    }
+
+    fn number(&mut self) -> Option<()> {
+        let next = |walk: &Self| walk.text.get(walk.at).copied();
+        let digits = |walk: &mut Self| {
+            let count = walk.text[walk.at..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+            walk.at += count;
+            (count > 0).then_some(count)
+        };
+        self.at += usize::from(next(self) == Some(b'-'));
+        let zero = next(self) == Some(b'0');
+        if digits(self)? > 1 && zero {
+            return None;
+        }
+        if next(self) == Some(b'.') {
+            self.at += 1;
+            digits(self)?;
+        }
+        if matches!(next(self), Some(b'e' | b'E')) {
+            self.at += 1;
+            self.at += usize::from(matches!(next(self), Some(b'+' | b'-')));
+            digits(self)?;
+        }
+        Some(())
+    }
+
+    /// The next byte that is no space.
+    fn peek(&mut self) -> Option<u8> {
+        while matches!(self.text.get(self.at), Some(b' ' | b'\n' | b'\r' | b'\t')) {
+            self.at += 1;
+        }
+        self.text.get(self.at).copied()
+    }
+
+    fn take(&mut self, byte: u8) -> Option<()> {
+        (self.peek()? == byte).then(|| self.at += 1)
+    }
+}
+
+/// A name without its quotes and escapes; one with half of a pair of surrogates is no name that anybody knows.
+fn name_of(quoted: &str) -> Option<Cow<'_, str>> {
+    if !quoted.contains('\\') {
+        return Some(Cow::Borrowed(&quoted[1..quoted.len() - 1]));
+    }
+    let unpaired = || serde_json::from_str::<&RawValue>(quoted).is_ok().then_some(Cow::Borrowed(quoted));
+    serde_json::from_str(quoted).ok().map(Cow::Owned).or_else(unpaired)
+}
+
+/// Minima over short pieces, which the compiler turns into vector code.
+fn has_control(text: &[u8]) -> bool {
+    text.chunks(64).any(|piece| piece.iter().fold(u8::MAX, |least, byte| least.min(*byte)) < b' ')
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn members(text: &str) -> Option<Vec<(String, Value<'_>)>> {
+        let mut members = Vec::new();
+        let taken = scan_object(text, |name, value| {
+            members.push((name.to_owned(), value));
+            Ok::<_, std::convert::Infallible>(())
+        });
+        taken.map(|_| members)
+    }
+
+    #[test]
+    fn members_are_found() {
+        let found = members("\t{}\n");
+        assert_eq!(found.map(|found| found.len()), Some(0));
+        let found = members(r#" { "a" : [1, {"b": [2, 3]}] ,"c":"\\\"}","d":{},"e":{"f":1} } "#).unwrap();
+        let found: Vec<_> =
+            found.iter().map(|(name, value)| (name.as_str(), value.text, value.items)).collect();
+        assert_eq!(
+            found,
+            [
+                ("a", r#"[1, {"b": [2, 3]}]"#, 2),
+                ("c", r#""\\\"}""#, 0),
+                ("d", "{}", 0),
+                ("e", r#"{"f":1}"#, 1)
+            ]
+        );
+        let deep = |depth: usize| format!(r#"{{"a":{}{}}}"#, "[".repeat(depth), "]".repeat(depth));
+        assert!(members(&deep(DEPTH - 1)).is_some());
+        assert!(members(&deep(DEPTH)).is_none());
+        assert_eq!(members(r#"{"\u0061":1}"#).unwrap()[0].0, "a", "a name in disguise is known");
+        assert!(members(r#"{"\ud83d":1}"#).is_some() && members(r#"{"\model":1}"#).is_none());
+    }
+
+    /// Documents, and what is nearly one.
+    fn text() -> impl Strategy<Value = String> {
+        let piece = prop::sample::select(vec![
+            "{", "}", "[", "]", ",", ":", " ", "\"", "\"a\"", "\"b\"", "\"c\":", "{\"d\":1", "{}", "[]", "0",
+            "1", "-", ".", "12.5e-3", "01", "1.", "e5", "true", "false", "null", "nul", "\\\\", "\\\"",
+            "\\n", "\n", "\"\\\\\"", "ü",
+        ]);
+        prop::collection::vec(piece, 0..12).prop_map(|pieces| format!("{{\"x\":{}}}", pieces.concat()))
+    }
+
+    fn value() -> impl Strategy<Value = serde_json::Value> {
+        let leaf = prop_oneof![
+            Just(serde_json::Value::Null),
+            any::<bool>().prop_map(Into::into),
+            any::<i64>().prop_map(Into::into),
+            any::<f64>().prop_map(Into::into),
+            "[ -~\\n\"\\\\üñ]{0,12}".prop_map(Into::into),
+        ];
+        leaf.prop_recursive(4, 40, 6, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..6).prop_map(Into::into),
+                prop::collection::btree_map("[a-c\"]{1,3}", inner, 0..6)
+                    .prop_map(|map| serde_json::Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn what_a_parser_takes_has_the_same_outline(map in prop::collection::btree_map("[a-e\"\n]{1,2}", value(), 0..6)) {
+            let text = serde_json::to_string(&map).unwrap();
+            let found: BTreeMap<_, _> = members(&text).unwrap().into_iter().collect();
+            let expected: BTreeMap<String, &RawValue> = serde_json::from_str(&text).unwrap();
+            prop_assert_eq!(found.len(), expected.len());
+            for (name, raw) in expected {
+                let items = match &map[&name] {
+                    serde_json::Value::Array(list) => list.len(),
+                    serde_json::Value::Object(map) => map.len(),
+                    _ => 0,
+                };
+                prop_assert_eq!(found[&name], Value { text: raw.get(), items });
+            }
+        }
+
+        #[test]
+        fn what_a_parser_refuses_has_none(text in text()) {
+            let parsed = serde_json::from_str::<BTreeMap<Cow<'_, str>, &RawValue>>(&text);
+            let found = members(&text);
+            prop_assert_eq!(found.is_some(), parsed.is_ok(), "{}", text);
+            for (name, raw) in parsed.into_iter().flatten() {
+                let found = found.iter().flatten().rfind(|found| found.0 == name);
+                prop_assert_eq!(found.unwrap().1.text, raw.get());
+            }
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Reads a request body: bounded in size, in time between two pieces, and in how slow it may be.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::HeaderMap;
+use http::header;
+use http_body::Body;
+use http_body_util::BodyExt;
+use tokio::time::Instant;
+
+use crate::config::Limits;
+use crate::error::GatewayError;
+use crate::time::ms;
+
+/// Slower than this counts as slow.
+const BYTES_PER_SECOND: f64 = 1024.0;
+
+/// Reads the whole body.
+pub async fn read_body<B>(mut body: B, headers: &HeaderMap, limits: &Limits) -> Result<Bytes, GatewayError>
+where
+    B: Body<Data = Bytes> + Unpin,
+    B::Error: std::fmt::Display,
+{
+    if headers.get(header::CONTENT_ENCODING).is_some_and(|value| value != "identity") {
+        return Err(GatewayError::UnsupportedContentEncoding);
+    }
+    let limit = limits.body_bytes;
+    let announced = body.size_hint().lower();
+    if announced > limit as u64 {
+        return Err(GatewayError::TooLarge { limit });
+    }
+    let mut waited: Option<Instant> = None;
+    let mut first = Bytes::new();
+    let mut rest = BytesMut::new();
+    loop {
+        let idle = ms(limits.body_idle_ms);
+        // A body that is there already costs no timer and no look at the clock.
+        let frame = match futures_util::FutureExt::now_or_never(body.frame()) {
+            Some(frame) => frame,
+            None => {
+                waited.get_or_insert_with(Instant::now);
+                tokio::time::timeout(idle, body.frame()).await.map_err(|_| GatewayError::SlowBody)?
+            }
+        };
+        let Some(frame) = frame else { break };
+        let frame = frame.map_err(|error| GatewayError::Invalid {
+            message: format!("the request body broke off: {error}"),
+            param: None,
+            code: "invalid_body",
+        })?;
+        let Ok(data) = frame.into_data() else { continue };
+        let length = first.len() + rest.len() + data.len();
+        if length > limit {
+            return Err(GatewayError::TooLarge { limit });
+        }
+        let took = waited.map_or(Duration::ZERO, |since| since.elapsed());
+        if took > ms(limits.body_slow_ms) && (length as f64) < BYTES_PER_SECOND * took.as_secs_f64() {
+            return Err(GatewayError::SlowBody);
+        }
+        // Most bodies are one piece, which is then not copied.
+        if first.is_empty() && rest.is_empty() {
+            first = data;
+        } else {
+            if rest.is_empty() {
+                rest.reserve(length.max(announced as usize));
+                rest.extend_from_slice(&first);
+                first = Bytes::new();
+            }
+            rest.extend_from_slice(&data);
+        }
+        if body.is_end_stream() {
+            break;
+        }
+    }
+    Ok(if rest.is_empty() { first } else { rest.freeze() })
+}

@@ -1,0 +1,259 @@
+//! What the gateway itself reads of a request body. One pass, without building a document; the node gets the bytes as they
+//! came. Two parsers must not read two meanings out of one body, so a field that is read here may stand there only once.
+
+use std::ops::Range;
+
+use bytes::{Bytes, BytesMut};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::json_scan::{DEPTH, Value, scan_object};
+use crate::error::GatewayError;
+use crate::normalize::Kind;
+
+/// Messages of one request.
+const MESSAGES: usize = 10_000;
+/// Choices of one request.
+const CHOICES: u64 = 64;
+/// Stop strings of one request.
+const STOPS: usize = 16;
+/// So much of a prompt decides which node has it in its prefix_hash cache.
+const PREFIX: usize = 2048;
+
+/// What was read.
+#[derive(Debug, Clone)]
+pub struct RequestFields {
+    /// The model asked for.
+    pub model: String,
+    /// Where its name stands in the body, quotes included.
+    model_at: Range<usize>,
+    /// The answer is to be streamed.
+    pub stream: bool,
+    /// Limit on new tokens.
+    pub token_limit: Option<u64>,
+    /// Choices wanted.
+    pub choices: u64,
+    /// Usage is wanted at the end of the stream, and only there.
+    pub usage_chunk_requested: bool,
+    /// Hash of the prompt's beginning.
+    pub prefix_hash: u64,
+}
+
+/// The members that are read.
+#[derive(Default)]
+struct Fields<'a> {
+    model: Option<Value<'a>>,
+    stream: Option<Value<'a>>,
+    max_tokens: Option<Value<'a>>,
+    max_completion_tokens: Option<Value<'a>>,
+    n: Option<Value<'a>>,
+    stop: Option<Value<'a>>,
+    messages: Option<Value<'a>>,
+    prompt: Option<Value<'a>>,
+    stream_options: Option<Value<'a>>,
+}
+
+#[derive(Deserialize, Default)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+    continuous_usage_stats: Option<bool>,
+}
+
+fn invalid(message: impl Into<String>, param: Option<&'static str>, code: &'static str) -> GatewayError {
+    GatewayError::Invalid { message: message.into(), param, code }
+}
+
+fn wrong(param: &'static str, must: &str) -> GatewayError {
+    invalid(format!("`{param}` must {must}"), Some(param), "invalid_value")
+}
+
+impl<'a> Fields<'a> {
+    fn of(text: &'a str) -> Result<Self, GatewayError> {
+        let mut fields = Self::default();
+        let taken = scan_object(text, |name, value| fields.take(name, value));
+        taken.unwrap_or_else(|| Err(not_an_object(text))).map(|()| fields)
+    }
+
+    fn take(&mut self, name: &str, value: Value<'a>) -> Result<(), GatewayError> {
+        let field = match name {
+            "model" => &mut self.model,
+            "stream" => &mut self.stream,
+            "max_tokens" => &mut self.max_tokens,
+            "max_completion_tokens" => &mut self.max_completion_tokens,
+            "n" => &mut self.n,
+            "stop" => &mut self.stop,
+            "messages" => &mut self.messages,
+            "prompt" => &mut self.prompt,
+            "stream_options" => &mut self.stream_options,
+            _ => return Ok(()),
+        };
+        match field.replace(value) {
+            None => Ok(()),
+            Some(_) => {
+                Err(invalid(format!("the request body has two fields `{name}`"), None, "invalid_request"))
+            }
+        }
+    }
+}
+
+/// Why a body has no scan_object.
+fn not_an_object(text: &str) -> GatewayError {
+    match serde_json::from_str::<&RawValue>(text) {
+        Err(error) => invalid(format!("the request body is not valid JSON: {error}"), None, "invalid_json"),
+        Ok(_) if text.trim_start().starts_with('{') => {
+            invalid(format!("the request body nests deeper than {DEPTH}"), None, "invalid_json")
+        }
+        Ok(_) => invalid("the request body must be a JSON object", None, "invalid_request"),
+    }
+}
+
+/// A value that may be null, which says as much as nothing.
+fn given(field: Option<Value<'_>>) -> Option<&str> {
+    field.map(|value| value.text).filter(|text| *text != "null")
+}
+
+fn count(field: Option<Value<'_>>, param: &'static str) -> Result<Option<u64>, GatewayError> {
+    given(field)
+        .map(|text| text.parse().map_err(|_| wrong(param, "be a whole number of at least 0")))
+        .transpose()
+}
+
+/// Reads a body.
+pub fn scan(body: &[u8], kind: Kind) -> Result<RequestFields, GatewayError> {
+    let text = std::str::from_utf8(body)
+        .map_err(|error| invalid(format!("the request body is not UTF-8: {error}"), None, "invalid_json"))?;
+    let fields = Fields::of(text)?;
+    let missing = |param| invalid(format!("`{param}` is missing"), Some(param), "missing_required_parameter");
+    let raw = given(fields.model).ok_or_else(|| missing("model"))?;
+    let model: String = serde_json::from_str(raw).map_err(|_| wrong("model", "be a string"))?;
+    if model.is_empty() {
+        return Err(missing("model"));
+    }
+    if kind == Kind::Chat {
+        let messages =
+            fields.messages.filter(|value| value.text != "null").ok_or_else(|| missing("messages"))?;
+        if !messages.text.starts_with('[') || messages.items == 0 {
+            return Err(wrong("messages", "be a list of at least one message"));
+        }
+        if messages.items > MESSAGES {
+            return Err(wrong("messages", &format!("not hold more than {MESSAGES}")));
+        }
+    }
+    let choices = count(fields.n, "n")?.unwrap_or(1);
+    if choices == 0 || choices > CHOICES {
+        return Err(wrong("n", &format!("be between 1 and {CHOICES}")));
+    }
+    if fields.stop.is_some_and(|stop| stop.text.starts_with('[') && stop.items > STOPS) {
+        return Err(wrong("stop", &format!("not hold more than {STOPS}")));
+    }
+    let stream = given(fields.stream).map(serde_json::from_str).transpose();
+    let options = given(fields.stream_options).map(serde_json::from_str::<StreamOptions>).transpose();
+    let options =
+        options.map_err(|error| wrong("stream_options", &format!("be valid: {error}")))?.unwrap_or_default();
+    let start = raw.as_ptr() as usize - body.as_ptr() as usize;
+    let most = count(fields.max_completion_tokens, "max_completion_tokens")?;
+    let limit = count(fields.max_tokens, "max_tokens")?;
+    let prompt = given(fields.messages).or(given(fields.prompt)).unwrap_or_default().as_bytes();
+    Ok(RequestFields {
+        model,
+        model_at: start..start + raw.len(),
+        stream: stream.map_err(|_| wrong("stream", "be true or false"))?.unwrap_or(false),
+        token_limit: most.or(limit),
+        choices,
+        usage_chunk_requested: options.include_usage == Some(true)
+            && options.continuous_usage_stats != Some(true),
+        prefix_hash: prefix_hash_of(&prompt[..prompt.len().min(PREFIX)]),
+    })
+}
+
+/// The body with another model's name in it; nothing else changes.
+pub fn with_model(body: &Bytes, head: &RequestFields, model: &str) -> Bytes {
+    if head.model == model {
+        return body.clone();
+    }
+    let name = serde_json::to_string(model).unwrap_or_default();
+    let mut changed = BytesMut::with_capacity(body.len() + name.len());
+    changed.extend_from_slice(&body[..head.model_at.start]);
+    changed.extend_from_slice(name.as_bytes());
+    changed.extend_from_slice(&body[head.model_at.end..]);
+    changed.freeze()
+}
+
+/// A number for a text: enough to tell prompts apart, cheap for each request.
+fn prefix_hash_of(bytes: &[u8]) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for chunk in bytes.chunks(8) {
+        let mut word = [0u8; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        hash = crate::hash::mix(hash ^ u64::from_le_bytes(word));
+    }
+    hash
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn only_what_is_needed_is_read() {
+        let body = br#"{"model" : "m","stream":true,"messages":[{"x":1}],"max_tokens":5,"other":{"a":[1]},"stream_options":{"include_usage":true}}"#;
+        let head = scan(body, Kind::Chat).unwrap();
+        assert_eq!((head.model.as_str(), head.stream, head.token_limit), ("m", true, Some(5)));
+        assert!(head.usage_chunk_requested);
+        let changed = with_model(&Bytes::from_static(body), &head, "org/x");
+        assert_eq!(changed, String::from_utf8_lossy(body).replace("\"m\"", "\"org/x\"").as_bytes());
+    }
+
+    #[test]
+    fn wrong_bodies_are_told_apart() {
+        let code = |body: &str| scan(body.as_bytes(), Kind::Chat).unwrap_err().code();
+        for (body, expected) in [
+            ("{", "invalid_json"),
+            ("", "invalid_json"),
+            ("[]", "invalid_request"),
+            ("{}", "missing_required_parameter"),
+            (r#"{"model":"a"}"#, "missing_required_parameter"),
+            (r#"{"model":"a","model":"b"}"#, "invalid_request"),
+            (r#"{"model":"a","messages":[{}],"messages":[{}]}"#, "invalid_request"),
+            (r#"{"model":"a","stream":true,"stream":false}"#, "invalid_request"),
+            (r#"{"model":5,"messages":[{}]}"#, "invalid_value"),
+            (r#"{"model":"a","messages":[ ]}"#, "invalid_value"),
+            (r#"{"model":"a","messages":"x"}"#, "invalid_value"),
+            (r#"{"model":"a","messages":[{}],"n":65}"#, "invalid_value"),
+            (
+                r#"{"model":"a","messages":[{}],"stop":[1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]}"#,
+                "invalid_value",
+            ),
+            (r#"{"model":"a","messages":[{}],"stream":"yes"}"#, "invalid_value"),
+            (r#"{"model":"a","messages":[{}],"max_tokens":1.5}"#, "invalid_value"),
+            (r#"{"model":"a","messages":[{}],"stream_options":3}"#, "invalid_value"),
+            (r#"{"model":"a"} x"#, "invalid_json"),
+            ("{\"model\":\"\u{0}\"}", "invalid_json"),
+        ] {
+            assert_eq!(code(body), expected, "{body}");
+        }
+        let deep = |depth: usize| {
+            format!(r#"{{"model":"a","messages":[{{}}],"x":{}{}}}"#, "[".repeat(depth), "]".repeat(depth))
+        };
+        assert!(scan(deep(127).as_bytes(), Kind::Chat).is_ok());
+        assert_eq!(code(&deep(128)), "invalid_json");
+        assert_eq!(code(&deep(100_000)), "invalid_json");
+        let many = |count: usize| format!(r#"{{"model":"a","messages":[{}]}}"#, vec!["{}"; count].join(","));
+        assert!(scan(many(10_000).as_bytes(), Kind::Chat).is_ok());
+        assert_eq!(code(&many(10_001)), "invalid_value");
+        assert!(
+            scan(b"{\"model\":\"a\",\"messages\":[\"\\ud83d\"]}", Kind::Chat).is_ok(),
+            "lone surrogates are the node's affair"
+        );
+        assert!(scan(b"{\"model\":\"a\",\"messages\":[\"\xff\"]}", Kind::Chat).is_err(), "no UTF-8");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _read = scan(&bytes, Kind::Chat);
+        }
+    }
+}

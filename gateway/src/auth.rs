@@ -1,0 +1,5 @@
+//! Authentication of clients, and the limits of their keys.
+
+pub mod jwt;
+pub mod keys;
+pub mod rate_limit;

@@ -1,0 +1,256 @@
+//! Client keys: known by their hash, each with its own limits, models and class. Rebuilt on reload; a key whose
+//! configuration did not change keeps its counters.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use dashmap::DashMap;
+use http::{HeaderMap, header};
+use rand::RngCore;
+
+use super::jwt::Verifier;
+use super::rate_limit::{Limiter, Reservation};
+use crate::config::{Config, KeyConfig, Priority};
+use crate::error::GatewayError;
+
+/// A key that was let in.
+pub struct Key {
+    /// For logs and metrics.
+    pub name: Arc<str>,
+    config: KeyConfig,
+    whole: Arc<Limiter>,
+    stages: HashMap<String, Arc<Limiter>>,
+}
+
+/// Subjects of tokens that are remembered.
+const SUBJECTS: usize = 10_000;
+
+/// All keys.
+pub struct Keys {
+    by_hash: HashMap<[u8; 32], Arc<Key>>,
+    by_certificate: HashMap<[u8; 32], Arc<Key>>,
+    jwt: Option<Verifier>,
+    subjects: DashMap<String, Arc<Key>>,
+    /// Everyone, when no keys are configured.
+    anonymous: Option<Arc<Key>>,
+}
+
+/// The client's certificate, by hash; an extension of each request on a connection that has one.
+#[derive(Debug, Clone, Copy)]
+pub struct ClientCertificate(pub [u8; 32]);
+
+/// A fresh random key and its hash, for `potstill-gateway key new`.
+pub fn generate() -> (String, String) {
+    let mut bytes = [0u8; 32];
+    rand::rng().fill_bytes(&mut bytes);
+    let key = format!("sk-potstill-{}", blake3::Hash::from_bytes(bytes).to_hex());
+    let hash = blake3::hash(key.as_bytes()).to_hex().to_string();
+    (key, hash)
+}
+
+/// The hash behind a configured secret: as given, or of what an environment variable holds.
+pub fn configured_hash(hash: &Option<String>, env: &Option<String>) -> Option<[u8; 32]> {
+    let hash = match (hash, env) {
+        (Some(hash), _) => blake3::Hash::from_hex(hash).ok(),
+        (None, Some(variable)) => std::env::var(variable).ok().map(|key| blake3::hash(key.as_bytes())),
+        (None, None) => None,
+    };
+    hash.map(|hash| *hash.as_bytes())
+}
+
+impl Keys {
+    /// Builds the keys of a configuration and `more` of them from a keys file; `before` lends its counters.
+    pub fn new(config: &Config, more: &[KeyConfig], before: Option<&Self>) -> Result<Self, String> {
+        let mut keys = Self {
+            by_hash: HashMap::new(),
+            by_certificate: HashMap::new(),
+            jwt: config.jwt.as_ref().map(Verifier::new).transpose()?,
+            subjects: before.filter(|_| config.jwt.is_some()).map(|b| b.subjects.clone()).unwrap_or_default(),
+            anonymous: None,
+        };
+        for config in config.keys.iter().chain(more) {
+            let kept = |map: &HashMap<[u8; 32], Arc<Key>>, hash: &[u8; 32]| {
+                map.get(hash).filter(|key| key.config == *config).cloned()
+            };
+            let fresh = || Arc::new(Key::new(config.clone()));
+            if let Some(hash) = configured_hash(&config.certificate, &None) {
+                let key = before.and_then(|before| kept(&before.by_certificate, &hash)).unwrap_or_else(fresh);
+                keys.by_certificate.insert(hash, key);
+            } else if let Some(hash) = configured_hash(&config.hash, &config.env) {
+                let key = before.and_then(|before| kept(&before.by_hash, &hash)).unwrap_or_else(fresh);
+                keys.by_hash.insert(hash, key);
+            } else {
+                tracing::error!(key = config.name, "key left out: no usable hash");
+            }
+        }
+        let configured = config.keys_file.is_some() || keys.jwt.is_some();
+        if keys.by_hash.is_empty() && keys.by_certificate.is_empty() && !configured {
+            let everyone = KeyConfig {
+                name: "anonymous".to_owned(),
+                priority: Priority::Interactive,
+                ..KeyConfig::default()
+            };
+            keys.anonymous = Some(Arc::new(Key::new(everyone)));
+        }
+        Ok(keys)
+    }
+
+    /// Finds the client's key: by its certificate, by the key it sent, or by a signed token. Keys are random and looked up by
+    /// hash, so the time of the look-up tells nothing about them.
+    pub fn authenticate(
+        &self,
+        headers: &HeaderMap,
+        certificate: Option<ClientCertificate>,
+    ) -> Result<Arc<Key>, GatewayError> {
+        if let Some(key) = &self.anonymous {
+            return Ok(Arc::clone(key));
+        }
+        let other = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+        if let Some(given) = bearer(headers).or_else(|| other("x-api-key")).or_else(|| other("api-key")) {
+            if let Some(key) = self.by_hash.get(blake3::hash(given.as_bytes()).as_bytes()) {
+                return Ok(Arc::clone(key));
+            }
+            if let Some(jwt) = self.jwt.as_ref().filter(|_| given.starts_with("ey")) {
+                return self.subject(jwt, given);
+            }
+            return Err(GatewayError::Unauthorized);
+        }
+        certificate
+            .and_then(|hash| self.by_certificate.get(&hash.0))
+            .cloned()
+            .ok_or(GatewayError::Unauthorized)
+    }
+
+    fn subject(&self, jwt: &Verifier, token: &str) -> Result<Arc<Key>, GatewayError> {
+        let config = jwt.verify(token).ok_or(GatewayError::Unauthorized)?;
+        if let Some(known) = self.subjects.get(&config.name).filter(|known| known.config == config) {
+            return Ok(Arc::clone(&known));
+        }
+        if self.subjects.len() >= SUBJECTS {
+            // Those that use nothing now can be forgotten.
+            self.subjects.retain(|_, key| Arc::strong_count(key) > 1);
+        }
+        let key = Arc::new(Key::new(config));
+        self.subjects.insert(key.name.to_string(), Arc::clone(&key));
+        Ok(key)
+    }
+
+    /// Names and configurations, for the admin API; no secrets, no hashes.
+    pub fn list(&self) -> Vec<KeyConfig> {
+        let all = self.by_hash.values().chain(self.by_certificate.values());
+        let mut list: Vec<_> = all
+            .map(|key| KeyConfig { hash: None, env: None, certificate: None, ..key.config.clone() })
+            .collect();
+        list.sort_by(|a, b| a.name.cmp(&b.name));
+        list
+    }
+}
+
+impl Key {
+    fn new(config: KeyConfig) -> Self {
+        let stages = config.stages.iter();
+        Self {
+            name: config.name.as_str().into(),
+            whole: Arc::new(Limiter::new(&config.limits())),
+            stages: stages.map(|(stage, limits)| (stage.clone(), Arc::new(Limiter::new(limits)))).collect(),
+            config,
+        }
+    }
+
+    /// Whether the key may use `model`.
+    pub fn allows(&self, model: &str) -> bool {
+        self.config.models.is_empty() || self.config.models.iter().any(|allowed| allowed == model)
+    }
+
+    /// The class of a request that asks for `wanted`: never above the key's own.
+    pub fn class(&self, wanted: Option<Priority>) -> Priority {
+        wanted.map_or(self.config.priority, |wanted| wanted.max(self.config.priority))
+    }
+
+    /// Comments in its streams.
+    pub fn heartbeat_ms(&self) -> Option<u64> {
+        self.config.heartbeat_ms
+    }
+
+    fn limiters(&self, stage: Option<&str>) -> impl Iterator<Item = &Arc<Limiter>> {
+        stage.and_then(|stage| self.stages.get(stage)).into_iter().chain(std::iter::once(&self.whole))
+    }
+
+    /// Counts a request and refuses it over the rate of the key or of its stage.
+    pub fn admit(&self, stage: Option<&str>) -> Result<(), GatewayError> {
+        self.limiters(stage).try_for_each(|limiter| limiter.request())
+    }
+
+    /// Reserves tokens and a place among the requests at once.
+    pub fn reserve(&self, stage: Option<&str>, tokens: u64) -> Result<Reservation, GatewayError> {
+        let mut reservation = Reservation::new(tokens);
+        for limiter in self.limiters(stage) {
+            reservation.add(limiter)?;
+        }
+        Ok(reservation)
+    }
+
+    /// Writes `x-ratelimit-*` of the key, or of its stage where that has limits of its own.
+    pub fn write_limits(&self, stage: Option<&str>, headers: &mut HeaderMap) {
+        self.whole.write(headers);
+        if let Some(limiter) = stage.and_then(|stage| self.stages.get(stage)) {
+            limiter.write(headers);
+        }
+    }
+}
+
+/// The key of an `authorization` header.
+pub fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, key) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use super::*;
+
+    fn config(keys: Vec<KeyConfig>) -> Config {
+        let mut config = Config::new(SocketAddr::from(([127, 0, 0, 1], 0)));
+        config.keys = keys;
+        config
+    }
+
+    #[test]
+    fn keys_open_by_hash_keep_their_rate_and_outlive_a_reload() {
+        let (key, hash) = generate();
+        let one = KeyConfig {
+            name: "a".into(),
+            hash: Some(hash),
+            requests_per_minute: Some(2),
+            models: vec!["m".into()],
+            priority: Priority::Default,
+            ..KeyConfig::default()
+        };
+        let config = config(vec![one]);
+        let keys = Keys::new(&config, &[], None).unwrap();
+        let mut headers = HeaderMap::new();
+        assert!(keys.authenticate(&headers, None).is_err());
+        for name in ["authorization", "x-api-key", "api-key"] {
+            let value = if name == "authorization" { format!("bearer {key}") } else { key.clone() };
+            headers.insert(http::HeaderName::from_static(name), value.parse().unwrap());
+            assert!(keys.authenticate(&headers, None).is_ok(), "{name}");
+            headers.clear();
+        }
+        headers.insert(header::AUTHORIZATION, format!("bearer {key}").parse().unwrap());
+        let known = keys.authenticate(&headers, None).unwrap();
+        assert!(known.allows("m") && !known.allows("n"));
+        assert_eq!(known.class(Some(Priority::Interactive)), Priority::Default, "clamped");
+        assert_eq!(known.class(Some(Priority::Bulk)), Priority::Bulk);
+        assert!(known.admit(None).is_ok() && known.admit(None).is_ok());
+        let reloaded = Keys::new(&config, &[], Some(&keys)).unwrap();
+        let again = reloaded.authenticate(&headers, None).unwrap();
+        assert!(matches!(again.admit(None), Err(GatewayError::RateLimited { retry_after: 1..=31, .. })));
+        let mut shown = HeaderMap::new();
+        again.write_limits(None, &mut shown);
+        assert_eq!(shown["x-ratelimit-limit-requests"], "2");
+        assert_eq!(shown["x-ratelimit-remaining-requests"], "0");
+        assert!(!format!("{:?}", keys.list()).contains(&key));
+    }
+}

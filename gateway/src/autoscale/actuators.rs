@@ -1,0 +1,4 @@
+//! Actuators other than Kubernetes.
+
+pub mod process;
+pub mod webhook;

@@ -1,0 +1,278 @@
+//! Nodes that a program of the user's starts and stops. It is sent what is wanted and answers what there is:
+//!
+//! ```text
+//! POST URL  {"v": 1, "model": "m", "wanted": 3, "remove": ["http://10.0.0.7:8000"]}
+//! 200       {"nodes": [{"url": "http://10.0.0.5:8000", "slots": 64}, ...]}
+//! ```
+//!
+//! `remove` names nodes that hold nothing any more and get nothing new; only these may be stopped. A node of the answer
+//! gets requests after its first good health check. While the program does not answer, nodes stay as they are.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method, header};
+use potstill_shared::redact::Redacted;
+use serde::{Deserialize, Serialize};
+
+use crate::autoscale::actuator::{NodeActuator, NodeSupply};
+use crate::config::{ScaleConfig, WebhookConfig};
+use crate::pool::ModelPool;
+use crate::pool::health::check;
+use crate::pool::node::{Node, NodeOrigin, NodeSpec, NodeState};
+use crate::telemetry::metrics::Metrics;
+use crate::upstream::address::AddressPolicy;
+use crate::upstream::connect::Connector;
+use crate::upstream::endpoint::Endpoint;
+use crate::upstream::exchange::{SendError, send};
+use crate::upstream::read_body::read_full_body;
+use crate::upstream::request::UpstreamRequest;
+
+/// The program is asked when something changes, and else so often.
+const EVERY: Duration = Duration::from_secs(5);
+/// It has so long to answer.
+const ANSWER: Duration = Duration::from_secs(10);
+/// A starting node has so long to answer a check.
+const CHECK: Duration = Duration::from_millis(500);
+
+#[derive(Serialize)]
+struct Ask<'a> {
+    v: u32,
+    model: &'a str,
+    wanted: usize,
+    remove: Vec<&'a str>,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    nodes: Vec<AnswerNode>,
+}
+
+#[derive(Deserialize)]
+struct AnswerNode {
+    url: String,
+    #[serde(alias = "slots")]
+    max_concurrency: Option<usize>,
+}
+
+struct Remote {
+    node: Arc<Node>,
+    added: Instant,
+    was_ready: bool,
+    draining: Option<Instant>,
+}
+
+/// Nodes of a program outside.
+pub struct WebhookActuator {
+    pool: Arc<ModelPool>,
+    connector: Connector,
+    metrics: Arc<Metrics>,
+    /// The program.
+    program: Arc<Endpoint>,
+    path: PathAndQuery,
+    nodes: Vec<Remote>,
+    /// When nodes were asked for that have not come yet.
+    asked: Vec<Instant>,
+    supply: NodeSupply,
+    last: Option<(Instant, usize, usize)>,
+}
+
+impl WebhookActuator {
+    /// A scaler that knows no nodes yet.
+    pub fn new(
+        pool: Arc<ModelPool>,
+        connector: Connector,
+        metrics: Arc<Metrics>,
+        config: &WebhookConfig,
+    ) -> Result<Self, String> {
+        let url: http::Uri = config.url.parse().map_err(|error| format!("webhook: {error}"))?;
+        let base = format!(
+            "{}://{}",
+            url.scheme_str().unwrap_or("http"),
+            url.authority().ok_or("webhook: the URL names no host")?
+        );
+        let key = config.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok());
+        let key = key.map(Redacted::new);
+        let program = Endpoint::new(&base, key.as_ref(), AddressPolicy::Trusted)
+            .map_err(|problem| format!("webhook: {problem}"))?;
+        Ok(Self {
+            pool,
+            connector,
+            metrics,
+            program: Arc::new(program),
+            path: url.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/")),
+            nodes: Vec::new(),
+            asked: Vec::new(),
+            supply: NodeSupply::default(),
+            last: None,
+        })
+    }
+
+    fn settings(&self) -> ScaleConfig {
+        self.pool.config().scale.clone().unwrap_or_default()
+    }
+
+    fn event(&self, event: &str) {
+        self.metrics.scale_events.with_label_values(&[&*self.pool.model, event]).inc();
+    }
+
+    /// Nodes that are there and not leaving.
+    fn staying(&self) -> usize {
+        self.nodes.iter().filter(|remote| remote.draining.is_none()).count()
+    }
+
+    fn revive_or_drain(&mut self, wanted: usize) {
+        while self.staying() < wanted {
+            let Some(remote) = self.nodes.iter_mut().find(|remote| remote.draining.is_some()) else { break };
+            remote.draining = None;
+            let state = if remote.was_ready { NodeState::Ready } else { NodeState::Unhealthy };
+            self.pool.set_node_state(&remote.node, state);
+            self.event("revived");
+        }
+        while self.staying() > wanted {
+            let staying = self.nodes.iter_mut().filter(|remote| remote.draining.is_none());
+            let Some(remote) = staying.min_by_key(|remote| (remote.was_ready, remote.node.tokens())) else {
+                break;
+            };
+            remote.draining = Some(Instant::now());
+            self.pool.set_node_state(&remote.node, NodeState::Draining);
+        }
+    }
+
+    async fn ask(&self, wanted: usize, remove: &[String]) -> Result<Answer, String> {
+        let ask = Ask {
+            v: 1,
+            model: &self.pool.model,
+            wanted,
+            remove: remove.iter().map(String::as_str).collect(),
+        };
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let body = serde_json::to_vec(&ask).map_err(|error| error.to_string())?.into();
+        let request =
+            UpstreamRequest { method: Method::POST, path: self.path.clone(), client_headers: headers, body };
+        let failed = |error: SendError| error.to_string();
+        let mut answer =
+            send(&self.connector, &self.program, &request, tokio::time::Instant::now(), ANSWER, ANSWER)
+                .await
+                .map_err(failed)?;
+        if !answer.head.status.is_success() {
+            return Err(format!("it answered {}", answer.head.status));
+        }
+        let until = tokio::time::Instant::now() + ANSWER;
+        let body = read_full_body(&mut answer.body, ANSWER, until).await.map_err(failed)?;
+        serde_json::from_slice(&body).map_err(|error| format!("its answer is not understood: {error}"))
+    }
+
+    /// Takes what the program says there is.
+    fn follow(&mut self, answer: Answer) {
+        let gone = |remote: &Remote| !answer.nodes.iter().any(|node| node.url == remote.node.spec.url);
+        for remote in self.nodes.extract_if(.., |remote| gone(remote)) {
+            self.pool.remove_node(remote.node.id);
+            let event = if remote.draining.is_some() { "stopped" } else { "lost" };
+            self.metrics.scale_events.with_label_values(&[&*self.pool.model, event]).inc();
+        }
+        let max_concurrency = self.settings().max_concurrency;
+        for new in answer.nodes {
+            if self.nodes.iter().any(|remote| remote.node.spec.url == new.url) {
+                continue;
+            }
+            let spec = NodeSpec {
+                state: NodeState::Unhealthy,
+                origin: NodeOrigin::Scaler,
+                ..NodeSpec::new(new.url, Some(new.max_concurrency.unwrap_or(max_concurrency)))
+            };
+            match self.pool.add_node(spec) {
+                Ok(node) => {
+                    tracing::info!(model = &*self.pool.model, node = node.name, "node started");
+                    self.event("started");
+                    let added = if self.asked.is_empty() { Instant::now() } else { self.asked.remove(0) };
+                    self.nodes.push(Remote { node, added, was_ready: false, draining: None });
+                }
+                Err(problem) => tracing::error!(model = &*self.pool.model, problem, "node left out"),
+            }
+        }
+    }
+
+    async fn look_after_starting(&mut self) {
+        let path = self.pool.config().health.path.clone();
+        for remote in self.nodes.iter_mut().filter(|remote| !remote.was_ready && remote.draining.is_none()) {
+            if remote.node.state() == NodeState::Ready
+                || check(&self.connector, &remote.node, &path, CHECK).await
+            {
+                let seconds = remote.added.elapsed().as_secs_f64();
+                remote.was_ready = true;
+                self.supply.push_cold_start(seconds);
+                self.metrics.cold_start.with_label_values(&[&*self.pool.model]).observe(seconds);
+                self.pool.set_node_state(&remote.node, NodeState::Ready);
+            }
+        }
+    }
+}
+
+impl NodeActuator for WebhookActuator {
+    async fn step(&mut self, target: Option<usize>) {
+        self.look_after_starting().await;
+        let Some(wanted) = target else { return };
+        self.revive_or_drain(wanted);
+        let longest = Duration::from_secs(self.settings().drain_timeout_s);
+        let empty = |remote: &&Remote| {
+            remote.draining.is_some_and(|since| remote.node.requests() == 0 || since.elapsed() > longest)
+        };
+        let remove: Vec<String> =
+            self.nodes.iter().filter(empty).map(|remote| remote.node.spec.url.clone()).collect();
+        let due = self
+            .last
+            .is_none_or(|(at, asked, left)| asked != wanted || left != remove.len() || at.elapsed() > EVERY);
+        if !due {
+            return;
+        }
+        // Nodes that still write are not to be stopped: the program is asked for as many as must stay.
+        let stay = self.nodes.len() - remove.len();
+        let coming = wanted.saturating_sub(self.staying());
+        self.asked.truncate(coming);
+        self.asked.resize_with(coming, Instant::now);
+        match self.ask(stay.max(wanted), &remove).await {
+            Ok(answer) => self.follow(answer),
+            Err(problem) => {
+                tracing::warn!(
+                    model = &*self.pool.model,
+                    program = self.program.name(),
+                    problem,
+                    "the scaling webhook fails; nodes stay as they are"
+                );
+                self.event("webhook_failed");
+            }
+        }
+        self.last = Some((Instant::now(), wanted, remove.len()));
+    }
+
+    fn supply(&mut self) -> Option<NodeSupply> {
+        let mut supply =
+            NodeSupply { cold_starts_s: self.supply.cold_starts_s.clone(), ..NodeSupply::default() };
+        supply.starting_age_s.extend(self.asked.iter().map(|asked| asked.elapsed().as_secs_f64()));
+        for remote in &self.nodes {
+            match (remote.draining, remote.was_ready) {
+                (Some(_), _) => supply.draining += 1,
+                (None, true) => supply.ready += 1,
+                (None, false) => supply.starting_age_s.push(remote.added.elapsed().as_secs_f64()),
+            }
+        }
+        Some(supply)
+    }
+
+    async fn stop(&mut self) {
+        let all: Vec<String> = self.nodes.iter().map(|remote| remote.node.spec.url.clone()).collect();
+        for remote in &self.nodes {
+            self.pool.remove_node(remote.node.id);
+        }
+        if let Err(problem) = self.ask(0, &all).await {
+            tracing::warn!(
+                model = &*self.pool.model,
+                problem,
+                "the scaling webhook did not take back the nodes"
+            );
+        }
+    }
+}

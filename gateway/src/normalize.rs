@@ -1,0 +1,182 @@
+//! Normalizes what nodes get wrong, so that every client library can read every node: the model's public name, constant `id` and
+//! `created`, indices, roles, finish reasons out of OpenAI's list, token sums, error bodies. What is right passes as the very
+//! bytes that came; unknown fields always survive. Nothing is made up: a missing text stays missing.
+
+pub mod completion;
+pub mod error_body;
+pub mod reasoning;
+mod repeated_chunk;
+pub mod sse_stream;
+pub mod stream_chunk;
+pub mod verdict;
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use potstill_shared::openai::Usage;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+/// Which endpoint's answers are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `/v1/chat/completions`.
+    Chat,
+    /// `/v1/completions`.
+    Text,
+    /// `/v1/embeddings`.
+    Embeddings,
+    /// Anything else: only errors are normalized.
+    Other,
+}
+
+/// OpenAI's reasons for an end; typed clients know no others.
+const REASONS: [&str; 5] = ["stop", "length", "tool_calls", "content_filter", "function_call"];
+
+/// A finish reason from OpenAI's list. What an engine calls by another name is translated; a word that nobody knows counts as
+/// `length`, since nothing says that the answer is whole.
+pub fn finish_reason(word: &str) -> &'static str {
+    match word {
+        "eos" | "eos_token" | "end_turn" | "stop_sequence" | "stop_token" | "end" => "stop",
+        "max_tokens" | "max_length" | "abort" | "aborted" | "cancelled" => "length",
+        "tool_use" | "tool_call" => "tool_calls",
+        known => REASONS.iter().find(|reason| **reason == known).unwrap_or(&"length"),
+    }
+}
+
+/// The `usage` of an answer.
+#[derive(Deserialize)]
+struct Counts {
+    prompt_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
+    total_tokens: Option<u64>,
+}
+
+impl Counts {
+    /// The tokens, and whether they are all there and their sum is right.
+    fn usage(&self, kind: Kind) -> (Usage, bool) {
+        let usage = Usage::new(self.prompt_tokens.unwrap_or(0), self.completion_tokens.unwrap_or(0));
+        let whole = self.prompt_tokens.is_some()
+            && (self.completion_tokens.is_some() || kind == Kind::Embeddings)
+            && self.total_tokens == Some(usage.total_tokens);
+        (usage, whole)
+    }
+}
+
+/// Writes right sums into a `usage` object, beside what else it holds.
+fn normalize_usage(usage: &mut Map<String, Value>, kind: Kind) {
+    let count = |usage: &Map<String, Value>, name: &str| usage.get(name).and_then(Value::as_u64).unwrap_or(0);
+    let (prompt, completion) = (count(usage, "prompt_tokens"), count(usage, "completion_tokens"));
+    usage.insert("prompt_tokens".into(), prompt.into());
+    if kind != Kind::Embeddings {
+        usage.insert("completion_tokens".into(), completion.into());
+    }
+    usage.insert("total_tokens".into(), (prompt + completion).into());
+}
+
+/// Replacements in a text, in order of place.
+#[derive(Default)]
+struct Edits(Vec<(Range<usize>, String)>);
+
+impl Edits {
+    /// Replaces `part`, a slice of `text`.
+    fn replace(&mut self, text: &[u8], part: &str, by: impl Into<String>) {
+        let start = part.as_ptr() as usize - text.as_ptr() as usize;
+        self.0.push((start..start + part.len(), by.into()));
+    }
+
+    fn apply(mut self, text: &[u8]) -> Vec<u8> {
+        self.0.sort_by_key(|(range, _)| range.start);
+        let mut out = Vec::with_capacity(text.len() + 64);
+        let mut at = 0;
+        for (range, by) in &self.0 {
+            out.extend_from_slice(&text[at..range.start]);
+            out.extend_from_slice(by.as_bytes());
+            at = range.end;
+        }
+        out.extend_from_slice(&text[at..]);
+        out
+    }
+}
+
+/// Whether a raw value is a JSON string that is not empty.
+fn is_text(value: Option<&RawValue>) -> bool {
+    value.is_some_and(|value| value.get().starts_with('"') && value.get().len() > 2)
+}
+
+/// Whether a raw value is a whole number that is not negative.
+fn is_count(value: Option<&RawValue>) -> bool {
+    value.is_some_and(|value| value.get().bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// A field that may be absent, null or a text; absence and null are told apart.
+type Presence<'a> = Option<Option<Cow<'a, str>>>;
+
+fn presence<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Presence<'de>, D::Error> {
+    #[derive(Deserialize)]
+    struct Text<'a>(#[serde(borrow)] Option<Cow<'a, str>>);
+    Text::deserialize(deserializer).map(|text| Some(text.0))
+}
+
+/// Tool calls as typed clients want them: index, id, type, and arguments as a string of JSON. Later pieces of a stream keep
+/// to index and arguments.
+fn normalize_tool_calls(calls: &mut Value, streamed: bool) {
+    let Some(calls) = calls.as_array_mut() else { return };
+    for (index, call) in calls.iter_mut().enumerate() {
+        let Some(call) = call.as_object_mut() else { continue };
+        if streamed {
+            call.entry("index").or_insert_with(|| index.into());
+        }
+        let begins =
+            call.get("function").and_then(|function| function.get("name")).is_some_and(Value::is_string);
+        if !streamed || begins {
+            call.entry("type").or_insert_with(|| "function".into());
+            if !call.get("id").is_some_and(Value::is_string) {
+                call.insert("id".into(), potstill_shared::id::unique("call").into());
+            }
+        }
+        if let Some(arguments) = call.get_mut("function").and_then(|function| function.get_mut("arguments"))
+            && !arguments.is_string()
+        {
+            *arguments = if arguments.is_null() { "".into() } else { arguments.to_string().into() };
+        }
+    }
+}
+
+/// Content that came as a list of parts becomes its text.
+fn normalize_content(message: &mut Map<String, Value>) {
+    if let Some(content) = message.get_mut("content")
+        && let Some(parts) = content.as_array()
+    {
+        let text: String = parts.iter().filter_map(|part| part.get("text").and_then(Value::as_str)).collect();
+        *content = text.into();
+    }
+}
+
+/// The fields that every answer has: `id`, `object`, `created`, `model`.
+fn mend_head(answer: &mut Map<String, Value>, object: &str, id: &str, created: u64, model: &str) {
+    if answer.get("id").and_then(Value::as_str).is_none_or(str::is_empty) {
+        answer.insert("id".into(), id.into());
+    }
+    if answer.get("object").and_then(Value::as_str) != Some(object) {
+        answer.insert("object".into(), object.into());
+    }
+    let seconds = answer.get("created").and_then(|at| at.as_u64().or(at.as_f64().map(|at| at as u64)));
+    answer.insert("created".into(), seconds.unwrap_or(created).into());
+    answer.insert("model".into(), model.into());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_is_one_of_openais() {
+        for word in ["stop", "eos", "abort", "length", "gone fishing", "", "tool_use"] {
+            assert!(REASONS.contains(&finish_reason(word)), "{word}");
+        }
+        assert_eq!((finish_reason("abort"), finish_reason("eos_token")), ("length", "stop"));
+        assert_eq!(finish_reason("gone fishing"), "length", "unknown is not taken for whole");
+    }
+}

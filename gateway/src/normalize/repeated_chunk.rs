@@ -1,0 +1,135 @@
+//! Streams repeat themselves: from one event to the next only a token's text differs. An event that was read whole is remembered
+//! as the bytes before and behind its text, and what has the same bytes there is known without a parser.
+
+use std::ops::Range;
+
+use super::Edits;
+use super::verdict::Verdict;
+
+/// The last event of the usual kind.
+#[derive(Debug, Default)]
+pub(super) struct ChunkTemplateCache {
+    /// What stands before and behind its text.
+    seen: [Vec<u8>; 2],
+    /// What takes the place of these, where they are changed.
+    given: Option<[Vec<u8>; 2]>,
+}
+
+impl ChunkTemplateCache {
+    /// Remembers an event with one token, whose text stands at `text` between its quotes.
+    pub(super) fn remember(&mut self, data: &[u8], text: &Range<usize>, edits: &Edits) {
+        let [before, behind] = &mut self.seen;
+        for (part, now) in [(before, &data[..text.start]), (behind, &data[text.end..])] {
+            part.clear();
+            part.extend_from_slice(now);
+        }
+        self.given = (!edits.0.is_empty()).then(|| {
+            let [mut before, mut behind] = [Edits::default(), Edits::default()];
+            for (range, by) in &edits.0 {
+                match range.end <= text.start {
+                    true => before.0.push((range.clone(), by.clone())),
+                    false => behind.0.push((range.start - text.end..range.end - text.end, by.clone())),
+                }
+            }
+            [before.apply(&data[..text.start]), behind.apply(&data[text.end..])]
+        });
+    }
+
+    /// What becomes of an event that differs from the remembered one in its text only.
+    pub(super) fn find(&self, data: &[u8]) -> Option<Verdict> {
+        let [before, behind] = &self.seen;
+        let text = data.strip_prefix(&before[..])?.strip_suffix(&behind[..])?;
+        // An empty text may be no token.
+        if before.is_empty() || text.is_empty() || !is_text(text) {
+            return None;
+        }
+        Some(match &self.given {
+            None => Verdict::Unchanged,
+            Some([before, behind]) => Verdict::Changed(vec![[before, text, behind].concat()]),
+        })
+    }
+}
+
+/// The text of a delta as it stands between its quotes, if that is all it holds.
+pub(super) fn only_text(delta: &str) -> Option<&str> {
+    let inside = delta.strip_prefix('{')?.strip_suffix('}')?;
+    let (name, value) = inside.split_once(':')?;
+    if !["\"content\"", "\"reasoning_content\"", "\"reasoning\""].contains(&name.trim_ascii()) {
+        return None;
+    }
+    quoted(value.trim_ascii())
+}
+
+/// What stands between the quotes of a JSON string.
+pub(super) fn quoted(value: &str) -> Option<&str> {
+    value.strip_prefix('"')?.strip_suffix('"').filter(|text| is_text(text.as_bytes()))
+}
+
+/// Whether these bytes may stand between the quotes of a JSON string (RFC 8259, section 7).
+fn is_text(bytes: &[u8]) -> bool {
+    let mut at = 0;
+    while let Some(byte) = bytes.get(at) {
+        at += match byte {
+            b'\\' => match bytes.get(at + 1) {
+                Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => 2,
+                Some(b'u')
+                    if bytes.get(at + 2..at + 6).is_some_and(|hex| hex.iter().all(u8::is_ascii_hexdigit)) =>
+                {
+                    6
+                }
+                _ => return false,
+            },
+            b'"' | ..b' ' => return false,
+            _ => 1,
+        };
+    }
+    std::str::from_utf8(bytes).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_text_is_known_with_what_stands_around_it() {
+        let mut repeat = ChunkTemplateCache::default();
+        assert_eq!(repeat.find(b""), None, "nothing was seen");
+        let event = br#"{"model":"x","delta":{"content": "a"},"n":1}"#;
+        assert_eq!(only_text(r#"{"content": "a"}"#), Some("a"));
+        assert_eq!(only_text(r#"{"content": "a","b":"c"}"#), None);
+        let text = 34..35;
+        repeat.remember(event, &text, &Edits::default());
+        assert_eq!(
+            repeat.find(br#"{"model":"x","delta":{"content": "\n \u00fc"},"n":1}"#),
+            Some(Verdict::Unchanged)
+        );
+        for other in [
+            r#"{"model":"x","delta":{"content": "a"},"n":2}"#,
+            r#"{"model":"y","delta":{"content": "a"},"n":1}"#,
+            r#"{"model":"x","delta":{"content": "a","b":"c"},"n":1}"#,
+            r#"{"model":"x","delta":{"content": "\"},"n":1}"#,
+            r#"{"model":"x","delta":{"content": "\q"},"n":1}"#,
+            r#"{"model":"x","delta":{"content": "},"n":1}"#,
+        ] {
+            assert_eq!(repeat.find(other.as_bytes()), None, "{other}");
+        }
+        let edits = Edits(vec![(42..43, "22".to_owned()), (9..12, "\"public\"".to_owned())]);
+        repeat.remember(event, &text, &edits);
+        let changed = br#"{"model":"public","delta":{"content": "zz"},"n":22}"#.to_vec();
+        let found = repeat.find(br#"{"model":"x","delta":{"content": "zz"},"n":1}"#);
+        assert_eq!(found, Some(Verdict::Changed(vec![changed])));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn a_text_is_what_a_parser_takes(text in "([ -~\"]|\\\\[\"\\\\nu]|\\\\u[0-9a-g]{3,4}|ü|\n){0,8}") {
+            let quoted = format!("\"{text}\"");
+            let parsed = serde_json::from_str::<&serde_json::value::RawValue>(&quoted);
+            prop_assert_eq!(is_text(text.as_bytes()), parsed.is_ok());
+        }
+    }
+}

@@ -1,0 +1,439 @@
+//! One event of a stream. The usual case (all is right but the model's name) costs one skim over the event and one copy.
+
+use std::sync::Arc;
+
+use potstill_shared::openai::{Usage, now_seconds};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
+
+use super::reasoning::StreamSplit;
+use super::repeated_chunk::{ChunkTemplateCache, only_text, quoted};
+use super::verdict::Verdict;
+use super::{
+    Counts, Edits, Kind, Presence, finish_reason, is_count, is_text, normalize_content, normalize_tool_calls,
+    normalize_usage, presence,
+};
+use crate::config::Reasoning;
+
+/// The state of one stream.
+#[derive(Debug)]
+pub struct ChunkNormalizer {
+    kind: Kind,
+    model: Arc<str>,
+    /// The model's name as JSON.
+    quoted: String,
+    id: Option<String>,
+    created: Option<String>,
+    /// Choices whose first piece has passed, as bits.
+    begun: u64,
+    /// The client asked for usage in a chunk of its own.
+    usage_chunk_requested: bool,
+    split: Option<StreamSplit>,
+    repeat: ChunkTemplateCache,
+    /// A finish reason has passed.
+    pub finished: bool,
+    /// The last usage that passed.
+    pub usage: Option<Usage>,
+    /// SseStream that carried text: about as many as tokens.
+    pub pieces: u64,
+}
+
+#[derive(Deserialize)]
+struct Chunk<'a> {
+    #[serde(borrow)]
+    id: Option<&'a RawValue>,
+    #[serde(borrow)]
+    object: Option<&'a RawValue>,
+    #[serde(borrow)]
+    created: Option<&'a RawValue>,
+    #[serde(borrow)]
+    model: Option<&'a RawValue>,
+    #[serde(borrow)]
+    choices: Option<Vec<Choice<'a>>>,
+    #[serde(borrow)]
+    usage: Option<&'a RawValue>,
+    #[serde(borrow)]
+    error: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Choice<'a> {
+    index: Option<u64>,
+    #[serde(borrow)]
+    delta: Option<&'a RawValue>,
+    #[serde(borrow)]
+    text: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "presence")]
+    finish_reason: Presence<'a>,
+}
+
+impl ChunkNormalizer {
+    /// For a stream of `model`; `usage_chunk_requested`: the client asked for usage at the end, and only there.
+    pub fn new(kind: Kind, model: Arc<str>, usage_chunk_requested: bool, reasoning: Reasoning) -> Self {
+        Self {
+            kind,
+            quoted: serde_json::to_string(&*model).unwrap_or_default(),
+            model,
+            id: None,
+            created: None,
+            begun: 0,
+            usage_chunk_requested,
+            split: (kind == Kind::Chat && reasoning != Reasoning::Pass)
+                .then(|| StreamSplit::new(reasoning == Reasoning::SplitOpen)),
+            repeat: ChunkTemplateCache::default(),
+            finished: false,
+            usage: None,
+            pieces: 0,
+        }
+    }
+
+    fn object(&self) -> &'static str {
+        if self.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" }
+    }
+
+    /// Looks at the data of one event.
+    pub fn event(&mut self, data: &[u8]) -> Verdict {
+        if data.trim_ascii() == b"[DONE]" {
+            return Verdict::Done;
+        }
+        if let Some(known) = self.repeat.find(data) {
+            self.pieces += 1;
+            return known;
+        }
+        match serde_json::from_slice::<Chunk<'_>>(data) {
+            Ok(chunk) if chunk.error.is_some() => Verdict::Error(super::error_body::normalize_event(data)),
+            Ok(chunk) => match self.skim(data, &chunk) {
+                Some(edits) if edits.0.is_empty() => Verdict::Unchanged,
+                Some(edits) => Verdict::Changed(vec![edits.apply(data)]),
+                None => self.rebuild(data),
+            },
+            // Well-formed, with fields of another type than OpenAI's.
+            Err(error) if error.is_data() => self.rebuild(data),
+            Err(_) => Verdict::Invalid("an event is not JSON"),
+        }
+    }
+
+    /// Small replacements that make the chunk right, or `None` when it needs more than that.
+    fn skim(&mut self, data: &[u8], chunk: &Chunk<'_>) -> Option<Edits> {
+        let object = chunk.object.is_some_and(|object| object.get().trim_matches('"') == self.object());
+        let choices = chunk.choices.as_ref()?;
+        if !object || !is_text(chunk.id) || !is_count(chunk.created) || self.split.is_some() {
+            return None;
+        }
+        let mut edits = Edits::default();
+        let (model, id, created) = (chunk.model?.get(), chunk.id?.get(), chunk.created?.get());
+        if model != self.quoted {
+            edits.replace(data, model, &*self.quoted);
+        }
+        same(&mut self.id, id, data, &mut edits);
+        same(&mut self.created, created, data, &mut edits);
+        if !choices.iter().all(|choice| self.choice_is_right(choice)) {
+            return None;
+        }
+        if let Some(usage) = chunk.usage {
+            let (usage, whole) = serde_json::from_str::<Counts>(usage.get()).ok()?.usage(self.kind);
+            if !whole || (self.usage_chunk_requested && !choices.is_empty()) {
+                return None;
+            }
+            self.usage = Some(usage);
+        }
+        for choice in choices {
+            self.begun |= 1 << choice.index?.min(63);
+            self.finished |= matches!(choice.finish_reason, Some(Some(_)));
+            // An empty delta, or an empty text, ends a choice and is no token.
+            let written = choice.delta.or(choice.text).is_some_and(|part| part.get().len() > 2);
+            self.pieces += u64::from(written);
+        }
+        if let [choice] = choices.as_slice()
+            && choice.finish_reason == Some(None)
+            && chunk.usage.is_none()
+            && let Some(text) = token(choice)
+        {
+            let start = text.as_ptr() as usize - data.as_ptr() as usize;
+            self.repeat.remember(data, &(start..start + text.len()), &edits);
+        }
+        Some(edits)
+    }
+
+    fn choice_is_right(&self, choice: &Choice<'_>) -> bool {
+        let reason = match &choice.finish_reason {
+            Some(None) => true,
+            Some(Some(reason)) => super::REASONS.contains(&&**reason),
+            None => false,
+        };
+        let Some(index) = choice.index else { return false };
+        let body = match self.kind {
+            Kind::Chat => choice.delta.is_some_and(|delta| {
+                let delta = delta.get();
+                let begins = self.begun & (1 << index.min(63)) == 0;
+                if only_text(delta).is_some() {
+                    return !begins;
+                }
+                let has = |text: &str| memchr::memmem::find(delta.as_bytes(), text.as_bytes()).is_some();
+                delta.starts_with('{')
+                    && (!begins || has("\"role\":\"assistant\"") || has("\"role\": \"assistant\""))
+                    && !has("\"role\":\"\"")
+                    && !has("\"tool_calls\"")
+                    && !has("\"content\":[")
+            }),
+            _ => choice.text.is_some_and(|text| text.get().starts_with('"')),
+        };
+        reason && body
+    }
+
+    /// Rebuilds a chunk that is wrong in more than a name.
+    fn rebuild(&mut self, data: &[u8]) -> Verdict {
+        // Lone surrogates and the like: readable for clients that are lenient, not for us.
+        let Ok(Value::Object(mut chunk)) = serde_json::from_slice::<Value>(data) else {
+            return Verdict::Unchanged;
+        };
+        let unquote =
+            |text: &Option<String>| text.as_ref().and_then(|text| serde_json::from_str::<Value>(text).ok());
+        let id = unquote(&self.id).and_then(|id| id.as_str().map(str::to_owned));
+        let id = id.unwrap_or_else(|| potstill_shared::id::unique("chatcmpl"));
+        let created = unquote(&self.created).and_then(|at| at.as_u64()).unwrap_or_else(now_seconds);
+        super::mend_head(&mut chunk, self.object(), &id, created, &self.model);
+        if self.id.is_some() {
+            chunk.insert("id".into(), id.into());
+            chunk.insert("created".into(), created.into());
+        } else {
+            self.id = chunk.get("id").map(Value::to_string);
+            self.created = chunk.get("created").map(Value::to_string);
+        }
+        let mut choices = match chunk.remove("choices") {
+            Some(Value::Array(choices)) => choices,
+            _ => Vec::new(),
+        };
+        for (at, choice) in choices.iter_mut().enumerate() {
+            self.mend_choice(at, choice);
+        }
+        let mut usage = None;
+        if let Some(counts) = chunk.get_mut("usage").and_then(Value::as_object_mut) {
+            normalize_usage(counts, self.kind);
+            let count = |name: &str| counts.get(name).and_then(Value::as_u64).unwrap_or(0);
+            self.usage = Some(Usage::new(count("prompt_tokens"), count("completion_tokens")));
+            if self.usage_chunk_requested && !choices.is_empty() {
+                usage = chunk.insert("usage".into(), Value::Null);
+            }
+        }
+        let mut lines = Vec::new();
+        for part in self.split_thinking(choices) {
+            chunk.insert("choices".into(), Value::Array(part));
+            lines.push(serde_json::to_vec(&chunk).unwrap_or_default());
+        }
+        // Clients read usage from a chunk of its own, after the last text.
+        if let Some(usage) = usage.filter(|_| self.finished) {
+            chunk.insert("choices".into(), json!([]));
+            chunk.insert("usage".into(), usage);
+            lines.push(serde_json::to_vec(&chunk).unwrap_or_default());
+        }
+        Verdict::Changed(lines)
+    }
+
+    fn mend_choice(&mut self, at: usize, choice: &mut Value) {
+        let Some(choice) = choice.as_object_mut() else { return };
+        let index = choice.get("index").and_then(Value::as_u64).unwrap_or(at as u64);
+        choice.insert("index".into(), index.into());
+        let reason = match choice.get("finish_reason") {
+            Some(Value::String(word)) if !word.is_empty() => finish_reason(word).into(),
+            Some(Value::Object(word)) => {
+                finish_reason(word.get("type").and_then(Value::as_str).unwrap_or("")).into()
+            }
+            _ => Value::Null,
+        };
+        self.finished |= reason.is_string();
+        choice.insert("finish_reason".into(), reason);
+        let written = match (choice.get("delta"), choice.get("text")) {
+            (Some(Value::Object(delta)), _) => !delta.is_empty(),
+            (_, Some(Value::String(text))) => !text.is_empty(),
+            _ => false,
+        };
+        self.pieces += u64::from(written);
+        if self.kind != Kind::Chat {
+            choice.entry("text").or_insert_with(|| "".into());
+            return;
+        }
+        if !choice.get("delta").is_some_and(Value::is_object) {
+            choice.insert("delta".into(), json!({}));
+        }
+        let Some(delta) = choice.get_mut("delta").and_then(Value::as_object_mut) else { return };
+        let begins = self.begun & (1 << index.min(63)) == 0;
+        self.begun |= 1 << index.min(63);
+        if begins {
+            delta.insert("role".into(), "assistant".into());
+        } else if delta.get("role").and_then(Value::as_str) == Some("") {
+            delta.remove("role");
+        }
+        normalize_content(delta);
+        if let Some(calls) = delta.get_mut("tool_calls") {
+            normalize_tool_calls(calls, true);
+        }
+    }
+
+    /// Choices with their thinking apart from their answer; text that begins inside one piece and ends in the other makes two
+    /// chunks.
+    fn split_thinking(&mut self, choices: Vec<Value>) -> Vec<Vec<Value>> {
+        match &mut self.split {
+            None => vec![choices],
+            Some(split) => split.choices(choices),
+        }
+    }
+}
+
+/// A token's text as it stands between its quotes, if the choice holds nothing else of it.
+fn token<'a>(choice: &Choice<'a>) -> Option<&'a str> {
+    match choice.delta {
+        Some(delta) => only_text(delta.get()),
+        None => quoted(choice.text?.get()),
+    }
+}
+
+/// Keeps a field as it was in the first chunk.
+fn same(first: &mut Option<String>, now: &str, data: &[u8], edits: &mut Edits) {
+    match first {
+        None => *first = Some(now.to_owned()),
+        Some(first) if first == now => {}
+        Some(first) => edits.replace(data, now, first.as_str()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn normalize() -> ChunkNormalizer {
+        ChunkNormalizer::new(Kind::Chat, "m".into(), true, Reasoning::Pass)
+    }
+
+    fn changed(verdict: Verdict) -> Vec<Value> {
+        let Verdict::Changed(lines) = verdict else { panic!("{verdict:?}") };
+        lines.iter().map(|line| serde_json::from_slice(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn what_is_right_passes_and_names_are_replaced_in_place() {
+        let mut normalize = normalize();
+        let first = br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{"role":"assistant","content":"x"},"finish_reason":null}],"extra":[1]}"#;
+        assert_eq!(normalize.event(first), Verdict::Unchanged);
+        let other = br#"{"id":"b","object":"chat.completion.chunk","created":6,"model":"/weights/x","choices":[{"index":0,"delta":{"content":"\ud83d"},"finish_reason":"stop"}],"extra":[1]}"#;
+        let Verdict::Changed(lines) = normalize.event(other) else { panic!() };
+        let expected = br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{"content":"\ud83d"},"finish_reason":"stop"}],"extra":[1]}"#;
+        assert_eq!(lines, [expected.to_vec()], "not a byte more, not even of a lone surrogate");
+        assert!(normalize.finished);
+        let end = br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#;
+        assert_eq!(
+            (normalize.event(end), normalize.pieces),
+            (Verdict::Unchanged, 2),
+            "the empty end is no token"
+        );
+        assert_eq!(normalize.event(b"[DONE]"), Verdict::Done);
+        assert_eq!(normalize.event(b"<html>"), Verdict::Invalid("an event is not JSON"));
+    }
+
+    #[test]
+    fn what_engines_leave_out_is_put_in() {
+        let mut normalize = normalize();
+        let lines = changed(normalize.event(
+            br#"{"created":1.5,"model":"x","choices":[{"delta":{"content":"a","tool_calls":[{"function":{"name":"f","arguments":{"a":1}}}]}}],"own":1}"#,
+        ));
+        let chunk = &lines[0];
+        assert_eq!(
+            (chunk["object"].as_str(), chunk["created"].as_u64()),
+            (Some("chat.completion.chunk"), Some(1))
+        );
+        assert_eq!((chunk["own"].as_u64(), chunk["choices"][0]["index"].as_u64()), (Some(1), Some(0)));
+        assert!(
+            chunk["choices"][0]["finish_reason"].is_null()
+                && chunk["choices"][0].get("finish_reason").is_some()
+        );
+        let delta = &chunk["choices"][0]["delta"];
+        assert_eq!(delta["role"], "assistant");
+        assert_eq!(delta["tool_calls"][0]["function"]["arguments"], "{\"a\":1}");
+        assert_eq!(delta["tool_calls"][0]["index"], 0);
+        assert!(delta["tool_calls"][0]["id"].is_string());
+    }
+
+    #[test]
+    fn usage_gets_a_chunk_of_its_own_with_right_sums() {
+        let mut normalize = normalize();
+        let lines = changed(normalize.event(
+            br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{},"finish_reason":"eos"}],"usage":{"prompt_tokens":3,"completion_tokens":4,"completion_tokens_details":{"reasoning_tokens":2}}}"#,
+        ));
+        assert_eq!(lines.len(), 2);
+        assert_eq!(lines[0]["choices"][0]["finish_reason"], "stop");
+        assert!(lines[0]["usage"].is_null());
+        assert_eq!((&lines[1]["choices"], lines[1]["usage"]["total_tokens"].as_u64()), (&json!([]), Some(7)));
+        assert_eq!(lines[1]["usage"]["completion_tokens_details"]["reasoning_tokens"], 2);
+        assert_eq!(normalize.usage, Some(Usage::new(3, 4)));
+        let mut bare = ChunkNormalizer::new(Kind::Chat, "m".into(), true, Reasoning::Pass);
+        let lines =
+            changed(bare.event(br#"{"usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}}"#));
+        assert_eq!(lines[0]["choices"], json!([]));
+    }
+
+    #[test]
+    fn an_error_within_the_stream_is_seen() {
+        let verdict = normalize().event(br#"{"error":{"message":"CUDA","code":500}}"#);
+        let Verdict::Error(line) = verdict else { panic!("{verdict:?}") };
+        let body: Value = serde_json::from_slice(&line).unwrap();
+        assert_eq!((body["error"]["message"].as_str(), &body["error"]["code"]), (Some("CUDA"), &Value::Null));
+    }
+
+    fn event() -> impl Strategy<Value = String> {
+        let delta = prop::sample::select(vec![
+            r#"{"role":"assistant","content":""}"#,
+            r#"{"content":"a"}"#,
+            r#"{"content":"\n\"b\u00e4"}"#,
+            r#"{"content": "\ud83d"}"#,
+            r#"{"content":""}"#,
+            r#"{"content":"tool_calls"}"#,
+            r#"{"content":"\q"}"#,
+            r#"{"content":["x"]}"#,
+            r#"{"reasoning_content":"t"}"#,
+            r#"{"content":"a","tool_calls":[]}"#,
+            r#"{"content":null}"#,
+            "{}",
+        ]);
+        let model = prop::sample::select(vec!["m", "/weights/m"]);
+        let end = prop::sample::select(vec!["null", "null", "null", r#""stop""#, r#""eos""#]);
+        let usage = prop::sample::select(vec![
+            "",
+            r#","usage":null"#,
+            r#","usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}"#,
+        ]);
+        (delta, model, end, usage, 0..2, 5..7).prop_map(|(delta, model, end, usage, index, created)| {
+            format!(
+                r#"{{"id":"a","object":"chat.completion.chunk","created":{created},"model":"{model}","choices":[{{"index":{index},"delta":{delta},"finish_reason":{end}}}]{usage}}}"#
+            )
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_remembered_of_completions_changes_nothing(texts in prop::collection::vec("[a-c\\\\n]{0,2}", 0..9)) {
+            let new = || ChunkNormalizer::new(Kind::Text, "m".into(), true, Reasoning::Pass);
+            let (mut quick, mut plain) = (new(), new());
+            for text in texts {
+                let data = format!(
+                    r#"{{"id":"a","object":"text_completion","created":5,"model":"m","choices":[{{"index":0,"text":"{text}","finish_reason":null}}]}}"#
+                );
+                plain.repeat = ChunkTemplateCache::default();
+                prop_assert_eq!(quick.event(data.as_bytes()), plain.event(data.as_bytes()), "{}", data);
+                prop_assert_eq!(quick.pieces, plain.pieces);
+            }
+        }
+
+        #[test]
+        fn what_is_remembered_changes_nothing(events in prop::collection::vec((event(), 1usize..4), 0..12)) {
+            let (mut quick, mut plain) = (normalize(), normalize());
+            for data in events.iter().flat_map(|(event, times)| std::iter::repeat_n(event, *times)) {
+                plain.repeat = ChunkTemplateCache::default();
+                prop_assert_eq!(quick.event(data.as_bytes()), plain.event(data.as_bytes()), "{}", data);
+                prop_assert_eq!((quick.pieces, quick.finished, quick.usage), (plain.pieces, plain.finished, plain.usage));
+            }
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Which node gets the next request. Pure: what is known of the nodes, and random numbers, are passed in.
+
+use crate::config::LoadBalancing;
+use crate::hash::mix;
+
+/// What a balancer knows of a node.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NodeView {
+    /// Requests that it works on.
+    pub requests: usize,
+    /// Requests that it can work on; 0 when it may get none now.
+    pub slots: usize,
+    /// Tokens that it still has to read and write, as far as can be told.
+    pub tokens: u64,
+    /// Seconds that it takes per token of a request.
+    pub seconds_per_token: f64,
+    /// Name as a number, the same in every process: where hashing puts it.
+    pub hash: u64,
+}
+
+impl NodeView {
+    fn free(&self) -> bool {
+        self.requests < self.slots
+    }
+}
+
+/// What is known of the request.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RequestView {
+    /// Tokens it will take.
+    pub tokens: u64,
+    /// Hash of its prompt's beginning, or of its session.
+    pub affinity: Option<u64>,
+    /// Requests that wait besides it.
+    pub waiting: usize,
+    /// A node that has just failed this request.
+    pub exclude: Option<usize>,
+    /// A random number, for choices between equals.
+    pub random: u64,
+}
+
+/// Picks a node with a free slot; `None` when there is none, or when waiting for a faster node is expected to be quicker
+/// than the free ones (then that node is busy, and its next free slot is a new chance).
+pub fn pick(balance: LoadBalancing, nodes: &[NodeView], request: &RequestView, turn: u64) -> Option<usize> {
+    match balance {
+        LoadBalancing::LeastTokens => least_tokens(nodes, request),
+        LoadBalancing::PeakEwma => peak_ewma(nodes, request),
+        LoadBalancing::PrefixHash | LoadBalancing::Session => match request.affinity {
+            Some(affinity) => bounded_hash(nodes, request, affinity),
+            None => least_tokens(nodes, request),
+        },
+        LoadBalancing::RoundRobin => round_robin(nodes, request, turn),
+    }
+}
+
+fn candidates<'a>(
+    nodes: &'a [NodeView],
+    request: &RequestView,
+) -> impl Iterator<Item = (usize, &'a NodeView)> + use<'a> {
+    let exclude = request.exclude;
+    nodes.iter().enumerate().filter(move |(index, node)| node.free() && Some(*index) != exclude)
+}
+
+/// Seconds until a node would have answered: its time per token, times the request's own tokens and the outstanding ones
+/// per slot. With equal speeds this is least outstanding tokens.
+fn expected_seconds(node: &NodeView, request: &RequestView) -> f64 {
+    let outstanding = node.tokens as f64 / node.slots.max(1) as f64;
+    node.seconds_per_token * (request.tokens as f64 + outstanding)
+}
+
+/// Slower than this many times the fastest counts as slow: less is within what a batch's own noise makes.
+const SLOW: f64 = 1.5;
+
+fn least_tokens(nodes: &[NodeView], request: &RequestView) -> Option<usize> {
+    let by_time = |a: &(usize, &NodeView), b: &(usize, &NodeView)| {
+        let key = |(_, node): &(usize, &NodeView)| expected_seconds(node, request);
+        key(a).total_cmp(&key(b)).then((a.1.requests * b.1.slots).cmp(&(b.1.requests * a.1.slots)))
+    };
+    let (index, best) = candidates(nodes, request).min_by(by_time)?;
+    // Faster nodes that are full now: is it quicker to wait for one of their slots?
+    let (mut slots, mut speed) = (0usize, 0.0);
+    for (other, node) in nodes.iter().enumerate() {
+        let full = node.slots > 0 && node.requests >= node.slots && Some(other) != request.exclude;
+        if full && best.seconds_per_token > SLOW * node.seconds_per_token {
+            slots += node.slots;
+            speed += node.slots as f64 * node.seconds_per_token;
+        }
+    }
+    if slots > 0 {
+        let service = request.tokens as f64 * speed / slots as f64;
+        let wait = service * (request.waiting + 1) as f64 / slots as f64;
+        if wait + service < best.seconds_per_token * request.tokens as f64 {
+            return None;
+        }
+    }
+    Some(index)
+}
+
+/// Power of two choices (Mitzenmacher 2001) by time per token times what is in flight.
+fn peak_ewma(nodes: &[NodeView], request: &RequestView) -> Option<usize> {
+    let free: Vec<_> = candidates(nodes, request).collect();
+    let count = free.len() as u64;
+    if count == 0 {
+        return None;
+    }
+    let first = request.random % count;
+    let second = (first + 1 + (request.random >> 32) % (count - 1).max(1)) % count;
+    let cost = |at: u64| {
+        let (_, node) = free[at as usize];
+        node.seconds_per_token * (node.requests + 1) as f64
+    };
+    let at = if cost(second) < cost(first) { second } else { first };
+    Some(free[at as usize].0)
+}
+
+/// More than the mean load times this, and a request goes elsewhere (consistent hashing with bounded loads, Mirrokni et al.
+/// 2018).
+const BOUND: f64 = 1.25;
+
+/// The node with the highest hash of (node, affinity) that is not overloaded (rendezvous hashing): when nodes come and go,
+/// only their own requests move.
+fn bounded_hash(nodes: &[NodeView], request: &RequestView, affinity: u64) -> Option<usize> {
+    let open: Vec<&NodeView> = nodes.iter().filter(|node| node.slots > 0).collect();
+    let total: usize = open.iter().map(|node| node.requests).sum::<usize>() + 1;
+    let bound = (BOUND * total as f64 / open.len().max(1) as f64).ceil() as usize;
+    let weight = |node: &NodeView| mix(node.hash ^ affinity);
+    candidates(nodes, request)
+        .max_by_key(|(_, node)| (node.requests < bound, weight(node)))
+        .map(|(index, _)| index)
+}
+
+fn round_robin(nodes: &[NodeView], request: &RequestView, turn: u64) -> Option<usize> {
+    let count = nodes.len().max(1);
+    let start = (turn % count as u64) as usize;
+    candidates(nodes, request).map(|(index, _)| index).min_by_key(|index| (index + count - start) % count)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ALL: [LoadBalancing; 5] = [
+        LoadBalancing::LeastTokens,
+        LoadBalancing::PeakEwma,
+        LoadBalancing::PrefixHash,
+        LoadBalancing::Session,
+        LoadBalancing::RoundRobin,
+    ];
+
+    fn node() -> impl Strategy<Value = NodeView> {
+        (0usize..6, 0usize..5, 0u64..10_000, 0.001f64..1.0, any::<u64>()).prop_map(
+            |(requests, slots, tokens, seconds_per_token, hash)| NodeView {
+                requests,
+                slots,
+                tokens,
+                seconds_per_token,
+                hash,
+            },
+        )
+    }
+
+    fn request() -> impl Strategy<Value = RequestView> {
+        (1u64..2_000, prop::option::of(any::<u64>()), 0usize..50, prop::option::of(0usize..8), any::<u64>())
+            .prop_map(|(tokens, affinity, waiting, exclude, random)| RequestView {
+                tokens,
+                affinity,
+                waiting,
+                exclude,
+                random,
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn only_a_free_node_is_picked(nodes in prop::collection::vec(node(), 0..8), request in request(), turn: u64) {
+            let free = |i: usize| nodes[i].free() && Some(i) != request.exclude;
+            for balance in ALL {
+                match pick(balance, &nodes, &request, turn) {
+                    Some(i) => prop_assert!(free(i), "{balance:?}"),
+                    // Waiting is allowed only for a busy node that will be free.
+                    None => {
+                        let busy = nodes.iter().any(|n| n.slots > 0 && n.requests >= n.slots);
+                        prop_assert!(busy || (0..nodes.len()).all(|i| !free(i)), "{balance:?}");
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn with_equal_speeds_the_fewest_tokens_win(mut nodes in prop::collection::vec(node(), 1..8), request in request()) {
+            for node in &mut nodes { node.seconds_per_token = 0.01; }
+            let free = |i: usize| nodes[i].free() && Some(i) != request.exclude;
+            let picked = pick(LoadBalancing::LeastTokens, &nodes, &request, 0);
+            prop_assert_eq!(picked.is_none(), (0..nodes.len()).all(|i| !free(i)));
+            if let Some(i) = picked {
+                let load = |n: &NodeView| n.tokens as f64 / n.slots as f64;
+                for j in (0..nodes.len()).filter(|j| free(*j)) {
+                    prop_assert!(load(&nodes[i]) <= load(&nodes[j]) + 1e-6);
+                }
+            }
+        }
+
+        #[test]
+        fn a_prefix_stays_with_its_node_when_another_leaves(hashes in prop::collection::hash_set(any::<u64>(), 3..8), affinity: u64) {
+            let nodes: Vec<_> = hashes.iter().map(|hash| NodeView { requests: 0, slots: 4, tokens: 0, seconds_per_token: 1.0, hash: *hash }).collect();
+            let request = RequestView { tokens: 1, affinity: Some(affinity), ..RequestView::default() };
+            let home = pick(LoadBalancing::PrefixHash, &nodes, &request, 0).unwrap();
+            let gone = (home + 1) % nodes.len();
+            let mut fewer = nodes.clone();
+            fewer.remove(gone);
+            let again = pick(LoadBalancing::PrefixHash, &fewer, &request, 0).unwrap();
+            prop_assert_eq!(fewer[again].hash, nodes[home].hash);
+        }
+    }
+
+    #[test]
+    fn a_slow_node_is_used_only_under_pressure() {
+        let fast = NodeView { requests: 8, slots: 8, tokens: 800, seconds_per_token: 0.002, hash: 1 };
+        let slow = NodeView { requests: 0, slots: 8, tokens: 0, seconds_per_token: 0.008, hash: 2 };
+        let at = |waiting| RequestView { tokens: 100, waiting, ..RequestView::default() };
+        assert_eq!(
+            pick(LoadBalancing::LeastTokens, &[fast, slow], &at(0), 0),
+            None,
+            "a fast slot comes sooner"
+        );
+        assert_eq!(pick(LoadBalancing::LeastTokens, &[fast, slow], &at(40), 0), Some(1));
+        let free = NodeView { requests: 7, ..fast };
+        assert_eq!(pick(LoadBalancing::LeastTokens, &[free, slow], &at(0), 0), Some(0));
+    }
+
+    #[test]
+    fn an_overloaded_home_is_left() {
+        let node = |hash, requests| NodeView { requests, slots: 64, tokens: 0, seconds_per_token: 1.0, hash };
+        let request = RequestView { tokens: 1, affinity: Some(7), ..RequestView::default() };
+        let idle = [node(1, 0), node(2, 0), node(3, 0)];
+        let home = pick(LoadBalancing::PrefixHash, &idle, &request, 0).unwrap();
+        let mut busy = idle;
+        busy[home].requests = 30;
+        assert_ne!(pick(LoadBalancing::PrefixHash, &busy, &request, 0).unwrap(), home);
+    }
+
+    #[test]
+    fn turns_go_round() {
+        let node = NodeView { requests: 0, slots: 1, tokens: 0, seconds_per_token: 1.0, hash: 0 };
+        let picks: Vec<_> = (0..5)
+            .map(|turn| pick(LoadBalancing::RoundRobin, &[node; 3], &RequestView::default(), turn).unwrap())
+            .collect();
+        assert_eq!(picks, [0, 1, 2, 0, 1]);
+    }
+}

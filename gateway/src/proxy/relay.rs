@@ -1,0 +1,226 @@
+//! The body of a relayed stream. Pull-based: a frame is taken from the node only when the client's connection asks for one, so
+//! a slow client holds back its node and not our memory; no task and no channel per stream.
+//!
+//! It owns the permit: when the client leaves, hyper drops the body, which closes the connection to the node and frees the
+//! slot. A stream that breaks off, or ends before its end, ends in one error event and no `[DONE]`.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame};
+use potstill_shared::openai::ErrorBody;
+use potstill_shared::sse;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::request_record::RequestRecord;
+use crate::config::Deadlines;
+use crate::normalize::sse_stream::{SseStream, StreamStep};
+use crate::pool::Permit;
+use crate::telemetry::request_summary::Outcome;
+use crate::time::ms;
+use crate::upstream::exchange::UpstreamBody;
+
+/// After the last event the node may take so long to end its body; then its connection is not kept.
+const LINGER: Duration = Duration::from_millis(20);
+
+/// Idle and total clock in one timer, set again only when it fires.
+struct Clocks {
+    timer: Pin<Box<Sleep>>,
+    idle: Duration,
+    last: Instant,
+    end: Instant,
+}
+
+impl Clocks {
+    fn new(deadlines: &Deadlines) -> Self {
+        let now = Instant::now();
+        let (idle, end) = (ms(deadlines.idle_ms), now + ms(deadlines.total_ms));
+        Self { timer: Box::pin(sleep_until(end.min(now + idle))), idle, last: now, end }
+    }
+
+    /// Why the stream must end now, if it must.
+    fn poll(&mut self, context: &mut Context<'_>) -> Option<&'static str> {
+        while self.timer.as_mut().poll(context).is_ready() {
+            let now = Instant::now();
+            if now >= self.end {
+                return Some("the body took too long in all");
+            }
+            if now >= self.last + self.idle {
+                return Some("the node was silent for too long");
+            }
+            self.timer.as_mut().reset(self.end.min(self.last + self.idle));
+        }
+        None
+    }
+}
+
+/// Comments in a silence, for those who asked for them. They never touch the idle clock.
+struct Heartbeat {
+    timer: Pin<Box<Sleep>>,
+    every: Duration,
+}
+
+/// The body of a relayed stream.
+pub struct Relay {
+    body: Option<UpstreamBody>,
+    events: SseStream,
+    clocks: Clocks,
+    heartbeat: Option<Heartbeat>,
+    over: bool,
+    permit: Option<Permit>,
+    record: RequestRecord,
+}
+
+impl Relay {
+    /// Relays `body`.
+    pub fn new(
+        body: UpstreamBody,
+        events: SseStream,
+        deadlines: &Deadlines,
+        heartbeat_ms: Option<u64>,
+        permit: Permit,
+        record: RequestRecord,
+    ) -> Self {
+        let heartbeat = heartbeat_ms.map(|every| {
+            let every = ms(every.max(100));
+            Heartbeat { timer: Box::pin(sleep_until(Instant::now() + every)), every }
+        });
+        let clocks = Clocks::new(deadlines);
+        Self { body: Some(body), events, clocks, heartbeat, over: false, permit: Some(permit), record }
+    }
+
+    /// The stream is whole: the slot is free from now on.
+    fn complete(&mut self) {
+        self.over = true;
+        self.clocks.end = Instant::now() + LINGER;
+        self.clocks.timer.as_mut().reset(self.clocks.end);
+        let seen = self.events.seen();
+        self.record.complete(seen.usage, seen.pieces, self.permit.take());
+    }
+
+    /// Ends a broken stream with one error event.
+    fn broken(&mut self, before: Bytes, reason: &str) -> Bytes {
+        tracing::warn!(
+            request = %self.record.request_id,
+            model = &*self.record.requested_pool.model,
+            node = self.permit.as_ref().map(|permit| permit.node().name.as_str()),
+            reason,
+            "an body broke off"
+        );
+        let body = ErrorBody::new(
+            format!("the node's body broke off: {reason}; it is not complete"),
+            "server_error",
+            None,
+            Some("stream_truncated"),
+        );
+        let event = sse::data(&body.to_json());
+        self.failed(reason);
+        if before.is_empty() { event } else { [&before[..], &event[..]].concat().into() }
+    }
+
+    fn failed(&mut self, reason: &str) {
+        self.over = true;
+        self.body = None;
+        self.record.outcome = Outcome::Truncated;
+        self.seen();
+        if let Some(permit) = self.permit.take() {
+            permit.failure(reason);
+        }
+    }
+
+    fn seen(&mut self) {
+        let seen = self.events.seen();
+        self.record.set_usage(seen.usage, seen.pieces);
+    }
+
+    fn step(&mut self, bytes: Bytes) -> Bytes {
+        match self.events.push(bytes) {
+            StreamStep::Forward(bytes) => bytes,
+            StreamStep::Done(bytes) => {
+                self.complete();
+                bytes
+            }
+            StreamStep::Error(bytes) => {
+                self.failed("the node sent an error");
+                bytes
+            }
+            StreamStep::Invalid(bytes, reason) => self.broken(bytes, reason),
+        }
+    }
+
+    /// Reads the node's end of body, so that its connection can be used again.
+    fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let Some(body) = &mut self.body else { return Poll::Ready(()) };
+        loop {
+            match body.poll_data(context) {
+                // Nothing passes after the end.
+                Poll::Ready(Some(Ok(_))) => {}
+                Poll::Ready(_) => return Poll::Ready(()),
+                Poll::Pending => {
+                    return if self.clocks.poll(context).is_some() { Poll::Ready(()) } else { Poll::Pending };
+                }
+            }
+        }
+    }
+}
+
+impl Body for Relay {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+        if self.over {
+            return self.poll_end(context).map(|()| None);
+        }
+        loop {
+            let Some(body) = &mut self.body else { return Poll::Ready(None) };
+            let polled = body.poll_data(context);
+            let bytes = match polled {
+                Poll::Ready(Some(Ok(data))) => {
+                    self.clocks.last = Instant::now();
+                    self.record.first_token();
+                    self.step(data)
+                }
+                Poll::Ready(Some(Err(error))) => self.broken(Bytes::new(), &error.to_string()),
+                Poll::Ready(None) => self.broken(Bytes::new(), "the node closed the stream before its end"),
+                Poll::Pending => match self.clocks.poll(context) {
+                    Some(reason) => self.broken(Bytes::new(), reason),
+                    None => return self.poll_heartbeat(context),
+                },
+            };
+            if !bytes.is_empty() {
+                if let Some(heartbeat) = &mut self.heartbeat {
+                    heartbeat.timer.as_mut().reset(Instant::now() + heartbeat.every);
+                }
+                return Poll::Ready(Some(Ok(Frame::data(bytes))));
+            }
+        }
+    }
+}
+
+impl Relay {
+    fn poll_heartbeat(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+        let Some(heartbeat) = &mut self.heartbeat else { return Poll::Pending };
+        if heartbeat.timer.as_mut().poll(context).is_pending() {
+            return Poll::Pending;
+        }
+        heartbeat.timer.as_mut().reset(Instant::now() + heartbeat.every);
+        Poll::Ready(Some(Ok(Frame::data(sse::KEEP_ALIVE))))
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        if !self.over {
+            self.seen();
+        }
+    }
+}

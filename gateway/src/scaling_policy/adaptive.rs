@@ -1,0 +1,205 @@
+//! The default law. Demand that nobody announced is followed by its open requests; announced stages are planned.
+//!
+//! For demand `D` (open requests), arrivals `a` and completions `c` per second over a minute, and a cold start of `L`
+//! seconds, Little's law gives the mean stay `tau = D / c` without any model of lengths, and a node that starts now
+//! meets `D + g tau (1 - exp(-L / tau))` open requests, where `g` is `a - c` as far as it stands out of Poisson noise. The
+//! 98th percentile of `D` over the memory is kept besides: bursts come again.
+//!
+//! A stage of `W` node-seconds on `n` nodes costs `n L` node-seconds of cold starts and lasts `W / n`; the sum of both,
+//! waiting priced, is least at `n = sqrt(worth W / (cost L))`, and more nodes than the open requests fill are no use.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::history::History;
+use super::need::CapacityNeed;
+use super::observation::{Observation, PoolObservation, StagePlan};
+
+/// Share of the remembered demand that is provided for.
+const BURSTS: f64 = 0.98;
+/// A next stage's nodes are started this many cold starts ahead.
+const AHEAD: f64 = 1.15;
+/// Completions in the last minute from which their mean length counts more than what the plan says.
+const ENOUGH: u64 = 20;
+
+/// What one pool needs.
+pub(super) fn need(
+    t: f64,
+    pool: &PoolObservation,
+    open: usize,
+    starts: &BTreeMap<u32, f64>,
+    demand: &mut History,
+) -> CapacityNeed {
+    let running: Vec<&StagePlan> = pool.plan.iter().filter(|stage| stage.order == 0).collect();
+    let announced: u64 = running.iter().map(|stage| stage.remaining.min(stage.concurrency)).sum();
+    let unannounced = open.saturating_sub(usize::try_from(announced).unwrap_or(usize::MAX));
+    demand.push(t, unannounced, pool.settings.demand_window_s.max(4.0 * pool.cold_s()));
+    let (online, mut reason) = online(t, pool, unannounced, open, demand);
+    let mut need = CapacityNeed { online, ..CapacityNeed::default() };
+    if !running.is_empty() {
+        need.stage = stage_nodes(pool, &running, pool.have());
+        need.work = running.iter().map(|stage| work_s(pool, stage)).sum::<f64>() * pool.cost_per_node_s;
+        reason = format!(
+            "{} of `{}` left, {:.1} node-min{}",
+            running.iter().map(|stage| stage.remaining).sum::<u64>(),
+            running.iter().map(|stage| stage.stage.as_str()).collect::<Vec<_>>().join("`, `"),
+            need.work / pool.cost_per_node_s.max(1e-9) / 60.0,
+            if online > 0 { format!("; besides {reason}") } else { String::new() }
+        );
+    }
+    for stage in pool.plan.iter().filter(|stage| stage.order > 0) {
+        let begins = stage.starts_in_s.unwrap_or_else(|| starts.get(&stage.order).copied().unwrap_or(0.0));
+        if begins <= AHEAD * pool.cold_s() {
+            let nodes = stage_nodes(pool, &[stage], 0);
+            if nodes > need.warm {
+                need.warm = nodes;
+                reason += &format!("; {nodes} warm for `{}` in {begins:.0} s", stage.stage);
+            }
+        }
+    }
+    need.reason = reason;
+    need
+}
+
+fn online(t: f64, pool: &PoolObservation, demand: usize, open: usize, seen: &History) -> (usize, String) {
+    let span = t.clamp(5.0, 60.0);
+    let (arrived, finished) = (pool.arrivals.s60 as f64, pool.finished_60 as f64);
+    let noise = (arrived + finished).sqrt() / span;
+    let trend = (arrived - finished) / span;
+    let trend = trend.signum() * (trend.abs() - noise).max(0.0);
+    let cold = pool.cold_s();
+    let out = finished / span;
+    // The growth meets the whole pool; only the part of it that was not announced counts here.
+    let share = demand as f64 / open.max(1) as f64;
+    let reach = if out > 0.0 && open > 0 {
+        let stay = open as f64 / out;
+        stay * (1.0 - (-cold / stay).exp())
+    } else {
+        cold
+    };
+    let ahead = (demand as f64 + share * trend * reach).max(0.0);
+    let remembered = seen.quantile(BURSTS);
+    let nodes = (ahead.max(remembered as f64) / pool.slots.max(1) as f64).ceil() as usize;
+    let reason = format!(
+        "{demand} open, {ahead:.0} expected in {cold:.0} s, {remembered} remembered, {} slots a node",
+        pool.slots
+    );
+    (nodes, reason)
+}
+
+/// Mean tokens of a stage's answers.
+fn mean_tokens(pool: &PoolObservation, stage: &StagePlan) -> f64 {
+    let measured = pool.out_tokens_ewma.filter(|_| stage.order == 0 && pool.finished_60 >= ENOUGH);
+    measured.unwrap_or(stage.est_out_tokens).max(1.0)
+}
+
+/// Node-seconds that a stage still takes on full nodes.
+fn work_s(pool: &PoolObservation, stage: &StagePlan) -> f64 {
+    stage.remaining as f64 * mean_tokens(pool, stage) / pool.node_tokens_per_s()
+}
+
+/// Nodes for stages that run at the same time, where `have` are there already.
+fn stage_nodes(pool: &PoolObservation, stages: &[&StagePlan], have: usize) -> usize {
+    let open: u64 = stages.iter().map(|stage| stage.remaining.min(stage.concurrency)).sum();
+    let work: f64 = stages.iter().map(|stage| work_s(pool, stage)).sum();
+    if open == 0 {
+        return 0;
+    }
+    let cost = pool.cost_per_node_s.max(1e-9);
+    let fill = open.div_ceil(pool.slots.max(1) as u64) as usize;
+    let worth = (pool.settings.delay_cost_per_hour * work / (cost * pool.cold_s())).sqrt().round() as usize;
+    // In time for a deadline; the nodes that are not there yet come a cold start later.
+    let in_time = stages.iter().filter_map(|stage| {
+        let left = stage.deadline_s? - if have == 0 { pool.cold_s() } else { 0.0 };
+        Some((work_s(pool, stage) / left.max(1.0)).ceil())
+    });
+    let in_time = in_time.sum::<f64>() as usize;
+    let nodes = worth.max(have).max(in_time).min(fill).max(1);
+    let ceilings: Option<f64> = stages.iter().map(|stage| stage.cost_ceiling).sum();
+    ceilings.map_or(nodes, |ceiling| nodes.min((ceiling / cost + 1e-9) as usize))
+}
+
+/// Seconds that a stage still takes with `nodes`.
+fn duration_s(pool: &PoolObservation, stage: &StagePlan, nodes: usize) -> f64 {
+    let nodes = nodes.max(1) as f64;
+    let open = stage.remaining.min(stage.concurrency) as f64;
+    let batch = (open / nodes).max(1.0).min(pool.slots.max(1) as f64);
+    stage.remaining as f64 * mean_tokens(pool, stage) / (nodes * batch * pool.tokens_per_s(batch))
+}
+
+fn nodes_then(seen: &Observation, pool: &PoolObservation, stage: &StagePlan) -> usize {
+    if stage.order == 0 {
+        return pool.ready.max(1);
+    }
+    let nodes = stage_nodes(pool, &[stage], 0);
+    let affordable = seen.budget.map(|budget| (budget / pool.cost_per_node_s.max(1e-9)) as usize);
+    affordable.map_or(nodes, |affordable| nodes.min(affordable)).max(1)
+}
+
+/// Seconds until the stages of each order begin: one after the other, each as long as its slowest pool.
+pub(super) fn stage_starts(seen: &Observation) -> BTreeMap<u32, f64> {
+    let mut lasts: BTreeMap<u32, f64> = BTreeMap::new();
+    for pool in &seen.pools {
+        for stage in &pool.plan {
+            let seconds = duration_s(pool, stage, nodes_then(seen, pool, stage));
+            let longest = lasts.entry(stage.order).or_default();
+            *longest = longest.max(seconds);
+        }
+    }
+    let mut begins = 0.0;
+    let begin = |(order, seconds)| {
+        begins += seconds;
+        (order, begins - seconds)
+    };
+    lasts.into_iter().map(begin).collect()
+}
+
+/// When announced work will be done and what it will cost, at the pace of the moment.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Forecast {
+    /// Its stage.
+    pub stage: String,
+    /// Its model.
+    pub model: String,
+    /// 0 runs now.
+    pub order: u32,
+    /// Seconds until it begins.
+    pub begins_in_s: f64,
+    /// Seconds until it is done.
+    pub done_in_s: f64,
+    /// What its nodes will cost until then: node-hours times cost.
+    pub cost_hours: f64,
+    /// Requests that its client should keep open: what the nodes that it will get can hold.
+    pub advised_open: u64,
+}
+
+impl Forecast {
+    /// Forecasts of every announced stage, in their order.
+    pub fn of(seen: &Observation) -> Vec<Self> {
+        let starts = stage_starts(seen);
+        let mut all: Vec<_> = seen
+            .pools
+            .iter()
+            .flat_map(|pool| pool.plan.iter().map(move |stage| (pool, stage)))
+            .map(|(pool, stage)| {
+                let nodes = nodes_then(seen, pool, stage).max(stage_nodes(pool, &[stage], pool.have()));
+                let begins =
+                    stage.starts_in_s.unwrap_or_else(|| starts.get(&stage.order).copied().unwrap_or(0.0));
+                let lasts = duration_s(pool, stage, nodes);
+                Self {
+                    stage: stage.stage.clone(),
+                    model: pool.model.clone(),
+                    order: stage.order,
+                    begins_in_s: begins,
+                    done_in_s: begins + lasts,
+                    cost_hours: nodes as f64 * lasts / 3600.0 * pool.cost_per_node_s,
+                    // A little more than fits, so that no slot waits for the client.
+                    advised_open: stage.remaining.min((nodes * pool.slots * 9 / 8).max(1) as u64),
+                }
+            })
+            .collect();
+        all.sort_by_key(|forecast| forecast.order);
+        all
+    }
+}

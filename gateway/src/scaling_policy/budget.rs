@@ -1,0 +1,84 @@
+//! The budget over all pools: least nodes first, then demand that nobody announced (someone waits for it), then the running
+//! stages by what is left of them, then nodes that are warmed for what comes or kept for what may.
+
+use super::need::CapacityNeed;
+use super::observation::{Observation, PoolObservation};
+
+/// What is left to give, and what was given.
+struct BudgetAllocator<'a> {
+    wanted: &'a [(usize, CapacityNeed)],
+    cost: Vec<f64>,
+    given: Vec<usize>,
+    left: f64,
+}
+
+impl BudgetAllocator<'_> {
+    /// Raises what the pool at `at` has to `up_to`, as far as it wants that and the budget allows it.
+    fn give(&mut self, at: usize, up_to: usize) {
+        let affordable = (self.left / self.cost[at] + 1e-9) as usize;
+        let more = up_to.min(self.wanted[at].0).saturating_sub(self.given[at]).min(affordable);
+        self.given[at] += more;
+        self.left -= more as f64 * self.cost[at];
+    }
+}
+
+/// Cuts what is wanted down to what the budget allows: in the end, and now, while nodes that drain are still paid.
+pub(super) fn apply(seen: &Observation, wanted: &mut [(usize, CapacityNeed)]) {
+    let Some(budget) = seen.budget else { return };
+    let cost: Vec<f64> = seen.pools.iter().map(|pool| pool.cost_per_node_s.max(1e-9)).collect();
+    let total: f64 = wanted.iter().zip(&cost).map(|((nodes, _), cost)| *nodes as f64 * cost).sum();
+    if total > budget + 1e-9 {
+        let given = share_out(seen, budget, cost.clone(), wanted);
+        for ((nodes, need), given) in wanted.iter_mut().zip(given) {
+            if given < *nodes {
+                need.reason += &format!("; the budget of {budget} allows {given} of {nodes}");
+                *nodes = given;
+            }
+        }
+    }
+    let held = |pool: &PoolObservation| pool.have() + pool.draining;
+    let mut room =
+        budget - seen.pools.iter().zip(&cost).map(|(pool, cost)| held(pool) as f64 * cost).sum::<f64>();
+    for ((pool, cost), (nodes, need)) in seen.pools.iter().zip(&cost).zip(wanted) {
+        // Those that drain come back without costing more.
+        let more = nodes.saturating_sub(held(pool));
+        let affordable = more.min((room / cost + 1e-9).max(0.0) as usize);
+        room -= affordable as f64 * cost;
+        if affordable < more {
+            need.reason += &format!("; {} wait until draining nodes are gone", more - affordable);
+            *nodes -= more - affordable;
+        }
+    }
+}
+
+fn share_out(
+    seen: &Observation,
+    budget: f64,
+    cost: Vec<f64>,
+    wanted: &[(usize, CapacityNeed)],
+) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..wanted.len()).collect();
+    order.sort_by(|a, b| wanted[*b].1.work.total_cmp(&wanted[*a].1.work));
+    let mut allocator = BudgetAllocator { wanted, cost, given: vec![0; wanted.len()], left: budget };
+    for &at in &order {
+        allocator.give(at, seen.pools[at].min);
+    }
+    for &at in &order {
+        allocator.give(at, wanted[at].1.online);
+    }
+    let (running, others): (Vec<usize>, Vec<usize>) = order.iter().partition(|at| wanted[**at].1.stage > 0);
+    let held = |allocator: &BudgetAllocator<'_>| {
+        running.iter().map(|at| allocator.given[*at] as f64 * allocator.cost[*at]).sum::<f64>()
+    };
+    let share = allocator.left + held(&allocator);
+    let work: f64 = running.iter().map(|at| wanted[*at].1.work).sum();
+    for &at in &running {
+        let fair = share * wanted[at].1.work / work.max(1e-9) / allocator.cost[at];
+        allocator.give(at, (fair.round() as usize).max(1));
+    }
+    // What one stage leaves, the others take.
+    for &at in running.iter().chain(&others) {
+        allocator.give(at, wanted[at].0);
+    }
+    allocator.given
+}

@@ -1,0 +1,22 @@
+//! What one pool needs, before the budget applies.
+
+/// Nodes that one pool needs, by cause. The pool gets the largest number.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct CapacityNeed {
+    /// Nodes for demand outside of announced stages.
+    pub(super) online: usize,
+    /// Nodes for the running stages.
+    pub(super) stage: usize,
+    /// Nodes for stages that begin soon and need warm nodes.
+    pub(super) warm: usize,
+    /// Remaining work of the running stages: node-seconds times cost per node.
+    pub(super) work: f64,
+    /// Explanation for the admin API and the log.
+    pub(super) reason: String,
+}
+
+impl CapacityNeed {
+    pub(super) fn nodes(&self) -> usize {
+        self.online.max(self.stage).max(self.warm)
+    }
+}

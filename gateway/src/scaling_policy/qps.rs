@@ -1,0 +1,59 @@
+//! The law of those who know their requests per second and node: Knative's two windows with its panic mode, and the
+//! tolerance and stabilisation window of the Kubernetes autoscaler (autoscaling/v2).
+
+use std::collections::VecDeque;
+
+use super::need::CapacityNeed;
+use super::observation::PoolObservation;
+
+/// Deviations from the target that change nothing (HPA's default).
+const TOLERANCE: f64 = 0.1;
+/// Panic when the short window asks for this many times the ready nodes (Knative's default).
+const PANIC: f64 = 2.0;
+/// Panic lasts so long after its last cause.
+const PANIC_S: f64 = 60.0;
+/// The greatest recommendation of so many seconds counts when going down (HPA's default).
+const STABLE_S: f64 = 300.0;
+
+/// What the law remembers.
+#[derive(Debug, Default)]
+pub(super) struct QpsMemory {
+    recommended: VecDeque<(f64, usize)>,
+    panic: Option<(f64, usize)>,
+}
+
+/// Nodes for the rate of requests.
+pub(super) fn need(t: f64, pool: &PoolObservation, open: usize, memory: &mut QpsMemory) -> CapacityNeed {
+    let (have, target) = (pool.have(), pool.settings.target_qps.max(1e-9));
+    let stable = pool.arrivals.s60 as f64 / t.clamp(5.0, 60.0);
+    let short = pool.arrivals.s10 as f64 / t.clamp(5.0, 10.0);
+    let inside = (stable / (target * have.max(1) as f64) - 1.0).abs() <= TOLERANCE;
+    let mut nodes = if inside && have > 0 { have } else { (stable / target).ceil() as usize };
+    if open > 0 {
+        nodes = nodes.max(1);
+    }
+    let mut reason = format!("{stable:.2} requests/s at {target} a node");
+    let urgent = (short / target).ceil() as usize;
+    let recent = memory.panic.filter(|(since, _)| t - since < PANIC_S);
+    if urgent as f64 >= PANIC * pool.ready.max(1) as f64 {
+        memory.panic = Some((t, urgent.max(recent.map_or(0, |(_, nodes)| nodes))));
+    } else {
+        memory.panic = recent;
+    }
+    if let Some((_, least)) = memory.panic {
+        nodes = nodes.max(least).max(have);
+        reason += &format!("; panic: {short:.2} requests/s over 10 s");
+    }
+    memory.recommended.push_back((t, nodes));
+    while memory.recommended.front().is_some_and(|(at, _)| *at < t - STABLE_S)
+        || memory.recommended.len() > 4096
+    {
+        memory.recommended.pop_front();
+    }
+    let greatest = memory.recommended.iter().map(|(_, nodes)| *nodes).max().unwrap_or(nodes);
+    if nodes < have && greatest > nodes {
+        nodes = greatest.min(have);
+        reason += &format!("; {nodes} were needed within {STABLE_S:.0} s");
+    }
+    CapacityNeed { online: nodes, reason, ..CapacityNeed::default() }
+}

@@ -1,0 +1,202 @@
+//! Heads of HTTP/1.1 messages towards nodes: a request's is written, a response's is read. Of a response the gateway keeps what
+//! it acts upon and no map of headers: nothing else of a node's head reaches a client.
+
+use std::mem::MaybeUninit;
+
+use http::{HeaderValue, Method, StatusCode};
+
+use super::error::TransportError;
+use super::framing::Framing;
+
+/// Largest response head.
+pub const HEAD_BYTES: usize = 64 << 10;
+
+/// Most fields of a response head.
+const FIELDS: usize = 100;
+
+/// What a response head says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResponseHead {
+    /// Its status.
+    pub status: StatusCode,
+    /// What the body is.
+    pub content_type: Option<HeaderValue>,
+    /// Seconds until it may be asked again.
+    pub retry_after: Option<u64>,
+    /// Where the body ends.
+    pub framing: Framing,
+    /// Whether another request may follow on the connection.
+    pub keep: bool,
+}
+
+/// Reads the head of the answer to a request with `method` at the beginning of `bytes`, and how long it is. Nothing when the
+/// end is not there yet. Interim answers (1xx) are left out.
+pub fn parse(bytes: &[u8], method: &Method) -> Result<Option<(ResponseHead, usize)>, TransportError> {
+    let mut skipped = 0;
+    loop {
+        let mut fields = [const { MaybeUninit::uninit() }; FIELDS];
+        let mut response = httparse::Response::new(&mut []);
+        let config = httparse::ParserConfig::default();
+        let parsed = config.parse_response_with_uninit_headers(&mut response, &bytes[skipped..], &mut fields);
+        let length = match parsed {
+            Ok(httparse::Status::Complete(length)) => length,
+            Ok(httparse::Status::Partial) if bytes.len() < HEAD_BYTES => return Ok(None),
+            Ok(httparse::Status::Partial) => return Err(TransportError::Protocol("its head is too long")),
+            Err(httparse::Error::TooManyHeaders) => {
+                return Err(TransportError::Protocol("its head has too many fields"));
+            }
+            Err(_) => return Err(TransportError::Protocol("its head is malformed")),
+        };
+        skipped += length;
+        match response.code {
+            Some(101) => return Err(TransportError::Protocol("it changes the protocol")),
+            Some(100..=199) => {}
+            _ => return Ok(Some((ResponseHead::of(&response, method)?, skipped))),
+        }
+    }
+}
+
+impl ResponseHead {
+    fn of(response: &httparse::Response<'_, '_>, method: &Method) -> Result<Self, TransportError> {
+        let status = response.code.and_then(|code| StatusCode::from_u16(code).ok());
+        let status = status.ok_or(TransportError::Protocol("its status is no status"))?;
+        let http_1_1 = response.version == Some(1);
+        let (mut content_type, mut retry_after) = (None, None);
+        let (mut close, mut keep_alive) = (false, false);
+        let (mut length, mut coded, mut chunked) = (None, false, false);
+        for field in response.headers.iter() {
+            let value = field.value;
+            if is(field.name, "content-type") {
+                content_type = Some(match value {
+                    b"application/json" => HeaderValue::from_static("application/json"),
+                    other => HeaderValue::from_bytes(other)
+                        .map_err(|_| TransportError::Protocol("its `content-type` is malformed"))?,
+                });
+            } else if is(field.name, "content-length") {
+                for one in value.split(|byte| *byte == b',') {
+                    let one =
+                        number(one).ok_or(TransportError::Protocol("its `content-length` is no number"))?;
+                    if length.is_some_and(|before| before != one) {
+                        return Err(TransportError::Protocol("it has two lengths"));
+                    }
+                    length = Some(one);
+                }
+            } else if is(field.name, "transfer-encoding") {
+                for coding in words(value) {
+                    // Never asked for, and nobody here can read them.
+                    if !coding.eq_ignore_ascii_case(b"chunked") || chunked {
+                        return Err(TransportError::Protocol(
+                            "it has a transfer coding other than `chunked`",
+                        ));
+                    }
+                    chunked = true;
+                }
+                coded = true;
+            } else if is(field.name, "connection") {
+                close |= words(value).any(|word| word.eq_ignore_ascii_case(b"close"));
+                keep_alive |= words(value).any(|word| word.eq_ignore_ascii_case(b"keep-alive"));
+            } else if is(field.name, "retry-after") {
+                retry_after = number(value);
+            }
+        }
+        let bodyless = *method == Method::HEAD || matches!(status.as_u16(), 204 | 304);
+        let framing = match length {
+            _ if bodyless => Framing::ENDED,
+            // Chunks count more than a length (RFC 9112, section 6.3); the two together are a fault that ends the connection.
+            _ if chunked => Framing::CHUNKED,
+            Some(length) => Framing::Length(length),
+            None => Framing::Close,
+        };
+        let plain = framing != Framing::Close && !(coded && (length.is_some() || !http_1_1));
+        let keep = plain && !close && (http_1_1 || keep_alive);
+        Ok(Self { status, content_type, retry_after, framing, keep })
+    }
+}
+
+fn is(name: &str, wanted: &str) -> bool {
+    name.eq_ignore_ascii_case(wanted)
+}
+
+fn words(list: &[u8]) -> impl Iterator<Item = &[u8]> {
+    list.split(|byte| *byte == b',').map(<[u8]>::trim_ascii).filter(|word| !word.is_empty())
+}
+
+/// Digits and nothing else.
+fn number(text: &[u8]) -> Option<u64> {
+    let text = text.trim_ascii();
+    let digits = text.iter().all(u8::is_ascii_digit);
+    if digits { std::str::from_utf8(text).ok()?.parse().ok() } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Option<(ResponseHead, usize)>, String> {
+        parse(text.as_bytes(), &Method::POST).map_err(|fault| fault.to_string())
+    }
+
+    fn framing(text: &str) -> (Framing, bool) {
+        let (head, length) = read(&format!("{text}\r\n\r\nrest")).unwrap().unwrap();
+        assert_eq!(length, text.len() + 4);
+        (head.framing, head.keep)
+    }
+
+    #[test]
+    fn a_head_says_where_its_body_ends() {
+        let ok = |fields: &str| framing(&format!("HTTP/1.1 200 OK{fields}"));
+        assert_eq!(ok("\r\ncontent-length: 5"), (Framing::Length(5), true));
+        assert_eq!(ok("\r\nContent-Length: 5, 5\r\nContent-LENGTH:5"), (Framing::Length(5), true));
+        assert_eq!(ok("\r\ntransfer-encoding: Chunked"), (Framing::CHUNKED, true));
+        assert_eq!(ok("\r\ntransfer-encoding: chunked\r\nconnection: x, Close"), (Framing::CHUNKED, false));
+        assert_eq!(ok("\r\ntransfer-encoding: chunked\r\ncontent-length: 5"), (Framing::CHUNKED, false));
+        assert_eq!(ok(""), (Framing::Close, false));
+        assert_eq!(framing("HTTP/1.1 204 No Content\r\ncontent-length: 5"), (Framing::ENDED, true));
+        assert_eq!(framing("HTTP/1.0 200 OK\r\ncontent-length: 5"), (Framing::Length(5), false));
+        let kept = "HTTP/1.0 200 OK\r\ncontent-length: 5\r\nconnection: keep-alive";
+        assert_eq!(framing(kept), (Framing::Length(5), true));
+        let early = "HTTP/1.0 200 OK\r\ntransfer-encoding: chunked\r\nconnection: keep-alive";
+        assert_eq!(framing(early), (Framing::CHUNKED, false));
+        let interim = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\na: b\r\n\r\nHTTP/1.1 200 OK";
+        assert_eq!(framing(&format!("{interim}\r\ncontent-length: 5")), (Framing::Length(5), true));
+        let whole = parse(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n", &Method::HEAD).unwrap().unwrap().0;
+        assert_eq!(whole.framing, Framing::ENDED);
+    }
+
+    #[test]
+    fn a_head_says_what_it_is() {
+        let text =
+            "HTTP/1.1 429 Slow\r\ncontent-type: text/plain\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n";
+        let head = read(text).unwrap().unwrap().0;
+        assert_eq!((head.status.as_u16(), head.retry_after), (429, Some(7)));
+        assert_eq!(head.content_type.unwrap(), "text/plain");
+        for end in 0..text.len() {
+            assert_eq!(read(&text[..end]), Ok(None), "{end} bytes are no head");
+        }
+    }
+
+    #[test]
+    fn what_is_no_head_is_refused() {
+        let many: String = (0..101).map(|index| format!("\r\nx-{index}: y")).collect();
+        for (text, words) in [
+            ("HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 6", "two lengths"),
+            ("HTTP/1.1 200 OK\r\ncontent-length: 5, 6", "two lengths"),
+            ("HTTP/1.1 200 OK\r\ncontent-length: +5", "no number"),
+            ("HTTP/1.1 200 OK\r\ncontent-length: ", "no number"),
+            ("HTTP/1.1 200 OK\r\ncontent-length: 99999999999999999999", "no number"),
+            ("HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked", "transfer coding"),
+            ("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked, chunked", "transfer coding"),
+            ("HTTP/1.1 101 Switching\r\nupgrade: x", "changes the protocol"),
+            ("HTTP/1.1 200 OK\r\na : b", "malformed"),
+            ("HTTP/1.1 200 OK\r\na: b\r\n c", "malformed"),
+            ("HTTP/2 200 OK", "malformed"),
+            ("SSH-2.0-OpenSSH", "malformed"),
+            (&format!("HTTP/1.1 200 OK{many}"), "too many"),
+        ] {
+            let refused = read(&format!("{text}\r\n\r\n")).expect_err(text);
+            assert!(refused.contains(words), "{text}: {refused}");
+        }
+        let long = format!("HTTP/1.1 200 OK\r\na: {}", "b".repeat(HEAD_BYTES));
+        assert!(read(&long).unwrap_err().contains("too long"));
+    }
+}
