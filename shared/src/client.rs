@@ -1,7 +1,8 @@
-//! The HTTP client of the trainer half: one chat call with its deadlines, read to its proven end.
+//! HTTP client of the trainer for one OpenAI-compatible endpoint.
 //!
-//! A streamed answer counts as complete only when a finish reason and `[DONE]` have both come. Nothing is retried here;
-//! the error says whether and when a retry makes sense, and the caller owns the budget.
+//! A streamed response is complete only after a finish reason and `[DONE]`; any other end of the stream is an
+//! error. The client never retries. [`CallError`] tells the caller whether a retry makes sense and after
+//! which delay; the caller owns the retry budget.
 
 mod likeliest;
 
@@ -15,23 +16,24 @@ use crate::redact::Redacted;
 use crate::repetition::loops;
 use crate::sse::Decoder;
 
-/// Where the endpoint is and how long to wait for it.
+/// Address, credential and timeouts of an endpoint.
 #[derive(Debug, Clone)]
 pub struct Endpoint {
-    /// Base URL that ends in `/v1`.
+    /// Base URL, which ends in `/v1`.
     pub url: String,
-    /// Bearer key.
+    /// API key, sent as a bearer token.
     pub api_key: Option<Redacted<String>>,
-    /// Until the connection stands.
+    /// Timeout for establishing a connection.
     pub connect: Duration,
-    /// Between two pieces of an answer (and before the first).
+    /// Longest silence of the endpoint, before the first byte and between two reads.
     pub idle: Duration,
-    /// For the whole answer.
+    /// Timeout for a whole call, from the request to the last byte of the response.
     pub total: Duration,
 }
 
 impl Endpoint {
-    /// An endpoint with the default deadlines: 10 s to connect, 10 min of silence, 1 h in all.
+    /// Returns an endpoint without a key and with the default timeouts: 10 s to connect, 10 min idle, 1 h in
+    /// total.
     pub fn new(url: impl Into<String>) -> Self {
         Self {
             url: url.into().trim_end_matches('/').to_owned(),
@@ -43,55 +45,59 @@ impl Endpoint {
     }
 }
 
-/// The finish reason of an answer that repeats one passage without end. A stream is left there; its tokens are counted by its
-/// pieces, and its prompt at a token for four bytes, as the endpoint does not come to say.
+/// Finish reason of a completion that repeats one passage without end (see [`loops`]).
+///
+/// The client stops reading such a stream, so the endpoint never reports its usage. The client then counts
+/// one completion token per chunk and one prompt token per four bytes.
 pub const LOOP: &str = "loop";
-/// Bytes of an answer between two looks for a loop.
+/// Bytes of completion between two searches for a repetition loop.
 const LOOK_EVERY: usize = 2048;
 
-/// A whole answer.
+/// A complete response to a chat request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Completion {
-    /// The answer's text.
+    /// Text of the answer.
     pub content: String,
-    /// The thinking, when the endpoint gives it apart.
+    /// Reasoning, if the endpoint returns a separate field.
     pub reasoning: Option<String>,
-    /// `stop`, `length`, …, or [`LOOP`].
+    /// Finish reason: `stop`, `length`, another value of the endpoint, or [`LOOP`].
     pub finish_reason: String,
     /// Token counts.
     pub usage: Usage,
 }
 
-/// Why a call failed.
+/// Reason for which a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// Worth asking again, after the given time when the endpoint named one.
+    /// The failure is temporary; a retry can succeed.
     #[error("{message}")]
     Retry {
-        /// What happened.
+        /// Description of the failure.
         message: String,
-        /// `Retry-After` of the endpoint.
+        /// Delay from the `Retry-After` header (RFC 9110, section 10.2.3), read as seconds; a date is
+        /// ignored.
         after: Option<Duration>,
-        /// The endpoint has too much to do (429, 503, 529).
+        /// True if the endpoint is overloaded (status 429, 503 or 529).
         busy: bool,
     },
-    /// Asking again would give the same.
+    /// The failure is permanent; a retry gives the same result.
     #[error("{message}")]
     Refused {
-        /// What happened.
+        /// Description of the failure.
         message: String,
-        /// HTTP status.
+        /// HTTP status of the response, or 0 if the failure has none.
         status: u16,
-        /// `error.code` of the body.
+        /// `error.code` of the response body.
         code: Option<String>,
     },
 }
 
+/// Returns a temporary error without a delay.
 fn retry(message: String) -> CallError {
     CallError::Retry { message, after: None, busy: false }
 }
 
-/// A client of one endpoint; cheap to clone.
+/// Client of one endpoint. A clone shares the connection pool.
 #[derive(Debug, Clone)]
 pub struct Client {
     http: reqwest::Client,
@@ -99,7 +105,9 @@ pub struct Client {
 }
 
 impl Client {
-    /// Builds the client. Redirects, proxies and decompression stay off: a teacher has one address.
+    /// Builds a client with the timeouts of `endpoint`.
+    ///
+    /// Redirects and proxies are off, because an endpoint has exactly one address.
     pub fn new(endpoint: Endpoint) -> Result<Self, CallError> {
         let http = reqwest::Client::builder()
             .connect_timeout(endpoint.connect)
@@ -117,7 +125,7 @@ impl Client {
         Ok(Self { http, endpoint })
     }
 
-    /// The endpoint it talks to.
+    /// Returns the endpoint of this client.
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
@@ -129,7 +137,7 @@ impl Client {
         }
     }
 
-    /// `GET /models`.
+    /// Returns the ids of the models that the endpoint lists (`GET /models`).
     pub async fn models(&self) -> Result<Vec<String>, CallError> {
         let url = format!("{}/models", self.endpoint.url);
         let response = self.authorised(self.http.get(&url)).send().await.map_err(|e| transport(&url, &e))?;
@@ -138,7 +146,8 @@ impl Client {
         Ok(list.data.into_iter().map(|model| model.id).collect())
     }
 
-    /// `POST /stages` of a gateway's admin API: announces the stages of a run; the answer forecasts them.
+    /// Registers the stages of a run with a gateway (`POST /stages` of its admin API) and returns the
+    /// gateway's forecast.
     pub async fn declare_stages(&self, plan: &serde_json::Value) -> Result<serde_json::Value, CallError> {
         let url = format!("{}/stages", self.endpoint.url);
         let response =
@@ -146,7 +155,10 @@ impl Client {
         checked(response).await?.json().await.map_err(|e| transport(&url, &e))
     }
 
-    /// One chat call, streamed or whole as `request.options.stream` says. `headers` go out as they are.
+    /// Sends a chat request (`POST /chat/completions`) and reads the whole response.
+    ///
+    /// The response is streamed if `request.options.stream` is true; usage is then requested too. `headers`
+    /// are added to the request unchanged.
     pub async fn chat(
         &self,
         request: &ChatRequest,
@@ -177,6 +189,7 @@ impl Client {
     }
 }
 
+/// Returns a temporary error with the innermost cause of a transport failure.
 fn transport(url: &str, error: &reqwest::Error) -> CallError {
     let what = if error.is_timeout() { "timed out" } else { "failed" };
     let mut cause: &dyn std::error::Error = error;
@@ -186,6 +199,9 @@ fn transport(url: &str, error: &reqwest::Error) -> CallError {
     retry(format!("the call to `{url}` {what}: {cause}"))
 }
 
+/// Returns a successful response unchanged and converts any other status to an error.
+///
+/// The statuses 408, 409, 429, 500, 502, 503, 504 and 529 are temporary; all others are permanent.
 async fn checked(response: reqwest::Response) -> Result<reqwest::Response, CallError> {
     let status = response.status();
     if status.is_success() {
@@ -210,6 +226,7 @@ async fn checked(response: reqwest::Response) -> Result<reqwest::Response, CallE
     }
 }
 
+/// Reads a response that is not streamed.
 async fn whole(url: &str, response: reqwest::Response) -> Result<Completion, CallError> {
     let body: ChatResponse = response.json().await.map_err(|error| transport(url, &error))?;
     let choice = body.choices.into_iter().next().ok_or_else(|| retry("the answer holds no choice".into()))?;
@@ -221,7 +238,7 @@ async fn whole(url: &str, response: reqwest::Response) -> Result<Completion, Cal
     Ok(ended(Completion { content, reasoning, finish_reason, usage }))
 }
 
-/// An answer that came to its limit in a loop is named for that.
+/// Sets the finish reason to [`LOOP`] if a completion reached its token limit in a repetition loop.
 fn ended(mut completion: Completion) -> Completion {
     let thought = completion.reasoning.as_deref().unwrap_or_default();
     if completion.finish_reason == "length"
@@ -232,6 +249,7 @@ fn ended(mut completion: Completion) -> Completion {
     completion
 }
 
+/// Reads a streamed response up to `[DONE]`, an error event, or a repetition loop.
 async fn collect_stream(url: &str, response: reqwest::Response) -> Result<Completion, CallError> {
     let mut decoder = Decoder::default();
     let mut stream = response.bytes_stream();
@@ -267,7 +285,7 @@ async fn collect_stream(url: &str, response: reqwest::Response) -> Result<Comple
         let written = completion.content.len() + thought.len();
         if finish.is_none() && written >= looked_at + LOOK_EVERY {
             looked_at = written;
-            // Where it writes now: the answer, once it has begun.
+            // Only the text that still grows can loop: the answer if it is not empty, else the reasoning.
             if loops(if completion.content.is_empty() { thought } else { &completion.content }).is_some() {
                 completion.finish_reason = LOOP.to_owned();
                 completion.usage.completion_tokens = pieces;

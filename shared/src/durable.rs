@@ -1,5 +1,10 @@
-//! The only place that writes files. A file or folder appears whole by one rename or not at all; a log line that was
-//! acknowledged survives a crash; a torn last line is cut off when the log is opened again.
+//! Durable files: all product code writes its files through this module.
+//!
+//! A file or folder appears whole by one rename, or not at all. A log line survives a crash once
+//! [`AppendLog::sync`] has returned. Opening a log removes a torn last line.
+//!
+//! Deliberately absent: recovery from disk faults. Damaged lines in the middle of a log are counted and
+//! skipped.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -7,34 +12,34 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Why a file could not be written or read.
+/// Reason for which a file could not be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum DurableError {
-    /// The disk is full; nothing was lost, and the same command goes on where it stopped once there is room.
+    /// The disk is full. Nothing is lost; the same command resumes once there is space.
     #[error("no space left on the disk for `{path}`; free some space and run the same command again")]
     DiskFull {
-        /// The file.
+        /// File that was being written.
         path: PathBuf,
     },
-    /// Another process writes it.
+    /// Another process holds the lock of the file.
     #[error("`{path}` is in use by another process; wait for it, or choose another folder")]
     InUse {
-        /// The file.
+        /// Locked file.
         path: PathBuf,
     },
-    /// Any other fault of the file system.
+    /// Any other I/O error.
     #[error("cannot {action} `{path}`: {source}")]
     Io {
-        /// What was tried.
+        /// Attempted action, an infinitive phrase such as `sync`.
         action: &'static str,
-        /// The file.
+        /// File of the action.
         path: PathBuf,
-        /// The cause.
+        /// Cause.
         source: io::Error,
     },
 }
 
-/// Names the action and the path of an I/O error.
+/// Returns a converter that adds the action and the path to an I/O error.
 fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DurableError {
     let path = path.to_owned();
     move |source| {
@@ -46,30 +51,30 @@ fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DurableErr
     }
 }
 
-/// Makes a rename in `folder` survive a crash.
+/// Flushes the entries of `folder` to the disk, so that a rename inside survives a crash.
 fn sync_folder(folder: &Path) -> Result<(), DurableError> {
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     File::open(folder).and_then(|file| file.sync_all()).map_err(at("sync the folder", folder))
 }
 
-/// Creates `folder` and its parents.
+/// Creates `folder` and its missing parents.
 pub fn create_folder(folder: &Path) -> Result<(), DurableError> {
     fs::create_dir_all(folder).map_err(at("create the folder", folder))
 }
 
-/// Writes `bytes` to `path`: temporary file, fsync, rename, fsync of the folder.
+/// Replaces `path` by a file with the content `bytes`: temporary file, fsync, rename, fsync of the folder.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), DurableError> {
     write_with(path, |file| file.write_all(bytes))
 }
 
-/// Like [`write_file`], for content that is produced piece by piece.
+/// Replaces `path` by a file whose content `fill` writes in pieces; otherwise like [`write_file`].
 pub fn write_with(
     path: &Path,
     fill: impl FnOnce(&mut io::BufWriter<File>) -> io::Result<()>,
 ) -> Result<(), DurableError> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    // Two threads may write the same file at once: each its own, and the last one stands.
+    // Each write has its own temporary file, so that two threads can replace one path; the last rename wins.
     static WRITES: AtomicU64 = AtomicU64::new(0);
     let write = WRITES.fetch_add(1, Ordering::Relaxed);
     let temporary = folder.join(format!(".{name}.{}.{write}.tmp", std::process::id()));
@@ -88,8 +93,10 @@ pub fn write_with(
     sync_folder(folder)
 }
 
-/// Fills a temporary folder and moves it to `path` by one rename. An existing folder of that name is replaced; a crash
-/// between leaves the old one, the new one, or none, never a mixture.
+/// Fills a temporary folder beside `path`, then renames the folder to `path`.
+///
+/// An existing folder is replaced. A crash between the two renames leaves the old folder, the new folder, or
+/// none, never a mixture.
 pub fn publish_folder<E: From<DurableError>>(
     path: &Path,
     fill: impl FnOnce(&Path) -> Result<(), E>,
@@ -113,14 +120,14 @@ pub fn publish_folder<E: From<DurableError>>(
     Ok(sync_folder(parent)?)
 }
 
-/// Gives a file that was written piece by piece its name, once it is on the disk.
+/// Flushes the finished file `part` to the disk, then renames the file to `path`.
 pub fn publish_file(part: &Path, path: &Path) -> Result<(), DurableError> {
     File::open(part).and_then(|file| file.sync_all()).map_err(at("sync", part))?;
     fs::rename(part, path).map_err(at("rename into", path))?;
     sync_folder(path.parent().unwrap_or(Path::new(".")))
 }
 
-/// Removes a file; a missing one is no error.
+/// Removes a file. A missing file is not an error.
 pub fn remove_file(path: &Path) -> Result<(), DurableError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", path)(error)),
@@ -128,7 +135,7 @@ pub fn remove_file(path: &Path) -> Result<(), DurableError> {
     }
 }
 
-/// Removes a folder with all it holds; a missing one is no error.
+/// Removes a folder with its contents. A missing folder is not an error.
 pub fn remove_folder(path: &Path) -> Result<(), DurableError> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", path)(error)),
@@ -136,7 +143,9 @@ pub fn remove_folder(path: &Path) -> Result<(), DurableError> {
     }
 }
 
-/// An append-only log of lines `crc32 payload`. What [`AppendLog::sync`] acknowledged is on the disk.
+/// Append-only log with one line `crc32 payload` per entry; the checksum has eight hexadecimal digits.
+///
+/// Entries are durable after [`AppendLog::sync`]. An exclusive file lock keeps other writers out.
 #[derive(Debug)]
 pub struct AppendLog {
     path: PathBuf,
@@ -144,22 +153,26 @@ pub struct AppendLog {
     end: u64,
 }
 
-/// Digits of the checksum and the blank before a payload.
+/// Bytes before a payload: the digits of the checksum and a space.
 const CHECKSUM: u64 = 9;
 
-/// What opening a log found.
+/// Result of opening or scanning a log.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Recovery {
-    /// Whole lines read.
+    /// Number of valid lines.
     pub lines: u64,
-    /// Bytes of a torn tail that were cut off.
+    /// Bytes of a torn tail that were removed.
     pub cut_bytes: u64,
-    /// Damaged lines before the tail (a disk fault, not a crash), skipped.
+    /// Number of damaged lines before the tail, which were skipped. They come from a disk fault, not from a
+    /// crash.
     pub damaged_lines: u64,
 }
 
 impl AppendLog {
-    /// Opens or creates the log, hands each whole payload and where it stands to `line`, and cuts off a torn tail.
+    /// Opens or creates the log at `path`, passes each valid payload with its offset to `line`, and removes a
+    /// torn tail.
+    ///
+    /// Fails with [`DurableError::InUse`] if another process holds the lock.
     pub fn open(path: &Path, mut line: impl FnMut(u64, &str)) -> Result<(Self, Recovery), DurableError> {
         let is_new = !path.exists();
         let mut file = OpenOptions::new()
@@ -177,10 +190,11 @@ impl AppendLog {
         let Ends { mut recovery, offset, good_end, last_line_end } =
             scan(reader, &mut line).map_err(at("read the log", path))?;
         let mut end = offset;
-        // Damage that no good line follows is a torn tail; damage in the middle stays where it is.
+        // Damage at the end of the log is a torn tail; damage before a valid line is kept.
         let torn = tail_is_torn(&mut file, good_end, offset);
         if torn || last_line_end < offset {
-            // A torn tail goes whole; where damaged lines stand before it, only the line that was never finished goes.
+            // A torn tail is removed whole. Behind several damaged lines, only the unfinished last line is
+            // removed.
             let keep = if torn { good_end } else { last_line_end };
             recovery.cut_bytes = offset - keep;
             recovery.damaged_lines -= u64::from(torn && recovery.damaged_lines > 0);
@@ -194,13 +208,17 @@ impl AppendLog {
         Ok((Self { path: path.to_owned(), file: io::BufWriter::with_capacity(1 << 16, file), end }, recovery))
     }
 
-    /// Hands each whole payload and where it stands to `line`, of a log that another process may be writing. Nothing is changed.
+    /// Passes each valid payload with its offset to `line`, without lock and without changes.
+    ///
+    /// Another process can write the log meanwhile.
     pub fn scan(path: &Path, mut line: impl FnMut(u64, &str)) -> Result<Recovery, DurableError> {
         let file = File::open(path).map_err(at("open the log", path))?;
         Ok(scan(file, &mut line).map_err(at("read the log", path))?.recovery)
     }
 
-    /// Appends a payload (no line breaks inside) and says where it stands. It is safe only after [`AppendLog::sync`].
+    /// Appends a payload without line breaks and returns its offset in bytes.
+    ///
+    /// The entry is durable and readable only after [`AppendLog::sync`].
     pub fn append(&mut self, payload: &str) -> Result<u64, DurableError> {
         debug_assert!(!payload.contains('\n'));
         writeln!(self.file, "{:08x} {payload}", crc32fast::hash(payload.as_bytes()))
@@ -210,20 +228,20 @@ impl AppendLog {
         Ok(begin)
     }
 
-    /// Reads payloads by where they stand, beside the writer.
+    /// Returns a reader of payloads by offset, for use beside the writer.
     pub fn lines(&self) -> Result<Lines, DurableError> {
-        // Opened anew: a copy would hold the lock of the log as long as it lives.
+        // A new descriptor, because a duplicate would keep the lock of the log for its own lifetime.
         Lines::open(&self.path)
     }
 
-    /// Brings all appended lines to the disk. One call for many lines is a group commit.
+    /// Flushes all appended lines to the disk. One call for many lines is a group commit.
     pub fn sync(&mut self) -> Result<(), DurableError> {
         self.file.flush().map_err(at("append to", &self.path))?;
         self.file.get_ref().sync_data().map_err(at("sync", &self.path))
     }
 }
 
-/// Lines of a file, read by where they begin.
+/// Reader of the lines of a file by offset.
 #[derive(Debug)]
 pub struct Lines {
     path: PathBuf,
@@ -231,18 +249,19 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Opens a file of lines.
+    /// Opens the file at `path`.
     pub fn open(path: &Path) -> Result<Self, DurableError> {
         let file = File::open(path).map_err(at("open", path))?;
         Ok(Self { path: path.to_owned(), file })
     }
 
-    /// The line that begins at `offset`, without its end.
+    /// Returns the line that begins at byte `offset`, without its line break. Fails on invalid UTF-8.
     pub fn read(&self, offset: u64) -> Result<String, DurableError> {
         read_line(&self.file, offset).map_err(at("read a line of", &self.path))
     }
 }
 
+/// Reads from `offset` to the next line break or the end of the file.
 fn read_line(file: &File, offset: u64) -> io::Result<String> {
     let (mut line, mut piece) = (Vec::new(), [0; 4096]);
     loop {
@@ -262,8 +281,9 @@ fn read_line(file: &File, offset: u64) -> io::Result<String> {
     String::from_utf8(line).map_err(io::Error::other)
 }
 
-/// Lines on the disk that no name leads to: they are gone with this value, or with the process. For what is too much for
-/// memory until its order is known.
+/// Temporary file of lines without a directory entry, for data that exceeds memory until its order is known.
+///
+/// The operating system frees the disk space when the value is dropped or the process ends.
 #[derive(Debug)]
 pub struct Scratch {
     path: PathBuf,
@@ -272,7 +292,7 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// On the disk of `folder`, which exists.
+    /// Creates a scratch file on the disk of the existing folder `folder`.
     pub fn new(folder: &Path) -> Result<Self, DurableError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -288,7 +308,7 @@ impl Scratch {
         Ok(Self { path, file: io::BufWriter::with_capacity(1 << 16, file), end: 0 })
     }
 
-    /// Appends a line (no line breaks inside) and says where it begins.
+    /// Appends a line without line breaks and returns its offset in bytes.
     pub fn append(&mut self, line: &[u8]) -> Result<u64, DurableError> {
         debug_assert!(!line.contains(&b'\n'));
         let written = self.file.write_all(line).and_then(|()| self.file.write_all(b"\n"));
@@ -298,7 +318,7 @@ impl Scratch {
         Ok(begin)
     }
 
-    /// A line that was appended before.
+    /// Returns the line at `offset`; flushes the write buffer if the line is not on disk yet.
     pub fn read(&mut self, offset: u64) -> Result<String, DurableError> {
         if offset >= self.end - self.file.buffer().len() as u64 {
             self.file.flush().map_err(at("write to", &self.path))?;
@@ -306,21 +326,25 @@ impl Scratch {
         read_line(self.file.get_ref(), offset).map_err(at("read a line of", &self.path))
     }
 
-    /// Ends the writing; the lines can be read.
+    /// Ends the writing and returns a reader of the lines.
     pub fn lines(self) -> Result<Lines, DurableError> {
         let file = self.file.into_inner().map_err(|error| at("write to", &self.path)(error.into_error()))?;
         Ok(Lines { path: self.path, file })
     }
 }
 
-/// Where the lines of a log end.
+/// Result of reading a log from its beginning.
 struct Ends {
     recovery: Recovery,
+    /// Bytes read, the length of the file.
     offset: u64,
+    /// Offset behind the last valid line.
     good_end: u64,
+    /// Offset behind the last line break.
     last_line_end: u64,
 }
 
+/// Reads a log and passes each valid payload with its offset to `line`.
 fn scan(file: File, line: &mut impl FnMut(u64, &str)) -> io::Result<Ends> {
     let mut ends = Ends { recovery: Recovery::default(), offset: 0, good_end: 0, last_line_end: 0 };
     let mut reader = BufReader::with_capacity(1 << 20, file);
@@ -348,19 +372,20 @@ fn scan(file: File, line: &mut impl FnMut(u64, &str)) -> io::Result<Ends> {
     }
 }
 
-/// Opens a plain text file to append lines to; what is written may be lost in a crash.
+/// Opens a plain text file for appending. The lines are not durable: a crash can lose them.
 pub fn append_lines(path: &Path) -> Result<io::BufWriter<File>, DurableError> {
     let file = OpenOptions::new().append(true).create(true).open(path).map_err(at("open", path))?;
     Ok(io::BufWriter::new(file))
 }
 
+/// Returns the payload of a finished line whose checksum is correct.
 fn checked_payload(line: &[u8]) -> Option<&str> {
     let line = std::str::from_utf8(line.strip_suffix(b"\n")?).ok()?;
     let (crc, payload) = line.split_once(' ')?;
     (u32::from_str_radix(crc, 16).ok()? == crc32fast::hash(payload.as_bytes())).then_some(payload)
 }
 
-/// True when nothing but one damaged piece stands after the last good line.
+/// Returns whether the file has at most one damaged line behind the last valid line.
 fn tail_is_torn(file: &mut File, good_end: u64, end: u64) -> bool {
     if good_end >= end || end - good_end > 64 << 20 {
         return false;
@@ -378,7 +403,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_replaced_whole_and_leaves_no_litter() {
+    fn replaces_a_file_and_leaves_no_temporary_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.json");
         write_file(&path, b"one").unwrap();
@@ -390,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_that_write_one_file_do_not_disturb_each_other() {
+    fn concurrent_writes_to_one_file_each_succeed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("status.json");
         std::thread::scope(|scope| {
@@ -404,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_folder_leaves_the_old_one() {
+    fn keeps_the_old_folder_if_filling_the_new_one_fails() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model");
         publish_folder::<DurableError>(&path, |new| write_file(&new.join("w"), b"1")).unwrap();
@@ -417,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn scratch_lines_have_a_place_and_no_name() {
+    fn reads_scratch_lines_by_offset_without_a_directory_entry() {
         let folder = tempfile::tempdir().unwrap();
         let mut scratch = Scratch::new(folder.path()).unwrap();
         let texts = ["", "one", &"long ".repeat(3000), "end"];
@@ -432,7 +457,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn a_crash_at_any_byte_loses_no_synced_line(payloads in prop::collection::vec("[a-z{} é]{0,20}", 1..20), cut in 0usize..600) {
+        fn keeps_every_finished_line_after_truncation_at_any_byte(payloads in prop::collection::vec("[a-z{} é]{0,20}", 1..20), cut in 0usize..600) {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("log");
             {

@@ -1,4 +1,4 @@
-//! Identities: content hashes for records, random ids for requests.
+//! Ids: content hashes for records, models and files, and unique ids for requests.
 
 use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-/// The first 128 bits of a BLAKE3 hash, as 32 hexadecimal digits. Two records with the same id have the same content:
-/// position in a file never identifies anything.
+/// First 128 bits of a BLAKE3 hash, as 32 hexadecimal digits.
+///
+/// Equal ids mean equal content. A position in a file is never an id.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ContentId(String);
@@ -23,33 +24,33 @@ impl ContentId {
         Self(hasher.finalize().to_hex()[..32].to_owned())
     }
 
-    /// Hashes bytes as they are (a file, a weight tensor).
+    /// Hashes one byte string, such as a file or a weight tensor, without its length.
     pub fn of_bytes(bytes: &[u8]) -> Self {
         Self(blake3::hash(bytes).to_hex()[..32].to_owned())
     }
 
-    /// The 32 hexadecimal digits.
+    /// Returns the 32 hexadecimal digits.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The first 64 bits as a number: a seed that depends on nothing but the content.
+    /// Returns the first 64 bits as a seed that depends on the content alone.
     pub fn seed(&self) -> u64 {
         u64::from_str_radix(self.0.get(..16).unwrap_or_default(), 16).unwrap_or_default()
     }
 }
 
-/// Hashes bytes that come piece by piece, as [`ContentId::of_bytes`] does with all at once.
+/// Incremental form of [`ContentId::of_bytes`].
 #[derive(Default)]
 pub struct ContentHasher(blake3::Hasher);
 
 impl ContentHasher {
-    /// Takes the next piece.
+    /// Appends `bytes` to the hashed content.
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
 
-    /// The id of all pieces.
+    /// Returns the id of the content so far.
     pub fn finish(&self) -> ContentId {
         ContentId(self.0.finalize().to_hex()[..32].to_owned())
     }
@@ -67,7 +68,10 @@ impl fmt::Debug for ContentId {
     }
 }
 
-/// A fresh id such as `req-0193…`, unique within and (by a random base per process) across processes. Not a secret.
+/// Returns a new id `<prefix>-<24 hexadecimal digits>`, such as `req-0193…`.
+///
+/// A counter makes ids unique within the process; a random key per process separates processes. The id is not
+/// a secret.
 pub fn unique(prefix: &str) -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     static BASE: std::sync::OnceLock<RandomState> = std::sync::OnceLock::new();
@@ -93,13 +97,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn borders_between_parts_count() {
+    fn same_text_split_differently_gives_other_ids() {
         assert_ne!(ContentId::of(&["ab", "c"]), ContentId::of(&["a", "bc"]));
         assert_eq!(ContentId::of(&["ab", "c"]), ContentId::of(&["ab", "c"]));
     }
 
     #[test]
-    fn unique_ids_differ() {
+    fn unique_ids_do_not_repeat() {
         let ids: std::collections::HashSet<_> = (0..10_000).map(|_| unique("req")).collect();
         assert_eq!(ids.len(), 10_000);
     }

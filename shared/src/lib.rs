@@ -1,7 +1,8 @@
-//! What both halves of Potstill use: OpenAI wire types, the SSE codec, the HTTP client with its deadlines, the
-//! split of thinking from answer, durable files, redaction, content identities and log set-up.
+//! Code that the gateway and the trainer share: OpenAI wire types, the codec for server-sent events, and the
+//! HTTP client. Also here: separation of reasoning from answer, durable files, redaction, ids and logging.
 //!
-//! Deliberately absent: axum (only servers need it) and candle (only engine and learn may touch tensors).
+//! Deliberately absent: axum, which only servers need, and candle, which only the engine and the training
+//! code use.
 #![forbid(unsafe_code)]
 
 pub mod client;

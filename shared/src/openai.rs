@@ -1,56 +1,58 @@
-//! The OpenAI wire format as both halves speak it. Every type keeps the fields it does not know in `extra`, so that a
-//! gateway in front of a gateway loses nothing.
+//! Wire types of the OpenAI API, as the gateway and the trainer use them.
+//!
+//! Unknown fields are kept in `extra`, so that a chain of gateways loses nothing. Deliberately absent:
+//! validation, which the servers do.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// Fields that this version does not name.
+/// Fields that this version does not know, by name.
 pub type Extra = Map<String, Value>;
 
-/// `POST /v1/chat/completions`.
+/// Body of `POST /v1/chat/completions`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct ChatRequest {
-    /// Name of the model, routed to a pool.
+    /// Name of the model, which selects a pool of the gateway.
     pub model: String,
-    /// The conversation, oldest first.
+    /// Messages of the conversation, oldest first.
     pub messages: Vec<ChatMessage>,
-    /// Sampling and limits, shared with the completions endpoint.
+    /// Sampling parameters and limits, the same as for the completions endpoint.
     #[serde(flatten)]
     pub options: GenerationOptions,
-    /// Everything else.
+    /// Unknown fields.
     #[serde(flatten)]
     pub extra: Extra,
 }
 
-/// `POST /v1/completions`.
+/// Body of `POST /v1/completions`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct CompletionRequest {
-    /// Name of the model.
+    /// Name of the model, which selects a pool of the gateway.
     pub model: String,
-    /// Text, list of texts, token ids, or list of token-id lists.
+    /// One prompt or several, as text or token ids.
     pub prompt: Prompt,
-    /// Repeat the prompt in the answer.
+    /// Whether the response repeats the prompt before the completion.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub echo: Option<bool>,
-    /// Sampling and limits.
+    /// Sampling parameters and limits.
     #[serde(flatten)]
     pub options: GenerationOptions,
-    /// Everything else.
+    /// Unknown fields.
     #[serde(flatten)]
     pub extra: Extra,
 }
 
-/// The four shapes of a completion prompt.
+/// Prompt of the completions endpoint in one of its four JSON forms.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Prompt {
     /// One text.
     Text(String),
-    /// Several texts, one choice each.
+    /// Several texts, with one choice each.
     Texts(Vec<String>),
     /// One prompt as token ids.
     Tokens(Vec<u32>),
-    /// Several prompts as token ids.
+    /// Several prompts as token ids, with one choice each.
     TokenLists(Vec<Vec<u32>>),
 }
 
@@ -60,77 +62,79 @@ impl Default for Prompt {
     }
 }
 
-/// Sampling parameters and limits that both generation endpoints take. All are optional on the wire.
+/// Sampling parameters and limits of both generation endpoints. Every field is optional on the wire.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct GenerationOptions {
-    /// Relay tokens as they come.
+    /// Whether the response is a stream of chunks; false if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<bool>,
-    /// What a stream should carry besides.
+    /// Options of a streamed response.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream_options: Option<StreamOptions>,
-    /// At most so many new tokens (older name).
+    /// Largest number of generated tokens (older name).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u32>,
-    /// At most so many new tokens (newer name, wins over `max_tokens`).
+    /// Largest number of generated tokens (newer name); takes precedence over `max_tokens`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_completion_tokens: Option<u32>,
-    /// Sampling temperature; 0 is greedy.
+    /// Sampling temperature; 0 selects the most likely token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
-    /// Nucleus sampling.
+    /// Nucleus sampling: smallest set of tokens whose probabilities sum to at least this value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_p: Option<f64>,
-    /// Keep the k most likely tokens.
+    /// Number of most likely tokens that can be sampled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<i64>,
-    /// Keep tokens at least this fraction as likely as the best.
+    /// Smallest probability of a token that can be sampled, as a fraction of the most likely token's
+    /// probability.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_p: Option<f64>,
-    /// Divides (or multiplies) the logits of tokens seen before.
+    /// Factor for the logits of tokens in the prompt or completion: positive logits are divided, negative
+    /// ones multiplied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repetition_penalty: Option<f64>,
-    /// Subtracted once from the logits of tokens generated before.
+    /// Value subtracted once from the logit of each token in the completion.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub presence_penalty: Option<f64>,
-    /// Subtracted per occurrence from the logits of tokens generated before.
+    /// Value subtracted from the logit of a token for each of its occurrences in the completion.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frequency_penalty: Option<f64>,
-    /// Seed of the sampler.
+    /// Seed of the random numbers for sampling.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<i64>,
     /// Strings that end the completion.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop: Option<Stop>,
-    /// How many choices.
+    /// Number of choices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub n: Option<u32>,
 }
 
 impl GenerationOptions {
-    /// The limit on new tokens that the client asked for, under either name.
+    /// Returns the limit on generated tokens under either name, or `None` if the request has none.
     pub fn token_limit(&self) -> Option<u32> {
         self.max_completion_tokens.or(self.max_tokens)
     }
 
-    /// Whether the answer is to be streamed.
+    /// Returns whether the response is a stream.
     pub fn streamed(&self) -> bool {
         self.stream.unwrap_or(false)
     }
 }
 
-/// One stop string or several.
+/// Stop strings in one of their two JSON forms.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Stop {
-    /// One.
+    /// One string.
     One(String),
-    /// Several.
+    /// List of strings.
     Many(Vec<String>),
 }
 
 impl Stop {
-    /// As a list.
+    /// Returns the stop strings as a list.
     pub fn into_vec(self) -> Vec<String> {
         match self {
             Self::One(text) => vec![text],
@@ -139,13 +143,13 @@ impl Stop {
     }
 }
 
-/// What a stream should carry besides the text.
+/// Options of a streamed response.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct StreamOptions {
-    /// A last chunk with `usage` and no choices.
+    /// Whether the stream ends with a chunk that has `usage` and no choices.
     #[serde(default)]
     pub include_usage: bool,
-    /// Everything else.
+    /// Unknown fields.
     #[serde(flatten)]
     pub extra: Extra,
 }
@@ -153,34 +157,34 @@ pub struct StreamOptions {
 /// One message of a conversation.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct ChatMessage {
-    /// `system`, `user`, `assistant` or `tool`.
+    /// Author of the message: `system`, `user`, `assistant` or `tool`.
     pub role: String,
-    /// Text, a list of parts, or null.
+    /// Text, a list of typed parts, or null.
     #[serde(default)]
     pub content: Option<Content>,
-    /// The thinking, apart from the answer.
+    /// Reasoning, separate from the answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
-    /// The same under the name that newer engines use; some send both.
+    /// Reasoning under the name of newer engines; some engines send both names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning: Option<String>,
-    /// Everything else (tool calls, name, …).
+    /// Unknown fields, such as `name` and `tool_calls`.
     #[serde(flatten)]
     pub extra: Extra,
 }
 
 impl ChatMessage {
-    /// A message of plain text.
+    /// Returns a message of plain text.
     pub fn text(role: &str, content: impl Into<String>) -> Self {
         Self { role: role.to_owned(), content: Some(Content::Text(content.into())), ..Self::default() }
     }
 
-    /// The thinking, under whichever name it came.
+    /// Returns the reasoning, from `reasoning_content` or else `reasoning`.
     pub fn thinking(&self) -> Option<&str> {
         self.reasoning_content.as_deref().or(self.reasoning.as_deref())
     }
 
-    /// All text of the message, parts joined.
+    /// Returns the text of the message, with the text parts concatenated.
     pub fn plain(&self) -> String {
         match &self.content {
             None => String::new(),
@@ -192,139 +196,139 @@ impl ChatMessage {
     }
 }
 
-/// Message content: text or typed parts.
+/// Content of a message in one of its two JSON forms.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Content {
     /// Plain text.
     Text(String),
-    /// Parts such as `{"type": "text", "text": …}`.
+    /// Typed parts, such as `{"type": "text", "text": …}`.
     Parts(Vec<Value>),
 }
 
-/// Answer of the chat endpoint, whole or one chunk of a stream.
+/// Response of the chat endpoint, or one chunk of its stream.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct ChatResponse {
-    /// Id of the completion.
+    /// Id of the response.
     #[serde(default)]
     pub id: String,
     /// `chat.completion` or `chat.completion.chunk`.
     #[serde(default)]
     pub object: String,
-    /// Seconds since 1970.
+    /// Creation time in seconds since the Unix epoch.
     #[serde(default)]
     pub created: u64,
-    /// The model that answered.
+    /// Name of the model that generated the response.
     #[serde(default)]
     pub model: String,
-    /// The choices; empty in the usage chunk of a stream.
+    /// Choices; empty in the usage chunk of a stream.
     #[serde(default)]
     pub choices: Vec<ChatChoice>,
     /// Token counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
-    /// Everything else.
+    /// Unknown fields.
     #[serde(flatten)]
     pub extra: Extra,
 }
 
-/// One choice of a chat answer; `message` in a whole answer, `delta` in a chunk.
+/// One choice of a chat response: with `message` in a whole response, with `delta` in a chunk.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct ChatChoice {
-    /// Index among the choices.
+    /// Index of the choice, from 0.
     #[serde(default)]
     pub index: u32,
-    /// The message of a whole answer.
+    /// Message of a whole response.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<ChatMessage>,
-    /// The piece that a chunk adds.
+    /// Addition of a chunk to the choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delta: Option<Delta>,
-    /// Why the choice ended; null while it goes on.
+    /// Reason for the end of the choice, such as `stop` or `length`; null before the end.
     #[serde(default)]
     pub finish_reason: Option<String>,
-    /// Everything else.
+    /// Unknown fields.
     #[serde(flatten)]
     pub extra: Extra,
 }
 
-/// What a chunk adds to its choice.
+/// Addition of a chunk to its choice.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Delta {
-    /// Only in the first chunk.
+    /// Author, present only in the first chunk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub role: Option<String>,
-    /// More of the answer.
+    /// Next piece of the answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
-    /// More of the thinking.
+    /// Next piece of the reasoning.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
-    /// The same under the name that newer engines use; some send both.
+    /// Next piece of the reasoning under the name of newer engines; some engines send both names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning: Option<String>,
-    /// Everything else.
+    /// Unknown fields.
     #[serde(flatten)]
     pub extra: Extra,
 }
 
 impl Delta {
-    /// The thinking, under whichever name it came.
+    /// Returns the piece of reasoning, from `reasoning_content` or else `reasoning`.
     pub fn thinking(&self) -> Option<&str> {
         self.reasoning_content.as_deref().or(self.reasoning.as_deref())
     }
 }
 
-/// Token counts of one request.
+/// Token counts of a request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Tokens of the prompt.
     #[serde(default)]
     pub prompt_tokens: u64,
-    /// Tokens written.
+    /// Generated tokens.
     #[serde(default)]
     pub completion_tokens: u64,
-    /// Their sum.
+    /// Sum of prompt and generated tokens.
     #[serde(default)]
     pub total_tokens: u64,
-    /// More about the prompt.
+    /// Details about the tokens of the prompt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt_tokens_details: Option<PromptTokens>,
 }
 
-/// What is known about a prompt's tokens besides their number.
+/// Details about the tokens of a prompt.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PromptTokens {
-    /// Those that did not have to be computed.
+    /// Tokens taken from the prefix cache.
     #[serde(default)]
     pub cached_tokens: u64,
 }
 
 impl Usage {
-    /// Counts with their sum.
+    /// Returns the counts with their sum.
     pub fn new(prompt_tokens: u64, completion_tokens: u64) -> Self {
         let total_tokens = prompt_tokens + completion_tokens;
         Self { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details: None }
     }
 
-    /// The same with the prompt's tokens that did not have to be computed.
+    /// Returns the counts with the number of prompt tokens from the prefix cache.
     pub fn with_cached(self, cached_tokens: u64) -> Self {
         Self { prompt_tokens_details: Some(PromptTokens { cached_tokens }), ..self }
     }
 }
 
-/// Answer of the completions endpoint, whole or a chunk.
+/// Response of the completions endpoint, or one chunk of its stream.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct CompletionResponse {
-    /// Id of the completion.
+    /// Id of the response.
     pub id: String,
     /// Always `text_completion`.
     pub object: String,
-    /// Seconds since 1970.
+    /// Creation time in seconds since the Unix epoch.
     pub created: u64,
-    /// The model that answered.
+    /// Name of the model that generated the response.
     pub model: String,
-    /// The choices.
+    /// Choices.
     pub choices: Vec<CompletionChoice>,
     /// Token counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -334,50 +338,50 @@ pub struct CompletionResponse {
 /// One choice of a text completion.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct CompletionChoice {
-    /// Index among the choices.
+    /// Index of the choice, from 0.
     pub index: u32,
-    /// The text, or the piece that a chunk adds.
+    /// Text of the choice, or the next piece in a chunk.
     pub text: String,
-    /// Log-probabilities of the tokens, where they were asked for.
+    /// Log probabilities of the tokens, if requested.
     pub logprobs: Option<Value>,
-    /// Why the choice ended.
+    /// Reason for the end of the choice, such as `stop` or `length`; null before the end.
     pub finish_reason: Option<String>,
 }
 
-/// `GET /v1/models`.
+/// Response of `GET /v1/models`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ModelList {
     /// Always `list`.
     pub object: String,
-    /// The models.
+    /// Available models.
     pub data: Vec<ModelCard>,
 }
 
 impl ModelList {
-    /// Wraps the models.
+    /// Returns a list of `data`.
     pub fn new(data: Vec<ModelCard>) -> Self {
         Self { object: "list".to_owned(), data }
     }
 }
 
-/// One model in a list.
+/// One model of a list.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ModelCard {
-    /// Its name.
+    /// Name of the model.
     pub id: String,
     /// Always `model`.
     pub object: String,
-    /// Seconds since 1970.
+    /// Creation time in seconds since the Unix epoch.
     pub created: u64,
-    /// Who serves it.
+    /// Owner of the model.
     pub owned_by: String,
-    /// Everything else.
+    /// Unknown fields.
     #[serde(flatten)]
     pub extra: Extra,
 }
 
 impl ModelCard {
-    /// A model of that name.
+    /// Returns a model without additional fields.
     pub fn new(id: &str, created: u64, owned_by: &str) -> Self {
         Self {
             id: id.to_owned(),
@@ -389,31 +393,32 @@ impl ModelCard {
     }
 }
 
-/// The only error body that any of our servers sends.
+/// Body of every error response of our servers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ErrorBody {
     /// The error.
     pub error: ErrorDetail,
 }
 
-/// What went wrong. `code` is a string or null, never a number: typed clients fail on numbers.
+/// Description of an error.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ErrorDetail {
-    /// For people.
+    /// Description for people.
     pub message: String,
-    /// OpenAI's class of error, such as `invalid_request_error`.
+    /// Error type of OpenAI, such as `invalid_request_error`.
     #[serde(rename = "type", default)]
     pub kind: String,
-    /// The request field at fault.
+    /// Request field that caused the error.
     #[serde(default)]
     pub param: Option<String>,
-    /// For programs, such as `model_not_found`.
+    /// Code for programs, such as `model_not_found`. Our servers send a string or null, because typed clients
+    /// reject numbers.
     #[serde(default)]
     pub code: Option<Value>,
 }
 
 impl ErrorBody {
-    /// An error body.
+    /// Returns an error body.
     pub fn new(message: impl Into<String>, kind: &str, param: Option<&str>, code: Option<&str>) -> Self {
         Self {
             error: ErrorDetail {
@@ -425,13 +430,13 @@ impl ErrorBody {
         }
     }
 
-    /// As JSON text.
+    /// Returns the body as JSON text.
     pub fn to_json(&self) -> String {
         serde_json::to_string(self).unwrap_or_default()
     }
 }
 
-/// Seconds since 1970, for `created`.
+/// Returns the current time in seconds since the Unix epoch, for the `created` fields.
 pub fn now_seconds() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
@@ -441,7 +446,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unknown_fields_survive() {
+    fn keeps_unknown_fields() {
         let text = r#"{"model":"m","messages":[{"role":"user","content":"hi","name":"bob"}],"top_k":3,"chat_template_kwargs":{"enable_thinking":true},"guided_json":{}}"#;
         let request: ChatRequest = serde_json::from_str(text).unwrap();
         let again: Value = serde_json::to_value(&request).unwrap();
@@ -452,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn both_names_of_the_thinking_may_come_together() {
+    fn accepts_reasoning_under_both_names_at_once() {
         let delta: Delta = serde_json::from_str(r#"{"reasoning":"a","reasoning_content":null}"#).unwrap();
         assert_eq!(delta.thinking(), Some("a"));
         let delta: Delta = serde_json::from_str(r#"{"reasoning":"a","reasoning_content":"a"}"#).unwrap();
@@ -460,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn content_parts_are_joined() {
+    fn joins_text_parts_of_content() {
         let message: ChatMessage = serde_json::from_str(
             r#"{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}"#,
         )

@@ -1,40 +1,48 @@
-//! Splits a reasoning model's raw text into thinking and answer.
+//! Separates the reasoning of a model from its answer.
 //!
-//! Teachers write `<think> … </think> answer`; the templates of R1 and QwQ open the tag in the prompt already, so the
-//! text may start inside the thinking. The splitter is incremental: it gives the same result for every way of cutting
-//! the text into chunks, and holds back at most one tag's length.
+//! Models write `<think> … </think> answer`. The chat templates of DeepSeek-R1 and QwQ open the tag in the
+//! prompt, so a completion can begin inside the reasoning. The splitter is incremental: its result does not
+//! depend on chunk boundaries. At most an incomplete tag and the whitespace before an opening tag are held
+//! back.
 
-/// The tag that opens the thinking.
+/// Tag that opens the reasoning.
 pub const OPEN: &str = "<think>";
-/// The tag that closes the thinking.
+/// Tag that closes the reasoning.
 pub const CLOSE: &str = "</think>";
 
-/// A piece of text that belongs to the thinking or to the answer.
+/// Part of a completion.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Piece {
     /// Text between the tags.
     Thinking(String),
-    /// Text after the closing tag, or all text when no tag was opened.
+    /// Text after the closing tag, or all text if there is no opening tag.
     Answer(String),
 }
 
+/// Position of the splitter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
+    /// Before an opening tag or the first text of an answer.
     Start,
+    /// Between the tags.
     Thinking,
+    /// Behind the closing tag, or in a completion without tags.
     Answer,
 }
 
-/// Incremental splitter; feed it chunks with [`Splitter::push`] and end with [`Splitter::finish`].
+/// Incremental splitter: chunks go to [`Splitter::push`]; [`Splitter::finish`] ends the completion.
 #[derive(Debug)]
 pub struct Splitter {
+    /// Current position.
     state: State,
+    /// Text whose kind is still open.
     held: String,
+    /// True if the prompt or the completion has opened the reasoning.
     opened: bool,
 }
 
 impl Splitter {
-    /// `inside`: the prompt has opened the thinking already.
+    /// Returns a splitter. `inside` is true if the prompt has already opened the reasoning.
     pub fn new(inside: bool) -> Self {
         Self {
             state: if inside { State::Thinking } else { State::Start },
@@ -43,7 +51,7 @@ impl Splitter {
         }
     }
 
-    /// Takes the next chunk and returns what is certain by now.
+    /// Appends a chunk and returns the pieces whose kind is certain.
     pub fn push(&mut self, chunk: &str) -> Vec<Piece> {
         self.held.push_str(chunk);
         let mut pieces = Vec::new();
@@ -87,7 +95,7 @@ impl Splitter {
         }
     }
 
-    /// Ends the text and returns what was held back.
+    /// Ends the completion and returns the text that was held back.
     pub fn finish(&mut self) -> Option<Piece> {
         let held = std::mem::take(&mut self.held);
         match self.state {
@@ -97,19 +105,22 @@ impl Splitter {
         }
     }
 
-    /// Whether the thinking was opened but never closed: such a completion is truncated, whatever its finish reason.
+    /// Returns whether the reasoning was opened but not closed. The completion is then truncated, regardless
+    /// of its finish reason.
     pub fn unclosed(&self) -> bool {
         self.opened && self.state == State::Thinking
     }
 }
 
-/// Length of the longest suffix of `text` that is a proper prefix of `tag`.
+/// Returns the length of the longest suffix of `text` that is a proper prefix of `tag`.
 fn longest_suffix_that_starts(text: &str, tag: &str) -> usize {
     (1..tag.len()).rev().find(|&n| text.ends_with(&tag[..n])).unwrap_or(0)
 }
 
-/// Thinking and answer of a whole text; `None` for the thinking when no tag was opened, or when it was never closed: such
-/// a text is truncated, whatever its finish reason.
+/// Splits a whole completion into reasoning and answer, both trimmed.
+///
+/// The reasoning is `None` if no tag was opened. The reasoning is also `None` if the tag was not closed,
+/// because the completion is then truncated.
 pub fn split(text: &str, inside: bool) -> (Option<String>, String) {
     let mut splitter = Splitter::new(inside);
     let mut pieces = splitter.push(text);
@@ -125,8 +136,10 @@ pub fn split(text: &str, inside: bool) -> (Option<String>, String) {
     (closed.then(|| thinking.trim().to_owned()), answer.trim().to_owned())
 }
 
-/// Thinking and answer of a text in any of the forms that teachers and published datasets write: think tags (opened here or in the
-/// prompt), or OpenThoughts' two sections.
+/// Splits a completion of a teacher or of a published dataset into reasoning and answer, both trimmed.
+///
+/// Accepts think tags, opened in the completion or in the prompt, and the two sections of OpenThoughts. A
+/// truncated completion has no reasoning.
 pub fn read(text: &str) -> (Option<String>, String) {
     if let Some((_, rest)) = text.split_once("<|begin_of_thought|>") {
         let Some((thinking, rest)) = rest.split_once("<|end_of_thought|>") else {
@@ -136,7 +149,7 @@ pub fn read(text: &str) -> (Option<String>, String) {
         let answer = answer.split_once("<|end_of_solution|>").map_or(answer, |(answer, _)| answer);
         return (Some(thinking.trim().to_owned()), answer.trim().to_owned());
     }
-    // A text that closes the tag without opening it began inside: the template had opened it.
+    // A closing tag without an opening tag means that the chat template has opened the reasoning.
     split(text, !text.trim_start().starts_with(OPEN) && text.contains(CLOSE))
 }
 
@@ -161,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn the_usual_forms() {
+    fn splits_think_tags_opened_in_completion_or_prompt() {
         assert_eq!(split("<think> a </think> b", false), (Some("a".into()), "b".into()));
         assert_eq!(split("a </think> b", true), (Some("a".into()), "b".into()));
         assert_eq!(split("no tags", false), (None, "no tags".into()));
@@ -171,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_is_read() {
+    fn reads_think_tags_and_openthoughts_sections() {
         let sections =
             "<|begin_of_thought|>\n\na\n\n<|end_of_thought|>\n\n<|begin_of_solution|>b<|end_of_solution|>";
         for text in [sections, "<think>a</think>b", "a</think>b", "<|begin_of_thought|>a<|end_of_thought|>b"]
@@ -184,7 +197,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn cutting_does_not_matter(text in "(<think>|</think>|<|thi|nk>|[a-c \n])*", cuts in prop::collection::vec(0usize..40, 0..6), inside: bool) {
+        fn pieces_do_not_depend_on_chunk_boundaries(text in "(<think>|</think>|<|thi|nk>|[a-c \n])*", cuts in prop::collection::vec(0usize..40, 0..6), inside: bool) {
             let whole = joined(&[&text], inside);
             let mut chunks = Vec::new();
             let mut rest = text.as_str();

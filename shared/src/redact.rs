@@ -1,11 +1,13 @@
-//! Values that must never reach a log: prompts, completions, keys.
+//! Wrapper for values that must never reach a log: API keys, prompts and completions.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Wraps a secret so that `Debug` and `Display` print a mark in its place. The value is reached by [`Redacted::expose`]
-/// alone, which makes every use easy to search for.
+/// A secret whose `Debug` and `Display` output is `[redacted]`.
+///
+/// [`Redacted::expose`] is the only access to the value, so that a text search finds every use. Serialization
+/// writes the value itself.
 #[derive(Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Redacted<T>(T);
@@ -16,7 +18,7 @@ impl<T> Redacted<T> {
         Self(value)
     }
 
-    /// The value itself. Never pass it on to a log or an error message.
+    /// Returns the value. Callers keep the value out of logs and error messages.
     pub fn expose(&self) -> &T {
         &self.0
     }
@@ -39,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neither_debug_nor_display_shows_the_value() {
+    fn debug_and_display_hide_the_value() {
         let key = Redacted::new("sk-canary".to_owned());
         assert!(!format!("{key} {key:?}").contains("canary"));
         assert_eq!(key.expose(), "sk-canary");

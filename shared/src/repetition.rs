@@ -1,20 +1,27 @@
-//! Finds the endless loop of a model that has lost its thread: the same passage again and again at the end of what it wrote.
+//! Detection of repetition loops: a model repeats one passage at the end of its completion until the token
+//! limit.
+//!
+//! Deliberately absent: loops of digits, punctuation or whitespace alone, because tables and long numbers
+//! look the same.
 
-/// Bytes at the end that are looked at.
+/// Bytes at the end of the text that are searched.
 const WINDOW: usize = 8192;
-/// Bytes that the repetitions take up together at least.
+/// Smallest total length of the repetitions, in bytes.
 const SPAN: usize = 1024;
-/// Times that the passage stands there at least.
+/// Smallest number of repetitions.
 const TIMES: usize = 4;
 
-/// Bytes of the passage that a text repeats at its end, if it does.
+/// Returns the length in bytes of the passage that `text` repeats at its end, or `None` if the text does not
+/// loop.
+///
+/// A loop covers at least `SPAN` bytes with at least `TIMES` repetitions of its passage.
 pub fn loops(text: &str) -> Option<usize> {
     let end = &text.as_bytes()[text.len().saturating_sub(WINDOW)..];
     if end.len() < SPAN {
         return None;
     }
-    // Read backwards, a loop at the end is a beginning with a period. The prefix function (Knuth, Morris, Pratt 1977) knows the
-    // period of each beginning.
+    // A loop at the end is a periodic prefix of the reversed text. The prefix function (Knuth, Morris, Pratt
+    // 1977) gives the smallest period of each prefix.
     let back: Vec<u8> = end.iter().rev().copied().collect();
     let mut borders = vec![0usize; back.len()];
     for at in 1..back.len() {
@@ -31,7 +38,7 @@ pub fn loops(text: &str) -> Option<usize> {
     None
 }
 
-/// A row of blanks, dots or zeros may be a table or a number: it takes much more of them.
+/// Returns whether a period contains a letter or a character outside ASCII.
 fn is_a_passage(period: &[u8]) -> bool {
     period.iter().any(u8::is_ascii_alphabetic) || !period.is_ascii()
 }
@@ -43,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn loops_are_found_and_texts_are_none() {
+    fn finds_repeated_passages_and_ignores_numbers_and_counted_steps() {
         let wait = "Wait, let me check this again. ".repeat(40);
         assert_eq!(loops(&format!("First I think. {wait}")), Some(31));
         let paragraph =
@@ -58,7 +65,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_end_is_made_of_the_passage(head in "[a-z ]{0,300}", passage in "[a-c]{1,400}", times in 1usize..40) {
+        fn reported_period_repeats_at_the_end_of_the_text(head in "[a-z ]{0,300}", passage in "[a-c]{1,400}", times in 1usize..40) {
             let text = format!("{head}{}", passage.repeat(times));
             if let Some(period) = loops(&text) {
                 let bytes = text.as_bytes();

@@ -1,41 +1,54 @@
-//! Server-sent events as OpenAI endpoints use them (WHATWG HTML, section 9.2): a decoder that gives the same events for
-//! every way of cutting the bytes, and an encoder that writes one `data:` line per event.
+//! Server-sent events (WHATWG HTML, section 9.2), as OpenAI endpoints use them.
+//!
+//! The decoder gives the same events for every division of the bytes into chunks. The encoder writes one
+//! `data:` line per event.
+//!
+//! Deliberately absent: event ids and reconnection times.
 
 use bytes::Bytes;
 
-/// No event may grow beyond this.
+/// Largest size of an event in bytes, all fields and comments together.
 pub const MAX_EVENT_BYTES: usize = 4 << 20;
 
 /// A comment that keeps a silent stream open. Between two events, clients ignore it.
 pub const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n\n");
 
-/// One event: its name (empty for most) and its data lines joined by `\n`.
+/// One event.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Event {
-    /// The `event:` field.
+    /// `event:` field; empty if absent.
     pub name: String,
-    /// The `data:` field.
+    /// `data:` fields, joined by `\n`.
     pub data: String,
 }
 
-/// An event grew beyond [`MAX_EVENT_BYTES`].
+/// Error for an event longer than [`MAX_EVENT_BYTES`].
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("an event of the stream is longer than {MAX_EVENT_BYTES} bytes")]
 pub struct EventTooLong;
 
-/// Incremental decoder. Comments, `id` and `retry` are read and dropped; invalid UTF-8 is replaced.
+/// Incremental decoder. Comments and the fields `id` and `retry` are ignored; invalid UTF-8 is replaced by
+/// U+FFFD.
 #[derive(Debug, Default)]
 pub struct Decoder {
+    /// Bytes of the unfinished line.
     line: Vec<u8>,
+    /// True if the last byte was a carriage return; a line feed then belongs to the same line break.
     after_cr: bool,
+    /// True after the first line; only the first line can begin with a byte order mark.
     started: bool,
+    /// Fields of the unfinished event.
     event: Event,
+    /// True if the unfinished event has a `data:` field.
     has_data: bool,
+    /// Bytes of the unfinished event.
     size: usize,
 }
 
 impl Decoder {
-    /// Takes bytes and returns the events that they complete.
+    /// Decodes `bytes` and returns the events that end in them.
+    ///
+    /// Fails if an event exceeds [`MAX_EVENT_BYTES`]; the decoder is unusable afterwards.
     pub fn push(&mut self, bytes: &[u8]) -> Result<Vec<Event>, EventTooLong> {
         let mut events = Vec::new();
         for &byte in bytes {
@@ -56,6 +69,7 @@ impl Decoder {
         Ok(events)
     }
 
+    /// Applies the finished line to the event; returns the event if the line is blank and there is data.
     fn end_line(&mut self) -> Option<Event> {
         let line = std::mem::take(&mut self.line);
         let mut line = line.as_slice();
@@ -87,7 +101,8 @@ impl Decoder {
     }
 }
 
-/// `data: <json>` and a blank line. `json` must hold no line break, as serde_json writes it.
+/// Returns the frame `data: <json>` with a blank line. `json` contains no line break, as in the output of
+/// serde_json.
 pub fn data(json: &str) -> Bytes {
     debug_assert!(!json.contains(['\n', '\r']));
     let mut frame = Vec::with_capacity(json.len() + 8);
@@ -97,7 +112,7 @@ pub fn data(json: &str) -> Bytes {
     frame.into()
 }
 
-/// The last frame of a stream that ended well.
+/// Last frame of a complete stream.
 pub const DONE: &[u8] = b"data: [DONE]\n\n";
 
 #[cfg(test)]
@@ -107,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fields_comments_and_line_ends() {
+    fn decodes_fields_comments_and_all_line_breaks() {
         let mut decoder = Decoder::default();
         let events =
             decoder.push(b"\xef\xbb\xbf: hi\r\nevent: error\rdata:a\ndata: b\n\nid: 3\n\ndata\n\n").unwrap();
@@ -121,14 +136,14 @@ mod tests {
     }
 
     #[test]
-    fn an_endless_event_is_refused() {
+    fn rejects_an_event_beyond_the_size_limit() {
         let mut decoder = Decoder::default();
         assert_eq!(decoder.push(&vec![b'x'; MAX_EVENT_BYTES + 1]), Err(EventTooLong));
     }
 
     proptest! {
         #[test]
-        fn cutting_does_not_matter(bytes in prop::collection::vec(prop::sample::select(b"data: x\n\r\xc3\xa9:e".to_vec()), 0..200), cut in 0usize..200) {
+        fn events_do_not_depend_on_chunk_boundaries(bytes in prop::collection::vec(prop::sample::select(b"data: x\n\r\xc3\xa9:e".to_vec()), 0..200), cut in 0usize..200) {
             let mut whole = Decoder::default();
             let expected = whole.push(&bytes).unwrap();
             let (head, tail) = bytes.split_at(cut.min(bytes.len()));
@@ -139,7 +154,7 @@ mod tests {
         }
 
         #[test]
-        fn what_we_write_we_read(text in "\\PC*") {
+        fn decodes_its_own_frames(text in "\\PC*") {
             let json = serde_json::to_string(&text).unwrap();
             let events = Decoder::default().push(&data(&json)).unwrap();
             prop_assert_eq!(events.len(), 1);

@@ -1,4 +1,5 @@
-//! What comes behind fine-tuning: reward models from the teachers' scores, preferences, and practice with rewards. Each function takes the student as it is and gives it back trained.
+//! Trains reward models, and aligns the student with DPO and GRPO. Reward models learn the teachers' scores; DPO and
+//! GRPO return the trained student. The algorithms themselves are in `potstill-learn`.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -27,14 +28,14 @@ use crate::students::{Lessons, base, ended, finished, prompt, watched};
 /// The two scores of a trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Metric {
-    /// Reasoning Verbosity.
+    /// Reasoning verbosity.
     Rv,
-    /// Cognitive Difficulty.
+    /// Cognitive difficulty.
     Cd,
 }
 
 impl Metric {
-    /// As in file names.
+    /// Returns the name used in file names: `rv` or `cd`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Rv => "rv",
@@ -42,6 +43,7 @@ impl Metric {
         }
     }
 
+    /// Returns the score of `trace`, 0 to 9, or `None` if it has none.
     fn of(self, trace: &Cot) -> Option<u8> {
         let scores = trace.scores?;
         match self {
@@ -51,7 +53,10 @@ impl Metric {
     }
 }
 
-/// Trains a reward model on what the teachers said of the traces.
+/// Trains a reward model on the scores that judges gave to `traces`. Returns the model and its agreement with held-out
+/// scores.
+///
+/// Starts from `reward.base`, or else from the student's base model. Traces without a score are skipped.
 pub fn reward_model(
     recipe: &Recipe,
     metric: Metric,
@@ -91,15 +96,17 @@ pub fn reward_model(
     Ok((model, agreement))
 }
 
+/// Returns `run` with the recipe's seed.
 pub(crate) fn seeded(recipe: &Recipe, run: &RunConfig) -> RunConfig {
     RunConfig { seed: recipe.seed, ..run.clone() }
 }
 
+/// Tokenizes the conversations of a training set with the student's template.
 pub(crate) fn encoded(student: &LoadedModel, lessons: &Lessons) -> anyhow::Result<Vec<Example>> {
     Ok(lessons.messages.iter().map(|messages| encode(student, messages)).collect::<Result<_, _>>()?)
 }
 
-/// A row of a file of preferences; the columns are those of TRL and EasyDistill.
+/// One row of a preference file, with the columns of TRL and EasyDistill.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct PairRow {
     prompt: Value,
@@ -110,6 +117,7 @@ struct PairRow {
 }
 
 impl PairRow {
+    /// Tokenizes both completions with the prompt.
     fn pair(&self, student: &LoadedModel) -> anyhow::Result<Pair> {
         let side = |answer: &Value| -> anyhow::Result<Example> {
             let mut messages = turns(&self.prompt, "user")?;
@@ -120,7 +128,7 @@ impl PairRow {
     }
 }
 
-/// A text, or a list of messages.
+/// Returns `value` as messages: a string becomes one message of `role`, a list of messages is returned unchanged.
 fn turns(value: &Value, role: &str) -> anyhow::Result<Vec<Value>> {
     match value {
         Value::String(text) => Ok(vec![json!({"role": role, "content": text})]),
@@ -129,7 +137,10 @@ fn turns(value: &Value, role: &str) -> anyhow::Result<Vec<Value>> {
     }
 }
 
-/// Preferences from the recipe's file, or the teachers' traces over the student's own wrong answers.
+/// Trains the student with DPO and returns the result.
+///
+/// Pairs come from the file `dpo.pairs`. Without one, they are made of teacher traces and the student's own incorrect
+/// completions, and stored in `folder`.
 pub fn preferences(
     recipe: &Recipe,
     section: &DpoSection,
@@ -163,7 +174,8 @@ pub fn preferences(
     finished(&trained.0, folder, recipe)
 }
 
-/// Tells weights of one shape apart.
+/// Returns 16 hex digits that distinguish models of one shape. Hashes only the norm weights, which keeps the
+/// calculation fast.
 fn fingerprint(model: &LoadedModel) -> anyhow::Result<String> {
     let mut hashes = Vec::new();
     for (name, tensor) in model.weights.iter().filter(|(name, _)| name.contains("norm")) {
@@ -175,7 +187,11 @@ fn fingerprint(model: &LoadedModel) -> anyhow::Result<String> {
     Ok(id.chars().take(16).collect())
 }
 
-/// One pair for every problem that the student got wrong at least once: the teacher's trace over the first wrong answer.
+/// Returns one pair for each problem with an incorrect completion of the student: a teacher's trace as chosen, the
+/// first incorrect completion as rejected.
+///
+/// Samples `section.samples` completions per problem at temperature 1. Problems without a reference answer and
+/// truncated completions are skipped.
 fn own_mistakes(
     recipe: &Recipe,
     section: &DpoSection,
@@ -221,7 +237,7 @@ fn own_mistakes(
     Ok(rows)
 }
 
-/// What the student is asked, and whether the prompt ends inside the thinking.
+/// Returns the student's prompt for `problem` as token ids, and whether it ends inside an open `<think>` block.
 pub(crate) fn question(
     recipe: &Recipe,
     student: &LoadedModel,
@@ -232,7 +248,10 @@ pub(crate) fn question(
     Ok((student.tokenizer.encode(&text)?, text.trim_end().ends_with("<think>")))
 }
 
-/// Practice on the problems that have an answer.
+/// Trains the student with GRPO on the problems that have a reference answer, and returns the result.
+///
+/// Reward models come from `grpo.rv` and `grpo.cd`, or else from `own`, the folders of this run's reward models by
+/// metric name.
 pub fn practice(
     recipe: &Recipe,
     section: &GrpoSection,

@@ -1,5 +1,7 @@
-//! Announces to the gateway what the CoT stages of this run still have to ask, so that it starts nodes for known work and
-//! not for guesses. A gateway that does not take plans is only told once; the run goes on without.
+//! Announces to the gateway how many requests the stages of this run still have to send. The gateway starts nodes for
+//! this demand instead of guessing, and advises how many requests to keep open.
+//!
+//! If the gateway rejects a plan, announcements stop and the run continues without them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,35 +16,36 @@ use serde_json::{Value, json};
 use crate::local::LocalPlans;
 use crate::recipe::Recipe;
 
-/// How often the plan is brought up to date.
+/// Interval between two announcements.
 const EVERY: Duration = Duration::from_secs(2);
-/// A run that ends without a word is forgotten after this.
+/// Seconds after which the gateway drops a plan that is no longer renewed.
 const FORGOTTEN_S: f64 = 30.0;
-/// Records that a stage must have done before its own share of kept ones counts.
+/// Records that a stage must finish before its measured ratio of kept records is used.
 const ENOUGH: usize = 20;
 
-/// Where plans go.
+/// Receiver of announcements.
 pub enum Front {
-    /// The gateway of this process.
+    /// Gateway in this process.
     Local(LocalPlans),
-    /// The admin API of another one.
+    /// Admin API of another gateway.
     Remote(Client),
 }
 
-/// One stage: which model it asks, how often per record, how long answers may be.
+/// One stage with its requests to models.
 struct Step {
     stage: &'static str,
     asks: Vec<Ask>,
     counts: Arc<Counts>,
 }
 
+/// Requests of a stage to one model: requests per record, and expected tokens per completion.
 struct Ask {
     model: String,
     per_record: f64,
     tokens: f64,
 }
 
-/// The announcements of one run.
+/// Announces the plan of one run and applies the gateway's advice.
 pub struct Announcer {
     front: Front,
     run: String,
@@ -54,7 +57,8 @@ pub struct Announcer {
 }
 
 impl Announcer {
-    /// For the CoT stages of a recipe over so many problems.
+    /// Creates an announcer for the trace stages of `recipe` over `problems` problems. `counts` holds the progress of
+    /// each stage.
     pub fn new(
         front: Front,
         run: &str,
@@ -66,7 +70,8 @@ impl Announcer {
         let teachers = recipe.generate.iter().flat_map(|section| &section.teachers);
         let asks_of = |stage: &str| -> Vec<Ask> {
             let one = |model: &str, per_record, most: u32| {
-                // Answers rarely use up their limit; the gateway goes over to what it measures.
+                // Completions rarely reach their token limit. The gateway later replaces the estimate by its own
+                // measurement.
                 vec![Ask { model: model.to_owned(), per_record, tokens: f64::from(most) / 2.0 }]
             };
             match stage {
@@ -82,11 +87,11 @@ impl Announcer {
                 "difficulty" => {
                     recipe.difficulty.iter().flat_map(|s| one(&s.model, 1.0, s.max_tokens)).collect()
                 }
-                // Only easy and hard ones are rewritten.
+                // Only easy and hard traces are rewritten; 0.6 is a guess of their fraction.
                 "rewrite" => recipe.rewrite.iter().flat_map(|s| one(&s.model, 0.6, s.max_tokens)).collect(),
-                // Two scores a trace.
+                // Each trace gets two scores, RV and CD.
                 "score" => recipe.score.iter().flat_map(|s| one(&s.model, 2.0, s.max_tokens)).collect(),
-                // Rules come first there; what is left for a judge is not known ahead.
+                // `verify` asks a judge only where rules cannot decide, so its demand is unknown in advance.
                 _ => Vec::new(),
             }
         };
@@ -99,7 +104,8 @@ impl Announcer {
         Self { front, run: run.to_owned(), open: recipe.concurrency, gates, problems, per_problem, steps }
     }
 
-    /// What is left now. All stages run at once, as records stream through them.
+    /// Returns the current plan as JSON for the gateway's admin API. All stages have order 0, because records stream
+    /// through them at the same time.
     fn plan(&self) -> Value {
         let mut stages = Vec::new();
         let mut coming = self.problems as f64;
@@ -123,6 +129,7 @@ impl Announcer {
         json!({ "run": self.run, "ttl_s": FORGOTTEN_S, "stages": stages })
     }
 
+    /// Sends the plan and returns the gateway's forecasts, or the reason for a rejection.
     async fn declare(&self, plan: Value) -> Result<Value, String> {
         match &self.front {
             Front::Local(plans) => plans.declare(plan),
@@ -130,8 +137,9 @@ impl Announcer {
         }
     }
 
-    /// No more requests are opened at a model than the gateway says that its nodes can use. Where all that is left may be open,
-    /// and where it says nothing, there is no limit but the recipe's.
+    /// Limits the open requests of each model to the number that the gateway advises. There is no limit if all
+    /// remaining requests may be open, or if the gateway gives no advice. The recipe's `concurrency` applies in any
+    /// case.
     fn follow(&self, plan: &Value, answer: &Value) {
         let rows = |of: &Value, list: &str, field: &str| -> HashMap<(String, String), u64> {
             let rows = of.get(list).and_then(Value::as_array).into_iter().flatten();
@@ -145,7 +153,7 @@ impl Announcer {
         let mut open: HashMap<String, u64> = HashMap::new();
         for (stage, advised) in rows(answer, "forecasts", "advised_open") {
             let all = remaining.get(&stage).is_none_or(|remaining| advised >= *remaining);
-            // Stages of one model share its nodes: what the largest of them can use.
+            // Stages that use one model share its nodes, so the largest advice applies.
             let most = open.entry(stage.0).or_default();
             *most = (*most).max(if all { u64::MAX } else { advised });
         }
@@ -155,7 +163,7 @@ impl Announcer {
         }
     }
 
-    /// Announces until it is dropped.
+    /// Announces the plan at a fixed interval until the future is dropped or the gateway rejects a plan.
     pub async fn keep_announcing(self) {
         let mut ticks = tokio::time::interval(EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -178,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_left_follows_what_is_done() {
+    fn plan_shrinks_with_progress_and_advice_limits_open_requests() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("recipe.toml");
         let text = r#"

@@ -1,5 +1,5 @@
-//! `potstill bench`: how fast a model reads and writes on this machine, by wall clock and by processor time, which other
-//! programs on the machine do not change.
+//! `potstill bench`: speed of prefill and decode on this machine, in wall time and in processor time. Processor time is
+//! not affected by other programs. Training and arriving requests are measured in submodules.
 
 mod arrivals;
 mod train;
@@ -22,39 +22,38 @@ use crate::compress::{self, Quality};
 pub use arrivals::{ArrivalArguments, ArrivalReport, run as run_arrivals};
 pub use train::{TrainArguments, TrainReport, run as run_train};
 
-/// What to measure.
+/// Arguments of `potstill bench`.
 #[derive(Debug, clap::Args)]
 #[command(subcommand_negates_reqs = true, args_conflicts_with_subcommands = true)]
 pub struct BenchArguments {
-    /// A training step instead.
+    /// Other measurements.
     #[command(subcommand)]
     pub work: Option<Work>,
     /// Model folder or `.gguf` file.
     #[arg(long, required = true)]
     pub model: Option<PathBuf>,
-    /// Lengths of prompts, by comma.
+    /// Prompt lengths in tokens, separated by commas.
     #[arg(long, value_delimiter = ',', default_value = "128,512")]
     pub prompt: Vec<usize>,
-    /// Tokens written behind the first prompt.
+    /// Tokens to generate after the first prompt length.
     #[arg(long = "gen", default_value_t = 64)]
     pub generate: usize,
-    /// Sequences at once, by comma.
+    /// Batch sizes in sequences, separated by commas.
     #[arg(long, value_delimiter = ',', default_value = "1,16")]
     pub batch: Vec<usize>,
-    /// Threads.
+    /// Number of threads.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
-    /// `cpu`, `cuda` or `cuda:N`; several with commas between them share the model out.
+    /// `cpu`, `cuda` or `cuda:N`; several separated by commas use tensor parallelism.
     #[arg(long, default_value = "cpu")]
     pub device: String,
-    /// Round matrices of more bits to eight, as `potstill serve --eight-bits` does.
+    /// Quantize unquantized matrices to 8 bits, as `potstill serve --eight-bits` does.
     #[arg(long)]
     pub eight_bits: bool,
-    /// Times that each is measured; the fastest counts.
+    /// Repetitions of each measurement; the fastest counts.
     #[arg(long, default_value_t = 3)]
     pub rounds: usize,
-    /// A text: how often packed matrices (eight bits, or four where a file has four) choose the same next token as f32 on it, and how
-    /// far apart they are.
+    /// Text file: also compare 8- or 4-bit weights with f32 on its tokens (top token, divergence, perplexity).
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
     /// Print JSON.
@@ -62,12 +61,12 @@ pub struct BenchArguments {
     pub json: bool,
 }
 
-/// What else can be measured.
+/// Other measurements of `potstill bench`.
 #[derive(Debug, clap::Subcommand)]
 pub enum Work {
-    /// Training steps of a fresh model on made-up tokens.
+    /// Training steps of a randomly initialized model on synthetic tokens.
     Train(TrainArguments),
-    /// Requests of unequal length that arrive at random, beside static batching.
+    /// Requests of random length and arrival time: continuous against static batching.
     Arrivals(ArrivalArguments),
 }
 
@@ -76,39 +75,39 @@ pub enum Work {
 pub struct Measured {
     /// `prefill` or `decode`.
     pub work: &'static str,
-    /// Tokens of each prompt.
+    /// Tokens per prompt.
     pub prompt: usize,
-    /// Sequences at once.
+    /// Number of sequences.
     pub batch: usize,
-    /// Tokens per second of wall time, all sequences together.
+    /// Tokens per second of wall time, over all sequences.
     pub tokens_per_s: f64,
-    /// Tokens per second of processor time.
+    /// Tokens per second of processor time, over all sequences.
     pub tokens_per_cpu_s: f64,
-    /// Milliseconds until the first token; for prefill.
+    /// Milliseconds until the first token; only for prefill.
     pub first_token_ms: Option<f64>,
 }
 
-/// What was measured of a model.
+/// Measurements of one model.
 #[derive(Debug, Clone, Serialize)]
 pub struct BenchReport {
-    /// The model.
+    /// Path of the model.
     pub model: String,
-    /// Weights.
+    /// Number of weights.
     pub parameters: u64,
-    /// Threads.
+    /// Number of threads.
     pub threads: usize,
-    /// Most memory that the process held, in bytes, loading included.
+    /// Peak memory of the process in bytes, including loading.
     pub peak_memory: u64,
-    /// The measurements.
+    /// All measurements, prefill first.
     pub measured: Vec<Measured>,
-    /// Beside f32, where a text was given.
+    /// Comparison of quantized weights with f32, if a text was given.
     pub quality: Option<Quality>,
 }
 
-/// Tokens of a text that are compared.
+/// Number of tokens of the text that are compared.
 const COMPARED: usize = 1024;
 
-/// Measures.
+/// Loads the model and runs all measurements.
 pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     anyhow::ensure!(
         arguments.generate > 0 && arguments.threads > 0 && arguments.rounds > 0,
@@ -160,19 +159,20 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     })
 }
 
-/// Token ids that are all different enough; what they say does not change the time.
+/// Returns `length` token ids that differ between sequences. Their meaning does not affect the time.
 fn prompt_of(model: &ShardedLm, length: usize, sequence: usize) -> Vec<u32> {
     let vocabulary = model.config().vocab_size;
     (0..length).map(|at| ((at * 7919 + sequence * 104_729 + 11) % vocabulary) as u32).collect()
 }
 
-/// Caches with the blocks of some sequences.
+/// KV caches, and the block table of each sequence.
 struct Sequences {
     caches: Vec<KvCache>,
     tables: Vec<Vec<u32>>,
 }
 
 impl Sequences {
+    /// Allocates blocks for `count` sequences of `tokens` tokens.
     fn new(model: &ShardedLm, count: usize, tokens: usize) -> anyhow::Result<Self> {
         let each = tokens.div_ceil(BLOCK);
         let caches = model.caches(count * each)?;
@@ -181,7 +181,7 @@ impl Sequences {
     }
 }
 
-/// Reads a prompt and picks the most likely next token.
+/// Runs one forward pass over `batch` and returns the most likely next token of each sequence.
 fn step(model: &ShardedLm, batch: &Batch, sequences: &mut Sequences) -> anyhow::Result<Vec<u32>> {
     let tables: Vec<Table<'_>> = sequences.tables.iter().map(Vec::as_slice).collect();
     let hidden = model.hidden(batch, &mut sequences.caches, &tables)?;
@@ -191,7 +191,7 @@ fn step(model: &ShardedLm, batch: &Batch, sequences: &mut Sequences) -> anyhow::
     Ok(logits.argmax(1)?.to_vec1::<u32>()?)
 }
 
-/// The fastest of some rounds: wall and processor seconds.
+/// Runs `work` several times and returns the smallest wall and processor time in seconds, each by itself.
 fn fastest(
     rounds: usize,
     mut work: impl FnMut() -> anyhow::Result<(f64, f64)>,
@@ -204,9 +204,10 @@ fn fastest(
     Ok(best)
 }
 
+/// Measures the prefill of one prompt.
 fn prefill(model: &ShardedLm, prompt: usize, rounds: usize) -> anyhow::Result<Measured> {
     let tokens = prompt_of(model, prompt, 0);
-    // Short prompts are read several times, as processor time comes in hundredths of a second.
+    // Short prompts are processed several times, because processor time is counted in hundredths of a second.
     let repeats = (1024 / prompt).max(1);
     let mut sequences = Sequences::new(model, 1, prompt)?;
     let (wall, cpu) = fastest(rounds, || {
@@ -228,6 +229,7 @@ fn prefill(model: &ShardedLm, prompt: usize, rounds: usize) -> anyhow::Result<Me
     })
 }
 
+/// Measures the decoding of `generate` tokens for `batch` sequences.
 fn decode(
     model: &ShardedLm,
     prompt: usize,
@@ -259,7 +261,8 @@ fn decode(
     })
 }
 
-/// Processor seconds of this process: user and system time of `/proc/self/stat`, in hundredths.
+/// Returns the processor seconds of this process (user and system time of `/proc/self/stat`). Assumes 100 ticks per
+/// second.
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
@@ -267,13 +270,14 @@ fn cpu_seconds() -> f64 {
     (ticks(11) + ticks(12)) / 100.0
 }
 
+/// Returns the peak resident memory of this process in bytes, or 0 if unknown.
 fn peak_memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
-/// The report for a terminal.
+/// Formats the report as a table for the terminal.
 pub fn table(report: &BenchReport) -> String {
     let mut text = format!(
         "{}: {:.1} M weights, {} threads, {:.0} MB at most\n{:<8} {:>7} {:>6} {:>12} {:>14} {:>14}",

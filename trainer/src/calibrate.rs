@@ -1,5 +1,5 @@
-//! `potstill calibrate`: does the judge of RV and CD read the scales as people do? It scores traces whose scores are known, several
-//! times; the report says how far it is off, by band, and how far it is from itself.
+//! `potstill calibrate`: measures how well the judge of RV and CD agrees with known scores. The judge scores each trace
+//! several times. The report contains the error, also by band of scores, and the spread between repeats.
 
 use std::path::PathBuf;
 
@@ -14,16 +14,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::Run;
 
-/// Traces whose scores we gave by the words of the scales.
+/// Built-in traces, scored by the definitions of the scales.
 const BUILTIN: &str = include_str!("calibration.jsonl");
 
-/// Which traces, and how often.
+/// Arguments of `potstill calibrate`.
 #[derive(clap::Args)]
 pub struct CalibrateArguments {
-    /// JSON lines with `problem`, `completion`, `rv` and `cd` (0 to 9); a small set of our own if left out.
+    /// JSON lines with `problem`, `completion`, `rv` and `cd` (0 to 9); a small built-in set if left out.
     #[arg(long, value_name = "FILE.jsonl")]
     pub set: Option<PathBuf>,
-    /// Times that each trace is scored: once as a run does it, then with other seeds.
+    /// Times to score each trace: first greedily, as a run does, then sampled with other seeds.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=32))]
     pub repeats: u32,
     /// Print JSON.
@@ -31,58 +31,58 @@ pub struct CalibrateArguments {
     pub json: bool,
 }
 
-/// A trace with its scores.
+/// A trace with known scores.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Known {
-    /// The problem.
+    /// Text of the problem.
     pub problem: String,
-    /// Thinking and answer.
+    /// Reasoning and answer.
     pub completion: String,
-    /// Reasoning Verbosity.
+    /// Reasoning verbosity, 0 to 9.
     pub rv: u8,
-    /// Cognitive Difficulty.
+    /// Cognitive difficulty, 0 to 9.
     pub cd: u8,
 }
 
-/// What the judge said of one trace.
+/// Scores that the judge gave to one trace.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Judged {
     known: Known,
-    /// RV by repeat; nothing where it was not readable.
+    /// RV of each repeat; `None` where the judge's completion could not be parsed.
     rv: Vec<Option<u8>>,
-    /// CD by repeat.
+    /// CD of each repeat, in the same form.
     cd: Vec<Option<u8>>,
 }
 
-/// One scale.
+/// Calibration results of one scale.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ScaleReport {
-    /// Against the known scores, as a run asks.
+    /// Agreement of the first repeat with the known scores. A run makes the same request.
     pub agreement: Agreement,
-    /// Share of exactly the known score.
+    /// Fraction of first repeats that equal the known score, 0 to 1.
     pub exact: f64,
-    /// Answers that were not readable, of all.
+    /// Number of completions, over all repeats, without a parsable score.
     pub unscored: usize,
-    /// Mean of the largest difference between the repeats of a trace, in points.
+    /// Mean over traces of the largest difference between repeats, in points.
     pub spread: f64,
 }
 
-/// The report.
+/// Results of a calibration.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Calibration {
-    /// The judge.
+    /// Name of the judge model.
     pub model: String,
-    /// Traces.
+    /// Number of traces.
     pub traces: usize,
-    /// Times that each was scored.
+    /// Times that each trace was scored.
     pub repeats: u32,
-    /// Reasoning Verbosity.
+    /// Results for reasoning verbosity.
     pub rv: ScaleReport,
-    /// Cognitive Difficulty.
+    /// Results for cognitive difficulty.
     pub cd: ScaleReport,
 }
 
-/// Scores traces again and again.
+/// Stage that scores each trace `repeats` times.
 struct Scoring {
     judge: potstill_cot::difficulty::Judge,
     repeats: u32,
@@ -110,7 +110,7 @@ impl Stage for Scoring {
     }
 }
 
-/// Asks the judge of a recipe.
+/// Scores the known traces with the judge of `run_`'s recipe. Fails if the set is empty or contains a score above 9.
 pub async fn calibrate(run_: &Run, arguments: &CalibrateArguments) -> anyhow::Result<Calibration> {
     let known: Vec<Known> = match &arguments.set {
         Some(path) => read_records(path)?,
@@ -140,6 +140,7 @@ pub async fn calibrate(run_: &Run, arguments: &CalibrateArguments) -> anyhow::Re
     })
 }
 
+/// Computes the results of one scale from pairs of known score and repeats.
 fn scale<'a>(rows: impl Iterator<Item = (u8, &'a [Option<u8>])>) -> ScaleReport {
     let (mut predicted, mut truth, mut unscored, mut exact) = (Vec::new(), Vec::new(), 0, 0usize);
     let mut spreads = Vec::new();
@@ -163,7 +164,7 @@ fn scale<'a>(rows: impl Iterator<Item = (u8, &'a [Option<u8>])>) -> ScaleReport 
     }
 }
 
-/// The report for people.
+/// Formats the results as text for the terminal.
 pub fn table(found: &Calibration) -> String {
     let mut text = format!(
         "`{}` on {} traces, each scored {} time(s)\n\n{:<6} {:>6} {:>13} {:>9} {:>8} {:>10} {:>9} {:>8}\n",
@@ -212,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_built_in_set_covers_the_scales() {
+    fn built_in_set_covers_every_band_of_both_scales() {
         let known: Vec<Known> = BUILTIN.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         for scale in [|known: &Known| known.rv, |known: &Known| known.cd] {
             let bands: std::collections::BTreeSet<u8> = known.iter().map(|known| scale(known) / 2).collect();
@@ -221,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_no_score() {
+    fn unparsable_repeats_count_as_unscored() {
         let rows: [(u8, &[Option<u8>]); 3] =
             [(4, &[Some(4), Some(6)]), (8, &[Some(6), None]), (2, &[None, Some(2)])];
         let report = scale(rows.into_iter());

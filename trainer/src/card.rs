@@ -1,4 +1,5 @@
-//! The model card: what the student is, what it learnt from, how it was trained, how good it is, bad figures included.
+//! Model cards of students and reward models: architecture, training data, training settings and evaluation. All
+//! results are listed, also bad ones.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -12,20 +13,20 @@ use crate::pipeline::Variant;
 use crate::recipe::Recipe;
 use crate::report::StudentFigures;
 
-/// What a card says of a training.
+/// Training facts on a model card.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Training {
-    /// Steps in all.
+    /// Number of optimizer steps.
     pub steps: u64,
     /// Mean loss of the last tenth of the steps.
     pub final_loss: f64,
-    /// Highest learning rate of a step.
+    /// Highest learning rate of any step.
     pub peak_rate: f64,
-    /// From the first step to the last; pauses of a run that was stopped count too.
+    /// Seconds from the first to the last step, including pauses of a stopped run.
     pub seconds: f64,
 }
 
-/// What `trainer_state.json` tells of a training that has ended.
+/// Reads the facts from the log `trainer_state.json`. Returns `None` if the file is missing, damaged or empty.
 pub fn training_of(log: &Path) -> Option<Training> {
     let state: Value = serde_json::from_str(&std::fs::read_to_string(log).ok()?).ok()?;
     let history = state.get("log_history")?.as_array()?;
@@ -40,7 +41,7 @@ pub fn training_of(log: &Path) -> Option<Training> {
     })
 }
 
-/// The card as Markdown with Hugging Face front matter.
+/// Returns the card as Markdown with Hugging Face's front matter.
 pub fn text(
     recipe: &Recipe,
     name: &str,
@@ -130,7 +131,7 @@ pub fn text(
     card
 }
 
-/// The card of a reward model.
+/// Returns the card of a reward model, with its agreement on held-out problems.
 pub fn of_reward_model(
     recipe: &Recipe,
     metric: Metric,

@@ -1,4 +1,5 @@
-//! The command line: one variant per subcommand, behaviour elsewhere.
+//! Command line of `potstill`: one enum variant per subcommand. Subcommands are implemented in the other modules of
+//! this crate.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -23,8 +24,8 @@ use crate::selection;
 use crate::serve::{ServeArguments, serve};
 use crate::status;
 
-/// Distil reasoning models: teachers write chains of thought, students learn from them, everyone is served through one
-/// OpenAI-compatible API.
+/// Distill reasoning models: teachers write chains of thought, students are trained on them, and all are served through
+/// one OpenAI-compatible API.
 #[derive(Parser)]
 #[command(name = "potstill", version)]
 pub struct Arguments {
@@ -32,32 +33,33 @@ pub struct Arguments {
     command: Command,
 }
 
-/// Where a run reads and writes.
+/// Recipe, run folder and store of a run.
 #[derive(clap::Args)]
 struct RunArguments {
-    /// The TOML recipe.
+    /// TOML file of the recipe.
     recipe: PathBuf,
-    /// Run folder; `runs/NAME` if left out. Start the same command again to resume.
+    /// Run folder; `runs/NAME` if left out. The same command resumes a stopped run.
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Port of the local gateway on 127.0.0.1; any free one if left out.
+    /// Port of the local gateway on 127.0.0.1; any free port if left out.
     #[arg(long, default_value_t = 0)]
     port: u16,
-    /// PostgreSQL database that holds the answers for several workers; the run folder's journal if left out.
+    /// PostgreSQL database that stores the completions for several workers; the run folder's journal if left out.
     #[arg(long, value_name = "postgres://…", env = "POTSTILL_STORE", hide_env_values = true)]
     store: Option<String>,
-    /// Shards that a new run in that database is split into.
+    /// Number of shards for a new run in that database.
     #[arg(long, default_value_t = 64, requires = "store", value_parser = clap::value_parser!(u32).range(1..=65536))]
     shards: u32,
 }
 
 impl RunArguments {
+    /// Returns the settings of the shared store, or `None` without `--store`.
     fn store(&self) -> Option<SharedStore> {
         let url = Redacted::new(self.store.clone()?);
         Some(SharedStore { url, shards: self.shards })
     }
 
-    /// Opens the run with its recipe.
+    /// Reads the recipe and opens the run.
     async fn start(&self, progress: Progress) -> anyhow::Result<Run> {
         let recipe = Recipe::read(&self.recipe)?;
         let out = folder(self, &recipe);
@@ -65,42 +67,42 @@ impl RunArguments {
     }
 }
 
-/// The stage, or pairs of answers.
+/// Either the stage of a run, or pairs of answers.
 #[derive(clap::Args)]
 struct VerifyArguments {
     #[command(flatten)]
     pairs: PairArguments,
-    /// The TOML recipe, for the stage.
+    /// TOML file of the recipe, for the stage.
     #[arg(required_unless_present = "pairs", conflicts_with = "pairs")]
     recipe: Option<PathBuf>,
     /// Run folder; `runs/NAME` if left out.
     #[arg(long, conflicts_with = "pairs")]
     out: Option<PathBuf>,
-    /// Port of the local gateway on 127.0.0.1; any free one if left out.
+    /// Port of the local gateway on 127.0.0.1; any free port if left out.
     #[arg(long, default_value_t = 0, conflicts_with = "pairs")]
     port: u16,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// The whole thing on embedded defaults: teacher, gateway, chains of thought, students, figures.
+    /// Run the whole pipeline on built-in data: teacher, gateway, chains of thought, students, evaluation.
     Demo(DemoArguments),
-    /// Run a recipe from problems to figures.
+    /// Run a recipe from problems to evaluation.
     Run {
         #[command(flatten)]
         run: RunArguments,
-        /// Keep the student served behind the local gateway at the end.
+        /// Keep serving the student through the local gateway after the report.
         #[arg(long)]
         serve: bool,
         /// Print the report as JSON on standard output.
         #[arg(long)]
         json: bool,
     },
-    /// Do a share of a run's asking, beside other workers with the same recipe and `--store`.
+    /// Process some shards of a run, beside other workers with the same recipe and `--store`.
     Work {
         #[command(flatten)]
         run: RunArguments,
-        /// Seconds after which the shard of a worker that is not heard of any more goes to another.
+        /// Seconds after which the shard of a silent worker is given to another one.
         #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(3..=3600))]
         lease: u64,
     },
@@ -108,114 +110,114 @@ enum Command {
     Serve(ServeArguments),
     /// Evaluate a model behind any OpenAI endpoint on benchmarks.
     Eval(Box<EvalArguments>),
-    /// Measure how fast a model reads and writes here.
+    /// Measure the speed of a model on this machine.
     Bench(BenchArguments),
-    /// Write a model as GGUF in fewer bits, if it loses little enough on a text.
+    /// Write a model as a quantized GGUF file, if its perplexity rises little enough.
     Quantise(QuantiseArguments),
     /// Compare two evaluations problem by problem.
     Compare {
-        /// Folder of the first.
+        /// Run folder of the first evaluation.
         a: PathBuf,
-        /// Folder of the second.
+        /// Run folder of the second evaluation.
         b: PathBuf,
         /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Predict tokens, node-hours and cost of a recipe from a few of its problems.
+    /// Estimate tokens, node-hours and cost of a recipe from a sample of its problems.
     Plan {
         #[command(flatten)]
         run: RunArguments,
-        /// Problems of the pilot. The run itself does not ask them again.
+        /// Problems in the sample. The run reuses their completions.
         #[arg(long, default_value_t = 64)]
         pilot: usize,
         /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Write the traces of a run as a dataset that others read.
+    /// Export the traces of a run as a dataset.
     Dataset(dataset::DatasetArguments),
-    /// Turn another toolkit's configuration into a recipe.
+    /// Convert another toolkit's configuration into a recipe.
     Import(import::ImportArguments),
-    /// Show how far a run is and what it has spent.
+    /// Show progress and spending of a run.
     Status {
-        /// The run folder.
+        /// Run folder.
         run: PathBuf,
-        /// Show it again every two seconds, until no process works on it.
+        /// Refresh every two seconds until no process works on the run.
         #[arg(long)]
         watch: bool,
         /// Print JSON.
         #[arg(long, conflicts_with = "watch")]
         json: bool,
     },
-    /// Say where a row of a run comes from: problem, teacher, prompt, verdicts, parent.
+    /// Show where a record of a run comes from: problem, teacher, prompt, verdicts, parent.
     Why {
-        /// The run folder.
+        /// Run folder.
         run: PathBuf,
-        /// Id of a trace or a problem, or the beginning of it.
+        /// Id of a trace or problem, or the first digits of an id.
         row: String,
         /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Check a recipe and say what is wrong with it.
+    /// Check a recipe and list all its errors.
     Check {
-        /// The TOML recipe.
+        /// TOML file of the recipe.
         recipe: PathBuf,
     },
-    /// Stage: read sources, drop copies and test problems.
+    /// Stage: read sources, and remove duplicates and benchmark problems.
     Collect(RunArguments),
-    /// Stage: sort problems into 32 tasks.
+    /// Stage: classify problems into 32 tasks.
     Classify(RunArguments),
-    /// Stage: draw so many problems of each task as its share says.
+    /// Stage: sample problems so that each task reaches its share.
     Resample(RunArguments),
-    /// Stage: teachers write chains of thought.
+    /// Stage: generate chains of thought with the teachers.
     Generate(RunArguments),
-    /// Stage: grade traces for the student.
+    /// Stage: grade the difficulty of traces for the student.
     Difficulty(RunArguments),
-    /// Stage: extend easy traces, simplify hard ones.
+    /// Stage: extend easy traces and simplify hard ones.
     Rewrite(RunArguments),
-    /// Stage: drop wrong traces. With `--pairs`: say which answers are equal to the known ones.
+    /// Stage: drop incorrect traces. With `--pairs`: compare pairs of answers.
     Verify(VerifyArguments),
     /// Stage: score RV and CD.
     Score(RunArguments),
-    /// Stage: choose what the student can learn.
+    /// Stage: choose the traces for training.
     Sample {
         #[command(flatten)]
         run: RunArguments,
-        /// Compare policies on the traces at hand, and choose nothing.
+        /// Compare selection policies on the existing traces without choosing any.
         #[arg(long)]
         dry_run: bool,
         /// Print the comparison as JSON.
         #[arg(long, requires = "dry_run")]
         json: bool,
     },
-    /// Have the judge of RV and CD score traces whose scores are known, and say how far it is off.
+    /// Measure how well the judge of RV and CD agrees with known scores.
     Calibrate {
         #[command(flatten)]
         run: RunArguments,
         #[command(flatten)]
         calibrate: calibrate::CalibrateArguments,
     },
-    /// Stage: train reward models for RV and CD on the teachers' scores.
+    /// Stage: train reward models for RV and CD on the judge's scores.
     Reward(RunArguments),
-    /// Stage: train the students, algorithm after algorithm.
+    /// Stage: train the students, one algorithm after another.
     #[command(visible_aliases = ["sft", "kd", "dpo", "grpo"])]
     Train(RunArguments),
-    /// Stage: write the students as model folders.
+    /// Stage: export the students as model folders.
     Export(RunArguments),
-    /// Stage: test the students on held-out problems.
+    /// Stage: evaluate the students on held-out problems.
     Evaluate(RunArguments),
-    /// Stage: write smaller forms of the last student, test them, publish those that lose little.
+    /// Stage: quantize the last student, evaluate the results, and publish those that lose little accuracy.
     Compress(RunArguments),
     /// Stage: write the model cards.
     Card(RunArguments),
 }
 
-/// Runs the command of this process.
+/// Parses the command line and runs the subcommand.
 pub fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    // A run shows its progress itself; a node has nothing but its log.
+    // A run shows its own progress; the only output of a node is its log.
     let level = if matches!(arguments.command, Command::Serve(_)) { "info" } else { "warn" };
     potstill_shared::telemetry::init_logs(level, false);
     tokio::runtime::Runtime::new()?.block_on(dispatch(arguments.command))
@@ -296,7 +298,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
                 return Ok(());
             }
             while watch && seen.running {
-                // From the top of a cleared screen.
+                // Clear the screen and move the cursor to its top.
                 say(&format!("\x1b[2J\x1b[H{}", status::table(&seen)));
                 tokio::time::sleep(Duration::from_secs(2)).await;
                 seen = status::read(&run)?;
@@ -355,10 +357,12 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
     }
 }
 
+/// Returns the run folder: `--out`, or `runs/NAME`.
 fn folder(run: &RunArguments, recipe: &Recipe) -> PathBuf {
     run.out.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.name))
 }
 
+/// Runs one stage of a recipe.
 async fn stage(name: &str, arguments: RunArguments) -> anyhow::Result<()> {
     debug_assert!(STAGES.contains(&name));
     let run = arguments.start(Progress::new()).await?;
@@ -367,15 +371,16 @@ async fn stage(name: &str, arguments: RunArguments) -> anyhow::Result<()> {
     result
 }
 
-/// What happens after the report.
+/// Actions after the report of a whole run.
 pub(crate) struct End {
-    /// Serve on.
+    /// Keep serving the student until Ctrl-C.
     pub(crate) serve: bool,
     /// Print the report as JSON.
     pub(crate) json: bool,
 }
 
-/// A whole run, with its report and, where asked for, the student served to the end.
+/// Runs a whole recipe, shows its report, and serves the student if requested. A failed run resumes with the same
+/// command.
 pub(crate) async fn whole(
     recipe: Recipe,
     path: &Path,
@@ -406,6 +411,7 @@ pub(crate) async fn whole(
     Ok(())
 }
 
+/// Prints the report as JSON or as a table.
 fn show(report: &Report, out: &Path, end: &End) -> anyhow::Result<()> {
     if end.json {
         say(&serde_json::to_string_pretty(report)?);
@@ -418,7 +424,7 @@ fn show(report: &Report, out: &Path, end: &End) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How to talk to the student.
+/// Returns example commands for clients of the served student.
 fn clients(url: &str, model: &str) -> String {
     let problem = "A Dan has 58 cards. B Dan buys 67 more. C Eve has 41 cards. How many cards has Dan?";
     format!(

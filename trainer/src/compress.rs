@@ -1,5 +1,5 @@
-//! Compression: a model as GGUF in fewer bits, with what that costs measured on a text and written beside the file. A file
-//! that loses more than the limit is not published.
+//! Quantization: writes a model as GGUF with fewer bits, and measures the loss of quality on a text. The measurements
+//! are stored beside the file. A file above the limit is not published.
 
 use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::report::Compressed;
 
-/// What to write.
+/// Arguments of `potstill quantise`.
 #[derive(Debug, clap::Args)]
 pub struct QuantiseArguments {
     /// Model folder or `.gguf` file.
@@ -25,13 +25,13 @@ pub struct QuantiseArguments {
     /// Format of the weights.
     #[arg(long, value_enum)]
     pub to: Bits,
-    /// Folder that is written: the file, a model card, the figures.
+    /// Output folder for the file, its card and its measurements.
     #[arg(long)]
     pub out: PathBuf,
-    /// A text like what the model will read and write: its first half calibrates, its second half measures.
+    /// Text similar to the model's use; the first half calibrates, the second half measures.
     #[arg(long)]
     pub text: PathBuf,
-    /// Most that the perplexity may rise, in percent; a file that loses more is not published.
+    /// Largest allowed rise of the perplexity in percent; above it nothing is published.
     #[arg(long, default_value_t = 5.0)]
     pub limit: f64,
     /// Round to nearest, without calibration.
@@ -42,13 +42,13 @@ pub struct QuantiseArguments {
     pub json: bool,
 }
 
-/// Formats, as llama.cpp names them.
+/// Weight formats, named as in llama.cpp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Bits {
     /// 16 bits.
     #[serde(rename = "f16")]
     F16,
-    /// Eight bits.
+    /// 8 bits.
     #[value(name = "q8_0")]
     #[serde(rename = "q8_0")]
     Q8,
@@ -59,6 +59,7 @@ pub enum Bits {
 }
 
 impl Bits {
+    /// Returns the engine's name of the format.
     fn format(self) -> Format {
         match self {
             Self::F16 => Format::F16,
@@ -67,7 +68,7 @@ impl Bits {
         }
     }
 
-    /// As recipes and names of folders have it.
+    /// Returns the name used in recipes and folder names.
     pub fn name(self) -> &'static str {
         match self {
             Self::F16 => "f16",
@@ -77,18 +78,18 @@ impl Bits {
     }
 }
 
-/// How near a model is to another form of it.
+/// Similarity of a model to its f32 original, measured on a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Quality {
-    /// Tokens of the text that were compared.
+    /// Number of next-token predictions compared.
     pub tokens: usize,
-    /// Share of tokens with the same most likely successor.
+    /// Fraction of predictions with the same most likely token, 0 to 1.
     pub same_top: f64,
-    /// Mean Kullback-Leibler divergence from f32, in nats.
+    /// Mean Kullback-Leibler divergence of the other model from f32, in nats.
     pub divergence: f64,
-    /// Perplexity of f32 on the text.
+    /// Perplexity of the f32 model.
     pub perplexity_f32: f64,
-    /// Perplexity of the other form.
+    /// Perplexity of the other model.
     pub perplexity: f64,
 }
 
@@ -106,16 +107,16 @@ impl fmt::Display for Quality {
     }
 }
 
-/// A file that was published.
+/// A quantized file with its measurements.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Written {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// Its size.
+    /// Size in bytes.
     pub bytes: u64,
-    /// Its rounding was calibrated.
+    /// Whether rounding used importances from a calibration text.
     pub calibrated: bool,
-    /// What it lost.
+    /// Similarity to the f32 model.
     pub quality: Quality,
 }
 
@@ -125,14 +126,14 @@ impl fmt::Display for Written {
     }
 }
 
-/// Tokens that are looked at in one piece.
+/// Tokens per window. Each window is evaluated by itself.
 const WINDOW: usize = 512;
-/// Pieces that calibrate, and that measure, at most.
+/// Maximum number of windows for calibration, and the same for measurement.
 const WINDOWS: usize = 16;
-/// More tokens than these are not looked at.
+/// Number of tokens that calibration and measurement can use; further tokens are ignored.
 pub const ENOUGH_TOKENS: usize = 2 * WINDOWS * WINDOW;
 
-/// Tokens of a text, at least two.
+/// Reads a text file and returns its token ids. Fails if there are fewer than two.
 pub fn tokens_of(model: &LoadedModel, text: &Path) -> anyhow::Result<Vec<u32>> {
     let text = std::fs::read_to_string(text).with_context(|| format!("cannot read `{}`", text.display()))?;
     let tokens = model.tokenizer.encode(&text)?;
@@ -140,7 +141,8 @@ pub fn tokens_of(model: &LoadedModel, text: &Path) -> anyhow::Result<Vec<u32>> {
     Ok(tokens)
 }
 
-/// Writes, measures, publishes.
+/// Quantizes a model and publishes the folder `arguments.out`. Fails, and publishes nothing, if the perplexity rises
+/// above the limit.
 pub fn quantise(arguments: &QuantiseArguments) -> anyhow::Result<Written> {
     let model = load(&arguments.model, &Device::Cpu, DType::F32)
         .with_context(|| format!("cannot load `{}`", arguments.model.display()))?;
@@ -177,7 +179,8 @@ pub fn quantise(arguments: &QuantiseArguments) -> anyhow::Result<Written> {
     found.context("nothing was written")
 }
 
-/// Writes a form of `model` as `path`. The first half of `tokens` calibrates its rounding, the second half measures what it lost.
+/// Writes `model` in the format `bits` to `path` and measures the result. The first half of `tokens` calibrates the
+/// rounding (`q4_k_m` only), the second half measures.
 pub fn make(
     model: &LoadedModel,
     name: &str,
@@ -211,7 +214,7 @@ pub fn make(
     Ok(Written { path: path.to_owned(), bytes, calibrated: importance.is_some(), quality })
 }
 
-/// The card of a form of `base`; `tested` says how it did on the problems of its run.
+/// Returns the card of a quantized `base`. `tested` adds its evaluation on the problems of the run.
 pub fn card(title: &str, base: &str, written: &Written, tested: Option<&Compressed>) -> String {
     let q = &written.quality;
     let mut card = format!(
@@ -243,7 +246,7 @@ pub fn card(title: &str, base: &str, written: &Written, tested: Option<&Compress
     card
 }
 
-/// Compares over pieces of `window` tokens that know nothing of each other.
+/// Returns the quality over all windows of `tokens`. Windows do not attend to each other.
 fn quality_in_windows(
     exact: &CausalLm,
     other: &CausalLm,
@@ -268,7 +271,7 @@ fn quality_in_windows(
     })
 }
 
-/// Compares two forms of a model on a text.
+/// Compares two models on `tokens`, as one sequence of at least two tokens.
 pub fn quality(exact: &CausalLm, other: &CausalLm, tokens: &[u32]) -> anyhow::Result<Quality> {
     let logits = |model: &CausalLm| -> anyhow::Result<Vec<Vec<f32>>> {
         let hidden = model.hidden(&Batch::new([(tokens, 0)]))?;
@@ -296,7 +299,7 @@ pub fn quality(exact: &CausalLm, other: &CausalLm, tokens: &[u32]) -> anyhow::Re
     })
 }
 
-/// Logarithms of the softmax of each row.
+/// Computes the log softmax of each row.
 fn log_softmax(logits: &Tensor) -> anyhow::Result<Tensor> {
     let most = logits.max_keepdim(1)?;
     let shifted = logits.broadcast_sub(&most)?;

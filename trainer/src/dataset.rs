@@ -1,5 +1,5 @@
-//! `potstill dataset`: the traces of a run as a dataset that others read: a table in their columns, a card with where it came
-//! from, and an entry for LLaMA-Factory.
+//! `potstill dataset`: exports the traces of a run as a dataset. The output is a table in a published format, and a
+//! card with the origin of the rows. Formats that LLaMA-Factory reads also get an entry for it.
 
 mod card;
 mod pairs;
@@ -18,40 +18,40 @@ pub use shapes::Shape;
 
 use crate::run::Manifest;
 
-/// What is written, and how.
+/// Arguments of `potstill dataset`.
 #[derive(clap::Args)]
 pub struct DatasetArguments {
-    /// The run folder.
+    /// Run folder.
     pub run: PathBuf,
-    /// Folder for the dataset.
+    /// Output folder.
     pub out: PathBuf,
-    /// Whose columns.
+    /// Columns of the table.
     #[arg(long, value_enum, default_value = "messages")]
     pub format: Shape,
-    /// Which traces: those of `sample`, or all of `verify` or `score`.
+    /// Stage whose traces are exported.
     #[arg(long, default_value = "sample", value_parser = ["generate", "difficulty", "verify", "score", "sample"])]
     pub stage: String,
     /// Write Parquet instead of JSON lines.
     #[arg(long)]
     pub parquet: bool,
-    /// Strength of pairs with a small, medium and large gap, for `cogpo`.
+    /// `beta` of pairs with a small, medium and large gap, for `cogpo`.
     #[arg(long, value_delimiter = ',', num_args = 3, default_values_t = [0.1, 0.2, 0.5])]
     pub betas: Vec<f64>,
 }
 
-/// What was written.
+/// A written dataset.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Written {
-    /// The table.
+    /// Path of the table.
     pub path: PathBuf,
-    /// Its rows.
+    /// Number of rows.
     pub rows: usize,
 }
 
-/// Rows of a table, one by one.
+/// Rows of a table, produced one at a time.
 type Rows = Box<dyn Iterator<Item = anyhow::Result<Value>>>;
 
-/// Writes the dataset.
+/// Writes the dataset: table, card, and LLaMA-Factory's entry. Fails if no row fits the format.
 pub fn write(arguments: &DatasetArguments) -> anyhow::Result<Written> {
     let run = Folder::open(&arguments.run)?;
     let shape = arguments.format;
@@ -87,6 +87,7 @@ pub fn write(arguments: &DatasetArguments) -> anyhow::Result<Written> {
     Ok(Written { path, rows })
 }
 
+/// Writes `rows` as JSON lines and returns their number.
 fn write_lines(path: &Path, rows: Rows) -> anyhow::Result<usize> {
     let (mut count, mut fault) = (0, None);
     let written = write_with(path, |file| {
@@ -112,15 +113,16 @@ fn write_lines(path: &Path, rows: Rows) -> anyhow::Result<usize> {
     }
 }
 
-/// A run that has ended, or got far enough.
+/// Folder of a run, opened for reading.
 struct Folder {
     path: PathBuf,
     manifest: Manifest,
-    /// What the student is asked; `{{ problem }}` stands for the problem.
+    /// Prompt of the student; `{{ problem }}` stands for the problem.
     prompt: String,
 }
 
 impl Folder {
+    /// Opens a run folder. Fails if `run.json` or `recipe.toml` is missing or damaged.
     fn open(path: &Path) -> anyhow::Result<Self> {
         let read = |name: &str| {
             let file = path.join(name);
@@ -130,25 +132,27 @@ impl Folder {
         };
         let manifest = serde_json::from_str(&read("run.json")?)
             .with_context(|| format!("`{}` is damaged", path.join("run.json").display()))?;
-        // The recipe was checked when the run began; here only its words for the student are needed.
+        // The recipe was checked when the run started; only the student's prompt is needed here.
         let recipe: toml::Table = read("recipe.toml")?.parse()?;
         let prompt = recipe.get("student").and_then(|student| student.get("prompt")?.as_str());
         let prompt = prompt.unwrap_or("{{ problem }}").to_owned();
         Ok(Self { path: path.to_owned(), manifest, prompt })
     }
 
+    /// Returns the path of a stage file. Fails if the file does not exist.
     fn file(&self, name: &str) -> anyhow::Result<PathBuf> {
         let path = self.path.join("stages").join(name);
         anyhow::ensure!(path.exists(), "`{}` does not exist: the run has not come so far", path.display());
         Ok(path)
     }
 
+    /// Returns the traces of a stage, one at a time.
     fn traces(&self, stage: &str) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Cot>> + use<>> {
         let rows = each_record::<Cot>(&self.file(&format!("{stage}.jsonl"))?)?;
         Ok(rows.map(|row| Ok(row?.1)))
     }
 
-    /// A row for each problem, with all its traces.
+    /// Returns one OmniThought row per problem, with all its traces of the stage.
     fn by_problem(&self, stage: &str) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Value>> + use<>> {
         let file = self.file(&format!("{stage}.jsonl"))?;
         let mut places: Vec<(u64, u64)> = Vec::new();

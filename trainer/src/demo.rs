@@ -1,6 +1,6 @@
-//! `potstill demo`: the whole pipeline, offline, on defaults that are built into the program. The teacher is a small model
-//! that this project's own trainer trained (`trainer/recipes/demo-teacher.toml`); its students learn from what it writes
-//! through the gateway.
+//! `potstill demo`: runs the whole pipeline offline on built-in data. The teacher is a small model, trained by this
+//! trainer with `trainer/recipes/demo-teacher.toml`. The students learn only from its completions, which pass through
+//! the gateway.
 
 pub mod roles;
 pub mod tokenizer;
@@ -12,27 +12,27 @@ use potstill_shared::durable::{DurableError, create_folder, write_file};
 use crate::cli::{End, whole};
 use crate::recipe::Recipe;
 
-/// Options of the demonstration.
+/// Arguments of `potstill demo`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct DemoArguments {
-    /// Run folder. Start the same command again to resume a run that was stopped.
+    /// Run folder. The same command resumes a stopped run.
     #[arg(long, default_value = "demo-run")]
     pub out: PathBuf,
-    /// Fewer problems and steps: about a minute.
+    /// Use fewer problems and steps; takes about a minute.
     #[arg(long)]
     pub quick: bool,
     /// Print the report as JSON on standard output.
     #[arg(long)]
     pub json: bool,
-    /// End after the report instead of serving the student.
+    /// Exit after the report instead of serving the student.
     #[arg(long)]
     pub exit: bool,
-    /// Port of the gateway on 127.0.0.1; any free one when it is taken.
+    /// Port of the gateway on 127.0.0.1; any free port if it is taken.
     #[arg(long, default_value_t = 8080)]
     pub port: u16,
 }
 
-/// Files that are built in, by their place in the run folder.
+/// Built-in files with their path in the `assets` folder of the run.
 const FILES: [(&str, &[u8]); 14] = [
     ("demo.toml", include_bytes!("../recipes/demo.toml")),
     ("demo-prompts/generate.jinja", include_bytes!("../recipes/demo-prompts/generate.jinja")),
@@ -63,6 +63,7 @@ pub async fn demo(arguments: DemoArguments) -> anyhow::Result<()> {
     whole(recipe, &path, &arguments.out, arguments.port, None, end).await
 }
 
+/// Writes the built-in files that are missing or differ.
 fn unpack(folder: &Path) -> Result<(), DurableError> {
     for (name, bytes) in FILES {
         let path = folder.join(name);
@@ -75,7 +76,7 @@ fn unpack(folder: &Path) -> Result<(), DurableError> {
     Ok(())
 }
 
-/// The same code on less work. The run has another name, so that it never resumes a long one.
+/// Reduces the recipe to a third of the problems. The run gets another name, so that it never resumes a full one.
 fn shorten(recipe: &mut Recipe) {
     recipe.name.push_str("-quick");
     if let Some(builtin) = recipe.collect.as_mut().and_then(|section| section.builtin.as_mut()) {
@@ -87,7 +88,7 @@ fn shorten(recipe: &mut Recipe) {
             builtin.problems /= 3;
         }
     }
-    // Fewer traces, so more and smaller steps over each.
+    // Fewer traces need smaller and more steps.
     if let Some(sft) = &mut recipe.sft {
         sft.run.batch_tokens = 1000;
         sft.curriculum.medium_epochs = 12.0;

@@ -1,4 +1,5 @@
-//! Distillation of distributions: from a teacher at hand, or from one behind the gateway that says its likeliest tokens.
+//! Logit distillation (white-box) in a run: the teacher is a loaded model, or a remote one that returns top-k log
+//! probabilities. The losses are in `potstill_learn::kd`.
 
 use std::path::{Path, PathBuf};
 
@@ -22,16 +23,17 @@ use crate::progress::Progress;
 use crate::recipe::{KdSection, Recipe};
 use crate::students::{Lessons, ended, finished, watched};
 
-/// The stage by which the gateway and the budget know these questions.
+/// Stage name of these requests, for the gateway and the budget.
 const STAGE: &str = "kd";
-/// Examples whose rows are kept in one file: so many are asked for again after a crash.
+/// Examples per cache file. After a crash, at most this many requests are repeated.
 const TOGETHER: usize = 32;
-/// Examples on which the two vocabularies are compared.
+/// Number of examples on which the vocabularies are compared.
 const COMPARED: usize = 4;
-/// A beginning of a text may come before its tokens.
+/// Number of extra tokens that the teacher may put before a text, such as a begin-of-sequence token.
 const BEGINNING: usize = 1;
 
-/// White-box distillation on the traces, or on what the student writes about their problems.
+/// Distills the teacher into the student and returns the result. With `on_policy` the student's own completions are
+/// used, otherwise the traces.
 pub fn distributions(
     recipe: &Recipe,
     section: &KdSection,
@@ -94,7 +96,7 @@ pub fn distributions(
             Some(asked) => {
                 asked.block(asked.compare(examples.iter().map(|example| example.tokens.as_slice())))?;
                 let longest = config.run.max_length.min(student.config.max_positions);
-                // Nobody pays for what is not learnt from.
+                // Requests are paid for, so examples that are too long for training are removed first.
                 examples.retain(|example| example.tokens.len() <= longest);
                 let (fitting, rows) = asked.block(asked.all(examples, progress))?;
                 examples = fitting;
@@ -111,21 +113,21 @@ pub fn distributions(
 struct Asked<'a> {
     calls: &'a Teachers,
     model: &'a String,
-    /// The student's, which must be the teacher's.
+    /// Tokenizer of the student, which must match the teacher's.
     tokenizer: &'a Tokenizer,
     k: usize,
     at_once: usize,
-    /// Folder of the rows that were bought.
+    /// Folder that caches the rows of paid requests.
     kept: PathBuf,
 }
 
 impl Asked<'_> {
-    /// Training keeps a thread of its own busy; it waits for the answers there.
+    /// Waits for a future. Training occupies a blocking thread, where this is allowed.
     fn block<T>(&self, answer: impl Future<Output = T>) -> T {
         tokio::runtime::Handle::current().block_on(answer)
     }
 
-    /// Refuses a teacher that cuts the same text into other tokens.
+    /// Checks on a few examples that the teacher splits text into the same tokens as the student. Fails if not.
     async fn compare<'t>(&self, texts: impl Iterator<Item = &'t [u32]>) -> anyhow::Result<()> {
         for tokens in texts.take(COMPARED) {
             let text = self.tokenizer.decode(tokens)?;
@@ -149,7 +151,8 @@ impl Asked<'_> {
         Ok(())
     }
 
-    /// The rows of some examples, or why there are none.
+    /// Returns, per example, the teacher's rows at the tokens in the loss mask, or the reason why the teacher rejected
+    /// the example.
     async fn rows(&self, examples: &[Example]) -> anyhow::Result<Vec<Result<TopK, String>>> {
         let ask = async |example: &Example| match self
             .calls
@@ -171,7 +174,8 @@ impl Asked<'_> {
         stream::iter(examples).map(ask).buffered(self.at_once).try_collect().await
     }
 
-    /// The examples that the teacher takes, with their rows; what was bought before is read from its file.
+    /// Returns the examples that the teacher accepts, with their rows. Reads cached rows from files and stores new
+    /// ones. Fails if no example is accepted.
     async fn all(
         &self,
         examples: Vec<Example>,
@@ -198,7 +202,7 @@ impl Asked<'_> {
                 write_top_k(&file, &found, self.tokenizer)?;
                 found
             };
-            // An example without a row was refused.
+            // A rejected example has no rows.
             let taken = part.iter().zip(found).filter(|(_, found)| !found.ids.is_empty());
             let (more, of_them): (Vec<_>, Vec<_>) =
                 taken.map(|(example, found)| (example.clone(), found)).unzip();

@@ -1,5 +1,5 @@
-//! `potstill eval`: a model behind any OpenAI endpoint on public benchmarks or rows of one's own. Every sample is kept, every
-//! figure has its interval, and the same command goes on where it was stopped.
+//! `potstill eval`: evaluates a model behind any OpenAI endpoint on public benchmarks or on the user's own tables. All
+//! samples are stored, and every accuracy has a confidence interval. The same command resumes a stopped evaluation.
 
 pub mod benchmarks;
 pub mod compare;
@@ -32,68 +32,69 @@ use self::benchmarks::{EvalProfile, Item, Loaded};
 use self::figures::{Figures, figures};
 use crate::progress::Progress;
 
-/// Most tokens of a judge's answer: it may think before its digit.
+/// Maximum number of new tokens of a judge; a judge may reason before its verdict.
 const JUDGE_TOKENS: u32 = 2048;
 
-/// What to evaluate, on what, and how.
+/// Arguments of `potstill eval`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct EvalArguments {
     /// Base URL of an OpenAI endpoint, such as `http://127.0.0.1:8080/v1`.
     #[arg(long)]
     pub endpoint: String,
-    /// The model.
+    /// Name of the model.
     #[arg(long)]
     pub model: String,
-    /// Benchmarks, by comma: gsm8k, math500, aime24, aime25, amc23, gpqa, humaneval, mbpp, lcb (each also as NAME@REVISION of
-    /// the hub), or tables of your own (JSON lines, JSON, CSV, Parquet, hf://datasets/OWNER/NAME/FILE).
+    /// Benchmarks, separated by commas: gsm8k, math500, aime24, aime25, amc23, gpqa, humaneval, mbpp, lcb
+    /// (NAME@REVISION selects a revision of the hub), or tables of your own (JSON lines, JSON, CSV, Parquet,
+    /// hf://datasets/OWNER/NAME/FILE).
     #[arg(long, value_delimiter = ',', required = true)]
     pub bench: Vec<String>,
-    /// Folder with the benchmarks; what is not there is read from the Hugging Face Hub and kept in its cache.
+    /// Folder with benchmark files; missing ones are read from the Hugging Face Hub and cached.
     #[arg(long, default_value = "benchmarks")]
     pub data: PathBuf,
-    /// `paper`: as many samples as published figures have, 32,768 tokens. `quick`: few samples, 4,096 tokens.
+    /// `paper`: as many samples as published results use, 32,768 tokens. `quick`: few samples, 4,096 tokens.
     #[arg(long, default_value = "quick", value_parser = profile)]
     pub profile: EvalProfile,
-    /// Samples per problem, instead of the profile's.
+    /// Samples per problem, instead of the profile's number.
     #[arg(long)]
     pub samples: Option<u32>,
-    /// Only the first problems of each benchmark.
+    /// Evaluate only this many problems of each benchmark.
     #[arg(long)]
     pub limit: Option<usize>,
-    /// Most tokens of an answer, instead of the profile's.
+    /// Maximum number of new tokens per completion, instead of the profile's number.
     #[arg(long)]
     pub max_tokens: Option<u32>,
     /// Sampling temperature.
     #[arg(long, default_value_t = 0.6)]
     pub temperature: f64,
-    /// Nucleus sampling.
+    /// Nucleus sampling (top-p).
     #[arg(long, default_value_t = 0.95)]
     pub top_p: f64,
-    /// Seed of samples and of the order of choices.
+    /// Seed of the samples and of the order of choices.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Requests at once.
+    /// Maximum number of open requests.
     #[arg(long, default_value_t = 32)]
     pub concurrency: usize,
-    /// Environment variable with the endpoint's key.
+    /// Environment variable that holds the API key of the endpoint.
     #[arg(long)]
     pub api_key_env: Option<String>,
-    /// Model that is asked whether an answer is the known one where no rule can tell; those answers count as wrong otherwise.
+    /// Model that grades answers that no rule can verify; without a judge they count as incorrect.
     #[arg(long)]
     pub judge: Option<String>,
-    /// Base URL of the judge's endpoint; the model's own if left out.
+    /// Base URL of the judge's endpoint; the model's endpoint if left out.
     #[arg(long, requires = "judge")]
     pub judge_endpoint: Option<String>,
-    /// Environment variable with the key of the judge's endpoint.
+    /// Environment variable that holds the API key of the judge's endpoint.
     #[arg(long, requires = "judge")]
     pub judge_key_env: Option<String>,
-    /// Price of a million prompt tokens.
+    /// Price per million prompt tokens.
     #[arg(long, default_value_t = 0.0)]
     pub price_prompt: f64,
-    /// Price of a million completion tokens.
+    /// Price per million completion tokens.
     #[arg(long, default_value_t = 0.0)]
     pub price_completion: f64,
-    /// Run folder; `runs/eval-MODEL` if left out. The same command goes on where it was stopped.
+    /// Run folder; `runs/eval-MODEL` if left out. The same command resumes a stopped evaluation.
     #[arg(long)]
     pub out: Option<PathBuf>,
     /// Print the report as JSON on standard output.
@@ -101,6 +102,7 @@ pub struct EvalArguments {
     pub json: bool,
 }
 
+/// Parses the name of a profile.
 fn profile(text: &str) -> Result<EvalProfile, String> {
     match text {
         "paper" => Ok(EvalProfile::Paper),
@@ -109,64 +111,65 @@ fn profile(text: &str) -> Result<EvalProfile, String> {
     }
 }
 
-/// One answer to one problem.
+/// One completion for one problem, with its verdict.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     /// Id of the problem in its benchmark.
     pub problem: String,
-    /// Index of the sample.
+    /// Index of the sample, from 0.
     pub sample: u32,
-    /// Level of the problem, where its source says.
+    /// Level of the problem, if its source has one.
     pub level: Option<String>,
-    /// What was thought.
+    /// Reasoning of the model.
     pub thinking: String,
-    /// What was written behind it.
+    /// Text after the reasoning.
     pub text: String,
-    /// The final answer that was found in it.
+    /// Final answer extracted from the text.
     pub answer: Option<String>,
-    /// Right, wrong or not decided.
+    /// Verdict: correct, incorrect, or `None` for unverifiable.
     pub correct: Option<bool>,
-    /// Who decided.
+    /// Method of the verdict.
     pub method: Option<Method>,
-    /// Why.
+    /// Justification of the verdict.
     pub evidence: String,
-    /// Tokens written.
+    /// Number of generated tokens.
     pub tokens: u64,
-    /// The limit cut it off.
+    /// Whether the completion ended at the token limit.
     pub truncated: bool,
-    /// The endpoint gave no answer.
+    /// Whether the endpoint returned no completion.
     pub failed: bool,
 }
 
-/// The report of an evaluation.
+/// Report of an evaluation, as in `report.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvalReport {
-    /// The model.
+    /// Name of the model.
     pub model: String,
-    /// The endpoint.
+    /// Base URL of the endpoint.
     pub endpoint: String,
-    /// Temperature, nucleus, most tokens, seed.
+    /// Temperature, top-p, maximum number of new tokens, and seed.
     pub sampling: (f64, f64, u32, u64),
-    /// Figures by benchmark.
+    /// Metrics of each benchmark.
     pub benchmarks: Vec<Figures>,
-    /// The files that the problems were read from; those of the hub with their commit.
+    /// Files from which the problems were read; hub files include the commit.
     #[serde(default)]
     pub files: Vec<String>,
-    /// Who was asked where no rule could tell.
+    /// Name of the judge model, if any.
     #[serde(default)]
     pub judge: Option<String>,
-    /// Rows of benchmarks that could not be read.
+    /// Rows of benchmarks that could not be read, with the reason.
     pub bad_rows: Vec<String>,
-    /// Prompt tokens that this process paid for.
+    /// Prompt tokens paid for by this process.
     pub prompt_tokens: u64,
-    /// Completion tokens that this process paid for.
+    /// Completion tokens paid for by this process.
     pub completion_tokens: u64,
-    /// Their price.
+    /// Price of these tokens.
     pub cost: f64,
-    /// Seconds that this process took.
+    /// Wall time of this process in seconds.
     pub seconds: f64,
 }
 
+/// The evaluation of one benchmark, as a stage over its problems.
 struct Evaluation {
     calls: Teachers,
     verifier: Arc<Verifier>,
@@ -174,12 +177,14 @@ struct Evaluation {
     samples: u32,
     max_tokens: u32,
     open: Arc<Semaphore>,
-    /// Programs at once.
+    /// Limits the programs that run at the same time.
     programs: Arc<Semaphore>,
     judge: Option<Judge>,
 }
 
 impl Evaluation {
+    /// Requests sample `number` of a problem and verifies it. A request that the endpoint rejects gives a failed
+    /// sample.
     async fn sample(&self, item: &Item, number: u32) -> Result<Sample, StageError> {
         let stop = |problem: String| StageError { stage: "eval", problem };
         let seed = ContentId::of(&[item.id.as_str(), &self.settings.seed.to_string(), &number.to_string()]);
@@ -235,19 +240,19 @@ impl Evaluation {
             let known = match &item.gold {
                 Gold::Answer(answer) => answer.clone(),
                 Gold::Choice(letter) => letter.to_string(),
-                // Tests always decide.
+                // Tests always reach a verdict, so the judge is never asked here.
                 Gold::Functions { .. } | Gold::Prints(_) => String::new(),
             };
             let problem = Problem::new(item.prompt.clone(), Some(known), item.name.clone());
             let _slot = self.open.acquire().await.map_err(|error| stop(error.to_string()))?;
-            // What was thought before is not the answer.
+            // The judge grades only the final text, not the reasoning.
             if let Some(said) = judge.decide("eval", Role::Solution, &problem, &sample.text).await? {
                 verdict.correct = Some(said);
                 verdict.method = Method::Judge;
                 verdict.evidence = format!("{}; `{}` says {}", verdict.evidence, judge.model, u8::from(said));
             }
         }
-        // What the limit cut off may hold a box by chance; it was not the model's last word.
+        // A truncated completion may contain a box by chance, but it is not a final answer.
         sample.correct = if sample.truncated { Some(false) } else { verdict.correct };
         sample.evidence =
             if sample.truncated { format!("cut off; {}", verdict.evidence) } else { verdict.evidence };
@@ -271,7 +276,9 @@ impl Stage for Evaluation {
     }
 }
 
-/// Runs an evaluation and writes its folder: `report.json`, `report.html`, all samples as JSON lines and pages.
+/// Runs an evaluation and writes its folder: `report.json`, `report.html`, and all samples as JSON lines and pages.
+///
+/// Fails if an argument is invalid, if a benchmark has no readable row, or if the endpoint does not serve the model.
 pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
     let progress = Progress::new();
     let started = std::time::Instant::now();
@@ -290,7 +297,7 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
         Path::new("runs").join(format!("eval-{}", arguments.model.replace(['/', '\\'], "_")))
     });
     let sandbox = if loaded.iter().any(|loaded| loaded.code) {
-        // This program is its own helper.
+        // This program also contains the sandbox helper.
         Some(Sandbox::new(std::env::current_exe()?, Limits::default())?)
     } else {
         None
@@ -396,7 +403,7 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
     Ok(report)
 }
 
-/// Prompt and completion tokens that the model and its judge took.
+/// Returns the prompt and completion tokens paid for, by the model and the judge together.
 fn spent(calls: &Teachers, judge: Option<&Judge>) -> (u64, u64) {
     let read = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
     let all = std::iter::once(calls).chain(judge.map(|judge| &judge.calls)).map(Teachers::spent);
@@ -405,12 +412,13 @@ fn spent(calls: &Teachers, judge: Option<&Judge>) -> (u64, u64) {
     })
 }
 
+/// Returns the price of the tokens.
 fn price(settings: &EvalArguments, prompt_tokens: u64, completion_tokens: u64) -> f64 {
     (prompt_tokens as f64 * settings.price_prompt + completion_tokens as f64 * settings.price_completion)
         / 1e6
 }
 
-/// Questions to a model that the endpoint serves.
+/// Returns a client for `model` at `url`. Fails if the endpoint does not list the model.
 async fn teachers(
     url: &str,
     key_variable: Option<&str>,
@@ -423,7 +431,7 @@ async fn teachers(
             .with_context(|| format!("environment variable `{variable}` is not set"))?;
         endpoint.api_key = Some(Redacted::new(key));
     }
-    // A node that queues says nothing for a while.
+    // A node with a queue may send nothing for minutes.
     endpoint.idle = Duration::from_secs(600);
     let calls = Teachers::new(Client::new(endpoint)?, store, Patience::default());
     let served =
@@ -436,7 +444,7 @@ async fn teachers(
     Ok(calls)
 }
 
-/// Figures of a benchmark on one line.
+/// Formats the metrics of a benchmark on one line.
 pub fn line(figures: &Figures) -> String {
     format!(
         "{}: {:.1} % [{:.1}, {:.1}] of {} problems x {}{}, {:.0} tokens, {:.1} % cut off, {:.1} % undecided",

@@ -1,5 +1,5 @@
-//! Evaluation: every student answers the held-out problems through the gateway, several times each. Figures carry
-//! intervals; every sample is kept.
+//! Evaluation stage of a run: samples several completions of every student for the held-out problems, through the
+//! gateway. All samples are stored. Metrics are computed in [`metrics`].
 
 pub mod metrics;
 
@@ -11,38 +11,38 @@ use serde::{Deserialize, Serialize};
 
 use crate::recipe::EvaluateSection;
 
-/// One answer to one problem.
+/// One completion for a held-out problem, with its verdict.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// The problem.
+    /// Id of the problem.
     pub problem: ContentId,
-    /// Its level, where the source says.
+    /// Level of the problem, if its source has one.
     pub level: Option<String>,
-    /// Index of the sample.
+    /// Index of the sample, from 0.
     pub sample: u32,
-    /// What was written, thinking and answer.
+    /// Completion with reasoning and answer.
     pub completion: String,
-    /// Whether it is right; what rules cannot decide counts as wrong.
+    /// Whether the answer is correct; unverifiable and truncated completions count as incorrect.
     pub correct: bool,
-    /// Why.
+    /// Justification of the verdict.
     pub evidence: String,
-    /// Tokens written.
+    /// Number of generated tokens.
     pub tokens: u64,
-    /// It was cut off by the limit.
+    /// Whether generation ended without a stop token, usually at the token limit.
     pub truncated: bool,
 }
 
-/// Asks one model all samples of one problem.
+/// Stage that samples and verifies completions of one model.
 pub struct Evaluate {
-    /// Model behind the gateway.
+    /// Name of the model behind the gateway.
     pub model: String,
-    /// Which weights it has.
+    /// Hash of the weights, which distinguishes models of one name.
     pub revision: String,
-    /// Through what.
+    /// Client with journal.
     pub calls: Teachers,
-    /// How.
+    /// Sampling parameters and number of samples.
     pub settings: EvaluateSection,
-    /// What it is asked; `{{ problem }}` stands for the problem.
+    /// Prompt; `{{ problem }}` stands for the problem.
     pub prompt: String,
 }
 
@@ -72,7 +72,7 @@ impl Stage for Evaluate {
             let entry = match self.calls.ask(&question).await {
                 Ok(entry) => entry,
                 Err(AskError::Run(error)) => return Err(error),
-                // A missing answer would make the figures look better or worse than they are: no figures then.
+                // A missing completion would distort the metrics, so the stage stops instead.
                 Err(AskError::Row(problem)) => return Err(StageError { stage: "evaluate", problem }),
             };
             let completion = match &entry.reasoning {

@@ -1,4 +1,5 @@
-//! Export: a Hugging Face folder that this engine, transformers and vLLM load, made whole by one rename.
+//! Export of a model as a Hugging Face folder that this engine, transformers and vLLM load. A rename publishes the
+//! finished folder. Training and evaluation are not involved.
 
 use std::path::Path;
 
@@ -11,7 +12,7 @@ use potstill_shared::id::ContentId;
 use crate::recipe::ExportType;
 
 impl ExportType {
-    /// As candle names it.
+    /// Returns candle's data type.
     pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
@@ -21,7 +22,7 @@ impl ExportType {
     }
 }
 
-/// Writes `model` to `folder` with its card. A folder with the same weights is left as it is.
+/// Writes `model` with its card to `folder`. An existing folder is replaced.
 pub fn export(folder: &Path, model: &LoadedModel, dtype: ExportType, card: &str) -> anyhow::Result<()> {
     publish_folder::<anyhow::Error>(folder, |folder| {
         write_model(folder, model, dtype.dtype())?;
@@ -34,7 +35,7 @@ pub fn write_card(folder: &Path, card: &str) -> Result<(), DurableError> {
     write_file(&folder.join("README.md"), card.as_bytes())
 }
 
-/// Identifies the weights of an exported folder.
+/// Returns a hash of the weights of an exported folder.
 pub fn revision(folder: &Path) -> anyhow::Result<String> {
     Ok(ContentId::of_bytes(&std::fs::read(folder.join("model.safetensors"))?).to_string())
 }

@@ -1,5 +1,5 @@
-//! `potstill import easydistill`: a configuration of EasyDistill (1.x JSON, 2.0 YAML) as a recipe. Says of every key what became of
-//! it; keys in the clear are refused.
+//! `potstill import easydistill`: converts a configuration of EasyDistill (1.x JSON, 2.0 YAML) to a recipe. The report
+//! lists what became of every key. Plain-text API keys are rejected. Data and models are not converted.
 
 mod first;
 mod second;
@@ -11,38 +11,38 @@ use anyhow::Context;
 use potstill_shared::durable::{create_folder, write_file};
 use serde_json::Value;
 
-/// Which configuration, and where the recipe goes.
+/// Arguments of `potstill import`.
 #[derive(clap::Args)]
 pub struct ImportArguments {
-    /// Whose configuration it is.
+    /// Toolkit that the configuration belongs to.
     #[arg(value_parser = ["easydistill"])]
     pub from: String,
-    /// The configuration: JSON of version 1, YAML of version 2.
+    /// Configuration file: JSON of version 1 or YAML of version 2.
     pub config: PathBuf,
-    /// Folder for the recipe and its prompts.
+    /// Output folder for the recipe and its prompts.
     #[arg(long, default_value = "imported")]
     pub out: PathBuf,
-    /// Address of the endpoint where the configuration has none of its own.
+    /// URL of the endpoint, if the configuration has none.
     #[arg(long, default_value = "http://127.0.0.1:8080/v1")]
     pub gateway: String,
 }
 
-/// What became of a configuration.
+/// Result of a conversion.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Imported {
-    /// The recipe.
+    /// Recipe as a TOML table.
     pub recipe: toml::Table,
-    /// Prompts by file name.
+    /// Prompt templates by file name.
     pub prompts: BTreeMap<&'static str, String>,
-    /// Key of the configuration, and what it became.
+    /// Converted keys, each with its counterpart in the recipe.
     pub mapped: Vec<(String, String)>,
-    /// Keys without a place in a recipe.
+    /// Keys without a counterpart in a recipe.
     pub ignored: Vec<String>,
-    /// What a person has to decide.
+    /// Notes about differences, and decisions that the user has to make.
     pub notes: Vec<String>,
 }
 
-/// Reads, maps, writes; gives a report for people.
+/// Reads and converts the configuration, writes the recipe and prompts, and returns a report.
 pub fn import(arguments: &ImportArguments) -> anyhow::Result<String> {
     let path = &arguments.config;
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
@@ -79,7 +79,7 @@ pub fn import(arguments: &ImportArguments) -> anyhow::Result<String> {
     Ok(report)
 }
 
-/// JSON is YAML, but its errors are better read as JSON.
+/// Parses a configuration. JSON is also valid YAML, but the JSON parser has better error messages.
 fn read(text: &str) -> anyhow::Result<Value> {
     if text.trim_start().starts_with('{') {
         return Ok(serde_json::from_str(text)?);
@@ -87,13 +87,13 @@ fn read(text: &str) -> anyhow::Result<Value> {
     Ok(serde_saphyr::from_str(text)?)
 }
 
-/// Maps a configuration; relative paths in it are seen from `folder`.
+/// Converts a configuration. `folder` contains it; relative paths start there.
 pub fn map(config: &Value, gateway: &str, folder: &Path) -> anyhow::Result<Imported> {
     anyhow::ensure!(config.is_object(), "is no table of settings");
     let mut keys = Keys::new(config);
     let mut target = Target::default();
     let job = keys.text("job_type").context("has no `job_type`")?;
-    // Version 2 names a backend, version 1 does not.
+    // Only version 2 has a `backend`.
     if config.get("backend").is_some() {
         second::map(&job, &mut keys, &mut target, gateway, folder)?;
     } else {
@@ -111,43 +111,48 @@ pub fn map(config: &Value, gateway: &str, folder: &Path) -> anyhow::Result<Impor
     })
 }
 
-/// A configuration whose keys are taken one by one; what nobody took is left over.
+/// Flattened keys of a configuration. Each is removed when read, so unsupported keys remain.
 struct Keys {
     left: BTreeMap<String, Value>,
     mapped: Vec<(String, String)>,
 }
 
 impl Keys {
+    /// Flattens a configuration.
     fn new(config: &Value) -> Self {
         let mut left = BTreeMap::new();
         flatten("", config, &mut left);
         Self { left, mapped: Vec::new() }
     }
 
+    /// Removes a key and returns its value. A null counts as absent.
     fn take(&mut self, key: &str) -> Option<Value> {
         self.left.remove(key).filter(|value| !value.is_null())
     }
 
-    /// Takes a key and says what it becomes.
+    /// Removes a key, records its counterpart `to` in the recipe, and returns its value.
     fn map(&mut self, key: &str, to: &str) -> Option<Value> {
         let value = self.take(key)?;
         self.mapped.push((key.to_owned(), to.to_owned()));
         Some(value)
     }
 
+    /// Removes a key and returns its value, if it is a string.
     fn text(&mut self, key: &str) -> Option<String> {
         self.take(key)?.as_str().map(str::to_owned)
     }
 
+    /// Returns the keys that have not been read.
     fn rest(&self) -> Vec<String> {
         self.left.keys().cloned().collect()
     }
 
-    /// The variable that holds a key. What stands in the clear is refused: whoever reads the recipe would have it.
+    /// Removes an API key and returns the environment variable that holds it. A plain-text key is an error, because it
+    /// would become readable in the recipe.
     fn secret(&mut self, key: &str) -> anyhow::Result<Option<String>> {
         let Some(value) = self.text(key).filter(|value| !value.trim().is_empty()) else { return Ok(None) };
         let variable = value.strip_prefix("${").and_then(|rest| rest.strip_suffix('}'));
-        // What people write where no key is needed.
+        // Common placeholders for "no key needed".
         if variable.is_none() && matches!(value.to_lowercase().as_str(), "empty" | "none" | "null" | "-") {
             return Ok(None);
         }
@@ -159,6 +164,7 @@ impl Keys {
     }
 }
 
+/// Inserts all leaves of `value` into `into`, with keys such as `a.b` and `a[0].b`.
 fn flatten(prefix: &str, value: &Value, into: &mut BTreeMap<String, Value>) {
     match value {
         Value::Object(fields) => {
@@ -176,7 +182,7 @@ fn flatten(prefix: &str, value: &Value, into: &mut BTreeMap<String, Value>) {
     }
 }
 
-/// The recipe that comes out.
+/// The recipe under construction.
 #[derive(Default)]
 struct Target {
     recipe: toml::Table,
@@ -185,7 +191,7 @@ struct Target {
 }
 
 impl Target {
-    /// Sets a key such as `sft.run.weight_decay`.
+    /// Sets a key such as `sft.run.weight_decay`, and creates the tables above it.
     fn set(&mut self, key: &str, value: impl Into<toml::Value>) {
         let (path, last) = key.rsplit_once('.').unwrap_or(("", key));
         let mut table = &mut self.recipe;
@@ -199,18 +205,20 @@ impl Target {
         table.insert(last.to_owned(), value.into());
     }
 
-    /// The same for a value of the configuration, where it fits into TOML.
+    /// Sets a key to a JSON value, if TOML can represent it.
     fn set_json(&mut self, key: &str, value: &Value) {
         if let Ok(value) = toml::Value::try_from(value) {
             self.set(key, value);
         }
     }
 
+    /// Adds a note to the report.
     fn note(&mut self, note: impl Into<String>) {
         self.notes.push(note.into());
     }
 
-    /// A source of problems. The configuration's paths are relative to where EasyDistill was started, which nobody knows here.
+    /// Sets the source of problems. EasyDistill resolves relative paths from its working directory, which is unknown
+    /// here, so a note is added.
     fn source(&mut self, path: &str, fields: &[(&str, toml::Value)]) {
         let mut source = toml::Table::new();
         source.insert("path".to_owned(), path.into());
@@ -221,12 +229,13 @@ impl Target {
         }
     }
 
-    /// A teacher for `generate`.
+    /// Sets the teachers of `generate`.
     fn teachers(&mut self, teachers: Vec<toml::Table>) {
         self.set("generate.teachers", teachers.into_iter().map(toml::Value::Table).collect::<Vec<_>>());
     }
 
-    /// A prompt out of a system prompt, a template, and the problem.
+    /// Adds a prompt template built from `parts` (such as system prompt and template) and the problem. Template markers
+    /// in the parts are neutralized.
     fn prompt(&mut self, file: &'static str, parts: &[Option<String>]) {
         let mut text: String = parts
             .iter()
@@ -259,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_of_version_1_becomes_a_recipe() {
+    fn converts_a_version_1_configuration() {
         let found = imported(&json!({
             "job_type": "cot_generation_api",
             "dataset": { "input_path": "/data/cot_question.json", "output_path": "cot.json" },
@@ -283,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn white_box_distillation_keeps_its_numbers() {
+    fn white_box_distillation_keeps_its_hyperparameters() {
         let found = imported(&json!({
             "job_type": "kd_white_box",
             "dataset": { "instruction_path": "train.json", "labeled_path": "l.json", "logits_path": "g.json", "seed": 42 },
@@ -316,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipeline_of_version_2_becomes_stages() {
+    fn converts_a_version_2_pipeline() {
         let text = "
 job_type: advanced_cot_distill
 backend:
@@ -359,7 +368,7 @@ dataset: { input_path: examples/seed.jsonl, problem_key: problem, output_path: o
     }
 
     #[test]
-    fn keys_in_the_clear_and_other_jobs_are_refused() {
+    fn rejects_plain_text_keys_and_unsupported_jobs() {
         let clear = json!({ "job_type": "cot_generation_api", "inference": { "api_key": "sk-123" }, "models": {}, "dataset": {} });
         let said = format!("{:#}", imported(&clear).unwrap_err());
         assert!(

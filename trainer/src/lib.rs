@@ -1,7 +1,8 @@
-//! The trainer half's command line and what joins the libraries: recipes, runs, evaluation, export, the serving node and
-//! the demonstration.
+//! Library of the `potstill` program: command line, recipes, runs, evaluation, export, serving node and demonstration.
+//! It joins the crates for data, training, verification and the engine.
 //!
-//! The trainer reaches every model over HTTP, through the gateway; [`local`] starts one in-process when there is none.
+//! The trainer reaches every model over HTTP, through a gateway. [`local`] starts a gateway in this process if the
+//! recipe names none.
 #![forbid(unsafe_code)]
 
 pub mod alignment;

@@ -1,4 +1,5 @@
-//! `potstill why`: where a row comes from and what became of it at every stage. Reads nothing but the run folder.
+//! `potstill why`: shows where a record comes from, and its outcome at every stage. Reads only the run folder; no model
+//! is called.
 
 use std::path::Path;
 
@@ -9,41 +10,42 @@ use potstill_data::records::{Cot, Dropped, Problem, Subject};
 use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
 
-/// Stages that problems pass, then those that traces pass.
+/// Stages that process problems.
 const PROBLEM_STAGES: [&str; 3] = ["collect", "classify", "resample"];
+/// Stages that process traces.
 const TRACE_STAGES: [&str; 6] = ["generate", "difficulty", "rewrite", "verify", "score", "sample"];
-/// Traces that are listed of one problem.
+/// Maximum number of traces listed for one problem.
 const LISTED: usize = 200;
 
-/// What a stage did with a record.
+/// Outcome of a record at one stage.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Step {
-    /// The stage.
+    /// Name of the stage.
     pub stage: &'static str,
-    /// `kept`, or why it was dropped.
+    /// `kept`, `rewritten`, or the drop reason.
     pub outcome: String,
-    /// What the stage found out.
+    /// Result of the stage, such as task, difficulty, verdict or scores.
     pub found: String,
 }
 
-/// The call that brought a text.
+/// Request that produced a trace.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Call {
-    /// Id of the question.
+    /// Id of the request in the journal.
     pub request: ContentId,
-    /// Who answered.
+    /// Name of the teacher model.
     pub teacher: String,
     /// Hash of the prompt template.
     pub prompt_hash: ContentId,
     /// Sampling temperature.
     pub temperature: f64,
-    /// Seed.
+    /// Sampling seed.
     pub seed: i64,
-    /// Tokens, seconds and the finish reason, where the journal still has them.
+    /// Usage and finish reason, if the journal still has the completion.
     pub answer: Option<Answer>,
 }
 
-/// What the journal says of an answer.
+/// Usage of a completion, from the journal.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Answer {
     prompt_tokens: u64,
@@ -52,33 +54,34 @@ pub struct Answer {
     finish_reason: String,
 }
 
-/// Everything about one trace.
+/// Lineage of one trace.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TraceLineage {
-    /// The trace.
+    /// Id of the trace.
     pub id: ContentId,
-    /// Who wrote it.
+    /// Name of the teacher model.
     pub teacher: String,
-    /// How it was asked for; nothing where its source brought it along.
+    /// Request that produced the trace; `None` if the trace came with its source.
     pub call: Option<Call>,
-    /// What the stages did with it.
+    /// Outcome at each stage.
     pub steps: Vec<Step>,
-    /// The trace that it was rewritten from.
+    /// Trace from which this one was rewritten.
     pub parent: Option<Box<TraceLineage>>,
 }
 
-/// The answer to "why is this row here".
+/// Lineage of a problem with its traces.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Lineage {
     /// The problem.
     pub problem: Problem,
-    /// What the stages did with it.
+    /// Outcome of the problem at each stage.
     pub steps: Vec<Step>,
-    /// The trace that was asked for, or all traces of the problem.
+    /// The requested trace, or all traces of the requested problem.
     pub traces: Vec<TraceLineage>,
 }
 
-/// Looks a row up by its id, or the beginning of it: a trace or a problem.
+/// Returns the lineage of a trace or problem, given its id or at least six first digits. Fails if there is no match, or
+/// if several traces match.
 pub fn why(folder: &Path, row: &str) -> anyhow::Result<Lineage> {
     let row = row.trim().to_lowercase();
     anyhow::ensure!(
@@ -94,7 +97,7 @@ pub fn why(folder: &Path, row: &str) -> anyhow::Result<Lineage> {
                 traces.iter().all(|other| other.id == trace.id),
                 "`{row}` begins several ids; give more digits"
             );
-            // As the last stage saw it.
+            // The last entry is the trace as the last stage wrote it.
             traces = traces.pop().into_iter().collect();
             traces[0].problem.clone()
         }
@@ -118,12 +121,13 @@ pub fn why(folder: &Path, row: &str) -> anyhow::Result<Lineage> {
     Ok(Lineage { problem, steps, traces })
 }
 
+/// Readers for the stage files and the journal of a run.
 struct Stages<'a> {
     folder: &'a Path,
     journal: Option<Journal>,
 }
 
-/// A row of a stage's file, read as far as this needs it.
+/// A row of a stage file.
 enum Row {
     Kept(Box<Cot>),
     Rewritten(Box<Candidate>),
@@ -131,7 +135,7 @@ enum Row {
 }
 
 impl Stages<'_> {
-    /// Lines of a stage's file that hold `text`; nothing where there is no file.
+    /// Calls `take` for every line of a stage file that contains `text`. A missing file counts as empty.
     fn lines(
         &self,
         file: &str,
@@ -153,6 +157,7 @@ impl Stages<'_> {
         Ok(())
     }
 
+    /// Returns the kept and dropped rows of a stage whose line contains `text`.
     fn rows(&self, stage: &'static str, text: &str) -> anyhow::Result<Vec<Row>> {
         let mut rows = Vec::new();
         self.lines(&format!("{stage}.jsonl"), text, |line| {
@@ -170,7 +175,7 @@ impl Stages<'_> {
         Ok(rows)
     }
 
-    /// All traces that stages wrote of which `is` holds; each as the last stage saw it comes last.
+    /// Returns all versions of traces that satisfy `is`, in the order of the stages.
     fn traces_with(&self, text: &str, is: impl Fn(&Cot) -> bool) -> anyhow::Result<Vec<Cot>> {
         let mut found = Vec::new();
         for stage in TRACE_STAGES {
@@ -190,6 +195,8 @@ impl Stages<'_> {
         Ok(found)
     }
 
+    /// Returns the problem whose id starts with `text`, as the last stage kept it. A dropped problem is returned only
+    /// if no earlier stage kept it.
     fn problem(&self, text: &str) -> anyhow::Result<Option<Problem>> {
         let mut found = None;
         for stage in PROBLEM_STAGES {
@@ -212,6 +219,7 @@ impl Stages<'_> {
         Ok(found)
     }
 
+    /// Returns the outcomes of a problem, including its samples that `generate` dropped.
     fn of_problem(&self, id: &ContentId) -> anyhow::Result<Vec<Step>> {
         #[derive(Deserialize)]
         struct Sorted {
@@ -245,7 +253,7 @@ impl Stages<'_> {
                 Ok(())
             })?;
         }
-        // Samples that gave no trace.
+        // Requests of `generate` that produced no trace.
         self.lines("generate.dropped.jsonl", id.as_str(), |line| {
             let dropped: Dropped = serde_json::from_str(line)?;
             if let Subject::Problem(problem) = &dropped.subject
@@ -262,6 +270,7 @@ impl Stages<'_> {
         Ok(steps)
     }
 
+    /// Returns the lineage of a trace, including its parents.
     fn lineage(&self, trace: &Cot) -> anyhow::Result<TraceLineage> {
         let mut steps = Vec::new();
         for stage in TRACE_STAGES {
@@ -316,6 +325,7 @@ impl Stages<'_> {
     }
 }
 
+/// Returns the outcome `kept` with the result of the stage.
 fn kept(stage: &'static str, row: &Cot) -> Step {
     let found = match stage {
         "difficulty" => row.difficulty.map(|grade| format!("{grade:?}").to_lowercase()),
@@ -333,6 +343,7 @@ fn kept(stage: &'static str, row: &Cot) -> Step {
     Step { stage, outcome: "kept".to_owned(), found: found.unwrap_or_default() }
 }
 
+/// Returns the first 160 characters of `text` on one line.
 fn shortened(text: &str) -> String {
     let mut short: String = text.chars().take(160).map(|c| if c == '\n' { ' ' } else { c }).collect();
     if short.len() < text.len() {
@@ -341,7 +352,7 @@ fn shortened(text: &str) -> String {
     short
 }
 
-/// The lineage for people.
+/// Formats the lineage as text for the terminal.
 pub fn table(lineage: &Lineage) -> String {
     let problem = &lineage.problem;
     let mut text =
@@ -361,12 +372,14 @@ pub fn table(lineage: &Lineage) -> String {
     text
 }
 
+/// Appends the outcomes, one per line.
 fn steps(text: &mut String, steps: &[Step], indent: &str) {
     for step in steps {
         text.push_str(&format!("{indent}{:<11} {:<14} {}\n", step.stage, step.outcome, step.found));
     }
 }
 
+/// Appends the lineage of a trace and, indented, of its parents.
 fn of_trace(text: &mut String, trace: &TraceLineage, indent: &str) {
     text.push_str(&format!("{indent}trace {} by {}\n", trace.id, trace.teacher));
     match &trace.call {

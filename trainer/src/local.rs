@@ -1,5 +1,5 @@
-//! Local mode: a gateway in this process, on a loopback port, with node processes of this same program behind it. The
-//! only file that names the gateway crate; the traffic is HTTP all the same.
+//! Local mode: a gateway in this process on a loopback port, with node processes of this program behind it. The only
+//! file that uses the gateway crate. Models are nevertheless reached over HTTP.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,8 @@ pub struct LocalGateway {
 }
 
 impl LocalGateway {
-    /// Starts it on `port` of the loopback address, or on any free port when that one is taken or 0.
+    /// Starts a gateway on `port` of the loopback address, or on any free port if `port` is 0 or taken. `logs` is the
+    /// folder for logs of the nodes.
     pub async fn start(port: u16, logs: &Path) -> anyhow::Result<Self> {
         let loopback = |port| SocketAddr::from(([127, 0, 0, 1], port));
         let listener = match TcpListener::bind(loopback(port)).await {
@@ -48,13 +49,13 @@ impl LocalGateway {
         Ok(Self { gateway, address, logs: logs.to_owned(), stop: Some(stop), task: Some(task) })
     }
 
-    /// Base URL for clients.
+    /// Returns the base URL for clients, ending in `/v1`.
     pub fn url(&self) -> String {
         format!("http://{}/v1", self.address)
     }
 
-    /// Serves a model with node processes of this program, as many as the demand asks for. A model that is served already
-    /// stays as it is.
+    /// Adds a pool of node processes that serve `model`. The gateway scales the pool with demand. A model that is
+    /// already served is not changed.
     pub fn add_model(&self, model: &LocalModel) -> anyhow::Result<()> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -79,7 +80,7 @@ impl LocalGateway {
         .map(str::to_owned)
         .to_vec();
         let mut pool = PoolConfig::new(&model.model);
-        // On one machine a node is there within a second, so little is worth remembering.
+        // A node on this machine starts within about a second, so short memory and hold times suffice.
         pool.scale = Some(ScaleConfig {
             min: model.min,
             max: model.max,
@@ -95,12 +96,12 @@ impl LocalGateway {
         Ok(())
     }
 
-    /// Where runs announce their stages.
+    /// Returns the registry of plans, for announcements.
     pub fn plans(&self) -> LocalPlans {
         LocalPlans(self.gateway.clone())
     }
 
-    /// Drains, stops the nodes, and returns when all is gone.
+    /// Drains requests, stops the nodes, and returns when both are done.
     pub async fn stop(mut self) {
         if let Some(stop) = self.stop.take() {
             let _already_stopped = stop.send(());
@@ -111,11 +112,11 @@ impl LocalGateway {
     }
 }
 
-/// The plans of the local gateway.
+/// Plan registry of the local gateway.
 pub struct LocalPlans(Gateway);
 
 impl LocalPlans {
-    /// Announces the stages of a run, in the form that the gateway's admin API takes; answers in its form, too.
+    /// Registers a run's plan. Takes and returns the JSON of the gateway's admin API.
     pub fn declare(&self, plan: serde_json::Value) -> Result<serde_json::Value, String> {
         let plan: RunPlan = serde_json::from_value(plan).map_err(|error| error.to_string())?;
         let forecasts = self.0.register_plan(plan)?;

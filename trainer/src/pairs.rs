@@ -1,4 +1,5 @@
-//! `potstill verify --pairs`: verdicts on pairs of a known answer and an answer, one JSON line each, in order.
+//! `potstill verify --pairs`: compares pairs of a reference answer and an answer, and prints one JSON verdict per pair,
+//! in order. No model is called.
 
 use std::io::{BufRead, Read, Write};
 use std::path::PathBuf;
@@ -7,20 +8,22 @@ use anyhow::Context;
 use potstill_verify::{Profile, verify};
 use serde::{Deserialize, Serialize};
 
-/// Longest line.
+/// Maximum length of a line in bytes.
 const LONGEST: u64 = 16 << 20;
 
-/// Which pairs, and by whose rules.
+/// Arguments of `potstill verify --pairs`.
 #[derive(clap::Args)]
 pub struct PairArguments {
-    /// Lines of `{"gold": …, "answer": …}`; `-` for standard input. Prints `{"equal": true|false|null, "why": …}` for each.
+    /// JSON lines of `{"gold": …, "answer": …}`, `-` for standard input. Prints `{"equal": true|false|null, "why": …}`
+    /// for each.
     #[arg(long, value_name = "FILE.jsonl")]
     pub pairs: Option<PathBuf>,
-    /// `strict` (what cannot be decided is null) or `compat` (the verdicts of the Math-Verify package).
+    /// `strict` (undecidable pairs are null) or `compat` (verdicts of the Math-Verify package).
     #[arg(long, default_value = "strict", value_parser = profile, requires = "pairs")]
     pub profile: Profile,
 }
 
+/// Parses the name of a profile.
 fn profile(text: &str) -> Result<Profile, String> {
     match text {
         "strict" => Ok(Profile::Strict),
@@ -41,7 +44,7 @@ struct Line<'a> {
     why: &'a str,
 }
 
-/// Prints the verdicts on the pairs of a file.
+/// Prints the verdicts on the pairs of a file, or of standard input for `-`.
 pub fn run(path: &std::path::Path, profile: Profile) -> anyhow::Result<()> {
     let stdout = std::io::stdout().lock();
     if path.as_os_str() == "-" {
@@ -51,7 +54,8 @@ pub fn run(path: &std::path::Path, profile: Profile) -> anyhow::Result<()> {
     verdicts(std::io::BufReader::new(file), stdout, profile)
 }
 
-/// A line that is no pair gets a verdict too: null, and what is wrong with it.
+/// Writes one verdict per line of input. A malformed line gets the verdict null with the error; blank lines are
+/// skipped.
 fn verdicts(mut input: impl BufRead, output: impl Write, profile: Profile) -> anyhow::Result<()> {
     let mut output = std::io::BufWriter::new(output);
     let mut line = Vec::new();
@@ -82,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_verdict_a_line_in_order() {
+    fn prints_one_verdict_per_line_in_order() {
         let input = "{\"gold\": \"7\", \"answer\": \"7.0\"}\n\nno pair\n{\"gold\": \"7\", \"answer\": \"8\", \"more\": 1}\n";
         let mut output = Vec::new();
         verdicts(input.as_bytes(), &mut output, Profile::Strict).unwrap();

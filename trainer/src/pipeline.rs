@@ -1,6 +1,8 @@
-//! The pipeline on one screen: collect -> classify -> resample -> generate -> difficulty -> rewrite -> verify -> score -> sample
-//! -> train -> export -> evaluate -> card -> report. [`Run::all`] streams records from stage to stage; [`Run::stage`] runs one
-//! of them over the file that the stage before it left. Records go through the disk: a million are as fine as a hundred.
+//! The pipeline: collect -> classify -> resample -> generate -> difficulty -> rewrite -> verify -> score -> sample ->
+//! train -> export -> evaluate -> card -> report.
+//!
+//! [`Run::all`] runs all stages and streams records from stage to stage. [`Run::stage`] runs one stage over the file of
+//! the stage before it. Records are stored on disk, so memory does not limit their number.
 
 mod chain;
 mod compress;
@@ -50,7 +52,7 @@ use crate::status::Status;
 use crate::students::prompt;
 use crate::{card, export, report};
 
-/// Stages that run alone, in order.
+/// Stages that can run alone, in their order.
 pub const STAGES: [&str; 15] = [
     "collect",
     "classify",
@@ -69,28 +71,31 @@ pub const STAGES: [&str; 15] = [
     "card",
 ];
 
-/// A database that holds the answers of a run for all who work on it.
+/// A database that stores the completions of a run for several workers.
 pub struct SharedStore {
-    /// `postgres://user:password@host/database`.
+    /// Connection URL, `postgres://user:password@host/database`.
     pub url: Redacted<String>,
-    /// Shards that a new run is split into.
+    /// Number of shards for a new run.
     pub shards: u32,
 }
 
-/// A run that is under way.
+/// An opened run with its local gateway.
 pub struct Run {
     recipe: Arc<Recipe>,
     folder: RunFolder,
     progress: Progress,
     local: LocalGateway,
     stages: Stages,
-    /// The same journal, but the local gateway, where the students are.
+    /// Client for the students at the local gateway, with the same journal.
     students: Teachers,
     started: Instant,
 }
 
 impl Run {
-    /// Opens the run folder and starts what the recipe needs. Every model is asked for before the first call.
+    /// Opens the run folder and the store, and starts the local gateway with the recipe's local models.
+    ///
+    /// Fails before the first request if a model of the recipe is not served, or if `budget` limits are combined with a
+    /// shared store.
     pub async fn start(
         recipe: Recipe,
         recipe_path: &Path,
@@ -123,7 +128,7 @@ impl Run {
             local.add_model(model)?;
         }
         let mut endpoint = Endpoint::new(local.url());
-        // Answers come whole: silence is no sign of trouble, and the gateway watches its nodes.
+        // Completions arrive as a whole, so silence is no error. The gateway detects failing nodes.
         endpoint.idle = endpoint.total;
         let loopback = Client::new(endpoint)?;
         let remote = match &recipe.gateway {
@@ -135,7 +140,8 @@ impl Run {
                 Client::new(endpoint)?
             }
         };
-        // A remote teacher thinks for minutes: its answer is read as a stream, so that silence is noticed.
+        // Remote teachers may generate for minutes. Their completions are streamed, so that a stalled connection is
+        // detected.
         let patience = Patience { stream: recipe.gateway.is_some(), ..Patience::default() };
         let wanted = recipe.models();
         if !wanted.is_empty() {
@@ -162,7 +168,7 @@ impl Run {
         Ok(Self { recipe, folder, progress, local, stages, students, started })
     }
 
-    /// The whole pipeline.
+    /// Runs the whole pipeline and writes the report.
     pub async fn all(&self) -> anyhow::Result<Report> {
         if self.recipe.collect.is_some() {
             let problems = self.problems().await?;
@@ -186,7 +192,7 @@ impl Run {
         Ok(report)
     }
 
-    /// One stage alone, over the file of the stage before it.
+    /// Runs one stage over the file of the stage before it. Fails if the stage is unknown or its input is missing.
     pub async fn stage(&self, name: &str) -> anyhow::Result<()> {
         let recipe = &self.recipe;
         match name {
@@ -219,12 +225,12 @@ impl Run {
         }
     }
 
-    /// Who scores RV and CD.
+    /// Returns the judge of RV and CD. Fails if the recipe has no `score`.
     pub fn score_judge(&self) -> anyhow::Result<Judge> {
         self.stages.score_judge()
     }
 
-    /// Compares policies of selection on the traces at hand.
+    /// Compares selection policies on the existing traces.
     pub fn compare_selections(&self) -> anyhow::Result<Vec<selection::Choice>> {
         let file = self.folder.stage_file(self.trace_stage());
         anyhow::ensure!(
@@ -236,24 +242,24 @@ impl Run {
         selection::compare(&file, &SamplePolicy { seed: self.recipe.seed, ..self.recipe.sample.clone() })
     }
 
-    /// Base URL of the local gateway, where the students are.
+    /// Returns the base URL of the local gateway, which serves the students.
     pub fn url(&self) -> String {
         self.local.url()
     }
 
-    /// Puts the last student behind the gateway.
+    /// Serves the last student through the local gateway and returns its model name.
     pub fn serve_student(&self) -> anyhow::Result<String> {
         self.serve_variant(self.variants().pop().context("the recipe trains no student")?)
     }
 
-    /// Stops the gateway and its nodes.
+    /// Stops the local gateway and its nodes.
     pub async fn stop(self) {
         self.local.stop().await;
     }
 
-    // ---- problems ----
+    // ---- Problems ----
 
-    /// Collects, sorts and draws as the recipe says; gives the number of problems.
+    /// Runs collect, classify and resample as far as the recipe has them. Returns the number of problems.
     async fn problems(&self) -> anyhow::Result<usize> {
         let mut problems = tokio::task::block_in_place(|| self.collect())?;
         if self.recipe.classify.is_some() {
@@ -265,7 +271,7 @@ impl Run {
         Ok(problems)
     }
 
-    /// The stage that leaves the problems to be solved.
+    /// Returns the last stage whose file contains problems.
     fn problem_stage(&self) -> &'static str {
         match (&self.recipe.resample, &self.recipe.classify) {
             (Some(_), _) => "resample",
@@ -274,14 +280,14 @@ impl Run {
         }
     }
 
-    /// The stage that leaves the traces to be sampled.
+    /// Returns the last stage whose file contains traces before sampling.
     fn trace_stage(&self) -> &'static str {
         if self.recipe.score.is_some() { "score" } else { "verify" }
     }
 
-    // ---- chains of thought ----
+    // ---- Chains of thought ----
 
-    /// All CoT stages at once: a trace is graded while others are still being written.
+    /// Runs all trace stages concurrently and publishes their files.
     async fn chains_of_thought(&self, problems: usize) -> anyhow::Result<()> {
         let stage = self.problem_stage();
         let (input, reading) = feed_file(tokio::task::block_in_place(|| self.longest_first(stage))?);
@@ -290,7 +296,8 @@ impl Run {
         chain.finish().await
     }
 
-    /// Sends problems through all CoT stages and waits until the last trace is out.
+    /// Sends problems through all trace stages and waits for the last trace. The stage files are not yet published.
+    /// Announces the demand meanwhile.
     async fn through_all_stages(
         &self,
         input: mpsc::Receiver<Problem>,
@@ -311,7 +318,7 @@ impl Run {
         Ok(chain)
     }
 
-    /// Shows counts and spending until `done` resolves, here and in `status.json`.
+    /// Shows counts and spending on the terminal and in `status.json` until `done` resolves.
     async fn watch(
         &self,
         stages: &[(&'static str, Arc<Counts>)],
@@ -325,7 +332,8 @@ impl Run {
         tokio::task::block_in_place(|| status.write());
     }
 
-    /// Where the stages are announced: at the gateway where the teachers are, if it takes plans.
+    /// Returns the receiver of announcements: the local gateway, or the remote one's admin API. `None` for a remote
+    /// gateway without `admin_url`.
     fn front(&self) -> anyhow::Result<Option<Front>> {
         let Some(section) = &self.recipe.gateway else { return Ok(Some(Front::Local(self.local.plans()))) };
         let Some(url) = &section.admin_url else { return Ok(None) };
@@ -335,7 +343,7 @@ impl Run {
         Ok(Some(Front::Remote(Client::new(endpoint)?)))
     }
 
-    /// Runs one stage over what another one left.
+    /// Runs one stage over the file of the stage `input`.
     async fn alone<S: Stage>(&self, stage: S, input: &str) -> anyhow::Result<()>
     where
         S::In: for<'de> serde::Deserialize<'de>,
@@ -352,10 +360,10 @@ impl Run {
         chain.finish().await
     }
 
-    /// Chooses the traces to train on.
+    /// Chooses the traces for training. Writes the stage `sample` with the traces that were not chosen as dropped.
     fn sample(&self) -> anyhow::Result<()> {
         let last = self.trace_stage();
-        // Two traces of one problem may have become the same text by rewriting: copies stand side by side.
+        // Rewriting can give two traces of one problem the same text. Their ids are equal, so they are adjacent.
         let (mut candidates, mut places, mut copies) = (Vec::<Candidate>::new(), Vec::new(), Vec::new());
         for row in self.folder.each_of::<Cot>(last)? {
             let (place, trace) = row?;
@@ -392,12 +400,14 @@ impl Run {
         Ok(self.folder.publish("sample", files, summary)?)
     }
 
+    /// Returns the chosen traces, or none if the recipe makes no traces.
     fn sampled(&self) -> anyhow::Result<Vec<Cot>> {
         if self.recipe.makes_traces() { self.folder.read_stage("sample") } else { Ok(Vec::new()) }
     }
 
-    // ---- figures ----
+    // ---- Evaluation ----
 
+    /// Evaluates every student on the held-out problems.
     async fn evaluate(&self) -> anyhow::Result<Vec<StudentFigures>> {
         if self.recipe.evaluate.is_none() {
             return Ok(Vec::new());
@@ -413,7 +423,8 @@ impl Run {
         Ok(all)
     }
 
-    /// Tests a model that is served: `revision` tells its weights from others under the same name.
+    /// Evaluates a served model on the held-out problems and stores its samples as stage `evaluate-NAME`. `revision`
+    /// distinguishes weights of one model name in the journal.
     async fn examine(
         &self,
         model: &str,
@@ -450,6 +461,7 @@ impl Run {
         Ok(figures)
     }
 
+    /// Writes the model cards of all students.
     fn cards(&self, figures: &[StudentFigures]) -> anyhow::Result<()> {
         for variant in self.variants() {
             let name = self.student_name(variant);
@@ -467,6 +479,7 @@ impl Run {
         Ok(())
     }
 
+    /// Returns the report of this run.
     fn report(&self, students: Vec<StudentFigures>, compressed: Vec<Compressed>) -> Report {
         Report::new(
             &self.recipe.name,

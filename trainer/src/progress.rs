@@ -1,5 +1,5 @@
-//! What a run shows: bars on a terminal, plain lines elsewhere. Everything goes to stderr, so that stdout holds nothing
-//! but results.
+//! Progress display: bars on a terminal, plain lines elsewhere. All output goes to stderr, so that stdout contains only
+//! results. Status files and HTML pages are written elsewhere.
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -11,17 +11,17 @@ use std::time::{Duration, Instant};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use potstill_cot::executor::Counts;
 
-/// Time between two plain lines about the same thing.
+/// Interval between two plain lines of one [`Line`].
 const PLAIN_EVERY: Duration = Duration::from_secs(10);
 
-/// Shows progress; cheap to clone.
+/// Progress display of a run. Clones share one display.
 #[derive(Clone)]
 pub struct Progress {
     bars: Option<MultiProgress>,
     started: Instant,
 }
 
-/// One line of it: a stage, a training phase.
+/// Progress of one stage or training phase.
 pub struct Line {
     bar: Option<ProgressBar>,
     name: String,
@@ -36,13 +36,13 @@ impl Default for Progress {
 }
 
 impl Progress {
-    /// Bars when stderr is a terminal.
+    /// Creates a display, with bars if stderr is a terminal.
     pub fn new() -> Self {
         let bars = std::io::stderr().is_terminal().then(MultiProgress::new);
         Self { bars, started: Instant::now() }
     }
 
-    /// A sentence about the run.
+    /// Prints a message with the time since the start.
     pub fn say(&self, text: impl AsRef<str>) {
         let line = format!("[{:>6.1} s] {}", self.started.elapsed().as_secs_f64(), text.as_ref());
         match &self.bars {
@@ -53,7 +53,7 @@ impl Progress {
         }
     }
 
-    /// A line for something with `total` steps; 0 when the number is not known.
+    /// Adds a line for `total` steps; 0 means that the number is unknown.
     pub fn line(&self, name: &str, total: u64) -> Line {
         let bar = self.bars.as_ref().map(|bars| {
             let bar = bars.add(ProgressBar::new(total));
@@ -72,7 +72,7 @@ impl Progress {
         Line { bar, name: name.to_owned(), started: now, last_plain: Mutex::new(now) }
     }
 
-    /// Shows the counts of stages until `done` resolves.
+    /// Shows the counts of stages until `done` resolves, then prints a summary of each.
     pub async fn watch(
         &self,
         stages: &[(&'static str, Arc<Counts>)],
@@ -82,7 +82,7 @@ impl Progress {
         self.watch_with(stages, total, String::new, done).await;
     }
 
-    /// The same with a remark behind the counts, and the time left where the number of steps is known.
+    /// Does the same as [`Progress::watch`], with a remark after the counts. A single stage also shows the time left.
     pub async fn watch_with(
         &self,
         stages: &[(&'static str, Arc<Counts>)],
@@ -131,7 +131,7 @@ impl Progress {
 }
 
 impl Line {
-    /// Where it stands.
+    /// Updates position and message. Without a terminal, prints at most one line per interval.
     pub fn update(&self, position: u64, message: &str) {
         match &self.bar {
             Some(bar) => {
@@ -152,7 +152,7 @@ impl Line {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn clear(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();

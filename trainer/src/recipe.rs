@@ -1,5 +1,5 @@
-//! A recipe: one TOML file that describes a whole run. It is checked as a whole before the first token is paid for;
-//! every problem is reported with file, key, and what was expected. Paths are relative to the recipe's folder.
+//! A recipe: one TOML file that describes a whole run. All checks happen before the first paid request. Errors are
+//! reported together, each with file, key and expected value. Paths are relative to the recipe's folder.
 
 use std::path::{Path, PathBuf};
 
@@ -19,75 +19,76 @@ pub use sections::*;
 pub struct Recipe {
     /// Name of the run.
     pub name: String,
-    /// Seed of everything that is drawn.
+    /// Seed of all random choices.
     pub seed: u64,
-    /// Requests that may be open at a model, and records that a stage works on at once.
+    /// Maximum number of open requests per model, and of records that a stage processes at the same time.
     pub concurrency: usize,
-    /// What the run may spend.
+    /// Limits on spending, and prices.
     pub budget: Budget,
-    /// The gateway in front of the teachers; without it a local one is started.
+    /// Gateway with the teachers; without it a local gateway is started.
     pub gateway: Option<GatewaySection>,
-    /// Teachers that the local gateway runs itself.
+    /// Models that the local gateway serves.
     pub local: Vec<LocalModel>,
-    /// Folder with prompts that replace the built-in ones.
+    /// Folder with prompt templates that replace the built-in ones.
     pub prompts: Option<PathBuf>,
-    /// Where problems come from.
+    /// Sources of problems.
     pub collect: Option<CollectSection>,
-    /// Who sorts problems into tasks.
+    /// Model that classifies problems into tasks.
     pub classify: Option<JudgeSection>,
-    /// How many of each task are drawn.
+    /// Shares of the tasks for resampling.
     pub resample: Option<ResampleSection>,
-    /// Who writes chains of thought.
+    /// Teachers that generate chains of thought.
     pub generate: Option<GenerateSection>,
-    /// Who grades them for the student.
+    /// Model that grades the difficulty of traces.
     pub difficulty: Option<JudgeSection>,
-    /// Who rewrites them.
+    /// Model that rewrites traces.
     pub rewrite: Option<RewriteSection>,
-    /// Who judges where rules cannot.
+    /// Model that judges answers where rules cannot decide.
     pub verify: Option<JudgeSection>,
-    /// Who scores RV and CD.
+    /// Model that scores RV and CD.
     pub score: Option<JudgeSection>,
-    /// What the student can take.
+    /// Policy that selects traces for training.
     pub sample: SamplePolicy,
-    /// The student.
+    /// The student: base model, name and prompt.
     pub student: StudentSection,
-    /// How it is fine-tuned; without it the later algorithms start from `student.base`.
+    /// Supervised fine-tuning; without it, later algorithms start from `student.base`.
     pub sft: Option<SftSection>,
     /// Reward models for RV and CD.
     pub reward: Option<RewardSection>,
-    /// Distillation of distributions.
+    /// Logit distillation.
     pub kd: Option<KdSection>,
-    /// Preferences.
+    /// Direct preference optimization.
     pub dpo: Option<DpoSection>,
-    /// Practice with rewards.
+    /// Reinforcement learning with GRPO.
     pub grpo: Option<GrpoSection>,
-    /// How it is tested.
+    /// Evaluation on held-out problems.
     pub evaluate: Option<EvaluateSection>,
-    /// Smaller forms of the last student.
+    /// Quantized versions of the last student.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compress: Option<CompressSection>,
 }
 
-/// Stages that ask teachers.
+/// Stages with paid requests.
 pub const PAID: [&str; 7] = ["classify", "generate", "difficulty", "rewrite", "verify", "score", "kd"];
 
-/// What is wrong with a recipe, all of it.
+/// All errors of a recipe.
 #[derive(Debug, thiserror::Error)]
 #[error("recipe `{path}` has {} problem(s):\n  {}", problems.len(), problems.join("\n  "))]
 pub struct RecipeError {
-    /// The file.
+    /// Path of the recipe.
     pub path: PathBuf,
-    /// One line each: key and what was expected.
+    /// One message per error, with key and expected value.
     pub problems: Vec<String>,
 }
 
-/// Reads sections one by one, so that a mistake in one does not hide those in others.
+/// Sections of a recipe, deserialized one by one, so that an error in one does not hide errors in others.
 struct Sections {
     table: toml::Table,
     problems: Vec<String>,
 }
 
 impl Sections {
+    /// Removes and deserializes a section. Records an error with its path.
     fn take<T: for<'de> Deserialize<'de>>(&mut self, key: &str) -> Option<T> {
         let value = self.table.remove(key)?;
         match serde_path_to_error::deserialize(value) {
@@ -103,6 +104,7 @@ impl Sections {
         }
     }
 
+    /// Does the same as `take`, and records an error if the key is missing.
     fn need<T: for<'de> Deserialize<'de>>(&mut self, key: &str) -> Option<T> {
         if !self.table.contains_key(key) {
             self.problems.push(format!("`{key}` is missing"));
@@ -112,7 +114,7 @@ impl Sections {
 }
 
 impl Recipe {
-    /// Reads and checks a recipe.
+    /// Reads and checks a recipe. Returns all errors together.
     pub fn read(path: &Path) -> Result<Self, RecipeError> {
         let refused = |problems| RecipeError { path: path.to_owned(), problems };
         let text = std::fs::read_to_string(path).map_err(|error| refused(vec![error.to_string()]))?;
@@ -147,7 +149,7 @@ impl Recipe {
             ));
         }
         let Some(name) = name else { return Err(refused(sections.problems)) };
-        // A recipe that makes data and trains nothing needs none.
+        // A recipe that only produces data needs no student.
         let student = student.unwrap_or_else(|| StudentSection::nobody(&name));
         let (
             seed,
@@ -196,7 +198,7 @@ impl Recipe {
         if sections.problems.is_empty() { Ok(recipe) } else { Err(refused(sections.problems)) }
     }
 
-    /// Makes all paths relative to the recipe's folder.
+    /// Resolves all local paths relative to the recipe's folder.
     fn resolve(&mut self, folder: &Path) {
         let fix = |path: &mut PathBuf| *path = folder.join(&*path);
         self.prompts.iter_mut().for_each(fix);
@@ -218,7 +220,7 @@ impl Recipe {
         here.for_each(|source| fix(&mut source.path));
     }
 
-    /// Everything that is wrong beyond types.
+    /// Returns all errors that types do not rule out.
     fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut need = |fine: bool, problem: String| {
@@ -395,7 +397,7 @@ impl Recipe {
         }
         let known: Vec<&str> = self.local.iter().map(|model| model.model.as_str()).collect();
         for (key, model) in self.models() {
-            // What a remote gateway serves is asked for when the run starts, before the first call.
+            // The models of a remote gateway are checked at the start of a run, before the first request.
             need(
                 self.gateway.is_some() || known.contains(&model),
                 format!("`{key}`: no `local` model is called `{model}`, and no `gateway.url` is given"),
@@ -448,18 +450,18 @@ impl Recipe {
         problems
     }
 
-    /// Whether chains of thought come out of it: teachers write them, or sources bring them along.
+    /// Returns whether the run has traces: generated by teachers or contained in sources.
     pub fn makes_traces(&self) -> bool {
         let given = self.collect.iter().flat_map(|section| &section.sources).any(|source| source.traces);
         self.generate.is_some() || given
     }
 
-    /// Whether a student comes out of it, and not data alone.
+    /// Returns whether the run trains a student, rather than only producing data.
     pub fn trains(&self) -> bool {
         self.sft.is_some() || self.kd.is_some() || self.dpo.is_some() || self.grpo.is_some()
     }
 
-    /// Settings of every training, with their key.
+    /// Returns the training settings of all algorithms, with their keys.
     fn runs(&self) -> impl Iterator<Item = (&'static str, &RunConfig)> {
         [
             ("sft.run", self.sft.as_ref().map(|section| &section.run)),
@@ -472,7 +474,7 @@ impl Recipe {
         .filter_map(|(key, run)| Some((key, run?)))
     }
 
-    /// Every model that is called, with its key.
+    /// Returns every model that receives requests, with its key.
     pub fn models(&self) -> Vec<(String, &str)> {
         let mut models = Vec::new();
         for (i, teacher) in self.generate.iter().flat_map(|section| &section.teachers).enumerate() {
@@ -493,7 +495,7 @@ impl Recipe {
         models
     }
 
-    /// Every file that must be there, with its key.
+    /// Returns every local path that must exist, with its key.
     fn files(&self) -> Vec<(String, &Path)> {
         let mut files: Vec<(String, &Path)> = Vec::new();
         files.extend(self.prompts.iter().map(|path| ("prompts".to_owned(), path.as_path())));
@@ -539,7 +541,7 @@ mod tests {
     }
 
     #[test]
-    fn all_problems_are_found_at_once() {
+    fn read_reports_all_errors_at_once() {
         let error = read(
             r#"
             name = "a b"
@@ -574,14 +576,14 @@ mod tests {
     }
 
     #[test]
-    fn shipped_recipes_are_fine() {
+    fn shipped_recipes_have_no_errors_but_missing_user_files() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
         let mut seen = 0;
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.extension().is_some_and(|extension| extension == "toml") {
                 let checked = Recipe::read(&path);
-                // Recipes for data and models that a user brings may lack just these.
+                // Recipes for data and models of the user may lack files and environment variables, nothing else.
                 let missing =
                     |problem: &String| problem.contains("does not exist") || problem.contains("is not set");
                 if let Err(error) = checked {

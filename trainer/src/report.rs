@@ -1,4 +1,5 @@
-//! The report of a run: `report.json` for programs, `report.html` for people, a table for the terminal.
+//! Report of a run: `report.json` for programs, `report.html` for people, and a table for the terminal. The pages of
+//! `potstill eval` are in [`crate::eval`].
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,27 +18,27 @@ use crate::run::Manifest;
 use crate::selection;
 use crate::training_view;
 
-/// Figures of one student; accuracies in percent.
+/// Metrics of one student; accuracies in percent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StudentFigures {
-    /// `raw`, `answers_only` or `distilled`.
+    /// Name of the variant, such as `raw` or `distilled`, or the format of a quantized version.
     pub name: String,
     /// Mean accuracy.
     pub accuracy: f64,
-    /// Lower end of its 95 % interval.
+    /// Lower bound of the 95 % interval.
     pub ci_low: f64,
-    /// Upper end.
+    /// Upper bound of the interval.
     pub ci_high: f64,
-    /// pass@k by k.
+    /// Unbiased pass@k by k.
     pub pass_at_k: BTreeMap<u32, f64>,
-    /// Mean tokens of a completion by level of the problem.
+    /// Mean tokens of a completion, by level of the problem.
     pub mean_cot_tokens: BTreeMap<String, f64>,
-    /// All figures.
+    /// All metrics.
     pub details: Figures,
 }
 
 impl StudentFigures {
-    /// Names the figures.
+    /// Creates the entry of a student from its metrics.
     pub fn new(name: &str, figures: Figures) -> Self {
         Self {
             name: name.to_owned(),
@@ -51,58 +52,58 @@ impl StudentFigures {
     }
 }
 
-/// A smaller form of the last student.
+/// A quantized version of the last student.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Compressed {
-    /// Its file, and how near it is.
+    /// File and its similarity to the f32 model.
     pub written: Written,
-    /// Accuracy of the student itself.
+    /// Accuracy of the student itself, in percent.
     pub before: f64,
-    /// Points of accuracy that it lost.
+    /// Loss of accuracy in points; negative for a gain.
     pub lost: f64,
-    /// It lost no more than the recipe allows.
+    /// Whether the loss is within the recipe's limit, so the version was published.
     pub published: bool,
-    /// How it did.
+    /// Metrics of the quantized version.
     pub figures: StudentFigures,
 }
 
-/// What was spent on teachers.
+/// Usage of the teachers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpentFigures {
-    /// Calls that were answered.
+    /// Successful requests.
     pub calls: u64,
-    /// Questions answered from the journal.
+    /// Requests whose completion came from the journal.
     pub remembered: u64,
-    /// Calls that failed and were tried again.
+    /// Failed attempts that were retried.
     pub retries: u64,
-    /// Tokens of prompts.
+    /// Prompt tokens.
     pub prompt_tokens: u64,
-    /// Tokens written.
+    /// Completion tokens.
     pub completion_tokens: u64,
 }
 
-/// The report of a run.
+/// Report of a run, as in `report.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Name of the recipe.
     pub name: String,
-    /// The students, the distilled one last.
+    /// Students in the order of their training; the final one is last.
     pub students: Vec<StudentFigures>,
-    /// Smaller forms of the last of them.
+    /// Quantized versions of the last student.
     #[serde(default)]
     pub compressed: Vec<Compressed>,
-    /// Counts by stage.
+    /// Manifest with the counts of each stage.
     pub manifest: Manifest,
-    /// Teacher calls of this process; what an earlier one had bought is `remembered`.
+    /// Usage of the teachers by this process. Completions of earlier processes count as `remembered`.
     pub teachers: SpentFigures,
-    /// Seconds that this process took.
+    /// Wall time of this process in seconds.
     pub wall_seconds: f64,
-    /// Cores that this process may use.
+    /// Number of cores that this process may use.
     pub cores: usize,
 }
 
 impl Report {
-    /// Puts a report together.
+    /// Creates a report of this process.
     pub fn new(
         name: &str,
         students: Vec<StudentFigures>,
@@ -129,7 +130,7 @@ impl Report {
         }
     }
 
-    /// The students as a table for a terminal.
+    /// Formats the students and quantized versions as a table for the terminal.
     pub fn table(&self) -> String {
         let levels: std::collections::BTreeSet<&String> =
             self.students.iter().flat_map(|student| student.mean_cot_tokens.keys()).collect();
@@ -165,7 +166,7 @@ impl Report {
     }
 }
 
-/// Name and curves of every training of the run, in the order in which they happen.
+/// Returns name and curves of every training of the run, in their order.
 fn trainings(folder: &Path) -> Vec<(&'static str, String)> {
     ["reward-rv", "reward-cd", "answers_only", "distilled", "kd", "dpo", "grpo"]
         .into_iter()
@@ -176,7 +177,7 @@ fn trainings(folder: &Path) -> Vec<(&'static str, String)> {
         .collect()
 }
 
-/// RV by CD before and after the sampling.
+/// Returns histograms of RV by CD before and after sampling, as SVG.
 fn histograms(folder: &Path) -> Vec<String> {
     [("score", "before the sampling"), ("sample", "after it")]
         .into_iter()
@@ -188,7 +189,7 @@ fn histograms(folder: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Writes `report.json` and `report.html` into a run folder.
+/// Writes `report.json` and `report.html` to a run folder.
 pub fn write(folder: &Path, report: &Report) -> anyhow::Result<()> {
     let json = serde_json::to_string_pretty(report)?;
     write_file(&folder.join("report.json"), format!("{json}\n").as_bytes())?;
@@ -203,7 +204,7 @@ pub fn write(folder: &Path, report: &Report) -> anyhow::Result<()> {
     Ok(write_file(&folder.join("report.html"), html.as_bytes())?)
 }
 
-/// Reads the report of a run folder.
+/// Reads the report of a run folder. Fails if it is missing or damaged.
 pub fn read(folder: &Path) -> anyhow::Result<Report> {
     let path = folder.join("report.json");
     let text = std::fs::read_to_string(&path)

@@ -1,18 +1,5 @@
-//! The run folder: recipe, journal, one file per stage, models, report, and a manifest with what went in and out of each
-//! stage.
-//!
-//! ```text
-//! RUN/recipe.toml     the recipe as it was when the run began
-//! RUN/run.json        manifest: counts and hashes by stage
-//! RUN/journal.log     every answer that was paid for
-//! RUN/status.json     counts and spending while it runs
-//! RUN/quarantine.jsonl lines of sources that could not be read
-//! RUN/stages/NAME.jsonl          records of a stage, ordered by id
-//! RUN/stages/NAME.dropped.jsonl  what it did not give on, with the reasons
-//! RUN/train/NAME/     checkpoints, trainer_state.json, TensorBoard events
-//! RUN/models/NAME/    exported students
-//! RUN/report.json, RUN/report.html
-//! ```
+//! The run folder and its manifest. [`RunFolder`] lists the files. A stage's files are written in order of ids, so they
+//! do not depend on timing. The journal is opened elsewhere.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -28,17 +15,17 @@ use potstill_shared::durable::{DurableError, create_folder, write_file};
 use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
 
-/// What the manifest says of a stage.
+/// Entry of a stage in the manifest.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct StageManifest {
-    /// Counts in, kept and dropped by reason.
+    /// Number of records taken, kept, and dropped by reason.
     #[serde(flatten)]
     pub summary: Summary,
-    /// Hash of the records written.
+    /// Hash of the kept records.
     pub output_hash: String,
 }
 
-/// The manifest.
+/// Manifest of a run, as in `run.json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Name of the recipe.
@@ -47,31 +34,31 @@ pub struct Manifest {
     pub version: String,
     /// Hash of the recipe.
     pub recipe_hash: String,
-    /// Where the problems came from.
+    /// Sources of problems.
     #[serde(default)]
     pub sources: Vec<SourceManifest>,
-    /// Stages by name.
+    /// Finished stages by name.
     pub stages: BTreeMap<String, StageManifest>,
 }
 
-/// What the manifest says of a source.
+/// Entry of a source in the manifest.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct SourceManifest {
-    /// Path or address, as the recipe gives it.
+    /// Path or address, as in the recipe.
     pub path: String,
-    /// Its licence, where it is known.
+    /// License, if known.
     pub licence: Option<String>,
-    /// Rows read.
+    /// Number of rows read.
     pub rows: usize,
-    /// Problems of it that were kept.
+    /// Number of its problems that were kept.
     pub kept: usize,
 }
 
-/// Files of a stage that is under way: what it keeps and what it drops.
+/// Files of a running stage.
 pub struct StageFiles<T> {
-    /// For `NAME.jsonl`.
+    /// Kept records, for `NAME.jsonl`.
     pub kept: Spool<T>,
-    /// For `NAME.dropped.jsonl`.
+    /// Dropped records, for `NAME.dropped.jsonl`.
     pub dropped: Spool<Dropped>,
 }
 
@@ -84,14 +71,27 @@ impl<T: Keyed + Send + 'static> Recorder<T> for StageFiles<T> {
 }
 
 /// An opened run folder.
+///
+/// ```text
+/// RUN/recipe.toml                recipe of the last start
+/// RUN/run.json                   manifest: counts and hashes by stage
+/// RUN/journal.log                every paid completion
+/// RUN/status.json                counts and spending during the run
+/// RUN/quarantine.jsonl           rows of sources that could not be read
+/// RUN/stages/NAME.jsonl          kept records of a stage, ordered by id
+/// RUN/stages/NAME.dropped.jsonl  dropped records, with reasons
+/// RUN/train/NAME/                checkpoints, trainer_state.json, TensorBoard events
+/// RUN/models/NAME/               exported models
+/// RUN/report.json, RUN/report.html
+/// ```
 pub struct RunFolder {
     path: PathBuf,
     manifest: Mutex<Manifest>,
 }
 
 impl RunFolder {
-    /// Opens or creates the folder for a recipe. A folder of another recipe is refused: its journal would answer other
-    /// questions, and its stage files would mix.
+    /// Opens or creates the folder for a recipe called `name`, and copies the recipe into it. Fails if the folder
+    /// belongs to a run with another name, because journal and stage files would mix.
     pub fn open(path: &Path, recipe: &Path, name: &str) -> anyhow::Result<Self> {
         create_folder(&path.join("stages"))?;
         let text = std::fs::read(recipe).with_context(|| format!("cannot read `{}`", recipe.display()))?;
@@ -118,28 +118,28 @@ impl RunFolder {
         Ok(folder)
     }
 
-    /// The folder.
+    /// Returns the path of the folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// File of a stage's records.
+    /// Returns the file of a stage's kept records.
     pub fn stage_file(&self, stage: &str) -> PathBuf {
         self.path.join("stages").join(format!("{stage}.jsonl"))
     }
 
-    /// File of what a stage dropped.
+    /// Returns the file of a stage's dropped records.
     pub fn dropped_file(&self, stage: &str) -> PathBuf {
         self.path.join("stages").join(format!("{stage}.dropped.jsonl"))
     }
 
-    /// Files for a stage that begins.
+    /// Creates the files of a stage that starts.
     pub fn files<T: Keyed>(&self) -> anyhow::Result<StageFiles<T>> {
         let folder = self.path.join("stages");
         Ok(StageFiles { kept: Spool::new(&folder)?, dropped: Spool::new(&folder)? })
     }
 
-    /// Writes the files of a stage that has ended, and its line in the manifest.
+    /// Publishes the files of a finished stage and its entry in the manifest.
     pub fn publish<T: Keyed>(
         &self,
         stage: &str,
@@ -151,7 +151,7 @@ impl RunFolder {
         Ok(self.note(stage, summary, written.hash.to_string())?)
     }
 
-    /// Writes a stage's records, which are at hand in their order, and its line in the manifest.
+    /// Writes the records of a stage, in the given order, and its entry in the manifest.
     pub fn write_stage<T: Serialize>(
         &self,
         stage: &str,
@@ -164,28 +164,30 @@ impl RunFolder {
         Ok(self.note(stage, summary, output_hash)?)
     }
 
+    /// Sets the manifest entry of a stage.
     fn note(&self, stage: &str, summary: Summary, output_hash: String) -> Result<(), DurableError> {
         self.change(|manifest| {
             manifest.stages.insert(stage.to_owned(), StageManifest { summary, output_hash });
         })
     }
 
-    /// Notes where the problems came from.
+    /// Sets the sources in the manifest.
     pub fn note_sources(&self, sources: Vec<SourceManifest>) -> Result<(), DurableError> {
         self.change(|manifest| manifest.sources = sources)
     }
 
+    /// Changes the manifest and writes it.
     fn change(&self, change: impl FnOnce(&mut Manifest)) -> Result<(), DurableError> {
         change(&mut self.manifest.lock().unwrap_or_else(PoisonError::into_inner));
         self.write_manifest()
     }
 
-    /// Reads the records of a stage.
+    /// Reads all records of a stage. Fails if the stage has no file.
     pub fn read_stage<T: for<'de> Deserialize<'de>>(&self, stage: &str) -> anyhow::Result<Vec<T>> {
         Ok(read_records(&self.existing(stage)?)?)
     }
 
-    /// The same one by one, each with the offset of its line.
+    /// Reads the records of a stage one at a time, each with the offset of its line.
     pub fn each_of<T: for<'de> Deserialize<'de>>(
         &self,
         stage: &str,
@@ -193,19 +195,21 @@ impl RunFolder {
         Ok(each_record(&self.existing(stage)?)?)
     }
 
+    /// Returns the file of a stage, or an error if it does not exist.
     fn existing(&self, stage: &str) -> anyhow::Result<PathBuf> {
         let path = self.stage_file(stage);
         anyhow::ensure!(path.exists(), "`{}` does not exist; run `potstill {stage}` first", path.display());
         Ok(path)
     }
 
-    /// The manifest as it stands.
+    /// Returns a copy of the current manifest.
     pub fn manifest(&self) -> Manifest {
         self.manifest.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Writes the manifest to `run.json`.
     fn write_manifest(&self) -> Result<(), DurableError> {
-        // A manifest holds nothing that JSON cannot.
+        // A manifest contains only values that JSON can represent.
         let json = serde_json::to_string_pretty(&self.manifest()).unwrap_or_default();
         write_file(&self.path.join("run.json"), format!("{json}\n").as_bytes())
     }

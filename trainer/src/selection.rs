@@ -1,5 +1,5 @@
-//! What a selection of traces does to their RV and CD: histograms as pictures for the report, and a table that compares policies on
-//! the same traces before anything is trained on them.
+//! Effect of a selection of traces on RV and CD: histograms as SVG for the report, and a table that compares policies
+//! before training. The policies themselves are in `potstill_data::sampler`.
 
 use std::path::Path;
 
@@ -8,10 +8,11 @@ use potstill_data::records::{Cot, Scores};
 use potstill_data::sampler::{Candidate, Histogram, SamplePolicy, Selection, choose};
 use serde::Serialize;
 
-/// Side of a cell of a picture.
+/// Size of a cell of the picture in pixels.
 const CELL: usize = 22;
 
-/// The histogram of a stage's traces; nothing where there is no file or no score.
+/// Returns the histogram of a stage's traces. Returns `None` if the file is missing or damaged, or if no trace has
+/// scores.
 pub fn histogram(file: &Path) -> Option<Histogram> {
     let mut scores = Vec::new();
     for row in each_record::<Cot>(file).ok()? {
@@ -21,7 +22,7 @@ pub fn histogram(file: &Path) -> Option<Histogram> {
     (histogram.scored() > 0).then_some(histogram)
 }
 
-/// A picture: CD to the right, RV upwards, the darker the more traces.
+/// Draws the histogram as SVG: CD on the horizontal axis, RV on the vertical axis. Darker cells have more traces.
 pub fn picture(histogram: &Histogram, title: &str) -> String {
     let most = f64::from(histogram.counts.iter().flatten().copied().max().unwrap_or(0).max(1));
     let (left, top, side) = (46, 26, CELL * 10);
@@ -34,7 +35,7 @@ pub fn picture(histogram: &Histogram, title: &str) -> String {
         let y = top + (9 - rv) * CELL;
         for (cd, count) in row.iter().enumerate() {
             let x = left + cd * CELL;
-            // The eye tells few apart better by their roots.
+            // The square root makes small counts easier to distinguish.
             let share = (f64::from(*count) / most).sqrt();
             svg.push_str(&format!(
                 r##"<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="#3b76b8" fill-opacity="{share:.3}" stroke="#d8dee6"><title>RV {rv}, CD {cd}: {count}</title></rect>"##
@@ -56,28 +57,28 @@ pub fn picture(histogram: &Histogram, title: &str) -> String {
     svg
 }
 
-/// What a policy would choose.
+/// Selection by one policy.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Choice {
     /// Name of the policy.
     pub policy: String,
-    /// Traces chosen.
+    /// Number of chosen traces.
     pub traces: usize,
-    /// Problems with at least one.
+    /// Number of problems with at least one chosen trace.
     pub problems: usize,
-    /// Mean RV of those with scores.
+    /// Mean RV of the chosen traces with scores.
     pub rv: f64,
-    /// Mean CD.
+    /// Mean CD of the chosen traces with scores.
     pub cd: f64,
-    /// Mean distance between the two.
+    /// Mean absolute difference between RV and CD.
     pub gap: f64,
-    /// Share within the student's window of CD.
+    /// Fraction of scored traces within the student's window of CD, 0 to 1.
     pub in_window: f64,
-    /// Tokens of all chosen ones.
+    /// Completion tokens of all chosen traces.
     pub tokens: u64,
 }
 
-/// Compares the recipe's policy with the published ones on the same traces.
+/// Compares all traces, the recipe's policy and the other published policies on the traces of `file`.
 pub fn compare(file: &Path, policy: &SamplePolicy) -> anyhow::Result<Vec<Choice>> {
     let (mut candidates, mut tokens) = (Vec::<Candidate>::new(), Vec::new());
     for row in each_record::<Cot>(file)? {
@@ -102,6 +103,7 @@ pub fn compare(file: &Path, policy: &SamplePolicy) -> anyhow::Result<Vec<Choice>
     Ok(choices)
 }
 
+/// Computes the statistics of a selection.
 fn describe(
     name: &str,
     chosen: &[usize],
@@ -127,7 +129,7 @@ fn describe(
     }
 }
 
-/// The comparison for people.
+/// Formats the comparison as a table for the terminal.
 pub fn table(choices: &[Choice]) -> String {
     let mut text = format!(
         "{:<24} {:>8} {:>9} {:>8} {:>8} {:>9} {:>10} {:>12}\n",

@@ -1,5 +1,5 @@
-//! A student, or a small teacher, as an OpenAI-compatible node: the engine behind axum. The gateway treats it like any
-//! other node.
+//! `potstill serve`: an OpenAI-compatible server for one model, with the engine behind axum. The gateway treats it like
+//! any other node. Authentication and TLS are left to the gateway.
 
 mod choice;
 mod error;
@@ -39,19 +39,19 @@ use metrics::NodeMetrics;
 pub use rewards::RewardArgument;
 use rewards::Rewards;
 
-/// Largest request body.
+/// Maximum size of a request body in bytes.
 const BODY_BYTES: usize = 32 << 20;
 
-/// What to serve, and where.
+/// Arguments of `potstill serve`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ServeArguments {
     /// Model folder (safetensors) or `.gguf` file.
     #[arg(long, required_unless_present = "reward")]
     pub model: Option<PathBuf>,
-    /// A reward model, as NAME=FOLDER: it answers `/v1/score` and `/rerank`. May be given several times.
+    /// Reward model as NAME=FOLDER, for `/v1/score` and `/rerank`; may be repeated.
     #[arg(long)]
     pub reward: Vec<RewardArgument>,
-    /// Name that clients use; the file or folder name if left out.
+    /// Model name for clients; the file or folder name if left out.
     #[arg(long)]
     pub name: Option<String>,
     /// Address to listen on.
@@ -60,54 +60,56 @@ pub struct ServeArguments {
     /// Port to listen on.
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
-    /// Threads for the model; all cores that this process may use if left out.
+    /// Threads for the model; all available cores if left out.
     #[arg(long)]
     pub threads: Option<usize>,
-    /// `cpu`, `cuda` or `cuda:N`; several with commas between them share the model out (tensor parallelism).
+    /// `cpu`, `cuda` or `cuda:N`; several separated by commas use tensor parallelism.
     #[arg(long, default_value = "cpu")]
     pub device: String,
-    /// Round matrices of `--model` that have more to eight bits as they are read, on the CPU: a third to a quarter of the memory, and answers are written
-    /// several times as fast. Quantised files are served in eight bits, or their own four, anyway. `potstill bench --text` says what it loses.
+    /// Quantize unquantized matrices of `--model` to 8 bits while loading (CPU only). Saves two thirds to three
+    /// quarters of the memory and speeds up decoding several times. `potstill bench --text` measures the loss of
+    /// quality.
     #[arg(long)]
     pub eight_bits: bool,
-    /// Requests computed together.
+    /// Maximum number of sequences in a step.
     #[arg(long, default_value_t = 64)]
     pub max_running: usize,
-    /// Requests that may wait; more are answered 429.
+    /// Maximum number of waiting requests; further ones get status 429.
     #[arg(long, default_value_t = 512)]
     pub max_waiting: usize,
-    /// Memory of the KV cache in MiB; what fits no more is computed again.
+    /// Memory of the KV cache in MiB; evicted blocks are recomputed when needed.
     #[arg(long, default_value_t = 4096)]
     pub kv_mib: usize,
-    /// Rows of a step: prompts are read in pieces of so many tokens between the tokens of those who write.
+    /// Maximum number of tokens in a step; longer prompts are prefilled in chunks.
     #[arg(long, default_value_t = 512)]
     pub step_tokens: usize,
-    /// Exit when standard input closes, so that a node never outlives who started it.
+    /// Exit when standard input closes, so that a node does not outlive its parent process.
     #[arg(long)]
     pub exit_with_parent: bool,
 }
 
-/// What every request to the model can reach.
+/// State for requests to the model.
 pub(crate) struct Node {
     pub(crate) name: String,
     pub(crate) engine: Engine,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) template: Arc<ChatTemplate>,
     pub(crate) metrics: NodeMetrics,
-    /// Outputs of the model, and which of them end an answer.
+    /// Vocabulary size of the model, and its end-of-sequence tokens.
     pub(crate) vocabulary: (usize, Vec<u32>),
-    /// Made when the first answer of a given form is asked for: it looks at the whole vocabulary.
+    /// Compiler for structured output, created on first use because it processes the whole vocabulary. Holds the error
+    /// if that failed.
     pub(crate) grammars: OnceLock<Result<Grammars, String>>,
 }
 
-/// Everything that is served.
+/// State of the server: the model and the reward models.
 pub(crate) struct Served {
     node: Option<Arc<Node>>,
     rewards: Rewards,
     created: u64,
 }
 
-/// Loads the model and serves until SIGTERM, Ctrl-C, or the end of standard input where that was asked for.
+/// Loads the models and serves until SIGTERM, Ctrl-C, or the end of standard input with `--exit-with-parent`.
 pub async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
     if let Some(threads) = arguments.threads {
         device::set_threads(threads);
@@ -132,6 +134,7 @@ pub async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Loads all models.
 fn start(arguments: &ServeArguments) -> anyhow::Result<Served> {
     let rewards = Rewards::load(&arguments.reward)?;
     let node = match &arguments.model {
@@ -143,6 +146,7 @@ fn start(arguments: &ServeArguments) -> anyhow::Result<Served> {
     Ok(Served { node, rewards, created: now_seconds() })
 }
 
+/// Loads the model and starts the engine. Fails for a reward model.
 fn start_node(path: &Path, arguments: &ServeArguments) -> anyhow::Result<Node> {
     let devices = device::parse_all(&arguments.device)?;
     let model = load_to_serve(path, &devices, arguments.eight_bits)?;
@@ -166,11 +170,12 @@ fn start_node(path: &Path, arguments: &ServeArguments) -> anyhow::Result<Node> {
     })
 }
 
+/// Returns a future that resolves on SIGTERM, on Ctrl-C, or at the end of standard input if `with_parent` is set.
 fn stop_signal(with_parent: bool) -> std::io::Result<impl Future<Output = ()>> {
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let (sender, parent_gone) = tokio::sync::oneshot::channel::<()>();
     if with_parent {
-        // A thread of its own: the runtime waits for its blocking reads when it ends, and this one may never return.
+        // A detached thread, because a blocking read in the runtime would delay its shutdown, possibly forever.
         std::thread::Builder::new().name("parent".to_owned()).spawn(move || {
             let _ended = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
             drop(sender);
@@ -193,6 +198,7 @@ fn stop_signal(with_parent: bool) -> std::io::Result<impl Future<Output = ()>> {
     })
 }
 
+/// Returns the routes. Reward routes exist only with reward models, generation routes only with a model.
 fn router(served: Arc<Served>) -> Router {
     let mut router = Router::new()
         .route("/v1/models", get(models))
@@ -223,6 +229,7 @@ fn router(served: Arc<Served>) -> Router {
         .layer(DefaultBodyLimit::max(BODY_BYTES))
 }
 
+/// Returns OpenAI's model objects of all served models.
 fn cards(served: &Served) -> Vec<ModelCard> {
     let card = |name: &str| ModelCard::new(name, served.created, "potstill");
     let model = served.node.iter().map(|node| {
@@ -233,6 +240,7 @@ fn cards(served: &Served) -> Vec<ModelCard> {
     model.chain(served.rewards.names().map(|name| card(name))).collect()
 }
 
+/// `GET /health`: fails if the engine has stopped.
 async fn health(State(served): State<Arc<Served>>) -> Result<&'static str, NodeError> {
     match served.node.as_ref().and_then(|node| node.engine.stopped()) {
         None => Ok("ok"),
@@ -240,10 +248,12 @@ async fn health(State(served): State<Arc<Served>>) -> Result<&'static str, NodeE
     }
 }
 
+/// `GET /v1/models`.
 async fn models(State(served): State<Arc<Served>>) -> Json<ModelList> {
     Json(ModelList::new(cards(&served)))
 }
 
+/// `GET /v1/models/{model}`.
 async fn model(
     State(served): State<Arc<Served>>,
     AtPath(name): AtPath<String>,
@@ -252,6 +262,7 @@ async fn model(
     card.map(Json).ok_or(NodeError::ModelNotFound(name))
 }
 
+/// `GET /metrics` in Prometheus' text format.
 async fn metrics(State(served): State<Arc<Served>>) -> Response {
     let text = served.node.as_ref().map(|node| node.metrics.render(&node.name, node.engine.stats()));
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text.unwrap_or_default()).into_response()

@@ -1,5 +1,5 @@
-//! What a run says of itself while it goes on: `status.json` in its folder, rewritten every two seconds, and `potstill status`
-//! that reads it.
+//! Status of a run: `status.json` in its folder, rewritten every two seconds, and `potstill status`, which reads it.
+//! Only the local machine is checked for a running process.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,50 +16,51 @@ use serde::{Deserialize, Serialize};
 
 use crate::run::{Manifest, RunFolder};
 
-/// Between two writings.
+/// Interval between two writes.
 const EVERY: Duration = Duration::from_secs(2);
-/// A status that is older says nothing of a running process.
+/// Age in seconds above which a status does not count as that of a running process.
 const STALE_S: u64 = 15;
 
-/// One stage that is under way.
+/// Status of a running stage.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StageStatus {
-    /// Its name.
+    /// Name of the stage.
     pub name: String,
-    /// Records done.
+    /// Number of records done.
     pub done: u64,
-    /// Counts in, kept and dropped.
+    /// Number of records taken, kept and dropped.
     #[serde(flatten)]
     pub summary: Summary,
 }
 
-/// What stands in `status.json`.
+/// Contents of `status.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// The process.
+    /// Id of the process.
     pub pid: u32,
-    /// When it was written, in seconds since 1970.
+    /// Unix time of the write, in seconds.
     pub written: u64,
-    /// Seconds since these stages began.
+    /// Seconds since the stages started.
     pub seconds: f64,
-    /// Records that the first of the stages will get.
+    /// Number of records in the input of the first stage.
     pub total: u64,
-    /// The stages under way; records stream through all of them.
+    /// Running stages; records stream through all of them.
     pub stages: Vec<StageStatus>,
-    /// Spent by stage, by all processes of this run.
+    /// Spending by stage, of all processes of this run.
     pub spent: BTreeMap<String, Amounts>,
-    /// What the run may spend.
+    /// Limits on the spending of the run.
     pub limits: Limits,
 }
 
 impl Snapshot {
-    /// Seconds until the last stage has done what the first one will have sent it, at the pace so far.
+    /// Returns the estimated seconds until the last stage has finished, at the average speed so far. `None` before the
+    /// first record is done.
     fn seconds_left(&self) -> Option<f64> {
         let (first, last) = (self.stages.first()?, self.stages.last()?);
         let share = if self.stages.len() == 1 || last.summary.taken == 0 {
             first.done as f64 / self.total.max(1) as f64
         } else {
-            // What will come to the last stage, when the first one is through.
+            // Expected input of the last stage after the first one has finished.
             let come = last.summary.taken as f64 * self.total as f64 / first.done.max(1) as f64;
             last.done as f64 / come.max(1.0)
         };
@@ -67,7 +68,7 @@ impl Snapshot {
     }
 }
 
-/// Writes the status of a run.
+/// Writer of the status.
 #[derive(Clone)]
 pub(crate) struct Status {
     path: PathBuf,
@@ -78,6 +79,7 @@ pub(crate) struct Status {
 }
 
 impl Status {
+    /// Creates a writer for the given stages.
     pub(crate) fn new(
         folder: &RunFolder,
         stages: &[(&'static str, Arc<Counts>)],
@@ -93,6 +95,7 @@ impl Status {
         }
     }
 
+    /// Returns the current status.
     fn snapshot(&self) -> Snapshot {
         let stages = self.stages.iter().map(|(name, counts)| StageStatus {
             name: (*name).to_owned(),
@@ -110,7 +113,8 @@ impl Status {
         }
     }
 
-    /// Writes it once. A disk that is full stops the run elsewhere, where something would be lost.
+    /// Writes the status once. A failure is only logged: a full disk also fails writes whose data matter, and these
+    /// stop the run.
     pub(crate) fn write(&self) {
         let text = serde_json::to_vec_pretty(&self.snapshot()).unwrap_or_default();
         if let Err(error) = write_file(&self.path, &text) {
@@ -118,7 +122,7 @@ impl Status {
         }
     }
 
-    /// Writes it until it is dropped.
+    /// Writes the status at a fixed interval until the future is dropped.
     pub(crate) async fn keep_writing(self) {
         let mut ticks = tokio::time::interval(EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -129,24 +133,25 @@ impl Status {
     }
 }
 
+/// Returns the Unix time in seconds.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// A run as `potstill status` shows it.
+/// Status of a run, as shown by `potstill status`.
 #[derive(Debug, Serialize)]
 pub struct RunStatus {
-    /// Whether a process is working on it.
+    /// Whether a process is working on the run.
     pub running: bool,
-    /// Stages that have ended, and the sources.
+    /// Manifest with finished stages and sources.
     pub manifest: Manifest,
-    /// What the last process said.
+    /// Last status that a process wrote.
     pub now: Option<Snapshot>,
-    /// Seconds until the stages under way are done, at the pace so far.
+    /// Estimated seconds until the running stages have finished.
     pub seconds_left: Option<f64>,
 }
 
-/// Reads the status of a run folder.
+/// Reads the status of a run folder. Fails if the folder contains no run.
 pub fn read(folder: &Path) -> anyhow::Result<RunStatus> {
     let path = folder.join("run.json");
     let text = std::fs::read_to_string(&path)
@@ -162,7 +167,7 @@ pub fn read(folder: &Path) -> anyhow::Result<RunStatus> {
     Ok(RunStatus { running, manifest, now: snapshot, seconds_left })
 }
 
-/// The status for people.
+/// Formats the status as text for the terminal.
 pub fn table(status: &RunStatus) -> String {
     let mut text = format!(
         "run `{}`: {}\n",
@@ -222,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn the_time_left_follows_the_last_stage() {
+    fn time_left_depends_on_the_last_stage() {
         let snapshot = |stages| Snapshot {
             pid: 1,
             written: 0,
@@ -234,7 +239,7 @@ mod tests {
         };
         assert_eq!(snapshot(vec![]).seconds_left(), None);
         assert_eq!(snapshot(vec![stage("generate", 30, 25, 50)]).seconds_left(), Some(90.0));
-        // 25 of 100 problems gave 50 traces: 200 will come, 40 are through.
+        // 25 of 100 problems gave 50 traces, so 200 traces are expected; 40 are done.
         let both = snapshot(vec![stage("generate", 30, 25, 50), stage("score", 50, 40, 40)]);
         assert_eq!(both.seconds_left(), Some(120.0));
     }

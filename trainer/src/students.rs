@@ -1,4 +1,5 @@
-//! Students: their starting point, what each variant is trained on, and the training itself.
+//! Base model, training sets and supervised fine-tuning of the students. The order of variants is in
+//! [`crate::pipeline`]; other algorithms are in [`crate::alignment`] and [`crate::distributions`].
 
 use std::path::Path;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use crate::progress::Progress;
 use crate::recipe::{Conversations, Recipe};
 use crate::training_view::View;
 
-/// The student before training.
+/// Returns the student before training: the model at `student.base`, or a randomly initialized one from `student.init`.
 pub fn base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
     if let Some(path) = &recipe.student.base {
         return load(path, &Device::Cpu, DType::F32)
@@ -66,27 +67,28 @@ pub fn base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
     })
 }
 
-/// What a student is trained on: conversations, and how difficult each is.
+/// Training set: conversations with the difficulty of each.
 pub struct Lessons {
-    /// Conversations.
+    /// Conversations as chat messages.
     pub messages: Vec<Vec<Value>>,
-    /// What is known of each.
+    /// Difficulty of each conversation.
     pub known: Vec<Lesson>,
 }
 
 impl Lessons {
-    /// The teachers' chains of thought with their answers.
+    /// Returns the training set of chains of thought with their answers.
     pub fn chains_of_thought(recipe: &Recipe, traces: &[Cot]) -> Self {
         Self::from_traces(recipe, traces.iter(), Cot::completion)
     }
 
-    /// The final answers of the same traces alone, each problem once.
+    /// Returns the training set of final answers only, with each problem once.
     pub fn answers_only(recipe: &Recipe, traces: &[Cot]) -> Self {
         let mut seen = std::collections::HashSet::new();
         let once = traces.iter().filter(|trace| seen.insert(trace.problem.id.clone()));
         Self::from_traces(recipe, once, |trace| trace.answer.clone())
     }
 
+    /// Returns a training set with one conversation per trace.
     fn from_traces<'a>(
         recipe: &Recipe,
         traces: impl Iterator<Item = &'a Cot>,
@@ -107,7 +109,8 @@ impl Lessons {
         Self { messages, known }
     }
 
-    /// Conversations that do not come from this run's teachers; all count as medium.
+    /// Returns a training set of conversations from other sources. All count as medium. Generated ones exclude the
+    /// problems in `held_out`.
     pub fn conversations(section: &Conversations, held_out: &[String]) -> anyhow::Result<Self> {
         let mut messages: Vec<Vec<Value>> = Vec::new();
         if let Some(builtin) = &section.builtin {
@@ -128,19 +131,19 @@ impl Lessons {
     }
 }
 
-/// What the student is asked.
+/// Returns the student's prompt for a problem.
 pub fn prompt(recipe: &Recipe, problem: &str) -> String {
     recipe.student.prompt.replace("{{ problem }}", problem)
 }
 
-/// Encoded lessons with their phases.
+/// Tokenized training set with its phases.
 pub struct Plan {
     examples: Vec<Example>,
     phases: Vec<Phase>,
 }
 
 impl Plan {
-    /// Encodes the lessons and lays out the curriculum.
+    /// Tokenizes the training set and divides it into the phases of the curriculum.
     pub fn new(recipe: &Recipe, model: &LoadedModel, lessons: &Lessons) -> anyhow::Result<Self> {
         let examples =
             lessons.messages.iter().map(|messages| encode(model, messages)).collect::<Result<Vec<_>, _>>()?;
@@ -149,7 +152,7 @@ impl Plan {
         Ok(Self { examples, phases })
     }
 
-    /// Tokens that the whole training reads.
+    /// Returns the number of tokens over all epochs.
     pub fn tokens(&self) -> f64 {
         self.phases
             .iter()
@@ -160,19 +163,20 @@ impl Plan {
             .sum()
     }
 
-    /// Stretches the epochs so that the training reads `tokens`: variants are compared at equal cost.
+    /// Scales the epochs so that training processes `tokens` tokens. Variants are compared at equal cost.
     pub fn stretched_to(mut self, tokens: f64) -> Self {
         let factor = tokens / self.tokens().max(1.0);
         self.phases.iter_mut().for_each(|phase| phase.epochs *= factor);
         self
     }
 
-    /// The encoded lessons.
+    /// Returns the tokenized examples.
     pub fn examples(&self) -> &[Example] {
         &self.examples
     }
 
-    /// Fine-tunes. `folder` gets checkpoints and logs; a run that is started again goes on from there.
+    /// Fine-tunes `model` and returns the result. Checkpoints and logs go to `folder`; a restarted training resumes
+    /// from there.
     pub fn train(
         &self,
         recipe: &Recipe,
@@ -191,7 +195,7 @@ impl Plan {
     }
 }
 
-/// The trained model. Adapters are merged into it, and written for PEFT beside the checkpoints as well.
+/// Returns the trained model with merged adapters. LoRA adapters are also written to `folder/adapter` in PEFT's format.
 pub fn finished(learner: &Learner, folder: &Path, recipe: &Recipe) -> anyhow::Result<LoadedModel> {
     if let Some(lora) = learner.lora() {
         let base = recipe
@@ -206,8 +210,9 @@ pub fn finished(learner: &Learner, folder: &Path, recipe: &Recipe) -> anyhow::Re
     Ok(learner.finish()?)
 }
 
-/// Runs a training with its progress shown. Checkpoints of other data are removed and the training begins afresh: rows that
-/// failed before were answered this time, or the model that it starts from is another.
+/// Runs a training and shows its progress. If the checkpoints belong to other data, removes `folder` and starts again.
+///
+/// The data differ if requests that failed before succeeded this time, or if the starting model changed.
 pub fn watched<T>(
     folder: &Path,
     name: &str,
@@ -223,7 +228,7 @@ pub fn watched<T>(
     Ok(trained?)
 }
 
-/// Shows every step.
+/// Returns a callback that shows every step.
 fn watch(name: &str, folder: &Path, progress: &Progress) -> impl FnMut(&Step<'_>) -> bool {
     let mut view = View::new(name, folder);
     let (name, progress, started) = (name.to_owned(), progress.clone(), std::time::Instant::now());
@@ -257,11 +262,11 @@ fn watch(name: &str, folder: &Path, progress: &Progress) -> impl FnMut(&Step<'_>
     }
 }
 
-/// Measures that a progress line has room for.
+/// Metrics that are short and important enough for the progress line.
 const SHOWN: [&str; 5] =
     ["reward", "reward/accuracy", "completions/tokens", "completions/truncated", "rewards/accuracy"];
 
-/// Says what a training did.
+/// Prints a summary of a finished training.
 pub fn ended(name: &str, report: &RunReport, progress: &Progress) {
     let mut text = format!(
         "trained `{name}`: {} steps over {} examples ({} too long), last loss {:.4}",

@@ -1,5 +1,5 @@
-//! A training as people look at it: curves of every measure, the last sample, speed and memory. While a training runs, the run's
-//! `report.html` is this page and loads itself again; when the run is over, the curves stand in the report.
+//! HTML view of a training: curves of all metrics, the last sample, speed and memory. During a training, the view is
+//! the run's `report.html` and reloads itself. Afterwards the report contains the curves.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -10,14 +10,14 @@ use potstill_learn::run::Progress;
 use potstill_shared::durable::write_file;
 use serde_json::Value;
 
-/// Time between two writings of the page.
+/// Interval between two writes of the page.
 const EVERY: Duration = Duration::from_secs(5);
-/// Points of a curve; longer histories are thinned.
+/// Maximum number of points of a curve; longer histories are averaged.
 const POINTS: usize = 400;
-/// Characters of a sample that are shown.
+/// Maximum number of characters of the sample.
 const SAMPLE: usize = 2000;
 
-/// Draws a training while it runs.
+/// Live page of a running training.
 pub struct View {
     name: String,
     page: PathBuf,
@@ -29,7 +29,7 @@ pub struct View {
 }
 
 impl View {
-    /// For the training in `RUN/train/NAME`: the page is `RUN/report.html`.
+    /// Creates the view of the training in `RUN/train/NAME`. The page is `RUN/report.html`.
     pub fn new(name: &str, folder: &Path) -> Self {
         let run = folder.parent().and_then(Path::parent).unwrap_or(folder);
         let now = Instant::now();
@@ -44,7 +44,7 @@ impl View {
         }
     }
 
-    /// Takes a step in; writes the page now and then. A page that cannot be written does not stop a training.
+    /// Records a step and writes the page at a fixed interval. A failed write is only logged.
     pub fn step(&mut self, now: &Progress<'_>) {
         self.entries.push(now.entry.clone());
         self.tokens += now.tokens;
@@ -78,12 +78,12 @@ impl View {
     }
 }
 
-/// How curves look; the report has it too.
+/// CSS of the curves, also used by the report.
 pub const STYLE: &str = ".curves { display: flex; flex-wrap: wrap; gap: 1em } .curves figure { margin: 0 } \
     .curves svg { width: 18em; height: 7em; background: #f4f6f9 } .curves path { fill: none; stroke: #3b76b8; stroke-width: 1.5 } \
     .curves figcaption { font-size: .85em; color: #5b6673 } pre { white-space: pre-wrap; background: #f4f6f9; padding: .6em }";
 
-/// The log of a training that has ended or was checkpointed.
+/// Returns the log of a finished training, or an empty list if there is none.
 pub fn entries_of(folder: &Path) -> Vec<LogEntry> {
     let read = || -> Option<Vec<LogEntry>> {
         let state = std::fs::read_to_string(folder.join("trainer_state.json")).ok()?;
@@ -93,7 +93,7 @@ pub fn entries_of(folder: &Path) -> Vec<LogEntry> {
     read().unwrap_or_default()
 }
 
-/// One picture per measure.
+/// Returns one SVG curve per metric. Values that are not finite are left out.
 pub fn curves(entries: &[LogEntry]) -> String {
     let mut html = "<div class=\"curves\">".to_owned();
     let mut names: Vec<&str> = vec!["loss", "learning_rate", "grad_norm"];
@@ -119,12 +119,13 @@ pub fn curves(entries: &[LogEntry]) -> String {
     html
 }
 
-/// Means of equal stretches.
+/// Returns the means of equal segments, at most [`POINTS`] of them.
 fn thinned(values: &[f64]) -> Vec<f64> {
     let size = values.len().div_ceil(POINTS).max(1);
     values.chunks(size).map(|chunk| chunk.iter().sum::<f64>() / chunk.len() as f64).collect()
 }
 
+/// Draws a curve, scaled to its smallest and largest value.
 fn svg(values: &[f64]) -> String {
     let low = values.iter().copied().fold(f64::INFINITY, f64::min);
     let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -138,10 +139,12 @@ fn svg(values: &[f64]) -> String {
     format!("<svg viewBox=\"0 0 300 100\" preserveAspectRatio=\"none\"><path d=\"{path}\"/></svg>")
 }
 
+/// Escapes text for HTML.
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
+/// Returns the resident memory of this process in bytes, or 0 if unknown.
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -155,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_measure_has_a_curve_and_nothing_is_taken_for_markup() {
+    fn draws_one_curve_per_metric_and_escapes_names() {
         let entry = |step: usize, loss: f64| LogEntry {
             step,
             epoch: 0.0,

@@ -1,8 +1,7 @@
-//! What a model would have written at every place of a given text: the rows from which a student learns a teacher's
-//! distributions.
+//! Top log probabilities of a teacher at every position of a given text, for logit distillation over HTTP.
 //!
-//! `POST /completions` with `echo`, `logprobs` and `return_tokens_as_token_ids`, which vLLM and `potstill serve` know: texts of
-//! tokens are not always told apart.
+//! The request is `POST /completions` with `echo`, `logprobs` and `return_tokens_as_token_ids`. vLLM and
+//! `potstill serve` support these fields. Token ids are needed because two tokens can have the same text.
 
 use std::collections::HashMap;
 
@@ -12,47 +11,56 @@ use serde_json::json;
 use super::{CallError, Client, checked, retry, transport};
 use crate::openai::Usage;
 
-/// The text to look at.
+/// Prompt to score.
 #[derive(Debug, Clone, Copy)]
 pub enum Given<'a> {
-    /// Token ids, which are the same to both sides.
+    /// Token ids of a vocabulary that both sides share.
     Tokens(&'a [u32]),
-    /// A text, which the endpoint cuts into its own tokens.
+    /// Text, which the endpoint tokenizes.
     Text(&'a str),
 }
 
-/// A text as the endpoint sees it.
+/// Scored prompt.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Likeliest {
-    /// Its tokens.
+    /// Token ids of the prompt, one per position.
     pub tokens: Vec<u32>,
-    /// For each of them the likeliest tokens in its place, likeliest first, with natural log-probabilities; none for the first.
+    /// For each position the `k` most likely tokens with natural log probabilities, most likely first.
+    ///
+    /// The row of the first position is empty, because the model predicts no first token.
     pub rows: Vec<Vec<(u32, f32)>>,
-    /// Token counts.
+    /// Token counts as reported by the endpoint.
     pub usage: Usage,
 }
 
+/// Response of the completions endpoint, reduced to the fields in use.
 #[derive(Deserialize)]
 struct Answer {
     choices: Vec<Choice>,
     usage: Option<Usage>,
 }
 
+/// Choice of the response.
 #[derive(Deserialize)]
 struct Choice {
     logprobs: Option<LogProbs>,
 }
 
+/// Log probabilities of a choice.
 #[derive(Deserialize)]
 struct LogProbs {
+    /// Tokens in the form `token_id:<id>`.
     tokens: Vec<String>,
+    /// For each position the log probabilities by token; null for the first.
     top_logprobs: Vec<Option<HashMap<String, f64>>>,
 }
 
+/// Returns a permanent error without an HTTP status.
 fn refused(message: impl Into<String>) -> CallError {
     CallError::Refused { message: message.into(), status: 0, code: None }
 }
 
+/// Parses a token of the form `token_id:<id>`.
 fn id(token: &str) -> Result<u32, CallError> {
     token.strip_prefix("token_id:").and_then(|id| id.parse().ok()).ok_or_else(|| {
         refused(format!(
@@ -62,7 +70,10 @@ fn id(token: &str) -> Result<u32, CallError> {
 }
 
 impl Client {
-    /// The `k` likeliest tokens at every place of `given`. `headers` go out as they are.
+    /// Scores `given` with `model` and returns the `k` most likely tokens at every position.
+    ///
+    /// `headers` are added to the request unchanged. Fails with [`CallError::Refused`] if the endpoint lacks
+    /// one of the fields, truncates the rows, or echoes other tokens.
     pub async fn likeliest(
         &self,
         model: &str,
@@ -75,7 +86,7 @@ impl Client {
             Given::Tokens(tokens) => json!(tokens),
             Given::Text(text) => json!(text),
         };
-        // Not every engine writes no token at all, so one is asked for and left out.
+        // Some engines reject `max_tokens: 0`; one token is generated and dropped.
         let body = json!({
             "model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": true, "logprobs": k,
             "return_tokens_as_token_ids": true,
@@ -91,6 +102,7 @@ impl Client {
     }
 }
 
+/// Checks a response and keeps the positions of the prompt with `k` tokens per row.
 fn read(answer: Answer, given: Given<'_>, k: usize) -> Result<Likeliest, CallError> {
     let usage = answer.usage.unwrap_or_default();
     let choice =
@@ -121,7 +133,8 @@ fn read(answer: Answer, given: Given<'_>, k: usize) -> Result<Likeliest, CallErr
             .into_iter()
             .map(|(token, log_prob)| Ok((id(&token)?, log_prob as f32)))
             .collect::<Result<Vec<_>, CallError>>()?;
-        // The token that stands there comes along, however unlikely.
+        // The row also contains the actual token of the position, however unlikely; `truncate` drops it
+        // beyond rank `k`.
         row.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         row.truncate(k);
         if row.len() < k || row.iter().any(|(_, log_prob)| !log_prob.is_finite() || *log_prob > 1e-3) {
@@ -154,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_sorted_cut_and_without_what_was_written() {
+    fn sorts_rows_truncates_to_k_and_drops_the_generated_token() {
         let (tokens, top) = whole();
         for given in [Given::Tokens(&[5, 9, 7]), Given::Text("abc")] {
             let found = read(answer(tokens.clone(), top.clone()), given, 2).unwrap();
@@ -164,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_endpoint_cannot_do_is_named() {
+    fn reports_missing_endpoint_features() {
         let (tokens, top) = whole();
         let problem = |answer: Answer, given: &[u32], k: usize| {
             read(answer, Given::Tokens(given), k).unwrap_err().to_string()

@@ -1,5 +1,8 @@
-//! Classifier: which of the 32 tasks is a problem? An answer that names none of them is asked again, then the problem stays
-//! unsorted; it counts among the others when tasks get their shares.
+//! Classify stage: assigns one of the 32 tasks to each problem, so that the resample stage can apply the tasks'
+//! shares.
+//!
+//! A completion without a known task is requested again. A problem that stays unclassified counts as `Others`.
+//! Deliberately absent: the list of tasks and their shares (`potstill_data::tasks`).
 
 use potstill_data::records::Problem;
 use potstill_data::tasks::read_task;
@@ -8,9 +11,9 @@ use crate::difficulty::Judge;
 use crate::executor::{Outcome, Stage, StageError};
 use crate::prompts::Role;
 
-/// The stage.
+/// Stage that sets the task of a problem.
 pub struct Classify {
-    /// Who sorts.
+    /// Model that names the task.
     pub judge: Judge,
 }
 

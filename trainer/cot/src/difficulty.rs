@@ -1,5 +1,8 @@
-//! Difficulty scorer: is the trace too terse, fitting or too convoluted for the student? An unreadable answer is asked
-//! again twice, then the trace counts as unscored.
+//! Difficulty stage: grades whether a trace is too terse, fitting or too convoluted for the student. Also holds
+//! [`Judge`], the model that this and other stages ask for short assessments.
+//!
+//! A completion that cannot be parsed is requested again; without success, the trace counts as unscored.
+//! Deliberately absent: prompts (`prompts`), RV and CD (`rv_cd`).
 
 use potstill_data::records::{Cot, Difficulty, Dropped, Problem};
 
@@ -9,25 +12,30 @@ use crate::executor::{Outcome, Stage, StageError};
 use crate::prompts::{Prompts, Role};
 use crate::teacher::{AskError, Question, Teachers};
 
-/// A model that answers short questions about traces.
+/// Model that assesses traces in short completions.
 #[derive(Clone)]
 pub struct Judge {
-    /// Model behind the gateway.
+    /// Name of the model at the gateway.
     pub model: String,
-    /// Limit on new tokens.
+    /// Largest number of completion tokens.
     pub max_tokens: u32,
-    /// How often an unreadable answer is asked again.
+    /// Number of further requests if a completion cannot be parsed.
     pub reasks: u32,
-    /// 0 asks for the likeliest answer; any other number draws one, with that seed.
+    /// 0 for greedy decoding; any other number samples at temperature 0.7 with a seed derived from this number.
     pub variation: u32,
-    /// Through what.
+    /// Client for teachers, with journal and budget.
     pub calls: Teachers,
-    /// With which prompts.
+    /// Prompt templates.
     pub prompts: Prompts,
 }
 
 impl Judge {
-    /// Asks `role`'s question about `cot`; `None` when no answer was readable.
+    /// Requests an assessment of a trace with the prompt of `role` and parses the completion with `read`. Returns
+    /// `None` if no completion could be parsed or the request failed.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`StageError`] if the run must stop.
     pub async fn ask<T>(
         &self,
         stage: &'static str,
@@ -38,7 +46,7 @@ impl Judge {
         self.ask_about(stage, role, &cot.problem, &cot.completion(), read).await
     }
 
-    /// The same about a completion.
+    /// Requests an assessment of a problem and a completion, like [`Judge::ask`].
     pub async fn ask_about<T>(
         &self,
         stage: &'static str,
@@ -55,7 +63,7 @@ impl Judge {
             temperature: if self.variation == 0 { 0.0 } else { 0.7 },
             top_p: 1.0,
             max_tokens: self.max_tokens,
-            // Apart from the seeds of answers that are asked again.
+            // Repeated requests add their number to the seed; the factor keeps both ranges apart.
             seed: i64::from(self.variation) * 1000,
             revision: None,
         };
@@ -69,7 +77,7 @@ impl Judge {
         }
     }
 
-    /// A question that is answered by 1 or 0.
+    /// Requests a yes-or-no decision: `1` is true, `0` is false. Returns `None` if no completion could be parsed.
     pub async fn decide(
         &self,
         stage: &'static str,
@@ -82,21 +90,21 @@ impl Judge {
     }
 }
 
-/// The last word of an answer that is one of `words`, case aside.
+/// Returns the value of the last word in `answer` that is one of `words`, ignoring ASCII case.
 pub fn last_word<T: Copy>(answer: &str, words: &[(&str, T)]) -> Option<T> {
     answer.split(|c: char| !c.is_alphanumeric()).rev().find_map(|word| {
         words.iter().find(|(name, _)| name.eq_ignore_ascii_case(word)).map(|(_, value)| *value)
     })
 }
 
-/// Why a trace that did not end by itself is left out.
+/// Returns the drop reason of a trace whose finish reason is not `stop`.
 pub(crate) fn unfinished(cot: &Cot) -> &'static str {
     if cot.finish_reason == LOOP { "loop" } else { "truncated" }
 }
 
-/// The stage.
+/// Stage that sets the difficulty of a trace. Drops traces whose finish reason is not `stop`.
 pub struct Grade {
-    /// Who grades.
+    /// Model that grades the traces.
     pub judge: Judge,
 }
 
@@ -125,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_word_counts() {
+    fn last_known_word_decides() {
         let words = [("easy", 1), ("hard", 3)];
         assert_eq!(last_word("Not hard at all: Easy.", &words), Some(1));
         assert_eq!(last_word("uneasy", &words), None);

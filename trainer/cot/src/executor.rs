@@ -1,7 +1,8 @@
-//! One executor for all stages: a bounded window of records, counts by outcome, records handed on as they are done.
+//! Executor of all stages: processes a bounded number of records at once and counts their outcomes. Each kept record
+//! goes to the next stage as soon as its processing ends.
 //!
-//! A stage owns no state about a run. What was paid for is in the journal, so running a stage again over the same input
-//! gives the same output without asking again.
+//! A stage has no state about a run. The journal holds all completions, so a stage that runs again over the same
+//! input gives the same output without new requests. Deliberately absent: files; a [`Recorder`] writes the outcomes.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,92 +13,92 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 
-/// What became of a record: what goes on, and what ends here.
+/// Result of processing one record.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome<T> {
-    /// Records for the next stage.
+    /// Records that go to the next stage.
     pub kept: Vec<T>,
-    /// Records that end here, each with its reason.
+    /// Records that this stage drops, each with its reason.
     pub dropped: Vec<Dropped>,
 }
 
 impl<T> Outcome<T> {
-    /// These go on.
+    /// Creates an outcome that keeps records.
     pub fn keep(kept: Vec<T>) -> Self {
         Self { kept, dropped: Vec::new() }
     }
 
-    /// This one ends here.
+    /// Creates an outcome that drops one record.
     pub fn drop(dropped: Dropped) -> Self {
         Self { kept: Vec::new(), dropped: vec![dropped] }
     }
 }
 
-/// Why a stage, and with it the run, must stop. A single row that fails is [`Dropped`] instead.
+/// Error that stops a stage and the run. A single record that fails becomes [`Dropped`] instead.
 #[derive(Debug, thiserror::Error)]
 #[error("stage `{stage}`: {problem}")]
 pub struct StageError {
-    /// Which stage.
+    /// Name of the stage.
     pub stage: &'static str,
-    /// What happened and what to do.
+    /// Cause and next step.
     pub problem: String,
 }
 
-/// One step of the pipeline.
+/// Step of the pipeline that processes records independently of each other.
 pub trait Stage: Send + Sync + 'static {
-    /// What it takes.
+    /// Type of the input records.
     type In: Send + 'static;
-    /// What it gives.
+    /// Type of the output records.
     type Out: Send + 'static;
 
-    /// For files, logs and counts.
+    /// Returns the name for files, logs and counts.
     fn name(&self) -> &'static str;
 
-    /// Processes one record.
+    /// Processes one record. An error stops the run.
     fn process(
         &self,
         record: Self::In,
     ) -> impl Future<Output = Result<Outcome<Self::Out>, StageError>> + Send;
 }
 
-/// Where the outcomes of a stage are written as they come.
+/// Receiver of a stage's outcomes, in the order of completion.
 pub trait Recorder<T>: Send + 'static {
-    /// Takes one; an error stops the stage.
+    /// Records one outcome. An error stops the stage.
     fn record(&mut self, outcome: &Outcome<T>) -> Result<(), String>;
 }
 
-/// Nothing is written.
+/// Discards all outcomes.
 impl<T> Recorder<T> for () {
     fn record(&mut self, _: &Outcome<T>) -> Result<(), String> {
         Ok(())
     }
 }
 
-/// Counts of a stage while it runs.
+/// Live counters of a running stage.
 #[derive(Debug, Default)]
 pub struct Counts {
-    /// Records taken.
+    /// Records that entered the stage.
     pub taken: AtomicUsize,
-    /// Records done.
+    /// Records whose outcome was recorded and passed on.
     pub done: AtomicUsize,
-    /// Records given.
+    /// Records kept; one input record may yield several.
     pub kept: AtomicUsize,
     dropped: Mutex<BTreeMap<String, usize>>,
 }
 
-/// Counts of a stage when it has ended, for its manifest.
+/// Counts of a finished stage, for the run's manifest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Summary {
-    /// Records taken.
+    /// Records that entered the stage.
     pub taken: usize,
-    /// Records given.
+    /// Records kept.
     pub kept: usize,
-    /// Records dropped, by reason.
+    /// Dropped records, by reason.
     pub dropped: BTreeMap<String, usize>,
 }
 
 impl Summary {
-    /// One more was dropped.
+    /// Counts one dropped record.
     pub fn drop_one(&mut self, reason: &str) {
         match self.dropped.get_mut(reason) {
             Some(count) => *count += 1,
@@ -107,7 +108,7 @@ impl Summary {
 }
 
 impl Counts {
-    /// The counts now.
+    /// Returns a snapshot of the counts.
     pub fn summary(&self) -> Summary {
         let dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
         Summary {
@@ -128,11 +129,11 @@ impl Counts {
     }
 }
 
-/// Records between two stages; also the most that wait there.
+/// Capacity of the channel between two stages, in records.
 const BETWEEN: usize = 256;
 
-/// Runs `stage` over `input`, at most `window` records at once. The receiver gets what is kept, as it is done; the
-/// handle gives the recorder back, or the error that stopped the stage.
+/// Spawns `stage` over `input` and processes at most `window` records at once. The receiver yields kept records in
+/// the order of completion. The handle yields the recorder, or the error that stopped the stage.
 pub fn run<S: Stage, R: Recorder<S::Out>>(
     stage: S,
     mut input: mpsc::Receiver<S::In>,
@@ -145,8 +146,8 @@ pub fn run<S: Stage, R: Recorder<S::Out>>(
         let (stage, window) = (Arc::new(stage), window.max(1));
         let name = stage.name();
         let stop = |problem| StageError { stage: name, problem };
-        // A task for each record: calls in flight go on while the next stage is behind and this one waits to hand over.
-        // Tasks end with the set, so a stage that stops leaves none behind.
+        // Each record has its own task, so requests in flight proceed while this loop waits for a slow next stage.
+        // Dropping the set cancels its tasks, so a stopped stage leaves none behind.
         let mut tasks = JoinSet::new();
         let mut more = true;
         while more || !tasks.is_empty() {
@@ -165,7 +166,7 @@ pub fn run<S: Stage, R: Recorder<S::Out>>(
                     counts.add(&outcome);
                     for record in outcome.kept {
                         if output.send(record).await.is_err() {
-                            // The next stage has stopped with an error of its own.
+                            // The next stage stopped and reports its own error.
                             return Ok(recorder);
                         }
                     }
@@ -178,7 +179,7 @@ pub fn run<S: Stage, R: Recorder<S::Out>>(
     (receiver, handle)
 }
 
-/// Feeds records into a pipeline.
+/// Spawns a task that sends the records to a channel.
 pub fn feed<T: Send + 'static>(records: Vec<T>) -> mpsc::Receiver<T> {
     let (sender, receiver) = mpsc::channel(BETWEEN);
     tokio::spawn(async move {
@@ -191,7 +192,7 @@ pub fn feed<T: Send + 'static>(records: Vec<T>) -> mpsc::Receiver<T> {
     receiver
 }
 
-/// Feeds records from a file, on a thread of its own. The handle gives the error that ended the reading.
+/// Sends records from a blocking iterator on a separate thread. The handle yields the error that ended the iteration.
 pub fn feed_file<T: Send + 'static, E: Send + 'static>(
     records: impl Iterator<Item = Result<T, E>> + Send + 'static,
 ) -> (mpsc::Receiver<T>, JoinHandle<Result<(), E>>) {
@@ -214,7 +215,7 @@ mod tests {
 
     use super::*;
 
-    /// Lets records pass one by one, keeps those with an answer.
+    /// Test stage: processes one record per permit and keeps problems with an answer.
     struct Answered {
         open: Arc<Semaphore>,
     }
@@ -237,7 +238,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_window_bounds_what_is_taken_and_everything_is_counted() {
+    async fn window_bounds_records_in_flight_and_all_are_counted() {
         let problems: Vec<Problem> =
             (0..50).map(|n| Problem::new(format!("{n}"), (n % 5 > 0).then(|| "1".into()), "s")).collect();
         let open = Arc::new(Semaphore::new(0));

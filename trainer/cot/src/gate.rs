@@ -1,5 +1,9 @@
-//! How many requests may be open at once, by model: what the recipe allows, what the gateway advises, and less while an endpoint
-//! says that it is busy (additive increase, multiplicative decrease).
+//! Concurrency limit per model: the smallest of the recipe's `concurrency`, the gateway's advice and an adaptive
+//! limit.
+//!
+//! The adaptive limit follows additive increase, multiplicative decrease, as congestion avoidance in TCP does (RFC
+//! 5681, section 3.1). A busy response multiplies the limit by 0.7; a success increases the limit `n` by `1 / n`.
+//! Deliberately absent: queue order and retries.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,12 +11,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-/// What is left of the limit after an answer of "busy".
+/// Factor of the decrease after a busy response.
 const CUT: f64 = 0.7;
-/// Answers of one burst cut once.
+/// Shortest time between two decreases, so that a burst of busy responses counts once.
 const CUT_EVERY: Duration = Duration::from_secs(1);
 
-/// The gates of all models.
+/// Concurrency limits of all models.
 #[derive(Debug)]
 pub struct Gates {
     most: usize,
@@ -20,12 +24,12 @@ pub struct Gates {
 }
 
 impl Gates {
-    /// At most `most` open requests per model.
+    /// Creates limits of at most `most` open requests per model, and at least one.
     pub fn new(most: usize) -> Self {
         Self { most: most.max(1), by_model: Mutex::default() }
     }
 
-    /// The gate of a model.
+    /// Returns the limit of a model. Creates the limit on first use.
     pub fn of(&self, model: &str) -> Arc<Gate> {
         let mut gates = self.by_model.lock().unwrap_or_else(PoisonError::into_inner);
         match gates.get(model) {
@@ -39,12 +43,18 @@ impl Gates {
     }
 }
 
+/// State behind the lock of a [`Gate`].
 #[derive(Debug)]
 struct State {
+    /// Limit of the recipe.
     most: usize,
+    /// Limit that the gateway advises.
     advised: usize,
+    /// Adaptive limit.
     bearable: f64,
+    /// Permits in use.
     open: usize,
+    /// Time of the last decrease.
     cut: Option<Instant>,
 }
 
@@ -54,14 +64,14 @@ impl State {
     }
 }
 
-/// The gate of one model.
+/// Concurrency limit of one model.
 #[derive(Debug)]
 pub struct Gate {
     state: Mutex<State>,
     freed: Notify,
 }
 
-/// A place inside; it is free again when this is dropped.
+/// Permit for one open request. Dropping the permit frees its slot.
 #[derive(Debug)]
 pub struct Place(Arc<Gate>);
 
@@ -75,7 +85,7 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a place.
+    /// Waits for a free slot and returns its permit.
     pub async fn enter(self: &Arc<Self>) -> Place {
         loop {
             let mut freed = std::pin::pin!(self.freed.notified());
@@ -92,7 +102,8 @@ impl Gate {
         let free = state.open < state.limit();
         free.then(|| {
             state.open += 1;
-            // Places may have come in numbers, and a wake-up is for one.
+            // A raised limit may free several slots at once, but a notification wakes only one waiter; each waiter
+            // wakes the next.
             if state.open < state.limit() {
                 self.freed.notify_one();
             }
@@ -100,18 +111,18 @@ impl Gate {
         })
     }
 
-    /// How many may be open now.
+    /// Returns the current limit on open requests, at least 1.
     pub fn limit(&self) -> usize {
         self.state().limit()
     }
 
-    /// The gateway says how many its nodes can use.
+    /// Sets the limit that the gateway advises for its nodes, at least 1.
     pub fn advise(&self, open: usize) {
         self.state().advised = open.max(1);
         self.freed.notify_one();
     }
 
-    /// An endpoint was busy.
+    /// Decreases the adaptive limit after a busy response (429, 503, 529), at most once per second.
     pub fn busy(&self, now: Instant) {
         let mut state = self.state();
         if state.cut.is_none_or(|cut| now.duration_since(cut) >= CUT_EVERY) {
@@ -120,7 +131,7 @@ impl Gate {
         }
     }
 
-    /// An answer came.
+    /// Increases the adaptive limit after a successful response, up to the recipe's `concurrency`.
     pub fn answered(&self) {
         let mut state = self.state();
         state.bearable = (state.bearable + 1.0 / state.bearable).min(state.most as f64);
@@ -139,7 +150,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn no_more_are_open_than_advised_and_all_get_in() {
+    async fn advised_limit_holds_and_every_waiter_enters() {
         let gates = Gates::new(8);
         let gate = gates.of("m");
         gate.advise(3);
@@ -164,7 +175,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn more_places_wake_all_who_wait_for_them() {
+    async fn raised_limit_wakes_all_waiters() {
         let gate = Gates::new(4).of("m");
         gate.advise(1);
         let first = gate.enter().await;
@@ -185,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn busy_cuts_once_a_burst_and_answers_bring_it_back() {
+    fn burst_decreases_the_limit_once_and_successes_restore_it() {
         let gate = Gates::new(100).of("m");
         let now = Instant::now();
         gate.busy(now);

@@ -1,4 +1,7 @@
-//! CoT generator: several teachers, temperatures and samples per problem.
+//! Generate stage: requests traces from several teachers, at several temperatures, with several samples each.
+//!
+//! Traces that a source dataset contains are taken without requests. Deliberately absent: retries, journal and budget
+//! (`teacher`), and verification of the answers (`verify`).
 
 use potstill_data::journal::Entry;
 use potstill_data::records::{Asked, Cot, Dropped, Origin, Problem};
@@ -10,43 +13,44 @@ use crate::executor::{Outcome, Stage, StageError};
 use crate::prompts::{Prompts, Role};
 use crate::teacher::{AskError, Question, Teachers};
 
-/// One teacher and how often it is asked.
+/// Teacher with its sampling parameters: one entry of `generate.teachers` in a recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TeacherConfig {
-    /// Model behind the gateway.
+    /// Name of the model at the gateway.
     pub model: String,
-    /// Temperatures; each gives its own samples.
+    /// Sampling temperatures. Each gives its own samples.
     #[serde(default = "default_temperatures")]
     pub temperatures: Vec<f64>,
-    /// Samples per temperature.
+    /// Samples per problem and temperature.
     #[serde(default = "default_samples")]
     pub samples: u32,
-    /// Nucleus sampling.
+    /// Probability mass of nucleus sampling (`top_p`).
     #[serde(default = "default_top_p")]
     pub top_p: f64,
-    /// Where its chain of thought stands.
+    /// Place of the reasoning in a completion.
     #[serde(default)]
     pub thinking: Thinking,
-    /// Limit on new tokens. What is cut off by it is kept and flagged, never trained on.
+    /// Largest number of completion tokens. Truncated completions are kept with finish reason `length` and never
+    /// trained on.
     #[serde(default = "default_max_tokens")]
     pub max_tokens: u32,
-    /// Ask again with this limit where the first one cut the answer off; not at all if left out.
+    /// Larger limit for one further request after truncation; none if absent.
     #[serde(default)]
     pub retry_max_tokens: Option<u32>,
-    /// Which prompt asks.
+    /// Style of reasoning, which selects the prompt.
     #[serde(default)]
     pub style: Style,
 }
 
-/// How a teacher is asked to think (section 3.1 of the paper).
+/// Style of reasoning that the prompt requests ("Thinking with DistilQwen", section 3.1).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Style {
-    /// At length, with checks and second thoughts (`generate.jinja`).
+    /// Slow thinking: long reasoning with checks and revisions (`generate.jinja`).
     #[default]
     Slow,
-    /// As long as the problem needs (`adaptive.jinja`).
+    /// Adaptive thinking: as long as the problem requires (`adaptive.jinja`).
     Adaptive,
 }
 
@@ -59,14 +63,14 @@ impl Style {
     }
 }
 
-/// Where a teacher's chain of thought stands in what it writes.
+/// Place of the reasoning in a teacher's completion.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Thinking {
-    /// Between think tags, in OpenThoughts' sections, or apart as `reasoning_content`.
+    /// Between think tags, in OpenThoughts' sections, or in the separate field `reasoning_content`.
     #[default]
     Tags,
-    /// The whole text: a model that does not think apart. Its final answer is found by the verifier's rules.
+    /// The whole text, for models without separate reasoning. The verifier's rules extract the final answer.
     Whole,
 }
 
@@ -86,19 +90,21 @@ fn default_max_tokens() -> u32 {
     32_768
 }
 
-/// The stage.
+/// Stage that generates the traces of a problem.
 pub struct Generate {
-    /// Who is asked for problems whose source brings no trace along; nobody, if empty.
+    /// Teachers for problems whose source contains no trace. Without teachers, these problems are dropped as
+    /// `no_trace`.
     pub teachers: Vec<TeacherConfig>,
-    /// Through what.
+    /// Client for teachers, with journal and budget.
     pub calls: Teachers,
-    /// With which prompts.
+    /// Prompt templates.
     pub prompts: Prompts,
-    /// Seed of the run.
+    /// Seed of the run, from which each request derives its own seed.
     pub seed: u64,
 }
 
-/// Thinking and answer of what a teacher wrote, however it was sent.
+/// Splits a completion into reasoning and answer. The reasoning is `None` where the completion has none or leaves its
+/// tag open.
 pub(crate) fn read_completion(entry: &Entry) -> (Option<String>, String) {
     match &entry.reasoning {
         Some(thinking) => (Some(thinking.trim().to_owned()), entry.content.trim().to_owned()),
@@ -107,7 +113,7 @@ pub(crate) fn read_completion(entry: &Entry) -> (Option<String>, String) {
 }
 
 impl Thinking {
-    /// Thinking and answer; no thinking where there is none to learn from.
+    /// Splits a completion into reasoning and answer. The reasoning is never an empty string.
     fn read(self, entry: &Entry) -> (Option<String>, String) {
         let (thinking, answer) = match self {
             Self::Tags => read_completion(entry),
@@ -121,7 +127,7 @@ impl Thinking {
     }
 }
 
-/// One sample that is asked for.
+/// One sample to generate for a problem.
 struct Sample<'a> {
     teacher: &'a TeacherConfig,
     temperature: f64,
@@ -174,7 +180,7 @@ impl Generate {
         let thinking = match thinking {
             Some(thinking) => thinking,
             None if entry.finish_reason == "stop" => return failed("no_thinking"),
-            // Cut off inside the thinking: what there is of it is kept, flagged.
+            // Truncated inside the reasoning: the partial text is kept, marked by its finish reason.
             None => entry.reasoning.clone().unwrap_or_else(|| entry.content.clone()),
         };
         Ok(Ok(Cot {
@@ -211,7 +217,7 @@ impl Generate {
     }
 }
 
-/// The traces that the problem's source brought along.
+/// Returns the traces that the problem's source contains.
 fn given(problem: &Problem) -> Vec<Cot> {
     let traces = problem.traces.iter().zip(0..).map(|(trace, number)| Cot {
         id: Cot::content_id(problem, &trace.thinking, &trace.answer),
@@ -220,7 +226,7 @@ fn given(problem: &Problem) -> Vec<Cot> {
         answer: trace.answer.clone(),
         origin: Origin { teacher: trace.teacher.clone(), sample: number, asked: None },
         finish_reason: "stop".to_owned(),
-        // Nobody counted them; a token is about four bytes.
+        // The source has no token counts. Estimate: four bytes per token.
         completion_tokens: ((trace.thinking.len() + trace.answer.len()) / 4) as u64,
         parent: None,
         difficulty: None,
@@ -246,11 +252,11 @@ impl Stage for Generate {
         if self.teachers.is_empty() {
             return Ok(Outcome::drop(Dropped::problem("no_trace", problem)));
         }
-        // All at once: how many of them are open is up to the gate of their model.
+        // All requests start together; the concurrency limit of each model bounds the open ones.
         let asked = self.samples(&problem).map(|sample| self.sample(&problem, sample));
         for sample in futures_util::future::try_join_all(asked).await? {
             match sample {
-                // Two samples with the same text are one trace.
+                // Equal samples are one trace: the id is a hash of the content.
                 Ok(cot) if outcome.kept.iter().any(|other| other.id == cot.id) => {
                     outcome.dropped.push(Dropped::trace("same_text", cot));
                 }

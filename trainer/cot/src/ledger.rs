@@ -1,6 +1,8 @@
-//! The budget: tokens, requests and money are reserved before a call, at the most that it can take, and settled after it. A
-//! limit is never crossed: a call that does not fit waits until others are settled, and the run stops when none is left to wait
-//! for. What the journal holds of earlier processes counts.
+//! Budget accounting: each request reserves its largest possible usage beforehand and settles its real usage
+//! afterwards. Tokens, requests and cost never exceed a limit.
+//!
+//! A request that does not fit waits until others settle. If none is outstanding, the run stops. Usage in the journal
+//! of earlier processes counts. Deliberately absent: the charges of a provider for failed requests.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,73 +11,73 @@ use potstill_data::journal::Totals;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-/// What a run, or one of its stages, may spend; nothing set is no limit.
+/// Spending limits of a run or a stage. `None` means unlimited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Answered calls.
+    /// Number of successful requests.
     pub requests: Option<u64>,
-    /// Tokens of prompts and answers.
+    /// Tokens of prompts and completions together.
     pub tokens: Option<u64>,
-    /// Money, in the currency of the prices.
+    /// Cost, in the currency of the prices.
     pub cost: Option<f64>,
 }
 
-/// What a model costs, per million tokens.
+/// Prices of a model, per million tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Price {
-    /// Of prompts.
+    /// Price per million prompt tokens.
     #[serde(default)]
     pub prompt: f64,
-    /// Of answers.
+    /// Price per million completion tokens.
     #[serde(default)]
     pub completion: f64,
 }
 
 impl Price {
-    /// Money for so many tokens.
+    /// Returns the cost of a request with the given token counts.
     pub fn of(&self, prompt_tokens: u64, completion_tokens: u64) -> f64 {
         (self.prompt * prompt_tokens as f64 + self.completion * completion_tokens as f64) / 1e6
     }
 }
 
-/// The budget of a recipe.
+/// Limits and prices: section `budget` of a recipe.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Budget {
-    /// Answered calls of the whole run.
+    /// Limit on successful requests of the run.
     pub requests: Option<u64>,
-    /// Tokens of the whole run.
+    /// Limit on prompt and completion tokens of the run.
     pub tokens: Option<u64>,
-    /// Money of the whole run.
+    /// Limit on the cost of the run, in the currency of the prices.
     pub cost: Option<f64>,
-    /// Limits of single stages.
+    /// Limits of single stages, by stage name.
     pub stages: BTreeMap<String, Limits>,
-    /// Prices by model.
+    /// Prices, by model. A model without a price is free.
     pub prices: BTreeMap<String, Price>,
 }
 
 impl Budget {
-    /// Limits of the whole run.
+    /// Returns the limits of the whole run.
     pub fn run(&self) -> Limits {
         Limits { requests: self.requests, tokens: self.tokens, cost: self.cost }
     }
 }
 
-/// What was spent, or is reserved.
+/// Usage that is spent or reserved.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Amounts {
-    /// Calls.
+    /// Number of requests.
     pub requests: u64,
-    /// Tokens.
+    /// Tokens of prompts and completions together.
     pub tokens: u64,
-    /// Money.
+    /// Cost, in the currency of the prices.
     pub cost: f64,
 }
 
 impl Amounts {
-    /// The sum of two.
+    /// Returns the sum of two amounts.
     pub fn plus(self, other: Self) -> Self {
         Self {
             requests: self.requests + other.requests,
@@ -92,9 +94,9 @@ impl Amounts {
         }
     }
 
-    /// The first limit that these amounts cross, in words.
+    /// Returns a description of the first limit that these amounts exceed.
     fn over(self, limits: &Limits) -> Option<String> {
-        // Sums of rounded numbers.
+        // Tolerance for rounding errors in sums of costs.
         const CENT: f64 = 1e-9;
         match limits {
             Limits { requests: Some(most), .. } if self.requests > *most => Some(format!("{most} requests")),
@@ -105,6 +107,7 @@ impl Amounts {
     }
 }
 
+/// State behind the lock of a [`Ledger`]: usage by stage.
 #[derive(Debug, Default)]
 struct State {
     spent: BTreeMap<String, Amounts>,
@@ -122,7 +125,7 @@ impl State {
     }
 }
 
-/// The ledger of a run.
+/// Budget and usage of a run, shared by all stages.
 #[derive(Debug, Default)]
 pub struct Ledger {
     budget: Budget,
@@ -130,7 +133,7 @@ pub struct Ledger {
     settled: Notify,
 }
 
-/// What a call may take at most. Dropped without being settled, nothing was spent.
+/// Reserved amounts of one request. Dropping a reservation without settling frees the amounts unspent.
 #[derive(Debug)]
 pub struct Reservation {
     ledger: Arc<Ledger>,
@@ -140,7 +143,7 @@ pub struct Reservation {
 }
 
 impl Ledger {
-    /// A budget, and what the journal says was spent already.
+    /// Creates the ledger from a budget and the usage in the journal.
     pub fn new(budget: Budget, totals: &Totals) -> Self {
         let mut state = State::default();
         for ((stage, model), usage) in totals {
@@ -160,12 +163,12 @@ impl Ledger {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was spent so far, by stage.
+    /// Returns the settled usage, by stage.
     pub fn spent(&self) -> BTreeMap<String, Amounts> {
         self.state().spent.clone()
     }
 
-    /// What the run may spend.
+    /// Returns the budget.
     pub fn budget(&self) -> &Budget {
         &self.budget
     }
@@ -174,7 +177,11 @@ impl Ledger {
         self.budget.prices.get(model).copied().unwrap_or_default()
     }
 
-    /// Reserves what a call can take at most; waits while others may give back what is missing. The error names the limit.
+    /// Reserves the largest possible usage of a request. Waits while outstanding reservations may free enough.
+    ///
+    /// # Errors
+    ///
+    /// Returns a message that names the exceeded limit, once no reservation is outstanding.
     pub async fn reserve(
         self: &Arc<Self>,
         stage: &str,
@@ -227,7 +234,7 @@ impl Ledger {
 }
 
 impl Reservation {
-    /// The call was answered and took so much.
+    /// Replaces the reservation by the real usage of a successful request.
     pub fn settle(self, prompt_tokens: u64, completion_tokens: u64) {
         let taken = Amounts {
             requests: 1,
@@ -261,7 +268,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_limit_is_never_crossed_whatever_the_order() {
+    async fn concurrent_reservations_never_exceed_a_limit() {
         let ledger = ledger(r#"{"tokens": 10000, "prices": {"m": {"completion": 2.0}}}"#);
         let mut tasks = tokio::task::JoinSet::new();
         for n in 0..500u64 {
@@ -269,7 +276,7 @@ mod tests {
             tasks.spawn(async move {
                 let reservation = ledger.reserve("generate", "m", 10, 90).await?;
                 tokio::task::yield_now().await;
-                // Every fifth call fails: it gives all of it back.
+                // Every fifth request fails and frees its reservation.
                 if n % 5 > 0 {
                     reservation.settle(10, 10 + n % 30);
                 }
@@ -287,7 +294,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn stages_and_what_was_spent_before_count() {
+    async fn stage_limits_and_earlier_usage_count() {
         let budget = r#"{"requests": 5, "stages": {"score": {"requests": 1}}}"#;
         let mut totals = Totals::default();
         totals.entry(("generate".into(), "m".into())).or_default().add(5, 5, 0.1);

@@ -1,5 +1,5 @@
-//! CoT processors: teachers write, grade, rewrite, judge and score chains of thought. Records stream from stage to stage;
-//! every call goes through the journal, so a run that is started again asks nothing twice.
+//! Processors for chain-of-thought data: teachers write, grade, rewrite, judge and score traces. Records stream from
+//! stage to stage. Every request goes through the journal, so a resumed run repeats no finished request.
 //!
 //! Teachers are reached over HTTP only. Deliberately absent: tensors, servers, files other than the journal.
 #![forbid(unsafe_code)]

@@ -1,4 +1,7 @@
-//! The prompts: Jinja files that a recipe can replace. The hash of each stands in every record that it produced.
+//! Prompt templates: Jinja files, built in or replaced by a folder of the recipe.
+//!
+//! Each trace holds the hash of its template, so its prompt can be identified later. Deliberately absent: parsing of
+//! completions, which each stage does itself.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,33 +11,33 @@ use potstill_data::records::Problem;
 use potstill_data::tasks::TASKS;
 use potstill_shared::id::ContentId;
 
-/// What a prompt is for.
+/// Purpose of a prompt. Each role has one template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Sort a problem into a task.
+    /// Assign a problem to a task.
     Classify,
-    /// Solve a problem, thinking at length.
+    /// Solve a problem with long reasoning.
     Generate,
-    /// Solve a problem, thinking as long as it needs.
+    /// Solve a problem with reasoning as long as the problem requires.
     Adaptive,
-    /// Grade a trace for the student.
+    /// Grade a trace as easy, medium or hard for the student.
     Difficulty,
-    /// Make a terse trace longer.
+    /// Extend a terse trace.
     Extend,
-    /// Make a convoluted trace simpler.
+    /// Simplify a convoluted trace.
     Simplify,
-    /// Judge whether a final answer is the known one.
+    /// Judge whether a final answer equals the reference answer.
     Solution,
-    /// Judge whether the reasoning holds and leads to its answer.
+    /// Judge whether the reasoning is valid and leads to its answer.
     Process,
-    /// Reasoning Verbosity.
+    /// Score the reasoning verbosity of a trace, 0 to 9.
     Rv,
-    /// Cognitive Difficulty.
+    /// Score the cognitive difficulty of a trace, 0 to 9.
     Cd,
 }
 
 impl Role {
-    /// All of them.
+    /// All roles.
     pub const ALL: [Self; 10] = [
         Self::Classify,
         Self::Generate,
@@ -48,7 +51,7 @@ impl Role {
         Self::Cd,
     ];
 
-    /// File name without `.jinja`.
+    /// Returns the name of the template file without `.jinja`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Classify => "classify",
@@ -80,17 +83,17 @@ impl Role {
     }
 }
 
-/// Why the prompts cannot be used.
+/// Error while loading the templates.
 #[derive(Debug, thiserror::Error)]
 #[error("prompt `{path}`: {problem}")]
 pub struct PromptError {
-    /// The file, or the role where it is built in.
+    /// Path of the template file, or the role's name for a built-in template.
     pub path: PathBuf,
-    /// What is wrong.
+    /// Cause of the error.
     pub problem: String,
 }
 
-/// All prompts of a run.
+/// Templates of all roles. Cheap to clone.
 #[derive(Clone)]
 pub struct Prompts {
     environment: Arc<Environment<'static>>,
@@ -98,7 +101,11 @@ pub struct Prompts {
 }
 
 impl Prompts {
-    /// The built-in prompts, replaced by the files `ROLE.jinja` of `folder` that exist.
+    /// Loads the built-in templates, or `ROLE.jinja` of `folder` where the file exists.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`PromptError`] for unreadable or invalid templates and for `.jinja` files that no role uses.
     pub fn load(folder: Option<&Path>) -> Result<Self, PromptError> {
         if let Some(folder) = folder {
             known_files(folder)?;
@@ -128,7 +135,7 @@ impl Prompts {
         Ok(Self { environment: Arc::new(environment), hashes: Arc::new(hashes) })
     }
 
-    /// Hash of a prompt's source.
+    /// Returns the hash of a template's source.
     pub fn hash(&self, role: Role) -> ContentId {
         self.hashes[Role::ALL.iter().position(|other| *other == role).unwrap_or_default()].clone()
     }
@@ -147,18 +154,18 @@ impl Prompts {
             .map_err(|error| format!("prompt `{}`: {error}", role.name()))
     }
 
-    /// The prompt that asks about a problem alone.
+    /// Renders the prompt for a problem without a completion.
     pub fn for_problem(&self, role: Role, problem: &Problem) -> Result<String, String> {
         self.render(role, problem, "")
     }
 
-    /// The prompt that asks about a completion.
+    /// Renders the prompt for a problem and a completion.
     pub fn for_completion(&self, role: Role, problem: &Problem, completion: &str) -> Result<String, String> {
         self.render(role, problem, completion)
     }
 }
 
-/// A file that no role reads is a misspelt one.
+/// Rejects a folder with a `.jinja` file that no role uses, since its name is probably misspelled.
 fn known_files(folder: &Path) -> Result<(), PromptError> {
     let wrong = |path: &Path, problem: String| PromptError { path: path.to_owned(), problem };
     let entries = std::fs::read_dir(folder).map_err(|error| wrong(folder, error.to_string()))?;
@@ -189,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_misspelt_prompt_is_named() {
+    fn error_names_an_unknown_prompt_file() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("verify.jinja");
         potstill_shared::durable::write_file(&file, b"{{ problem }}").unwrap();

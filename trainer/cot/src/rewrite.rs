@@ -1,5 +1,7 @@
-//! Re-writer: easy traces are extended, hard ones simplified, in one pass. The original travels along, because a rewrite
-//! that turns out less right than its source is never kept.
+//! Rewrite stage: extends easy traces and simplifies hard ones, once each.
+//!
+//! A rewrite travels with its original, because the verify stage falls back to the original if the rewrite is not
+//! correct. Deliberately absent: the grades (`difficulty`) and that decision (`verify`).
 
 use potstill_data::journal::Entry;
 use potstill_data::records::{Asked, Cot, Difficulty, Origin};
@@ -13,12 +15,12 @@ use crate::generate::read_completion;
 use crate::prompts::{Prompts, Role};
 use crate::teacher::{AskError, Question, Teachers};
 
-/// A trace and, when it is a rewrite, what it was rewritten from.
+/// Trace to verify, with its original if the trace is a rewrite.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Candidate {
-    /// The trace to verify.
+    /// Trace to verify first.
     pub cot: Cot,
-    /// Its source.
+    /// Trace before the rewrite; `None` for an unchanged trace.
     pub original: Option<Cot>,
 }
 
@@ -28,22 +30,23 @@ impl Keyed for Candidate {
     }
 }
 
-/// The stage.
+/// Stage that rewrites easy and hard traces.
 pub struct Rewrite {
-    /// Model behind the gateway; without one every trace goes on as it is.
+    /// Name of the model at the gateway. `None` leaves all traces unchanged.
     pub model: Option<String>,
-    /// Sampling temperature.
+    /// Sampling temperature of the rewrites.
     pub temperature: f64,
-    /// Limit on new tokens.
+    /// Largest number of completion tokens.
     pub max_tokens: u32,
-    /// Through what.
+    /// Client for teachers, with journal and budget.
     pub calls: Teachers,
-    /// With which prompts.
+    /// Prompt templates.
     pub prompts: Prompts,
 }
 
-/// The new trace: the last think block of the text. A reasoning rewriter's own deliberation, which comes apart or in a
-/// block before, is not it. A rewriter whose endpoint splits the one block off has it in `reasoning`.
+/// Returns reasoning and answer of the rewritten trace: the last think block of the content, and the text after that
+/// block. A reasoning model's own deliberation comes in an earlier block or in `reasoning` and is ignored. If the
+/// content has no think block, the endpoint moved the only one to `reasoning`.
 fn read_rewrite(entry: &Entry) -> (Option<String>, String) {
     if let Some((before, answer)) = entry.content.rsplit_once(CLOSE) {
         let trace = before.rsplit_once(OPEN).map_or(before, |(_, trace)| trace);
@@ -52,7 +55,7 @@ fn read_rewrite(entry: &Entry) -> (Option<String>, String) {
     read_completion(entry)
 }
 
-/// What a grade asks for.
+/// Returns the prompt for a difficulty grade; `None` if the trace stays unchanged.
 fn role(difficulty: Option<Difficulty>) -> Option<Role> {
     match difficulty? {
         Difficulty::Easy => Some(Role::Extend),
@@ -92,13 +95,13 @@ impl Stage for Rewrite {
             }
         };
         let (thinking, answer) = read_rewrite(&entry);
-        // A rewrite that lost its answer is none: only a judge could say whether it is right, and the original needs no judge.
+        // Without an answer, only a judge could verify the rewrite, while the original can be verified by rules.
         let whole = entry.finish_reason == "stop" && (!answer.is_empty() || cot.answer.is_empty());
         let Some(thinking) = thinking.filter(|text| !text.is_empty() && whole) else {
             return unchanged(cot);
         };
         if thinking == cot.thinking {
-            // Nothing to simplify: it stays a hard trace.
+            // The model changed no word, so the trace keeps its grade.
             return unchanged(cot);
         }
         let mut rewritten = cot.clone();
@@ -141,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rewriters_own_thoughts_are_not_the_trace() {
+    fn ignores_the_deliberation_of_the_rewriting_model() {
         let new = (Some("new".to_owned()), "\\boxed{1}".to_owned());
         assert_eq!(read("<think>new</think>\\boxed{1}", None), new);
         assert_eq!(read("<think>meta</think><think>new</think>\\boxed{1}", None), new);

@@ -1,5 +1,8 @@
-//! Reasoning Verbosity and Cognitive Difficulty, one question each, an integer from 0 to 9 between score tags. An answer
-//! that is not readable, or lies outside the scale, never becomes a number.
+//! Score stage: requests reasoning verbosity (RV) and cognitive difficulty (CD) of a trace, in one request each
+//! (OmniThought).
+//!
+//! A score is an integer from 0 to 9 between score tags. A completion without a valid integer gives no score.
+//! Deliberately absent: the use of the scores (`potstill_data::sampler`).
 
 use potstill_data::records::{Cot, Scores};
 
@@ -7,13 +10,13 @@ use crate::difficulty::Judge;
 use crate::executor::{Outcome, Stage, StageError};
 use crate::prompts::Role;
 
-/// The stage.
+/// Stage that sets RV and CD of a trace.
 pub struct Score {
-    /// Who scores.
+    /// Model that scores the traces.
     pub judge: Judge,
 }
 
-/// The score of an answer: between the last score tags, or the whole answer when it is one digit.
+/// Parses a score from 0 to 9: the integer in the last score tags, or the whole completion as an integer.
 pub fn read_score(answer: &str) -> Option<u8> {
     let inside = match answer.rfind("<score>") {
         Some(at) => answer[at + "<score>".len()..].split_once("</score>")?.0,
@@ -31,7 +34,7 @@ impl Stage for Score {
     }
 
     async fn process(&self, mut cot: Cot) -> Result<Outcome<Cot>, StageError> {
-        // What a dataset brought along is not asked again.
+        // Scores from the source dataset are kept without a request.
         let given = cot.scores.unwrap_or_default();
         let ask = |role| self.judge.ask("score", role, &cot, read_score);
         let rv = async { if given.rv.is_some() { Ok(given.rv) } else { ask(Role::Rv).await } };
@@ -47,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_scale_counts() {
+    fn parses_only_integers_from_0_to_9() {
         for (answer, score) in [
             ("<score>7</score>", Some(7)),
             ("I think <score>3</score>, no: <score> 4 </score>", Some(4)),

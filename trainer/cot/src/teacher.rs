@@ -1,5 +1,8 @@
-//! A teacher as the pipeline sees it: a question by content, answered from the journal or by one call through the
-//! gateway. Calls are retried with growing pauses; the gateway's `Retry-After` wins.
+//! Teacher client: serves each request from the store or by an HTTP request through the gateway.
+//!
+//! Failed requests are retried with exponential backoff; the gateway's `Retry-After` takes precedence. Concurrency
+//! limits (`gate`) and budget (`ledger`) apply to every request. Deliberately absent: prompts and the meaning of
+//! completions.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,34 +21,35 @@ use crate::executor::StageError;
 use crate::gate::{Gate, Gates};
 use crate::ledger::Ledger;
 
-/// So many questions given up without an answer between them stop the run.
+/// Consecutive requests without a completion, after all retries, that stop the run.
 const MAX_FAILED_IN_A_ROW: u64 = 16;
-/// Longest pause before a call is tried again, whatever the endpoint asks for.
+/// Longest delay before a retry, even if `Retry-After` is longer.
 const MAX_PAUSE: Duration = Duration::from_secs(300);
 
-/// What is asked.
+/// Request for a completion. Its content determines its id.
 #[derive(Debug, Clone)]
 pub struct Question {
-    /// The stage that asks; part of the id and sent along for the gateway's records.
+    /// Stage that sends the request. Part of the id, and sent as header `x-potstill-stage`.
     pub stage: &'static str,
-    /// The model.
+    /// Name of the model at the gateway.
     pub model: String,
-    /// The user's message.
+    /// Content of the single user message.
     pub prompt: String,
-    /// Sampling temperature.
+    /// Sampling temperature; 0 for greedy decoding.
     pub temperature: f64,
-    /// Nucleus sampling.
+    /// Probability mass of nucleus sampling (`top_p`); 1 for no restriction.
     pub top_p: f64,
-    /// Limit on new tokens.
+    /// Largest number of completion tokens.
     pub max_tokens: u32,
-    /// Seed of the sampler.
+    /// Sampling seed, sent with the request.
     pub seed: i64,
-    /// Which weights answer, where the name alone does not tell (a student between two trainings).
+    /// Version of the model's weights, where one name serves several versions (a student between two trainings). Part
+    /// of the id only.
     pub revision: Option<String>,
 }
 
 impl Question {
-    /// Identifies the question by its content. Another parameter is another question; nothing else is.
+    /// Returns the hash of all fields. Requests with equal fields share one completion.
     pub fn id(&self) -> ContentId {
         let sampling =
             json!([self.temperature, self.top_p, self.max_tokens, self.seed, self.revision]).to_string();
@@ -53,23 +57,23 @@ impl Question {
     }
 }
 
-/// Why a question got no answer.
+/// Error of a request after all retries.
 #[derive(Debug)]
 pub enum AskError {
-    /// This row cannot be answered (it does not fit the context, for example).
+    /// The request failed for this record only, for example because its prompt exceeds the context length.
     Row(String),
-    /// The run must stop.
+    /// The error affects all requests; the run must stop.
     Run(StageError),
 }
 
-/// How calls behave.
+/// Retry policy and transfer mode of requests.
 #[derive(Debug, Clone)]
 pub struct Patience {
-    /// Calls per question.
+    /// Largest number of attempts per request.
     pub attempts: u32,
-    /// Pause after the first failure; doubles each time.
+    /// Delay after the first failed attempt. Doubles with each attempt, up to 30 s.
     pub pause: Duration,
-    /// Read answers as streams, so that silence is noticed while a long answer is written.
+    /// Whether to stream responses. A stream shows a stalled endpoint during a long completion.
     pub stream: bool,
 }
 
@@ -79,24 +83,24 @@ impl Default for Patience {
     }
 }
 
-/// Tokens and calls of a run.
+/// Usage counters of a run in this process.
 #[derive(Debug, Default)]
 pub struct Spent {
-    /// Calls that were answered.
+    /// Successful HTTP requests.
     pub calls: AtomicU64,
-    /// Questions answered from the journal.
+    /// Requests served from the store.
     pub remembered: AtomicU64,
-    /// Calls that failed and were tried again.
+    /// Failed attempts that were retried.
     pub retries: AtomicU64,
-    /// Questions given up since the last answer.
+    /// Requests that failed after all retries, since the last success.
     pub failed_in_a_row: AtomicU64,
-    /// Tokens of prompts.
+    /// Prompt tokens of successful HTTP requests.
     pub prompt_tokens: AtomicU64,
-    /// Tokens written.
+    /// Completion tokens of successful HTTP requests.
     pub completion_tokens: AtomicU64,
 }
 
-/// Asks teachers through one endpoint, with one store of answers and one budget.
+/// Client for teachers: one endpoint, one store, one budget. Cheap to clone; clones share all state.
 #[derive(Clone)]
 pub struct Teachers {
     client: Client,
@@ -109,13 +113,13 @@ pub struct Teachers {
     under_way: Arc<UnderWay>,
 }
 
-/// Questions that are being asked, each with the gate that its askers pass one by one.
+/// Requests in flight, each with a lock that admits one caller at a time.
 #[derive(Default)]
 struct UnderWay {
     gates: Mutex<HashMap<ContentId, Arc<AsyncMutex<()>>>>,
 }
 
-/// A place at a gate; the last one to leave takes the gate away.
+/// Handle to the lock of a request in flight. Dropping the last handle removes the lock.
 struct Turn<'a> {
     under_way: &'a UnderWay,
     id: ContentId,
@@ -133,7 +137,7 @@ impl UnderWay {
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
         let mut gates = self.under_way.gates.lock().unwrap_or_else(PoisonError::into_inner);
-        // The map's own reference and this one.
+        // Two references, of the map and of this handle: no other caller waits.
         if Arc::strong_count(&self.gate) == 2 {
             gates.remove(&self.id);
         }
@@ -141,7 +145,7 @@ impl Drop for Turn<'_> {
 }
 
 impl Teachers {
-    /// Joins endpoint and store: no budget, and no more open requests than the stages make.
+    /// Creates a client without a budget and without a concurrency limit.
     pub fn new(client: Client, store: Arc<Store>, patience: Patience) -> Self {
         Self {
             client,
@@ -155,24 +159,24 @@ impl Teachers {
         }
     }
 
-    /// The same within these limits.
+    /// Applies concurrency limits and a budget.
     #[must_use]
     pub fn within(self, gates: Gates, ledger: Arc<Ledger>) -> Self {
         Self { gates: Arc::new(gates), ledger, ..self }
     }
 
-    /// What was spent so far.
+    /// Returns the usage counters of this process.
     pub fn spent(&self) -> &Spent {
         &self.spent
     }
 
-    /// The same, counted apart.
+    /// Returns a clone with an empty tally of its own. All other state is shared.
     #[must_use]
     pub fn with_own_tally(&self) -> Self {
         Self { tally: Arc::default(), ..self.clone() }
     }
 
-    /// What all answers took that were given here, from the journal or by a call.
+    /// Returns the usage of all completions that this client returned, from the store or by HTTP.
     pub fn tally(&self) -> Totals {
         self.tally.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -183,33 +187,38 @@ impl Teachers {
         tally.entry(key).or_default().add(entry.prompt_tokens, entry.completion_tokens, entry.seconds);
     }
 
-    /// The endpoint.
+    /// Returns the HTTP client.
     pub fn client(&self) -> &Client {
         &self.client
     }
 
-    /// How many requests may be open.
+    /// Returns the concurrency limits.
     pub fn gates(&self) -> &Arc<Gates> {
         &self.gates
     }
 
-    /// The budget.
+    /// Returns the budget and its usage.
     pub fn ledger(&self) -> &Arc<Ledger> {
         &self.ledger
     }
 
-    /// Where the answers are kept.
+    /// Returns the store of completions.
     pub fn store(&self) -> &Arc<Store> {
         &self.store
     }
 
-    /// Answers a question, from the journal when it was answered before.
+    /// Returns the completion of a request, from the store if present, else by HTTP. The completion is in the store
+    /// on return.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`AskError::Row`] if only this request failed, and [`AskError::Run`] if the run must stop.
     pub async fn ask(&self, question: &Question) -> Result<Arc<Entry>, AskError> {
         let id = question.id();
         if let Some(entry) = self.remembered(question, &id).await? {
             return Ok(entry);
         }
-        // The same question may be under way (two traces that were rewritten to the same text): one call serves both.
+        // An equal request may be in flight (two traces with one rewrite): one HTTP request serves both.
         let turn = self.under_way.turn(&id);
         let _mine = turn.gate.lock().await;
         if let Some(entry) = self.remembered(question, &id).await? {
@@ -218,7 +227,7 @@ impl Teachers {
         let gate = self.gates.of(&question.model);
         let _place = gate.enter().await;
         let stop = |problem: String| AskError::Run(StageError { stage: question.stage, problem });
-        // A token is a byte at least; templates add some.
+        // Upper bound: a token has at least one byte, and the chat template adds some tokens.
         let prompt_at_most = question.prompt.len() as u64 + 64;
         let reserved = self
             .ledger
@@ -242,8 +251,8 @@ impl Teachers {
         self.store.commit(entry).await.map_err(|error| stop(error.to_string()))
     }
 
-    /// What `model` would have written at every place of `given`: its `k` likeliest tokens. Counted and paid like an answer, but
-    /// the caller keeps it.
+    /// Returns the `k` most likely tokens of `model` at each position of `given`, with log probabilities. The usage
+    /// counts against the budget and is journaled without the rows, which the caller stores.
     pub async fn likeliest(
         &self,
         stage: &'static str,
@@ -265,7 +274,7 @@ impl Teachers {
         let (found, seconds) = self.patiently(stage, &gate, call).await?;
         let (prompt_tokens, completion_tokens) = (found.usage.prompt_tokens, found.usage.completion_tokens);
         reserved.settle(prompt_tokens, completion_tokens);
-        // The journal knows what it cost.
+        // The entry records the usage only, for the budget and the totals of a resumed run.
         let entry = Entry {
             id,
             stage: stage.to_owned(),
@@ -314,7 +323,8 @@ impl Teachers {
         self.patiently(stage, gate, || self.client.chat(&request, &headers)).await
     }
 
-    /// Calls until an answer comes, patience ends, or the answer is no; gives the answer and the seconds of the call that brought it.
+    /// Repeats a request until one attempt succeeds, one fails permanently, or all attempts are used. Returns the
+    /// result with the seconds of the successful attempt.
     async fn patiently<T, F>(
         &self,
         stage: &'static str,
@@ -340,7 +350,8 @@ impl Teachers {
                     if attempt >= self.patience.attempts {
                         let failed = self.spent.failed_in_a_row.fetch_add(1, Ordering::Relaxed) + 1;
                         let message = format!("{message} ({attempt} attempts)");
-                        // One question may be poison; many in a row mean that the endpoint is gone.
+                        // A single request may be at fault itself; many consecutive failures mean that the endpoint
+                        // is down.
                         return Err(if failed < MAX_FAILED_IN_A_ROW {
                             AskError::Row(message)
                         } else {
@@ -356,7 +367,7 @@ impl Teachers {
                     attempt += 1;
                 }
                 Err(CallError::Refused { message, status, code }) => {
-                    // A wrong key or model name will not get better row by row.
+                    // Wrong keys and model names fail for every record alike.
                     return Err(if matches!(status, 0 | 401 | 402 | 403 | 404) {
                         AskError::Run(StageError { stage, problem: message })
                     } else {
@@ -378,7 +389,8 @@ impl Teachers {
         Ok(found)
     }
 
-    /// Asks a short question until `read` understands the answer: once as configured, then with other seeds.
+    /// Repeats a request with other seeds until `read` parses its completion, at most `reasks` further times.
+    /// Repeated requests use a temperature of at least 0.3. Returns `None` if no completion could be parsed.
     pub async fn ask_for<T>(
         &self,
         question: &Question,

@@ -1,5 +1,8 @@
-//! Verifier: tests where there are some, else rules; a judge only where rules say `unknown`. Wrong traces are dropped. A rewrite that is not right
-//! falls back to its original, if that one is.
+//! Verify stage: checks traces by program tests where the problem has some, else by rules against the reference
+//! answer. A judge decides only where rules cannot.
+//!
+//! Incorrect and unverifiable traces are dropped. If a rewrite is not correct, its original is verified instead.
+//! Deliberately absent: the rules and the sandbox themselves (`potstill_verify`).
 
 use potstill_data::records::{Cot, Dropped, Test, Verdict, VerdictMethod};
 use potstill_verify::verifier::{Example, Gold, Verifier};
@@ -10,13 +13,13 @@ use crate::executor::{Outcome, Stage, StageError};
 use crate::prompts::Role;
 use crate::rewrite::Candidate;
 
-/// The stage.
+/// Stage that sets the verdict of a trace and keeps correct ones.
 pub struct Verify {
-    /// The rules and tests, the same as in rewards and evaluations.
+    /// Rules and sandbox, shared with rewards and evaluation.
     pub verifier: Verifier,
-    /// Programs that run at once.
+    /// Permits for programs that run concurrently in the sandbox.
     pub programs: Semaphore,
-    /// Who is asked where rules cannot decide; without one such traces are dropped.
+    /// Judge for traces that rules cannot decide. Without a judge, these traces are dropped as `undecided`.
     pub judge: Option<Judge>,
 }
 
@@ -54,7 +57,8 @@ impl Verify {
             let evidence = "no rule applies and no judge is configured".to_owned();
             return Ok(Verdict { correct: None, method: VerdictMethod::Unknown, evidence });
         };
-        // Two questions apart: whether the answer is the known one (where one is known), and whether the reasoning holds.
+        // Two separate requests: does the answer equal the reference answer (if there is one), and is the reasoning
+        // valid?
         let completion = cot.completion();
         let ask = |role| judge.decide("verify", role, &cot.problem, &completion);
         let solution = match &cot.problem.answer {
@@ -86,11 +90,11 @@ impl Stage for Verify {
     }
 
     async fn process(&self, candidate: Candidate) -> Result<Outcome<Cot>, StageError> {
-        // What was looked at and not kept, with its verdict: pairs of better and worse are made of it.
+        // Dropped traces keep their verdict, because preference pairs are made of them.
         let mut dropped = Vec::new();
         for mut cot in std::iter::once(candidate.cot).chain(candidate.original) {
             if cot.finish_reason != "stop" {
-                // Nothing truncated is trained on, whatever its answer.
+                // A truncated trace is never trained on, even with a correct answer.
                 dropped.push(Dropped::trace(unfinished(&cot), cot));
                 continue;
             }

@@ -1,8 +1,12 @@
-//! The demonstration's task: generated word problems about how many things one person has, with a letter before each
-//! sentence so that a chain of thought can walk them.
+//! Generator of arithmetic word problems for the demonstration and for tests. A problem states how many things one
+//! person has and how the number changes. Each sentence begins with a letter, to which a chain of thought can refer.
 //!
-//! Easy: 1 or 2 steps, one-digit numbers. Medium: 1 or 2 steps, numbers up to 99, sometimes a sentence about someone else.
-//! Hard: 3 or 4 steps, numbers up to 99, factors up to 6, results up to 999, always a sentence about someone else.
+//! Three levels:
+//! - easy: 1 or 2 steps, one-digit numbers;
+//! - medium: 1 or 2 steps, numbers up to 99, sometimes a sentence about another person;
+//! - hard: 3 or 4 steps, numbers up to 99, factors up to 6, always a sentence about another person.
+//!
+//! Results never exceed 999. Deliberately absent: the traces, which the demonstration's teacher writes.
 
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -11,29 +15,29 @@ use serde_json::json;
 
 use crate::records::Problem;
 
-/// Names in the problems.
+/// Names of persons that occur in the problems.
 pub const NAMES: [&str; 8] = ["Ann", "Ben", "Dan", "Eve", "Kim", "Max", "Sue", "Tom"];
-/// Things in the problems.
+/// Things that occur in the problems.
 pub const ITEMS: [&str; 8] = ["apples", "books", "cards", "coins", "cups", "pens", "shells", "stamps"];
 const GAINS: [&str; 3] = ["buys", "finds", "gets"];
 const LOSSES: [&str; 3] = ["gives", "loses", "sells"];
 
-/// How hard a problem is.
+/// Difficulty of a generated problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Level {
-    /// 1 or 2 steps, one-digit numbers.
+    /// 1 or 2 steps, one-digit numbers, no distractor.
     Easy,
-    /// 1 or 2 steps, numbers up to 99.
+    /// 1 or 2 steps, numbers up to 99, a distractor in 30 % of the problems.
     Medium,
-    /// 3 or 4 steps, a factor, a distractor.
+    /// 3 or 4 steps, numbers up to 99, one multiplication by 2 to 6, one distractor.
     Hard,
 }
 
 impl Level {
-    /// All levels.
+    /// All levels, from easy to hard.
     pub const ALL: [Self; 3] = [Self::Easy, Self::Medium, Self::Hard];
 
-    /// As in reports.
+    /// Returns the lower-case name that reports and metadata show.
     pub fn name(self) -> &'static str {
         match self {
             Self::Easy => "easy",
@@ -43,36 +47,36 @@ impl Level {
     }
 }
 
-/// What one sentence does to the count.
+/// Effect of one sentence on the count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// The first count.
+    /// Sets the initial count.
     Start(u32),
-    /// More.
+    /// Increases the count.
     Add(u32),
-    /// Fewer.
+    /// Decreases the count.
     Subtract(u32),
-    /// Times as many.
+    /// Multiplies the count.
     Multiply(u32),
-    /// About someone else.
+    /// Describes another person and leaves the count unchanged.
     Distractor,
 }
 
-/// A generated problem with what its sentences mean.
+/// Generated problem with the meaning of its sentences.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WordProblem {
-    /// How hard.
+    /// Difficulty of the problem.
     pub level: Level,
-    /// One entry per sentence.
+    /// Effect of each sentence, in order, without the final question.
     pub steps: Vec<Step>,
-    /// The text.
+    /// Problem text, with the final question.
     pub text: String,
-    /// The count at the end.
+    /// Final count, 1 to 999.
     pub answer: u32,
 }
 
 impl WordProblem {
-    /// As a record.
+    /// Converts the problem to a [`Problem`] from `source`, with the level in its metadata.
     pub fn record(&self, source: &str) -> Problem {
         let mut problem = Problem::new(self.text.clone(), Some(self.answer.to_string()), source);
         problem.metadata.insert("level".to_owned(), json!(self.level.name()));
@@ -80,7 +84,7 @@ impl WordProblem {
     }
 }
 
-/// A problem of `level` from `rng`.
+/// Generates one problem of the given level.
 pub fn generate(level: Level, rng: &mut impl Rng) -> WordProblem {
     loop {
         if let Some(problem) = attempt(level, rng) {
@@ -89,7 +93,8 @@ pub fn generate(level: Level, rng: &mut impl Rng) -> WordProblem {
     }
 }
 
-/// `count` different problems, levels in turn, none of which `taken` contains.
+/// Generates `count` distinct problems with the levels in turn, without the texts in `taken`. Equal arguments give
+/// equal problems. Does not return if fewer than `count` distinct problems exist.
 pub fn distinct(count: usize, seed: u64, taken: &std::collections::HashSet<String>) -> Vec<WordProblem> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut seen = taken.clone();
@@ -158,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_follow_from_the_steps() {
+    fn answer_equals_the_result_of_the_steps() {
         for problem in distinct(300, 5, &std::collections::HashSet::new()) {
             let value = problem.steps.iter().fold(0u32, |value, step| match step {
                 Step::Start(n) => *n,
@@ -175,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_seed_gives_the_same_problems() {
+    fn equal_seeds_generate_equal_problems() {
         let none = std::collections::HashSet::new();
         assert_eq!(distinct(50, 1, &none), distinct(50, 1, &none));
         assert_ne!(distinct(50, 1, &none), distinct(50, 2, &none));

@@ -1,5 +1,7 @@
-//! Writes rows as Parquet: JSON values taken apart into columns with repetition and definition levels (Dremel, Melnik et al. 2010),
-//! in row groups of bounded size.
+//! Parquet writer for JSON rows. Values are shredded into columns with repetition and definition levels (Dremel,
+//! Melnik et al. 2010), in Zstandard-compressed row groups of bounded size.
+//!
+//! Exists so that exported datasets load without conversion. Deliberately absent: reading Parquet (`rows`).
 
 use std::io::Write;
 use std::path::Path;
@@ -13,28 +15,28 @@ use parquet::schema::types::Type;
 use potstill_shared::durable::{DurableError, write_with};
 use serde_json::Value;
 
-/// Rows that are in memory at once.
+/// Rows per row group, and rows in memory at once.
 const GROUP: usize = 2000;
 
-/// What a column holds. Everything may be missing.
+/// Type of a column. Every value is optional.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
-    /// UTF-8.
+    /// UTF-8 string. Values that are not strings are written as JSON.
     Text,
-    /// 64 bits, signed.
+    /// Signed 64-bit integer.
     Int,
-    /// 64 bits.
+    /// 64-bit floating-point number.
     Double,
-    /// True or false.
+    /// Boolean.
     Bool,
-    /// Any number of these.
+    /// List of values of one type.
     List(Box<Kind>),
-    /// Named fields.
+    /// Group of named fields.
     Fields(Vec<(&'static str, Kind)>),
 }
 
 impl Kind {
-    /// A list of these.
+    /// Returns the type of a list with elements of this type.
     pub fn list(self) -> Self {
         Self::List(Box::new(self))
     }
@@ -83,7 +85,7 @@ fn schemas(fields: &[(&'static str, Kind)]) -> parquet::errors::Result<Vec<Arc<T
     fields.iter().map(|(name, kind)| Ok(Arc::new(kind.schema(name)?))).collect()
 }
 
-/// Values of one column, with their levels.
+/// Values of one leaf column, without nulls.
 enum Values {
     Text(Vec<ByteArray>),
     Int(Vec<i64>),
@@ -91,12 +93,14 @@ enum Values {
     Bool(Vec<bool>),
 }
 
+/// Leaf column with its values and levels.
 struct Leaf {
     values: Values,
     definition: Vec<i16>,
     repetition: Vec<i16>,
 }
 
+/// Appends an empty leaf column for each leaf of the given fields, in schema order.
 fn leaves_of(fields: &[(&'static str, Kind)], leaves: &mut Vec<Leaf>) {
     for (_, kind) in fields {
         let mut kind = kind;
@@ -117,7 +121,8 @@ fn leaves_of(fields: &[(&'static str, Kind)], leaves: &mut Vec<Leaf>) {
     }
 }
 
-/// Where a value stands: how much of its path is there, and at which list it goes on.
+/// Levels of a value (Dremel): the defined ancestors on its path, the list that continues, and the number of lists
+/// around the value.
 #[derive(Clone, Copy)]
 struct Place {
     definition: i16,
@@ -125,7 +130,7 @@ struct Place {
     lists: i16,
 }
 
-/// Takes a value apart into the leaves of its kind.
+/// Appends a value to the leaf columns of its type. A value of another type becomes null.
 fn shred(kind: &Kind, value: Option<&Value>, place: Place, leaves: &mut [Leaf]) {
     let inside = Place { definition: place.definition + 1, ..place };
     match (kind, value.filter(|value| !value.is_null())) {
@@ -179,7 +184,11 @@ fn missing(place: Place, leaves: &mut [Leaf]) {
     }
 }
 
-/// Writes rows, whole or not at all; gives their number.
+/// Writes rows as a Parquet file, atomically, and returns their number. Fields without a column are ignored.
+///
+/// # Errors
+///
+/// Returns an error if the file cannot be written or if `rows` yields an error.
 pub fn write_parquet<E: std::fmt::Display>(
     path: &Path,
     columns: &[(&'static str, Kind)],
@@ -300,13 +309,13 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn what_is_written_is_read_again(rows in prop::collection::vec(row(), 0..12)) {
+        fn written_rows_are_read_back_unchanged(rows in prop::collection::vec(row(), 0..12)) {
             prop_assert_eq!(back(&rows), rows);
         }
     }
 
     #[test]
-    fn many_groups_are_one_table() {
+    fn rows_of_several_row_groups_form_one_table() {
         let rows: Vec<Value> = (0..GROUP * 2 + 3)
             .map(|n| json!({ "question": n.to_string(), "share": null, "tags": ["a"], "traces": [], "grid": null }))
             .collect();

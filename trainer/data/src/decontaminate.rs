@@ -1,6 +1,10 @@
-//! Finds training problems that an evaluation problem stands in: they share a run of ten words, or (where the evaluation problem
-//! is shorter) are the same, or are the same text but for some letters (normalised Indel similarity). What is found is
-//! counted by rule and listed, never silent.
+//! Decontamination: finds training problems that contain a problem of a benchmark. Three criteria apply:
+//! - a common run of ten words;
+//! - for benchmark problems of fewer than ten words, the same words;
+//! - a normalized Indel similarity of at least 0.95.
+//!
+//! Callers drop, count and list each finding by its rule. Deliberately absent: comparison of training problems with
+//! each other (`dedup`, `near`).
 
 use std::collections::HashMap;
 
@@ -9,22 +13,23 @@ use rapidfuzz::distance::indel;
 use crate::dedup::{normalised, words};
 use crate::records::Problem;
 
-/// Words in a run.
+/// Words in a compared run.
 pub const NGRAM: usize = 10;
-/// Indel similarity from which on two texts are the same, 0 to 1: that of OpenThoughts (the paper gives none).
+/// Smallest normalized Indel similarity, 0 to 1, of a contaminated text. The value is that of OpenThoughts; the paper
+/// gives none.
 pub const INDEL: f64 = 0.95;
 
-/// Which rule found a problem.
+/// Criterion that found a contaminated problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rule {
-    /// A shared run of words.
+    /// A common run of [`NGRAM`] words, or the same words in shorter problems.
     Ngram,
-    /// Nearly the same letters.
+    /// A normalized Indel similarity of at least [`INDEL`].
     Indel,
 }
 
 impl Rule {
-    /// As in counts.
+    /// Returns the drop reason.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ngram => "contaminated_ngram",
@@ -33,23 +38,25 @@ impl Rule {
     }
 }
 
-/// The evaluation problems, ready to be looked up.
+/// Index of the benchmark problems.
 #[derive(Default)]
 pub struct HeldOut {
     texts: Vec<Text>,
     grams: HashMap<String, usize>,
     whole: HashMap<String, usize>,
-    /// Texts in the order of their lengths.
+    /// Indices into `texts`, ordered by length in characters.
     by_length: Vec<usize>,
 }
 
+/// Benchmark problem in the forms that comparisons need.
 struct Text {
     original: String,
     letters: Vec<char>,
     counts: Counts,
 }
 
-/// How often letters occur, folded into few classes: an upper bound of what two texts have in common.
+/// Frequencies of characters, folded into 32 classes. The class-wise minimum of two texts bounds their common
+/// subsequence from above.
 type Counts = [u16; 32];
 
 fn counts(letters: &[char]) -> Counts {
@@ -62,7 +69,7 @@ fn counts(letters: &[char]) -> Counts {
 }
 
 impl HeldOut {
-    /// Reads the evaluation problems.
+    /// Builds the index over benchmark problems.
     pub fn new<'a>(evaluation: impl IntoIterator<Item = &'a Problem>) -> Self {
         let mut held_out = Self::default();
         for problem in evaluation {
@@ -83,7 +90,7 @@ impl HeldOut {
         held_out
     }
 
-    /// The evaluation problem that stands in `text`, and the rule that found it.
+    /// Returns the benchmark problem that `text` contains, with the criterion. `None` if `text` is not contaminated.
     pub fn find(&self, text: &str) -> Option<(Rule, &str)> {
         if self.texts.is_empty() {
             return None;
@@ -97,7 +104,9 @@ impl HeldOut {
         self.nearly(&normalised(text).chars().collect::<Vec<char>>()).map(|like| (Rule::Indel, like))
     }
 
-    /// Similarity is `2 · common / (both lengths)`; most texts are told apart by their lengths and letter counts alone.
+    /// Returns a benchmark problem with an Indel similarity of at least [`INDEL`], which is twice the common letters
+    /// divided by the sum of both lengths. Lengths and character frequencies exclude most texts before the exact
+    /// comparison.
     fn nearly(&self, letters: &[char]) -> Option<&str> {
         let length = letters.len() as f64;
         let (least, most) = (length * INDEL / (2.0 - INDEL), length * (2.0 - INDEL) / INDEL);
@@ -138,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shared_run_of_words_is_found() {
+    fn finds_a_common_run_of_words() {
         let held_out = held_out(&["If a train leaves at noon and drives for three hours, how far?"]);
         let train = "Tom says: if a TRAIN leaves at noon, and drives for three hours what then";
         assert_eq!(held_out.find(train).map(|(rule, _)| rule), Some(Rule::Ngram));
@@ -147,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_text_but_for_some_letters_is_found() {
+    fn finds_a_text_with_a_few_changed_letters() {
         let text = "Jane's ducks lay 16 eggs. She eats 3, bakes with 4. How many remain?";
         let held_out = held_out(&["What is 7 + 7?", text]);
         let changed = text.replace("Jane's", "Janet’s").replace("eats", "eat");
@@ -155,7 +164,7 @@ mod tests {
         assert_eq!(held_out.find(&changed.replace("How many remain", "What is left")), None);
     }
 
-    /// The rule as it is written down, over all texts.
+    /// Reference implementation: longest common subsequence with every text, without shortcuts.
     fn plainly(texts: &[String], text: &str) -> bool {
         let letters = |text: &str| normalised(text).chars().collect::<Vec<char>>();
         texts.iter().any(|other| {
@@ -176,7 +185,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_skipped_is_not_similar(texts in prop::collection::vec("[ab]{15,24}", 1..8), extra in "[abc]{0,2}", at in 0usize..15) {
+        fn shortcuts_agree_with_the_exact_similarity(texts in prop::collection::vec("[ab]{15,24}", 1..8), extra in "[abc]{0,2}", at in 0usize..15) {
             let problems: Vec<Problem> = texts.iter().map(|text| Problem::new(text.as_str(), None, "e")).collect();
             let held_out = HeldOut::new(&problems);
             let mut changed = texts[0].clone();

@@ -1,10 +1,13 @@
-//! Finds problems whose text was seen before, spelling of white space and case aside.
+//! Exact deduplication of problems: two texts are equal if they differ only in white space and case.
+//!
+//! Memory holds a 16-byte hash per text. Deliberately absent: similar texts (`near`) and benchmarks
+//! (`decontaminate`).
 
 use std::collections::HashSet;
 
 use potstill_shared::id::ContentId;
 
-/// The text that two copies of a problem share.
+/// Returns the text in lower case, with single spaces between words.
 pub fn normalised(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for word in text.split_whitespace() {
@@ -16,18 +19,18 @@ pub fn normalised(text: &str) -> String {
     out
 }
 
-/// The words of a text, without case and signs.
+/// Returns the words of a text in lower case. Characters that are not alphanumeric separate words.
 pub(crate) fn words(text: &str) -> Vec<String> {
     let kept: String = normalised(text).chars().map(|c| if c.is_alphanumeric() { c } else { ' ' }).collect();
     kept.split_whitespace().map(str::to_owned).collect()
 }
 
-/// Texts that were seen, 16 bytes each.
+/// Set of normalized texts, as 16-byte hashes.
 #[derive(Default)]
 pub struct Seen(HashSet<u128>);
 
 impl Seen {
-    /// Whether this is the first copy of a text.
+    /// Adds a text and returns whether the set did not contain an equal one.
     pub fn is_first(&mut self, text: &str) -> bool {
         let id = ContentId::of(&[&normalised(text)]);
         self.0.insert(u128::from_str_radix(id.as_str(), 16).unwrap_or_default())
@@ -39,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_copy_stays() {
+    fn keeps_only_the_first_copy() {
         let mut seen = Seen::default();
         let first = ["One  and one?", "one and ONE?", "two?"].map(|text| seen.is_first(text));
         assert_eq!(first, [true, false, true]);

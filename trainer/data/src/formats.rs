@@ -1,5 +1,6 @@
-//! Where published datasets keep a problem, its answer and chains of thought. Everything else of a row that is short goes along
-//! as metadata.
+//! Row formats of published datasets: where a row holds the problem, the reference answer, the traces and the scores.
+//!
+//! Deliberately absent: opening files (`rows`) and the metadata of a row (`jsonl`).
 
 use potstill_shared::reasoning;
 use serde::{Deserialize, Serialize};
@@ -7,41 +8,42 @@ use serde_json::{Map, Value};
 
 use crate::records::{Given, Scores, Test};
 
-/// Tests of one problem that are kept.
+/// Largest number of tests per problem; further tests are discarded.
 const MAX_TESTS: usize = 32;
 
-/// A dataset, or a shape that many share.
+/// Format of a published dataset, or a row format that many datasets share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
-    /// `openai/gsm8k`: the answer behind `####`.
+    /// `openai/gsm8k`: the reference answer follows `####` in `answer`.
     Gsm8k,
-    /// MATH (Hendrycks et al.): the answer in the last box of `solution`.
+    /// MATH (Hendrycks et al.): the reference answer is in the last `\boxed{}` of `solution`.
     Math,
-    /// `AI-MO/NuminaMath-CoT` and `-1.5`: `answer`, else the last box of `solution`.
+    /// `AI-MO/NuminaMath-CoT` and `-1.5`: the reference answer is `answer`, else the last `\boxed{}` of `solution`.
     NuminaMath,
-    /// `zwhe99/DeepMath-103K`: `question` and `final_answer`.
+    /// `zwhe99/DeepMath-103K`: `question` and `final_answer`, with up to three traces of DeepSeek-R1.
     #[serde(rename = "deepmath-103k")]
     DeepMath103k,
-    /// `nvidia/OpenCodeReasoning`: `input`, without answers.
+    /// `nvidia/OpenCodeReasoning`: `input`, without a reference answer; the trace is `output`.
     OpenCodeReasoning,
-    /// `open-thoughts/OpenThoughts-114k`, both configurations.
+    /// `open-thoughts/OpenThoughts-114k`, in the configurations `default` (conversations) and `metadata`.
     #[serde(rename = "openthoughts-114k")]
     OpenThoughts114k,
-    /// `open-thoughts/OpenThoughts2-1M` and `OpenThoughts3-1.2M`: conversations.
+    /// `open-thoughts/OpenThoughts2-1M` and `OpenThoughts3-1.2M`: conversations with one trace.
     #[serde(rename = "openthoughts")]
     OpenThoughts,
-    /// `alibaba-pai/OmniThought`: a row is a problem with many traces.
+    /// `alibaba-pai/OmniThought`: one problem per row, with several traces and their RV and CD.
     #[serde(rename = "omnithought")]
     OmniThought,
-    /// `conversations` of `from` and `value`.
+    /// ShareGPT: `conversations` with turns of `from` and `value`.
     #[serde(rename = "sharegpt")]
     ShareGpt,
-    /// `messages` of `role` and `content`.
+    /// OpenAI chat: `messages` with `role` and `content`.
     Messages,
-    /// `instruction` and `input`.
+    /// Alpaca: `instruction`, an optional `input`, and `output`.
     Alpaca,
-    /// EasyDistill's rows, 1.x and 2.0: `instruction`.
+    /// EasyDistill 1.x and 2.0: `instruction`, with the trace in `thought` and `solution`, or in `response` or
+    /// `output`.
     #[serde(rename = "easydistill")]
     EasyDistill,
 }
@@ -49,7 +51,11 @@ pub enum Format {
 type Fields = Map<String, Value>;
 
 impl Format {
-    /// Problem and answer of a row. The error says what is missing.
+    /// Returns the problem text and the reference answer of a row.
+    ///
+    /// # Errors
+    ///
+    /// Returns a message that names the missing or invalid field.
     pub fn read(self, row: &Fields) -> Result<(String, Option<String>), String> {
         let text = |name: &str| text(row, name);
         let optional = |name: &str| row.get(name).and_then(as_text).filter(|text| !text.trim().is_empty());
@@ -61,14 +67,14 @@ impl Format {
             }
             Self::Math => Ok((text("problem")?, last_box(&text("solution")?))),
             Self::NuminaMath => {
-                // Proofs have words there that are no answers.
+                // For proofs, `answer` holds one of these placeholders.
                 let given = optional("answer").filter(|answer| answer != "proof" && answer != "notfound");
                 let answer = given.or_else(|| optional("solution").as_deref().and_then(last_box));
                 Ok((text("problem")?, answer))
             }
             Self::DeepMath103k => Ok((text("question")?, optional("final_answer"))),
             Self::OpenCodeReasoning => match text("input")? {
-                // A second split only names the problem of another dataset.
+                // The second split refers to problems of other datasets and writes `-` here.
                 dash if dash.trim() == "-" => Err("`input` is not in this split".to_owned()),
                 input => Ok((input, None)),
             },
@@ -93,7 +99,7 @@ impl Format {
         }
     }
 
-    /// The chains of thought of a row. What has no thinking apart from its answer is none.
+    /// Returns the traces of a row. Texts without separate reasoning, and traces marked as incorrect, are skipped.
     pub fn traces(self, row: &Fields) -> Vec<Given> {
         let text = |name: &str| row.get(name).and_then(as_text);
         let whole = |teacher: &str, text: Option<String>| {
@@ -111,7 +117,7 @@ impl Format {
                 given("DeepSeek-R1", thinking, answer, None).into_iter().collect()
             }
             Self::OpenThoughts114k => whole("DeepSeek-R1", first_answer(row)),
-            // The third edition was written by another teacher; its rows alone have a difficulty.
+            // Only OpenThoughts3 has the column `difficulty`; its teacher is QwQ-32B.
             Self::OpenThoughts => {
                 let third = row.contains_key("difficulty");
                 whole(if third { "QwQ-32B" } else { "DeepSeek-R1" }, first_answer(row))
@@ -133,8 +139,9 @@ impl Format {
     }
 }
 
-/// Tests of a program as OpenThoughts writes them: `inputs` and `outputs` of the same length, as JSON or as text that holds it.
-/// Those of functions (`fn_name`) are not read.
+/// Parses program tests in the form of OpenThoughts: equally long lists `inputs` and `outputs`, as JSON or as a
+/// string with JSON. Returns at most `MAX_TESTS` pairs. Returns `None` for other forms and for tests of functions
+/// (`fn_name`).
 pub fn tests_of(value: &Value) -> Option<Vec<Test>> {
     let parsed: Value;
     let value = match value {
@@ -167,13 +174,15 @@ fn given(
     whole.then(|| Given { teacher: teacher.to_owned(), thinking, answer, scores })
 }
 
-/// A trace out of a text that holds thinking and answer, in any of the usual forms.
+/// Parses a text with reasoning and answer. Think tags or OpenThoughts' sections mark the reasoning. Returns `None`
+/// if either part is empty.
 pub fn trace_of(teacher: &str, text: &str) -> Option<Given> {
     let (thinking, answer) = reasoning::read(text);
     given(teacher, thinking, Some(answer), None)
 }
 
-/// Scores that are numbers, or objects with a `level`.
+/// Returns the scores in the fields `rv` and `cd`, each a number, a numeric string, or an object with a `level`.
+/// Values that are not integers from 0 to 9 count as missing.
 fn scores(row: &Fields, rv: &str, cd: &str) -> Option<Scores> {
     let level = |name: &str| {
         let value = row.get(name)?;
@@ -187,7 +196,7 @@ fn scores(row: &Fields, rv: &str, cd: &str) -> Option<Scores> {
 
 fn omnithought(row: &Fields) -> Option<Given> {
     let text = |name: &str| row.get(name).and_then(as_text);
-    // What its authors found wrong is no example.
+    // The authors of the dataset verified this trace as incorrect.
     let wrong = match row.get("thought_correctness_verify") {
         Some(Value::Bool(right)) => !right,
         Some(value) => value.as_f64() == Some(0.0),
@@ -204,7 +213,7 @@ fn omnithought(row: &Fields) -> Option<Given> {
     })
 }
 
-/// What the first turn of the model says, where turns have `from` and `value`.
+/// Returns the text of the model's first turn in `conversations`.
 fn first_answer(row: &Fields) -> Option<String> {
     let turns = row.get("conversations")?.as_array()?;
     let models = ["gpt", "assistant", "model"];
@@ -243,7 +252,8 @@ fn text(row: &Fields, name: &str) -> Result<String, String> {
     }
 }
 
-/// What the first turn of a user says.
+/// Returns the text of the first user turn in `list`. `who` and `what` name the fields of role and text; `users`
+/// lists the user roles.
 fn first_turn(row: &Fields, list: &str, who: &str, what: &str, users: &[&str]) -> Result<String, String> {
     let turns = row.get(list).and_then(Value::as_array).ok_or_else(|| format!("no list `{list}`"))?;
     let user =
@@ -256,7 +266,7 @@ fn first_turn(row: &Fields, list: &str, who: &str, what: &str, users: &[&str]) -
     }
 }
 
-/// What stands in the last `\boxed{…}`, braces balanced.
+/// Returns the content of the last `\boxed{…}`, with balanced braces. `None` if the box is empty or unclosed.
 fn last_box(text: &str) -> Option<String> {
     let start = text.rfind("\\boxed{")? + "\\boxed{".len();
     let mut depth = 1;
@@ -285,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_read_as_they_are_published() {
+    fn reads_problem_and_answer_of_every_format() {
         for (format, row, problem, answer) in [
             ("gsm8k", json!({"question": "q", "answer": "1+1\n#### 1,200"}), "q", Some("1200")),
             (
@@ -338,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn traces_are_read_as_they_are_published() {
+    fn reads_the_traces_of_every_format() {
         let sections = "<|begin_of_thought|>t<|end_of_thought|><|begin_of_solution|>a<|end_of_solution|>";
         let tags = "<think>t</think>a";
         let scored = Some(Scores { rv: Some(4), cd: Some(6) });
@@ -402,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn tests_are_read_in_pairs() {
+    fn parses_program_tests_in_pairs() {
         let pairs = json!({"inputs": ["1\n", "2\n"], "outputs": ["2", "4"]});
         let found = tests_of(&pairs).unwrap();
         assert_eq!((found.len(), found[1].input.as_str(), found[1].output.as_str()), (2, "2\n", "4"));
@@ -418,13 +428,13 @@ mod tests {
     }
 
     #[test]
-    fn scores_outside_the_scale_are_none() {
+    fn rejects_scores_outside_the_scale() {
         let row = json!({"rv": 10, "cd": 4.5});
         assert_eq!(scores(row.as_object().unwrap(), "rv", "cd"), None);
     }
 
     #[test]
-    fn what_is_missing_is_named() {
+    fn error_names_the_missing_field() {
         for (format, row, word) in [
             ("gsm8k", json!({"question": "q", "answer": "7"}), "####"),
             ("math", json!({"problem": ""}), "empty"),

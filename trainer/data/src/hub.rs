@@ -1,8 +1,10 @@
-//! Files of the Hugging Face Hub as `hf://datasets/OWNER/NAME[@REVISION]/FILE` (the form that fsspec, DuckDB and Polars read);
-//! FILE may hold `*`. The revision is resolved to its commit first, so that what was read can be said exactly; files lie in
-//! the cache that Python's `huggingface_hub` uses, and what lies there is read without a network.
+//! Hugging Face Hub: resolves addresses `hf://[datasets/]OWNER/NAME[@REVISION]/FILE` (the form of fsspec, DuckDB and
+//! Polars) to local files. FILE may contain `*`.
 //!
-//! `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` (or the token file of `hf auth login`) and `HF_HUB_OFFLINE` are obeyed.
+//! The revision is resolved to a commit first, so that records name the exact version. Files lie in the cache of
+//! Python's `huggingface_hub`; without a network, cached files are used. The environment variables `HF_ENDPOINT`,
+//! `HF_HOME`, `HF_TOKEN` (or the token file of `hf auth login`) and `HF_HUB_OFFLINE` apply. Deliberately absent:
+//! uploads.
 
 use std::path::{Path, PathBuf};
 
@@ -13,37 +15,42 @@ use sha2::{Digest, Sha256};
 
 use crate::modelscope;
 
-/// What such addresses begin with.
+/// URL scheme of the hub.
 const SCHEME: &str = "hf://";
-/// Most files that one address may name.
+/// Largest number of files that one address may match.
 const MAX_FILES: usize = 10_000;
 
-/// Why a file of the hub is not at hand.
+/// Error while resolving a hub address or fetching its files.
 #[derive(Debug, thiserror::Error)]
 #[error("`{address}`: {problem}")]
 pub struct HubError {
-    /// The address.
+    /// Address in the recipe.
     pub address: String,
-    /// What is wrong, and what to do.
+    /// Cause, and the next step where there is one.
     pub problem: String,
 }
 
-/// A file at hand, with the address that says which it is.
+/// Local file, with the address of its exact version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Located {
-    /// Path as it was given, or the address with the commit in it.
+    /// Path in the recipe. For hub files, the address with the commit (ModelScope: with the start of the file's
+    /// SHA-256).
     pub shown: String,
-    /// Where it lies.
+    /// Path of the local file.
     pub path: PathBuf,
 }
 
-/// Whether a path is an address of a hub: this one, or [ModelScope](crate::modelscope).
+/// Returns whether a path is an address of the Hugging Face Hub or of [ModelScope](crate::modelscope).
 pub fn is_address(path: &Path) -> bool {
     let text = path.to_string_lossy();
     text.starts_with(SCHEME) || text.starts_with(modelscope::SCHEME)
 }
 
-/// The files that a path names: itself, or what an address of the hub stands for, downloaded where they are not in the cache.
+/// Returns the local files that a path or hub address refers to. Downloads files that are not in the cache.
+///
+/// # Errors
+///
+/// Returns [`HubError`] if an address is invalid, matches no file, or its files are neither reachable nor cached.
 pub fn locate(path: &Path) -> Result<Vec<Located>, HubError> {
     let shown = path.to_string_lossy().into_owned();
     if !is_address(path) {
@@ -59,10 +66,11 @@ pub fn locate(path: &Path) -> Result<Vec<Located>, HubError> {
     )
 }
 
-/// The licence that the card of an address's repository names, where it has one.
+/// Returns the license from the card (`README.md`) of an address's repository. `None` if there is none or the path is
+/// not an address.
 pub fn licence(path: &Path) -> Option<String> {
     let text = path.to_string_lossy();
-    // The card stands beside the files: SCHEME [datasets/] OWNER/NAME[@REVISION] / README.md.
+    // The card lies at the top of the repository: SCHEME [datasets/] OWNER/NAME[@REVISION] / README.md.
     let (scheme, rest) = text.split_once("://").filter(|_| is_address(path))?;
     let parts = if rest.starts_with("datasets/") { 3 } else { 2 };
     let repository: Vec<&str> = rest.split('/').take(parts).collect();
@@ -71,7 +79,7 @@ pub fn licence(path: &Path) -> Option<String> {
     licence_of_card(&std::fs::read_to_string(card.path).ok()?)
 }
 
-/// `license` in the front matter of a card.
+/// Returns the `license` of a card's YAML front matter.
 fn licence_of_card(card: &str) -> Option<String> {
     let (front, _) = card.strip_prefix("---")?.split_once("\n---")?;
     let named = front.lines().find_map(|line| line.strip_prefix("license:"))?;
@@ -79,6 +87,7 @@ fn licence_of_card(card: &str) -> Option<String> {
     (!named.is_empty()).then(|| named.to_owned())
 }
 
+/// Parsed address `hf://…`.
 #[derive(Debug, PartialEq, Eq)]
 struct Address {
     text: String,
@@ -105,7 +114,7 @@ impl Address {
             Some((name, revision)) => (name, Some(revision.to_owned())),
             None => (name, None),
         };
-        // These become paths in the cache.
+        // Owner, name and revision become folders of the cache, so path traversal must be impossible.
         let plain = |part: &str| {
             !part.is_empty()
                 && !part.starts_with('.')
@@ -152,7 +161,7 @@ impl Address {
             Ok(info) => info,
             Err(error) => {
                 let problem = explained(&error.to_string());
-                // Without a network, what was read before will do; its commit stands in its address.
+                // The hub is unreachable: cached files are used, and their address still names the commit.
                 return match self.cached(&cache, revision)? {
                     Some(located) => {
                         tracing::warn!(
@@ -185,13 +194,13 @@ impl Address {
             let path = self.one(&api, &cache, &info.sha, file)?;
             located.push(self.located(&info.sha, file, path));
         }
-        // What there is at this commit: without it nobody could tell later whether all files that an address names are in the cache.
+        // Later offline runs need the list of names to know whether all files that match an address are cached.
         let listing = serde_json::to_vec(&names).map_err(|error| self.wrong(error.to_string()))?;
         let at = self.listing(&cache, &info.sha);
         create_folder(at.parent().unwrap_or(cache.path()))
             .and_then(|()| write_file(&at, &listing))
             .map_err(|error| self.wrong(format!("cannot write the cache: {error}")))?;
-        // Only now: a branch in the cache points at a commit that was read.
+        // Written last, so that a branch in the cache never points at a commit with missing files.
         cache
             .repo(self.at(revision))
             .create_ref(&info.sha)
@@ -199,7 +208,8 @@ impl Address {
         Ok(located)
     }
 
-    /// One file of a commit: from the cache, else downloaded, measured and (where the hub says its hash) hashed.
+    /// Returns one file of a commit, from the cache or by download. A download is checked against its size and, where
+    /// the hub gives one, its SHA-256.
     fn one(&self, api: &Api, cache: &Cache, commit: &str, file: &str) -> Result<PathBuf, HubError> {
         let failed = |error: &dyn std::fmt::Display| {
             self.wrong(format!("`{file}`: {}", explained(&error.to_string())))
@@ -236,12 +246,12 @@ impl Address {
         }
     }
 
-    /// Where the names of a commit's files lie, beside the folders of Python's cache.
+    /// Returns the path of the list of a commit's file names. The list lies beside the folders of Python's cache.
     fn listing(&self, cache: &Cache, commit: &str) -> PathBuf {
         cache.path().join(self.at(commit).folder_name()).join("listings").join(format!("{commit}.json"))
     }
 
-    /// What the cache holds of a revision; nothing where one of the files that the address names is missing.
+    /// Returns the cached files of a revision, or `None` if a file that the address matches is missing.
     fn cached(&self, cache: &Cache, revision: &str) -> Result<Option<Vec<Located>>, HubError> {
         let repo = cache.repo(self.at(revision));
         let commit = if is_commit(revision) {
@@ -259,7 +269,7 @@ impl Address {
             .and_then(|text| serde_json::from_slice(&text).ok());
         let mut names = match listed {
             Some(names) => names,
-            // Another program's cache: it can only be asked for a file by its whole name.
+            // Another program filled the cache and left no list, so only an address without `*` can be resolved.
             None => vec![self.file.clone()],
         };
         names.retain(|name| safe(name) && matches(&self.file, name));
@@ -275,14 +285,14 @@ fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Whether a path from outside stays inside the folder that it is put into.
+/// Returns whether a relative path stays inside its base folder.
 pub(crate) fn safe(file: &str) -> bool {
     !file.starts_with('/')
         && !file.contains('\\')
         && file.split('/').all(|part| !matches!(part, "" | "." | ".."))
 }
 
-/// Whether `name` matches a pattern in which `*` stands for any text, `/` included.
+/// Returns whether `name` matches a pattern in which `*` stands for any text, including `/`.
 pub(crate) fn matches(pattern: &str, name: &str) -> bool {
     let mut parts = pattern.split('*');
     let first = parts.next().unwrap_or_default();
@@ -298,12 +308,14 @@ pub(crate) fn matches(pattern: &str, name: &str) -> bool {
     rest.ends_with(last)
 }
 
+/// Returns the SHA-256 of a file in lower-case hexadecimal digits.
 pub(crate) fn hash(path: &Path) -> std::io::Result<String> {
     let mut hasher = Sha256::new();
     std::io::copy(&mut std::fs::File::open(path)?, &mut HashWriter(&mut hasher))?;
     Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// Adapter that hashes all bytes written.
 struct HashWriter<'a>(&'a mut Sha256);
 
 impl std::io::Write for HashWriter<'_> {
@@ -317,7 +329,7 @@ impl std::io::Write for HashWriter<'_> {
     }
 }
 
-/// The hub's answer with what to do about it.
+/// Returns the hub's error message, with the next step for known HTTP statuses.
 fn explained(problem: &str) -> String {
     let advice = if problem.contains("401") || problem.contains("403") {
         "; it is private or gated: accept its terms on the hub and set HF_TOKEN"
@@ -334,7 +346,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_read_and_refused() {
+    fn parses_valid_addresses_and_rejects_others() {
         let address = Address::parse("hf://datasets/openai/gsm8k@abc/main/test-*.parquet").unwrap();
         assert_eq!(
             (address.repo.as_str(), address.revision.as_deref(), address.file.as_str()),
@@ -354,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn licences_stand_in_the_front_matter() {
+    fn reads_the_license_from_the_front_matter() {
         let card = "---\nlanguage: en\nlicense: apache-2.0\n---\n# Name\nlicense: no";
         assert_eq!(licence_of_card(card).as_deref(), Some("apache-2.0"));
         assert_eq!(licence_of_card("---\nlicense: ['mit']\n---\n").as_deref(), Some("mit"));
@@ -363,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn stars_stand_for_any_text() {
+    fn star_matches_any_text() {
         for (pattern, name, fits) in [
             ("a.jsonl", "a.jsonl", true),
             ("a.jsonl", "b.jsonl", false),

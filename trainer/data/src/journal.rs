@@ -1,8 +1,9 @@
-//! The journal: every answer that was paid for, by the id of what was asked. A run looks here first, so an answer is
-//! bought once; a crash loses only what was in flight.
+//! Journal: append-only log of completions, keyed by the id of their request. A run looks up each request here first,
+//! so a resumed run repeats only the requests that were in flight.
 //!
-//! Answers are committed in groups: while one group is being brought to the disk, the next one gathers. In memory stands
-//! where each answer lies, not the answer: 16 bytes each.
+//! A writer thread commits entries in groups: new entries collect while the previous group is synced to disk. Memory
+//! holds the offset of each entry (16 bytes), not its text. Deliberately absent: sharing between workers
+//! (`postgres`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -14,48 +15,48 @@ use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-/// An answer as it was bought. What is short stands first, so that opening a journal need not read the texts.
+/// Completion with the usage of its request. The texts are the last fields, so that opening a journal skips them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
-    /// Id of the question: stage, model, messages and sampling parameters.
+    /// Id of the request: hash of stage, model, prompt and sampling parameters.
     pub id: ContentId,
-    /// Which stage asked.
+    /// Stage that sent the request.
     #[serde(default)]
     pub stage: String,
-    /// Who answered.
+    /// Model that wrote the completion.
     #[serde(default)]
     pub model: String,
-    /// Why it ended.
+    /// OpenAI's `finish_reason`, or `loop` for a repetition loop.
     pub finish_reason: String,
     /// Tokens of the prompt.
     pub prompt_tokens: u64,
-    /// Tokens written.
+    /// Tokens of the completion.
     pub completion_tokens: u64,
-    /// Seconds from the call to the whole answer.
+    /// Seconds from the request to the end of the response, for the successful attempt.
     #[serde(default)]
     pub seconds: f64,
-    /// Text of the answer, thinking left in as it came.
+    /// Text of the completion. Includes the reasoning unless the endpoint returned the reasoning separately.
     pub content: String,
-    /// Thinking that came apart.
+    /// Reasoning that the endpoint returned separately (`reasoning_content`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning: Option<String>,
 }
 
-/// What the answers of one model to one stage took.
+/// Usage of one model in one stage.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Usage {
-    /// Answers.
+    /// Number of completions.
     pub calls: u64,
-    /// Tokens of their prompts.
+    /// Tokens of all prompts.
     pub prompt_tokens: u64,
-    /// Tokens written.
+    /// Tokens of all completions.
     pub completion_tokens: u64,
-    /// Seconds of all calls.
+    /// Sum of the request durations, in seconds.
     pub seconds: f64,
 }
 
 impl Usage {
-    /// Adds an answer.
+    /// Adds one completion.
     pub fn add(&mut self, prompt_tokens: u64, completion_tokens: u64, seconds: f64) {
         self.calls += 1;
         self.prompt_tokens += prompt_tokens;
@@ -64,10 +65,10 @@ impl Usage {
     }
 }
 
-/// Usage by stage and model.
+/// Usage by (stage, model).
 pub type Totals = BTreeMap<(String, String), Usage>;
 
-/// The beginning of an [`Entry`], up to its texts.
+/// Fields of an [`Entry`] before its texts.
 #[derive(Deserialize)]
 struct Head {
     id: ContentId,
@@ -85,20 +86,20 @@ struct Head {
 
 impl Head {
     fn of(line: &str) -> Option<Self> {
-        // Quotes inside strings are escaped, so this can only be the field's name.
+        // JSON escapes quotes inside strings, so this pattern only matches the field name.
         let short = line.find(",\"content\":").map(|end| format!("{}}}", &line[..end]));
         let head = short.and_then(|short| serde_json::from_str::<Self>(&short).ok());
-        // Journals of earlier versions have their counts behind the texts.
+        // Earlier versions wrote the token counts after the texts.
         head.filter(|head| head.prompt_tokens + head.completion_tokens > 0)
             .or_else(|| serde_json::from_str(line).ok())
     }
 }
 
-/// Where answers lie, by the first 64 bits of their ids.
+/// Byte offsets of entries, by the first 64 bits of their ids.
 #[derive(Default)]
 struct Places {
     first: HashMap<u64, u64>,
-    /// Those whose first bits were taken: none, unless there are thousands of millions.
+    /// Entries whose first 64 bits were already present: the same id again, or a hash collision.
     others: HashMap<ContentId, u64>,
 }
 
@@ -114,7 +115,7 @@ impl Places {
         }
     }
 
-    /// Where the answer lies, or another one with the same first bits.
+    /// Returns the offset of the entry, or of another entry with the same first 64 bits.
     fn get(&self, id: &ContentId) -> Option<u64> {
         self.others.get(id).or_else(|| self.first.get(&id.seed())).copied()
     }
@@ -126,12 +127,14 @@ impl Places {
 
 type Done = oneshot::Sender<Result<(), Arc<DurableError>>>;
 
+/// Entry that waits for the writer thread, with the channel for its result.
 struct Pending {
     id: ContentId,
     line: String,
     done: Done,
 }
 
+/// State behind the lock of a [`Journal`].
 #[derive(Default)]
 struct State {
     places: Places,
@@ -142,7 +145,7 @@ struct State {
 }
 
 impl State {
-    /// An answer that the journal holds.
+    /// Indexes one entry that the log contains and adds its usage.
     fn note(&mut self, place: u64, line: &str) {
         if let Some(head) = Head::of(line) {
             self.places.insert(&head.id, place);
@@ -161,7 +164,7 @@ fn locked(shared: &Shared) -> MutexGuard<'_, State> {
     shared.state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The opened journal of a run.
+/// Open journal of a run. Dropping a journal waits for its writer thread.
 pub struct Journal {
     shared: Arc<Shared>,
     lines: Lines,
@@ -170,7 +173,7 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens or creates the journal and reads what it holds.
+    /// Opens or creates the journal and indexes its entries. The log is locked against other writers.
     pub fn open(path: &Path) -> Result<Self, DurableError> {
         let mut state = State::default();
         let (log, recovery) = AppendLog::open(path, |place, line| state.note(place, line))?;
@@ -190,7 +193,7 @@ impl Journal {
         Ok(Self { shared, lines, writer: Some(writer), recovery })
     }
 
-    /// Reads a journal that another process may be writing; nothing can be committed to it.
+    /// Opens a journal that another process may be writing. Committing is not possible.
     pub fn read_only(path: &Path) -> Result<Self, DurableError> {
         let mut state = State { closed: true, ..State::default() };
         let recovery = AppendLog::scan(path, |place, line| state.note(place, line))?;
@@ -199,27 +202,27 @@ impl Journal {
         Ok(Self { shared, lines, writer: None, recovery })
     }
 
-    /// What opening it found.
+    /// Returns the number of lines read, and of bytes and lines lost to damage.
     pub fn recovery(&self) -> &Recovery {
         &self.recovery
     }
 
-    /// Answers that it holds.
+    /// Returns the number of indexed entries.
     pub fn len(&self) -> usize {
         locked(&self.shared).places.len()
     }
 
-    /// Whether it is empty.
+    /// Returns whether the journal has no entries.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// What all its answers took.
+    /// Returns the usage of all entries.
     pub fn totals(&self) -> Totals {
         locked(&self.shared).totals.clone()
     }
 
-    /// The answer to a question, if it was bought before.
+    /// Returns the completion of a request, if the journal has one.
     pub fn get(&self, id: &ContentId) -> Result<Option<Arc<Entry>>, DurableError> {
         let Some(place) = locked(&self.shared).places.get(id) else { return Ok(None) };
         let line = self.lines.read(place)?;
@@ -227,7 +230,7 @@ impl Journal {
         Ok(entry.filter(|entry| entry.id == *id).map(Arc::new))
     }
 
-    /// Records an answer and returns once it is on the disk.
+    /// Appends an entry and returns after the entry is synced to disk. All commits fail after the first write error.
     pub async fn commit(&self, entry: Entry) -> Result<Arc<Entry>, Arc<DurableError>> {
         let line = serde_json::to_string(&entry).unwrap_or_default();
         let (done, written) = oneshot::channel();
@@ -244,7 +247,7 @@ impl Journal {
         self.shared.work.notify_one();
         match written.await {
             Ok(written) => written.map(|()| Arc::new(entry)),
-            // The writer has ended: by a failure, which is there to be read.
+            // The writer thread has ended. Its stored error is the cause.
             Err(_) => match &locked(&self.shared).failure {
                 Some(failure) => Err(Arc::clone(failure)),
                 None => Ok(Arc::new(entry)),
@@ -282,7 +285,7 @@ fn write_groups(shared: &Shared, mut log: AppendLog) {
         let mut state = locked(shared);
         let outcome = match written {
             Ok(places) => {
-                // Only what is on the disk is an answer.
+                // Lookups must not find an entry that a crash could still lose.
                 for (answer, place) in group.iter().zip(places) {
                     state.places.insert(&answer.id, place);
                 }
@@ -291,14 +294,14 @@ fn write_groups(shared: &Shared, mut log: AppendLog) {
             Err(error) => {
                 let failure = Arc::new(error);
                 state.failure = Some(Arc::clone(&failure));
-                // Nobody will write those that came meanwhile.
+                // The writer ends here, so entries that arrived meanwhile fail as well.
                 group.append(&mut state.pending);
                 Err(failure)
             }
         };
         drop(state);
         for answer in group {
-            // Who asked may have been cancelled meanwhile; the answer is kept all the same.
+            // The receiver is gone if its task was canceled. The entry stays in the journal.
             let _gone = answer.done.send(outcome.clone());
         }
         if outcome.is_err() {
@@ -326,7 +329,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn what_was_committed_is_there_again() {
+    async fn committed_entries_survive_reopening() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("journal");
         {
@@ -352,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn journals_of_earlier_versions_are_read() {
+    fn opens_journals_of_earlier_versions() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("journal");
         let id = ContentId::of(&["old"]);

@@ -1,5 +1,7 @@
-//! Problems in, records in and out as JSON lines. A row that cannot be read is put aside with its number and the reason; the
-//! run goes on until more than a bounded share of the rows is bad.
+//! JSON Lines: reads problems from sources of any table format, and reads and writes the records of stage files.
+//!
+//! A row that cannot be read goes to the quarantine with its number and the reason. Reading fails once more than
+//! [`MAX_BAD_PERCENT`] of the rows are bad. Deliberately absent: deduplication and decontamination.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -14,107 +16,108 @@ use crate::hub::{HubError, Located, locate};
 use crate::records::{Given, Problem};
 use crate::rows::{self, TableError};
 
-/// Why a file could not be read.
+/// Error while reading a source or a stage file.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// The file itself.
+    /// The file cannot be opened or read.
     #[error("cannot read `{path}`: {source}")]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The cause.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// The table of a source.
+    /// The file of a source is not a valid table.
     #[error(transparent)]
     Table(#[from] TableError),
-    /// A file of the hub.
+    /// A hub address is invalid or its files cannot be fetched.
     #[error(transparent)]
     Hub(#[from] HubError),
-    /// Too many rows are bad.
+    /// More rows than the limit cannot be read.
     #[error("`{path}`: {bad} of {rows} rows are bad, more than {limit} %; the first is row {row}: {reason}")]
     TooManyBad {
-        /// The file.
+        /// File of the first bad row.
         path: String,
-        /// Bad rows.
+        /// Number of bad rows.
         bad: usize,
-        /// Rows in all.
+        /// Number of rows read.
         rows: usize,
-        /// The share allowed, in percent.
+        /// Limit in percent of the rows.
         limit: f64,
-        /// Number of the first bad row.
+        /// Number of the first bad row, from 1.
         row: usize,
-        /// What is wrong with it.
+        /// Reason why the first bad row cannot be read.
         reason: String,
     },
-    /// A line of a file that we wrote ourselves cannot be read.
+    /// A line of a stage file is not a valid record.
     #[error("`{path}` line {line}: {reason}")]
     Line {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its number, from 1.
+        /// Line number, from 1.
         line: usize,
-        /// What is wrong.
+        /// Message of the JSON parser.
         reason: String,
     },
 }
 
-/// A row that was put aside.
+/// Row of a source that cannot be read: one record of the quarantine file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quarantined {
-    /// The file.
+    /// File path, or hub address with its commit.
     pub file: String,
-    /// Its line in files of lines, else its place; from 1.
+    /// Line number in JSON Lines, row number in other formats; from 1.
     pub line: usize,
-    /// What is wrong with it.
+    /// Reason why the row cannot be read.
     pub reason: String,
-    /// Its first characters.
+    /// First 200 characters of the row.
     pub text: String,
 }
 
-/// One source of problems.
+/// Source of problems: one entry of `collect.sources` in a recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// JSON lines, a JSON array, CSV or Parquet (`.gz` and `.zst` too), here or on the hub (`hf://datasets/…`).
+    /// File path or hub address (`hf://datasets/…`, `ms://datasets/…`). Formats: JSON Lines, JSON array, CSV, TSV,
+    /// Parquet. All but Parquet may be compressed (`.gz`, `.zst`).
     pub path: PathBuf,
-    /// A published dataset whose fields are known; `problem` and `answer` are not looked at then.
+    /// Known dataset format. If set, `problem` and `answer` are ignored.
     #[serde(default)]
     pub format: Option<Format>,
-    /// Field that holds the problem.
+    /// Name of the field with the problem text.
     #[serde(default = "problem_field")]
     pub problem: String,
-    /// Field that holds the answer.
+    /// Name of the field with the reference answer.
     #[serde(default = "answer_field")]
     pub answer: String,
-    /// At most so many rows; 0 for all.
+    /// Largest number of problems; 0 for all rows.
     #[serde(default)]
     pub limit: usize,
-    /// Take the chains of thought that the rows hold, instead of asking teachers for new ones.
+    /// Whether to take the traces of the rows, so that no teacher generates new ones.
     #[serde(default)]
     pub traces: bool,
-    /// Field with thinking and answer in one text, for `traces` without a `format`.
+    /// Field with reasoning and answer in one text. Applies only with `traces` and without `format`.
     #[serde(default)]
     pub trace: Option<String>,
-    /// Field with tests of a program (`inputs` and `outputs`); those of OpenThoughts-114k are read without it.
+    /// Field with the tests of a program (`inputs` and `outputs`). The default for OpenThoughts-114k is `test_cases`.
     #[serde(default)]
     pub tests: Option<String>,
-    /// Who wrote those chains of thought, where the format does not tell.
+    /// Model that wrote the traces, where the format does not name one.
     #[serde(default)]
     pub teacher: Option<String>,
-    /// Licence of the rows (an SPDX id), for the cards. What a hub's card says is read without it.
+    /// License of the rows (SPDX id), for dataset and model cards. The default is the license in the hub's card.
     #[serde(default)]
     pub licence: Option<String>,
 }
 
 impl Source {
-    /// Where tests of programs stand, if there are any.
+    /// Returns the field that holds program tests, if there is one.
     pub fn tests_field(&self) -> Option<&str> {
         let known = (self.format == Some(Format::OpenThoughts114k)).then_some("test_cases");
         self.tests.as_deref().or(known)
     }
 
-    /// A table with the fields `problem` and `answer`.
+    /// Creates a source with the fields `problem` and `answer` and no limit.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
@@ -139,15 +142,19 @@ fn answer_field() -> String {
     "answer".to_owned()
 }
 
-/// The share of bad rows that stops a run, in percent.
+/// Largest tolerated share of bad rows, in percent. One bad row is always tolerated.
 pub const MAX_BAD_PERCENT: f64 = 1.0;
-/// Rows of one source that are put aside at most.
+/// Largest number of quarantined rows of one source; reading stops beyond.
 const MAX_QUARANTINED: usize = 100_000;
 
-/// Longest text of a row that goes along as metadata, in bytes.
+/// Largest metadata value, in bytes; longer ones are discarded.
 const MAX_METADATA: usize = 1024;
 
-/// Hands every problem of a source to `take`, one after the other; gives the rows that could not be read.
+/// Calls `take` for each problem of a source, in order, and returns the quarantined rows.
+///
+/// # Errors
+///
+/// Returns [`ReadError`] for unreadable files or too many bad rows, and any error of `take`.
 pub fn each_problem<E: From<ReadError>>(
     source: &Source,
     mut take: impl FnMut(Problem) -> Result<(), E>,
@@ -174,13 +181,13 @@ pub fn each_problem<E: From<ReadError>>(
                 Err(broken) => (broken.reason, broken.text),
             };
             bad.push(Quarantined { file: shown.clone(), line: row.number, reason, text });
-            // So many that it cannot end well, whatever comes: a table of another kind.
+            // Bounds the memory of the quarantine. A source with more bad rows most likely has another format.
             if bad.len() > MAX_QUARANTINED {
                 break 'files;
             }
         }
     }
-    // A handful of rows must not stop a run by one bad row alone.
+    // In a source with fewer than 100 rows, one bad row would already exceed the share.
     let allowed = ((read as f64 * MAX_BAD_PERCENT / 100.0).floor() as usize).max(1);
     match bad.first() {
         Some(first) if bad.len() > allowed => Err(ReadError::TooManyBad {
@@ -196,7 +203,7 @@ pub fn each_problem<E: From<ReadError>>(
     }
 }
 
-/// All problems of a source that fits into memory.
+/// Reads all problems of a source into memory, with the quarantined rows.
 pub fn read_problems(source: &Source) -> Result<(Vec<Problem>, Vec<Quarantined>), ReadError> {
     let mut problems = Vec::new();
     let bad = each_problem::<ReadError>(source, |problem| {
@@ -228,7 +235,7 @@ fn problem(mut row: Fields, source: &Source, place: String) -> Result<Problem, (
         row.remove(&source.problem);
         row.remove(&source.answer);
     }
-    // What stands elsewhere in the record, and texts that would be carried through every stage for nothing.
+    // Every stage copies the metadata, so the repeated problem text and long values stay out.
     row.retain(|_, value| match value {
         Value::String(text) => *text != problem && text.len() <= MAX_METADATA,
         Value::Array(_) | Value::Object(_) => value.to_string().len() <= MAX_METADATA,
@@ -241,7 +248,8 @@ fn problem(mut row: Fields, source: &Source, place: String) -> Result<Problem, (
     Ok(record)
 }
 
-/// Problem and answer where the recipe names their fields.
+/// Returns problem and answer from the fields that the recipe names. The error states which field is missing or of
+/// the wrong type.
 fn mapped(row: &Fields, source: &Source) -> Result<(String, Option<String>), String> {
     let problem = match row.get(&source.problem) {
         Some(Value::String(text)) if !text.trim().is_empty() => text.clone(),
@@ -274,7 +282,7 @@ fn traces(row: &Fields, source: &Source) -> Vec<Given> {
     traces
 }
 
-/// Writes records as JSONL, whole or not at all.
+/// Writes records as JSON Lines, atomically: a crash leaves the old file or the complete new one.
 pub fn write_records<T: Serialize>(path: &Path, records: &[T]) -> Result<(), DurableError> {
     write_with(path, |file| {
         use std::io::Write;
@@ -286,12 +294,12 @@ pub fn write_records<T: Serialize>(path: &Path, records: &[T]) -> Result<(), Dur
     })
 }
 
-/// Reads records that [`write_records`] wrote; any bad line is an error.
+/// Reads a file of [`write_records`] into memory. Any invalid line is an error.
 pub fn read_records<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Vec<T>, ReadError> {
     each_record(path)?.map(|record| record.map(|(_, record)| record)).collect()
 }
 
-/// The records of such a file one by one, each with the offset of its line.
+/// Iterates over the records of a JSON Lines file, each with the byte offset of its line.
 pub fn each_record<T: for<'de> Deserialize<'de>>(
     path: &Path,
 ) -> Result<impl Iterator<Item = Result<(u64, T), ReadError>> + use<T>, ReadError> {
@@ -331,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn one_bad_line_is_put_aside_with_its_number() {
+    fn quarantines_one_bad_line_with_its_number() {
         let mut text = "{\"problem\": \"p\", \"answer\": 3, \"level\": 2}\n".repeat(3);
         text.push_str("{\"problem\": \n\n");
         let (_folder, source) = source(text.as_bytes());
@@ -343,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn many_bad_lines_stop_the_run() {
+    fn fails_when_too_many_lines_are_bad() {
         let (_folder, source) = source(b"{\"problem\": \"p\"}\nnot json\n{\"answer\": 1}\n\xff\xfe\n");
         let error = read_problems(&source).unwrap_err().to_string();
         assert!(error.contains("3 of 4 rows are bad") && error.contains("row 2"), "{error}");

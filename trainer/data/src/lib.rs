@@ -1,7 +1,7 @@
-//! Records of a distillation run and what is done with them without a model: reading sources, journalling calls,
-//! removing duplicates and test problems, choosing what a given student can learn.
+//! Data side of a distillation run: sources, the journal of completions, deduplication, decontamination, and the
+//! sampling of traces for a student of a given size.
 //!
-//! Deliberately absent: tensors, servers, teachers.
+//! No code in this crate calls a model. Deliberately absent: tensors, servers, teachers.
 #![forbid(unsafe_code)]
 
 pub mod arithmetic;

@@ -1,8 +1,9 @@
-//! Files of ModelScope as `ms://datasets/OWNER/NAME[@REVISION]/FILE`; FILE may hold `*`. ModelScope names no commit for a branch, so
-//! what was read is told by the SHA-256 of each file where it names that, and the file is measured and hashed against it.
+//! ModelScope: resolves addresses `ms://datasets/OWNER/NAME[@REVISION]/FILE` to local files. FILE may contain `*`.
 //!
-//! `MODELSCOPE_ENDPOINT`, `MODELSCOPE_CACHE` and `MODELSCOPE_API_TOKEN` are obeyed. A download that broke off goes on where it
-//! stopped; what lies in the cache is read without a network when the hub cannot be asked.
+//! ModelScope gives no commit for a branch, so the SHA-256 of a file identifies its version, where the hub lists one.
+//! Each download is checked against its SHA-256. An interrupted download resumes. Without a network, cached files are
+//! used. The environment variables `MODELSCOPE_ENDPOINT`, `MODELSCOPE_CACHE` and `MODELSCOPE_API_TOKEN` apply.
+//! Deliberately absent: repositories of models, uploads.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -13,15 +14,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::hub::{HubError, Located, hash, matches, safe};
 
-/// What such addresses begin with.
+/// URL scheme of ModelScope.
 pub(crate) const SCHEME: &str = "ms://";
-/// Files of a page of a listing, and pages that are read at most.
+/// Files per page of a listing.
 const PAGE: usize = 200;
+/// Largest number of pages that are requested.
 const MAX_PAGES: usize = 50;
-/// Longest listing of a page.
+/// Largest page of a listing, in bytes.
 const MAX_LISTING: u64 = 16 << 20;
 
-/// A file as the hub lists it.
+/// Entry of the hub's file listing. A size of 0 or an empty hash means that the hub gives none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Listed {
@@ -34,6 +36,7 @@ struct Listed {
     sha256: String,
 }
 
+/// Parsed address `ms://…`.
 struct Address {
     text: String,
     repo: String,
@@ -51,7 +54,7 @@ impl Address {
             return Err(wrong(form));
         };
         let (name, revision) = name.split_once('@').unwrap_or((name, "master"));
-        // These become paths in the cache.
+        // Owner, name and revision become folders of the cache, so path traversal must be impossible.
         let plain = |part: &str| {
             !part.is_empty()
                 && !part.starts_with('.')
@@ -72,7 +75,7 @@ impl Address {
         HubError { address: self.text.clone(), problem: problem.to_string() }
     }
 
-    /// Where the files of this revision lie.
+    /// Returns the cache folder of this revision.
     fn cache(&self) -> PathBuf {
         let home = std::env::var_os("HOME").unwrap_or_default();
         let root = match std::env::var_os("MODELSCOPE_CACHE") {
@@ -95,7 +98,7 @@ impl Address {
     }
 }
 
-/// The files that an address names, downloaded where they are not in the cache.
+/// Returns the local files that an address matches. Downloads files that are not in the cache.
 pub(crate) fn locate(text: &str) -> Result<Vec<Located>, HubError> {
     let address = Address::parse(text)?;
     let cache = address.cache();
@@ -104,7 +107,7 @@ pub(crate) fn locate(text: &str) -> Result<Vec<Located>, HubError> {
     let listed = match hub.list() {
         Ok(listed) => listed,
         Err(error) => {
-            // Without a network, what was read before will do, if all of it is there.
+            // The hub is unreachable: the cache serves, provided that every matching file is cached.
             let kept = std::fs::read(&listing).ok();
             let kept: Option<Vec<Listed>> = kept.and_then(|text| serde_json::from_slice(&text).ok());
             let files = kept.map(|kept| chosen(&address, kept)).unwrap_or_default();
@@ -147,11 +150,12 @@ fn chosen(address: &Address, listed: Vec<Listed>) -> Vec<Listed> {
     files
 }
 
-/// Whether a file is there as it is listed. Its hash was looked at when it came.
+/// Returns whether a file exists with its listed size. The hash was checked at download and is not computed again.
 fn whole(path: &Path, file: &Listed) -> bool {
     std::fs::metadata(path).is_ok_and(|found| file.size == 0 || found.len() == file.size)
 }
 
+/// API client of one dataset repository.
 struct Hub<'a> {
     address: &'a Address,
     agent: ureq::Agent,
@@ -226,7 +230,7 @@ impl<'a> Hub<'a> {
                     listed.push(file);
                 }
             }
-            // A hub that does not know pages sends the same one again.
+            // An endpoint without paging returns the first page again.
             if count < PAGE || listed.len() == before {
                 break;
             }
@@ -243,11 +247,11 @@ impl<'a> Hub<'a> {
         let url = format!("{}?Source=SDK&Revision={}&FilePath={encoded}", self.base, self.address.revision);
         let mut answer = self.get(&url, begun)?;
         if begun > 0 && answer.status() != 206 {
-            // It begins at the beginning again.
+            // The server ignored the range and sends the file from its start.
             remove_file(&part).map_err(|error| failed(&error))?;
         }
         let mut out = append_lines(&part).map_err(|error| failed(&error))?;
-        // No more than was promised, where something was.
+        // One byte beyond the listed size suffices to detect a file that is too long.
         let most = if file.size == 0 { u64::MAX } else { file.size + 1 };
         let mut body = answer.body_mut().as_reader().take(most);
         let copied = std::io::copy(&mut body, &mut out).and_then(|_| std::io::Write::flush(&mut out));
@@ -276,7 +280,7 @@ impl<'a> Hub<'a> {
     }
 }
 
-/// A byte of a path as it stands in a query.
+/// Percent-encodes one byte of a path for a query (RFC 3986, section 2.1).
 fn encode(byte: u8) -> String {
     if byte.is_ascii_alphanumeric() || b"-_.~/".contains(&byte) {
         char::from(byte).to_string()
@@ -290,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_read_and_refused() {
+    fn parses_valid_addresses_and_rejects_others() {
         let address = Address::parse("ms://datasets/AI-ModelScope/gsm8k@v1/main/*.parquet").unwrap();
         assert_eq!((address.repo.as_str(), address.revision.as_str()), ("AI-ModelScope/gsm8k", "v1"));
         assert_eq!(Address::parse("ms://datasets/a/b/c.json").unwrap().revision, "master");

@@ -1,7 +1,9 @@
-//! Removes problems that say nearly the same as one before: MinHash signatures of their five-word runs, grouped by
-//! locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", section 3.4), then compared
-//! exactly. Problems whose numbers differ are different problems, however alike their words are: a template filled in twice is two
-//! exercises.
+//! Near-duplicate detection. MinHash signatures over runs of five words are grouped by locality-sensitive hashing
+//! (Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", section 3.4). Candidates are then
+//! compared exactly.
+//!
+//! Problems with different numbers are different, however similar their words: two instances of a template are two
+//! exercises. Deliberately absent: exact copies (`dedup`).
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -12,16 +14,17 @@ use serde_json::Value;
 
 use crate::dedup::words;
 
-/// Words of a run.
+/// Words per run.
 const RUN: usize = 5;
-/// Bands of a signature, and values of each. Two texts that share a part `s` of their runs meet in some band with probability
-/// `1 - (1 - s^8)^20`: 0.98 at `s` = 0.8, 0.08 at 0.5.
+/// Bands of a signature. Two texts share a band with probability `1 - (1 - s^8)^20`, where `s` is the Jaccard
+/// similarity of their runs. The probability is 0.98 at `s = 0.8` and 0.08 at `s = 0.5`.
 const BANDS: usize = 20;
+/// Minimum hashes per band.
 const ROWS: usize = 8;
-/// Texts of a band that a new one is compared with.
+/// Largest number of candidates from one band.
 const COMPARED: usize = 64;
 
-/// What a text is compared by.
+/// Features of a text: hashes of its word runs, and its words with digits in order.
 struct Shape {
     runs: HashSet<u64>,
     numbers: Vec<String>,
@@ -54,12 +57,12 @@ impl Shape {
         shared as f64 / (self.runs.len() + other.runs.len() - shared).max(1) as f64
     }
 
-    /// The hash of each band: the least values of `BANDS * ROWS` orders of the runs.
+    /// Returns one hash per band, over [`ROWS`] minimum hashes of the runs.
     fn bands(&self) -> [u32; BANDS] {
         std::array::from_fn(|band| {
             let least = |row: usize| {
                 let salt = (band * ROWS + row + 1) as u64;
-                // A multiplication by an odd number and a fold reorder 64-bit hashes well enough.
+                // An odd multiplier and a shift permute 64-bit hashes well enough; no second hash function is needed.
                 let mixed = self.runs.iter().map(|run| {
                     let mixed =
                         (run ^ salt.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xff51_afd7_ed55_8ccd);
@@ -72,24 +75,25 @@ impl Shape {
     }
 }
 
-/// Problems that were kept, ready to be compared with. Of each stand in memory the hashes of its bands and of its numbers (some
-/// 400 bytes, with the maps); its text lies on the disk.
+/// Index of the kept texts. Memory holds band hashes and a hash of the numbers, about 400 bytes per text. The texts
+/// lie in a temporary file.
 pub struct Near {
     threshold: f64,
-    /// By band: the last kept text whose runs gave a hash.
+    /// Per band: index of the last kept text with a given hash.
     last: Vec<HashMap<u32, u32>>,
-    /// By kept text and band: the one before it with the same hash.
+    /// Per kept text and band: index of the previous text with the same hash, or [`NONE`].
     before: Vec<[u32; BANDS]>,
     numbers: Vec<u64>,
     places: Vec<u64>,
     texts: Scratch,
 }
 
-/// No text before.
+/// Marks the end of a chain of texts with the same band hash.
 const NONE: u32 = u32::MAX;
 
 impl Near {
-    /// Texts that share at least `threshold` of their runs are one; the texts lie on the disk of `folder`.
+    /// Creates an empty index. Texts with a Jaccard similarity of at least `threshold` are near-duplicates. The
+    /// temporary file is created in `folder`.
     pub fn new(threshold: f64, folder: &Path) -> Result<Self, DurableError> {
         Ok(Self {
             threshold,
@@ -101,7 +105,7 @@ impl Near {
         })
     }
 
-    /// The text kept before that says nearly the same; else keeps this one.
+    /// Returns a kept text that is a near-duplicate of `text`. If there is none, keeps `text` and returns `None`.
     pub fn find_or_keep(&mut self, text: &str) -> Result<Option<String>, DurableError> {
         let shape = Shape::of(text);
         let (bands, numbers) = (shape.bands(), hash(&shape.numbers));
@@ -123,8 +127,8 @@ impl Near {
         Ok(None)
     }
 
-    /// Kept texts that share a band, oldest first. A boilerplate that thousands share would make every comparison with all of
-    /// them: the last few of each band will do.
+    /// Returns the kept texts that share a band hash, oldest first. Only the last [`COMPARED`] of each band are
+    /// returned: thousands of texts may share a boilerplate.
     fn candidates(&self, bands: &[u32; BANDS]) -> Vec<u32> {
         let mut found = Vec::new();
         for (band, hash) in bands.iter().enumerate() {
@@ -149,7 +153,7 @@ mod tests {
 
     use super::*;
 
-    /// Kept texts, and what was dropped with what it is like.
+    /// Returns the kept texts, and each dropped text with its near-duplicate.
     fn near(texts: impl IntoIterator<Item = String>, threshold: f64) -> (Vec<String>, Vec<(String, String)>) {
         let folder = tempfile::tempdir().unwrap();
         let mut near = Near::new(threshold, folder.path()).unwrap();
@@ -167,7 +171,7 @@ mod tests {
                          while a second train leaves Munich an hour later and drives to Hamburg; where do they meet?";
 
     #[test]
-    fn small_changes_of_words_are_the_same_problem_and_other_numbers_are_not() {
+    fn small_rewordings_are_duplicates_but_other_numbers_are_not() {
         let longer = format!("{TRAIN} Explain your answer.");
         let other = TRAIN.replace("90", "80");
         let texts = [TRAIN, "What is 2 + 2?", &longer, &other, "What is 3 + 2?"].map(str::to_owned);
@@ -178,9 +182,10 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
-        /// Nothing is lost, what is dropped is like something kept, and what is kept twice is found again.
+        /// Checks that no text is lost and that each dropped text is similar to a kept one. A second copy of a kept
+        /// text is always dropped.
         #[test]
-        fn every_problem_is_kept_or_dropped_with_its_reason(texts in prop::collection::vec("[a-d]( [a-d1-3]){3,14}", 1..40)) {
+        fn keeps_each_problem_or_drops_it_with_a_similar_one(texts in prop::collection::vec("[a-d]( [a-d1-3]){3,14}", 1..40)) {
             let (kept, dropped) = near(texts.clone(), 0.8);
             prop_assert_eq!(kept.len() + dropped.len(), texts.len());
             for (text, like) in &dropped {

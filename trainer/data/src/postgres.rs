@@ -1,6 +1,8 @@
-//! Answers and shards in PostgreSQL, so that many workers do one run. A worker claims a shard for some seconds at a time; what a
-//! worker that died had claimed is free again when its time is over. Answers are committed in groups and stand there once, whoever
-//! brings them.
+//! PostgreSQL store: completions and shards of a run, so that several workers share the run.
+//!
+//! A worker claims a shard for a lease of some seconds and renews the lease. The shard of a dead worker becomes free
+//! when its lease expires. Completions are committed in groups; each is stored once per request, from whichever
+//! worker commits first. Deliberately absent: the processing of a shard, and a shared budget.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,13 +16,13 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::journal::{Entry, Totals, Usage};
 
-/// Answers that wait to be written; who brings more waits.
+/// Capacity of the queue of uncommitted completions. Further commits wait.
 const PENDING: usize = 1024;
-/// Answers of one statement.
+/// Largest number of completions per statement.
 const GROUP: usize = 256;
 
-/// Tables, made when the first worker comes (one at a time: `if not exists` alone is no protection from another one). Ids and names are
-/// text, so that people can look.
+/// Schema, created by the first worker. The advisory lock serializes workers: concurrent `if not exists` statements
+/// can fail. Ids and names are text, so that people can read them.
 const TABLES: &str = "
 begin;
 select pg_advisory_xact_lock(5070767871);
@@ -36,7 +38,7 @@ create table if not exists potstill_shards (
 commit;
 ";
 
-/// What the database said, and what to do.
+/// Error of the database, with the next step.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("the store: {0}")]
 pub struct DatabaseError(String);
@@ -59,12 +61,13 @@ impl From<tokio_postgres::Error> for DatabaseError {
     }
 }
 
+/// Completion that waits for the writer task, with the channel for its result.
 struct Pending {
     entry: Entry,
     done: oneshot::Sender<Result<(), DatabaseError>>,
 }
 
-/// A run in a database.
+/// Connection to one run in a database.
 pub struct Database {
     client: Arc<Client>,
     run: String,
@@ -73,32 +76,37 @@ pub struct Database {
     _tasks: [AbortOnDropHandle<()>; 2],
 }
 
-/// A shard that this worker holds.
+/// Shard that this worker has claimed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
-    /// Which part of the run.
+    /// Phase of the run, for example `classify` or `traces`.
     pub phase: String,
-    /// Its number.
+    /// Number of the shard, from 0.
     pub shard: u32,
 }
 
-/// How far the shards of a phase are.
+/// Progress of a phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shards {
-    /// All of them.
+    /// Number of shards.
     pub all: u32,
-    /// Those that are done.
+    /// Number of finished shards.
     pub done: u32,
 }
 
 impl Database {
-    /// Connects to `url` (`postgres://user:password@host/database`) and opens a run, which is made of so many shards if it is new.
+    /// Connects to `url` (`postgres://user:password@host/database`) and opens a run. A new run is split into `shards`
+    /// shards; an existing run keeps its number.
     ///
-    /// With `sslmode=require` the connection is encrypted and the server's certificate is checked against the system's; without, it
-    /// is plain.
+    /// With `sslmode=require`, the connection uses TLS and the server's certificate is checked against the system's
+    /// root certificates. Otherwise, the connection is not encrypted.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error for an invalid URL, a failed connection, or a run of this name with another recipe hash.
     pub async fn open(url: &str, run: &str, recipe_hash: &str, shards: u32) -> Result<Self, DatabaseError> {
         let config: Config = url.parse().map_err(|error: tokio_postgres::Error| {
-            // The address holds a password: it is not repeated.
+            // The URL contains a password and must not appear in the message.
             DatabaseError(format!(
                 "the address is not of the form postgres://user:password@host/database: {error}"
             ))
@@ -142,14 +150,14 @@ impl Database {
         Ok(())
     }
 
-    /// Shards that the run is split into.
+    /// Returns the number of shards of the run.
     pub async fn shards(&self) -> Result<u32, DatabaseError> {
         let row =
             self.client.query_one("select shards from potstill_runs where run = $1", &[&self.run]).await?;
         Ok(row.get::<_, i32>(0).max(1) as u32)
     }
 
-    /// Makes the shards of a phase, if nobody did.
+    /// Creates the shards of a phase, unless they exist.
     pub async fn prepare(&self, phase: &str) -> Result<(), DatabaseError> {
         let statement = "insert into potstill_shards (run, phase, shard) \
                          select $1, $2, generate_series(0, shards - 1) from potstill_runs where run = $1 on conflict do nothing";
@@ -157,7 +165,8 @@ impl Database {
         Ok(())
     }
 
-    /// Claims a shard for `lease`: a free one, or one whose owner has not been heard of for so long.
+    /// Claims a shard for the duration of `lease`: one without an owner, or one whose lease has expired. Returns
+    /// `None` if there is none.
     pub async fn claim(&self, phase: &str, lease: Duration) -> Result<Option<Claim>, DatabaseError> {
         let statement = "update potstill_shards set owner = $3, until = now() + $4 * interval '1 second', claims = claims + 1 \
                          where (run, phase, shard) = (select run, phase, shard from potstill_shards \
@@ -170,7 +179,7 @@ impl Database {
         Ok(row.map(|row| Claim { phase: phase.to_owned(), shard: row.get::<_, i32>(0) as u32 }))
     }
 
-    /// Holds a claim for `lease` more; false when it was lost.
+    /// Renews a claim for another `lease`. Returns false if the shard is finished or has another owner.
     pub async fn hold(&self, claim: &Claim, lease: Duration) -> Result<bool, DatabaseError> {
         let statement = "update potstill_shards set until = now() + $5 * interval '1 second' \
                          where run = $1 and phase = $2 and shard = $3 and owner = $4 and not done";
@@ -182,14 +191,15 @@ impl Database {
         Ok(held == 1)
     }
 
-    /// The shard is done. Another worker may have done it as well: its answers are the same ones.
+    /// Marks a shard as finished. If another worker processed the shard too, the store still has one completion per
+    /// request.
     pub async fn finish(&self, claim: &Claim) -> Result<(), DatabaseError> {
         let statement = "update potstill_shards set done = true where run = $1 and phase = $2 and shard = $3";
         self.client.execute(statement, &[&self.run, &claim.phase, &(claim.shard as i32)]).await?;
         Ok(())
     }
 
-    /// How far a phase is.
+    /// Returns the progress of a phase.
     pub async fn progress(&self, phase: &str) -> Result<Shards, DatabaseError> {
         let statement = "select count(*), count(*) filter (where done) from potstill_shards where run = $1 and phase = $2";
         let row = self.client.query_one(statement, &[&self.run, &phase]).await?;
@@ -197,7 +207,7 @@ impl Database {
         Ok(Shards { all: count(0), done: count(1) })
     }
 
-    /// Answers that it holds.
+    /// Returns the number of stored completions of the run.
     pub async fn answers(&self) -> Result<usize, DatabaseError> {
         let row = self
             .client
@@ -206,7 +216,7 @@ impl Database {
         Ok(row.get::<_, i64>(0) as usize)
     }
 
-    /// What all its answers took.
+    /// Returns the usage of all stored completions of the run.
     pub async fn totals(&self) -> Result<Totals, DatabaseError> {
         let statement = "select stage, model, count(*), sum(prompt_tokens)::bigint, sum(completion_tokens)::bigint, sum(seconds) \
                          from potstill_answers where run = $1 group by stage, model";
@@ -220,7 +230,7 @@ impl Database {
         Ok(rows.iter().map(|row| ((row.get(0), row.get(1)), usage(row))).collect())
     }
 
-    /// The answer to a question, if it was bought before.
+    /// Returns the completion of a request, if the run has one.
     pub async fn get(&self, id: &ContentId) -> Result<Option<Entry>, DatabaseError> {
         let statement = "select entry from potstill_answers where run = $1 and id = $2";
         let row = self.client.query_opt(statement, &[&self.run, &id.as_str()]).await?;
@@ -232,7 +242,7 @@ impl Database {
         .transpose()
     }
 
-    /// Records an answer and returns once it is committed.
+    /// Stores a completion and returns after the transaction is committed.
     pub async fn commit(&self, entry: Entry) -> Result<Arc<Entry>, DatabaseError> {
         let (done, written) = oneshot::channel();
         let gone = || DatabaseError("its writer has stopped; run the same command again".to_owned());
@@ -249,7 +259,7 @@ async fn connect(config: &Config) -> Result<(Client, AbortOnDropHandle<()>), Dat
         tokio_postgres::Connection<S, T>: Future<Output = Result<(), tokio_postgres::Error>> + Send + 'static,
     {
         AbortOnDropHandle::new(tokio::spawn(async move {
-            // Whoever waits for an answer gets the same error.
+            // Pending queries fail with the same error.
             if let Err(error) = connection.await {
                 tracing::warn!(%error, "the connection to the store has ended");
             }
@@ -271,7 +281,7 @@ async fn connect(config: &Config) -> Result<(Client, AbortOnDropHandle<()>), Dat
     Ok((client, drive(connection)))
 }
 
-/// Writes what has gathered while the group before was being written.
+/// Writes completions in groups. While one group is written, the next one collects.
 async fn write_groups(
     client: Arc<Client>,
     run: String,
@@ -298,7 +308,7 @@ async fn write(client: &Client, run: &str, worker: &str, group: &[Pending]) -> R
     let numbers =
         |of: fn(&Entry) -> u64| group.iter().map(|answer| of(&answer.entry) as i64).collect::<Vec<_>>();
     let seconds: Vec<f64> = group.iter().map(|answer| answer.entry.seconds).collect();
-    // Text in PostgreSQL holds no zero byte: JSON writes it as an escape.
+    // PostgreSQL's `text` cannot store a zero byte; JSON escapes it.
     let entries: Vec<String> =
         group.iter().map(|answer| serde_json::to_string(&answer.entry).unwrap_or_default()).collect();
     client

@@ -1,4 +1,7 @@
-//! The records: a problem, a chain of thought with what was said of it. Identified by content, never by position.
+//! Record types of the stage files: problems, traces, verdicts, scores and dropped records.
+//!
+//! The hash of its content identifies a record. The position in a file never does, so stages may reorder and resume.
+//! Deliberately absent: reading and writing of files (`jsonl`, `spool`).
 
 use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
@@ -6,31 +9,32 @@ use serde_json::{Map, Value};
 
 use crate::spool::Keyed;
 
-/// A problem to be solved.
+/// A question for teachers, with its reference answer where the source has one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Problem {
-    /// Hash of the text.
+    /// Hash of the problem text.
     pub id: ContentId,
-    /// The text.
+    /// Problem text, unchanged from the source.
     pub problem: String,
-    /// The known answer; without one only a judge can tell right from wrong.
+    /// Reference answer. Without one, only tests or a judge can verify a trace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answer: Option<String>,
-    /// Where it came from: the source and the line.
+    /// Origin of the problem; for files `PATH:ROW`, with a file path or a hub address.
     pub source: String,
-    /// Its task among [`crate::tasks::TASKS`], set by the classify stage.
+    /// One of [`crate::tasks::TASKS`]. The classify stage sets this field.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task: Option<String>,
-    /// How often it was drawn to fill the share of its task: so many times the usual number of traces are asked for.
+    /// Number of times the resample stage drew this problem. Each teacher writes `copies` times its configured number
+    /// of samples.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub copies: u32,
-    /// Chains of thought that its source brings along.
+    /// Traces that the source row contains.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub traces: Vec<Given>,
-    /// What a program that solves it has to print. With tests they decide, whatever `answer` says.
+    /// Input and output pairs for a program. If there are tests, the verifier ignores `answer`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tests: Vec<Test>,
-    /// Other fields of the source's row.
+    /// Other fields of the source row, up to 1024 bytes each.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub metadata: Map<String, Value>,
 }
@@ -44,31 +48,31 @@ fn is_one(copies: &u32) -> bool {
     *copies == 1
 }
 
-/// One run of a program.
+/// One run of a program, with its expected output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Test {
-    /// What it reads.
+    /// Standard input of the program.
     pub input: String,
-    /// What it has to print.
+    /// Expected standard output.
     pub output: String,
 }
 
-/// A chain of thought that a published dataset holds, with what its authors say of it.
+/// Trace from a published dataset, with the scores that its authors publish.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Given {
-    /// Who wrote it.
+    /// Model that wrote the trace; `unknown` where neither the row nor the recipe names one.
     pub teacher: String,
-    /// The thinking.
+    /// Reasoning, without its tags. Never empty.
     pub thinking: String,
-    /// The answer behind it.
+    /// Answer after the reasoning. Never empty.
     pub answer: String,
-    /// RV and CD, where they were scored.
+    /// RV and CD, where the dataset has at least one of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scores: Option<Scores>,
 }
 
 impl Problem {
-    /// A problem with its id.
+    /// Creates a problem and computes its id from the text alone.
     pub fn new(problem: impl Into<String>, answer: Option<String>, source: impl Into<String>) -> Self {
         let problem = problem.into();
         let id = ContentId::of(&["problem", &problem]);
@@ -86,70 +90,71 @@ impl Problem {
     }
 }
 
-/// Difficulty of a *trace* for the student (not of the problem): too terse, fitting, or too convoluted.
+/// Difficulty of a *trace* (not of its problem) from the student's point of view.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Difficulty {
-    /// Too terse: leaves out what the student needs.
+    /// Too terse: steps that the student needs are missing.
     Easy,
-    /// Enough guidance.
+    /// Fitting: enough guidance, no superfluous steps.
     Medium,
-    /// Over-complex or superfluous steps.
+    /// Too convoluted: complex or superfluous steps that the student cannot follow.
     Hard,
-    /// The grader gave no readable answer.
+    /// No completion of the judge could be parsed.
     Unscored,
 }
 
-/// Who decided whether an answer is right.
+/// Method that produced a [`Verdict`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VerdictMethod {
-    /// A rule compared it with the known answer.
+    /// The verifier's rules compared the answer with the reference answer.
     Rule,
-    /// Its program was run.
+    /// The sandbox ran the program of the trace on the problem's tests.
     Tests,
-    /// A judge model was asked.
+    /// A judge model graded the trace.
     Judge,
-    /// Nobody could tell.
+    /// No method reached a decision.
     Unknown,
 }
 
-/// Whether a chain of thought reaches the right answer.
+/// Result of verifying a trace.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
-    /// Right, wrong, or not decided.
+    /// `Some(true)` for correct, `Some(false)` for incorrect, `None` for unverifiable.
     pub correct: Option<bool>,
-    /// Who decided.
+    /// Method that reached this result.
     pub method: VerdictMethod,
-    /// What the decision rests on.
+    /// Human-readable reason, for example the two answers that were compared.
     pub evidence: String,
 }
 
-/// Reasoning Verbosity and Cognitive Difficulty, 0 to 9 each; `None` when the judge's answer was not readable.
+/// Reasoning verbosity and cognitive difficulty of a trace (OmniThought). `None` if the judge's completion had no
+/// valid score.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scores {
-    /// Reasoning Verbosity.
+    /// Reasoning verbosity, 0 to 9.
     pub rv: Option<u8>,
-    /// Cognitive Difficulty.
+    /// Cognitive difficulty, 0 to 9.
     pub cd: Option<u8>,
 }
 
-/// Where a text came from: how it was asked for, or that its dataset brought it along.
+/// Provenance of a trace: a request to a teacher, or a source dataset.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Origin {
-    /// The model.
+    /// Model that wrote the trace.
     pub teacher: String,
-    /// Index among the samples of the problem.
+    /// Index of the sample, from 0: per teacher and temperature, or within the source row.
     pub sample: u32,
-    /// How it was asked for; nothing where the source brought it along.
+    /// Parameters of the request; `None` if the trace comes from a source dataset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub asked: Option<Asked>,
 }
 
-/// How a text was asked for.
+/// Parameters of the request that produced a trace.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Asked {
-    /// Id of the question; its answer stands in the journal.
+    /// Id of the request, and of its entry in the journal.
     pub request: ContentId,
     /// Hash of the prompt template.
     pub prompt_hash: ContentId,
@@ -159,51 +164,53 @@ pub struct Asked {
     pub seed: i64,
 }
 
-/// A chain of thought and everything that later stages found out about it.
+/// Trace: reasoning and answer of a teacher for one problem, with the results of later stages.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Cot {
-    /// Hash of problem, thinking and answer.
+    /// Hash of problem id, reasoning and answer; see [`Cot::content_id`].
     pub id: ContentId,
-    /// The problem it solves.
+    /// Problem that the trace solves, without the source's own traces.
     pub problem: Problem,
-    /// The thinking, without its tags.
+    /// Reasoning, without its tags.
     pub thinking: String,
-    /// The answer after the thinking.
+    /// Answer after the reasoning; empty for a truncated completion.
     pub answer: String,
-    /// How it was asked for.
+    /// Teacher and request that produced the trace.
     pub origin: Origin,
-    /// The endpoint's word for why it ended; `length` is never trained on.
+    /// OpenAI's `finish_reason` of the completion, or `loop` for a repetition loop. Truncated traces (`length`) are
+    /// never trained on.
     pub finish_reason: String,
-    /// Tokens written.
+    /// Completion tokens. For traces from a source dataset, an estimate of one token per four bytes.
     pub completion_tokens: u64,
-    /// The trace that this one was rewritten from.
+    /// Id of the trace from which the rewrite stage made this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<ContentId>,
-    /// Set by the difficulty stage.
+    /// Grade from the difficulty stage.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub difficulty: Option<Difficulty>,
-    /// Set by the verify stage.
+    /// Verdict from the verify stage.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
-    /// Set by the score stage.
+    /// RV and CD from the score stage or from the source dataset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scores: Option<Scores>,
 }
 
 impl Cot {
-    /// The id that belongs to the content.
+    /// Computes the id of a trace from its problem, reasoning and answer.
     pub fn content_id(problem: &Problem, thinking: &str, answer: &str) -> ContentId {
         ContentId::of(&["cot", problem.id.as_str(), thinking, answer])
     }
 
-    /// Copies of one text have one id, whoever wrote them; parents and samples decide their order.
+    /// Returns the second part of the sort key. Traces with equal text share an id; parent, seed, sample index and
+    /// teacher then decide their order.
     fn rest_of_key(&self) -> String {
         let seed = self.origin.asked.as_ref().map_or(0, |asked| asked.seed);
         let parent = self.parent.as_ref().map_or("", ContentId::as_str);
         format!("{parent} {seed:020} {:06} {}", self.origin.sample, self.origin.teacher)
     }
 
-    /// The completion as the student shall write it.
+    /// Returns the text that the student learns: `<think>REASONING</think>ANSWER`.
     pub fn completion(&self) -> String {
         format!("<think>{}</think>{}", self.thinking, self.answer)
     }
@@ -221,36 +228,36 @@ impl Keyed for Cot {
     }
 }
 
-/// What a stage took and did not give on, and why.
+/// Record that a stage left out, with the reason.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Dropped {
-    /// The reason, one of few per stage.
+    /// Drop reason, for example `duplicate` or `truncated`. Each stage has a small fixed set.
     pub reason: String,
-    /// What it is like, where it was dropped for being like something.
+    /// Text of the similar problem, for the reasons `duplicate`, `near_duplicate` and `contaminated_*`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub like: Option<String>,
-    /// What was dropped.
+    /// The dropped problem or trace, in full.
     #[serde(flatten)]
     pub subject: Subject,
 }
 
-/// What stages drop.
+/// Kind of a dropped record.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Subject {
     /// A problem.
     Problem(Box<Problem>),
-    /// A chain of thought.
+    /// A trace.
     Trace(Box<Cot>),
 }
 
 impl Dropped {
-    /// A problem that ends here.
+    /// Creates a record for a dropped problem, without `like`.
     pub fn problem(reason: &str, problem: Problem) -> Self {
         Self { reason: reason.to_owned(), like: None, subject: Subject::Problem(Box::new(problem)) }
     }
 
-    /// A trace that ends here.
+    /// Creates a record for a dropped trace, without `like`.
     pub fn trace(reason: &str, trace: Cot) -> Self {
         Self { reason: reason.to_owned(), like: None, subject: Subject::Trace(Box::new(trace)) }
     }
@@ -271,7 +278,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_problem_is_its_text() {
+    fn problem_id_depends_on_the_text_alone() {
         let first = Problem::new("1+1?", None, "a.jsonl:1");
         let second = Problem::new("1+1?", Some("2".into()), "b.jsonl:7");
         assert_eq!(first.id, second.id);

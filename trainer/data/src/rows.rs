@@ -1,5 +1,8 @@
-//! Rows of a table, one JSON object each, whatever the file: JSON lines, a JSON array, CSV, Parquet; `.gz` or `.zst` around
-//! the first three. One row is in memory at a time (of Parquet one page of every column), so that files of any size pass.
+//! Table reader: yields one JSON object per row from JSON Lines, a JSON array, CSV, TSV or Parquet. All but Parquet
+//! may be compressed with gzip or Zstandard.
+//!
+//! Files of any size are readable, because one row is in memory at a time (Parquet: one page per column).
+//! Deliberately absent: the meaning of fields (`formats`, `jsonl`).
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -10,41 +13,45 @@ use parquet::record::reader::RowIter;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// Longest row that is read.
+/// Longest row in bytes. Longer lines are broken rows; a longer array element is an error.
 const MAX_ROW: u64 = 16 << 20;
 
-/// Why a file gives no more rows.
+/// Error that ends the reading of a file.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read `{path}`: {problem}")]
 pub struct TableError {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// What is wrong with it.
+    /// Cause of the error.
     pub problem: String,
 }
 
-/// One row.
+/// Row of a table.
 #[derive(Debug)]
 pub struct Row {
-    /// Its line in files of lines, else its place; from 1.
+    /// Line number in JSON Lines, row number in other formats; from 1.
     pub number: usize,
-    /// Its fields, or what is wrong with it.
+    /// Fields by name, or the reason why this row cannot be read.
     pub fields: Result<Map<String, Value>, Broken>,
 }
 
-/// A row that cannot be read; those behind it can.
+/// Row that cannot be read. Reading continues with the next row.
 #[derive(Debug)]
 pub struct Broken {
-    /// What is wrong.
+    /// Reason why the row cannot be read.
     pub reason: String,
-    /// Its first characters.
+    /// First 200 characters of the row; empty for CSV.
     pub text: String,
 }
 
-/// The rows of a file in order. An error ends them.
+/// Iterator over the rows of a file, in order. The first error ends the iteration.
 pub type Rows = Box<dyn Iterator<Item = Result<Row, TableError>> + Send>;
 
-/// Opens a table by its extension; names that say nothing are read as JSON lines.
+/// Opens a table. The file extension determines the format; an unknown extension means JSON Lines.
+///
+/// # Errors
+///
+/// Returns [`TableError`] if the file cannot be opened or its header cannot be read.
 pub fn open(path: &Path) -> Result<Rows, TableError> {
     let failed = {
         let path = path.to_owned();
@@ -74,7 +81,7 @@ pub fn open(path: &Path) -> Result<Rows, TableError> {
         let delimiter = if name.ends_with(".tsv") { b'\t' } else { b',' };
         return Ok(csv_rows(input, delimiter, failed));
     }
-    // `.json` is an array in some places and lines in others.
+    // Published `.json` files contain either one array or JSON Lines; the first character decides.
     let first = input.fill_buf().map_err(|error| failed(&error))?;
     let first = first.strip_prefix(b"\xef\xbb\xbf").unwrap_or(first);
     let array =
@@ -106,6 +113,7 @@ fn csv_rows(
     }))
 }
 
+/// Iterator over the rows of JSON Lines.
 struct Lines<F> {
     input: Box<dyn BufRead + Send>,
     buffer: Vec<u8>,
@@ -119,7 +127,8 @@ impl<F> Lines<F> {
         Self { input, buffer: Vec::new(), number: 0, failed, over: false }
     }
 
-    /// Fills the buffer with the next line that is not blank; false at the end.
+    /// Fills the buffer with the next line that is not blank. Returns false at the end of the file. Cuts lines longer
+    /// than [`MAX_ROW`].
     fn next_line(&mut self) -> std::io::Result<bool> {
         loop {
             self.buffer.clear();
@@ -171,7 +180,8 @@ fn object(line: &[u8]) -> Result<Map<String, Value>, String> {
     }
 }
 
-/// The objects of one JSON array, read one by one. What is broken ends it: nothing says where the next one begins.
+/// Iterator over the objects of one JSON array. An invalid element ends the iteration, because the start of the next
+/// element is unknown.
 struct Elements<F> {
     input: Box<dyn BufRead + Send>,
     number: usize,
@@ -184,7 +194,8 @@ impl<F> Elements<F> {
         Self { input, number: 0, failed, over: false }
     }
 
-    /// Skips blanks, the bracket or the comma before an element; false at the closing bracket.
+    /// Skips white space, a byte-order mark, and the bracket or comma before an element. Returns false at the closing
+    /// bracket.
     fn at_element(&mut self) -> Result<bool, String> {
         let mut separated = false;
         loop {
@@ -259,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_rows_from_every_format() {
+    fn reads_equal_rows_from_every_format() {
         let expected =
             [serde_json::json!({"a": "x, \"y\"", "b": "1"}), serde_json::json!({"a": "é\n", "b": "2"})];
         let lines = expected.iter().map(|row| format!("{row}\n")).collect::<String>();
@@ -279,9 +290,9 @@ mod tests {
         }
     }
 
-    /// As the `datasets` library writes them: `tests/fixtures/make_tables.py`.
+    /// Reads a file that `tests/fixtures/make_tables.py` wrote with the `datasets` library.
     #[test]
-    fn parquet_files_of_the_hub() {
+    fn reads_parquet_files_of_the_datasets_library() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gsm8k.parquet");
         let rows = fields(open(&path).unwrap().collect());
         assert_eq!(rows.len(), 3);
@@ -291,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_broken_is_named_and_bounded() {
+    fn reports_broken_rows_and_bounds_their_length() {
         let rows = read("t.jsonl", b"{\"a\": 1}\n[1]\nnot json\n\xff\n{\"a\": 2}");
         let broken: Vec<usize> = rows
             .iter()

@@ -1,9 +1,10 @@
-//! Target-aware selection: which correct traces a student of a given size should learn.
+//! Sampling of traces for training: selects correct traces that fit a student of a given size.
 //!
-//! The paper selects by RV and CD but publishes no formula. Ours ([`Selection::Window`]): weight `exp(-β |RV - CD|) · exp(-β ·
-//! distance of CD to the student's window)` with β = 0.5, sampling without replacement by weight (Efraimidis and Spirakis 2006).
-//! Traces without scores get the mean weight of the scored ones. Beside it stand the rules that EasyDistill ships: a range of both
-//! scores, and so many traces per bin of CD with the RV nearest to a target. All keep at most k traces per problem.
+//! The paper selects by RV and CD but publishes no formula. [`Selection::Window`] uses the weight `exp(-β |RV - CD|)
+//! · exp(-β · d)` with β = 0.5; `d` is the distance of CD to the student's window. Traces are drawn without
+//! replacement by weight (Efraimidis and Spirakis 2006); unscored traces get the mean weight. [`Selection::Range`]
+//! and [`Selection::Bins`] are EasyDistill's rules. All rules keep at most k traces per problem. Deliberately absent:
+//! files; callers pass ids and scores.
 
 use std::collections::HashMap;
 
@@ -13,36 +14,36 @@ use serde::{Deserialize, Serialize};
 
 use crate::records::{Cot, Scores};
 
-/// By which rule traces are chosen.
+/// Rule that ranks the traces.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Selection {
-    /// By weight, around the student's window.
+    /// Weighted sampling around the student's CD window.
     #[default]
     Window,
-    /// Those with RV and CD within limits, evenly.
+    /// Uniform sampling of traces with RV and CD within limits (EasyDistill 1.x).
     Range,
-    /// So many per bin of CD, those with the RV nearest to the bin's target.
+    /// A number of traces per CD bin, nearest to the bin's RV target first (EasyDistill 2.0).
     Bins,
 }
 
-/// Which RV a bin asks for.
+/// Target RV of the CD bins.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RvTarget {
-    /// 2 in every bin.
+    /// RV 2 in every bin.
     Low,
-    /// 5.
+    /// RV 5 in every bin.
     Medium,
-    /// 8.
+    /// RV 8 in every bin.
     High,
-    /// From 2 in the first bin to 8 in the last.
+    /// RV 2 in the first bin, 8 in the last, evenly spaced between.
     #[default]
     Matched,
 }
 
 impl RvTarget {
-    /// The target of a bin among `bins`, on the scale from 0 to 9.
+    /// Returns the target RV, 0 to 9, of bin `bin` (from 0) among `bins` bins.
     pub fn of(self, bin: usize, bins: usize) -> f64 {
         match self {
             Self::Low => 2.0,
@@ -54,40 +55,41 @@ impl RvTarget {
     }
 }
 
-/// What the student can take.
+/// Sampling configuration: section `sample` of a recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SamplePolicy {
-    /// The rule.
+    /// Rule that ranks the traces.
     pub selection: Selection,
-    /// Weights of the student, in thousand millions: stands for its window of CD.
+    /// Parameters of the student, in billions. Determines the default CD window.
     pub size_b: f64,
-    /// Lowest cognitive difficulty that fits the student, instead of what its size says.
+    /// Lower end of the CD window, 0 to 9; overrides `size_b`.
     pub cd_min: Option<u8>,
-    /// Highest.
+    /// Upper end of the CD window, 0 to 9; overrides `size_b`.
     pub cd_max: Option<u8>,
-    /// Lowest reasoning verbosity, for `range`.
+    /// Smallest RV, for `range`.
     pub rv_min: u8,
-    /// Highest.
+    /// Largest RV, for `range`.
     pub rv_max: u8,
-    /// Where the second bin of CD begins, the third, and so on, for `bins`.
+    /// First CD of the second and each further bin, for `bins`.
     pub bins: Vec<u8>,
-    /// Traces per bin; 0 for all.
+    /// Largest number of traces per bin, for `bins`; 0 for all.
     pub per_bin: usize,
-    /// Which of a bin are taken first.
+    /// Target RV of each bin, for `bins`.
     pub rv_target: RvTarget,
-    /// At most so many traces per problem.
+    /// Largest number of traces per problem.
     pub per_problem: usize,
-    /// Problems with fewer traces than this are left out: those of OmniThought have two that are right.
+    /// Smallest number of traces of a problem; problems with fewer are excluded. OmniThought requires two correct
+    /// traces.
     pub at_least: usize,
-    /// At most so many traces in all; 0 for all that fit.
+    /// Largest number of traces in total; 0 for no limit.
     pub limit: usize,
-    /// Seed of the draw.
+    /// Random seed.
     pub seed: u64,
 }
 
 impl Default for SamplePolicy {
-    /// For a student of up to 3B weights.
+    /// Returns the configuration for a student of up to 3 billion parameters.
     fn default() -> Self {
         Self {
             selection: Selection::Window,
@@ -108,7 +110,7 @@ impl Default for SamplePolicy {
 }
 
 impl SamplePolicy {
-    /// Lowest and highest CD that fits the student.
+    /// Returns the lower and upper end of the student's CD window, inclusive.
     pub fn window(&self) -> (u8, u8) {
         let (least, most) = match self.size_b {
             size if size <= 3.5 => (2, 5),
@@ -120,7 +122,8 @@ impl SamplePolicy {
     }
 }
 
-/// Weight of a trace with these scores; `None` without both.
+/// Returns the weight of a trace with the rule [`Selection::Window`], above 0 and at most 1. `None` unless both
+/// scores exist.
 pub fn weight(scores: Scores, policy: &SamplePolicy) -> Option<f64> {
     const BETA: f64 = 0.5;
     let (rv, cd) = (f64::from(scores.rv?), f64::from(scores.cd?));
@@ -129,19 +132,19 @@ pub fn weight(scores: Scores, policy: &SamplePolicy) -> Option<f64> {
     Some((-BETA * (rv - cd).abs()).exp() * (-BETA * distance).exp())
 }
 
-/// What the choice needs to know of a trace.
+/// Properties of a trace that determine its selection.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Candidate {
-    /// First bits of its id.
+    /// First 64 bits of the trace's id.
     pub id: u64,
-    /// First bits of its problem's id.
+    /// First 64 bits of the problem's id.
     pub problem: u64,
-    /// Its scores.
+    /// RV and CD of the trace.
     pub scores: Scores,
 }
 
 impl Candidate {
-    /// Of a trace.
+    /// Creates the candidate for a trace.
     pub fn of(trace: &Cot) -> Self {
         Self {
             id: trace.id.seed(),
@@ -150,13 +153,14 @@ impl Candidate {
         }
     }
 
-    /// A number from 0 to 1 that is the trace's own, so that the draw does not depend on the order.
+    /// Returns a pseudo-random number in (0, 1] from id and seed. The selection therefore does not depend on the
+    /// input order.
     fn lot(&self, seed: u64) -> f64 {
         1.0 - ChaCha8Rng::seed_from_u64(self.id ^ seed).random::<f64>()
     }
 }
 
-/// Indices of the chosen traces, in input order.
+/// Selects traces and returns their indices, in input order.
 pub fn choose(traces: &[Candidate], policy: &SamplePolicy) -> Vec<usize> {
     let mut have: HashMap<u64, usize> = HashMap::new();
     for trace in traces {
@@ -170,7 +174,7 @@ pub fn choose(traces: &[Candidate], policy: &SamplePolicy) -> Vec<usize> {
     order.retain(|ranked| {
         have.get(&traces[ranked.index].problem).is_some_and(|count| *count >= policy.at_least)
     });
-    // The larger, the earlier.
+    // Higher ranks come first.
     order.sort_by(|a, b| b.rank.total_cmp(&a.rank).then(a.index.cmp(&b.index)));
     let mut of_problem: HashMap<u64, usize> = HashMap::new();
     let mut of_bin: HashMap<usize, usize> = HashMap::new();
@@ -193,6 +197,7 @@ pub fn choose(traces: &[Candidate], policy: &SamplePolicy) -> Vec<usize> {
     chosen
 }
 
+/// Trace with its rank; traces with higher ranks are selected first.
 struct Ranked {
     rank: f64,
     index: usize,
@@ -228,24 +233,24 @@ fn by_bin(traces: &[Candidate], policy: &SamplePolicy) -> Vec<Ranked> {
         let (Some(rv), Some(cd)) = (trace.scores.rv, trace.scores.cd) else { continue };
         let bin = policy.bins.iter().filter(|edge| cd >= **edge).count();
         let target = policy.rv_target.of(bin, policy.bins.len() + 1);
-        // Equally near ones by lot.
+        // A small random term breaks ties between equal distances.
         let rank = -(f64::from(rv) - target).abs() + 1e-6 * trace.lot(policy.seed);
         ranked.push(Ranked { rank, index, bin });
     }
     ranked
 }
 
-/// How many traces have which RV and CD.
+/// Number of traces for each pair of RV and CD.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Histogram {
-    /// By RV, then by CD.
+    /// Counts, indexed by RV, then by CD.
     pub counts: [[u32; 10]; 10],
-    /// Traces without both.
+    /// Number of traces without both scores.
     pub unscored: u32,
 }
 
 impl Histogram {
-    /// Of these scores.
+    /// Counts the given scores.
     pub fn of(scores: impl IntoIterator<Item = Scores>) -> Self {
         let mut histogram = Self::default();
         for scores in scores {
@@ -259,12 +264,12 @@ impl Histogram {
         histogram
     }
 
-    /// Traces with both.
+    /// Returns the number of traces with both scores.
     pub fn scored(&self) -> u32 {
         self.counts.iter().flatten().sum()
     }
 
-    /// The mean of something over the scored traces; 0 without any.
+    /// Returns the mean of `of(RV, CD)` over the scored traces; 0 if there are none.
     pub fn mean(&self, of: impl Fn(f64, f64) -> f64) -> f64 {
         let mut sum = 0.0;
         for (rv, row) in self.counts.iter().enumerate() {
@@ -291,7 +296,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn bounds_hold_and_order_does_not_matter(
+        fn respects_all_limits_and_ignores_the_input_order(
             seed: u64, rows in prop::collection::vec((0u64..6, 0u8..10, 0u8..10), 1..40), limit in 0usize..20, per_bin in 0usize..4, rule in 0usize..3
         ) {
             let traces: Vec<Candidate> = rows.iter().enumerate().map(|(i, &(p, rv, cd))| trace(p, i as u64, rv, cd)).collect();
@@ -317,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn traces_that_fit_are_drawn_more_often() {
+    fn prefers_traces_within_the_window() {
         let policy = SamplePolicy { limit: 50, per_problem: 1, ..SamplePolicy::default() };
         let traces: Vec<Candidate> =
             (0..200).map(|i| if i % 2 == 0 { trace(i, i, 4, 4) } else { trace(i, i, 9, 2) }).collect();
@@ -325,9 +330,10 @@ mod tests {
         assert!(fitting > 40, "{fitting} of 50");
     }
 
-    /// EasyDistill 2.0 spaces the targets up to 10 and gives a CD of 9 a bin of its own; the scale ends at 9.
+    /// EasyDistill 2.0 spaces the targets up to 10 and puts a CD of 9 into a bin of its own. Here, the scale ends at
+    /// 9.
     #[test]
-    fn matched_targets_stay_on_the_scale() {
+    fn matched_targets_stay_within_the_scale() {
         let targets: Vec<f64> = (0..3).map(|bin| RvTarget::Matched.of(bin, 3)).collect();
         assert_eq!(targets, [2.0, 5.0, 8.0]);
         let policy = SamplePolicy { selection: Selection::Bins, per_bin: 1, ..SamplePolicy::default() };
@@ -336,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn problems_with_too_few_traces_are_left_out() {
+    fn excludes_problems_with_too_few_traces() {
         let traces = [trace(1, 1, 4, 4), trace(2, 2, 4, 4), trace(2, 3, 4, 4)];
         for selection in ALL {
             let policy = SamplePolicy { at_least: 2, selection, ..SamplePolicy::default() };
@@ -345,14 +351,14 @@ mod tests {
     }
 
     #[test]
-    fn the_window_follows_the_size() {
+    fn window_depends_on_the_student_size() {
         let window = |size_b| SamplePolicy { size_b, ..SamplePolicy::default() }.window();
         assert_eq!([0.5, 3.0, 7.0, 14.0, 32.0].map(window), [(2, 5), (2, 5), (3, 6), (4, 7), (5, 9)]);
         assert_eq!(SamplePolicy { cd_max: Some(9), ..SamplePolicy::default() }.window(), (2, 9));
     }
 
     #[test]
-    fn histograms_count_all() {
+    fn histogram_counts_scored_and_unscored_traces() {
         let scores = [(Some(4), Some(6)), (Some(4), Some(6)), (Some(1), None)];
         let histogram = Histogram::of(scores.map(|(rv, cd)| Scores { rv, cd }));
         assert_eq!((histogram.counts[4][6], histogram.scored(), histogram.unscored), (2, 2, 1));

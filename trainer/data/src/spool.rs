@@ -1,5 +1,8 @@
-//! Records on their way into a stage's file. They come in the order in which they are done; the file holds them in the order
-//! of their keys, so that it does not depend on timing. On the way they lie on the disk; in memory stand 16 bytes of each.
+//! Sorted output of a stage. Records arrive in the order of completion and leave in the order of their keys, so the
+//! stage file does not depend on timing.
+//!
+//! Until then the records lie in a temporary file on disk; memory holds 16 bytes per record. Deliberately absent:
+//! merging of existing files.
 
 use std::marker::PhantomData;
 use std::path::Path;
@@ -8,64 +11,64 @@ use potstill_shared::durable::{DurableError, Lines, Scratch, write_with};
 use potstill_shared::id::{ContentHasher, ContentId};
 use serde::{Deserialize, Serialize};
 
-/// A record that has its place in a file.
+/// Record with a sort key.
 pub trait Keyed: Serialize + for<'de> Deserialize<'de> {
-    /// What it is ordered by: ids spread evenly first, the rest of the key decides between equal ones.
+    /// Returns the sort key: the id, and a string that orders records with equal ids.
     fn key(&self) -> (ContentId, String);
 }
 
-/// Why records cannot be kept.
+/// Error while collecting or writing records.
 #[derive(Debug, thiserror::Error)]
 pub enum SpoolError {
-    /// The disk.
+    /// A file cannot be read or written.
     #[error(transparent)]
     Durable(#[from] DurableError),
-    /// A record that is no JSON.
+    /// A record cannot be converted to or from JSON.
     #[error("a record cannot be written: {0}")]
     Record(#[from] serde_json::Error),
 }
 
-/// Records that are not yet in order.
+/// Collects records and writes them in sorted order.
 pub struct Spool<T> {
     scratch: Scratch,
-    /// First 64 bits of the id, and where the record lies.
+    /// First 64 bits of the id, and byte offset in the temporary file, of each record.
     places: Vec<(u64, u64)>,
     records: PhantomData<fn(T)>,
 }
 
-/// A file that was written.
+/// Result of writing a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Written {
-    /// Records in it.
+    /// Number of records.
     pub records: usize,
-    /// Hash of its bytes.
+    /// Hash of the file's bytes.
     pub hash: ContentId,
 }
 
 impl<T: Keyed> Spool<T> {
-    /// On the disk of `folder`.
+    /// Creates the temporary file in `folder`, which must exist.
     pub fn new(folder: &Path) -> Result<Self, DurableError> {
         Ok(Self { scratch: Scratch::new(folder)?, places: Vec::new(), records: PhantomData })
     }
 
-    /// Takes a record.
+    /// Adds a record.
     pub fn push(&mut self, record: &T) -> Result<(), SpoolError> {
         let place = self.scratch.append(&serde_json::to_vec(record)?)?;
         self.places.push((record.key().0.seed(), place));
         Ok(())
     }
 
-    /// Records so far.
+    /// Returns the number of records added so far.
     pub fn len(&self) -> usize {
         self.places.len()
     }
 
-    /// Whether there are none.
+    /// Returns whether no record was added.
     pub fn is_empty(&self) -> bool {
         self.places.is_empty()
     }
 
-    /// Writes the records to `path`, in order, whole or not at all.
+    /// Writes the records to `path` in sorted order, atomically.
     pub fn finish(mut self, path: &Path) -> Result<Written, SpoolError> {
         let lines = self.scratch.lines()?;
         self.places.sort_unstable();
@@ -97,7 +100,7 @@ impl<T: Keyed> Spool<T> {
     }
 }
 
-/// Orders the records whose ids begin alike by their whole keys.
+/// Sorts records with equal first 64 id bits by their complete keys.
 fn settle_ties<T: Keyed>(places: &mut [(u64, u64)], lines: &Lines) -> Result<(), SpoolError> {
     for group in places.chunk_by_mut(|a, b| a.0 == b.0).filter(|group| group.len() > 1) {
         let mut keyed = Vec::with_capacity(group.len());
@@ -134,7 +137,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
-        fn the_file_does_not_depend_on_the_order(rows in prop::collection::vec((0u8..9, any::<u8>()), 0..60)) {
+        fn output_does_not_depend_on_the_input_order(rows in prop::collection::vec((0u8..9, any::<u8>()), 0..60)) {
             let folder = tempfile::tempdir().unwrap();
             let mut rows: Vec<Row> = rows.into_iter().map(|(id, rest)| Row { id, rest }).collect();
             let path = folder.path().join("rows.jsonl");

@@ -1,5 +1,7 @@
-//! Where the answers of a run are kept: in its folder, or in a PostgreSQL database that many workers share. Both keep the same
-//! promise: an answer that was acknowledged is there after a crash, and stands there once.
+//! Store of a run's completions: a journal file in the run's folder, or a PostgreSQL database that workers share.
+//!
+//! Both backends give the same guarantee: an acknowledged completion survives a crash and is found by its request's
+//! id. Deliberately absent: the claims of workers, which are methods of the database.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,13 +12,13 @@ use potstill_shared::id::ContentId;
 use crate::journal::{Entry, Journal, Totals};
 use crate::postgres::{Database, DatabaseError};
 
-/// Why an answer cannot be kept or found.
+/// Error of a store.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
-    /// The disk.
+    /// The journal file cannot be read or written.
     #[error(transparent)]
     Disk(#[from] Arc<DurableError>),
-    /// The database.
+    /// The database reports an error or is unreachable.
     #[error(transparent)]
     Database(#[from] DatabaseError),
 }
@@ -27,21 +29,21 @@ impl From<DurableError> for StoreError {
     }
 }
 
-/// The answers of a run.
+/// Completions of one run.
 pub enum Store {
-    /// A log in the run's folder.
+    /// Journal file in the run's folder.
     Folder(Journal),
-    /// A database.
+    /// PostgreSQL database, shared by workers.
     Shared(Database),
 }
 
 impl Store {
-    /// The log at `path`.
+    /// Opens or creates the journal at `path`.
     pub fn folder(path: &Path) -> Result<Self, StoreError> {
         Ok(Self::Folder(Journal::open(path)?))
     }
 
-    /// Answers that it holds.
+    /// Returns the number of stored completions.
     pub async fn answers(&self) -> Result<usize, StoreError> {
         match self {
             Self::Folder(journal) => Ok(journal.len()),
@@ -49,7 +51,7 @@ impl Store {
         }
     }
 
-    /// What all its answers took.
+    /// Returns the usage of all stored completions.
     pub async fn totals(&self) -> Result<Totals, StoreError> {
         match self {
             Self::Folder(journal) => Ok(journal.totals()),
@@ -57,7 +59,7 @@ impl Store {
         }
     }
 
-    /// The answer to a question, if it was bought before.
+    /// Returns the completion of a request, if the store has one.
     pub async fn get(&self, id: &ContentId) -> Result<Option<Arc<Entry>>, StoreError> {
         match self {
             Self::Folder(journal) => Ok(journal.get(id)?),
@@ -65,7 +67,7 @@ impl Store {
         }
     }
 
-    /// Records an answer and returns once it is safe.
+    /// Stores a completion. Returns after the completion is durable.
     pub async fn commit(&self, entry: Entry) -> Result<Arc<Entry>, StoreError> {
         match self {
             Self::Folder(journal) => Ok(journal.commit(entry).await?),

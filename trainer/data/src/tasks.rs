@@ -1,14 +1,15 @@
-//! Task-aware resampling (DistilQwen2, section 3.1 of the paper): problems are sorted into 32 tasks and drawn so that each task
-//! has its share. A task with too many problems is thinned out; of one with too few, problems are drawn several times.
+//! Task-aware resampling (DistilQwen2, section 3.1 of the paper). Each of 32 tasks gets a fixed share of the
+//! problems: large tasks lose problems, small tasks repeat some.
 //!
-//! Beside the published formula (`n_c = floor(N · p_c)`): shares are renormalised over the tasks that occur and rounded by largest
-//! remainder, so that the counts add up to `N`; no problem is drawn more often than a cap says.
+//! Differences from the published `n_c = floor(N · p_c)`: shares are normalized over the tasks that occur. Counts are
+//! rounded by largest remainder, so that they sum to `N`. A cap limits the repetitions of a problem. Deliberately
+//! absent: the classification of problems.
 
 use std::collections::BTreeMap;
 
 use potstill_shared::id::ContentId;
 
-/// The tasks with their shares as published; they add up to 1.
+/// Names of the tasks with their published shares, which sum to 1.
 pub const TASKS: [(&str, f64); 32] = [
     ("Math", 0.167),
     ("Reasoning", 0.167),
@@ -44,10 +45,11 @@ pub const TASKS: [(&str, f64); 32] = [
     ("Paraphrase", 0.017),
 ];
 
-/// The task that everything else belongs to.
+/// Task of problems that fit no other task.
 pub const OTHERS: &str = "Others";
 
-/// The known task that a classifier named: inside the last answer tags, or as the whole text. Anything else is not a task.
+/// Parses a classifier's completion: the task in the last answer tags, or the whole text as a task name. Returns
+/// `None` for unknown names.
 pub fn read_task(text: &str) -> Option<&'static str> {
     let inside = match text.rfind("<answer>") {
         Some(at) => text[at + "<answer>".len()..].split_once("</answer>")?.0,
@@ -57,18 +59,18 @@ pub fn read_task(text: &str) -> Option<&'static str> {
     TASKS.iter().map(|(name, _)| *name).find(|name| name.eq_ignore_ascii_case(named))
 }
 
-/// How many problems a task has and gets.
+/// Number of problems of a task, before and after resampling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quota {
-    /// Problems there are.
+    /// Available problems.
     pub have: usize,
-    /// Problems that its share asks for.
+    /// Problems according to the task's share.
     pub wanted: usize,
-    /// Problems drawn, repetitions counted.
+    /// Problems drawn, including repetitions; below `wanted` where the cap applies.
     pub drawn: usize,
 }
 
-/// Quotas by task: `total` problems in the proportions of `shares`, none drawn more than `cap` times.
+/// Returns the quota of each task: `total` problems in proportion to `shares`, none drawn more than `cap` times.
 pub fn quotas(
     have: &BTreeMap<String, usize>,
     shares: &BTreeMap<String, f64>,
@@ -99,8 +101,8 @@ pub fn quotas(
     quotas
 }
 
-/// How often each of a task's problems is drawn, in their order. Which ones get one more is decided by their ids and the seed,
-/// not by their order.
+/// Returns how often each problem of a task is drawn, in the order of `ids`. The counts differ by at most one. Ids
+/// and seed decide which problems get one more; the order of `ids` has no influence.
 pub fn draw(ids: &[u64], drawn: usize, seed: u64) -> Vec<u32> {
     let Some(whole) = drawn.checked_div(ids.len()) else { return Vec::new() };
     let mut copies = vec![whole as u32; ids.len()];
@@ -124,12 +126,12 @@ mod tests {
     }
 
     #[test]
-    fn the_shares_add_up() {
+    fn published_shares_sum_to_one() {
         assert!((TASKS.iter().map(|(_, share)| share).sum::<f64>() - 1.0).abs() < 1e-9);
     }
 
     #[test]
-    fn only_known_tasks_are_read() {
+    fn parses_only_known_tasks() {
         for (text, task) in [
             ("<answer>Math</answer>", Some("Math")),
             ("It could be <answer>Law</answer>, no: <answer> code debug </answer>.", Some("Code Debug")),
@@ -144,7 +146,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn counts_add_up_and_stay_within_the_cap(have in prop::collection::vec(0usize..50, 32), total in 0usize..500, cap in 1u32..5) {
+        fn quotas_sum_to_the_total_within_the_cap(have in prop::collection::vec(0usize..50, 32), total in 0usize..500, cap in 1u32..5) {
             let have: BTreeMap<String, usize> = TASKS.iter().map(|(name, _)| (*name).to_owned()).zip(have).collect();
             let quotas = quotas(&have, &published(), total, cap);
             let wanted: usize = quotas.values().map(|quota| quota.wanted).sum();
@@ -156,7 +158,7 @@ mod tests {
         }
 
         #[test]
-        fn draws_are_even_and_do_not_depend_on_the_order(ids in prop::collection::hash_set(any::<u64>(), 1..40), drawn in 0usize..100, seed: u64) {
+        fn draws_are_even_and_ignore_the_order(ids in prop::collection::hash_set(any::<u64>(), 1..40), drawn in 0usize..100, seed: u64) {
             let mut ids: Vec<u64> = ids.into_iter().collect();
             let copies = draw(&ids, drawn, seed);
             prop_assert_eq!(copies.iter().map(|count| *count as usize).sum::<usize>(), drawn);

@@ -1,6 +1,8 @@
-//! What a training step does besides the model, one thread: our losses and optimiser beside the same in candle's stock
-//! operations. Both run in turn, again and again, and the fastest of each counts: ratios hold where times do not. For whole steps
-//! beside PyTorch see `load-tests/peers/train.py`.
+//! Benchmark of a training step without the model, on one thread: our losses and optimizer against the same in candle's
+//! stock operations.
+//!
+//! Both variants run alternately, and the fastest round of each counts, because ratios are stable where times are not.
+//! Whole steps are compared with PyTorch in `load-tests/peers/train.py`.
 //!
 //!     cargo bench -p potstill-learn
 #![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark prints what it found")]
@@ -13,13 +15,14 @@ use potstill_engine::device;
 use potstill_engine::ops::{Precision, linear_loss, log_prob};
 use potstill_learn::adamw::{AdamW, AdamWConfig};
 
-/// As in the program.
+/// The same allocator as in the program.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Rounds per comparison.
 const ROUNDS: usize = 5;
 
-/// Runs both in turn and prints milliseconds of the fastest round of each.
+/// Runs both variants alternately and prints the milliseconds of each one's fastest round, and their ratio.
 fn compare(name: &str, mut ours: impl FnMut(), mut stock: impl FnMut()) {
     let mut best = [f64::INFINITY; 2];
     for _ in 0..ROUNDS {
@@ -97,9 +100,9 @@ fn main() {
     });
 }
 
-/// AdamW (Loshchilov and Hutter 2019) in stock operations.
+/// AdamW (Loshchilov and Hutter 2019) in candle's stock operations, as baseline.
 struct Stock {
-    /// Weight, and both moments.
+    /// Name, weight, first and second moment of each variable.
     slots: Vec<(String, Var, Tensor, Tensor)>,
     step: i32,
 }

@@ -1,8 +1,10 @@
-//! AdamW (Loshchilov and Hutter 2019) with f32 moments, updated in place:
-//! `m = β1 m + (1-β1) g`, `v = β2 v + (1-β2) g²`, `θ -= lr (m̂ / (√v̂ + ε) + decay θ)`.
+//! AdamW (Loshchilov and Hutter 2019) with f32 moments, updated in place: `m = β1 m + (1-β1) g`, `v = β2 v + (1-β2)
+//! g²`, `θ -= lr (m̂ / (√v̂ + ε) + decay θ)`.
 //!
-//! Decay applies to matrices only, not to norms and biases. Gradients are clipped by their global norm on the way in. On the CPU
-//! the moments may be kept in eight bits ([`crate::eight_bits`]).
+//! Weight decay applies to matrices only, not to norms and biases. Gradients are clipped by their global norm, like
+//! PyTorch's `clip_grad_norm_`. On the CPU, moments may be stored in 8 bits ([`crate::eight_bits`]).
+//!
+//! Learning rates come from the caller. Deliberately absent: parameter groups and AMSGrad.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -14,37 +16,41 @@ use rayon::prelude::*;
 use crate::eight_bits::EightBits;
 use crate::error::LearnError;
 
+/// Values per parallel task.
 const CHUNK: usize = 1 << 14;
 
-/// Constants of the optimiser.
+/// Constants of the optimizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWConfig {
-    /// Decay of the first moment.
+    /// Decay rate of the first moment.
     pub beta1: f64,
-    /// Decay of the second moment.
+    /// Decay rate of the second moment.
     pub beta2: f64,
-    /// Keeps the division finite.
+    /// Constant added to `√v̂`, so that the quotient stays finite.
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Largest global norm of the gradients.
+    /// Maximum global norm of the gradients; larger gradients are scaled down to it.
     pub max_grad_norm: f64,
-    /// Keep the moments in eight bits.
+    /// Stores the moments in 8 instead of 32 bits. CPU only.
     pub eight_bits: bool,
 }
 
+/// A variable with its moments.
 struct Slot {
     variable: Var,
     moments: Moments,
     decays: bool,
 }
 
+/// First and second moments of one variable.
 enum Moments {
     F32 { m: Tensor, v: Tensor },
     EightBits(EightBits),
 }
 
 impl Moments {
+    /// Returns zero moments for `variable`. Fails for 8-bit moments on a GPU.
     fn zeros(variable: &Var, eight_bits: bool) -> Result<Self, LearnError> {
         if !eight_bits {
             return Ok(Self::F32 { m: variable.zeros_like()?, v: variable.zeros_like()? });
@@ -57,7 +63,7 @@ impl Moments {
     }
 }
 
-/// One step's constants.
+/// Constants of one step for one variable.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rates {
     beta1: f32,
@@ -70,20 +76,20 @@ pub(crate) struct Rates {
 }
 
 impl Rates {
-    /// `m = β1 m + (1-β1) clip·g`.
+    /// Returns the new first moment: `m = β1 m + (1-β1) clip·g`.
     #[inline(always)]
     pub(crate) fn first(&self, m: f32, gradient: f32) -> f32 {
         self.beta1 * m + (1.0 - self.beta1) * (gradient * self.clip)
     }
 
-    /// The same of the square.
+    /// Returns the new second moment: `v = β2 v + (1-β2) (clip·g)²`.
     #[inline(always)]
     pub(crate) fn second(&self, v: f32, gradient: f32) -> f32 {
         let gradient = gradient * self.clip;
         self.beta2 * v + (1.0 - self.beta2) * (gradient * gradient)
     }
 
-    /// The weight after the step.
+    /// Returns the new weight, after weight decay and update.
     #[inline(always)]
     pub(crate) fn moved(&self, theta: f32, m: f32, v: f32) -> f32 {
         let root = (v * self.inverse_correction2).sqrt() + self.eps;
@@ -91,7 +97,7 @@ impl Rates {
     }
 }
 
-/// The optimiser and its moments.
+/// AdamW optimizer with its moments.
 pub struct AdamW {
     config: AdamWConfig,
     slots: BTreeMap<String, Slot>,
@@ -99,7 +105,7 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// Fresh moments for `variables`.
+    /// Creates an optimizer with zero moments for `variables`.
     pub fn new(variables: BTreeMap<String, Var>, config: AdamWConfig) -> Result<Self, LearnError> {
         let slots = variables
             .into_iter()
@@ -112,7 +118,7 @@ impl AdamW {
         Ok(Self { config, slots, step: 0 })
     }
 
-    /// Forgets the moments, as a new curriculum phase asks for.
+    /// Resets moments and step count to zero, for the start of a curriculum phase.
     pub fn reset(&mut self) -> Result<(), LearnError> {
         for slot in self.slots.values_mut() {
             slot.moments = Moments::zeros(&slot.variable, self.config.eight_bits)?;
@@ -121,7 +127,7 @@ impl AdamW {
         Ok(())
     }
 
-    /// Euclidean norm over all gradients. Every variable must have one.
+    /// Returns the Euclidean norm over all gradients. Fails with [`LearnError::NoGradient`] if a variable has none.
     pub fn gradient_norm(&self, gradients: &BTreeMap<String, Tensor>) -> Result<f64, LearnError> {
         let mut total = 0f64;
         for name in self.slots.keys() {
@@ -141,7 +147,8 @@ impl AdamW {
         Ok(total.sqrt())
     }
 
-    /// One step at rate `lr`; `norm` is what [`AdamW::gradient_norm`] returned.
+    /// Applies one step at learning rate `lr`. `norm` is the result of [`AdamW::gradient_norm`] and determines the
+    /// clipping.
     pub fn step(
         &mut self,
         gradients: &BTreeMap<String, Tensor>,
@@ -189,7 +196,7 @@ impl AdamW {
         Ok(())
     }
 
-    /// Moments as tensors `m.NAME` and `v.NAME`; in eight bits with `m_scale.NAME` and `v_scale.NAME`.
+    /// Returns the moments as tensors `m.NAME` and `v.NAME`. 8-bit moments add `m_scale.NAME` and `v_scale.NAME`.
     pub fn state(&self) -> Result<HashMap<String, Tensor>, LearnError> {
         let mut state = HashMap::new();
         for (name, slot) in &self.slots {
@@ -204,12 +211,13 @@ impl AdamW {
         Ok(state)
     }
 
-    /// Steps since the moments were fresh.
+    /// Returns the number of steps since the moments were zero.
     pub fn steps(&self) -> usize {
         self.step
     }
 
-    /// Puts back what [`AdamW::state`] gave.
+    /// Restores the moments that [`AdamW::state`] returned, and the step count. Fails if a tensor is missing or has
+    /// another shape.
     pub fn restore(&mut self, mut state: HashMap<String, Tensor>, step: usize) -> Result<(), LearnError> {
         for (name, slot) in &mut self.slots {
             let (m, v) = match &mut slot.moments {
@@ -233,12 +241,13 @@ impl AdamW {
     }
 }
 
-/// The first moment, or the second.
+/// In-place update of the first moment, or of the second with `squared`.
 struct Moment {
     rates: Rates,
     squared: bool,
 }
 
+/// Returns both storages as f32 slices of equal length, or an error.
 fn both<'a>(s1: &'a mut CpuStorage, s2: &'a CpuStorage) -> candle_core::Result<(&'a mut [f32], &'a [f32])> {
     match (s1, s2) {
         (CpuStorage::F32(a), CpuStorage::F32(b)) if a.len() == b.len() => Ok((a, b)),
@@ -272,7 +281,7 @@ impl InplaceOp2 for Moment {
     }
 }
 
-/// Moments of eight bits and the weights in one pass.
+/// In-place update of weights and 8-bit moments in one pass.
 struct Step<'a> {
     moments: RefCell<&'a mut EightBits>,
     rates: Rates,
@@ -296,6 +305,7 @@ impl InplaceOp2 for Step<'_> {
     }
 }
 
+/// In-place update of the weights from f32 moments.
 struct Update(Rates);
 
 impl InplaceOp3 for Update {
@@ -331,15 +341,15 @@ mod tests {
 
     use super::*;
 
-    /// The update written out for one scalar, in f64.
+    /// Compares the optimizer with the update formula for one scalar in f64.
     #[test]
-    fn agrees_with_the_formula() {
+    fn update_matches_the_formula_for_a_scalar() {
         for eight_bits in [false, true] {
             follows(eight_bits);
         }
     }
 
-    /// In eight bits the moments of a block of one value are exact.
+    /// Runs five steps. A block of one value stores 8-bit moments exactly, so both variants meet the same tolerance.
     fn follows(eight_bits: bool) {
         let config = AdamWConfig {
             beta1: 0.9,

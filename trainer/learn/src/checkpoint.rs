@@ -1,4 +1,5 @@
-//! Checkpoints: a folder `checkpoint-N` made whole by one rename, with everything that the next step depends on.
+//! Checkpoints: folders `checkpoint-N` with weights, moments and data position, which determine all later steps. A
+//! rename publishes a checkpoint atomically. The format is not that of `transformers`' trainer.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -11,48 +12,50 @@ use serde::{Deserialize, Serialize};
 use crate::adamw::AdamW;
 use crate::error::LearnError;
 
-/// Where a run stands. Together with weights and moments this fixes every later step.
+/// Position of a run. With weights and moments it determines every later step.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Cursor {
-    /// Hash of data, phases and settings; another hash never resumes from here.
+    /// Hash of data, settings and base model. A checkpoint resumes only a run with the same hash.
     pub run_hash: String,
-    /// Index of the phase.
+    /// Index of the current phase.
     pub phase: usize,
-    /// Steps done in it.
+    /// Steps done in the current phase.
     pub step: usize,
-    /// Steps done in all.
+    /// Steps done in all phases.
     pub global_step: usize,
-    /// Steps that the optimiser counts.
+    /// Optimizer steps since its moments were last reset.
     pub optimiser_step: usize,
-    /// What was logged so far.
+    /// Log entries of all steps so far.
     pub log: Vec<LogEntry>,
 }
 
-/// One line of the training log.
+/// Log entry of one step, as in `trainer_state.json` of transformers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LogEntry {
-    /// Step in all.
+    /// Steps done in all phases, including this one.
     pub step: usize,
-    /// Times the data were seen.
+    /// Passes over the data of the current phase so far.
     pub epoch: f64,
-    /// Mean loss per learnt token.
+    /// Loss of the step.
     pub loss: f64,
-    /// Norm of the gradients before clipping.
+    /// Global norm of the gradients before clipping; 0 if the update was skipped.
     pub grad_norm: f64,
-    /// Rate of the step.
+    /// Learning rate of the step.
     pub learning_rate: f64,
-    /// Seconds since 1970.
+    /// Unix time in seconds.
     pub wall_time: f64,
-    /// What else the algorithm measures: rewards, margins, divergences.
+    /// Further metrics of the algorithm, such as rewards, margins and divergences.
     #[serde(flatten)]
     pub metrics: BTreeMap<String, f64>,
 }
 
+/// Returns a checkpoint error for `path`.
 fn broken(path: &Path, problem: impl ToString) -> LearnError {
     LearnError::Checkpoint { path: path.to_owned(), problem: problem.to_string() }
 }
 
-/// Writes `checkpoint-N` under `folder` and removes all but the newest `keep`.
+/// Writes `checkpoint-N` to `folder`, where `N` is the global step. Removes all but the newest `keep` checkpoints; at
+/// least one stays.
 pub fn save(
     folder: &Path,
     cursor: &Cursor,
@@ -77,7 +80,7 @@ pub fn save(
     Ok(())
 }
 
-/// Checkpoints under `folder`, oldest first.
+/// Returns the checkpoints in `folder` as (step, path), oldest first.
 fn list(folder: &Path) -> Vec<(usize, PathBuf)> {
     let mut found: Vec<(usize, PathBuf)> = std::fs::read_dir(folder)
         .into_iter()
@@ -92,7 +95,8 @@ fn list(folder: &Path) -> Vec<(usize, PathBuf)> {
     found
 }
 
-/// Loads the newest checkpoint of this run into variables and optimiser; `None` when there is none.
+/// Loads the newest checkpoint into `variables` and `optimiser`. Returns `None` if there is no checkpoint, and
+/// [`LearnError::OtherRun`] if its hash differs from `run_hash`.
 pub fn resume(
     folder: &Path,
     run_hash: &str,

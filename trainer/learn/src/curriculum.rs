@@ -1,6 +1,10 @@
-//! The order of the lessons. As DistilQwen2.5-R1 has it: medium traces first, then hard ones with a share of the medium
-//! ones replayed at a lower rate. When asked, by cognitive difficulty, window after window, as for the adaptive series; or
-//! all at once, shuffled, to compare with. Optimiser and schedule start afresh in each phase.
+//! Curriculum: divides the training set into phases of rising difficulty.
+//!
+//! By default as in DistilQwen2.5-R1: medium traces first, then hard ones at a lower learning rate, with a fraction of
+//! the medium ones replayed. Alternatives: windows of cognitive difficulty (for the adaptive series), or one shuffled
+//! phase as baseline.
+//!
+//! Optimizer and learning rate schedule restart in each phase. The order within a phase is shuffled elsewhere.
 
 use potstill_data::records::Difficulty;
 use rand::SeedableRng;
@@ -11,42 +15,42 @@ use serde::{Deserialize, Serialize};
 /// One phase of a training run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Phase {
-    /// For logs and checkpoints.
+    /// Name, for logs and checkpoints.
     pub name: String,
-    /// Indices of its examples.
+    /// Indices of the phase's examples.
     pub examples: Vec<usize>,
-    /// Times that each example is seen; fractions are allowed.
+    /// Number of passes over the examples; fractions are allowed.
     pub epochs: f64,
     /// Peak learning rate.
     pub learning_rate: f64,
 }
 
-/// What the lessons are ordered by.
+/// Criterion that orders the examples.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Order {
     /// Difficulty of the trace for the student: medium, then hard.
     #[default]
     Difficulty,
-    /// Cognitive difficulty: 0 to 2, 3 to 5, 6 to 9.
+    /// Cognitive difficulty in three windows: 0 to 2, 3 to 5, 6 to 9.
     Cd,
-    /// None: one phase over everything, as long as the first two orders take together.
+    /// No order: one phase over all examples, with as many example visits as the order by difficulty.
     Shuffled,
 }
 
-/// How the phases are made.
+/// Settings of the curriculum.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Curriculum {
-    /// What the lessons are ordered by.
+    /// Criterion that orders the examples.
     pub order: Order,
-    /// Epochs over the medium traces, and over each window of cognitive difficulty.
+    /// Epochs over the medium traces, or over each window of cognitive difficulty.
     pub medium_epochs: f64,
     /// Epochs over the hard traces and the replayed ones.
     pub hard_epochs: f64,
-    /// Share of the earlier traces that a later phase replays, 0 to 1.
+    /// Fraction of the examples of earlier phases that a later phase replays, 0 to 1.
     pub replay: f64,
-    /// Rate of the later phases as a share of the first one.
+    /// Learning rate of later phases as a fraction of the first phase's rate.
     pub hard_rate: f64,
 }
 
@@ -56,17 +60,19 @@ impl Default for Curriculum {
     }
 }
 
-/// What is known of a lesson.
+/// Difficulty of one example, for the curriculum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lesson {
     /// Difficulty of the trace for the student.
     pub difficulty: Difficulty,
-    /// Cognitive difficulty, 0 to 9.
+    /// Cognitive difficulty, 0 to 9; `None` if unscored.
     pub cd: Option<u8>,
 }
 
-/// Phases for the lessons. Easy and unscored traces count as medium: what is left of them after the rewrite stage has been
-/// verified. Lessons without a cognitive difficulty count as the middle window. A side without lessons gives no phase.
+/// Returns the phases for `lessons` (one entry per example). `learning_rate` is the peak of the first phase.
+///
+/// Easy and unscored traces count as medium, because the rewrite stage has already verified the remaining easy ones.
+/// Examples without a cognitive difficulty count as 4, in the middle window. A phase without examples is left out.
 pub fn phases(lessons: &[Lesson], curriculum: Curriculum, learning_rate: f64, seed: u64) -> Vec<Phase> {
     let by_difficulty = || {
         let (mut hard, mut medium) = (Vec::new(), Vec::new());
@@ -96,7 +102,7 @@ pub fn phases(lessons: &[Lesson], curriculum: Curriculum, learning_rate: f64, se
     }
 }
 
-/// One phase after the other; each later one replays a share of what came before.
+/// Returns one phase per part. Each later phase replays a random fraction of all earlier examples.
 fn staged<'a>(
     parts: impl IntoIterator<Item = ((&'a str, Vec<usize>), f64)>,
     curriculum: Curriculum,
@@ -128,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn medium_first_then_hard_with_replay() {
+    fn orders_by_difficulty_or_cd_or_shuffles_with_equal_visits() {
         use Difficulty::{Easy, Hard, Medium};
         let curriculum = Curriculum { replay: 0.5, ..Curriculum::default() };
         let lessons: Vec<Lesson> = [(Medium, 1), (Hard, 7), (Easy, 4), (Hard, 5), (Medium, 2), (Medium, 3)]

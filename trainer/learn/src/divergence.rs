@@ -1,29 +1,31 @@
-//! Divergences between a teacher's distribution `p` and a student's `q`, with their gradient by `q`: pure functions over
-//! classes, which are tokens and, for a teacher that only tells its likeliest ones, one class for all the rest.
+//! Divergences between a teacher's distribution `p` and a student's distribution `q`, with their gradient with respect
+//! to `q`. Pure functions over classes. A class is a token; a teacher with only its top-`k` tokens adds one class for
+//! the rest.
 
 use serde::{Deserialize, Serialize};
 
-/// Which divergence is minimised.
+/// Divergence that training minimizes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Divergence {
-    /// `Σ p log(p / q)`: the student covers what the teacher might say.
+    /// Forward KL, `Σ p log(p / q)`: the student covers all tokens that the teacher finds likely.
     #[default]
     ForwardKl,
-    /// `Σ q log(q / p)`: the student stays with what the teacher would say.
+    /// Reverse KL, `Σ q log(q / p)`: the student concentrates on the teacher's most likely tokens.
     ReverseKl,
-    /// Generalised Jensen-Shannon (Agarwal et al. 2024): `β KL(p, m) + (1 - β) KL(q, m)`, `m = β p + (1 - β) q`.
+    /// Generalized Jensen-Shannon divergence with `β` (Agarwal et al. 2024): `β KL(p, m) + (1 - β) KL(q, m)`, `m = β p
+    /// + (1 - β) q`.
     Jsd(f64),
-    /// Adaptive (Wu et al. 2024): forward and reverse weighted by the gap between `p` and `q` over the teacher's head (half of
-    /// its mass) and over its tail.
+    /// Adaptive KL (Wu et al. 2024): forward and reverse KL, weighted by the gap between `p` and `q` over the head and
+    /// the tail of `p`. The head holds half of the teacher's mass.
     AdaptiveKl,
 }
 
-/// Probabilities below this count as this: logarithms stay finite.
+/// Lower bound of probabilities inside logarithms and quotients, to keep them finite.
 const LEAST: f64 = 1e-12;
 
 impl Divergence {
-    /// The divergence; `gradient` gets `∂/∂q`. All three slices are of one length, `p` and `q` sum to 1.
+    /// Returns the divergence and writes `∂/∂q` to `gradient`. All slices have equal length; `p` and `q` each sum to 1.
     pub fn of(self, p: &[f64], q: &[f64], gradient: &mut [f64]) -> f64 {
         let log = |value: f64| value.max(LEAST).ln();
         match self {
@@ -50,7 +52,7 @@ impl Divergence {
                     let m = beta * p + (1.0 - beta) * q;
                     let (of_p, of_q) = (log(*p) - log(m), log(*q) - log(m));
                     sum += beta * p * of_p + (1.0 - beta) * q * of_q;
-                    // The terms that come from `m` itself cancel: β p/m + (1 - β) q/m = 1.
+                    // The derivatives of `m` cancel: β p/m + (1 - β) q/m = 1.
                     *g = (1.0 - beta) * of_q;
                 }
                 sum
@@ -69,7 +71,8 @@ impl Divergence {
     }
 }
 
-/// Share of the gap `|p - q|` that lies in the likeliest classes holding half of the teacher's mass; no gradient.
+/// Returns the fraction of the gap `Σ |p - q|` in the head: the most likely classes that hold half of the teacher's
+/// mass. The fraction is treated as a constant, without gradient. Returns 0.5 if there is no gap.
 fn head_share(p: &[f64], q: &[f64]) -> f64 {
     let mut order: Vec<usize> = (0..p.len()).collect();
     order.sort_unstable_by(|&a, &b| p[b].total_cmp(&p[a]).then(a.cmp(&b)));
@@ -98,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn closed_forms() {
+    fn kl_and_jsd_match_closed_forms() {
         let (p, q) = ([0.5, 0.5], [0.25, 0.75]);
         let mut g = [0.0; 2];
         let forward = Divergence::ForwardKl.of(&p, &q, &mut g);
@@ -112,9 +115,9 @@ mod tests {
     }
 
     proptest! {
-        /// Gradients by central differences along directions that keep the sum, as a softmax does.
+        /// Moves mass between two classes, so that the sum stays 1 as after a softmax.
         #[test]
-        fn gradients_agree_with_differences(
+        fn divergence_gradients_match_central_differences(
             p in prop::collection::vec(0.05f64..1.0, 2..8),
             q in prop::collection::vec(0.05f64..1.0, 8),
             beta in 0.1f64..0.9,

@@ -1,8 +1,11 @@
-//! Direct preference optimisation (Rafailov et al. 2023, equation 7) with a `beta` per pair (CogPO, Cai et al. 2025):
-//! `L = -log σ(β [(log π(c) - log π₀(c)) - (log π(r) - log π₀(r))]) + α · NLL(c)`, mean over pairs; `c` is chosen, `r`
-//! rejected, `π₀` the model that training starts from, and the last term the mean loss of the chosen tokens.
+//! Direct preference optimization (Rafailov et al. 2023, equation 7) with a `beta` per pair (CogPO, Cai et al. 2025).
 //!
-//! The reference's log-probabilities are computed once, before training, and kept beside the checkpoints.
+//! `L = -log σ(β [(log π(c) - log π₀(c)) - (log π(r) - log π₀(r))]) + α · NLL(c)`, mean over pairs. `c` is the chosen
+//! and `r` the rejected completion, and `π₀` the starting model. `NLL(c)` is the mean loss of the chosen tokens (TRL:
+//! `rpo_alpha`).
+//!
+//! Reference log probabilities are computed once, before training, and stored beside the checkpoints. No reference
+//! model stays in memory.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -23,30 +26,30 @@ use crate::packing;
 use crate::run::{Observe, RunConfig, RunReport, StepOutcome, plan, run, run_hash, tokens_hash};
 use crate::sft::Learnt;
 
-/// A preference: of two answers to one prompt, which is better.
+/// A preference between two completions of one prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pair {
-    /// The better one.
+    /// Prompt with the better completion.
     pub chosen: Example,
-    /// The worse one.
+    /// Prompt with the worse completion.
     pub rejected: Example,
-    /// Strength of this pair; the run's `beta` where there is none.
+    /// `beta` of this pair; `None` uses the run's `beta`.
     pub beta: Option<f64>,
 }
 
-/// Settings.
+/// Settings of DPO.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DpoConfig {
-    /// How closely the model stays at the reference.
+    /// Strength of the pull towards the reference model (TRL: `beta`).
     pub beta: f64,
-    /// Weight of the loss on the chosen tokens.
+    /// Weight α of the NLL term of the chosen completion (TRL: `rpo_alpha`); 0 turns the term off.
     pub nll: f64,
     /// Peak learning rate.
     pub learning_rate: f64,
-    /// Times that each pair is seen.
+    /// Number of passes over the pairs.
     pub epochs: f64,
-    /// Steps, optimiser, checkpoints.
+    /// Settings of the training loop.
     pub run: RunConfig,
 }
 
@@ -56,7 +59,10 @@ impl Default for DpoConfig {
     }
 }
 
-/// Trains a copy of `model` on the pairs. Files go to `folder`.
+/// Trains a copy of `model` on `pairs`. Checkpoints, logs and the reference log probabilities go to `folder`.
+///
+/// Pairs with a completion longer than `max_length` or the model's context are dropped. Fails if none remains, if both
+/// completions of a pair are equal, or if a `beta` is not positive.
 pub fn dpo(
     model: &LoadedModel,
     pairs: &[Pair],
@@ -123,15 +129,16 @@ pub fn dpo(
     Ok((learner, RunReport { examples: pairs.len() - too_long, too_long, ..report }))
 }
 
-/// A loss over some pairs, and what else was measured, summed over them.
+/// Loss of some pairs, with statistics.
 pub struct DpoLoss {
-    /// Divided by the normaliser.
+    /// Sum of the pairs' losses divided by the normalizer, a scalar with gradient.
     pub loss: Tensor,
-    /// Sums over the pairs.
+    /// Named metrics, each summed over the pairs: accuracy, margin, rewards of chosen and rejected.
     pub sums: [(&'static str, f64); 4],
 }
 
-/// The loss of some pairs, divided by `normaliser`. `reference` holds `log π₀` of chosen and rejected.
+/// Computes the sum of the pairs' losses, divided by `normaliser`. `reference` holds `log π₀` of chosen and rejected
+/// for each pair.
 pub fn dpo_loss(
     lm: &CausalLm,
     pairs: &[&Pair],
@@ -142,7 +149,7 @@ pub fn dpo_loss(
     let n = pairs.len();
     let sums = sequence_log_probs(lm, pairs)?;
     let device = sums.device();
-    // Rows are chosen, rejected, chosen, rejected, …
+    // Rows alternate: chosen, rejected, chosen, rejected, …
     let policy = sums.reshape((n, 2))?;
     let start = Tensor::from_slice(&reference.concat(), (n, 2), device)?;
     let gain = (&policy - start)?;
@@ -168,19 +175,19 @@ pub fn dpo_loss(
     Ok(DpoLoss { loss: (loss / normaliser)?, sums })
 }
 
-/// `log(1 + exp(x))` without overflow.
+/// Computes `log(1 + exp(x))` without overflow.
 pub(crate) fn softplus(x: &Tensor) -> candle_core::Result<Tensor> {
     x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?
 }
 
-/// `log π` of the learnt tokens of chosen, rejected, chosen, …: `[2 n]`.
+/// Returns `log π` of each completion, summed over its tokens: `[2 n]` in the order chosen, rejected, chosen, …
 fn sequence_log_probs(lm: &CausalLm, pairs: &[&Pair]) -> Result<Tensor, LearnError> {
     let learnt = Learnt::new(pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]));
     let each = linear_log_prob(&learnt.hidden(lm)?, lm.head()?, &learnt.targets, lm.precision())?;
     Ok(sum_by(&each, &learnt.counts)?)
 }
 
-/// Sums of consecutive runs of `values`, `counts[i]` in run `i`.
+/// Sums consecutive segments of `values`; segment `i` has `counts[i]` values.
 pub(crate) fn sum_by(values: &Tensor, counts: &[usize]) -> candle_core::Result<Tensor> {
     let owner: Vec<u32> =
         counts.iter().enumerate().flat_map(|(run, &count)| std::iter::repeat_n(run as u32, count)).collect();
@@ -188,7 +195,8 @@ pub(crate) fn sum_by(values: &Tensor, counts: &[usize]) -> candle_core::Result<T
     Tensor::zeros(counts.len(), values.dtype(), values.device())?.index_add(&owner, values, 0)
 }
 
-/// `log π₀` of every pair, from the file of an earlier start where it belongs to this run.
+/// Returns `log π₀` of chosen and rejected for every pair. Reads the file that an earlier start of the same run stored,
+/// or computes and writes it.
 fn reference(
     model: &LoadedModel,
     pairs: &[Pair],

@@ -1,7 +1,11 @@
-//! Moments in eight bits (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"): a block of 256 values shares its
-//! largest magnitude; each is the nearest of numbers that lie denser the smaller they are (the paper's dynamic tree, section 2.2).
-//! A quarter of the memory, and next to no difference to what is learnt. What differs: a second moment above zero never becomes
-//! zero, so that no step is divided by next to nothing.
+//! 8-bit moments for AdamW (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
+//!
+//! A block of 256 values shares its largest magnitude as scale. Each value is stored as the nearest of up to 256
+//! levels, which lie denser towards zero (dynamic tree quantization, section 2.2). Moments need about a quarter of the
+//! memory.
+//!
+//! One difference from the paper: a positive second moment is never rounded to zero. Otherwise a step would be divided
+//! by almost zero. GPUs are not supported.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -14,41 +18,42 @@ use crate::error::LearnError;
 
 /// Values that share a scale.
 const BLOCK: usize = 256;
-/// Blocks that one parallel task takes.
+/// Blocks per parallel task.
 const BLOCKS_PER_TASK: usize = 64;
-/// Bits of a number behind those that find its level: 8 of the exponent and 6 of the mantissa stay.
+/// Low bits of an f32 that the lookup of levels ignores. Sign, 8 bits of the exponent and 6 of the mantissa remain.
 const SHIFT: u32 = 17;
 
-/// Both moments of one variable.
+/// Both moments of one variable, quantized.
 pub(crate) struct EightBits {
     m: Quantised,
     v: Quantised,
 }
 
-/// Codes, and the largest magnitude of each block.
+/// One quantized moment: a code per value, and the largest magnitude of each block as scale.
 struct Quantised {
     codes: Vec<u8>,
     scales: Vec<f32>,
 }
 
-/// Numbers from 0 to 1 in rising order, and where to look for the nearest. All arrays are as long as their indices can be.
+/// Levels from 0 to 1 in rising order, with tables to find the nearest. Arrays cover the whole range of their index
+/// type, which removes bounds checks.
 struct Levels {
-    /// By code: with a sign bit where there is one.
+    /// Value of each code. Signed levels repeat as negative values from code 128 on.
     values: [f32; 256],
-    /// Between a level and the next; beyond the last nothing is.
+    /// Midpoint between each level and the next; infinity after the last.
     middles: [f32; 256],
-    /// By the first bits of a number: the level of the smallest number that begins like this.
+    /// Indexed by the high bits of a number in 0 to 1: level nearest to the smallest number with these bits.
     first: Box<[u8; 1 << (u32::BITS - SHIFT)]>,
 }
 
-/// For the first moment: 128 levels, and a bit for the sign.
+/// Levels of the first moment: 128 magnitudes and a sign bit.
 static SIGNED: LazyLock<Levels> = LazyLock::new(|| Levels::new(7));
-/// For the second.
+/// Levels of the second moment: 256 values without sign.
 static UNSIGNED: LazyLock<Levels> = LazyLock::new(|| Levels::new(8));
 
 impl Levels {
-    /// `2^bits` levels: 0, 1 and, in each of seven decades, the middles of as many equal parts as there are bits for; each decade
-    /// has twice as many as the one below.
+    /// Returns `2^bits` levels: 0, 1, and the levels of seven decades. A decade is divided into equal parts, whose
+    /// midpoints are its levels. Each decade has twice as many parts as the decade below.
     fn new(bits: u32) -> Self {
         let mut rising = vec![0.0];
         for decade in 0..7 {
@@ -57,13 +62,13 @@ impl Levels {
             let middle = |part: usize| 0.1 + (part as f64 + 0.5) * width;
             rising.extend((0..parts).map(|part| (middle(part) * 10f64.powi(decade as i32 - 6)) as f32));
         }
-        // The one too many is the smallest.
+        // With 7 bits there is one level too many; the smallest is dropped.
         let surplus = (rising.len() + 1).saturating_sub(1 << bits);
         rising.drain(1..1 + surplus);
         rising.push(1.0);
         let (mut values, mut middles) = ([0.0; 256], [f32::INFINITY; 256]);
         for (level, value) in rising.iter().enumerate() {
-            // With a sign, the same again below zero.
+            // Signed levels also fill the upper half of the codes, as negative values.
             values[level + (256 - (1 << bits))] = -value;
             values[level] = *value;
         }
@@ -78,27 +83,29 @@ impl Levels {
         Self { values, middles, first }
     }
 
-    /// The level nearest to `x`, from 0 to 1.
+    /// Returns the level nearest to `x`, which lies in 0 to 1.
     #[inline(always)]
     fn nearest(&self, x: f32) -> u8 {
         let mut level = self.first[(x.to_bits() >> SHIFT) as usize];
-        // No more than two of the middles begin with the same bits.
+        // At most two midpoints share the same high bits, so two comparisons suffice.
         level += u8::from(x > self.middles[level as usize]);
         level + u8::from(x > self.middles[level as usize])
     }
 }
 
-/// The largest of some numbers that are not negative.
+/// Returns the largest of some non-negative numbers, or 0.
 #[inline(always)]
 fn largest(numbers: impl Iterator<Item = f32>) -> f32 {
     numbers.fold(0.0, |most, number| if number > most { number } else { most })
 }
 
 impl Quantised {
+    /// Returns `count` zeros.
     fn zeros(count: usize) -> Self {
         Self { codes: vec![0; count], scales: vec![0.0; count.div_ceil(BLOCK)] }
     }
 
+    /// Returns codes and scales as tensors on the CPU.
     fn tensors(&self) -> Result<[Tensor; 2], LearnError> {
         let codes = Tensor::from_slice(&self.codes, self.codes.len(), &Device::Cpu)?;
         Ok([codes, Tensor::from_slice(&self.scales, self.scales.len(), &Device::Cpu)?])
@@ -106,11 +113,12 @@ impl Quantised {
 }
 
 impl EightBits {
+    /// Returns zero moments for a variable of `count` values.
     pub(crate) fn zeros(count: usize) -> Self {
         Self { m: Quantised::zeros(count), v: Quantised::zeros(count) }
     }
 
-    /// One step of AdamW over the values and gradients of the variable.
+    /// Applies one AdamW step to the values `theta` of a variable, given its gradient.
     pub(crate) fn step(&mut self, theta: &mut [f32], gradient: &[f32], rates: &Rates) {
         let (signed, unsigned) = (&*SIGNED, &*UNSIGNED);
         const TASK: usize = BLOCK * BLOCKS_PER_TASK;
@@ -126,7 +134,7 @@ impl EightBits {
                 {
                     let count = theta.len();
                     let (mut m, mut v) = ([0f32; BLOCK], [0f32; BLOCK]);
-                    // One thing at a time, so that the compiler may vectorise what can be.
+                    // Separate loops, so that the compiler can vectorize each.
                     for (m, code) in m.iter_mut().zip(&*m_codes) {
                         *m = signed.values[*code as usize] * *m_scale;
                     }
@@ -141,7 +149,7 @@ impl EightBits {
                     }
                     *m_scale = largest(m[..count].iter().map(|m| m.abs()));
                     *v_scale = largest(v[..count].iter().copied());
-                    // Of a block of zeros every share is zero.
+                    // In a block of zeros every quotient is zero.
                     let share = |most: f32| if most > 0.0 { 1.0 / most } else { 0.0 };
                     let (m_share, v_share) = (share(*m_scale), share(*v_scale));
                     for (code, m) in m_codes.iter_mut().zip(&m) {
@@ -156,7 +164,7 @@ impl EightBits {
         );
     }
 
-    /// As tensors `m.NAME`, `m_scale.NAME` and likewise for `v`.
+    /// Inserts the tensors `m.NAME`, `m_scale.NAME`, `v.NAME` and `v_scale.NAME` into `state`.
     pub(crate) fn state(&self, name: &str, state: &mut HashMap<String, Tensor>) -> Result<(), LearnError> {
         for (moment, quantised) in [("m", &self.m), ("v", &self.v)] {
             let [codes, scales] = quantised.tensors()?;
@@ -166,7 +174,7 @@ impl EightBits {
         Ok(())
     }
 
-    /// Puts back what [`EightBits::state`] gave.
+    /// Restores the moments that [`EightBits::state`] inserted. Fails if a tensor is missing or has another length.
     pub(crate) fn restore(&mut self, name: &str, state: &HashMap<String, Tensor>) -> Result<(), LearnError> {
         for (moment, quantised) in [("m", &mut self.m), ("v", &mut self.v)] {
             let missing =
@@ -203,7 +211,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_nearest_level_is_found(mantissa in 0.0f32..=1.0, scale in 0i32..9) {
+        fn nearest_returns_the_closest_level(mantissa in 0.0f32..=1.0, scale in 0i32..9) {
             let x = mantissa * 10f32.powi(-scale);
             for (levels, count) in [(&*SIGNED, 128), (&*UNSIGNED, 256)] {
                 let found = levels.values[levels.nearest(x) as usize];

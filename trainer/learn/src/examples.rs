@@ -1,28 +1,34 @@
-//! Conversations to token rows with a mask: only what the assistant wrote is learnt, its end-of-turn token included.
+//! Tokenizes conversations into training examples with a loss mask. Only the assistant's turns count in the loss,
+//! including their end-of-turn token (TRL: `assistant_only_loss`).
 
 use potstill_engine::loader::LoadedModel;
 use serde_json::{Value, json};
 
 use crate::error::LearnError;
 
-/// One training example.
+/// One tokenized training example.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Example {
     /// Token ids of the whole conversation.
     pub tokens: Vec<u32>,
-    /// Which of them are learnt; never the first.
+    /// Loss mask, one entry per token: true where the token counts in the loss. The first entry is always false.
     pub learnt: Vec<bool>,
 }
 
 impl Example {
-    /// Tokens that count in the loss.
+    /// Returns the number of tokens that count in the loss.
     pub fn targets(&self) -> usize {
         self.learnt.iter().filter(|learnt| **learnt).count()
     }
 }
 
-/// Renders `messages` with the model's own template. The text before each assistant turn is the template's rendering of
-/// the turns before it with the generation prompt, exactly what the model sees when it is served.
+/// Renders `messages` with the model's chat template and tokenizes the result.
+///
+/// The text before an assistant turn is the template's rendering of all earlier turns with the generation prompt. A
+/// served model sees exactly this text.
+///
+/// Fails if there is no assistant turn, if the template rewrites earlier turns, or if a token lies outside the model's
+/// vocabulary.
 pub fn encode(model: &LoadedModel, messages: &[Value]) -> Result<Example, LearnError> {
     let (mut tokens, mut learnt) = (Vec::new(), Vec::new());
     let mut done = String::new();

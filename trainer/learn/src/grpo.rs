@@ -1,10 +1,12 @@
-//! Group relative policy optimisation (Shao et al. 2024, equation 3) with the rewards of "Thinking with DistilQwen".
+//! Group relative policy optimization (Shao et al. 2024, equation 3) with the rewards of "Thinking with DistilQwen".
 //!
-//! One step: every prompt gets a group of completions from the model as it is; their rewards ([`crate::rewards`]), centred
-//! within the group, are the advantages `A`; then, per token, with `r = exp(log π - log π_old)`:
-//! `L = -min(r A, clip(r, 1 - ε_low, 1 + ε_high) A) + β (exp(d) - d - 1)`, `d = log π₀ - log π` (the k3 estimate of the
-//! divergence from the model that training starts from). Differences from the papers: the upper clip is higher (DAPO),
-//! tokens of all completions weigh the same by default (DAPO), completions that the limit cut off are not learnt from.
+//! Per step the current model samples a group of completions for every prompt. Their rewards ([`crate::rewards`]),
+//! centered within the group, are the advantages `A`. The loss per token, with `r = exp(log π - log π_old)`, is `L =
+//! -min(r A, clip(r, 1 - ε_low, 1 + ε_high) A) + β (exp(d) - d - 1)`. `d = log π₀ - log π` compares with the starting
+//! model `π₀`; the last term is the k3 estimate of the KL divergence.
+//!
+//! Two defaults follow DAPO: a higher upper clip, and equal weight for all tokens. Truncated completions are masked
+//! out.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -28,20 +30,21 @@ use crate::run::{
 };
 use crate::sft::Learnt;
 
-/// How tokens of different completions weigh.
+/// Weights of tokens in completions of different length (TRL: `loss_type`).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Weighting {
-    /// Every token of the step the same (DAPO).
+    /// Every token of the step has equal weight (DAPO; TRL: `dapo`).
     #[default]
     Token,
-    /// Every completion the same (DeepSeekMath).
+    /// Every completion has equal weight (DeepSeekMath; TRL: `grpo`).
     Sequence,
-    /// Every token the same, over the limit instead of the length (Dr. GRPO).
+    /// Every token has equal weight, normalized by `max_tokens` instead of the actual length (Dr. GRPO; TRL:
+    /// `dr_grpo`).
     Limit,
 }
 
-/// Settings.
+/// Settings of GRPO.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GrpoConfig {
@@ -49,39 +52,39 @@ pub struct GrpoConfig {
     pub learning_rate: f64,
     /// Prompts per step.
     pub prompts: usize,
-    /// Times that each prompt is seen.
+    /// Number of passes over the prompts.
     pub epochs: f64,
-    /// Completions per prompt.
+    /// Completions per prompt, at least 2 (TRL: `num_generations`).
     pub group: usize,
-    /// Optimiser steps on the completions of one step.
+    /// Optimizer steps per batch of rollouts (TRL: `num_iterations`).
     pub updates: usize,
-    /// Sampling temperature.
+    /// Sampling temperature, above 0 and at most 2.
     pub temperature: f64,
-    /// Nucleus sampling.
+    /// Nucleus sampling: probability mass of the tokens to sample from, above 0 and at most 1.
     pub top_p: f64,
-    /// Limit on new tokens.
+    /// Maximum number of new tokens per completion.
     pub max_tokens: usize,
-    /// How far a token's probability may fall before its gradient ends.
+    /// Lower clipping range of the probability ratio, 0 to 1 (TRL: `epsilon`).
     pub clip_low: f64,
-    /// How far it may rise.
+    /// Upper clipping range of the probability ratio, at least 0 (TRL: `epsilon_high`).
     pub clip_high: f64,
-    /// Weight of the divergence from the start; 0 saves the reference model.
+    /// Weight of the KL divergence from the starting model (TRL: `beta`). With 0 no reference model is kept in memory.
     pub kl: f64,
-    /// Divide advantages by the deviation within the group.
+    /// Whether advantages are divided by the standard deviation of their group (TRL: `scale_rewards`).
     pub by_deviation: bool,
-    /// How tokens weigh.
+    /// Weights of tokens in completions of different length.
     pub weighting: Weighting,
-    /// Learn from completions that the limit cut off, too.
+    /// Whether truncated completions count in the loss (the opposite of TRL's `mask_truncated_completions`).
     pub learn_truncated: bool,
-    /// The run stops when more of the completions than this are cut off, on the mean of ten steps.
+    /// Maximum fraction of truncated completions, 0 to 1, as mean of the last ten steps. Above it the run stops.
     pub max_truncated: f64,
-    /// Where RV shall lie, for runs with an RV reward model.
+    /// Interval without penalty for RV, on the reward model's scale of 0 to 1. Needs an RV reward model.
     pub rv: Interval,
-    /// Where CD shall lie, likewise.
+    /// Interval without penalty for CD, on the reward model's scale of 0 to 1. Needs a CD reward model.
     pub cd: Interval,
-    /// Reward the style of right answers only.
+    /// Whether RV and CD penalties apply to correct answers only.
     pub style_if_correct: bool,
-    /// Steps, optimiser, checkpoints; `batch_tokens` is not used.
+    /// Settings of the training loop; `batch_tokens` is ignored.
     pub run: RunConfig,
 }
 
@@ -112,7 +115,7 @@ impl Default for GrpoConfig {
 }
 
 impl GrpoConfig {
-    /// Every setting that cannot be, with its name.
+    /// Returns one message per invalid setting; empty if all are valid.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut need = |fine: bool, problem: &str| {
@@ -142,32 +145,33 @@ impl GrpoConfig {
     }
 }
 
-/// A problem to practise on.
+/// A training prompt with its reference answer.
 #[derive(Debug, Clone)]
 pub struct Prompt {
-    /// The problem alone, as reward models see it.
+    /// Text of the problem, as reward models read it.
     pub problem: String,
-    /// What the model is asked, up to where it goes on.
+    /// Token ids of the rendered prompt, up to the start of the completion.
     pub tokens: Vec<u32>,
-    /// The prompt ends inside the thinking.
+    /// Whether the prompt ends inside an open `<think>` block.
     pub opened: bool,
-    /// What is right.
+    /// Reference answer or tests for the verifier.
     pub gold: Gold,
 }
 
-/// Scores completions: rules for form and answer, reward models for RV and CD where there are some.
+/// Computes rewards: rules for format and accuracy, and optional reward models for RV and CD.
 #[derive(Default)]
 pub struct Rewards {
-    /// Decides whether answers are right.
+    /// Decides whether an answer is correct.
     pub verifier: Verifier,
-    /// Predicts Reasoning Verbosity.
+    /// Predicts reasoning verbosity, 0 to 1.
     pub rv: Option<RewardModel>,
-    /// Predicts Cognitive Difficulty.
+    /// Predicts cognitive difficulty, 0 to 1.
     pub cd: Option<RewardModel>,
 }
 
 impl Rewards {
-    /// Rewards in the order of `completions`.
+    /// Returns one reward per completion, in the same order. A truncated completion gets 0 for format and accuracy.
+    /// Fails if the sandbox for programs cannot run.
     pub fn score(
         &self,
         completions: &[(&Prompt, &Completion)],
@@ -213,22 +217,26 @@ impl Rewards {
     }
 }
 
-/// Completions of one step, ready to learn from.
+/// The rollouts of one step with their advantages.
 struct Experience {
     rollout: usize,
     examples: Vec<Example>,
     advantages: Vec<f64>,
-    /// Weight of each token of a completion in the loss; 0 leaves it out.
+    /// Weight of each token of a completion in the loss, per completion; 0 masks the completion out.
     weights: Vec<f64>,
-    /// `log π_old` and `log π₀` of the completions' tokens, by completion; computed where they are needed.
+    /// `log π_old` of the completions' tokens, per completion. Only present with several updates per rollout.
     old: Option<Vec<Vec<f32>>>,
+    /// `log π₀` of the completions' tokens, per completion. Only present with a KL term.
     reference: Option<Vec<Vec<f32>>>,
     metrics: BTreeMap<String, f64>,
-    /// One problem and what was written about it, with its reward.
+    /// One problem with a completion and its reward, for display.
     sample: Option<String>,
 }
 
-/// Trains a copy of `model` on the prompts. Files go to `folder`.
+/// Trains a copy of `model` on `prompts`. Checkpoints and logs go to `folder`.
+///
+/// Prompts without room for `max_tokens` new tokens are dropped. Fails if fewer than `config.prompts` remain or a
+/// setting is invalid. Stops with [`LearnError::Truncated`] if too many completions are truncated.
 pub fn grpo(
     model: &LoadedModel,
     prompts: &[Prompt],
@@ -273,7 +281,7 @@ pub fn grpo(
         });
     }
     let hash = run_hash(model, parts)?;
-    // A checkpoint lies between the completions of one step and the next: those of a half-used step cannot be drawn again.
+    // Checkpoints fall between rollouts: after an update, the rollouts of a half-used step cannot be sampled again.
     let settings =
         RunConfig { checkpoint_every: config.run.checkpoint_every * config.updates, ..config.run.clone() };
     let mut learner = Learner::new(model, &settings, &[])?;
@@ -316,7 +324,8 @@ pub fn grpo(
     Ok((learner, RunReport { examples: prompts.len() - too_long, too_long, ..report }))
 }
 
-/// Every step has as many prompts, and stands `updates` times in the plan.
+/// Returns steps of exactly `config.prompts` prompts, each repeated `config.updates` times. The rest of an epoch that
+/// does not fill a step is dropped.
 fn steps(phase: Phase, count: usize, config: &GrpoConfig) -> Vec<PlannedPhase> {
     let run = RunConfig { batch_tokens: config.prompts, max_steps: 0, ..config.run.clone() };
     let mut planned = plan(&[phase], &vec![1; count], usize::MAX, &run);
@@ -331,7 +340,7 @@ fn steps(phase: Phase, count: usize, config: &GrpoConfig) -> Vec<PlannedPhase> {
     planned
 }
 
-/// Draws, scores and weighs the completions of one step.
+/// Samples and scores the completions of one step, and computes advantages, token weights and metrics.
 fn experience_of(
     rollouts: &Rollouts,
     rollout: usize,
@@ -404,8 +413,8 @@ fn experience_of(
     })
 }
 
-/// Log-probabilities of the completions' tokens, at the temperature that they were drawn with; no gradient. By the learner as it
-/// is, or by a model that stands beside it on each device.
+/// Returns the log probabilities of the completions' tokens at the sampling temperature, per completion, without
+/// gradient. Uses the reference models `beside` if given, else the learner's current weights.
 fn token_log_probs(
     learner: &Learner,
     beside: Option<&[CausalLm]>,
@@ -432,6 +441,8 @@ fn token_log_probs(
     Ok(parts.concat())
 }
 
+/// Accumulates the policy gradient of one step. Completions with zero weight are skipped, and without a KL term also
+/// those with zero advantage.
 fn policy_gradients(
     learner: &Learner,
     experience: &Experience,
@@ -488,17 +499,18 @@ fn policy_gradients(
     Ok(outcome)
 }
 
-/// The loss of some tokens, and sums over them.
+/// Loss of some tokens, with statistics.
 pub struct PolicyLoss {
-    /// Weighted sum.
+    /// Weighted sum of the token losses, a scalar with gradient.
     pub loss: Tensor,
-    /// Sum of the k3 estimates.
+    /// Sum of the k3 estimates over the tokens, without weights.
     pub kl: f64,
-    /// Tokens whose gradient the clip ended.
+    /// Number of tokens whose gradient is cut off by the clip.
     pub clipped: f64,
 }
 
-/// The formula at the head of this file, over `[tokens]`, summed with `weights`.
+/// Computes the loss of the module's documentation. All tensors have shape `[tokens]`; the result is the sum weighted
+/// by `weights`.
 pub fn policy_loss(
     log_probs: &Tensor,
     old: &Tensor,

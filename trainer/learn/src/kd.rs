@@ -1,9 +1,12 @@
-//! Distillation of distributions ("white-box"): `L = (1 - r) CE + r D(p, q)`, mean over the learnt tokens, with `p` the
+//! Logit distillation (white-box): `L = (1 - r) CE + r D(p, q)`, mean over the tokens in the loss mask. `p` is the
 //! teacher's next-token distribution and `q` the student's.
 //!
-//! The teacher's likeliest `k` tokens stand for it, the rest of its mass is one class more, so nothing is renormalised away
-//! (DistilQwen2.5 argues that ten tokens carry nearly all of it). They come from a model at hand, from a file, or from whoever
-//! a [`Teacher`] asks. `on_policy` has the student write and the teacher say what it would have written (GKD, Agarwal et al. 2024).
+//! The teacher's top-`k` tokens represent its distribution. The remaining mass forms one further class, so nothing is
+//! renormalized. DistilQwen2.5 argues that ten tokens hold nearly all of the mass. The tokens come from a loaded model,
+//! a file, or a remote [`Teacher`].
+//!
+//! [`on_policy`] trains on the student's own completions (GKD, Agarwal et al. 2024; TRL: `GKDTrainer`). Teacher and
+//! student must share one vocabulary.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -27,27 +30,28 @@ use crate::rollouts::{Draw, Rollouts};
 use crate::run::{Observe, RunConfig, RunReport, StepOutcome, plan, run, run_hash, tokens_hash};
 use crate::sft::Learnt;
 
-/// Settings.
+/// Settings of logit distillation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct KdConfig {
-    /// Which divergence.
+    /// Divergence between teacher and student.
     pub divergence: Divergence,
-    /// Share of the divergence in the loss; the rest is cross-entropy.
+    /// Weight `r` of the divergence in the loss, 0 to 1; cross-entropy has the rest.
     pub ratio: f64,
-    /// Tokens of the teacher's distribution.
+    /// Tokens per position of the teacher's distribution.
     pub top_k: usize,
     /// Peak learning rate.
     pub learning_rate: f64,
-    /// Times that each example is seen.
+    /// Number of passes over the examples.
     pub epochs: f64,
-    /// Limit on new tokens of on-policy completions.
+    /// On-policy only: maximum number of new tokens per completion.
     pub max_tokens: usize,
-    /// Steps, optimiser, checkpoints.
+    /// Settings of the training loop.
     pub run: RunConfig,
 }
 
 impl KdConfig {
+    /// Returns the settings without the devices, for the run's hash.
     fn anywhere(&self) -> Self {
         Self { run: self.run.anywhere(), ..self.clone() }
     }
@@ -67,38 +71,39 @@ impl Default for KdConfig {
     }
 }
 
-/// The teacher's likeliest tokens at every learnt token of one example.
+/// The teacher's most likely tokens, at every token of one example that counts in the loss. One row per token.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct TopK {
-    /// Tokens of each row.
+    /// Number of teacher tokens per row.
     pub k: usize,
-    /// `[rows, k]`.
+    /// Token ids, `[rows, k]`.
     pub ids: Vec<u32>,
-    /// Their log-probabilities, `[rows, k]`.
+    /// Log probabilities of these tokens, `[rows, k]`.
     pub log_probs: Vec<f32>,
 }
 
 impl TopK {
+    /// Returns the number of rows.
     fn rows(&self) -> usize {
         self.ids.len().checked_div(self.k).unwrap_or(0)
     }
 }
 
-/// Who says at every learnt token of examples what it would have written.
+/// Source of a teacher's token distributions.
 pub struct Teacher<'a> {
-    /// Tells its weights from others.
+    /// Identifies the teacher's weights in the run's hash.
     pub id: String,
-    /// Longest text that it takes.
+    /// Maximum length of an example in tokens.
     pub max_positions: usize,
-    /// Its rows of each example.
+    /// Function that returns the teacher's rows.
     pub rows: Box<Says<'a>>,
 }
 
-/// Gives the rows of examples.
+/// Returns the teacher's rows for each example, in order.
 pub type Says<'a> = dyn Fn(&[Example]) -> Result<Vec<TopK>, LearnError> + 'a;
 
 impl<'a> Teacher<'a> {
-    /// A model of this process.
+    /// Creates a teacher from a model loaded in this process. It computes on the device of its weights.
     pub fn at_hand(model: &'a LoadedModel, config: &'a KdConfig) -> Result<Self, LearnError> {
         Ok(Self {
             id: run_hash(model, Vec::new())?,
@@ -108,7 +113,8 @@ impl<'a> Teacher<'a> {
     }
 }
 
-/// Refuses a teacher whose token ids mean something else. Rows that only pad an embedding do not matter.
+/// Checks that both tokenizers assign the same token to every id that both have. Ids beyond the smaller vocabulary are
+/// ignored, because they only pad the embedding.
 pub fn same_vocabulary(teacher: &Tokenizer, student: &Tokenizer) -> Result<(), LearnError> {
     let both = teacher.len().min(student.len()) as u32;
     for id in 0..both {
@@ -123,7 +129,8 @@ pub fn same_vocabulary(teacher: &Tokenizer, student: &Tokenizer) -> Result<(), L
     Ok(())
 }
 
-/// What `teacher` would say at every learnt token of `examples`.
+/// Computes the teacher's `k` most likely tokens at every token of `examples` that counts in the loss. Ties go to the
+/// smaller id. Fails if `k` is 0 or above the vocabulary size.
 pub fn top_k(
     teacher: &LoadedModel,
     examples: &[Example],
@@ -165,12 +172,14 @@ pub fn top_k(
     Ok(all)
 }
 
+/// Returns a hash of the tokenizer's JSON, as bytes.
 fn vocabulary_hash(tokenizer: &Tokenizer) -> Result<Vec<u8>, LearnError> {
     Ok(ContentId::of_bytes(tokenizer.to_json()?.as_bytes()).to_string().into_bytes())
 }
 
-/// Writes the teacher's rows of all examples as one safetensors file: `ids`, `log_probs` (`[rows, k]`), `counts` (rows of
-/// each example) and `vocabulary` (hash of the tokenizer).
+/// Writes the teacher's rows of all examples to one safetensors file.
+///
+/// Tensors: `ids` and `log_probs` (`[rows, k]`), `counts` (rows per example), and `vocabulary` (hash of the tokenizer).
 pub fn write_top_k(path: &Path, rows: &[TopK], tokenizer: &Tokenizer) -> Result<(), LearnError> {
     let k = rows.iter().map(|row| row.k).max().unwrap_or(0);
     let ids: Vec<u32> = rows.iter().flat_map(|row| row.ids.iter().copied()).collect();
@@ -186,7 +195,7 @@ pub fn write_top_k(path: &Path, rows: &[TopK], tokenizer: &Tokenizer) -> Result<
     Ok(write_tensors(path, &tensors)?)
 }
 
-/// Reads what [`write_top_k`] wrote; refuses rows of another vocabulary.
+/// Reads a file of [`write_top_k`]. Fails if the file belongs to another tokenizer or its tensors disagree in length.
 pub fn read_top_k(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<TopK>, LearnError> {
     let broken = |problem: String| LearnError::Data(format!("`{}`: {problem}", path.display()));
     let file =
@@ -220,7 +229,10 @@ pub fn read_top_k(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<TopK>, Learn
         .collect())
 }
 
-/// Trains a copy of `model` on the examples and the teacher's rows for them. Files go to `folder`.
+/// Trains a copy of `model` on `examples` and the teacher's rows for them. Checkpoints and logs go to `folder`.
+///
+/// Examples longer than `max_length` or the model's context are dropped. Fails if none remains, or if the rows do not
+/// match the examples.
 pub fn kd(
     model: &LoadedModel,
     examples: &[Example],
@@ -262,8 +274,11 @@ pub fn kd(
     Ok((learner, RunReport { examples: examples.len() - too_long, too_long, ..report }))
 }
 
-/// Trains a copy of `model` on what it writes itself, with `teacher` saying at every token what it would have written. Every
-/// step takes as many prompts as fill `run.batch_tokens` at the limit. Files go to `folder`.
+/// Trains a copy of `model` on its own completions of `prompts`, towards the teacher's distribution at each of their
+/// tokens. Checkpoints and logs go to `folder`.
+///
+/// Completions are sampled at temperature 1. A step holds as many prompts as fit `run.batch_tokens`, each counted with
+/// `max_tokens` new tokens. Prompts without room for them are dropped.
 pub fn on_policy(
     model: &LoadedModel,
     teacher: &Teacher<'_>,
@@ -308,6 +323,7 @@ pub fn on_policy(
     Ok((learner, RunReport { examples: prompts.len(), ..report }))
 }
 
+/// Checks that each example has one teacher row per token in the loss, and that the student has all token ids.
 fn check(model: &LoadedModel, examples: &[Example], teacher: &[TopK]) -> Result<(), LearnError> {
     if examples.len() != teacher.len() {
         return Err(LearnError::Data(format!(
@@ -334,6 +350,7 @@ fn check(model: &LoadedModel, examples: &[Example], teacher: &[TopK]) -> Result<
     Ok(())
 }
 
+/// Accumulates the gradients of one step.
 fn kd_gradients(
     learner: &Learner,
     chosen: &[(&Example, &TopK)],
@@ -351,7 +368,7 @@ fn kd_gradients(
     Ok(StepOutcome { loss: losses.iter().sum(), tokens: lengths.iter().sum(), ..StepOutcome::default() })
 }
 
-/// The loss of some examples, divided by `normaliser`.
+/// Computes the sum of the row losses of some examples, divided by `normaliser`. A scalar tensor with gradient.
 pub fn kd_loss(
     lm: &CausalLm,
     chosen: &[(&Example, &TopK)],
@@ -376,9 +393,9 @@ pub fn kd_loss(
     Ok(linear_loss(&learnt.hidden(lm)?, lm.head()?, lm.precision(), &scaled)?)
 }
 
-/// `(1 - r) CE + r D` of one row; leaves the gradient by the logits in their place.
+/// Computes `(1 - r) CE + r D` of one row and replaces `logits` by the gradient with respect to them.
 ///
-/// With classes `b` (the teacher's tokens, and one for the rest) and `g = ∂D/∂q`: `∂D/∂z_j = q_j (g_b(j) - Σ_b q_b g_b)`.
+/// Classes `b` are the teacher's tokens and one for the rest. With `g = ∂D/∂q`: `∂D/∂z_j = q_j (g_b(j) - Σ_b q_b g_b)`.
 fn mixed_loss(logits: &mut [f32], target: u32, ids: &[u32], log_probs: &[f32], config: &KdConfig) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let at_target = logits[target as usize];
@@ -418,9 +435,9 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// The gradient by the logits against central differences, for every divergence, with and without a rest.
+        /// Compares the gradient with central differences for three divergences, with and without a rest class.
         #[test]
-        fn gradients_agree_with_differences(
+        fn mixed_loss_gradient_matches_central_differences(
             logits in prop::collection::vec(-3.0f32..3.0, 6),
             teacher in prop::collection::vec(-3.0f32..3.0, 6),
             k in 1usize..=6,

@@ -1,6 +1,8 @@
-//! A model that learns: which of its tensors do (all, or adapters of low rank), its backward pass and its optimiser. On several
-//! devices each has a copy: the micro-batches of a step are shared out, their gradients summed over the devices, and every copy
-//! takes the same step (data parallelism; Li et al. 2020, "PyTorch Distributed").
+//! A model under training: variables (all weights, or LoRA matrices), backward pass and optimizer.
+//!
+//! With several devices each holds a replica. The micro batches of a step are distributed, gradients are summed, and
+//! every replica applies the same update. This is data parallelism (Li et al. 2020, "PyTorch Distributed"). Weights are
+//! not sharded.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,7 +21,7 @@ use crate::lora::Lora;
 use crate::packing;
 use crate::run::RunConfig;
 
-/// A model, its variables and its optimiser, on as many devices as the run has.
+/// A model with its variables and optimizer, replicated on every device of the run.
 pub struct Learner {
     replicas: Vec<Replica>,
     collective: Collective,
@@ -27,11 +29,11 @@ pub struct Learner {
     lora: Option<Lora>,
 }
 
-/// The model on one device.
+/// Replica of the model on one device.
 pub struct Replica {
-    /// Its number.
+    /// Index of the device, from 0.
     pub rank: usize,
-    /// For the forward and backward pass of a loss.
+    /// Model for the forward and backward pass of a loss.
     pub lm: CausalLm,
     pub(crate) variables: BTreeMap<String, Var>,
     pub(crate) optimiser: AdamW,
@@ -67,15 +69,17 @@ impl Replica {
         Ok(Self { rank, lm, variables, optimiser, weights })
     }
 
-    /// One tensor of the model as it stands, for losses over more than the logits.
+    /// Returns the current value of a tensor of the model by name. Losses that use further tensors, such as a reward
+    /// head, need this.
     pub fn tensor(&self, name: &str) -> Result<Tensor, LearnError> {
         Ok(self.weights.get(name)?)
     }
 }
 
 impl Learner {
-    /// Trainable copies of `model`'s tensors, or adapters over them where `config.lora` says so. `extra` are further
-    /// tensors that learn from `model`'s hidden states, such as the head of a reward model.
+    /// Creates trainable copies of `model`'s tensors on every device, or LoRA adapters if `config.lora` is set.
+    ///
+    /// With LoRA, the tensors named in `extra` are trained in full, for example the head of a reward model.
     pub fn new(model: &LoadedModel, config: &RunConfig, extra: &[&str]) -> Result<Self, LearnError> {
         let devices = config.devices()?;
         let on_cpu = devices.iter().any(Device::is_cpu);
@@ -88,15 +92,17 @@ impl Learner {
             config.lora.as_ref().map(|lora| Lora::new(&model.config, lora, config.seed)).transpose()?;
         let replica = |(rank, device)| Replica::new(rank, model, (config, device), lora.as_ref(), extra);
         let replicas = devices.iter().enumerate().map(replica).collect::<Result<_, _>>()?;
-        // Only what adapters are merged into is needed again.
+        // Keep the base weights only for LoRA, which merges its adapters into them at the end.
         let base_weights = if lora.is_some() { model.weights.detached() } else { Weights::default() };
         let base = LoadedModel { weights: base_weights, ..model.clone() };
         Ok(Self { replicas, collective: Collective::new(&devices)?, base, lora })
     }
 
-    /// Cuts `order` into micro-batches of at most `budget` tokens, and of no more than each replica's share of all, and has the
-    /// replicas share them out: micro-batch `i` goes to replica `i` modulo their number. Results in the order of the
-    /// micro-batches.
+    /// Splits `order` (indices into `lengths`) into micro batches and runs `work` on each. Returns the results in the
+    /// order of the micro batches.
+    ///
+    /// A micro batch holds at most `budget` tokens and at most an equal share of all tokens per replica. Micro batch
+    /// `i` runs on replica `i` modulo the number of replicas.
     pub fn share<T: Send>(
         &self,
         order: &[usize],
@@ -119,7 +125,8 @@ impl Learner {
         Ok((0..micros.len()).filter_map(|micro| all[micro % count].next()).collect())
     }
 
-    /// One optimiser step at `rate` with the gradients that were added up; returns their norm. Nothing moves when it is no number.
+    /// Applies one AdamW step at learning rate `rate` to the accumulated gradients, and returns their norm before
+    /// clipping. If the norm is not finite, no weight changes.
     pub fn update(&mut self, rate: f64) -> Result<f64, LearnError> {
         let gradients = self.gradients()?;
         let norm = self.first().optimiser.gradient_norm(&gradients[0])?;
@@ -132,7 +139,7 @@ impl Learner {
         Ok(norm)
     }
 
-    /// The gradients of a step, on each device those of all.
+    /// Takes the accumulated gradients of every replica and returns, per device, their sum over all devices.
     fn gradients(&self) -> Result<Vec<BTreeMap<String, Tensor>>, LearnError> {
         let mut taken: Vec<_> = self.replicas.iter().map(|replica| replica.lm.take_gradients()).collect();
         if taken.len() == 1 {
@@ -140,7 +147,7 @@ impl Learner {
         }
         let names: BTreeSet<String> = taken.iter().flat_map(|own| own.keys().cloned()).collect();
         for (replica, own) in self.replicas.iter().zip(&mut taken) {
-            // Who had no micro-batch of this step adds nothing.
+            // A replica without a micro batch in this step contributes zeros.
             for (name, variable) in replica.variables.iter().filter(|(name, _)| names.contains(*name)) {
                 if !own.contains_key(name) {
                     own.insert(name.clone(), variable.zeros_like()?);
@@ -151,20 +158,23 @@ impl Learner {
         Ok(sums.into_iter().map(|sum| names.iter().cloned().zip(sum).collect()).collect())
     }
 
+    /// Returns the replica on the first device.
     pub(crate) fn first(&self) -> &Replica {
         &self.replicas[0]
     }
 
+    /// Returns the replicas on all devices.
     pub(crate) fn replicas_mut(&mut self) -> &mut [Replica] {
         &mut self.replicas
     }
 
-    /// Variables by name; those of the first device where there are several.
+    /// Returns the trainable variables of the first device by name.
     pub fn variables(&self) -> &BTreeMap<String, Var> {
         &self.first().variables
     }
 
-    /// `model`, frozen, on each of the devices: what the learner is held against. Products round as the learner's do.
+    /// Builds a frozen copy of `model` on each device, for example as the reference model. `precision` should be the
+    /// learner's, so that both round alike.
     pub(crate) fn beside(
         &self,
         model: &LoadedModel,
@@ -177,7 +187,8 @@ impl Learner {
         self.collective.devices().iter().map(beside).collect()
     }
 
-    /// The model for decoding on each device, over the very same memory: what the optimiser changes is what it decodes with.
+    /// Returns one model per device that shares memory with the trained weights. Generation with it uses the newest
+    /// weights.
     pub fn decoders(&self) -> Vec<LoadedModel> {
         let decoder = |replica: &Replica| LoadedModel {
             weights: replica.weights.detached(),
@@ -187,7 +198,7 @@ impl Learner {
         self.replicas.iter().map(decoder).collect()
     }
 
-    /// The trained model in the memory of the CPU, adapters merged into what they lie over.
+    /// Returns the trained model on the CPU. LoRA adapters are merged into the base weights.
     pub fn finish(&self) -> Result<LoadedModel, LearnError> {
         let weights = match &self.lora {
             None => self.first().weights.detached().to(&Device::Cpu, DType::F32)?,
@@ -196,7 +207,7 @@ impl Learner {
         Ok(LoadedModel { weights, quantised: false, ..self.base.clone() })
     }
 
-    /// The adapters, where it has some.
+    /// Returns the LoRA adapters, or `None` if all weights are trained.
     pub fn lora(&self) -> Option<&Lora> {
         self.lora.as_ref()
     }

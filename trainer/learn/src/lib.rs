@@ -1,8 +1,10 @@
-//! Training over the engine's one model definition: supervised fine-tuning with a curriculum, preferences (DPO), reward
-//! models, GRPO, distillation of distributions; AdamW, LoRA, schedules, checkpoints that resume bit for bit.
+//! Training algorithms over the model definition of `potstill-engine`.
 //!
-//! Each algorithm is a function in one file, read from top to bottom. Deliberately absent: a Trainer class, HTTP, and
-//! any knowledge of where the examples came from.
+//! Algorithms: SFT with a curriculum, DPO, reward models, GRPO and logit distillation. Shared parts: the training loop,
+//! AdamW, LoRA, learning rate schedule, and checkpoints that resume bit for bit.
+//!
+//! Each algorithm is one function in one file. Deliberately absent: a `Trainer` class, HTTP, and knowledge of where
+//! examples come from.
 #![forbid(unsafe_code)]
 
 pub mod adamw;

@@ -1,6 +1,8 @@
-//! LoRA (Hu et al. 2021): `W x + (alpha / rank) B A x` with `W` frozen, `A` uniform as Kaiming's rule has it, `B` zero. With
-//! `quantise`, `W` is kept in few bits meanwhile (QLoRA, Dettmers et al. 2023; round to nearest in GGUF's formats instead
-//! of NF4). Deliberately absent: dropout, rank-stabilised scales.
+//! LoRA (Hu et al. 2021): `W x + (alpha / rank) B A x` with frozen `W`. `A` starts uniform by Kaiming's rule, `B` at
+//! zero.
+//!
+//! With `quantise`, `W` is stored in 4 or 8 bits during training (QLoRA, Dettmers et al. 2023). Rounding is to nearest
+//! in GGUF's formats, not NF4. Deliberately absent: dropout and rank-stabilized scales.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -18,29 +20,29 @@ use serde_json::json;
 
 use crate::error::LearnError;
 
-/// Which modules get adapters, and how large.
+/// LoRA settings: modules that get adapters, and their rank (PEFT: `LoraConfig`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoraConfig {
-    /// Rank of the adapters.
+    /// Rank of the adapters, at least 1.
     pub rank: usize,
-    /// Their scale is `alpha / rank`.
+    /// Numerator of the adapters' scale `alpha / rank`.
     pub alpha: f64,
-    /// Names of modules, such as `q_proj`.
+    /// Names of the modules that get adapters, such as `q_proj`.
     pub targets: Vec<String>,
-    /// Keep the frozen matrices in few bits.
+    /// Format in which the frozen matrices are stored; `None` keeps them in f32.
     pub quantise: Option<FrozenBits>,
 }
 
-/// Formats of frozen matrices.
+/// Quantization formats of frozen matrices, named as in GGUF.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FrozenBits {
-    /// Eight bits and a scale for 32 weights.
+    /// 8 bits per weight and one scale per 32 weights.
     Q8_0,
-    /// Four bits and a scale for 32 weights.
+    /// 4 bits per weight and one scale per 32 weights.
     Q4_0,
-    /// Four bits in blocks of 256 weights with scales of six bits.
+    /// 4 bits per weight in blocks of 256 weights, with 6-bit scales.
     Q4K,
 }
 
@@ -61,20 +63,22 @@ impl Default for LoraConfig {
     }
 }
 
-/// Adapters of one model.
+/// The LoRA adapters of one model.
 pub struct Lora {
     config: LoraConfig,
-    /// Module name, inputs, outputs.
+    /// Module name, input size and output size.
     modules: Vec<(String, usize, usize)>,
     seed: u64,
 }
 
+/// Returns the tensor names of matrices A and B of a module, without PEFT's prefix.
 fn names(module: &str) -> (String, String) {
     (format!("{module}.lora_A.weight"), format!("{module}.lora_B.weight"))
 }
 
 impl Lora {
-    /// Finds the modules in a model of this shape.
+    /// Finds the target modules in a model of this configuration. Fails if the rank is 0, or if the model has no module
+    /// of a target's name.
     pub fn new(model: &ModelConfig, config: &LoraConfig, seed: u64) -> Result<Self, LearnError> {
         if config.rank == 0 || config.targets.is_empty() {
             return Err(LearnError::Data("`lora` needs a rank of at least 1 and some targets".to_owned()));
@@ -103,11 +107,13 @@ impl Lora {
         Ok(Self { config: config.clone(), modules, seed })
     }
 
+    /// Returns the adapters' scale, `alpha / rank`.
     fn scale(&self) -> f64 {
         self.config.alpha / self.config.rank as f64
     }
 
-    /// Frozen weights under fresh adapters, and what learns: the adapters and the tensors named in `extra`.
+    /// Returns the frozen base weights with new adapters, and the trainable variables: matrices A and B of every
+    /// adapter, and the tensors named in `extra`.
     pub fn over(
         &self,
         base: &Weights,
@@ -118,7 +124,7 @@ impl Lora {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         let (mut variables, mut adapters) = (BTreeMap::new(), BTreeMap::new());
         for (module, inputs, outputs) in &self.modules {
-            // Uniform in ±sqrt(3 / inputs) / sqrt(3): what `kaiming_uniform_(a = sqrt(5))` gives.
+            // Same bound as PyTorch's `kaiming_uniform_(a = sqrt(5))`: sqrt(3 / inputs) / sqrt(3).
             let bound = 1.0 / (*inputs as f32).sqrt();
             let values: Vec<f32> =
                 (0..self.config.rank * inputs).map(|_| rng.random_range(-bound..bound)).collect();
@@ -144,7 +150,8 @@ impl Lora {
         Ok((frozen.with_adapters(adapters), variables))
     }
 
-    /// `W + scale B A` for every module, the other tensors as they are.
+    /// Returns the base weights with `W + scale B A` for every module and the trained `extra` tensors. Other tensors
+    /// are unchanged.
     pub fn merged(&self, base: &Weights, variables: &BTreeMap<String, Var>) -> Result<Weights, LearnError> {
         let mut merged = base.detached();
         let find = |name: &str| {
@@ -168,7 +175,7 @@ impl Lora {
         Ok(merged)
     }
 
-    /// Writes the adapters as PEFT reads them: `adapter_config.json` and `adapter_model.safetensors`.
+    /// Writes the adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
     pub fn write_adapter(
         &self,
         folder: &Path,

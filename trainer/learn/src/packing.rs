@@ -1,15 +1,17 @@
-//! Lays examples into steps. Rows of a step are packed without padding and attend only to their own example, so a step
-//! is simply as many examples as fit its token budget.
+//! Packing: groups examples into steps and micro batches by a token budget.
 //!
-//! Pure: the order of an epoch depends on the seed, the phase and the epoch alone, which makes the data cursor of a
-//! checkpoint one number.
+//! Examples are packed without padding, and each attends only to itself. A step is therefore just as many examples as
+//! fit the budget.
+//!
+//! Pure functions: the order of an epoch depends only on its indices, lengths, budget and seed. A checkpoint can
+//! therefore store the data position as one number.
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-/// Steps of one epoch: indices into `lengths`, shuffled by `seed`, each step at most `budget` tokens (an example longer
-/// than the budget makes a step of its own).
+/// Returns the steps of one epoch, each a list of indices into `lengths`. With `shuffled`, `seed` determines the order.
+/// A step holds at most `budget` tokens; an example longer than the budget is a step of its own.
 pub fn epoch(
     indices: &[usize],
     lengths: &[usize],
@@ -24,7 +26,8 @@ pub fn epoch(
     chunks(&order, lengths, budget)
 }
 
-/// Cuts `order` where the next example would exceed `budget` tokens.
+/// Splits `order` into consecutive chunks of at most `budget` tokens. An example longer than the budget is a chunk of
+/// its own.
 pub fn chunks(order: &[usize], lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
     let mut steps: Vec<Vec<usize>> = Vec::new();
     let mut room = 0;
@@ -52,7 +55,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_example_once_and_within_budget(lengths in prop::collection::vec(1usize..50, 1..200), budget in 1usize..120, seed: u64) {
+        fn epoch_holds_every_example_once_within_the_token_budget(lengths in prop::collection::vec(1usize..50, 1..200), budget in 1usize..120, seed: u64) {
             let indices: Vec<usize> = (0..lengths.len()).collect();
             let steps = epoch(&indices, &lengths, budget, seed, true);
             let mut seen: Vec<usize> = steps.iter().flatten().copied().collect();

@@ -1,9 +1,11 @@
-//! Reward models that predict a teacher's score of a chain of thought: Reasoning Verbosity or Cognitive Difficulty, 0 to 9
-//! in the teacher's words, 0 to 1 here (section 3.3 of "Thinking with DistilQwen").
+//! Reward models that predict a teacher's score of a chain of thought: reasoning verbosity or cognitive difficulty
+//! (section 3.3 of "Thinking with DistilQwen"). Scores are 0 to 9, predictions 0 to 1.
 //!
-//! The language model loses its output layer and gets one linear head without bias over the hidden state of the last token,
-//! as transformers' `…ForSequenceClassification` has it. Three losses: Huber of `σ(logit)` against `score / 9` (the
-//! default), ten classes with the expectation as prediction (`ordinal`), and Bradley-Terry over pairs of traces.
+//! The output layer of the language model is replaced by a linear head without bias over the last token's hidden state.
+//! transformers' `…ForSequenceClassification` has the same form.
+//!
+//! Losses: Huber of `σ(logit)` against `score / 9` (default), ten classes (`ordinal`), and Bradley-Terry over pairs.
+//! Rewards are computed from the predictions in [`crate::rewards`].
 
 use std::path::Path;
 
@@ -25,42 +27,44 @@ use crate::learner::Learner;
 use crate::packing;
 use crate::run::{Observe, RunConfig, RunReport, StepOutcome, plan, run, run_hash, tokens_hash};
 
+/// Name of the head's weight, as in transformers.
 const HEAD: &str = "score.weight";
 /// Highest score.
 pub const TOP: f64 = 9.0;
 
-/// What is minimised.
+/// Loss of a reward model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RewardLoss {
-    /// Huber with delta 0.1 between `σ(logit)` and `score / 9`.
+    /// Huber loss with delta 0.1 between `σ(logit)` and `score / 9`.
     #[default]
     Huber,
-    /// Cross-entropy over the ten scores; the prediction is the expectation over 9.
+    /// Cross-entropy over the ten scores. The prediction is the expected score divided by 9.
     Ordinal,
-    /// `-log σ(logit of the higher - logit of the lower)` over pairs of traces with different scores.
+    /// `-log σ(logit of the higher score - logit of the lower score)` over pairs of traces with different scores.
     BradleyTerry,
 }
 
 impl RewardLoss {
+    /// Returns the number of outputs of the head.
     fn classes(self) -> usize {
         if self == Self::Ordinal { 10 } else { 1 }
     }
 }
 
-/// Settings.
+/// Settings of reward model training.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RewardConfig {
-    /// What is minimised.
+    /// Loss that training minimizes.
     pub loss: RewardLoss,
     /// Peak learning rate.
     pub learning_rate: f64,
-    /// Times that each trace is seen.
+    /// Number of passes over the traces (for Bradley-Terry, over the pairs).
     pub epochs: f64,
-    /// Share of the problems that is held out to measure the model.
+    /// Fraction of the problems held out to measure the model, 0 to 1; at least one problem.
     pub held_out: f64,
-    /// Steps, optimiser, checkpoints.
+    /// Settings of the training loop.
     pub run: RunConfig,
 }
 
@@ -79,11 +83,11 @@ impl Default for RewardConfig {
 /// A chain of thought with its score.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scored {
-    /// Problem and trace, as [`RewardModel::encode`] gives them.
+    /// Token ids of problem and trace, as from [`RewardModel::encode`].
     pub tokens: Vec<u32>,
-    /// 0 to 9.
+    /// Score by the teacher, 0 to 9.
     pub score: u8,
-    /// Which problem it belongs to: a problem is either learnt from or held out.
+    /// Id of the problem. All traces of a problem are either used for training or held out.
     pub problem: String,
 }
 
@@ -95,7 +99,8 @@ pub struct RewardModel {
 }
 
 impl RewardModel {
-    /// Over the weights of a classifier: a folder that [`train`] wrote, read back.
+    /// Creates a reward model from a model with a classification head, such as one that [`train`] wrote. Fails unless
+    /// the head has 1 or 10 outputs. It computes on the device of its weights.
     pub fn new(model: LoadedModel) -> Result<Self, LearnError> {
         if ![1, 10].contains(&model.config.classes) {
             return Err(LearnError::Data(format!(
@@ -108,12 +113,12 @@ impl RewardModel {
         Ok(Self { head: weights.get(HEAD)?, lm, model })
     }
 
-    /// What it was made of.
+    /// Returns the underlying model with configuration, weights and tokenizer.
     pub fn loaded(&self) -> &LoadedModel {
         &self.model
     }
 
-    /// Tokens of a problem and a completion.
+    /// Renders problem and completion with the chat template and returns their token ids.
     pub fn encode(model: &LoadedModel, problem: &str, completion: &str) -> Result<Vec<u32>, LearnError> {
         let messages = json!([
             {"role": "user", "content": problem},
@@ -122,7 +127,8 @@ impl RewardModel {
         Ok(model.tokenizer.encode(&model.template.render(&messages, false, &json!({}))?)?)
     }
 
-    /// Predictions, 0 to 1, in the order of `rows`. Rows longer than the model's context are cut at their front.
+    /// Returns predictions, 0 to 1, in the order of `rows`. Rows longer than the model's context lose tokens at their
+    /// start.
     pub fn predict(&self, rows: &[Vec<u32>], micro_batch_tokens: usize) -> Result<Vec<f32>, LearnError> {
         let most = self.model.config.max_positions;
         let rows: Vec<&[u32]> = rows.iter().map(|row| &row[row.len().saturating_sub(most)..]).collect();
@@ -138,7 +144,7 @@ impl RewardModel {
     }
 }
 
-/// Outputs of the head over the last token of each row, `[rows, classes]`.
+/// Returns the head's outputs at the last token of each row, `[rows, classes]`.
 fn logits(lm: &CausalLm, head: &Tensor, rows: &[&[u32]]) -> Result<Tensor, LearnError> {
     let batch = Batch::new(rows.iter().map(|row| (*row, 0)));
     let hidden = lm.hidden(&batch)?;
@@ -147,7 +153,7 @@ fn logits(lm: &CausalLm, head: &Tensor, rows: &[&[u32]]) -> Result<Tensor, Learn
     Ok(hidden.index_select(&last, 0)?.matmul(&head.t()?)?.to_dtype(DType::F32)?)
 }
 
-/// One value from the outputs: a sigmoid, or the expectation of ten classes over nine.
+/// Returns the prediction, 0 to 1: the sigmoid of one output, or the expected score of ten classes divided by 9.
 fn prediction(logits: &[f32]) -> f32 {
     if let [logit] = logits {
         return 1.0 / (1.0 + (-logit).exp());
@@ -158,7 +164,8 @@ fn prediction(logits: &[f32]) -> f32 {
     expected / weights.iter().sum::<f32>() / TOP as f32
 }
 
-/// The starting point: `model` without its output layer, with a head of zeros (every trace scores the same at first).
+/// Returns `model` with a classification head in place of the output layer. The head is zero, so all traces start with
+/// equal predictions.
 fn with_head(model: &LoadedModel, loss: RewardLoss) -> Result<LoadedModel, LearnError> {
     let config = ModelConfig { classes: loss.classes(), ..model.config.clone() };
     let mut tensors: std::collections::BTreeMap<String, Tensor> =
@@ -170,7 +177,11 @@ fn with_head(model: &LoadedModel, loss: RewardLoss) -> Result<LoadedModel, Learn
     Ok(LoadedModel { config, weights, ..model.clone() })
 }
 
-/// Trains a reward model on a copy of `model`; measures it on problems that it did not see. Files go to `folder`.
+/// Trains a reward model on a copy of `model` and measures it on held-out problems. Checkpoints and logs go to
+/// `folder`.
+///
+/// Traces longer than `max_length` or the model's context are dropped. Fails if a score exceeds 9, or if no trace
+/// remains for training or measurement.
 pub fn train(
     model: &LoadedModel,
     traces: &[Scored],
@@ -244,13 +255,14 @@ pub fn train(
     Ok((trained, RunReport { examples: learnt.len(), too_long, ..report }, agreement))
 }
 
-/// A trace, or a pair of which `high` has the higher score.
+/// Index of a trace, or indices of a pair in which `high` has the higher score.
 struct Item {
     high: usize,
     low: Option<usize>,
 }
 
-/// Sum of the losses. `logits`: `[rows, classes]`; for Bradley-Terry rows are high, low, high, low, …
+/// Returns the sum of the losses, a scalar with gradient. `logits` has shape `[rows, classes]`. For Bradley-Terry, rows
+/// alternate between higher and lower score, and `scores` has one entry per pair.
 pub fn reward_loss(logits: &Tensor, scores: &[u8], loss: RewardLoss) -> Result<Tensor, LearnError> {
     let n = scores.len();
     let device = logits.device();
@@ -258,10 +270,11 @@ pub fn reward_loss(logits: &Tensor, scores: &[u8], loss: RewardLoss) -> Result<T
         RewardLoss::Huber => {
             const DELTA: f64 = 0.1;
             let target: Vec<f32> = scores.iter().map(|score| f32::from(*score) / TOP as f32).collect();
-            // σ(x) = 1 / (1 + exp(-x)), exact for every finite x in f32.
+            // σ(x) = 1 / (1 + exp(-x)) is correct for every finite f32 x, even if exp(-x) is infinite.
             let predicted = (logits.squeeze(1)?.neg()?.exp()? + 1.0)?.recip()?;
             let error = (predicted - Tensor::from_vec(target, n, device)?)?.abs()?;
-            // e²/2 up to delta, delta (e - delta/2) beyond: with c = min(e, delta), c (e - c/2).
+            // Huber loss without a branch: e²/2 up to delta, delta (e - delta/2) beyond. With c = min(e, delta), both
+            // are c (e - c/2).
             let capped = error.minimum(&(error.ones_like()? * DELTA)?)?;
             (&capped * (&error - (&capped * 0.5)?)?)?.sum_all()?
         }
@@ -278,7 +291,8 @@ pub fn reward_loss(logits: &Tensor, scores: &[u8], loss: RewardLoss) -> Result<T
     })
 }
 
-/// Splits by problem: about `share` of them are held out, at least one.
+/// Splits traces by problem and returns the indices for training and those held out. About `share` of the problems are
+/// held out, at least one.
 fn split(traces: &[Scored], share: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
     let mut problems: Vec<&str> = traces.iter().map(|trace| trace.problem.as_str()).collect();
     problems.sort_unstable();
@@ -289,7 +303,8 @@ fn split(traces: &[Scored], share: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
     (0..traces.len()).partition(|&index| !held.contains(traces[index].problem.as_str()))
 }
 
-/// One pair per trace: it and another trace with another score, drawn by `seed`.
+/// Returns one pair per trace: the trace and another one with a different score, chosen by `seed`. Traces without a
+/// partner are left out.
 fn pairs(traces: &[Scored], learnt: &[usize], seed: u64) -> Vec<Item> {
     let mut order = learnt.to_vec();
     order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
@@ -305,20 +320,20 @@ fn pairs(traces: &[Scored], learnt: &[usize], seed: u64) -> Vec<Item> {
     items
 }
 
-/// How near predictions are to the teacher's scores, on problems that were held out.
+/// Agreement of predictions with the teacher's scores on held-out problems.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Agreement {
-    /// Traces compared.
+    /// Number of traces compared.
     pub traces: usize,
-    /// Mean absolute error in points of 0 to 9.
+    /// Mean absolute error in points of the scale 0 to 9.
     pub mae: f64,
-    /// The same for a model that always says the mean: what the error is worth.
+    /// Mean absolute error, in points, of always predicting the mean score; the baseline for `mae`.
     pub mae_of_mean: f64,
-    /// Spearman's rank correlation.
+    /// Spearman's rank correlation, -1 to 1.
     pub spearman: f64,
-    /// Share within one point.
+    /// Fraction of predictions within one point of the score, 0 to 1.
     pub within_one: f64,
-    /// Mean prediction, in points, of the traces of each band of two scores.
+    /// By band of two scores, such as `4-5`: number of traces and mean prediction in points.
     pub by_band: std::collections::BTreeMap<String, (usize, f64)>,
 }
 
@@ -351,7 +366,7 @@ impl Agreement {
     }
 }
 
-/// Spearman's rank correlation with mean ranks for ties; 0 where one side does not vary.
+/// Returns Spearman's rank correlation, with mean ranks for ties. Returns 0 if one side is constant.
 pub fn spearman(a: &[f64], b: &[f64]) -> f64 {
     let (a, b) = (ranks(a), ranks(b));
     let n = a.len().max(1) as f64;
@@ -364,6 +379,7 @@ pub fn spearman(a: &[f64], b: &[f64]) -> f64 {
     if spread > 0.0 { product(&a, ma, &b, mb) / spread } else { 0.0 }
 }
 
+/// Returns the rank of each value, from 0, with mean ranks for ties.
 fn ranks(values: &[f64]) -> Vec<f64> {
     let mut order: Vec<usize> = (0..values.len()).collect();
     order.sort_by(|&i, &j| values[i].total_cmp(&values[j]));
@@ -385,7 +401,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranks_and_agreement() {
+    fn spearman_and_agreement_match_known_values() {
         assert!((spearman(&[1.0, 2.0, 3.0], &[10.0, 20.0, 30.0]) - 1.0).abs() < 1e-12);
         assert!((spearman(&[1.0, 2.0, 3.0], &[3.0, 2.0, 1.0]) + 1.0).abs() < 1e-12);
         assert_eq!(ranks(&[5.0, 1.0, 5.0]), [1.5, 0.0, 1.5]);
@@ -398,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn a_problem_is_learnt_from_or_held_out() {
+    fn split_keeps_the_traces_of_a_problem_together() {
         let traces: Vec<Scored> = (0..60)
             .map(|i| Scored { tokens: vec![1], score: (i % 10) as u8, problem: format!("p{}", i / 3) })
             .collect();

@@ -1,19 +1,21 @@
-//! Rewards of a completion, equations 1 to 3 of "Thinking with DistilQwen": pure functions.
+//! Rewards of a completion (equations 1 to 3 of "Thinking with DistilQwen"), as pure functions.
 //!
-//! `R_RV = -|f - clip(f, low, high)|`, likewise `R_CD`, and `R = R_format + R_accuracy + λ_RV R_RV + λ_CD R_CD`, with `f` the
-//! prediction of a reward model, 0 to 1. Both penalties lie in `[-1, 0]` and are zero inside the interval.
+//! `R_RV = -|f - clip(f, low, high)|`, the same for `R_CD`, and `R = R_format + R_accuracy + λ_RV R_RV + λ_CD R_CD`.
+//! `f` is the prediction of a reward model, 0 to 1. Both penalties lie in `[-1, 0]` and are zero inside the interval.
+//!
+//! Running the verifier and the reward models is left to [`crate::grpo`].
 
 use serde::{Deserialize, Serialize};
 
-/// Where a score shall lie, and what it costs to leave.
+/// Interval in which a score costs nothing, with the weight of the penalty outside.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Interval {
-    /// Lower end, 0 to 1.
+    /// Lower bound, 0 to 1.
     pub low: f64,
-    /// Upper end.
+    /// Upper bound, `low` to 1.
     pub high: f64,
-    /// Weight of the penalty.
+    /// Weight λ of the penalty, at least 0.
     pub lambda: f64,
 }
 
@@ -24,12 +26,12 @@ impl Default for Interval {
 }
 
 impl Interval {
-    /// Equations 1 and 2: minus the distance of `f` to the interval.
+    /// Returns the penalty of score `f`: minus its distance to the interval (equations 1 and 2).
     pub fn reward(&self, f: f64) -> f64 {
         -(f - f.clamp(self.low, self.high)).abs()
     }
 
-    /// Whether it is one.
+    /// Returns whether `0 <= low <= high <= 1` and `lambda` is finite and not negative.
     pub fn is_valid(&self) -> bool {
         0.0 <= self.low
             && self.low <= self.high
@@ -39,23 +41,26 @@ impl Interval {
     }
 }
 
-/// The parts of a reward.
+/// Reward of one completion, split into its terms.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Reward {
-    /// 1 for one block of thinking and an answer behind it.
+    /// 1 if the completion is one block of reasoning followed by an answer, else 0.
     pub format: f64,
-    /// 1 for the right answer.
+    /// 1 if the answer is correct, else 0.
     pub accuracy: f64,
-    /// Equation 1, at most 0; 0 without a reward model.
+    /// RV penalty (equation 1), -1 to 0; 0 without an RV reward model.
     pub rv: f64,
-    /// Equation 2, likewise.
+    /// CD penalty (equation 2), -1 to 0; 0 without a CD reward model.
     pub cd: f64,
-    /// Equation 3.
+    /// Weighted sum of all terms (equation 3).
     pub total: f64,
 }
 
-/// Equation 3. With `only_correct` the style of a wrong answer is not rewarded: in a group that is wrong throughout,
-/// nothing but style would be left to learn.
+/// Computes the reward of a completion (equation 3). `rv` and `cd` are predictions of reward models with their
+/// intervals.
+///
+/// With `only_correct`, an incorrect answer gets no RV and CD penalty. Otherwise a group of only incorrect answers
+/// would be trained on style alone.
 pub fn total(
     format: bool,
     correct: bool,
@@ -74,7 +79,8 @@ pub fn total(
     Reward { format, accuracy, rv, cd, total: format + accuracy + lambda_rv * rv + lambda_cd * cd }
 }
 
-/// Whether a completion is one block of thinking and an answer behind it. `opened`: the prompt ends inside the block.
+/// Returns whether a completion is one non-empty `<think>` block followed by a non-empty answer. `opened` says that the
+/// prompt already contains the opening tag.
 pub fn well_formed(completion: &str, opened: bool) -> bool {
     let text = completion.trim_start();
     let inside = match text.strip_prefix("<think>") {
@@ -91,13 +97,15 @@ pub fn well_formed(completion: &str, opened: bool) -> bool {
     }
 }
 
-/// Advantages within a group (DeepSeekMath, equation 3): rewards less their mean, over their deviation where asked for.
-/// `None` for a group whose rewards are all the same: there is nothing to learn from it.
+/// Computes the advantages within a group (DeepSeekMath, equation 3): rewards minus their mean. With `by_deviation`
+/// they are divided by the standard deviation of the group (TRL: `scale_rewards`).
+///
+/// Returns `None` if all rewards are equal, because such a group has no gradient.
 pub fn advantages(rewards: &[f64], by_deviation: bool) -> Option<Vec<f64>> {
     let n = rewards.len().max(1) as f64;
     let mean = rewards.iter().sum::<f64>() / n;
     let centred: Vec<f64> = rewards.iter().map(|reward| reward - mean).collect();
-    // As PyTorch's `std`: divided by n - 1.
+    // Sample deviation with n - 1, like `torch.std`.
     let deviation = (centred.iter().map(|value| value * value).sum::<f64>() / (n - 1.0).max(1.0)).sqrt();
     if deviation < 1e-8 {
         return None;
@@ -113,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_worked_example() {
+    fn total_matches_the_worked_example() {
         let interval = Interval::default();
         let reward = total(true, true, Some((0.20, interval)), Some((0.80, interval)), false);
         assert!((reward.rv + 0.133_333_333).abs() < 1e-8);
@@ -122,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn forms() {
+    fn well_formed_requires_one_think_block_and_an_answer() {
         for (text, opened, fine) in [
             ("<think>a</think>b", false, true),
             ("a</think>b", true, true),
@@ -140,9 +148,10 @@ mod tests {
     }
 
     proptest! {
-        /// Inside the interval nothing is lost, and with λ up to 0.5 a right answer outranks every wrong one of its form.
+        /// A score inside the interval costs nothing. With λ up to 0.5, a correct answer never scores below an
+        /// incorrect one of the same format.
         #[test]
-        fn penalties_are_bounded(f in 0.0f64..=1.0, g in 0.0f64..=1.0, low in 0.0f64..=1.0, width in 0.0f64..=1.0) {
+        fn penalties_are_bounded_and_correct_answers_outrank_incorrect_ones(f in 0.0f64..=1.0, g in 0.0f64..=1.0, low in 0.0f64..=1.0, width in 0.0f64..=1.0) {
             let interval = Interval { low, high: (low + width).min(1.0), lambda: 0.5 };
             prop_assert!(interval.is_valid());
             prop_assert!((-1.0..=0.0).contains(&interval.reward(f)));
@@ -153,7 +162,7 @@ mod tests {
         }
 
         #[test]
-        fn advantages_are_centred(rewards in prop::collection::vec(-1.0f64..2.0, 2..20)) {
+        fn advantages_have_zero_mean_and_bounded_variance(rewards in prop::collection::vec(-1.0f64..2.0, 2..20)) {
             let n = rewards.len() as f64;
             if let Some(advantages) = advantages(&rewards, true) {
                 prop_assert!(advantages.iter().sum::<f64>().abs() < 1e-6);

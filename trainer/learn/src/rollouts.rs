@@ -1,5 +1,7 @@
-//! Completions that a model under training writes, through the engine that serves it, over the very same weights: what the
-//! optimiser changed last is what decodes next, nothing is copied or reloaded.
+//! Rollouts: completions sampled during training by the inference engine.
+//!
+//! The engine shares the memory of the trained weights. An optimizer step takes effect on the next rollout without a
+//! copy or reload. Scoring the completions is left to the caller.
 
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::sampler::Sampling;
@@ -9,19 +11,19 @@ use potstill_shared::id::ContentId;
 use crate::error::LearnError;
 use crate::examples::Example;
 
-/// One completion.
+/// One sampled completion.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Completion {
-    /// Its tokens, the end token included.
+    /// Generated token ids, including the end token.
     pub tokens: Vec<u32>,
-    /// Its text.
+    /// Decoded text.
     pub text: String,
-    /// The limit cut it off.
+    /// Whether the completion ended at the token limit.
     pub truncated: bool,
 }
 
 impl Completion {
-    /// Prompt and completion as a row of which the completion is learnt.
+    /// Returns prompt and completion as one training example. Only the completion's tokens count in the loss.
     pub fn example(&self, prompt: &[u32]) -> Example {
         let tokens = [prompt, &self.tokens].concat();
         let learnt = (0..tokens.len()).map(|at| at >= prompt.len()).collect();
@@ -29,26 +31,26 @@ impl Completion {
     }
 }
 
-/// How completions are drawn.
+/// Sampling parameters of rollouts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Draw {
-    /// Completions per prompt.
+    /// Completions per prompt (TRL: `num_generations`).
     pub group: usize,
     /// Sampling temperature.
     pub temperature: f64,
-    /// Nucleus sampling.
+    /// Nucleus sampling: probability mass of the tokens to sample from, 0 to 1.
     pub top_p: f64,
-    /// Limit on new tokens.
+    /// Maximum number of new tokens per completion.
     pub max_tokens: usize,
 }
 
-/// Running engines over a model that is being trained, one on each of its devices.
+/// Inference engines over a model under training, one per device.
 pub struct Rollouts {
     engines: Vec<Engine>,
 }
 
 impl Rollouts {
-    /// Starts an engine over each copy of the model, with room for `requests` at once.
+    /// Starts one engine per model replica. Each engine accepts up to `requests` queued requests.
     pub fn start(models: &[LoadedModel], requests: usize) -> Result<Self, LearnError> {
         let config =
             SchedulerConfig { max_running: 256, max_waiting: requests, ..SchedulerConfig::default() };
@@ -56,8 +58,11 @@ impl Rollouts {
         Ok(Self { engines: engines.collect::<Result<_, _>>()? })
     }
 
-    /// `draw.group` completions of every prompt; the prompts go to the engines in turn. Seeds follow from `seed` and the place, and
-    /// all requests are handed in at once, so the same weights write the same completions.
+    /// Samples `draw.group` completions of every prompt and returns them in the order of `prompts`.
+    ///
+    /// Prompts are distributed over the engines round robin. `seed`, the prompt's index and the completion's index
+    /// determine the seed of each request. All requests of an engine are submitted at once, so equal weights produce
+    /// equal completions.
     pub fn sample(
         &self,
         prompts: &[&[u32]],

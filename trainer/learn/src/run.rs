@@ -1,8 +1,11 @@
-//! The one small loop that every algorithm shares: steps of a plan, clip, AdamW, log, checkpoint, resume.
+//! Training loop that all algorithms share: gradients, clipping, AdamW, log, checkpoint, resume.
 //!
-//! An algorithm hands in a plan (which items in which step) and a function that adds up the gradients of one step. A run
-//! that is started again goes on from the newest checkpoint and gives the same weights, bit for bit on a CPU with a fixed
-//! number of threads, as long as that function depends on nothing but the weights, the items and their numbers.
+//! An algorithm supplies a plan (the items of each step) and a function that accumulates the gradients of one step. A
+//! restarted run continues from the newest checkpoint. It ends with the same weights, bit for bit, on a CPU with a
+//! fixed number of threads. The gradient function must therefore depend only on the weights, the items and the step
+//! number.
+//!
+//! Losses and the choice of phases live elsewhere.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -25,56 +28,58 @@ use crate::packing;
 use crate::schedule::Cosine;
 use crate::tensorboard::{Scalar, write_events};
 
-/// Settings of a run, whatever the algorithm.
+/// Training settings common to all algorithms (TRL and transformers: `TrainingArguments`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunConfig {
-    /// Tokens per optimiser step.
+    /// Tokens per optimizer step.
     pub batch_tokens: usize,
-    /// Tokens per forward pass; bounds the memory.
+    /// Tokens per micro batch (one forward and backward pass). Bounds the memory for activations.
     pub micro_batch_tokens: usize,
-    /// Longer examples are dropped and counted.
+    /// Maximum length of an example in tokens. Longer examples are dropped and counted.
     pub max_length: usize,
-    /// Share of a phase's steps that warm up.
+    /// Fraction of a phase's steps used for the learning rate warm-up, 0 to 1.
     pub warmup_ratio: f64,
-    /// Last learning rate as a share of the peak.
+    /// Learning rate at the end of a phase as a fraction of the peak, 0 to 1.
     pub floor_ratio: f64,
-    /// Decoupled weight decay of matrices.
+    /// Decoupled weight decay; applies to matrices, not to norms and biases.
     pub weight_decay: f64,
-    /// Decay of the first moment.
+    /// AdamW's decay rate of the first moment.
     pub beta1: f64,
-    /// Decay of the second moment.
+    /// AdamW's decay rate of the second moment.
     pub beta2: f64,
-    /// Largest gradient norm.
+    /// Maximum global norm of the gradients; larger gradients are scaled down to it.
     pub max_grad_norm: f64,
-    /// Keep the optimiser's moments in eight bits instead of 32; on the CPU only.
+    /// Stores AdamW's moments in 8 instead of 32 bits. CPU only.
     pub eight_bit_moments: bool,
     /// Seed of the data order.
     pub seed: u64,
-    /// Steps between checkpoints.
+    /// Steps between two checkpoints.
     pub checkpoint_every: usize,
-    /// Checkpoints kept.
+    /// Number of checkpoints that are kept.
     pub keep_checkpoints: usize,
-    /// At most so many steps per phase; 0 for no limit.
+    /// Maximum number of steps per phase; 0 means no limit.
     pub max_steps: usize,
-    /// Compute every block again in the backward pass: memory of one block instead of all, a third more work.
+    /// Gradient checkpointing: recomputes each block's activations in the backward pass. Stores the activations of one
+    /// block instead of all, for about a third more computation.
     pub recompute: bool,
-    /// What the sides of products are rounded to, where the processor can; weights, moments and sums are f32 always. On a GPU the
-    /// results of the blocks' products are rounded too.
+    /// Precision to which inputs of matrix products are rounded, on processors that support it. Weights, moments and
+    /// sums are always f32. On a GPU, the products' results in the blocks are rounded too.
     pub dtype: Precision,
-    /// Train adapters instead of all weights.
+    /// LoRA settings; without them all weights are trained.
     pub lora: Option<LoraConfig>,
-    /// `cpu`, `cuda` or `cuda:N`. Several have a copy each and share out the micro-batches of a step.
+    /// Devices: `cpu`, `cuda` or `cuda:N`. With several, each holds a replica and computes some of the micro batches of
+    /// a step.
     pub devices: Vec<String>,
 }
 
 impl RunConfig {
-    /// What tells runs apart: everything but where they are computed.
+    /// Returns the settings without the devices. Used for the run's hash, so that a run resumes on other hardware.
     pub(crate) fn anywhere(&self) -> Self {
         Self { devices: Vec::new(), ..self.clone() }
     }
 
-    /// The devices by these names.
+    /// Returns the devices, or an error if a name is unknown or the device is unavailable.
     pub fn devices(&self) -> Result<Vec<Device>, LearnError> {
         Ok(device::parse_all(&self.devices.join(","))?)
     }
@@ -105,78 +110,82 @@ impl Default for RunConfig {
     }
 }
 
-/// Where a run stands, for progress bars.
+/// Progress of a run after a step, for progress bars and dashboards.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Progress<'a> {
     /// Name of the phase.
     pub phase: &'a str,
     /// Steps done in the phase.
     pub step: usize,
-    /// Steps of the phase.
+    /// Steps of the phase in total.
     pub steps: usize,
-    /// What the last step was like.
+    /// Log entry of the last step.
     pub entry: &'a LogEntry,
-    /// Tokens of the last step.
+    /// Tokens computed in the last step.
     pub tokens: usize,
-    /// Something that the model wrote in it.
+    /// One completion sampled in the last step, with its problem and reward (GRPO only).
     pub sample: Option<&'a str>,
 }
 
-/// Sees every step; stops the run, with a checkpoint, by returning false.
+/// Callback after every step. Returning false saves a checkpoint and stops the run.
 pub type Observe<'a> = &'a mut dyn FnMut(&Progress<'_>) -> bool;
 
-/// What a run did.
+/// Summary of a finished run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunReport {
-    /// Steps in all.
+    /// Optimizer steps of all phases, including those before a resume.
     pub steps: usize,
-    /// Examples used.
+    /// Number of examples in the training set.
     pub examples: usize,
-    /// Examples longer than `max_length`, dropped.
+    /// Number of examples dropped because they exceed the maximum length.
     pub too_long: usize,
-    /// Tokens trained on, this process only.
+    /// Tokens computed since this process started the run.
     pub tokens: usize,
     /// Mean loss of the last tenth of the steps.
     pub final_loss: f64,
-    /// Other measures of the algorithm, likewise.
+    /// Mean of each further metric over the last tenth of the steps.
     pub final_metrics: BTreeMap<String, f64>,
-    /// The step it went on from; 0 for a fresh run.
+    /// Global step from which the run resumed; 0 for a fresh run.
     pub resumed_from: usize,
 }
 
-/// Adds up the gradients of one step in the learner: number of the step over all phases, its items.
+/// Function that accumulates the gradients of one step in the learner. Arguments: learner, global step, items of the
+/// step.
 pub type Gradients<'a> = &'a mut dyn FnMut(&Learner, usize, &[usize]) -> Result<StepOutcome, LearnError>;
 
-/// All steps of a phase: item numbers.
+/// One phase, divided into steps.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PlannedPhase {
-    /// For logs and errors.
+    /// Name of the phase, for logs and errors.
     pub name: String,
-    /// Times the data are seen.
+    /// Number of passes over the phase's items.
     pub epochs: f64,
     /// Peak learning rate.
     pub learning_rate: f64,
-    /// The items of each step.
+    /// Item indices of each step.
     pub steps: Vec<Vec<usize>>,
 }
 
-/// One step, before the optimiser moves.
+/// Result of the forward and backward passes of one step.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepOutcome {
-    /// Mean loss.
+    /// Mean loss of the step.
     pub loss: f64,
-    /// Tokens computed.
+    /// Number of tokens computed.
     pub tokens: usize,
-    /// Further measures.
+    /// Further metrics by name.
     pub metrics: BTreeMap<String, f64>,
-    /// Something that the model wrote.
+    /// One sampled completion, for display.
     pub sample: Option<String>,
-    /// There was nothing to learn from: the optimiser stands still.
+    /// Whether the step has no gradient. The optimizer update is then skipped.
     pub skipped: bool,
 }
 
-/// Plans whole epochs over items of the given lengths, a fraction of the last one where the number of epochs is one.
-/// Items longer than `max_length` are left out.
+/// Divides phases into steps of at most `config.batch_tokens` tokens. `lengths` holds the length of each item in
+/// tokens.
+///
+/// Items longer than `max_length` are left out. If `epochs` is not an integer, the last epoch is cut to its fraction of
+/// steps, rounded up.
 pub fn plan(phases: &[Phase], lengths: &[usize], max_length: usize, config: &RunConfig) -> Vec<PlannedPhase> {
     let planned = phases.iter().enumerate().map(|(number, phase)| {
         let usable = |index: &usize| lengths[*index] <= max_length;
@@ -205,7 +214,12 @@ pub fn plan(phases: &[Phase], lengths: &[usize], max_length: usize, config: &Run
     planned.collect()
 }
 
-/// Runs the plan.
+/// Runs all steps of `plan` and returns a summary. The caller fills in `examples` and `too_long`.
+///
+/// Resumes from the newest checkpoint in `folder`. Fails with [`LearnError::OtherRun`] if the checkpoint has another
+/// `run_hash`. Each phase starts with fresh moments and its own learning rate schedule.
+///
+/// Writes checkpoints, `trainer_state.json` and TensorBoard events to `folder`.
 pub fn run(
     learner: &mut Learner,
     plan: &[PlannedPhase],
@@ -295,24 +309,28 @@ pub fn run(
     })
 }
 
+/// Saves a checkpoint and deletes old ones beyond `keep_checkpoints`.
 fn save(folder: &Path, cursor: &mut Cursor, learner: &Learner, config: &RunConfig) -> Result<(), LearnError> {
-    // All replicas are the same.
+    // Any replica will do: all hold equal weights and moments.
     let Replica { variables, optimiser, .. } = learner.first();
     cursor.optimiser_step = optimiser.steps();
     checkpoint::save(folder, cursor, variables, optimiser, config.keep_checkpoints)
 }
 
+/// Returns the Unix time in seconds.
 fn now() -> f64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0.0, |since| since.as_secs_f64())
 }
 
-/// Identifies a run: settings, data and the model that it starts from.
+/// Returns a hash over `parts` (settings and data) and the base model. A checkpoint resumes only a run with the same
+/// hash.
 pub(crate) fn run_hash(model: &LoadedModel, parts: Vec<String>) -> Result<String, LearnError> {
     let mut parts = parts;
     parts.push(model.config.to_json().to_string());
-    // The first norm and a slice of the embedding tell base models of one shape apart.
+    // Hashing every weight would take too long. The final norm and the start of the embedding distinguish models of one
+    // shape.
     for name in ["model.norm.weight", "model.embed_tokens.weight"] {
         let values = model.weights.get(name)?.flatten_all()?.to_dtype(DType::F32)?;
         let head = values.narrow(0, 0, values.elem_count().min(4096))?.to_vec1::<f32>()?;
@@ -322,13 +340,13 @@ pub(crate) fn run_hash(model: &LoadedModel, parts: Vec<String>) -> Result<String
     Ok(ContentId::of(&parts.iter().map(String::as_str).collect::<Vec<_>>()).to_string())
 }
 
-/// Identifies a row of tokens.
+/// Returns a hash of token ids.
 pub(crate) fn tokens_hash(tokens: &[u32]) -> String {
     let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
     ContentId::of_bytes(&bytes).to_string()
 }
 
-/// `trainer_state.json` with Hugging Face's field names, and TensorBoard events.
+/// Writes `trainer_state.json` with the field names of transformers, and a TensorBoard event file.
 fn write_logs(folder: &Path, cursor: &Cursor) -> Result<(), LearnError> {
     let state = json!({
         "global_step": cursor.global_step,

@@ -1,20 +1,21 @@
-//! Learning rate over the steps: linear warm-up, then a cosine down to a floor (Loshchilov and Hutter 2017).
+//! Learning rate schedule: linear warm-up, then cosine decay to a minimum (Loshchilov and Hutter 2017, "SGDR"). One
+//! curve spans one phase; there are no restarts within a phase.
 
-/// A schedule over a known number of steps.
+/// Cosine schedule with warm-up over a known number of steps.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Cosine {
-    /// The rate after warm-up.
+    /// Learning rate at the end of the warm-up.
     pub peak: f64,
-    /// Steps in all.
+    /// Number of steps of the phase.
     pub steps: usize,
-    /// Share of the steps that warm up, 0 to 1.
+    /// Fraction of the steps used for the warm-up, 0 to 1.
     pub warmup_ratio: f64,
-    /// The floor as a share of the peak.
+    /// Minimum learning rate as a fraction of `peak`, 0 to 1.
     pub floor_ratio: f64,
 }
 
 impl Cosine {
-    /// The rate of step `step`, counted from 0.
+    /// Returns the learning rate of step `step`, counted from 0.
     pub fn rate(&self, step: usize) -> f64 {
         let warmup = (self.steps as f64 * self.warmup_ratio).ceil();
         let at = step as f64;
@@ -35,7 +36,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn rises_then_falls_within_bounds(steps in 2usize..500, warmup_ratio in 0.0f64..0.5, floor_ratio in 0.0f64..1.0) {
+        fn learning_rate_rises_then_falls_within_bounds(steps in 2usize..500, warmup_ratio in 0.0f64..0.5, floor_ratio in 0.0f64..1.0) {
             let schedule = Cosine { peak: 1e-3, steps, warmup_ratio, floor_ratio };
             let rates: Vec<f64> = (0..steps).map(|step| schedule.rate(step)).collect();
             let top = rates.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;

@@ -1,7 +1,10 @@
-//! Supervised fine-tuning: `L = -1/N Σ log p(token | before)` over the assistant's tokens of a step, phase after phase.
+//! Supervised fine-tuning (TRL: `SFTTrainer`): `L = -1/N Σ log p(token | prefix)` over the `N` assistant tokens of a
+//! step.
 //!
-//! One step: pack examples up to the token budget, forward and backward in micro-batches that add up to the same mean,
-//! clip, AdamW.
+//! Per step: examples are packed up to the token budget. Micro batches accumulate the gradient of the mean over the
+//! whole step. Then follow clipping and AdamW.
+//!
+//! The order of phases comes from [`crate::curriculum`].
 
 use std::path::Path;
 
@@ -17,7 +20,10 @@ use crate::examples::Example;
 use crate::learner::Learner;
 use crate::run::{Observe, RunConfig, RunReport, StepOutcome, plan, run, run_hash, tokens_hash};
 
-/// Trains a copy of `model`. Checkpoints, `trainer_state.json` and TensorBoard events go to `folder`.
+/// Fine-tunes a copy of `model` on `examples`, phase after phase. Writes checkpoints, `trainer_state.json` and
+/// TensorBoard events to `folder`.
+///
+/// Examples longer than `max_length` or the model's context are dropped. Fails if none remains.
 pub fn sft(
     model: &LoadedModel,
     examples: &[Example],
@@ -58,7 +64,8 @@ pub fn sft(
     Ok((learner, RunReport { examples: examples.len() - too_long, too_long, ..report }))
 }
 
-/// Sum of the losses of the learnt tokens, divided by `normaliser`: row `i` predicts token `i + 1`.
+/// Returns the sum of cross-entropies over all tokens in the loss mask, divided by `normaliser`. A scalar tensor with
+/// gradient. The hidden state of row `i` predicts token `i + 1`.
 pub fn sft_loss<'a>(
     lm: &CausalLm,
     examples: impl IntoIterator<Item = &'a Example>,
@@ -69,16 +76,17 @@ pub fn sft_loss<'a>(
     Ok(linear_cross_entropy(&hidden, lm.head()?, &learnt.targets, normaliser, lm.precision())?)
 }
 
-/// The rows of a batch that predict a learnt token, and these tokens.
+/// A packed batch with the rows whose next token counts in the loss, and these tokens.
 pub(crate) struct Learnt {
     batch: Batch,
     rows: Vec<u32>,
     pub(crate) targets: Vec<u32>,
-    /// Rows of each example.
+    /// Number of such rows per example.
     pub(crate) counts: Vec<usize>,
 }
 
 impl Learnt {
+    /// Packs `examples` into one batch and collects the rows before each token in the loss mask.
     pub(crate) fn new<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Self {
         let examples: Vec<&Example> = examples.into_iter().collect();
         let batch = Batch::new(examples.iter().map(|example| (example.tokens.as_slice(), 0)));
@@ -96,7 +104,7 @@ impl Learnt {
         Self { batch, rows, targets, counts }
     }
 
-    /// Hidden states of those rows, `[rows, hidden]`.
+    /// Returns the hidden states of the selected rows, `[rows, hidden]`.
     pub(crate) fn hidden(&self, lm: &CausalLm) -> Result<Tensor, LearnError> {
         let hidden = lm.hidden(&self.batch)?;
         let rows = Tensor::from_slice(&self.rows, self.rows.len(), hidden.device())?;

@@ -1,6 +1,10 @@
-//! TensorBoard event files: each record is its length, a masked CRC-32C of the length, the record, a masked CRC-32C of
-//! the record; the record is an `Event` protobuf with one scalar. Written whole from the log history, so a resumed run
-//! leaves one clean file.
+//! Writes TensorBoard event files.
+//!
+//! A record consists of its length, the masked CRC-32C of the length, the data, and the masked CRC-32C of the data. The
+//! data is an `Event` protobuf with one scalar.
+//!
+//! The file is written as a whole from the log history. A resumed run therefore leaves one file without duplicates.
+//! Only scalars are supported.
 
 use std::path::Path;
 
@@ -9,17 +13,17 @@ use potstill_shared::durable::{DurableError, write_file};
 /// One scalar at one step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scalar {
-    /// Seconds since 1970.
+    /// Unix time in seconds.
     pub wall_time: f64,
     /// Training step.
     pub step: u64,
-    /// Name, such as `train/loss`.
+    /// TensorBoard tag, such as `train/loss`.
     pub tag: String,
-    /// Value.
+    /// Value of the scalar.
     pub value: f32,
 }
 
-/// Writes the scalars as one event file.
+/// Writes `scalars` to `path` as one event file.
 pub fn write_events(path: &Path, scalars: &[Scalar]) -> Result<(), DurableError> {
     let mut bytes = Vec::new();
     let mut version = Vec::new();
@@ -43,6 +47,7 @@ pub fn write_events(path: &Path, scalars: &[Scalar]) -> Result<(), DurableError>
     write_file(path, &bytes)
 }
 
+/// Appends one record with its length and checksums.
 fn record(out: &mut Vec<u8>, data: &[u8]) {
     let length = (data.len() as u64).to_le_bytes();
     out.extend_from_slice(&length);
@@ -51,17 +56,20 @@ fn record(out: &mut Vec<u8>, data: &[u8]) {
     out.extend_from_slice(&masked_crc(data).to_le_bytes());
 }
 
+/// Appends a protobuf field of wire type 1 (64-bit): a double.
 fn fixed64(out: &mut Vec<u8>, field: u8, value: f64) {
     out.push(field << 3 | 1);
     out.extend_from_slice(&value.to_le_bytes());
 }
 
+/// Appends a protobuf field of wire type 2 (length-delimited): bytes.
 fn delimited(out: &mut Vec<u8>, field: u8, data: &[u8]) {
     out.push(field << 3 | 2);
     varint(out, data.len() as u64);
     out.extend_from_slice(data);
 }
 
+/// Appends `value` as a protobuf varint.
 fn varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push(value as u8 | 0x80);
@@ -70,13 +78,14 @@ fn varint(out: &mut Vec<u8>, mut value: u64) {
     out.push(value as u8);
 }
 
-/// CRC-32C (Castagnoli), bit by bit: event files are small.
+/// Computes CRC-32C (Castagnoli) bit by bit. A lookup table is not worth its code, because event files are small.
 fn crc32c(data: &[u8]) -> u32 {
     !data.iter().fold(u32::MAX, |crc, &byte| {
         (0..8).fold(crc ^ u32::from(byte), |crc, _| (crc >> 1) ^ (0x82f6_3b78 & (crc & 1).wrapping_neg()))
     })
 }
 
+/// Returns the CRC-32C of `data`, masked as TFRecord files require.
 fn masked_crc(data: &[u8]) -> u32 {
     crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
@@ -86,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_check_value_of_crc32c() {
+    fn crc32c_returns_the_standard_check_value() {
         assert_eq!(crc32c(b"123456789"), 0xe306_9283);
     }
 }

@@ -1,5 +1,5 @@
-//! Loss and gradients of supervised fine-tuning against PyTorch, and the promises of a training run: exact resume, and a
-//! gradient for every trainable tensor.
+//! Tests of supervised fine-tuning: loss and gradients of all trainable tensors match PyTorch, and runs resume bit for
+//! bit. Other algorithms are tested in `algorithms.rs`.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "fixture/models.rs"]
@@ -20,9 +20,9 @@ use potstill_learn::examples::Example;
 use potstill_learn::run::RunConfig;
 use potstill_learn::sft::{sft, sft_loss};
 
-/// In f32 with the fused operations of the CPU, and in f64 with the stock ones that every other device computes with.
+/// Covers f32 with the CPU's fused operations, and f64 with candle's stock operations, which every other device uses.
 #[test]
-fn loss_and_gradients_agree() {
+fn sft_loss_and_gradients_match_pytorch() {
     for name in ["qwen2", "qwen3", "llama"] {
         let (config, weights, examples) = load(name);
         for (dtype, recompute) in [(DType::F32, false), (DType::F32, true), (DType::F64, false)] {
@@ -67,7 +67,7 @@ fn phases() -> Vec<Phase> {
 }
 
 #[test]
-fn a_run_cut_anywhere_gives_the_same_bits() {
+fn sft_resumes_bit_for_bit_after_a_stop_at_any_step() {
     let (model, examples) = model();
     let config =
         RunConfig { batch_tokens: 60, micro_batch_tokens: 30, checkpoint_every: 3, ..RunConfig::default() };
@@ -99,7 +99,7 @@ fn model_loss(model: &LoadedModel, examples: &[Example]) -> (f32, usize) {
 }
 
 #[test]
-fn a_checkpoint_of_other_data_is_refused() {
+fn resume_rejects_a_checkpoint_of_other_data() {
     let (model, examples) = model();
     let config = RunConfig { batch_tokens: 100, max_steps: 2, ..RunConfig::default() };
     let folder = tempfile::tempdir().unwrap();
@@ -109,7 +109,7 @@ fn a_checkpoint_of_other_data_is_refused() {
 }
 
 #[test]
-fn a_loss_that_is_not_finite_stops_the_run() {
+fn run_stops_when_the_loss_is_not_finite() {
     let (model, examples) = model();
     let mut phases = phases();
     phases[0].learning_rate = 1e30;

@@ -1,4 +1,5 @@
-//! DPO, GRPO, reward models, distillation and LoRA: losses and gradients against PyTorch, exact resume, what they promise.
+//! Tests of DPO, GRPO, reward models, logit distillation and LoRA. Losses and gradients are compared with PyTorch; runs
+//! resume bit for bit and improve their metric. SFT has its own file, `against_pytorch.rs`.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "fixture/models.rs"]
@@ -35,7 +36,7 @@ struct Fixture {
     facts: serde_json::Value,
 }
 
-/// The Qwen2 fixture, ready to learn, with the rows of `make_algorithms.py`.
+/// Returns the Qwen2 fixture as a trainable model, with the rows and expected tensors of `make_algorithms.py`.
 fn fixture() -> Fixture {
     let (config, weights, _) = load("qwen2");
     let (weights, variables) = weights.trainable().unwrap();
@@ -55,7 +56,7 @@ fn fixture() -> Fixture {
 }
 
 impl Fixture {
-    /// Loss and gradients against what PyTorch computed under `name`.
+    /// Compares loss and gradients with PyTorch's values under `name`.
     fn agrees(&self, name: &str, loss: &Tensor) {
         let (ours, theirs) = (
             loss.to_scalar::<f32>().unwrap(),
@@ -77,7 +78,7 @@ impl Fixture {
         assert_eq!(compared, 6, "{name}");
     }
 
-    /// Rows that predict a learnt token, and these.
+    /// Returns the hidden states of the rows that predict a token in the loss, and these tokens.
     fn learnt(&self) -> (Tensor, Vec<u32>) {
         let batch = Batch::new(self.examples.iter().map(|example| (example.tokens.as_slice(), 0)));
         let (mut rows, mut targets) = (Vec::new(), Vec::new());
@@ -93,7 +94,7 @@ impl Fixture {
 }
 
 #[test]
-fn dpo_agrees() {
+fn dpo_loss_and_gradients_match_pytorch() {
     let f = fixture();
     let betas: Vec<f64> = serde_json::from_value(f.facts["betas"].clone()).unwrap();
     let reference: Vec<[f32; 2]> = serde_json::from_value(f.facts["reference"].clone()).unwrap();
@@ -109,7 +110,7 @@ fn dpo_agrees() {
 }
 
 #[test]
-fn grpo_agrees() {
+fn grpo_loss_and_gradients_match_pytorch() {
     let f = fixture();
     let (hidden, targets) = f.learnt();
     let log_probs = linear_log_prob(&hidden, f.lm.head().unwrap(), &targets, Precision::F32).unwrap();
@@ -124,7 +125,7 @@ fn grpo_agrees() {
 }
 
 #[test]
-fn reward_models_agree() {
+fn reward_model_losses_and_gradients_match_pytorch() {
     for (name, loss) in [
         ("huber", RewardLoss::Huber),
         ("ordinal", RewardLoss::Ordinal),
@@ -141,7 +142,7 @@ fn reward_models_agree() {
         let found = reward_loss(&logits, scores, loss).unwrap();
         let of_head = found.backward().unwrap();
         same_gradient(name, of_head.get(&head).unwrap(), &f.expected[&format!("{name}.grad.score.weight")]);
-        // That backward pass left the blocks' sums behind.
+        // Discards the block gradients that this backward pass accumulated.
         f.lm.take_gradients();
         let f = Fixture { ..f };
         let hidden = f.lm.hidden(&batch).unwrap().index_select(&last, 0).unwrap();
@@ -150,7 +151,7 @@ fn reward_models_agree() {
 }
 
 #[test]
-fn distillation_agrees() {
+fn kd_loss_and_gradients_match_pytorch() {
     for (name, divergence) in [
         ("forward_kl", Divergence::ForwardKl),
         ("reverse_kl", Divergence::ReverseKl),
@@ -182,7 +183,8 @@ fn settings() -> RunConfig {
 
 type Trained = Result<(LoadedModel, RunReport), LearnError>;
 
-/// Whatever is trained: cut after any step and started again, it ends with the same bits.
+/// Stops a run after several steps, restarts it, and checks that the final weights equal those of an uninterrupted run
+/// bit for bit.
 fn resumes(run: &dyn Fn(&std::path::Path, Observe<'_>) -> Trained) {
     let whole = tempfile::tempdir().unwrap();
     let (expected, report) = run(whole.path(), &mut |_| true).unwrap();
@@ -211,7 +213,7 @@ fn some_pairs() -> (LoadedModel, Vec<Pair>) {
 }
 
 #[test]
-fn dpo_resumes_and_learns() {
+fn dpo_resumes_bit_for_bit_and_widens_the_margin() {
     let (model, pairs) = some_pairs();
     let config = DpoConfig { learning_rate: 1e-3, epochs: 2.0, run: settings(), ..DpoConfig::default() };
     resumes(&|folder, observe| {
@@ -235,7 +237,7 @@ fn dpo_resumes_and_learns() {
 
 fn some_scores() -> (LoadedModel, Vec<Scored>) {
     let (model, _) = model();
-    // A score that can be seen: how often the last word is word 5, or that of its neighbour.
+    // The score depends on the last token, so that the model can learn it: token 5 scores 8, token 30 scores 1.
     let traces = (0..80u32)
         .map(|i| Scored {
             tokens: vec![4 + i % 7, 10 + i % 11, if i % 2 == 0 { 5 } else { 30 }],
@@ -247,7 +249,7 @@ fn some_scores() -> (LoadedModel, Vec<Scored>) {
 }
 
 #[test]
-fn reward_models_resume_and_learn() {
+fn reward_models_resume_bit_for_bit_and_rank_held_out_traces() {
     let (model, traces) = some_scores();
     for loss in [RewardLoss::Huber, RewardLoss::Ordinal, RewardLoss::BradleyTerry] {
         let run = RunConfig {
@@ -283,9 +285,9 @@ fn reward_models_resume_and_learn() {
     assert!(refused.to_string().contains("outside 0 to 9"), "{refused}");
 }
 
-/// A reward model written as a folder and read back predicts the same.
+/// A reward model that is written to a folder and loaded again predicts the same values.
 #[test]
-fn reward_models_survive_the_disk() {
+fn reward_model_predicts_the_same_after_saving_and_loading() {
     let (model, traces) = some_scores();
     let config = RewardConfig {
         learning_rate: 1e-2,
@@ -334,7 +336,7 @@ fn practice() -> (LoadedModel, Vec<Prompt>, GrpoConfig) {
 }
 
 #[test]
-fn grpo_resumes() {
+fn grpo_resumes_bit_for_bit() {
     let (model, prompts, config) = practice();
     for updates in [1, 2] {
         let config = GrpoConfig { updates, ..config.clone() };
@@ -345,9 +347,9 @@ fn grpo_resumes() {
     }
 }
 
-/// One word is a whole right answer; the model learns to say it and stop.
+/// One token of the vocabulary is a complete correct answer. The model learns to sample it and then stop.
 #[test]
-fn grpo_finds_what_is_rewarded() {
+fn grpo_learns_the_rewarded_completion() {
     let (model, prompts, config) = practice();
     let config = GrpoConfig { learning_rate: 1e-2, epochs: 40.0, kl: 0.0, ..config };
     let folder = tempfile::tempdir().unwrap();
@@ -363,7 +365,7 @@ fn grpo_finds_what_is_rewarded() {
 }
 
 #[test]
-fn grpo_refuses_to_go_on_when_nothing_ends() {
+fn grpo_stops_when_most_completions_are_truncated() {
     let (mut model, prompts, config) = practice();
     model.config.eos = vec![];
     let config = GrpoConfig { max_truncated: 0.5, learn_truncated: false, ..config };
@@ -379,7 +381,7 @@ fn grpo_refuses_to_go_on_when_nothing_ends() {
 }
 
 #[test]
-fn distillation_copies_the_teacher() {
+fn kd_learns_from_the_teacher_and_on_policy_resumes_bit_for_bit() {
     let (teacher, examples) = model();
     let (mut student, _) = model();
     student.weights = potstill_engine::init::random(&student.config, 5).unwrap();
@@ -430,7 +432,7 @@ fn distillation_copies_the_teacher() {
 }
 
 #[test]
-fn adapters_learn_alone_and_merge() {
+fn lora_trains_only_adapters_and_merges_them() {
     let (model, pairs) = some_pairs();
     for quantise in [None, Some(FrozenBits::Q8_0)] {
         let lora = LoraConfig { rank: 4, alpha: 8.0, quantise, ..LoraConfig::default() };
@@ -447,7 +449,7 @@ fn adapters_learn_alone_and_merge() {
         let merged = learner.finish().unwrap();
         let embedding = "model.embed_tokens.weight";
         assert_eq!(bits(&merged)[embedding], bits(&model)[embedding], "what is frozen stays");
-        // Adapters beside the matrices and merged into them compute the same, up to what eight bits lose.
+        // The unmerged adapters and the merged weights give equal logits, up to the error of 8-bit storage.
         let logits = |model: &LoadedModel| {
             let lm = CausalLm::new(&model.config, &model.weights).unwrap();
             lm.logits(&lm.hidden(&Batch::new([(&pairs[0].chosen.tokens[..], 0)])).unwrap()).unwrap()
@@ -478,9 +480,9 @@ fn adapters_learn_alone_and_merge() {
     assert!(refused.to_string().contains("no module `query`"), "{refused}");
 }
 
-/// Three copies that share out every step learn what one does, and go on after a stop to the same bits.
+/// Three replicas that divide every step train like one. They also resume bit for bit.
 #[test]
-fn several_devices_learn_what_one_does() {
+fn several_devices_train_like_one() {
     let run = |devices: usize| RunConfig { devices: vec!["cpu".to_owned(); devices], ..settings() };
     let (model, pairs) = some_pairs();
     let lora = LoraConfig { rank: 4, ..LoraConfig::default() };
@@ -525,9 +527,9 @@ fn several_devices_learn_what_one_does() {
     assert!(refused.err().unwrap().to_string().contains("`cpu`, `cuda` or `cuda:N`"));
 }
 
-/// A step of one example leaves two of three devices without work; the copies stay the same all the same.
+/// A step with one example leaves two of three devices without a micro batch. All replicas stay equal nevertheless.
 #[test]
-fn a_device_without_work_takes_the_step_too() {
+fn device_without_a_micro_batch_applies_the_update() {
     let (model, examples) = model();
     let config = RunConfig { devices: vec!["cpu".to_owned(); 3], ..settings() };
     let mut learner = Learner::new(&model, &config, &[]).unwrap();
@@ -551,9 +553,9 @@ fn a_device_without_work_takes_the_step_too() {
     assert!(copies[0] != bits(&model), "nothing moved");
 }
 
-/// Moments in eight bits: the loss falls as with 32, the checkpoint is smaller, and what goes on ends with the same bits.
+/// 8-bit moments lower the loss like 32-bit ones, make the checkpoint smaller, and resume bit for bit.
 #[test]
-fn moments_of_eight_bits_learn_as_well() {
+fn eight_bit_moments_train_like_32_bit_ones() {
     let (model, pairs) = some_pairs();
     let last_loss = |eight_bit_moments: bool, folder: &std::path::Path| {
         let run = RunConfig { eight_bit_moments, ..settings() };

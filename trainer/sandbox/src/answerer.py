@@ -1,4 +1,6 @@
-"""Holds the program and answers calls of its functions with plain values. Runs in the sandbox; nothing it says is trusted."""
+"""Runs the program and returns the results of calls of its functions as plain values.
+
+This process is in the sandbox with the program, so the test process trusts nothing that it sends."""
 import ast
 import os
 import sys
@@ -16,7 +18,7 @@ sys.setrecursionlimit(10_000)
 
 
 def plain(value, depth=0):
-    """The value as text, made of plain types only."""
+    """Returns the literal of a value of plain types; raises TypeError for any other type."""
     if depth > 60:
         raise TypeError("a value that is nested too deep")
     kind = type(value)

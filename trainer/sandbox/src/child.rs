@@ -1,5 +1,8 @@
-//! The helper process, in two steps. The outer one makes the namespaces and mounts and stays to wait; the inner one, the first
-//! process of the new process namespace, puts up Landlock, limits and seccomp and becomes the interpreter.
+//! Helper process, which isolates itself in two steps.
+//!
+//! The outer process creates the namespaces and mounts, then starts the inner process and waits. The inner
+//! process has number 1 in the new process namespace. The inner process applies the resource limits, Landlock
+//! and seccomp, and then becomes the interpreter.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -20,25 +23,32 @@ use serde::{Deserialize, Serialize};
 
 use crate::{HELPER, Limits, Python, filter};
 
-/// Exit status of a helper that could not isolate.
+/// Exit status of a helper that could not isolate itself.
 pub(crate) const REFUSED: u8 = 125;
-/// Uid and gid within.
+/// User and group id inside the namespace.
 const NOBODY: u32 = 65_534;
 
-/// What the helper is told.
+/// Instructions for a helper, passed as JSON in an argument.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Order {
+    /// Interpreter.
     pub(crate) python: Python,
+    /// Resource limits.
     pub(crate) limits: Limits,
-    /// Stands before the words of a helper that could not isolate. The program never learns it.
+    /// Random prefix of the error message of a helper that could not isolate itself.
+    ///
+    /// The program does not know the prefix and cannot imitate the message.
     pub(crate) sign: String,
     /// Arguments of the interpreter.
     pub(crate) arguments: Vec<String>,
 }
 
+/// Result of a step, with a message if the isolation fails.
 type Refused<T> = Result<T, String>;
 
-/// Runs as the helper: `arguments` are those after [`HELPER`].
+/// Runs the helper process with the arguments behind [`HELPER`].
+///
+/// Writes an error to stderr and exits with status 125 if a step of the isolation fails.
 pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<String> = arguments.filter_map(|argument| argument.into_string().ok()).collect();
     let done = match arguments.as_slice() {
@@ -57,10 +67,12 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
+/// Returns a converter that puts the name of the step before an error.
 fn refused<E: std::fmt::Display>(what: &str) -> impl Fn(E) -> String + '_ {
     move |error| format!("{what}: {error}")
 }
 
+/// Creates the namespaces, the user mapping and `/tmp`, and waits for the inner process.
 fn outer(order: &str) -> Refused<ExitCode> {
     let limits = serde_json::from_str::<Order>(order).map_err(refused("order"))?.limits;
     setsid().map_err(refused("session"))?;
@@ -88,7 +100,8 @@ fn outer(order: &str) -> Refused<ExitCode> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("tmpfs"), "/tmp", Some("tmpfs"), flags, Some(size.as_str())).map_err(refused("/tmp"))?;
     let own = std::env::current_exe().map_err(refused("own program"))?;
-    // The first process that is started now is number 1 of the new namespace: when it ends, the kernel ends all others in it.
+    // The inner process has number 1 in its namespace. With its end, the kernel kills all other processes
+    // there.
     let status =
         Command::new(own).args([HELPER, "inner", order]).env_clear().status().map_err(refused("inner"))?;
     Ok(ExitCode::from(match (status.code(), status.signal()) {
@@ -97,6 +110,7 @@ fn outer(order: &str) -> Refused<ExitCode> {
     }))
 }
 
+/// Applies the limits and filters, and replaces this process by the interpreter; returns only on failure.
 fn inner(order: &str) -> Refused<ExitCode> {
     let order: Order = serde_json::from_str(order).map_err(refused("order"))?;
     set_pdeathsig(Signal::SIGKILL).map_err(refused("death signal"))?;
@@ -125,7 +139,11 @@ fn inner(order: &str) -> Refused<ExitCode> {
     Err(format!("interpreter: {error}"))
 }
 
-/// Landlock: the interpreter may be read, `/tmp` may be written, nothing else is there; no network, no signals to others.
+/// Restricts this process with Landlock.
+///
+/// The interpreter is readable. `/tmp`, `/dev/null` and `/dev/urandom` are writable; every other path is
+/// denied. TCP, abstract Unix sockets and signals to other processes are denied too. Fails unless the kernel
+/// enforces all rules.
 fn confine(python: &Python) -> Refused<()> {
     let abi = ABI::V6;
     let failed = refused::<landlock::RulesetError>("Landlock");

@@ -1,10 +1,14 @@
-//! The system calls that an interpreter needs to compute, read its files and print. Any other one fails with `EPERM`.
+//! Seccomp filter: the system calls that an interpreter needs to compute, read files and print. Every other
+//! call fails with `EPERM`.
+//!
+//! Deliberately absent: calls that create processes or threads, open sockets, or change namespaces.
 
 use std::collections::BTreeMap;
 
 use nix::libc;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
+/// System calls of all architectures.
 const ALLOWED: [libc::c_long; 83] = [
     libc::SYS_read,
     libc::SYS_write,
@@ -91,7 +95,7 @@ const ALLOWED: [libc::c_long; 83] = [
     libc::SYS_pipe2,
 ];
 
-/// Calls of older kinds that only some processors have.
+/// Older variants of these calls, which only x86-64 has.
 #[cfg(target_arch = "x86_64")]
 const OLDER: [libc::c_long; 22] = [
     libc::SYS_open,
@@ -120,7 +124,7 @@ const OLDER: [libc::c_long; 22] = [
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: [libc::c_long; 0] = [];
 
-/// Puts the filter on this process, for good.
+/// Installs the filter on this process, permanently.
 pub(crate) fn install() -> Result<(), String> {
     let say = |error: &dyn std::fmt::Display| error.to_string();
     let rules: BTreeMap<i64, Vec<_>> = ALLOWED.iter().chain(&OLDER).map(|call| (*call, Vec::new())).collect();

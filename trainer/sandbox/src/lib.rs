@@ -1,14 +1,12 @@
-//! Runs Python that a model wrote, and tells from outside whether it is right. The program gets a process of its own in new
-//! user, process, network, mount and IPC namespaces, a view of the file system that holds its interpreter and an empty
-//! `/tmp` (Landlock), a list of system calls (seccomp), limits on time, memory, files and output, and nothing of the
-//! environment. Where the kernel refuses any of these, nothing is run.
+//! Sandbox for Python programs that a model wrote, with tests whose verdict the program cannot forge.
 //!
-//! The verdict is never computed where the program runs: what it prints is compared by us, and what its functions give is
-//! handed as plain values to the tests, which run in a process of their own. A program can only answer; it never meets
-//! the expected values.
+//! A program runs in its own user, process, network, mount and IPC namespaces. Landlock allows only the
+//! interpreter and an empty `/tmp`; seccomp allows only listed system calls. Time, memory, files and output
+//! are limited; the environment is empty. If the kernel lacks one of these, no program runs.
 //!
-//! Setting up needs a helper process: programs that use this crate call [`child::main`] first thing when they are started
-//! with [`HELPER`] as their first argument.
+//! Expected values stay outside: printed output is compared in this process, and tests of functions run in a
+//! second sandboxed process. Programs that use this crate call [`child::main`] first when [`HELPER`] is their
+//! first argument.
 #![forbid(unsafe_code)]
 
 pub mod child;
@@ -25,48 +23,48 @@ use serde::{Deserialize, Serialize};
 pub use self::process::{Ended, Output};
 pub use self::tests_of::{Example, Verdict};
 
-/// First argument of the helper process.
+/// First argument of a helper process.
 pub const HELPER: &str = "sandbox-helper";
 
-/// Why nothing was run.
+/// Reason for which a program was not run.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
-    /// No interpreter.
+    /// No Python interpreter was found; the value is the error.
     #[error("no Python was found: {0}; install python3, or leave out benchmarks of code")]
     NoPython(String),
-    /// The kernel does not allow what isolation needs.
+    /// The kernel refuses a part of the isolation; the value is the error.
     #[error(
         "this machine cannot isolate programs ({0}), so none is run; it needs user namespaces, Landlock and seccomp"
     )]
     NoIsolation(String),
-    /// The program cannot be handed over.
+    /// The program, its tests or their JSON encoding exceed the size of a process argument.
     #[error("the program is longer than {LONGEST} bytes")]
     TooLong,
-    /// The helper could not be started.
+    /// A process or pipe could not be created.
     #[error("cannot start `{program}`: {source}")]
     Start {
-        /// Which.
+        /// Executable of the helper.
         program: PathBuf,
-        /// Why.
+        /// Cause.
         source: std::io::Error,
     },
 }
 
-/// Longest program or test.
+/// Largest size of a program or of its tests, in bytes.
 pub const LONGEST: usize = 120_000;
 
-/// What a program may use.
+/// Resource limits of a program.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Limits {
-    /// Seconds of processor time.
+    /// Processor time, in seconds.
     pub cpu_s: u64,
-    /// Time in all.
+    /// Elapsed time.
     pub wall: Duration,
-    /// Bytes of address space.
+    /// Address space, in bytes.
     pub memory: u64,
-    /// Bytes of output that are read.
+    /// Largest size of standard output, in bytes.
     pub output: usize,
-    /// Bytes of a file, and of `/tmp`.
+    /// Largest size of a file and total size of `/tmp`, in bytes.
     pub files: u64,
 }
 
@@ -76,25 +74,31 @@ impl Default for Limits {
     }
 }
 
-/// An interpreter and what it must be able to read.
+/// Python interpreter and its readable paths.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Python {
+    /// Absolute path without symbolic links.
     pub(crate) executable: PathBuf,
+    /// Files and folders that the interpreter needs: its library and the shared libraries.
     pub(crate) readable: Vec<PathBuf>,
 }
 
-/// Runs programs.
+/// Isolated runner of Python programs.
 #[derive(Debug, Clone)]
 pub struct Sandbox {
+    /// Executable of the helper.
     pub(crate) helper: PathBuf,
+    /// Interpreter of the programs.
     pub(crate) python: Python,
-    /// What programs may use.
+    /// Resource limits of each program.
     pub limits: Limits,
 }
 
 impl Sandbox {
-    /// A sandbox whose helper is `program` (which must call [`child::main`]). Runs a program that tries to get out; when any
-    /// wall is missing, there is no sandbox.
+    /// Returns a sandbox whose helper is the executable `program`, which must call [`child::main`].
+    ///
+    /// Runs a probe that tries to leave the sandbox. Fails with [`SandboxError::NoPython`] without an
+    /// interpreter, and with [`SandboxError::NoIsolation`] if the probe finds a gap.
     pub fn new(program: PathBuf, limits: Limits) -> Result<Self, SandboxError> {
         let sandbox = Self { helper: program, python: Python::find()?, limits };
         let probe = sandbox.python_program(PROBE, b"")?;
@@ -107,7 +111,8 @@ impl Sandbox {
     }
 }
 
-/// Says `isolated` when the network, other processes and the file system are out of reach.
+/// Python program that prints `isolated` if sockets, the file system, new processes and other processes are
+/// out of reach.
 const PROBE: &str = r#"
 import os
 def fails(act):
@@ -125,7 +130,7 @@ print("isolated")
 "#;
 
 impl Python {
-    /// The interpreter that `python3` stands for.
+    /// Returns the interpreter behind the command `python3`.
     fn find() -> Result<Self, SandboxError> {
         const ASK: &str = "import os, sys, json\nprint(json.dumps([os.path.realpath(sys.executable), [sys.base_prefix + '/lib', \
             os.path.dirname(os.__file__)] + [p for p in sys.path if p]]))";

@@ -1,4 +1,5 @@
-//! `potstill-sandbox`: the helper process as a program of its own, for tests and for programs that cannot be their own helper.
+//! `potstill-sandbox`: the helper process as a separate executable, for tests and for programs that cannot be
+//! their own helper.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;

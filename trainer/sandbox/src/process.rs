@@ -1,4 +1,6 @@
-//! A process in the sandbox: started, fed, read up to a limit, ended in time.
+//! Process in the sandbox, with its input, bounded output and deadline.
+//!
+//! Deliberately absent: the isolation itself, which the helper does (see [`crate::child`]).
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::{Read, Write};
@@ -12,44 +14,44 @@ use nix::unistd::Pid;
 use crate::child::{Order, REFUSED};
 use crate::{HELPER, LONGEST, Sandbox, SandboxError};
 
-/// How a program ended.
+/// End of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// By itself, with this status.
+    /// Exit with this status.
     Exit(u8),
-    /// By this signal; 9 and 24 are what limits on processor time send.
+    /// Death by this signal. The limit on processor time sends 9 (`SIGKILL`) or 24 (`SIGXCPU`).
     Signal(u8),
-    /// It took too long.
+    /// Killed at the limit on elapsed time.
     TimedOut,
-    /// It printed more than is read.
+    /// Killed for output beyond the limit.
     TooMuchOutput,
-    /// The helper could not isolate it; it was not run.
+    /// Not run, because the helper could not isolate itself.
     Refused,
 }
 
-/// What a program did.
+/// Result of a program.
 #[derive(Debug, Clone)]
 pub struct Output {
-    /// How it ended.
+    /// End of the program.
     pub ended: Ended,
-    /// What it printed.
+    /// Standard output, within the limit; empty if its end was not read.
     pub stdout: Vec<u8>,
-    /// What it complained about, the end of it.
+    /// Last 4,096 bytes of standard error; empty if its end was not read.
     pub stderr: Vec<u8>,
 }
 
-/// A process that is ended when it is forgotten.
+/// Running process, which is killed when the value is dropped.
 pub(crate) struct Running {
     child: Child,
-    /// What a helper says first that could not isolate.
+    /// Prefix of the error message of a helper that could not isolate itself.
     sign: String,
 }
 
 impl Running {
-    /// Ends the helper and, through it, everything in its namespaces.
+    /// Kills the helper and all processes in its namespaces.
     fn end(&mut self) {
         let id = Pid::from_raw(self.child.id() as i32);
-        // The helper leads a session of its own, unless it has not come so far yet.
+        // The first call fails while the helper has not yet created its session.
         let _gone = killpg(id, Signal::SIGKILL);
         let _gone = kill(id, Signal::SIGKILL);
     }
@@ -63,6 +65,7 @@ impl Drop for Running {
 }
 
 impl Sandbox {
+    /// Starts a helper that runs the interpreter with `arguments`.
     pub(crate) fn start(
         &self,
         arguments: Vec<String>,
@@ -84,34 +87,40 @@ impl Sandbox {
             .stderr(Stdio::piped())
             .spawn();
         let child = started.map_err(|source| match source.raw_os_error() {
-            // The order is longer than arguments may be.
+            // `E2BIG`: the instructions exceed the size of an argument.
             Some(7) => SandboxError::TooLong,
             _ => SandboxError::Start { program: self.helper.clone(), source },
         })?;
         Ok(Running { child, sign })
     }
 
-    /// Runs a program on some input.
+    /// Runs a Python program with `input` as its standard input and waits for its end.
+    ///
+    /// Fails with [`SandboxError::TooLong`] or [`SandboxError::Start`] if the helper cannot be started.
     pub fn python_program(&self, program: &str, input: &[u8]) -> Result<Output, SandboxError> {
         let arguments = ["-I", "-c", program].map(str::to_owned).to_vec();
         let mut running = self.start(arguments, Stdio::piped(), Stdio::piped())?;
         if let Some(mut stdin) = running.child.stdin.take() {
             let input = input.to_vec();
-            // A program that does not read its input ends this thread with it.
+            // If the program ends without reading, the write fails and the thread ends.
             std::thread::spawn(move || stdin.write_all(&input));
         }
         Ok(running.finish(self.limits.wall, self.limits.output))
     }
 }
 
+/// Message of a thread that reads a pipe.
 enum Heard {
+    /// Standard output up to its end.
     Ended(Vec<u8>),
+    /// Tail of standard error up to its end.
     Errors(Vec<u8>),
+    /// Standard output beyond the limit.
     TooMuch,
 }
 
 impl Running {
-    /// Waits for the end, at most so long.
+    /// Waits at most `wall` for the end of the process and reads at most `most` bytes of its output.
     pub(crate) fn finish(mut self, wall: Duration, most: usize) -> Output {
         let deadline = Instant::now() + wall;
         let (say, heard) = mpsc::channel();
@@ -145,7 +154,7 @@ impl Running {
                 }
             }
         }
-        // Both pipes are closed when the last process has ended, or closed them itself and goes on.
+        // Closed pipes do not prove the end: a process can close both and continue.
         let mut ended = ended.unwrap_or_else(|| self.status(deadline));
         self.end();
         let mut stderr = stderr.unwrap_or_default();
@@ -156,10 +165,11 @@ impl Running {
         Output { ended, stdout: stdout.unwrap_or_default(), stderr }
     }
 
+    /// Waits for the end of the process; kills the process at the deadline.
     fn status(&mut self, deadline: Instant) -> Ended {
         let id = Pid::from_raw(self.child.id() as i32);
         let (say, done) = mpsc::channel::<()>();
-        // Ends it when the time is over; told to stop when it has ended before.
+        // The thread kills the process at the deadline, unless `say` is dropped before.
         let watch = std::thread::spawn(move || {
             let left = deadline.saturating_duration_since(Instant::now());
             if done.recv_timeout(left) == Err(mpsc::RecvTimeoutError::Timeout) {
@@ -183,7 +193,7 @@ impl Running {
     }
 }
 
-/// Reads to the end and keeps the last of it.
+/// Reads to the end and returns the last 4,096 bytes.
 fn tail(mut from: impl Read) -> Vec<u8> {
     const KEPT: usize = 4_096;
     let (mut text, mut piece) = (Vec::new(), [0u8; KEPT]);
@@ -195,7 +205,7 @@ fn tail(mut from: impl Read) -> Vec<u8> {
     text
 }
 
-/// Reads to the end, at most so much; whether that was all.
+/// Reads at most `most` bytes; returns true if they are the whole stream.
 fn read(mut from: impl Read, most: usize) -> (Vec<u8>, bool) {
     let mut text = Vec::new();
     let read = from.by_ref().take(most as u64 + 1).read_to_end(&mut text);

@@ -1,5 +1,6 @@
-"""Runs the tests. Calls of the program's functions are asked of the other process; what comes back is read as plain values.
-Ends with status 42 when, and only when, all tests have passed."""
+"""Runs the tests. Calls of the program's functions go to the other process; the responses are parsed as plain values.
+
+Exits with status 42 if and only if all tests have passed."""
 import ast
 import builtins
 import os
@@ -16,7 +17,7 @@ LONGEST = 4 << 20
 
 
 def read(node):
-    """A plain value out of its syntax tree; anything else is refused."""
+    """Returns the plain value of a syntax tree; any other expression is an error."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         if node.func.id == "set" and not node.args:
             return set()
@@ -53,7 +54,7 @@ def call(name, arguments, named):
         error = getattr(builtins, str(value), None)
         is_error = isinstance(error, type) and issubclass(error, Exception)
         raise (error if is_error else RuntimeError)(str(rest))
-    # Lists and dictionaries that the program has changed in place.
+    # Copies back lists and dictionaries that the program has changed in place.
     for mine, theirs in zip(arguments, rest):
         if type(mine) is list and type(theirs) is list:
             mine[:] = theirs

@@ -1,40 +1,47 @@
-//! Tests of programs. Programs that read and print are compared by what they print. Functions are called from a second
-//! process, where the tests run: it asks over a pipe for the value of each call and gets plain values back, so the
-//! expected values and the asserts are out of the program's reach.
+//! Tests of programs: by printed output or by calls of functions.
+//!
+//! Printed output is compared in this process. Functions are called from a second sandboxed process that runs
+//! the tests. That process sends each call over a pipe and receives plain values. Expected values and
+//! assertions are therefore out of reach of the program.
 
 use std::process::Stdio;
 
 use crate::process::Ended;
 use crate::{Sandbox, SandboxError};
 
-/// Input and the output that is expected.
+/// Input of a program with its expected output.
 #[derive(Debug, Clone)]
 pub struct Example {
-    /// What the program reads.
+    /// Standard input.
     pub input: String,
-    /// What it should print.
+    /// Expected standard output.
     pub output: String,
 }
 
-/// Whether a program is right.
+/// Result of the tests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
-    /// All tests passed.
+    /// True if all tests passed.
     pub passed: bool,
-    /// What went wrong first, or how many tests passed.
+    /// First failure, or the number of passed tests.
     pub why: String,
 }
 
+/// Returns a failed verdict.
 fn failed(why: impl Into<String>) -> Verdict {
     Verdict { passed: false, why: why.into() }
 }
 
+/// Python driver that holds the program and calls its functions.
 const ANSWERER: &str = include_str!("answerer.py");
+/// Python driver that runs the tests.
 const TESTER: &str = include_str!("tester.py");
 
 impl Sandbox {
-    /// Runs the program on each input and compares what it prints: line by line without trailing white space, else word by
-    /// word with numbers compared by value.
+    /// Runs the program on each input and compares its output with the expected output.
+    ///
+    /// Lines are compared without trailing whitespace. Lines that differ are compared word by word, with
+    /// numbers by value. Fails if the program cannot be isolated or started.
     pub fn prints(&self, program: &str, examples: &[Example]) -> Result<Verdict, SandboxError> {
         for (index, example) in examples.iter().enumerate() {
             let number = index + 1;
@@ -62,8 +69,11 @@ impl Sandbox {
         Ok(Verdict { passed: true, why: format!("{} tests passed", examples.len()) })
     }
 
-    /// Runs test code (asserts, or a function `check(candidate)`) against the functions of a program. `entry` is what
-    /// `candidate` stands for: `name` or `Class.method`. Other functions of the program are reached by their names.
+    /// Runs test code against the functions of a program.
+    ///
+    /// The tests are assertions or a function `check(candidate)`. `entry` is the name of `candidate`, either
+    /// `name` or `Class.method`. The tests reach other functions of the program by name. Fails if the tests
+    /// cannot be isolated or started.
     pub fn functions(&self, program: &str, tests: &str, entry: &str) -> Result<Verdict, SandboxError> {
         let arguments =
             |driver: &str, code: &str| ["-I", "-c", driver, code, entry].map(str::to_owned).to_vec();
@@ -76,7 +86,7 @@ impl Sandbox {
         let output = tester.finish(self.limits.wall, self.limits.output);
         let said = last_line(&output.stderr);
         Ok(match output.ended {
-            // Only the tests end with this, and only after the last of them.
+            // Only the test process exits with this status, after the last test.
             Ended::Exit(PASSED) => Verdict { passed: true, why: "the tests passed".to_owned() },
             Ended::Refused => return Err(SandboxError::NoIsolation(said)),
             Ended::Exit(_) => failed(if said.is_empty() { "the tests failed".to_owned() } else { said }),
@@ -85,13 +95,14 @@ impl Sandbox {
     }
 }
 
-/// Status of tests that have passed.
+/// Exit status of a test process whose tests all passed.
 const PASSED: u8 = 42;
 
+/// Returns the end of a program in words.
 fn describe(ended: Ended) -> String {
     match ended {
         Ended::Exit(code) => format!("ended with {code}"),
-        // The limit on processor time ends the first process of a namespace with 9.
+        // At the limit on processor time, the first process of a namespace ends by signal 9.
         Ended::Signal(9 | 24) => "used up its time".to_owned(),
         Ended::Signal(signal) => format!("was ended by signal {signal}"),
         Ended::TimedOut => "took too long".to_owned(),
@@ -100,11 +111,13 @@ fn describe(ended: Ended) -> String {
     }
 }
 
+/// Returns the last line of `text`, cut to 300 characters.
 fn last_line(text: &[u8]) -> String {
     let text = String::from_utf8_lossy(text);
     text.trim().lines().last().unwrap_or_default().chars().take(300).collect()
 }
 
+/// Returns whether two outputs have equal lines, or lines of equal words.
 fn same_output(printed: &str, wanted: &str) -> bool {
     let lines = |text: &str| text.trim().lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>();
     let (printed, wanted) = (lines(printed), lines(wanted));
@@ -120,6 +133,7 @@ fn same_output(printed: &str, wanted: &str) -> bool {
     })
 }
 
+/// Returns whether two words are equal as text, or as decimal numbers below 9e15.
 fn same_word(a: &str, b: &str) -> bool {
     let plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit() || b"+-.eE".contains(&byte));
     a == b
@@ -133,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn outputs_are_compared_by_lines_and_numbers() {
+    fn compares_outputs_by_lines_and_numeric_value() {
         for (printed, wanted, same) in [
             ("1 2\n3 \n", "1 2\n3", true),
             ("1.0", "1", true),

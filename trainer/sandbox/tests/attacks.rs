@@ -1,6 +1,8 @@
-//! Programs that try to pass without being right, to get out, or to go on for ever. None passes, none gets out, each ends in
-//! time. Where the kernel cannot isolate, the sandbox must refuse to be built, and there is nothing else to try; with
-//! `POTSTILL_NEEDS_SANDBOX` set that is a failure.
+//! Attacks on the sandbox: programs that try to pass tests without a solution, to leave the sandbox, or to
+//! run forever. None succeeds, and each ends within the limits.
+//!
+//! If the kernel cannot isolate programs, the tests are skipped. With the environment variable
+//! `POTSTILL_NEEDS_SANDBOX` they fail instead.
 #![expect(clippy::panic, clippy::print_stderr, reason = "helpers of tests")]
 
 use std::path::PathBuf;
@@ -8,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use potstill_sandbox::{Ended, Example, Limits, Sandbox, SandboxError};
 
+/// Returns a sandbox with short limits, or `None` if this machine cannot isolate programs.
 fn sandbox() -> Option<Sandbox> {
     let limits = Limits { cpu_s: 2, wall: Duration::from_secs(3), output: 100_000, ..Limits::default() };
     match Sandbox::new(PathBuf::from(env!("CARGO_BIN_EXE_potstill-sandbox")), limits) {
@@ -21,6 +24,7 @@ fn sandbox() -> Option<Sandbox> {
     }
 }
 
+/// Tests of a function that adds two numbers.
 const TESTS: &str = "
 def check(candidate):
     assert candidate(2, 3) == 5
@@ -28,7 +32,7 @@ def check(candidate):
     assert candidate(10**20, 1) == 10**20 + 1
 ";
 
-/// Bodies of a program whose `add` is asked for sums.
+/// Name and code of programs that pretend to add two numbers with `add`.
 const CHEATS: &[(&str, &str)] = &[
     ("exit at once", "import sys; sys.exit(0)"),
     ("exit 42", "import os; os._exit(42)"),
@@ -84,7 +88,7 @@ const CHEATS: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn no_cheat_passes() {
+fn rejects_programs_that_forge_a_pass() {
     let Some(sandbox) = sandbox() else { return };
     let good = sandbox.functions("def add(a, b): return a + b", TESTS, "add").unwrap();
     assert!(good.passed, "{good:?}");
@@ -100,7 +104,7 @@ fn no_cheat_passes() {
     }
 }
 
-/// Programs that print `out` when they have got out.
+/// Name and code of programs that print `out` after leaving the sandbox.
 const ESCAPES: &[(&str, &str)] = &[
     ("read a secret", "print('out' if open('/etc/shadow').read() else '')"),
     ("read passwd", "print('out' if open('/etc/passwd').read() else '')"),
@@ -155,7 +159,7 @@ const ESCAPES: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn nothing_gets_out() {
+fn blocks_escapes_from_the_sandbox() {
     let Some(sandbox) = sandbox() else { return };
     for (name, program) in ESCAPES {
         let output = sandbox.python_program(program, b"").unwrap();
@@ -167,7 +171,7 @@ fn nothing_gets_out() {
 }
 
 #[test]
-fn whatever_goes_on_is_ended() {
+fn ends_programs_that_exceed_a_limit() {
     let Some(sandbox) = sandbox() else { return };
     let mut longest = Duration::ZERO;
     for (name, program) in [
@@ -205,7 +209,7 @@ fn whatever_goes_on_is_ended() {
 }
 
 #[test]
-fn programs_that_print_are_compared_from_outside() {
+fn compares_printed_output_with_examples() {
     let Some(sandbox) = sandbox() else { return };
     let examples = [("3\n1 2 3\n", "6\n"), ("2\n10 -10\n", "0\n")]
         .map(|(input, output)| Example { input: input.to_owned(), output: output.to_owned() });
@@ -225,7 +229,7 @@ fn programs_that_print_are_compared_from_outside() {
 }
 
 #[test]
-fn functions_of_many_kinds_are_called() {
+fn calls_methods_generators_and_functions_with_side_effects() {
     let Some(sandbox) = sandbox() else { return };
     for (program, tests, entry) in [
         (

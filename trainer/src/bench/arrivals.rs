@@ -1,6 +1,8 @@
-//! Requests of unequal length that arrive at random: the step loop, which lets them join and leave at every step, beside static
-//! batching, which collects what has arrived, computes all of it as one rectangle (prompts padded to the longest, answers written
-//! until the longest is done, as `generate` of transformers does), and only then looks again.
+//! Requests of random length and arrival time: continuous batching against static batching.
+//!
+//! The engine's step loop lets requests join and leave at every step. Static batching collects the requests that have
+//! arrived and computes them as one rectangle. Prompts are padded to the longest, and generation lasts until the
+//! longest completion ends, as in transformers' `generate`.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -15,28 +17,29 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-/// Requests that static batching takes at once.
+/// Maximum number of requests in a static batch.
 const STATIC: usize = 16;
-/// Tokens of a prompt, and of an answer: between these, long ones rarer.
+/// Smallest and largest number of tokens of a prompt; log-uniform, so long prompts are rarer.
 const PROMPT: (f64, f64) = (16.0, 256.0);
+/// Smallest and largest number of tokens of a completion; also log-uniform.
 const ANSWER: (f64, f64) = (16.0, 256.0);
 
-/// What to measure.
+/// Arguments of `potstill bench arrivals`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ArrivalArguments {
     /// Model folder or `.gguf` file.
     #[arg(long)]
     pub model: PathBuf,
-    /// Requests.
+    /// Number of requests.
     #[arg(long, default_value_t = 48)]
     pub requests: usize,
-    /// Seconds in which they arrive.
+    /// Seconds within which the requests arrive.
     #[arg(long, default_value_t = 4.0)]
     pub within: f64,
-    /// Threads.
+    /// Number of threads.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
-    /// Seed of lengths and arrivals.
+    /// Seed of lengths and arrival times.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// Print JSON.
@@ -44,12 +47,12 @@ pub struct ArrivalArguments {
     pub json: bool,
 }
 
-/// How one way of batching did.
+/// Results of one kind of batching.
 #[derive(Debug, Clone, Serialize)]
 pub struct Batching {
     /// `continuous` or `static`.
     pub way: &'static str,
-    /// Tokens of answers per second, from the first arrival to the last token.
+    /// Generated tokens per second, from the start until the last token.
     pub tokens_per_s: f64,
     /// Seconds from arrival to the first token: median and 99th percentile.
     pub first_token_s: (f64, f64),
@@ -57,33 +60,34 @@ pub struct Batching {
     pub whole_s: (f64, f64),
 }
 
-/// What was measured.
+/// Results of both kinds of batching.
 #[derive(Debug, Clone, Serialize)]
 pub struct ArrivalReport {
-    /// The model.
+    /// Path of the model.
     pub model: String,
-    /// Threads.
+    /// Number of threads.
     pub threads: usize,
-    /// Requests, and tokens of their answers.
+    /// Number of requests, and of generated tokens in all completions.
     pub requests: (usize, usize),
-    /// Both ways.
+    /// Results, continuous batching first.
     pub ways: Vec<Batching>,
 }
 
+/// One request: arrival time, prompt, and number of tokens to generate.
 struct Arrival {
     at: Duration,
     prompt: Vec<u32>,
     answer: usize,
 }
 
-/// First and last token of a request, from the begin.
+/// Times of the first and last token of a request, since the start.
 #[derive(Clone, Copy, Default)]
 struct Times {
     first: Duration,
     last: Duration,
 }
 
-/// Measures.
+/// Runs both kinds of batching on the same arrivals.
 pub fn run(arguments: &ArrivalArguments) -> anyhow::Result<ArrivalReport> {
     anyhow::ensure!(
         arguments.requests > 0 && arguments.threads > 0,
@@ -127,6 +131,7 @@ pub fn run(arguments: &ArrivalArguments) -> anyhow::Result<ArrivalReport> {
     })
 }
 
+/// Returns random requests, ordered by arrival time.
 fn arrivals(arguments: &ArrivalArguments, vocabulary: usize) -> Vec<Arrival> {
     let mut random = ChaCha8Rng::seed_from_u64(arguments.seed);
     let mut length =
@@ -145,6 +150,8 @@ fn arrivals(arguments: &ArrivalArguments, vocabulary: usize) -> Vec<Arrival> {
     arrivals
 }
 
+/// Returns an engine request that generates exactly `max_tokens` tokens, greedily. Requests log probabilities, so that
+/// the engine reports every token.
 fn request(prompt: &[u32], max_tokens: usize) -> Request {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
     Request {
@@ -157,12 +164,12 @@ fn request(prompt: &[u32], max_tokens: usize) -> Request {
     }
 }
 
-/// The prompt repeated up to `length`.
+/// Repeats the prompt up to `length` tokens.
 fn padded(prompt: &[u32], length: usize) -> Vec<u32> {
     prompt.iter().copied().cycle().take(length).collect()
 }
 
-/// When the first of all tokens and the token number `count` came.
+/// Waits for the request to end and returns the times of its first token and of token number `count`.
 fn watch(mut updates: mpsc::Receiver<Update>, count: usize, begin: Instant) -> anyhow::Result<Times> {
     let (mut times, mut written) = (Times::default(), 0);
     while let Some(update) = updates.blocking_recv() {
@@ -184,7 +191,7 @@ fn watch(mut updates: mpsc::Receiver<Update>, count: usize, begin: Instant) -> a
     Ok(times)
 }
 
-/// Every request on a thread of its own, at its time.
+/// Submits every request at its arrival time, from a thread of its own.
 fn continuous(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times>> {
     let begin = Instant::now();
     std::thread::scope(|scope| {
@@ -205,8 +212,8 @@ fn continuous(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times
     })
 }
 
-/// What has arrived is computed together, prompts and answers all as long as the longest: a static batch is one tensor. The
-/// padding is computed as the rest is.
+/// Submits requests in static batches. In a batch all prompts and completions are as long as the longest, because a
+/// static batch is one tensor. Padding costs as much as other tokens.
 fn in_batches(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times>> {
     let begin = Instant::now();
     let mut all = Vec::with_capacity(arrivals.len());

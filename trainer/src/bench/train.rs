@@ -1,5 +1,5 @@
-//! `potstill bench train`: training steps (forward, backward, clip, AdamW) of a fresh model on made-up tokens.
-//! `load-tests/peers/train.py` measures the same shapes with PyTorch beside it.
+//! `potstill bench train`: training steps (forward, backward, clipping, AdamW) of a randomly initialized model on
+//! synthetic tokens. `load-tests/peers/train.py` measures the same shapes with PyTorch.
 
 use std::fmt;
 use std::path::Path;
@@ -22,37 +22,38 @@ use serde::Serialize;
 use super::{cpu_seconds, peak_memory};
 use crate::demo::tokenizer;
 
-/// What to measure.
+/// Arguments of `potstill bench train`.
 #[derive(Debug, clap::Args)]
 pub struct TrainArguments {
-    /// `10m`: 6 layers of width 256, vocabulary 16,384. `135m`: 30 layers of width 576, vocabulary 49,152 (SmolLM2's shape).
+    /// Model shape: `10m` (6 layers of width 256, vocabulary 16,384) or `135m` (30 layers of width 576, vocabulary
+    /// 49,152, as SmolLM2).
     #[arg(long, value_enum, default_value_t = Shape::M10)]
     pub shape: Shape,
-    /// Sequences of a step.
+    /// Sequences per step.
     #[arg(long, default_value_t = 4)]
     pub batch: usize,
-    /// Tokens of each.
+    /// Tokens per sequence.
     #[arg(long, default_value_t = 512)]
     pub seq: usize,
-    /// Type of the products that is asked for; weights and moments are f32 always. The report says what was computed in.
+    /// Precision of matrix products; weights and moments stay f32. Falls back to f32 where the processor lacks bf16.
     #[arg(long, value_enum, default_value_t = Type::F32)]
     pub dtype: Type,
-    /// Train adapters of rank 16 on all linear layers instead of all weights.
+    /// Train LoRA adapters of rank 16 on all linear layers instead of all weights.
     #[arg(long)]
     pub lora: bool,
-    /// Compute every block again in the backward pass.
+    /// Recompute activations in the backward pass (gradient checkpointing).
     #[arg(long)]
     pub recompute: bool,
-    /// Keep the optimiser's moments in eight bits.
+    /// Store the optimizer's moments in 8 bits.
     #[arg(long)]
     pub eight_bit_moments: bool,
-    /// Threads.
+    /// Number of threads.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
-    /// `cpu`, `cuda` or `cuda:N`; several with commas between them share out the sequences.
+    /// `cpu`, `cuda` or `cuda:N`; several separated by commas divide the sequences.
     #[arg(long, default_value = "cpu")]
     pub device: String,
-    /// Steps that are measured, after one that is not; the fastest counts.
+    /// Measured steps after one warm-up step; the fastest counts.
     #[arg(long, default_value_t = 3)]
     pub rounds: usize,
     /// Print JSON.
@@ -60,7 +61,7 @@ pub struct TrainArguments {
     pub json: bool,
 }
 
-/// Shapes of models.
+/// Model shapes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Shape {
     /// 10.5 million weights.
@@ -71,12 +72,12 @@ pub enum Shape {
     M135,
 }
 
-/// Types of products.
+/// Precisions of matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Type {
     /// 32 bits.
     F32,
-    /// 16 bits, where the processor has instructions for it (AMX-BF16 or AVX512-BF16); f32 elsewhere.
+    /// 16 bits (bfloat16), on processors with AMX-BF16 or AVX512-BF16.
     Bf16,
 }
 
@@ -89,30 +90,31 @@ impl From<Type> for Precision {
     }
 }
 
-/// What was measured.
+/// Measurements of training steps.
 #[derive(Debug, Clone, Serialize)]
 pub struct TrainReport {
-    /// Type of the products that were computed.
+    /// Precision in which products were computed.
     pub dtype: &'static str,
-    /// Weights of the model.
+    /// Number of weights of the model.
     pub parameters: u64,
-    /// Weights that learn.
+    /// Number of trainable weights.
     pub trainable: u64,
-    /// Tokens of a step.
+    /// Tokens per step.
     pub tokens: usize,
-    /// Threads.
+    /// Number of threads.
     pub threads: usize,
     /// Tokens per second of wall time.
     pub tokens_per_s: f64,
     /// Tokens per second of processor time.
     pub tokens_per_cpu_s: f64,
-    /// Most memory that the process held, in bytes.
+    /// Peak memory of the process in bytes.
     pub peak_memory: u64,
-    /// Losses of the steps: the same tokens each time, so they fall.
+    /// Loss of every step. All steps use the same tokens, so the loss falls.
     pub losses: Vec<f32>,
 }
 
 impl Shape {
+    /// Returns the configuration of a Qwen2 model with this shape.
     fn config(self) -> ModelConfig {
         let (vocab_size, hidden_size, intermediate_size, layers, query, kv) = match self {
             Self::M10 => (16_384, 256, 1024, 6, 4, 2),
@@ -139,7 +141,7 @@ impl Shape {
     }
 }
 
-/// Measures.
+/// Runs one warm-up step and the measured steps.
 pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
     anyhow::ensure!(
         arguments.batch > 0 && arguments.seq > 1 && arguments.threads > 0 && arguments.rounds > 0,

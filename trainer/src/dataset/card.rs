@@ -1,4 +1,4 @@
-//! The card of a dataset: its columns, where its rows came from and under which licences, what was dropped and why.
+//! Dataset card: columns, sources with their licenses, and counts of each stage with drop reasons.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -6,13 +6,13 @@ use std::fmt::Write;
 use super::Shape;
 use crate::run::Manifest;
 
-/// Licences of all sources, and whether one is not known.
+/// Returns the licenses of all sources, and whether any source has an unknown license.
 pub(crate) fn licences(manifest: &Manifest) -> (BTreeSet<&str>, bool) {
     let known = manifest.sources.iter().filter_map(|source| source.licence.as_deref()).collect();
     (known, manifest.sources.iter().any(|source| source.licence.is_none()))
 }
 
-/// Hugging Face's word for the size.
+/// Returns Hugging Face's `size_categories` value for a number of rows.
 fn size(rows: usize) -> &'static str {
     match rows {
         0..1_000 => "n<1K",
@@ -23,7 +23,8 @@ fn size(rows: usize) -> &'static str {
     }
 }
 
-/// The card as Markdown with front matter.
+/// Returns the card as Markdown with front matter. The license is `other` unless all sources have the same known
+/// license.
 pub(super) fn text(manifest: &Manifest, shape: Shape, rows: usize, file: &str) -> String {
     let mut card = String::new();
     let mut line = |text: &str| {
@@ -33,7 +34,7 @@ pub(super) fn text(manifest: &Manifest, shape: Shape, rows: usize, file: &str) -
     line("---");
     match known.first() {
         Some(licence) if known.len() == 1 && !unknown => line(&format!("license: {licence}")),
-        // Several, or not known: people have to look.
+        // People have to check several or unknown licenses themselves.
         _ => line("license: other"),
     }
     line("task_categories:\n- text-generation");

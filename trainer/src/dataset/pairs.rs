@@ -1,8 +1,9 @@
-//! Pairs of a better and a worse trace of one problem: for DPO, right over wrong; for CogPO (DistilQwen2.5-R1, stage 2), by how far
-//! they are apart.
+//! Pairs of a better and a worse trace of one problem. DPO pairs a correct trace with an incorrect one. CogPO
+//! (DistilQwen2.5-R1, stage 2) pairs traces by the gap between their classes.
 //!
-//! A trace is suitable when its grader called it medium, or a rewrite made it so; right but easy or hard, it is unsuitable. The gap is
-//! small between suitable and unsuitable, medium between unsuitable and wrong, large between suitable and wrong.
+//! A correct trace is suitable if it was graded medium or not at all, or if a rewrite made it medium. Other correct
+//! traces are unsuitable. The gap is small between suitable and unsuitable, medium between unsuitable and incorrect,
+//! large between suitable and incorrect.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 use super::Folder;
 use super::shapes::{asked, turn};
 
-/// Where a trace stands: in which file, at which line, and what is there.
+/// Location of a trace: the file, and the offset of its line.
 #[derive(Clone, Copy)]
 enum Place {
     Kept(u64),
@@ -24,7 +25,7 @@ enum Place {
     Original(u64),
 }
 
-/// The traces of a problem, the first of each kind.
+/// The first trace of each class for one problem.
 #[derive(Default, Clone, Copy)]
 struct Kinds {
     suitable: Option<Place>,
@@ -32,7 +33,7 @@ struct Kinds {
     wrong: Option<Place>,
 }
 
-/// Reads traces by their places.
+/// Opened stage files, for reading traces by location.
 struct Files {
     kept: Lines,
     dropped: Lines,
@@ -40,6 +41,7 @@ struct Files {
 }
 
 impl Files {
+    /// Reads the trace at `place`.
     fn read(&self, place: Place) -> anyhow::Result<Cot> {
         Ok(match place {
             Place::Kept(at) => serde_json::from_str(&self.kept.read(at)?)?,
@@ -55,7 +57,7 @@ impl Files {
     }
 }
 
-/// The kinds of traces that every problem has.
+/// Returns the stage files, and one entry per problem of the stage `stage` with the locations of its traces.
 fn sorted(run: &Folder, stage: &str) -> anyhow::Result<(Files, Vec<Kinds>)> {
     let kept = run.file(&format!("{stage}.jsonl"))?;
     let dropped = run.file("verify.dropped.jsonl")?;
@@ -76,7 +78,7 @@ fn sorted(run: &Folder, stage: &str) -> anyhow::Result<(Files, Vec<Kinds>)> {
             of.wrong.get_or_insert(Place::Dropped(place));
         }
     }
-    // What a good rewrite replaced is right as well, in most cases: rules say in which.
+    // A trace that was replaced by a rewrite counts as unsuitable, but only if a rule finds its answer correct.
     for row in each_record::<Candidate>(&rewrites)? {
         let (place, candidate) = row?;
         if let Some(original) = candidate.original
@@ -96,6 +98,7 @@ fn sorted(run: &Folder, stage: &str) -> anyhow::Result<(Files, Vec<Kinds>)> {
     Ok((files, kinds.into_values().collect()))
 }
 
+/// Returns a pair in TRL's conversational format.
 fn row(prompt: &str, chosen: &Cot, rejected: &Cot) -> Value {
     json!({
         "prompt": [turn("user", &asked(prompt, chosen))],
@@ -104,7 +107,7 @@ fn row(prompt: &str, chosen: &Cot, rejected: &Cot) -> Value {
     })
 }
 
-/// For every problem with both, a right trace over a wrong one.
+/// Returns a DPO pair for each problem that has a correct and an incorrect trace.
 pub(super) fn better_over_worse(
     run: &Folder,
     stage: &str,
@@ -115,7 +118,8 @@ pub(super) fn better_over_worse(
     Ok(pairs.map(move |(chosen, rejected)| Ok(row(&prompt, &files.read(chosen)?, &files.read(rejected)?))))
 }
 
-/// For every problem, a pair for each gap that its traces have.
+/// Returns CogPO pairs: for each problem, one pair per gap for which both classes exist. `betas` belong to small,
+/// medium and large gaps.
 pub(super) fn by_gap(
     run: &Folder,
     stage: &str,

@@ -1,32 +1,32 @@
-//! Columns of published datasets, and how a trace fills them.
+//! Columns of published dataset formats, and the conversion of traces to rows. Writing files is left to [`super`].
 
 use potstill_data::columns::Kind;
 use potstill_data::records::Cot;
 use serde_json::{Value, json};
 
-/// Whose columns a table has.
+/// Dataset formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Shape {
-    /// `messages` of `role` and `content` (TRL, OpenAI).
+    /// `messages` with `role` and `content` (TRL, OpenAI).
     Messages,
-    /// `conversations` of `from` and `value`.
+    /// `conversations` with `from` and `value` (ShareGPT).
     Sharegpt,
-    /// `instruction`, `input`, `output`.
+    /// `instruction`, `input`, `output` (Alpaca).
     Alpaca,
-    /// OpenThoughts-114k: `problem`, `deepseek_reasoning`, `deepseek_solution` and so on.
+    /// OpenThoughts-114k: `problem`, `deepseek_reasoning`, `deepseek_solution` and more.
     Openthoughts,
-    /// OmniThought: a row for each problem, with all its traces, their RV and CD.
+    /// OmniThought: one row per problem, with all its traces and their RV and CD.
     Omnithought,
     /// EasyDistill 2.0: `instruction`, `response`, `thought`, `solution` and scores.
     Easydistill,
-    /// Pairs: `prompt`, `chosen`, `rejected`.
+    /// Preference pairs: `prompt`, `chosen`, `rejected`.
     Dpo,
-    /// Pairs with a `beta` each, by the gap between the two.
+    /// Preference pairs with a `beta` each, by the gap between the traces.
     Cogpo,
 }
 
 impl Shape {
-    /// As on the command line.
+    /// Returns the name used on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Messages => "messages",
@@ -40,7 +40,7 @@ impl Shape {
         }
     }
 
-    /// The columns of a table.
+    /// Returns names and types of the columns.
     pub(super) fn columns(self) -> Vec<(&'static str, Kind)> {
         let texts = |names: &[&'static str]| names.iter().map(|name| (*name, Kind::Text)).collect::<Vec<_>>();
         let turns = |who, what| Kind::Fields(texts(&[who, what])).list();
@@ -93,7 +93,7 @@ impl Shape {
         }
     }
 
-    /// A trace as a row. Pairs and rows of several traces are made elsewhere.
+    /// Converts a trace to a row. Pairs and OmniThought rows are built elsewhere.
     pub(super) fn row(self, trace: &Cot, prompt: &str) -> Value {
         let (asked, problem) = (asked(prompt, trace), &trace.problem);
         let scores = trace.scores.unwrap_or_default();
@@ -131,7 +131,7 @@ impl Shape {
         }
     }
 
-    /// The entry of LLaMA-Factory's `dataset_info.json`, where it knows the shape.
+    /// Returns the entry for LLaMA-Factory's `dataset_info.json`, or `None` if LLaMA-Factory does not read the format.
     pub(super) fn llama_factory(self, file: &str) -> Option<Value> {
         let tags = json!({
             "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system",
@@ -154,20 +154,22 @@ impl Shape {
     }
 }
 
+/// Returns a chat message.
 pub(super) fn turn(role: &str, content: &str) -> Value {
     json!({ "role": role, "content": content })
 }
 
-/// What the student is asked for this trace.
+/// Returns the student's prompt for the problem of `trace`.
 pub(super) fn asked(prompt: &str, trace: &Cot) -> String {
     prompt.replace("{{ problem }}", &trace.problem.problem)
 }
 
+/// Returns whether the verdict on `trace` is correct; `None` if unverifiable or without a verdict.
 fn right(trace: &Cot) -> Option<bool> {
     trace.verdict.as_ref().and_then(|verdict| verdict.correct)
 }
 
-/// All traces of one problem as a row.
+/// Returns an OmniThought row of all traces of one problem.
 pub(super) fn omnithought(traces: &[Cot]) -> Value {
     let reasoning: Vec<Value> = traces
         .iter()

@@ -1,6 +1,6 @@
-//! What the demonstration's teacher is taught: solving the arithmetic word problems in three styles, and the other
-//! teacher roles (difficulty, rewrite, check, verbosity, complexity) with exact labels. Students never see any of this:
-//! they learn from what the trained teacher writes through the gateway.
+//! Training data of the demonstration's teacher, with exact labels. It covers arithmetic word problems in three styles
+//! and the other teacher roles: difficulty, rewriting, checking, RV and CD. Students never see this data; they learn
+//! from the trained teacher's completions.
 
 use std::collections::HashSet;
 
@@ -10,18 +10,18 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
-/// How a chain of thought is written.
+/// Styles of chains of thought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
-    /// Only the equations: too terse for a small student.
+    /// Equations only, too terse for a small student.
     Terse,
-    /// Sentence by sentence, column by column.
+    /// Sentence by sentence, digit column by digit column.
     Long,
-    /// Long, and then everything once more.
+    /// The long form, repeated once as a check.
     Recheck,
 }
 
-/// The chain of thought for `problem`.
+/// Returns the chain of thought for `problem` in the given style.
 pub fn thinking(problem: &WordProblem, style: Style) -> String {
     match style {
         Style::Terse => walk(problem, false),
@@ -33,6 +33,7 @@ pub fn thinking(problem: &WordProblem, style: Style) -> String {
     }
 }
 
+/// Returns the steps of the calculation; `columns` adds the calculation of every digit.
 fn walk(problem: &WordProblem, columns: bool) -> String {
     let mut value = 0;
     let mut parts = Vec::new();
@@ -68,6 +69,7 @@ fn walk(problem: &WordProblem, columns: bool) -> String {
     parts.join(";")
 }
 
+/// Returns the decimal digits of `n`, lowest first.
 fn digits(mut n: u32) -> Vec<u32> {
     let mut digits = vec![n % 10];
     while n >= 10 {
@@ -77,6 +79,7 @@ fn digits(mut n: u32) -> Vec<u32> {
     digits
 }
 
+/// Returns the addition of each digit column, lowest first.
 fn add_columns(a: u32, b: u32) -> String {
     let (a, b) = (digits(a), digits(b));
     let mut carry = 0;
@@ -92,6 +95,7 @@ fn add_columns(a: u32, b: u32) -> String {
     columns.join(",")
 }
 
+/// Returns the subtraction of each digit column, lowest first. Requires `a >= b`.
 fn subtract_columns(a: u32, b: u32) -> String {
     let (a, b) = (digits(a), digits(b));
     let mut borrow = 0;
@@ -113,6 +117,7 @@ fn subtract_columns(a: u32, b: u32) -> String {
     columns.join(",")
 }
 
+/// Returns the multiplication of each digit by `factor`, lowest first.
 fn multiply_columns(a: u32, factor: u32) -> String {
     let mut carry = 0;
     let columns: Vec<String> = digits(a)
@@ -131,16 +136,17 @@ fn multiply_columns(a: u32, factor: u32) -> String {
     columns.join(",")
 }
 
-/// A completion in the teacher's format.
+/// Returns a completion in the teacher's format: a `<think>` block, then the answer.
 pub fn completion(thinking: &str, answer: &str) -> String {
     format!("<think>{thinking}</think>{answer}")
 }
 
-/// The boxed answer.
+/// Returns the answer in `\boxed{}`.
 pub fn boxed(answer: u32) -> String {
     format!("\\boxed{{{answer}}}")
 }
 
+/// Returns the difficulty label of a trace: `easy`, `medium` or `hard`.
 fn difficulty_label(problem: &WordProblem, style: Style) -> &'static str {
     match (style, problem.level) {
         (Style::Terse, _) => "easy",
@@ -149,11 +155,12 @@ fn difficulty_label(problem: &WordProblem, style: Style) -> &'static str {
     }
 }
 
+/// Returns the number of arithmetic steps of a problem.
 fn arithmetic_steps(problem: &WordProblem) -> u8 {
     problem.steps.iter().filter(|s| !matches!(s, Step::Start(_) | Step::Distractor)).count() as u8
 }
 
-/// Reasoning Verbosity: how much is written.
+/// Returns the RV label, from style and number of steps: 0 to 2 for terse, 3 to 5 for long, 6 to 8 for recheck.
 fn verbosity(problem: &WordProblem, style: Style) -> u8 {
     let base = match style {
         Style::Terse => 0,
@@ -163,7 +170,7 @@ fn verbosity(problem: &WordProblem, style: Style) -> u8 {
     base + (arithmetic_steps(problem) - 1).min(2)
 }
 
-/// Cognitive Difficulty: what it takes to follow.
+/// Returns the CD label, from the level and the number of steps.
 fn complexity(problem: &WordProblem) -> u8 {
     let level = match problem.level {
         Level::Easy => 1,
@@ -173,18 +180,19 @@ fn complexity(problem: &WordProblem) -> u8 {
     level + arithmetic_steps(problem) - 1
 }
 
-/// The short prompts of the demonstration, filled in as its template files are.
+/// Returns a prompt of a judge role, as the demonstration's template files render it.
 fn prompt(word: &str, problem: &str, completion: &str) -> String {
     format!("{word}: {problem}\n{completion}")
 }
 
-/// `count` conversations over all roles, about two thirds of them solving.
+/// Returns `count` conversations over all roles. More than half ask for a solution.
 pub fn conversations(count: usize, seed: u64, held_out: &HashSet<String>) -> Vec<Vec<Value>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let problems = distinct(count, seed, held_out);
     problems.iter().map(|problem| conversation(problem, &mut rng)).collect()
 }
 
+/// Returns a conversation of a random role about `problem`.
 fn conversation(problem: &WordProblem, rng: &mut impl Rng) -> Vec<Value> {
     let style = match rng.random_range(0..10) {
         0..2 => Style::Terse,
@@ -213,11 +221,12 @@ fn conversation(problem: &WordProblem, rng: &mut impl Rng) -> Vec<Value> {
     vec![json!({"role": "user", "content": question}), json!({"role": "assistant", "content": reply})]
 }
 
+/// Returns a score in the tags that the pipeline parses.
 fn score(value: u8) -> String {
     format!("<score>{value}</score>")
 }
 
-/// Changes one digit: mostly of the final answer, so that it no longer follows, else anywhere.
+/// Changes one random digit: with probability 0.7 in the final answer, otherwise anywhere.
 fn damaged(completion: &str, rng: &mut impl Rng) -> String {
     let from = if rng.random_bool(0.7) { completion.rfind('{').unwrap_or(0) } else { 0 };
     let digits = completion.char_indices().filter(|(at, c)| *at >= from && c.is_ascii_digit());
@@ -233,14 +242,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_are_right() {
+    fn digit_columns_match_worked_examples() {
         assert_eq!(add_columns(58, 67), "8+7=15,5+6+1=12");
         assert_eq!(subtract_columns(125, 67), "15-7=8,12-6-1=5,1-0-1=0");
         assert_eq!(multiply_columns(25, 3), "5*3=15,2*3+1=7");
     }
 
     #[test]
-    fn every_equation_in_every_solution_holds() {
+    fn every_equation_of_a_solution_is_correct() {
         for problem in distinct(300, 9, &HashSet::new()) {
             for style in [Style::Terse, Style::Long, Style::Recheck] {
                 for part in thinking(&problem, style).split(['|', ',', ';', ' ']) {
@@ -255,7 +264,7 @@ mod tests {
         }
     }
 
-    /// Sums, differences and one product, left to right.
+    /// Evaluates sums, differences and products from left to right. Returns `None` if a term is not a number.
     fn value(expression: &str) -> Option<i64> {
         let mut total = 0;
         let mut sign = 1;

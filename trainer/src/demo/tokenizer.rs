@@ -1,5 +1,5 @@
-//! The demonstration's tokenizer: one token per digit, sign and word, so that small models see the structure of the task.
-//! Decoding gives back the exact text.
+//! Tokenizer and chat template of the demonstration. Every digit, sign and word is one token, so that small models see
+//! the structure of the task. Decoding returns the exact text.
 
 use std::collections::BTreeSet;
 
@@ -8,18 +8,18 @@ use potstill_engine::tokenizer::Tokenizer;
 use potstill_engine::{EngineError, template::ChatTemplate};
 use serde_json::json;
 
-/// Begins the user's turn.
+/// Token before the user's turn.
 const USER: &str = "<|user|>";
-/// Begins the assistant's turn.
+/// Token before the assistant's turn.
 const ASSISTANT: &str = "<|assistant|>";
-/// Ends the assistant's turn.
+/// Token after the assistant's turn.
 pub const END: &str = "<|end|>";
 
-/// Words of the problems and prompts besides names and things.
+/// Words of problems and prompts, besides names and items.
 const WORDS: &str = "has gets buys finds gives loses sells more away times as many now How no check grade extend simplify \
                      verbosity complexity easy medium hard";
 
-/// The tokenizer.
+/// Returns the tokenizer. Special tokens have the lowest ids.
 pub fn tokenizer() -> Result<Tokenizer, EngineError> {
     let special = [END, USER, ASSISTANT];
     let marks = ["<think>", "</think>", "\\boxed{", "<score>", "</score>"];
@@ -61,7 +61,7 @@ pub fn tokenizer() -> Result<Tokenizer, EngineError> {
     Tokenizer::from_json(&file.to_string(), std::path::Path::new("the demonstration's tokenizer"))
 }
 
-/// The chat template: one mark before each turn, one after the assistant's.
+/// Returns the chat template: one token before each turn, and one after the assistant's.
 pub fn template() -> Result<ChatTemplate, EngineError> {
     let source = format!(
         "{{% for message in messages %}}{{% if message.role == 'assistant' %}}{ASSISTANT}{{{{ message.content }}}}{END}\
@@ -79,7 +79,7 @@ mod tests {
     use crate::demo::roles::conversations;
 
     #[test]
-    fn every_conversation_survives_the_round_trip() {
+    fn decoding_restores_every_training_conversation() {
         let tokenizer = tokenizer().unwrap();
         let unknown = tokenizer.id("<unk>").unwrap();
         for conversation in conversations(300, 3, &HashSet::new()) {

@@ -1,4 +1,5 @@
-//! The benchmarks: which files hold them, how their rows are read, how models are asked, how answers are judged.
+//! Benchmarks: their files, the parsing of rows, the prompts, and the reference answers or tests. Verifying completions
+//! is left to `potstill-verify`.
 
 mod livecodebench;
 
@@ -13,20 +14,21 @@ use rand::seq::SliceRandom;
 use rand::{SeedableRng, rngs::SmallRng};
 use serde_json::Value;
 
-/// A benchmark.
+/// Definition of a benchmark.
 #[derive(Debug, Clone, Copy)]
 pub struct Benchmark {
-    /// Its name on the command line.
+    /// Name on the command line.
     pub name: &'static str,
-    /// Names of its file in a folder, without the extension.
+    /// Names of its file in the benchmark folder, without extension.
     files: &'static [&'static str],
-    /// Its files on the hub, behind `hf://datasets/`; `@REVISION` goes behind the repository.
+    /// Hub files as (repository, path).
     hub: &'static [(&'static str, &'static str)],
     kind: Kind,
-    /// Samples per problem of the paper's profile and of the quick one.
+    /// Samples per problem in the profiles `paper` and `quick`.
     samples: (u32, u32),
 }
 
+/// How rows of a benchmark are parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Math,
@@ -36,7 +38,7 @@ enum Kind {
     LiveCodeBench,
 }
 
-/// What tables in a folder may end in.
+/// Extensions of table files.
 const EXTENSIONS: [&str; 8] =
     ["jsonl", "json", "csv", "parquet", "jsonl.gz", "jsonl.zst", "json.gz", "csv.gz"];
 
@@ -85,7 +87,7 @@ const ALL: [Benchmark; 10] = [
         Kind::Mbpp,
         (8, 1),
     ),
-    // Release 2 is the first two files.
+    // Release 2 consists of the first two files.
     bench(
         "lcb",
         &["livecodebench_v2", "livecodebench", "lcb"],
@@ -96,10 +98,11 @@ const ALL: [Benchmark; 10] = [
         Kind::LiveCodeBench,
         (8, 1),
     ),
-    // Rows of the user's own: `problem` and `answer`.
+    // The user's own tables, with the columns `problem` and `answer`.
     bench("own", &[], &[], Kind::Math, (4, 1)),
 ];
 
+/// Shorthand for a benchmark definition.
 const fn bench(
     name: &'static str,
     files: &'static [&'static str],
@@ -110,60 +113,62 @@ const fn bench(
     Benchmark { name, files, hub, kind, samples }
 }
 
-/// How many samples, and of what.
+/// Profile that determines the number of samples and tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EvalProfile {
-    /// As published figures are made.
+    /// As many samples as published results use.
     Paper,
-    /// One sample or a few.
+    /// One or a few samples per problem.
     Quick,
 }
 
-/// One problem as it is asked.
+/// One problem of a benchmark.
 #[derive(Debug, Clone)]
 pub struct Item {
-    /// Benchmark, as shown.
+    /// Name of the benchmark or of the user's table.
     pub bench: String,
-    /// Its id in the benchmark.
+    /// Id of the problem in the benchmark.
     pub name: String,
-    /// Hash of what is asked.
+    /// Hash of the prompt.
     pub id: ContentId,
-    /// What is asked.
+    /// Prompt for the model.
     pub prompt: String,
-    /// What is right.
+    /// Reference answer or tests.
     pub gold: Gold,
-    /// Level, where the source says.
+    /// Level of the problem, if its source has one.
     pub level: Option<String>,
 }
 
 /// A row that could not be read.
 #[derive(Debug, Clone)]
 pub struct BadRow {
-    /// The file.
+    /// Name of the file.
     pub file: String,
-    /// Its line, or its place where rows are no lines; from 1.
+    /// Line or row number, from 1.
     pub line: usize,
-    /// Why.
+    /// Reason.
     pub problem: String,
 }
 
-/// A benchmark that was read.
+/// A benchmark that was loaded.
 pub struct Loaded {
-    /// Its name: that of the benchmark or of the user's file.
+    /// Name of the benchmark or of the user's table.
     pub name: String,
-    /// Samples per problem, if not said otherwise.
+    /// Default number of samples per problem.
     pub samples: u32,
     /// The problems.
     pub items: Vec<Item>,
     /// Rows that could not be read.
     pub bad: Vec<BadRow>,
-    /// Whether programs are run.
+    /// Whether its verification runs programs.
     pub code: bool,
-    /// The files that it was read from, those of the hub with their commit.
+    /// Files from which the benchmark was read; hub files include the commit.
     pub files: Vec<String>,
 }
 
-/// Reads a benchmark by its name, from a folder or else from the hub, or the user's own table by its path.
+/// Loads a benchmark by name, from `folder` or else from the hub, or the user's own table by path.
+///
+/// `seed` determines the order of choices. Unreadable rows are collected in `bad`. Fails if no row can be read.
 pub fn load(name: &str, folder: &Path, profile: EvalProfile, seed: u64) -> anyhow::Result<Loaded> {
     let (benchmark, files) = find(name, folder)?;
     let shown = if benchmark.name == "own" {
@@ -176,7 +181,8 @@ pub fn load(name: &str, folder: &Path, profile: EvalProfile, seed: u64) -> anyho
     for file in &files {
         for row in rows::open(&file.path)? {
             let row = row?;
-            // Choices are shuffled by the problem's place, which is its own in every file.
+            // The row index seeds the order of choices. It continues over the files of a benchmark, so each problem has
+            // its own.
             let read = row.fields.map_err(|broken| broken.reason).and_then(|fields| {
                 item(&benchmark, &shown, items.len() + bad.len(), &Value::Object(fields), seed)
             });
@@ -198,7 +204,7 @@ pub fn load(name: &str, folder: &Path, profile: EvalProfile, seed: u64) -> anyho
     Ok(Loaded { name: shown, samples, items, bad, code, files })
 }
 
-/// `NAME`, `NAME@REVISION` (then from the hub), or the path or address of a table.
+/// Finds the files of `NAME`, `NAME@REVISION` (always from the hub), or of a table's path or address.
 fn find(name: &str, folder: &Path) -> anyhow::Result<(Benchmark, Vec<Located>)> {
     let own = ALL[ALL.len() - 1];
     if hub::is_address(Path::new(name)) {
@@ -249,6 +255,7 @@ fn find(name: &str, folder: &Path) -> anyhow::Result<(Benchmark, Vec<Located>)> 
     Ok((*benchmark, located))
 }
 
+/// Returns the first existing field of `names` as text. Fails if there is none, or if it is neither text nor a number.
 fn text(row: &Value, names: &[&str]) -> Result<String, String> {
     let found =
         names.iter().find_map(|name| row.get(*name)).ok_or_else(|| format!("no field `{}`", names[0]))?;
@@ -259,6 +266,7 @@ fn text(row: &Value, names: &[&str]) -> Result<String, String> {
     }
 }
 
+/// Converts a row to a problem.
 fn item(benchmark: &Benchmark, bench: &str, index: usize, row: &Value, seed: u64) -> Result<Item, String> {
     let name = text(row, &["id", "task_id", "unique_id", "question_id", "Record ID", "problem_idx"])
         .unwrap_or_else(|_| index.to_string());
@@ -289,7 +297,7 @@ const BOXED: &str = "Please reason step by step, and put your final answer withi
 fn math(row: &Value) -> Result<(String, Gold), String> {
     let problem = text(row, &["problem", "question", "Problem"])?;
     let answer = text(row, &["answer", "Answer", "expected_answer"])?;
-    // GSM8K as it is published: the steps, then `#### 72`.
+    // GSM8K publishes the solution steps, followed by `#### 72`.
     let answer = answer.rsplit("####").next().unwrap_or_default().trim().replace(',', "");
     let answer = if text(row, &["answer", "Answer", "expected_answer"])?.contains("####") {
         answer
@@ -302,7 +310,8 @@ fn math(row: &Value) -> Result<(String, Gold), String> {
     Ok((format!("{problem}\n\n{BOXED}"), Gold::Answer(answer)))
 }
 
-/// Four choices in an order that the seed decides, the same for every model.
+/// Returns a prompt with four choices in random order. The order depends on the seed, the index and the question, so it
+/// is equal for all models.
 fn choice(row: &Value, seed: u64, index: usize) -> Result<(String, Gold), String> {
     let question = text(row, &["Question", "question", "problem"])?;
     let right = text(row, &["Correct Answer", "correct_answer", "answer"])?;
@@ -352,7 +361,7 @@ fn mbpp(row: &Value) -> Result<(String, Gold), String> {
         .chars()
         .take_while(|c| c.is_alphanumeric() || *c == '_')
         .collect();
-    // `assert set(f(x)) == …`, `assert math.isclose(f(x), …)`: the first name that is called and is no builtin.
+    // For `assert set(f(x)) == …` or `assert math.isclose(f(x), …)`, take the first called name that is not a builtin.
     let entry = called(first).unwrap_or(entry);
     let asked =
         format!("{problem}\n\nYour code should pass these tests:\n\n{}\n\n{PYTHON}", tests.join("\n"));
@@ -361,6 +370,7 @@ fn mbpp(row: &Value) -> Result<(String, Gold), String> {
     Ok((asked, gold))
 }
 
+/// Returns the first name in `test` that is called and is not a builtin.
 fn called(test: &str) -> Option<String> {
     const BUILTINS: [&str; 15] = [
         "set", "list", "sorted", "tuple", "dict", "str", "int", "float", "abs", "len", "round", "sum",
@@ -390,13 +400,14 @@ mod tests {
 
     use super::*;
 
+    /// Parses a row of the named benchmark.
     fn of(kind: &str, row: &Value) -> Result<Item, String> {
         let benchmark = ALL.iter().find(|benchmark| benchmark.name == kind).unwrap();
         item(benchmark, kind, 0, row, 7)
     }
 
     #[test]
-    fn rows_are_read_as_they_are_published() {
+    fn parses_rows_in_their_published_format() {
         let gsm8k = of("gsm8k", &json!({"question": "q", "answer": "2+2=4\n#### 1,234"})).unwrap();
         assert!(matches!(gsm8k.gold, Gold::Answer(answer) if answer == "1234"));
         let math =
@@ -419,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn choices_are_shuffled_the_same_way_for_everyone() {
+    fn order_of_choices_is_deterministic_and_covers_all_letters() {
         let row = json!({"Question": "q", "Correct Answer": "right", "Incorrect Answer 1": "a", "Incorrect Answer 2": "b", "Incorrect Answer 3": "c"});
         let (one, two) = (of("gpqa", &row).unwrap(), of("gpqa", &row).unwrap());
         assert_eq!(one.prompt, two.prompt);
@@ -435,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_a_row_is_said() {
+    fn errors_of_invalid_rows_name_the_field() {
         for (kind, row, word) in [
             ("gsm8k", json!({"question": "q"}), "answer"),
             ("gsm8k", json!({"question": "q", "answer": ""}), "empty"),

@@ -1,4 +1,4 @@
-//! `potstill compare`: two evaluations problem by problem.
+//! `potstill compare`: compares two evaluations problem by problem. Statistics are in [`super::figures`].
 
 use std::path::Path;
 
@@ -8,7 +8,8 @@ use potstill_data::jsonl::read_records;
 use super::figures::{Comparison, compare};
 use super::{EvalReport, Sample};
 
-/// The benchmarks that both runs have.
+/// Compares the benchmarks that both run folders contain. Fails if a report is missing, or if there is no common
+/// benchmark.
 pub fn runs(a: &Path, b: &Path) -> anyhow::Result<Vec<Comparison>> {
     let report = |folder: &Path| -> anyhow::Result<EvalReport> {
         let path = folder.join("report.json");
@@ -33,7 +34,7 @@ pub fn runs(a: &Path, b: &Path) -> anyhow::Result<Vec<Comparison>> {
     Ok(found)
 }
 
-/// As a table.
+/// Formats the comparisons as a table for the terminal.
 pub fn table(found: &[Comparison]) -> String {
     let mut text = format!(
         "{:<14} {:>8} {:>8} {:>8} {:>11} {:>17} {:>7} {:>6} {:>7}",

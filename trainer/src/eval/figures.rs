@@ -1,4 +1,4 @@
-//! Figures of one benchmark, and the paired comparison of two runs. Pure.
+//! Metrics of one benchmark, and the paired comparison of two runs. Pure functions over samples.
 
 use std::collections::BTreeMap;
 
@@ -7,20 +7,21 @@ use serde::{Deserialize, Serialize};
 use super::Sample;
 use crate::evaluate::metrics::{bootstrap, pass_at_k};
 
-/// Lengths in tokens.
+/// Statistics of completion lengths in tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Lengths {
-    /// Samples.
+    /// Number of samples.
     pub count: usize,
-    /// Mean.
+    /// Mean length.
     pub mean: f64,
-    /// Median.
+    /// Median length.
     pub p50: f64,
     /// 95th percentile.
     pub p95: f64,
 }
 
 impl Lengths {
+    /// Computes the statistics; all values are 0 without samples.
     fn of(tokens: impl Iterator<Item = u64>) -> Self {
         let mut sorted: Vec<u64> = tokens.collect();
         sorted.sort_unstable();
@@ -36,56 +37,58 @@ impl Lengths {
     }
 }
 
-/// Figures of one benchmark; shares in percent.
+/// Metrics of one benchmark; fractions are in percent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
-    /// The benchmark.
+    /// Name of the benchmark.
     pub bench: String,
-    /// Problems.
+    /// Number of problems.
     pub problems: usize,
-    /// Fewest samples of a problem.
+    /// Smallest number of samples of any problem.
     pub samples: u32,
-    /// Mean over problems of the share of right samples (pass@1).
+    /// Mean over problems of the fraction of correct samples (pass@1).
     pub accuracy: f64,
-    /// Lower end of the 95 % interval, by bootstrap over problems; exact where all or none are right.
+    /// Lower bound of the 95 % interval, by bootstrap over problems. Exact binomial bound if all or no samples are
+    /// correct.
     pub ci_low: f64,
-    /// Upper end.
+    /// Upper bound of the interval.
     pub ci_high: f64,
     /// Unbiased pass@k by k (Chen et al. 2021).
     pub pass_at_k: BTreeMap<u32, f64>,
-    /// Share of problems whose most frequent answer is right; none for programs.
+    /// Fraction of problems whose most frequent answer is correct (cons@k). `None` for programs and single samples.
     pub cons: Option<f64>,
     /// Lengths of all samples.
     pub tokens: Lengths,
-    /// Lengths of right ones.
+    /// Lengths of correct samples.
     pub tokens_right: Lengths,
-    /// Lengths of wrong ones.
+    /// Lengths of all other samples.
     pub tokens_wrong: Lengths,
-    /// The same by level.
+    /// Metrics by level of the problem.
     pub levels: BTreeMap<String, LevelFigures>,
-    /// Share of samples that the limit cut off.
+    /// Fraction of truncated samples.
     pub truncated: f64,
-    /// Share of samples that no rule could decide; they count as wrong.
+    /// Fraction of unverifiable samples; they count as incorrect.
     pub undecided: f64,
-    /// Share of samples that the endpoint did not answer; they count as wrong.
+    /// Fraction of samples without a completion from the endpoint; they count as incorrect.
     pub failed: f64,
 }
 
-/// The samples of the problems of one level.
+/// Metrics of the problems of one level.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LevelFigures {
-    /// Problems.
+    /// Number of problems.
     pub problems: usize,
-    /// Mean share of right samples, in percent.
+    /// Mean fraction of correct samples, in percent.
     pub accuracy: f64,
-    /// Lengths of all answers.
+    /// Lengths of all samples.
     pub tokens: Lengths,
-    /// Lengths of right ones.
+    /// Lengths of correct samples.
     pub tokens_right: Lengths,
-    /// Lengths of wrong ones.
+    /// Lengths of all other samples.
     pub tokens_wrong: Lengths,
 }
 
+/// Groups samples by problem.
 fn by_problem(samples: &[Sample]) -> BTreeMap<&str, Vec<&Sample>> {
     let mut all: BTreeMap<&str, Vec<&Sample>> = BTreeMap::new();
     for sample in samples {
@@ -94,16 +97,19 @@ fn by_problem(samples: &[Sample]) -> BTreeMap<&str, Vec<&Sample>> {
     all
 }
 
+/// Returns the fraction of correct samples, 0 to 1.
 fn share(samples: &[&Sample]) -> f64 {
     samples.iter().filter(|sample| sample.correct == Some(true)).count() as f64 / samples.len().max(1) as f64
 }
 
+/// Returns the mean; 0 without values.
 fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     let count = values.len().max(1);
     values.sum::<f64>() / count as f64
 }
 
-/// Whether the most frequent answer of a problem is right.
+/// Returns whether the most frequent answer of a problem is correct. Equal answers in different notation count
+/// together. Returns `None` if no sample has an answer.
 fn consensus(samples: &[&Sample]) -> Option<bool> {
     let mut votes: Vec<(&str, usize, bool)> = Vec::new();
     for sample in samples {
@@ -116,11 +122,11 @@ fn consensus(samples: &[&Sample]) -> Option<bool> {
             None => votes.push((answer, 1, sample.correct == Some(true))),
         }
     }
-    // The first of those with most votes.
+    // Among equally frequent answers, the first wins.
     votes.iter().rev().max_by_key(|(_, count, _)| *count).map(|(.., right)| *right)
 }
 
-/// Figures of the samples of one benchmark.
+/// Computes the metrics of one benchmark. `code` says that answers are programs, for which there is no cons@k.
 pub fn figures(bench: &str, samples: &[Sample], code: bool) -> Figures {
     let problems = by_problem(samples);
     let shares: Vec<f64> = problems.values().map(|samples| share(samples)).collect();
@@ -187,32 +193,33 @@ pub fn figures(bench: &str, samples: &[Sample], code: bool) -> Figures {
     }
 }
 
-/// Two runs on the problems that both have.
+/// Paired comparison of two runs on their common problems.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Comparison {
-    /// The benchmark.
+    /// Name of the benchmark.
     pub bench: String,
-    /// Problems in both.
+    /// Number of common problems.
     pub problems: usize,
-    /// Accuracy of the first, in percent.
+    /// Accuracy of the first run, in percent.
     pub a: f64,
-    /// Of the second.
+    /// Accuracy of the second run, in percent.
     pub b: f64,
-    /// Second less first.
+    /// Second accuracy minus first, in points.
     pub difference: f64,
-    /// Its 95 % interval, by bootstrap over pairs of problems.
+    /// Lower bound of the difference's 95 % interval, by bootstrap over problems.
     pub ci_low: f64,
-    /// Upper end.
+    /// Upper bound of the interval.
     pub ci_high: f64,
-    /// Problems that the second does better and worse.
+    /// Number of problems on which the second run is better.
     pub better: usize,
-    /// Worse.
+    /// Number of problems on which the second run is worse.
     pub worse: usize,
-    /// Mean tokens, second over first.
+    /// Mean tokens of the second run divided by those of the first, over all samples.
     pub length_ratio: f64,
 }
 
-/// Compares two runs problem by problem: much tighter than two intervals beside each other.
+/// Compares two runs problem by problem. Paired differences give a much tighter interval than two separate intervals.
+/// Returns `None` without common problems.
 pub fn compare(bench: &str, a: &[Sample], b: &[Sample]) -> Option<Comparison> {
     let (first, second) = (by_problem(a), by_problem(b));
     let pairs: Vec<(f64, f64)> = first
@@ -224,7 +231,7 @@ pub fn compare(bench: &str, a: &[Sample], b: &[Sample]) -> Option<Comparison> {
     }
     let differences: Vec<f64> = pairs.iter().map(|(a, b)| b - a).collect();
     let (low, high) = bootstrap(&differences, 0);
-    // No difference seen is no proof of none, in neither direction.
+    // Equal results do not prove equality, so the interval extends to both sides.
     let low = if differences.iter().all(|difference| *difference == 0.0) { -high } else { low };
     let tokens = |samples: &[Sample]| Lengths::of(samples.iter().map(|sample| sample.tokens)).mean;
     Some(Comparison {
@@ -257,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_count_what_they_say() {
+    fn figures_match_hand_counted_samples() {
         let samples = [
             sample("a", 0, "1", Some(true), 10),
             sample("a", 1, "1.0", Some(true), 20),
@@ -278,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_comparison_pairs_problems() {
+    fn comparison_pairs_common_problems() {
         let run = |shift: usize| -> Vec<Sample> {
             (0..50)
                 .map(|n| sample(&n.to_string(), 0, "", Some(n % 5 < 2 + shift), 10 + shift as u64 * 10))

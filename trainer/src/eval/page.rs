@@ -1,5 +1,5 @@
-//! The pages of an evaluation: one with tables, pass@k curves and lengths, and one per problem with every sample. Static files
-//! without scripts; everything that a model wrote is escaped.
+//! HTML pages of an evaluation: a report with tables, pass@k curves and histograms of lengths, and one page per problem
+//! with all samples. Static files without scripts; text written by models is escaped.
 
 use std::path::Path;
 
@@ -13,13 +13,14 @@ use super::benchmarks::Loaded;
 use super::figures::Figures;
 use super::{EvalReport, Sample};
 
-/// Bars of a histogram.
+/// Number of bars of a histogram.
 const BARS: usize = 24;
 
+/// Template data of one benchmark.
 #[derive(Serialize)]
 struct Bench<'a> {
     figures: &'a Figures,
-    /// Points of the curve of pass@k, in the units of the picture.
+    /// Points of the pass@k curve in SVG coordinates.
     curve: String,
     dots: Vec<(f64, f64, u32, f64)>,
     bars: Vec<Bar>,
@@ -27,6 +28,7 @@ struct Bench<'a> {
     problems: Vec<Problem<'a>>,
 }
 
+/// A bar of the length histogram: position, width, and heights of correct and other samples.
 #[derive(Serialize)]
 struct Bar {
     x: f64,
@@ -35,6 +37,7 @@ struct Bar {
     wrong: f64,
 }
 
+/// A link to a problem's page, with its number of correct samples and of all samples.
 #[derive(Serialize)]
 struct Problem<'a> {
     name: &'a str,
@@ -43,6 +46,7 @@ struct Problem<'a> {
     of: usize,
 }
 
+/// Returns the template environment with both templates.
 fn environment() -> anyhow::Result<Environment<'static>> {
     let mut environment = Environment::new();
     environment.add_template("report.html", include_str!("report.html.jinja"))?;
@@ -50,7 +54,7 @@ fn environment() -> anyhow::Result<Environment<'static>> {
     Ok(environment)
 }
 
-/// Name of a problem's page: its place, since ids may hold anything.
+/// Returns the file name of a problem's page. It uses the index, because ids may contain any character.
 fn page_of(bench: &str, index: usize) -> String {
     format!("{bench}-{index}.html")
 }
@@ -68,7 +72,7 @@ pub(super) fn report(out: &Path, report: &EvalReport, all: &[(Figures, Vec<Sampl
     Ok(write_file(&out.join("report.html"), html.as_bytes())?)
 }
 
-/// Writes a page for each problem.
+/// Writes one page per problem.
 pub(super) fn problems(out: &Path, loaded: &Loaded, samples: &[Sample]) -> anyhow::Result<()> {
     let folder = out.join("problems");
     create_folder(&folder)?;
@@ -88,7 +92,7 @@ pub(super) fn problems(out: &Path, loaded: &Loaded, samples: &[Sample]) -> anyho
     Ok(())
 }
 
-/// What is right, for people.
+/// Returns the reference answer or tests as text.
 fn known(gold: &Gold) -> String {
     match gold {
         Gold::Answer(answer) => answer.clone(),
@@ -102,6 +106,7 @@ fn known(gold: &Gold) -> String {
     }
 }
 
+/// Computes curve, histogram and links of one benchmark.
 fn bench<'a>(figures: &'a Figures, samples: &'a [Sample]) -> Bench<'a> {
     let most = figures.pass_at_k.keys().max().copied().unwrap_or(1);
     let place = |k: u32| if most > 1 { 300.0 * f64::from(k).log2() / f64::from(most).log2() } else { 0.0 };

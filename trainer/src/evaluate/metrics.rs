@@ -1,4 +1,5 @@
-//! Figures from samples: accuracy with a bootstrap interval over problems, unbiased pass@k, mean lengths. Pure.
+//! Metrics of samples: accuracy with a bootstrap interval over problems, unbiased pass@k, and mean lengths. Pure
+//! functions.
 
 use std::collections::BTreeMap;
 
@@ -8,36 +9,37 @@ use serde::{Deserialize, Serialize};
 
 use super::Sample;
 
-/// Resamples of the bootstrap.
+/// Number of bootstrap resamples.
 const RESAMPLES: usize = 2000;
 
-/// Figures of one student. Accuracies are in percent.
+/// Metrics of one student; fractions are in percent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
-    /// Problems.
+    /// Number of problems.
     pub problems: usize,
-    /// Samples per problem.
+    /// Smallest number of samples of any problem.
     pub samples: u32,
-    /// Mean over problems of the share of right samples.
+    /// Mean over problems of the fraction of correct samples.
     pub accuracy: f64,
-    /// Lower end of the 95 % interval.
+    /// Lower bound of the 95 % interval of the accuracy.
     pub ci_low: f64,
-    /// Upper end.
+    /// Upper bound of the interval.
     pub ci_high: f64,
-    /// pass@k by k, in percent.
+    /// Unbiased pass@k by k.
     pub pass_at_k: BTreeMap<u32, f64>,
-    /// Accuracy by level.
+    /// Accuracy by level of the problem.
     pub accuracy_by_level: BTreeMap<String, f64>,
-    /// Mean tokens of a completion by level.
+    /// Mean tokens of a completion, by level.
     pub mean_tokens_by_level: BTreeMap<String, f64>,
     /// Mean tokens of a completion.
     pub mean_tokens: f64,
-    /// Samples cut off by the limit, in percent.
+    /// Fraction of truncated samples.
     pub truncated: f64,
 }
 
-/// Chance that at least one of `k` draws without replacement from `n` samples, `c` of them right, is right:
-/// `1 - C(n-c, k) / C(n, k)` (Chen et al. 2021), as a product that cannot overflow.
+/// Returns the probability that at least one of `k` samples is correct. The samples are drawn without replacement from
+/// `n`, of which `c` are correct: `1 - C(n-c, k) / C(n, k)` (Chen et al. 2021). Computed as a product that cannot
+/// overflow.
 pub fn pass_at_k(n: u32, c: u32, k: u32) -> f64 {
     if n - c < k {
         return 1.0;
@@ -45,13 +47,16 @@ pub fn pass_at_k(n: u32, c: u32, k: u32) -> f64 {
     1.0 - (n - c + 1..=n).map(|i| 1.0 - f64::from(k) / f64::from(i)).product::<f64>()
 }
 
+/// Returns the mean; 0 without values.
 fn mean(values: impl IntoIterator<Item = f64>) -> f64 {
     let (sum, count) = values.into_iter().fold((0.0, 0usize), |(sum, count), value| (sum + value, count + 1));
     if count == 0 { 0.0 } else { sum / count as f64 }
 }
 
-/// 95 % percentile interval of the mean, resampling whole problems. Where all values are 0 or all are 1, resampling shows
-/// nothing, and the exact bound of the binomial distribution stands instead (Clopper and Pearson 1934).
+/// Returns the 95 % percentile interval of the mean, by resampling whole problems.
+///
+/// If all values are 0 or all are 1, resampling gives no interval. The exact binomial bound is used instead (Clopper
+/// and Pearson 1934).
 pub fn bootstrap(values: &[f64], seed: u64) -> (f64, f64) {
     if values.is_empty() {
         return (0.0, 0.0);
@@ -71,7 +76,7 @@ pub fn bootstrap(values: &[f64], seed: u64) -> (f64, f64) {
     (means[RESAMPLES * 25 / 1000], means[RESAMPLES * 975 / 1000 - 1])
 }
 
-/// All figures of a set of samples.
+/// Computes all metrics of a set of samples.
 pub fn figures(samples: &[Sample]) -> Figures {
     let mut by_problem: BTreeMap<&str, (u32, u32, Option<&str>)> = BTreeMap::new();
     let mut tokens: BTreeMap<String, Vec<f64>> = BTreeMap::new();
@@ -114,7 +119,7 @@ mod tests {
 
     use super::*;
 
-    /// By counting all subsets.
+    /// Computes pass@k by counting all subsets of size `k`.
     fn brute_force(n: u32, c: u32, k: u32) -> f64 {
         let subsets: Vec<u32> = (0u32..1 << n).filter(|set| set.count_ones() == k).collect();
         let right = subsets.iter().filter(|set| **set & ((1 << c) - 1) != 0).count();
@@ -122,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn pass_at_k_counts_subsets() {
+    fn pass_at_k_matches_counting_all_subsets() {
         for n in 1..=8 {
             for c in 0..=n {
                 for k in 1..=n {
@@ -133,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn none_of_many_is_no_proof_of_none() {
+    fn interval_of_constant_results_is_the_exact_binomial_bound() {
         let (low, high) = bootstrap(&[0.0; 20], 0);
         assert!(low == 0.0 && (high - 0.1684).abs() < 1e-3, "{high}");
         assert_eq!(bootstrap(&[1.0; 20], 0), (1.0 - high, 1.0));
@@ -141,7 +146,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_interval_holds_the_mean(values in prop::collection::vec(0.0f64..1.0, 2..60)) {
+        fn interval_contains_the_mean(values in prop::collection::vec(0.0f64..1.0, 2..60)) {
             let (low, high) = bootstrap(&values, 1);
             let mean = values.iter().sum::<f64>() / values.len() as f64;
             prop_assert!(low <= mean + 1e-9 && mean - 1e-9 <= high);

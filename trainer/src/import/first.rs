@@ -1,17 +1,18 @@
-//! EasyDistill 1.x: one JSON table per job.
+//! Converts EasyDistill 1.x configurations: one JSON table per job. Common parts of both versions are in [`super`].
 
 use anyhow::Context;
 use serde_json::Value;
 
 use super::{Keys, Target};
 
-/// Arguments of transformers' trainer that a training of ours has.
+/// Arguments of transformers' trainer with an equivalent in our training settings.
 const TRAINING: [(&str, &str); 3] = [
     ("training.weight_decay", "run.weight_decay"),
     ("training.warmup_ratio", "run.warmup_ratio"),
     ("training.save_steps", "run.checkpoint_every"),
 ];
 
+/// Converts a configuration by its job type. Fails for job types without an equivalent.
 pub(super) fn map(job: &str, keys: &mut Keys, target: &mut Target, gateway: &str) -> anyhow::Result<()> {
     match job {
         "cot_generation_api" | "cot_generation_batch" => {
@@ -87,10 +88,12 @@ pub(super) fn map(job: &str, keys: &mut Keys, target: &mut Target, gateway: &str
     Ok(())
 }
 
+/// Returns a table with the field `model`.
 fn model(name: &str) -> toml::Table {
     toml::Table::from_iter([("model".to_owned(), name.into())])
 }
 
+/// Returns the name of the teacher.
 fn teacher(keys: &mut Keys) -> anyhow::Result<String> {
     match keys.map("models.teacher", "generate.teachers, or the models of the stages") {
         Some(Value::String(name)) => Ok(name),
@@ -101,6 +104,7 @@ fn teacher(keys: &mut Keys) -> anyhow::Result<String> {
     }
 }
 
+/// Sets URL and API key of the gateway.
 fn endpoint(keys: &mut Keys, target: &mut Target, gateway: &str) -> anyhow::Result<()> {
     let url = keys.map("inference.base_url", "gateway.url");
     let url = url.as_ref().and_then(Value::as_str).filter(|url| !url.is_empty());
@@ -111,6 +115,7 @@ fn endpoint(keys: &mut Keys, target: &mut Target, gateway: &str) -> anyhow::Resu
     Ok(())
 }
 
+/// Copies temperature and token limit to the given keys.
 fn sampling(keys: &mut Keys, target: &mut Target, temperature: &str, max_tokens: &str) {
     for (from, to) in [("inference.temperature", temperature), ("inference.max_new_tokens", max_tokens)] {
         if let Some(value) = keys.map(from, to) {
@@ -119,6 +124,7 @@ fn sampling(keys: &mut Keys, target: &mut Target, temperature: &str, max_tokens:
     }
 }
 
+/// Sets gateway, teachers and the prompt template for `generate`.
 fn generation(keys: &mut Keys, target: &mut Target, gateway: &str) -> anyhow::Result<()> {
     endpoint(keys, target, gateway)?;
     let names = match keys.map("models.teacher", "generate.teachers") {
@@ -152,12 +158,14 @@ fn generation(keys: &mut Keys, target: &mut Target, gateway: &str) -> anyhow::Re
     Ok(())
 }
 
+/// Sets the file under `key` as the source of problems.
 fn problems(keys: &mut Keys, target: &mut Target, key: &str) -> anyhow::Result<()> {
     let path = keys.map(key, "collect.sources").and_then(|path| path.as_str().map(str::to_owned));
     target.source(&path.with_context(|| format!("has no `{key}`"))?, &[("format", "easydistill".into())]);
     Ok(())
 }
 
+/// Sets a field of the first source.
 fn set_in_source(target: &mut Target, name: &str, value: toml::Value) {
     let source = target.recipe.get_mut("collect").and_then(|collect| collect.get_mut("sources")?.get_mut(0));
     if let Some(toml::Value::Table(source)) = source {
@@ -165,7 +173,7 @@ fn set_in_source(target: &mut Target, name: &str, value: toml::Value) {
     }
 }
 
-/// Rows that a teacher answered already.
+/// Sets a source whose rows already contain a teacher's completions.
 fn labelled(keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
     problems(keys, target, "dataset.labeled_path")?;
     set_in_source(target, "traces", true.into());
@@ -174,12 +182,13 @@ fn labelled(keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Sets a labeled source, or has the local teacher generate the traces.
 fn labelled_or_generated(job: &str, keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
     if job.ends_with("train_only") {
         return labelled(keys, target);
     }
     problems(keys, target, "dataset.instruction_path")?;
-    // The teacher is a model folder: a local node of ours writes the traces.
+    // The teacher is a model folder, so a local node of this program generates the traces.
     let path = target.recipe["kd"]["teacher"].as_str().unwrap_or_default().to_owned();
     let mut node = model("teacher");
     node.insert("path".to_owned(), path.into());
@@ -196,6 +205,7 @@ fn labelled_or_generated(job: &str, keys: &mut Keys, target: &mut Target) -> any
     Ok(())
 }
 
+/// Sets the student's base model.
 fn student(keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
     let path = keys.map("models.student", "student.base").and_then(|path| path.as_str().map(str::to_owned));
     let path = path.context("has no `models.student`")?;
@@ -204,6 +214,7 @@ fn student(keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Copies the settings of logit distillation.
 fn distribution(keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
     for (from, to) in
         [("distillation.kd_ratio", "kd.train.ratio"), ("inference.top_logits_num", "kd.train.top_k")]
@@ -224,6 +235,7 @@ fn distribution(keys: &mut Keys, target: &mut Target) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Copies the training settings to a section of the recipe. Rows per step become tokens per step.
 fn training(keys: &mut Keys, target: &mut Target, section: &str) {
     let rate = format!("{section}.learning_rate");
     match keys.map("training.learning_rate", &rate) {

@@ -1,4 +1,5 @@
-//! EasyDistill 2.0: a YAML table with a backend and stages. It makes data and trains nothing, so the recipe has no student.
+//! Converts EasyDistill 2.0 configurations: a YAML table with a backend and stages. Version 2 produces data and trains
+//! no model, so the recipe has no student.
 
 use std::path::Path;
 
@@ -7,12 +8,13 @@ use serde_json::Value;
 
 use super::{Keys, Target};
 
-/// A stage: where its settings stand, and what it does.
+/// A stage: the key prefix of its settings, and its kind.
 struct Stage {
     prefix: String,
     kind: String,
 }
 
+/// Converts a configuration with all its stages. Fails for jobs that are not about text.
 pub(super) fn map(
     job: &str,
     keys: &mut Keys,
@@ -66,6 +68,7 @@ pub(super) fn map(
     Ok(())
 }
 
+/// Sets URL and API key of the gateway and returns the model name.
 fn backend(keys: &mut Keys, target: &mut Target, gateway: &str) -> anyhow::Result<String> {
     keys.map("backend.type", "the endpoint: any that speaks the OpenAI API");
     let url =
@@ -88,7 +91,7 @@ fn backend(keys: &mut Keys, target: &mut Target, gateway: &str) -> anyhow::Resul
     }))
 }
 
-/// The stages of a pipeline, or the one that the job is.
+/// Returns the stages of a pipeline. Without a pipeline, the job itself is the only stage.
 fn stages(job: &str, keys: &mut Keys) -> Vec<Stage> {
     let mut stages = Vec::new();
     while let Some(kind) = keys.text(&format!("pipeline[{}].stage", stages.len())) {
@@ -103,7 +106,7 @@ fn stages(job: &str, keys: &mut Keys) -> Vec<Stage> {
     stages
 }
 
-/// A setting of the stage, else of its section for all stages.
+/// Returns a setting of the stage, or else of the general `sections`.
 fn setting(keys: &mut Keys, stage: &Stage, sections: &[&str], name: &str, to: &str) -> Option<Value> {
     let own = keys.map(&format!("{}.{name}", stage.prefix), to);
     for section in sections {
@@ -115,6 +118,7 @@ fn setting(keys: &mut Keys, stage: &Stage, sections: &[&str], name: &str, to: &s
     own
 }
 
+/// Converts one stage. Fails for kinds without an equivalent.
 fn one(
     job: &str,
     stage: &Stage,
@@ -193,11 +197,12 @@ fn one(
     Ok(())
 }
 
+/// Converts the selection of traces by bins of CD.
 fn mix(stage: &Stage, keys: &mut Keys, target: &mut Target) {
     let key = |name: &str| format!("{}.{name}", stage.prefix);
     target.set("sample.selection", "bins");
     if let Some(Value::Array(edges)) = keys.map(&key("cd_bins"), "sample.bins") {
-        // The outer edges are those of the scale.
+        // The outer edges are the ends of the scale.
         let inner: Vec<i64> =
             edges.iter().filter_map(Value::as_i64).filter(|edge| (1..=9).contains(edge)).collect();
         target.set("sample.bins", inner);
@@ -223,13 +228,14 @@ fn mix(stage: &Stage, keys: &mut Keys, target: &mut Target) {
     keys.map(&key("mode"), "`potstill dataset --format`");
 }
 
+/// Adds the prompt template for `generate`.
 fn prompt(stage: &Stage, keys: &mut Keys, target: &mut Target, folder: &Path) -> anyhow::Result<()> {
     let to = "prompts/generate.jinja";
     let text = |value: Option<Value>| value.and_then(|value| value.as_str().map(str::to_owned));
     let system = text(setting(keys, stage, &["cot", "generation"], "system_prompt", to));
     let mut template = text(setting(keys, stage, &["cot"], "prompt_template", to));
     if let Some(file) = text(setting(keys, stage, &["cot"], "prompt_template_file", to)) {
-        // Paths there are seen from where EasyDistill was started: often the folder above `configs`.
+        // EasyDistill resolves these paths from its working directory, often the folder above `configs`.
         let places = folder.ancestors().map(|above| above.join(&file));
         match places.clone().find(|path| path.exists()) {
             Some(path) => {
@@ -245,7 +251,7 @@ fn prompt(stage: &Stage, keys: &mut Keys, target: &mut Target, folder: &Path) ->
     Ok(())
 }
 
-/// Workers of all stages become one number.
+/// Sets `concurrency` to the largest worker count of all stages.
 fn workers(keys: &mut Keys, target: &mut Target) {
     let named: Vec<String> = keys.left.keys().filter(|key| key.ends_with("max_workers")).cloned().collect();
     let most = named.iter().filter_map(|key| keys.map(key, "concurrency")?.as_i64()).max();

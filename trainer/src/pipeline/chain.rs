@@ -1,5 +1,6 @@
-//! Stages joined by channels. Records stream through all of them at once; each stage's output goes to the disk on the way and
-//! is published when the whole chain has ended well.
+//! Stages connected by channels. Records stream through all stages concurrently. Each stage writes its output to disk
+//! meanwhile; the files are published after the whole chain has succeeded. Restarting a failed stage is left to the
+//! next run.
 
 use std::sync::Arc;
 
@@ -11,15 +12,17 @@ use tokio::sync::mpsc;
 
 use crate::run::RunFolder;
 
-/// Stages joined by channels.
+/// Stages connected by channels.
 pub(super) struct Chain<'a> {
     folder: &'a RunFolder,
     window: usize,
     links: Vec<Link>,
 }
 
+/// Publishes the files of a finished stage.
 type Publish = Box<dyn FnOnce(&RunFolder, Summary) -> anyhow::Result<()> + Send>;
 
+/// One stage of the chain.
 struct Link {
     name: &'static str,
     counts: Arc<Counts>,
@@ -27,12 +30,12 @@ struct Link {
 }
 
 impl<'a> Chain<'a> {
-    /// Each stage works on at most `window` records at once.
+    /// Creates an empty chain. Each stage processes at most `window` records at the same time.
     pub(super) fn new(folder: &'a RunFolder, window: usize) -> Self {
         Self { folder, window, links: Vec::new() }
     }
 
-    /// Puts a stage behind `input`; gives what comes out of it.
+    /// Appends a stage that reads from `input`, and returns its output.
     pub(super) fn link<S: Stage>(
         &mut self,
         stage: S,
@@ -52,11 +55,13 @@ impl<'a> Chain<'a> {
         Ok(output)
     }
 
+    /// Returns the counts of all stages, in order.
     pub(super) fn counts(&self) -> Vec<(&'static str, Arc<Counts>)> {
         self.links.iter().map(|link| (link.name, Arc::clone(&link.counts))).collect()
     }
 
-    /// Ends with the first stage that failed; else publishes all stage files.
+    /// Waits for all stages and publishes their files. If a stage failed, returns the first error and publishes
+    /// nothing.
     pub(super) async fn finish(self) -> anyhow::Result<()> {
         let folder = self.folder;
         let done = self.ended().await?;
@@ -65,11 +70,12 @@ impl<'a> Chain<'a> {
         })
     }
 
-    /// Ends with the first stage that failed; nothing is published.
+    /// Waits for all stages and publishes nothing. Returns the first error, if any.
     pub(super) async fn discard(self) -> anyhow::Result<()> {
         self.ended().await.map(drop)
     }
 
+    /// Waits for all stages.
     async fn ended(self) -> anyhow::Result<Vec<(Arc<Counts>, Publish)>> {
         let mut done = Vec::new();
         let mut first_error = None;

@@ -1,5 +1,5 @@
-//! Smaller forms of the last student: written, tested on the problems on which the student was tested, and published where they
-//! lose little.
+//! Quantized versions of the last student. Each is written, evaluated on the student's held-out problems, and published
+//! if it loses little accuracy. Quantization itself is in [`crate::compress`].
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +19,8 @@ use crate::report::{Compressed, StudentFigures};
 use crate::students::Lessons;
 
 impl Run {
-    /// Makes the forms that the recipe asks for, given how well the student did.
+    /// Quantizes the last student to the recipe's formats and evaluates the results. `figures` must contain the
+    /// evaluation of the student.
     pub(super) async fn compress(&self, figures: &[StudentFigures]) -> anyhow::Result<Vec<Compressed>> {
         let Some(section) = &self.recipe.compress else { return Ok(Vec::new()) };
         let variant = self.variants().pop().context("the recipe trains no student")?;
@@ -48,7 +49,7 @@ impl Run {
         Ok(all)
     }
 
-    /// Writes the forms where nobody takes them for finished.
+    /// Writes the quantized files to the folder `compress` of the run, where nobody mistakes them for published ones.
     async fn forms(
         &self,
         student: &str,
@@ -82,6 +83,7 @@ impl Run {
         .await?
     }
 
+    /// Reports the result, and publishes the file or removes an older published one.
     fn publish(&self, student: &str, bits: Bits, found: &Compressed, limit: f64) -> anyhow::Result<()> {
         let name = form(student, bits);
         let target = self.folder.path().join("models").join(&name);
@@ -91,7 +93,7 @@ impl Run {
             found.figures.accuracy,
             found.figures.ci_low,
             found.figures.ci_high,
-            // Nothing lost has no sign.
+            // The subtraction avoids "-0.0" for no loss.
             0.0 - found.lost,
             match found.published {
                 true => format!("published as `{}`", target.display()),
@@ -114,25 +116,27 @@ impl Run {
     }
 }
 
+/// Returns the model name of a quantized student.
 fn form(student: &str, bits: Bits) -> String {
     format!("{student}-{}", bits.name())
 }
 
-/// The same file under another name; a copy where the disk knows no such thing.
+/// Hard-links the file to `target`, or copies it if the file system has no hard links.
 fn place(file: &Path, target: &PathBuf) -> anyhow::Result<()> {
     std::fs::hard_link(file, target)
         .or_else(|_| std::fs::copy(file, target).map(drop))
         .with_context(|| format!("cannot place `{}`", target.display()))
 }
 
-/// Text like what the student will read and write, for calibration and measurement: its lessons, or else its problems.
+/// Returns tokens similar to the student's input and output, for calibration and measurement. Uses examples of its
+/// training set first, then problems.
 fn what_it_reads(
     model: &LoadedModel,
     lessons: &[Vec<Value>],
     problems: &[Problem],
 ) -> anyhow::Result<Vec<u32>> {
     let mut tokens = Vec::new();
-    // Lessons lie in the order of their problems, and those by source: some from everywhere.
+    // Examples are ordered by problem and source, so every n-th gives a mix.
     let step = (lessons.len() / 256).max(1);
     for messages in lessons.iter().step_by(step) {
         tokens.extend(encode(model, messages)?.tokens);

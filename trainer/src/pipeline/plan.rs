@@ -1,5 +1,5 @@
-//! `potstill plan`: a few problems go through all stages that ask; what they took says what all of them will take. Their answers
-//! are in the journal, so the run itself does not ask them again.
+//! `potstill plan`: estimates the cost of a run. A sample of problems passes all stages with paid requests, and the
+//! result is extrapolated. The run reuses the completions of the sample from the journal.
 
 use std::collections::BTreeMap;
 
@@ -13,24 +13,24 @@ use super::chain::Chain;
 use super::stages::Stages;
 use crate::recipe::Recipe;
 
-/// Groups that the pilot is split into: their spread gives the intervals.
+/// Number of groups into which the sample is divided. Their variance gives the intervals.
 const GROUPS: usize = 8;
-/// Student's t for 95 % and seven degrees of freedom.
+/// Quantile of Student's t distribution for a 95 % interval with seven degrees of freedom.
 const T: f64 = 2.365;
-/// Requests that a node of a remote pool is taken to work on at once.
+/// Assumed `max_concurrency` of a node in a remote pool.
 const SLOTS: usize = 32;
 
-/// A number with its 95 % interval.
+/// An estimate with its 95 % interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Estimate {
-    /// The mean.
+    /// Estimated value.
     pub mean: f64,
-    /// Half of the interval.
+    /// Half the width of the interval.
     pub plus_minus: f64,
 }
 
 impl Estimate {
-    /// Of a whole, from equal shares of a sample that is `share` of it.
+    /// Extrapolates the sum over all groups by `factor`, the number of problems divided by the sample size.
     fn of(groups: &[f64], factor: f64) -> Self {
         let n = groups.len() as f64;
         let sum: f64 = groups.iter().sum();
@@ -40,49 +40,49 @@ impl Estimate {
     }
 }
 
-/// What one model has to do for one stage.
+/// Estimate for one model in one stage.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StagePlan {
-    /// The stage.
+    /// Name of the stage.
     pub stage: String,
-    /// The model.
+    /// Name of the model.
     pub model: String,
-    /// Answers.
+    /// Number of requests.
     pub calls: Estimate,
-    /// Tokens of prompts.
+    /// Prompt tokens.
     pub prompt_tokens: Estimate,
-    /// Tokens written.
+    /// Completion tokens.
     pub completion_tokens: Estimate,
-    /// Hours of a node that is never idle.
+    /// Hours of one fully loaded node.
     pub node_hours: Estimate,
-    /// Money, where the recipe has prices.
+    /// Cost at the recipe's prices; 0 without prices.
     pub cost: Estimate,
 }
 
-/// What a run will take.
+/// Estimate for a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Plan {
-    /// Problems of the run.
+    /// Number of problems of the run.
     pub problems: usize,
-    /// Problems of the pilot.
+    /// Number of problems in the sample.
     pub pilot: usize,
-    /// By stage and model.
+    /// Estimates by stage and model.
     pub stages: Vec<StagePlan>,
-    /// Hours until the last answer, with as many open requests as the recipe allows.
+    /// Hours until the last completion, if the recipe's `concurrency` is always used.
     pub hours: Estimate,
-    /// Limits of the recipe that would be crossed.
+    /// Limits of the budget that the run would exceed.
     pub over_budget: Vec<String>,
 }
 
 impl Run {
-    /// Sends `pilot` problems through all stages that ask.
+    /// Runs `pilot` problems through all stages with paid requests, and returns the estimate. Uses at least 8 problems.
     pub async fn plan(&self, pilot: usize) -> anyhow::Result<Plan> {
         anyhow::ensure!(
             self.recipe.generate.is_some(),
             "the recipe asks no teachers: there is nothing to plan"
         );
         let problems = tokio::task::block_in_place(|| self.collect())?;
-        // The file is ordered by hashes: its beginning is a fair sample.
+        // The file is ordered by hashes, so its first rows are a random sample.
         let rows = self.folder.each_of::<Problem>("collect")?.take(pilot.max(GROUPS));
         let sample = rows.map(|row| row.map(|(_, problem)| problem)).collect::<Result<Vec<_>, _>>()?;
         let size = sample.len().min(problems);
@@ -96,7 +96,7 @@ impl Run {
         Ok(plan(&self.recipe, problems, size, &totals))
     }
 
-    /// One group through all stages; nothing but the journal keeps what comes of it.
+    /// Runs one group through all stages and returns its usage. Only the journal keeps the results.
     async fn group(&self, problems: Vec<Problem>) -> anyhow::Result<Totals> {
         let calls = self.stages.calls.with_own_tally();
         let stages = Stages { calls: calls.clone(), ..self.stages.clone() };
@@ -112,6 +112,7 @@ impl Run {
     }
 }
 
+/// Computes the estimate from the usage of the groups.
 fn plan(recipe: &Recipe, problems: usize, pilot: usize, groups: &[Totals]) -> Plan {
     let factor = problems as f64 / pilot.max(1) as f64;
     let keys: std::collections::BTreeSet<&(String, String)> =
@@ -145,7 +146,7 @@ fn plan(recipe: &Recipe, problems: usize, pilot: usize, groups: &[Totals]) -> Pl
         .collect();
     let open = recipe.concurrency as f64;
     let hours = estimate(&|totals: &Totals| {
-        // Each model has its own open requests: the busiest decides.
+        // Each model has its own limit on open requests, so the busiest model determines the time.
         let mut by_model: BTreeMap<&str, f64> = BTreeMap::new();
         for ((_, model), usage) in totals {
             *by_model.entry(model).or_default() += usage.seconds;
@@ -167,7 +168,7 @@ fn plan(recipe: &Recipe, problems: usize, pilot: usize, groups: &[Totals]) -> Pl
     Plan { problems, pilot, stages, hours, over_budget }
 }
 
-/// The plan for people.
+/// Formats the estimate as a table for the terminal.
 pub fn table(plan: &Plan) -> String {
     let range = |estimate: &Estimate, digits: usize| {
         format!("{:.digits$} ± {:.digits$}", estimate.mean, estimate.plus_minus)
@@ -208,7 +209,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_whole_follows_from_its_sample() {
+    fn estimate_extrapolates_sum_and_interval() {
         let estimate = Estimate::of(&[10.0, 12.0, 8.0, 10.0], 5.0);
         assert!((estimate.mean - 200.0).abs() < 1e-9);
         assert!((estimate.plus_minus - T * (8.0f64 / 3.0 * 4.0).sqrt() * 5.0).abs() < 1e-9);

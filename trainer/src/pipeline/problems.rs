@@ -1,5 +1,5 @@
-//! Collect: problems from files and generators, without copies and without what the evaluation will ask. Resample: so many of
-//! each task as its share says. Both hold a few bytes of each problem in memory, not the problems.
+//! Collect: reads problems from sources and generators, and removes duplicates and benchmark problems. Resample:
+//! samples problems so that each task reaches its share. Both keep only a few bytes per problem in memory.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -18,7 +18,7 @@ use super::Run;
 use crate::recipe::{Builtin, ResampleSection};
 use crate::run::{SourceManifest, StageFiles};
 
-/// What every problem of a source has to pass, and where it goes then.
+/// Filters for the problems of sources, with the files of kept and dropped problems.
 struct Sieve {
     held_out: HeldOut,
     seen: Seen,
@@ -28,7 +28,7 @@ struct Sieve {
 }
 
 impl Sieve {
-    /// Whether the problem was kept.
+    /// Keeps or drops a problem. Returns whether it was kept.
     fn take(&mut self, problem: Problem) -> anyhow::Result<bool> {
         self.summary.taken += 1;
         let text = &problem.problem;
@@ -52,13 +52,14 @@ impl Sieve {
         Ok(true)
     }
 
+    /// Writes a problem to the kept file.
     fn keep(&mut self, problem: &Problem) -> anyhow::Result<()> {
         self.summary.kept += 1;
         Ok(self.files.kept.push(problem)?)
     }
 }
 
-/// Errors of a sieve and of what it reads.
+/// Error of the filter or of reading a source.
 struct Failed(anyhow::Error);
 
 impl From<ReadError> for Failed {
@@ -68,7 +69,8 @@ impl From<ReadError> for Failed {
 }
 
 impl Run {
-    /// Reads all sources into `stages/collect.jsonl`; gives the number of problems.
+    /// Reads all sources into `stages/collect.jsonl` and returns the number of kept problems. Unreadable rows go to
+    /// `quarantine.jsonl`.
     pub(super) fn collect(&self) -> anyhow::Result<usize> {
         let section = self.recipe.collect.as_ref().context("the recipe has no `collect`")?;
         let held_out = self.held_out()?;
@@ -118,8 +120,8 @@ impl Run {
                 kept: builtin.problems,
             });
         }
-        // Generated problems differ from the held-out ones by construction; their few sentence patterns would all count
-        // as shared runs of words.
+        // Generated problems differ from held-out ones by construction. Their few sentence patterns would all count as
+        // shared word sequences.
         if let Some(builtin) = &section.builtin {
             let held_out = held_out.iter().map(|problem| problem.problem.clone()).collect();
             for problem in generated(builtin, &held_out) {
@@ -136,7 +138,7 @@ impl Run {
         Ok(kept)
     }
 
-    /// Draws problems so that each task has its share; gives their number.
+    /// Samples problems so that each task reaches its share. Returns the number of distinct problems kept.
     pub(super) fn resample(&self) -> anyhow::Result<usize> {
         let section = self.recipe.resample.as_ref().context("the recipe has no `resample`")?;
         let mut by_task: BTreeMap<String, Vec<(u64, u64)>> = BTreeMap::new();
@@ -181,6 +183,7 @@ impl Run {
         Ok(kept)
     }
 
+    /// Returns the held-out problems of the evaluation.
     pub(super) fn held_out(&self) -> anyhow::Result<Vec<Problem>> {
         let Some(section) = &self.recipe.evaluate else { return Ok(Vec::new()) };
         let mut problems = Vec::new();
@@ -193,9 +196,10 @@ impl Run {
         Ok(problems)
     }
 
-    /// First bits of the ids of the problems that a stage left, and their places in its file; the longest expected traces first: what
-    /// takes long must not come last, when nothing else is left to fill the nodes. A trace that the source brings along tells best,
-    /// else the length of the problem.
+    /// Returns, for each problem of a stage, the first bits of its id and its offset in the file. The problems with the
+    /// longest expected traces come first, so that long requests do not run alone at the end.
+    ///
+    /// The expected length is that of the source's own traces, or else that of the problem.
     pub(super) fn places_longest_first(&self, stage: &str) -> anyhow::Result<Vec<(u64, u64)>> {
         let mut found = Vec::new();
         for row in self.folder.each_of::<Problem>(stage)? {
@@ -208,7 +212,7 @@ impl Run {
         Ok(found.into_iter().map(|(_, place, id)| (id, place)).collect())
     }
 
-    /// The problems that a stage left, in that order.
+    /// Returns the problems of a stage, longest expected trace first.
     pub(super) fn longest_first(
         &self,
         stage: &str,
@@ -220,7 +224,7 @@ impl Run {
 }
 
 impl ResampleSection {
-    /// The shares of the recipe, or the published ones.
+    /// Returns the shares of the recipe, or the published ones of DistilQwen2.
     fn shares(&self) -> BTreeMap<String, f64> {
         match &self.shares {
             Some(shares) => shares.clone(),
@@ -229,12 +233,12 @@ impl ResampleSection {
     }
 }
 
-/// The licence that the recipe or the hub names.
+/// Returns the license that the recipe names, or else the hub.
 fn licence(source: &Source) -> Option<String> {
     source.licence.clone().or_else(|| hub::licence(&source.path))
 }
 
-/// Counts on one line.
+/// Formats counts and drop reasons on one line.
 pub(super) fn in_words(summary: &Summary) -> String {
     let mut text = format!("{} in, {} kept", summary.taken, summary.kept);
     if !summary.dropped.is_empty() {
@@ -245,7 +249,7 @@ pub(super) fn in_words(summary: &Summary) -> String {
     text
 }
 
-/// Problems from a generator; none of them is in `taken`.
+/// Returns problems of a generator, without those in `taken`. Removes the answer from the configured fraction.
 fn generated(builtin: &Builtin, taken: &HashSet<String>) -> Vec<Problem> {
     let problems = arithmetic::distinct(builtin.problems, builtin.seed, taken);
     let keep_every = if builtin.without_answer > 0.0 {

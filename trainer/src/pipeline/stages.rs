@@ -1,4 +1,5 @@
-//! The CoT stages of a recipe, with whom they ask.
+//! Builds the trace stages of a recipe, each with its model client. The stages themselves are in `potstill-cot`;
+//! [`Chain`] connects them.
 
 use std::sync::Arc;
 
@@ -19,7 +20,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::chain::Chain;
 use crate::recipe::{JudgeSection, Recipe};
 
-/// Makes the stages.
+/// Builds stages from a recipe.
 #[derive(Clone)]
 pub(super) struct Stages {
     pub(super) recipe: Arc<Recipe>,
@@ -28,11 +29,13 @@ pub(super) struct Stages {
 }
 
 impl Stages {
+    /// Returns the classify stage. Fails if the recipe has no `classify`.
     pub(super) fn classifier(&self) -> anyhow::Result<Classify> {
         let section = self.recipe.classify.as_ref().context("the recipe has no `classify`")?;
         Ok(Classify { judge: self.judge(section) })
     }
 
+    /// Returns the generate stage. Fails if neither `generate` nor a source with traces exists.
     pub(super) fn generator(&self) -> anyhow::Result<Generate> {
         anyhow::ensure!(
             self.recipe.makes_traces(),
@@ -46,6 +49,7 @@ impl Stages {
         })
     }
 
+    /// Returns a judge with the settings of a section.
     fn judge(&self, section: &JudgeSection) -> Judge {
         Judge {
             model: section.model.clone(),
@@ -57,11 +61,13 @@ impl Stages {
         }
     }
 
+    /// Returns the difficulty stage. Fails if the recipe has no `difficulty`.
     pub(super) fn grader(&self) -> anyhow::Result<Grade> {
         let section = self.recipe.difficulty.as_ref().context("the recipe has no `difficulty`")?;
         Ok(Grade { judge: self.judge(section) })
     }
 
+    /// Returns the rewrite stage. Without a `rewrite` section, traces pass unchanged.
     pub(super) fn rewriter(&self) -> Rewrite {
         let section = self.recipe.rewrite.as_ref();
         Rewrite {
@@ -73,11 +79,12 @@ impl Stages {
         }
     }
 
+    /// Returns the verify stage, with a sandbox if a source has tests.
     pub(super) fn verifier(&self) -> anyhow::Result<Verify> {
         let judge = self.recipe.verify.as_ref().map(|section| self.judge(section));
         let mut sources = self.recipe.collect.iter().flat_map(|section| &section.sources);
         let sandbox = if sources.any(|source| source.tests_field().is_some()) {
-            // This program is its own helper.
+            // This program also contains the sandbox helper.
             Some(Sandbox::new(std::env::current_exe()?, Limits::default())?)
         } else {
             None
@@ -86,15 +93,18 @@ impl Stages {
         Ok(Verify { verifier: Verifier::new(sandbox), programs: Semaphore::new(cores), judge })
     }
 
+    /// Returns the judge of RV and CD. Fails if the recipe has no `score`.
     pub(super) fn score_judge(&self) -> anyhow::Result<Judge> {
         Ok(self.judge(self.recipe.score.as_ref().context("the recipe has no `score`")?))
     }
 
+    /// Returns the score stage.
     pub(super) fn scorer(&self) -> anyhow::Result<Score> {
         Ok(Score { judge: self.score_judge()? })
     }
 
-    /// generate -> difficulty -> rewrite -> verify -> score, as far as the recipe has them.
+    /// Appends generate -> difficulty -> rewrite -> verify -> score to the chain, without difficulty and score if the
+    /// recipe lacks them. Returns the output.
     pub(super) fn link_all(
         &self,
         chain: &mut Chain,

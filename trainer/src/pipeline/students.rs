@@ -1,4 +1,5 @@
-//! The students of a run: which there are, how each comes out of the one before it, and where it is served.
+//! Student variants of a run: their order, training, export and serving. Each algorithm starts from the result of the
+//! one before it. The algorithms are in [`crate::students`], [`crate::alignment`] and [`crate::distributions`].
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,25 +15,25 @@ use crate::recipe::{Baseline, LocalModel, StudentSection};
 use crate::students::{Lessons, Plan, base};
 use crate::{card, export};
 
-/// A student variant: what it is trained on.
+/// Student variants, by training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variant {
-    /// Not trained.
+    /// Base model, not trained.
     Raw,
-    /// Final answers only.
+    /// Fine-tuned on final answers only.
     AnswersOnly,
-    /// Chains of thought.
+    /// Fine-tuned on chains of thought.
     Distilled,
-    /// And then a teacher's distributions.
+    /// After fine-tuning, logit distillation.
     Kd,
-    /// And then preferences.
+    /// After these, DPO.
     Dpo,
-    /// And then practice with rewards.
+    /// After these, GRPO.
     Grpo,
 }
 
 impl Variant {
-    /// As in reports and file names.
+    /// Returns the name used in reports and file names.
     pub fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
@@ -46,6 +47,7 @@ impl Variant {
 }
 
 impl Run {
+    /// Returns the variants of this run: baselines first, then the algorithms in order.
     pub(super) fn variants(&self) -> Vec<Variant> {
         let compared = self.recipe.evaluate.iter().flat_map(|section| &section.compare);
         let mut variants: Vec<Variant> = compared
@@ -68,7 +70,8 @@ impl Run {
         variants
     }
 
-    /// The last student has the recipe's name for it, the others say what they are.
+    /// Returns the model name of a variant. The last variant has the recipe's name for the student, the others add a
+    /// suffix.
     pub(super) fn student_name(&self, variant: Variant) -> String {
         let name = &self.recipe.student.name;
         if self.variants().last() == Some(&variant) {
@@ -78,7 +81,7 @@ impl Run {
         }
     }
 
-    /// Trains the reward models that the recipe asks for and writes them as model folders.
+    /// Trains the reward models for RV and CD and exports them. Does nothing if the recipe has no `reward`.
     pub(super) async fn reward_models(&self) -> anyhow::Result<()> {
         if self.recipe.reward.is_none() {
             return Ok(());
@@ -100,16 +103,17 @@ impl Run {
         .await?
     }
 
+    /// Returns the model folder of a reward model.
     fn reward_folder(&self, metric: Metric) -> std::path::PathBuf {
         self.folder.path().join("models").join(format!("{}-{}", self.recipe.student.name, metric.name()))
     }
 
-    /// Trains every variant; a variant that was trained before comes back from its last checkpoint at once.
+    /// Trains every variant. A variant that was trained before is loaded from its last checkpoint.
     pub(super) async fn train(&self, traces: &[Cot]) -> anyhow::Result<()> {
         self.each_trained(traces, |_, _| Ok(())).await
     }
 
-    /// Writes every variant as a model folder.
+    /// Trains every variant, as [`Run::train`] does, and exports it as a model folder.
     pub(super) async fn export(&self, traces: &[Cot]) -> anyhow::Result<()> {
         let (models, recipe, progress) =
             (self.folder.path().join("models"), Arc::clone(&self.recipe), self.progress.clone());
@@ -127,7 +131,8 @@ impl Run {
         .await
     }
 
-    /// Hands every variant, trained, to `use_it`. Training keeps the processor busy, so it has a thread of its own.
+    /// Trains every variant and calls `use_it` with each. Runs on a blocking thread, because training occupies the
+    /// processor.
     async fn each_trained(
         &self,
         traces: &[Cot],
@@ -205,6 +210,7 @@ impl Run {
         .await?
     }
 
+    /// Serves an exported variant through the local gateway and returns its model name.
     pub(super) fn serve_variant(&self, variant: Variant) -> anyhow::Result<String> {
         let model = self.student_name(variant);
         let path = self.folder.path().join("models").join(&model);
@@ -213,7 +219,7 @@ impl Run {
         Ok(model)
     }
 
-    /// Has the local gateway serve a model that came out of this run.
+    /// Serves a model of this run through the local gateway, with at most one node.
     pub(super) fn serve_locally(&self, model: &str, path: PathBuf) -> anyhow::Result<()> {
         let StudentSection { threads, device, .. } = &self.recipe.student;
         self.local.add_model(&LocalModel {

@@ -1,5 +1,6 @@
-//! `potstill work`: many processes do the asking of one run. Each claims shards of the problems in a shared store and sends them
-//! through the stages; what they leave is answers in the store. `potstill run` with the same store then finds all of them there.
+//! `potstill work`: several processes send the requests of one run. Each claims shards of the problems in a shared
+//! store and runs them through the stages. Only the completions remain, in the store; `potstill run` with the same
+//! store then reuses all of them.
 
 use std::time::Duration;
 
@@ -13,10 +14,10 @@ use potstill_shared::durable::Lines;
 use super::Run;
 use super::chain::Chain;
 
-/// Longest pause before a worker that has nothing to do looks again. The end of a lease is no event that one could wait for.
+/// Maximum pause before an idle worker looks for a free shard again. The store sends no event when a lease expires.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
-/// What a shard goes through.
+/// Part of the pipeline that is divided into shards.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Classify,
@@ -24,6 +25,7 @@ enum Phase {
 }
 
 impl Phase {
+    /// Returns the name of the phase in the store.
     fn name(self) -> &'static str {
         match self {
             Self::Classify => "classify",
@@ -33,7 +35,8 @@ impl Phase {
 }
 
 impl Run {
-    /// Works until all shards are done, by this process or by others.
+    /// Processes shards until this and other workers have finished all of them. `lease` is the time after which a
+    /// silent worker loses its shard. Fails without a shared store.
     pub async fn work(&self, lease: Duration) -> anyhow::Result<()> {
         let Store::Shared(database) = &**self.stages.calls.store() else {
             anyhow::bail!("workers share a database: give `--store postgres://user:password@host/database`");
@@ -45,7 +48,7 @@ impl Run {
         tokio::task::block_in_place(|| self.collect())?;
         if self.recipe.classify.is_some() {
             self.phase(database, Phase::Classify, "collect", lease).await?;
-            // Every answer is in the store by now.
+            // All completions are in the store now, so this sends no requests.
             self.alone(self.stages.classifier()?, "collect").await?;
         }
         if self.recipe.resample.is_some() {
@@ -54,6 +57,7 @@ impl Run {
         self.phase(database, Phase::Traces, self.problem_stage(), lease).await
     }
 
+    /// Processes the shards of one phase until all are done.
     async fn phase(
         &self,
         database: &Database,
@@ -101,7 +105,7 @@ impl Run {
         }
     }
 
-    /// One shard through the stages; its answers stay in the store.
+    /// Runs the problems of one shard through the stages. Its completions stay in the store.
     async fn shard(&self, phase: Phase, input: &str, places: Vec<u64>) -> anyhow::Result<()> {
         let count = places.len();
         let lines = Lines::open(&self.folder.stage_file(input))?;
@@ -124,7 +128,7 @@ impl Run {
     }
 }
 
-/// Holds a claim; ends when it is lost.
+/// Renews the lease of a claim. Returns when the claim is lost.
 async fn hold(database: &Database, claim: &Claim, lease: Duration) -> anyhow::Result<()> {
     let mut ticks = tokio::time::interval(lease / 3);
     ticks.tick().await;

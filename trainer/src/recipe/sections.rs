@@ -1,4 +1,5 @@
-//! The sections of a recipe, each with its defaults. A new option touches one struct here.
+//! Sections of a recipe with their defaults. A new option changes one struct here; rules across sections are in
+//! [`super`].
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -22,37 +23,37 @@ use crate::compress::Bits;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GatewaySection {
-    /// Base URL that ends in `/v1`.
+    /// Base URL, ending in `/v1`.
     pub url: String,
-    /// Environment variable that holds the key. Keys themselves never stand in a recipe.
+    /// Environment variable that holds the API key. Recipes never contain keys.
     pub api_key_env: Option<String>,
-    /// Base URL of its admin API, which ends in `/admin`: the run announces its stages there.
+    /// Base URL of the gateway's admin API, ending in `/admin`. The run announces its plan there.
     pub admin_url: Option<String>,
     /// Environment variable that holds the admin key.
     pub admin_key_env: Option<String>,
 }
 
-/// A model that the local gateway serves with node processes of its own.
+/// A model that the local gateway serves with its own node processes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LocalModel {
-    /// Name behind the gateway.
+    /// Model name at the gateway.
     pub model: String,
     /// Model folder or `.gguf` file.
     pub path: PathBuf,
-    /// Fewest nodes.
+    /// Minimum number of nodes.
     #[serde(default)]
     pub min: usize,
-    /// Most nodes.
+    /// Maximum number of nodes.
     #[serde(default = "one")]
     pub max: usize,
-    /// Requests that a node decodes together.
+    /// Requests that a node decodes at the same time.
     #[serde(default = "default_slots")]
     pub slots: usize,
     /// Threads per node.
     #[serde(default = "one")]
     pub threads: usize,
-    /// Where a node computes, as `potstill serve --device` has it.
+    /// Device of a node, as for `potstill serve --device`.
     #[serde(default = "cpu")]
     pub device: String,
 }
@@ -70,7 +71,7 @@ fn default_slots() -> usize {
 }
 
 impl Recipe {
-    /// Devices that cannot be, and where they stand.
+    /// Returns errors in device names, each with its key.
     pub(super) fn problems_of_devices(&self) -> Vec<(String, EngineError)> {
         let runs = self.runs().map(|(key, run)| (format!("{key}.devices"), run.devices.join(",")));
         let local = self.local.iter().enumerate();
@@ -81,17 +82,17 @@ impl Recipe {
     }
 }
 
-/// Problems that this program makes itself.
+/// Problems from a built-in generator.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Builtin {
-    /// Only `arithmetic` so far.
+    /// Kind of problems; only `arithmetic`.
     pub task: BuiltinTask,
-    /// How many.
+    /// Number of problems.
     pub problems: usize,
     /// Seed of the generator.
     pub seed: u64,
-    /// Share of the problems whose answer is withheld, so that only the judge can decide; 0 to 1.
+    /// Fraction of the problems without a reference answer, 0 to 1. Only a judge can grade these.
     #[serde(default)]
     pub without_answer: f64,
 }
@@ -100,37 +101,38 @@ pub struct Builtin {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BuiltinTask {
-    /// Multi-step arithmetic word problems.
+    /// Arithmetic word problems with several steps.
     Arithmetic,
 }
 
-/// Where problems come from.
+/// Sources of problems.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CollectSection {
-    /// Files.
+    /// Files and hub paths.
     #[serde(default)]
     pub sources: Vec<Source>,
     /// Generated problems.
     pub builtin: Option<Builtin>,
-    /// Problems of the sources that share so much of their five-word runs, and all numbers, are one; 0 to 1, nothing is compared
-    /// if left out.
+    /// Similarity above which problems are near duplicates, 0 to 1: Jaccard similarity of five-word sequences. All
+    /// numbers must be equal too. Left out, near duplicates are not searched.
     pub near: Option<f64>,
-    /// Problems that must not be in it, besides those of `evaluate`: benchmarks that the student will meet.
+    /// Benchmarks whose problems are removed from the sources (decontamination). Problems of `evaluate` are always
+    /// removed.
     #[serde(default)]
     pub against: Vec<Source>,
 }
 
-/// How many problems of each task are drawn.
+/// Resampling by task.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResampleSection {
-    /// Problems in all; as many as there are if left out.
+    /// Number of problems to sample; as many as exist if left out.
     pub total: Option<usize>,
-    /// How often one problem is drawn at most.
+    /// Maximum copies of one problem.
     #[serde(default = "default_cap")]
     pub cap: u32,
-    /// Shares by task, of any sum; DistilQwen2's if left out.
+    /// Share of each task, of any sum; those of DistilQwen2 if left out.
     pub shares: Option<BTreeMap<String, f64>>,
 }
 
@@ -138,24 +140,24 @@ fn default_cap() -> u32 {
     4
 }
 
-/// Who writes chains of thought.
+/// Generation of chains of thought.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GenerateSection {
-    /// The teachers.
+    /// Teacher models with their sampling parameters.
     pub teachers: Vec<TeacherConfig>,
 }
 
-/// A model that answers short questions.
+/// A model that classifies, grades or judges.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JudgeSection {
-    /// The model.
+    /// Model name at the gateway.
     pub model: String,
-    /// Limit on new tokens; a reasoning judge thinks first.
+    /// Maximum number of new tokens, including the judge's reasoning.
     #[serde(default = "default_judge_tokens")]
     pub max_tokens: u32,
-    /// How often an unreadable answer is asked again.
+    /// Times that a request is repeated if its completion cannot be parsed.
     #[serde(default = "default_reasks")]
     pub reasks: u32,
 }
@@ -168,16 +170,16 @@ fn default_reasks() -> u32 {
     2
 }
 
-/// Who rewrites.
+/// Rewriting of traces.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RewriteSection {
-    /// The model.
+    /// Model name at the gateway.
     pub model: String,
     /// Sampling temperature.
     #[serde(default = "default_rewrite_temperature")]
     pub temperature: f64,
-    /// Limit on new tokens.
+    /// Maximum number of new tokens.
     #[serde(default = "default_rewrite_tokens")]
     pub max_tokens: u32,
 }
@@ -190,32 +192,32 @@ fn default_rewrite_tokens() -> u32 {
     32_768
 }
 
-/// The student: an existing model, or a fresh one of a given shape.
+/// The student: an existing base model, or a randomly initialized one.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StudentSection {
-    /// Name behind the gateway.
+    /// Model name at the gateway.
     pub name: String,
     /// Model folder or `.gguf` file to start from.
     pub base: Option<PathBuf>,
-    /// Shape of a fresh student.
+    /// Shape of a randomly initialized student.
     pub init: Option<InitSection>,
-    /// What the student is asked; `{{ problem }}` stands for the problem.
+    /// Prompt of the student; `{{ problem }}` stands for the problem.
     #[serde(default = "default_prompt")]
     pub prompt: String,
-    /// Number format of the exported weights.
+    /// Data type of the exported weights.
     #[serde(default)]
     pub export: ExportType,
-    /// Threads of the node that serves it.
+    /// Threads of the node that serves the student.
     #[serde(default = "one")]
     pub threads: usize,
-    /// Where that node computes, as `potstill serve --device` has it.
+    /// Device of that node, as for `potstill serve --device`.
     #[serde(default = "cpu")]
     pub device: String,
 }
 
 impl StudentSection {
-    /// For a recipe without a student.
+    /// Returns a placeholder for a recipe without a student.
     pub(super) fn nobody(name: &str) -> Self {
         Self {
             name: format!("{name}-student").chars().take(96).collect(),
@@ -233,133 +235,134 @@ fn default_prompt() -> String {
     "{{ problem }}".to_owned()
 }
 
-/// Number formats of exported weights.
+/// Data types of exported weights.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ExportType {
-    /// 32 bits.
+    /// 32-bit floating point.
     F32,
-    /// 16 bits, bfloat.
+    /// bfloat16.
     #[default]
     Bf16,
-    /// 16 bits, IEEE.
+    /// IEEE 16-bit floating point.
     F16,
 }
 
-/// Shape of a fresh student.
+/// Shape of a randomly initialized student.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InitSection {
-    /// Decoder family.
+    /// Model family of the decoder.
     pub family: Family,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Width of the feed-forward layer.
     pub intermediate_size: usize,
-    /// Blocks.
+    /// Number of decoder blocks.
     pub layers: usize,
-    /// Attention heads; the head size is `hidden_size / heads`.
+    /// Number of attention heads. The head size is `hidden_size / heads`.
     pub heads: usize,
-    /// Key and value heads; as many as `heads` if left out.
+    /// Number of key and value heads; equal to `heads` if left out.
     pub kv_heads: Option<usize>,
-    /// Longest context.
+    /// Maximum context length in tokens.
     pub max_positions: usize,
-    /// `arithmetic`: the demonstration's own tokenizer.
+    /// Tokenizer; only `arithmetic`, that of the demonstration.
     pub tokenizer: BuiltinTask,
 }
 
-/// How the student is trained.
+/// Supervised fine-tuning.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SftSection {
     /// Peak learning rate of the first phase.
     pub learning_rate: f64,
-    /// Conversations to train on instead of the sampled traces.
+    /// Conversations to train on instead of the selected traces.
     pub conversations: Option<Conversations>,
-    /// In which order: medium first, then hard.
+    /// Curriculum; by default medium, then hard.
     #[serde(default)]
     pub curriculum: Curriculum,
-    /// Steps, optimiser, checkpoints.
+    /// Settings of the training loop.
     #[serde(default)]
     pub run: RunConfig,
 }
 
-/// Conversations that do not come from this run's teachers.
+/// Conversations that do not come from teachers of this run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Conversations {
-    /// JSONL with `messages` in each row.
+    /// JSONL file with `messages` in each row.
     pub path: Option<PathBuf>,
-    /// Rows that teach all teacher roles of a task.
+    /// Generated conversations that cover all teacher roles of a task.
     pub builtin: Option<Builtin>,
 }
 
-/// Reward models for RV and CD, learnt from the teachers' scores of this run.
+/// Reward models for RV and CD, trained on the scores of this run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RewardSection {
-    /// Model folder or `.gguf` file to start from; the student's own start if left out.
+    /// Model folder or `.gguf` file to start from; the student's base model if left out.
     pub base: Option<PathBuf>,
-    /// How they are trained.
+    /// Training settings.
     #[serde(default)]
     pub train: RewardConfig,
 }
 
-/// Distillation of a teacher's distributions, behind the fine-tuning.
+/// Logit distillation after fine-tuning.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KdSection {
     /// Model folder or `.gguf` file of a teacher with the student's vocabulary.
     pub teacher: Option<PathBuf>,
-    /// Or a model behind the gateway, with the student's vocabulary, that says its likeliest tokens (vLLM, `potstill serve`).
+    /// Alternatively, a model at the gateway with the student's vocabulary that returns prompt logprobs (vLLM,
+    /// `potstill serve`).
     pub model: Option<String>,
-    /// The student writes, the teacher says what it would have written.
+    /// Trains on the student's own completions instead of the traces.
     #[serde(default)]
     pub on_policy: bool,
-    /// How the student is trained.
+    /// Training settings.
     #[serde(default)]
     pub train: KdConfig,
 }
 
-/// Preferences.
+/// Direct preference optimization.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DpoSection {
-    /// JSONL with `prompt`, `chosen`, `rejected` and, for CogPO, `beta`. Without it the teachers' right traces are chosen over
-    /// the student's own wrong answers to the same problems.
+    /// JSONL file with `prompt`, `chosen`, `rejected` and, for CogPO, `beta`. Without it, teacher traces are chosen
+    /// over the student's own incorrect completions.
     pub pairs: Option<PathBuf>,
-    /// Answers that the student writes per problem.
+    /// Completions that the student samples per problem.
     #[serde(default = "default_samples")]
     pub samples: u32,
-    /// Limit on their new tokens.
+    /// Maximum number of new tokens of these completions.
     #[serde(default = "default_eval_tokens")]
     pub max_tokens: u32,
-    /// How the student is trained.
+    /// Training settings.
     #[serde(default)]
     pub train: DpoConfig,
 }
 
-/// Practice on problems with known answers.
+/// Reinforcement learning with GRPO on problems with reference answers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GrpoSection {
-    /// Folder of a reward model for RV; that of this run's `[reward]` if left out, none without one.
+    /// Folder of a reward model for RV; this run's own if left out, none without `[reward]`.
     pub rv: Option<PathBuf>,
-    /// The same for CD.
+    /// Folder of a reward model for CD, with the same default.
     pub cd: Option<PathBuf>,
-    /// How the student is trained.
+    /// Training settings.
     #[serde(default)]
     pub train: GrpoConfig,
 }
 
-/// How students are tested.
+/// Evaluation of the students.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvaluateSection {
-    /// Held-out files.
+    /// Files and hub paths with held-out problems.
     #[serde(default)]
     pub sources: Vec<Source>,
-    /// Held-out generated problems.
+    /// Generated held-out problems.
     pub builtin: Option<Builtin>,
     /// Completions per problem.
     #[serde(default = "default_samples")]
@@ -367,13 +370,13 @@ pub struct EvaluateSection {
     /// Sampling temperature.
     #[serde(default = "default_temperature")]
     pub temperature: f64,
-    /// Nucleus sampling.
+    /// Nucleus sampling: probability mass of the tokens to sample from.
     #[serde(default = "default_top_p")]
     pub top_p: f64,
-    /// Limit on new tokens.
+    /// Maximum number of new tokens.
     #[serde(default = "default_eval_tokens")]
     pub max_tokens: u32,
-    /// Students to train and test besides the distilled one.
+    /// Baselines to train and evaluate besides the student.
     #[serde(default)]
     pub compare: Vec<Baseline>,
 }
@@ -394,16 +397,16 @@ fn default_eval_tokens() -> u32 {
     4096
 }
 
-/// Smaller forms of the last student, as GGUF.
+/// Quantized versions of the last student, as GGUF files.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CompressSection {
-    /// Formats.
+    /// Weight formats.
     pub to: Vec<Bits>,
-    /// Most that the accuracy on the problems of `evaluate` may fall, in points; a form that loses more is not published.
+    /// Maximum loss of accuracy on the problems of `evaluate`, in points. A version that loses more is not published.
     #[serde(default = "default_lost")]
     pub limit: f64,
-    /// Round by what the student's lessons say is important, where the format can.
+    /// Whether rounding uses importances computed on training examples, for formats that support it.
     #[serde(default = "yes")]
     pub calibrate: bool,
 }
@@ -416,12 +419,12 @@ fn yes() -> bool {
     true
 }
 
-/// What the distilled student is compared with.
+/// Baselines for the distilled student.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Baseline {
     /// The student before training.
     Raw,
-    /// The same student trained on final answers only, for as many tokens.
+    /// The same student, fine-tuned on final answers only, for as many tokens.
     AnswersOnly,
 }

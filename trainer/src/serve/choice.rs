@@ -1,5 +1,5 @@
-//! One choice of an answer while it grows, whether it is collected or streamed: thinking, answer and calls apart, log-probabilities
-//! kept until they are sent.
+//! One choice of a response under construction, collected or streamed. Separates reasoning, answer and tool calls, and
+//! keeps logprobs until they are sent.
 
 use potstill_engine::scheduler::{FinishReason, Sampled};
 use potstill_engine::tokenizer::Tokenizer;
@@ -10,16 +10,17 @@ use serde_json::{Value, json};
 use super::log_probs::{self, TextLogProbs};
 use super::tools::{Part, ToolFormat, ToolParser};
 
-/// The two shapes of an answer.
+/// Kind of a response.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Shape {
-    /// Thinking apart from the answer; `inside`: the template has opened the thinking already. `tools`: calls are looked for.
+    /// Chat: reasoning is separated from the answer. `inside`: the prompt ends inside an open reasoning block. `tools`:
+    /// format of tool calls, if the request has tools.
     Chat { inside: bool, tools: Option<ToolFormat> },
-    /// As the model writes it. `by_id`: tokens are named by their numbers where their probabilities are told.
+    /// Text completion without parsing. `by_id`: logprobs name tokens by id.
     Text { by_id: bool },
 }
 
-/// A choice.
+/// A choice under construction.
 pub(super) struct Choice {
     splitter: Option<Splitter>,
     tools: Option<ToolParser>,
@@ -28,6 +29,7 @@ pub(super) struct Choice {
 }
 
 impl Choice {
+    /// Creates an empty choice.
     pub(super) fn new(shape: Shape) -> Self {
         let (splitter, tools, by_id) = match shape {
             Shape::Chat { inside, tools } => (Some(Splitter::new(inside)), tools.map(ToolParser::new), false),
@@ -36,7 +38,7 @@ impl Choice {
         Self { splitter, tools, chat_log_probs: Vec::new(), text_log_probs: TextLogProbs::new(by_id) }
     }
 
-    /// What more text adds.
+    /// Returns the deltas for more generated text.
     pub(super) fn push(&mut self, text: &str) -> Vec<Delta> {
         match &mut self.splitter {
             None => vec![content(text.to_owned())],
@@ -47,7 +49,7 @@ impl Choice {
         }
     }
 
-    /// What the end adds, and OpenAI's word for it.
+    /// Returns the deltas for the rest, and OpenAI's finish reason.
     pub(super) fn finish(&mut self, reason: FinishReason) -> (Vec<Delta>, &'static str) {
         let last = self.splitter.as_mut().and_then(Splitter::finish);
         let mut deltas: Vec<Delta> = last.into_iter().flat_map(|piece| self.piece(piece)).collect();
@@ -60,6 +62,7 @@ impl Choice {
         (deltas, if called && reason == FinishReason::Stop { "tool_calls" } else { reason.name() })
     }
 
+    /// Converts a piece of reasoning or answer to deltas.
     fn piece(&mut self, piece: Piece) -> Vec<Delta> {
         match (piece, &mut self.tools) {
             (Piece::Thinking(text), _) => {
@@ -74,12 +77,12 @@ impl Choice {
         }
     }
 
-    /// The first token of a prompt that is repeated.
+    /// Records the first token of an echoed prompt, which has no log probability.
     pub(super) fn first(&mut self, tokenizer: &Tokenizer, token: u32) {
         self.text_log_probs.first(tokenizer, token);
     }
 
-    /// A token with its log-probability.
+    /// Records a token with its log probability.
     pub(super) fn sampled(&mut self, tokenizer: &Tokenizer, sampled: &Sampled) {
         if self.splitter.is_some() {
             self.chat_log_probs.push(log_probs::chat_entry(tokenizer, sampled));
@@ -88,7 +91,7 @@ impl Choice {
         }
     }
 
-    /// The log-probabilities that were not given out yet.
+    /// Returns the logprobs since the last call, or `None` if there are none.
     pub(super) fn log_probs(&mut self) -> Option<Value> {
         if self.splitter.is_none() {
             return self.text_log_probs.take();
@@ -98,11 +101,12 @@ impl Choice {
     }
 }
 
+/// Returns a delta with text.
 fn content(text: String) -> Delta {
     Delta { content: Some(text), ..Delta::default() }
 }
 
-/// A part as a chunk says it; calls are numbered in their order.
+/// Converts a part to a delta. Tool calls are numbered in their order.
 fn part_delta(part: Part, calls: &mut usize) -> Delta {
     match part {
         Part::Text(text) => content(text),

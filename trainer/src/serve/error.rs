@@ -1,28 +1,35 @@
-//! What a client of a node is told.
+//! Error responses of a node, in OpenAI's form. The only place that chooses HTTP statuses of a node.
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use potstill_engine::EngineError;
 use potstill_shared::openai::ErrorBody;
 
-/// Why a node does not answer.
+/// Reasons for an error response.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NodeError {
+    /// The body is not the expected JSON. Holds the parser's message.
     #[error("the request body is not valid: {0}")]
     InvalidJson(String),
+    /// A field of the request has an invalid value.
     #[error("`{param}` {problem}")]
     InvalidField { param: &'static str, problem: String },
+    /// The node does not serve this model.
     #[error("the model `{0}` does not exist; `GET /v1/models` lists the one that this node serves")]
     ModelNotFound(String),
+    /// The node has no such path.
     #[error("unknown path `{0}`")]
     NotFound(String),
+    /// The path does not support the method.
     #[error("the method is not allowed for this path")]
     MethodNotAllowed,
+    /// The engine rejected the request or failed.
     #[error("{0}")]
     Engine(#[from] EngineError),
 }
 
 impl NodeError {
+    /// Returns HTTP status, parameter and error code.
     fn parts(&self) -> (StatusCode, Option<&'static str>, &'static str) {
         match self {
             Self::InvalidJson(_) => (StatusCode::BAD_REQUEST, None, "invalid_json"),
@@ -48,6 +55,7 @@ impl NodeError {
         }
     }
 
+    /// Returns the error in OpenAI's form.
     pub(crate) fn body(&self) -> ErrorBody {
         let (status, param, code) = self.parts();
         let kind = match status.as_u16() {

@@ -1,5 +1,5 @@
-//! The form that a request wants its answer in: `response_format`, vLLM's `structured_outputs` and `guided_*`, and calls that have to
-//! be made (`tool_choice`).
+//! Structured output: `response_format`, vLLM's `structured_outputs` and `guided_*`, and forced tool calls
+//! (`tool_choice`). Translates request fields to a [`Grammar`]; the engine applies it.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use super::error::NodeError;
 use super::options::invalid;
 use super::tools::ToolFormat;
 
-/// Compiles a form; it takes a moment.
+/// Compiles a grammar on a blocking thread. The first call also creates the compiler.
 pub(super) async fn compile(node: &Arc<Node>, form: Grammar) -> Result<Constraint, NodeError> {
     let node = Arc::clone(node);
     let compiled = tokio::task::spawn_blocking(move || {
@@ -25,7 +25,8 @@ pub(super) async fn compile(node: &Arc<Node>, form: Grammar) -> Result<Constrain
     Ok(compiled.await.map_err(|error| EngineError::Stopped(error.to_string()))??)
 }
 
-/// The form of a chat answer. A call that has to be made comes first.
+/// Returns the grammar of a chat request, or `None` for free text. A forced tool call takes precedence over
+/// `response_format`, and that over vLLM's fields.
 pub(super) fn chat(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Grammar>, NodeError> {
     if let Some(form) = forced_call(extra, tools)? {
         return Ok(Some(form));
@@ -50,7 +51,7 @@ pub(super) fn chat(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Gr
     }
 }
 
-/// vLLM's fields, its newer ones first.
+/// Returns the grammar of vLLM's fields, or `None` without them. `structured_outputs` takes precedence over `guided_*`.
 pub(super) fn text(extra: &Extra) -> Result<Option<Grammar>, NodeError> {
     let newer = extra.get("structured_outputs").filter(|value| value.is_object());
     let field = |new: &str, old: &str| newer.and_then(|outputs| outputs.get(new)).or_else(|| extra.get(old));
@@ -79,7 +80,8 @@ pub(super) fn text(extra: &Extra) -> Result<Option<Grammar>, NodeError> {
     of("grammar", "guided_grammar").map(|text| Ok(Grammar::Lark(string(text, "guided_grammar")?))).transpose()
 }
 
-/// `tool_choice`: `required`, or one function by its name.
+/// Returns the grammar of a forced tool call, for `tool_choice` `required` or a named function. Fails for functions
+/// that are not in `tools`.
 fn forced_call(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Grammar>, NodeError> {
     let wrong = |problem: &str| invalid("tool_choice", problem);
     let name = match extra.get("tool_choice") {
@@ -112,7 +114,7 @@ fn forced_call(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Gramma
     let call = bounded(json!({"anyOf": calls}));
     Ok(Some(match format {
         ToolFormat::Whole => Grammar::Json(call),
-        // Its mark is a token that no text spells.
+        // The mark before the list is a special token, which a grammar over text cannot produce.
         ToolFormat::List => return Err(wrong("cannot be forced with this model's chat template")),
         ToolFormat::Tagged => {
             Grammar::Lark(format!("start: \"<tool_call>\\n\" call \"\\n</tool_call>\"\ncall: %json {call}\n"))
@@ -129,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn forms_are_read_in_every_spelling() {
+    fn parses_structured_output_fields_of_openai_and_vllm() {
         let schema = json!({"type": "object"});
         for (asked, form) in [
             (json!({}), None),
@@ -160,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_forced_call_is_one_of_the_functions() {
+    fn forced_call_allows_only_the_named_function() {
         let tools = json!([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}, {"type": "function", "function": {"name": "g"}}]);
         let named =
             extra(json!({"tools": tools, "tool_choice": {"type": "function", "function": {"name": "g"}}}));

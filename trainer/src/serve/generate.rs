@@ -1,6 +1,5 @@
-//! `POST /v1/chat/completions` and `/v1/completions`. One request becomes one engine request per choice; the answer is
-//! collected here, or streamed as the choices grow (`stream.rs`). Dropping the answer drops the receivers, which cancels the
-//! choices.
+//! `POST /v1/chat/completions` and `/v1/completions`. Each choice of a request is one engine request. The response is
+//! collected here or streamed by `stream.rs`. Dropping the response drops the receivers, which cancels the choices.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -29,14 +28,15 @@ use super::options::{self, invalid};
 use super::stream::streamed;
 use super::tools::{self, ToolFormat};
 
-/// Most choices of one request.
+/// Maximum number of choices per request, over all prompts.
 const MAX_CHOICES: u32 = 64;
 
+/// Parses a request body.
 pub(super) fn read<T: for<'de> serde::Deserialize<'de>>(body: &[u8]) -> Result<T, NodeError> {
     serde_json::from_slice(body).map_err(|error| NodeError::InvalidJson(error.to_string()))
 }
 
-/// The choices of one request while they grow.
+/// A request in progress, with its choices.
 pub(super) struct Job {
     pub(super) node: Arc<Node>,
     pub(super) id: String,
@@ -44,14 +44,14 @@ pub(super) struct Job {
     pub(super) started: Instant,
     pub(super) shape: Shape,
     pub(super) choices: Vec<Choice>,
-    /// What each choice begins with (`echo`).
+    /// Text before the completion of each choice: the prompt if `echo` is set, else empty.
     pub(super) prefixes: Vec<String>,
     pub(super) include_usage: bool,
     pub(super) counts: Counts,
     pub(super) updates: SelectAll<futures_util::stream::BoxStream<'static, (u32, Update)>>,
 }
 
-/// Tokens of all choices.
+/// Token counts over all choices of a request.
 #[derive(Default)]
 pub(super) struct Counts {
     prompt: u64,
@@ -60,13 +60,15 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    /// A choice has ended.
+    /// Adds a finished choice.
     pub(super) fn finished(&mut self, completion_tokens: usize, cached_tokens: usize) {
         self.written += completion_tokens as u64;
-        // Of several samples all but the first find the prompt at hand: what the request found is what its first one found.
+        // Further samples of a prompt always hit the prefix cache. The first sample, with the smallest hit, tells what
+        // was cached before the request.
         self.cached = self.cached.min(cached_tokens as u64);
     }
 
+    /// Returns the usage in OpenAI's form.
     pub(super) fn usage(&self) -> Usage {
         Usage::new(self.prompt, self.written).with_cached(self.cached.min(self.prompt))
     }
@@ -102,7 +104,7 @@ pub(super) async fn chat(State(node): State<Arc<Node>>, body: Bytes) -> Result<R
     answer(job, &request.options).await
 }
 
-/// Whether the template is given functions, and how it has them called.
+/// Returns the format of tool calls if the request allows them. Fails if the model's chat template has no tools.
 fn tools_of(node: &Node, extra: &Extra) -> Result<Option<ToolFormat>, NodeError> {
     let some = extra.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty());
     if !some || extra.get("tool_choice").is_some_and(|choice| choice == "none") {
@@ -146,17 +148,18 @@ pub(super) async fn completions(State(node): State<Arc<Node>>, body: Bytes) -> R
     let mut options = request.options;
     // OpenAI's default for this endpoint.
     options.max_tokens = options.token_limit().or(Some(16));
-    // As vLLM calls it: texts of tokens are not always told apart.
+    // vLLM's field. The texts of different tokens can be equal, ids cannot.
     let by_id = request.extra.get("return_tokens_as_token_ids") == Some(&Value::Bool(true));
     let job = submit(&node, prompts, wanted, &options, Shape::Text { by_id })?;
     answer(job, &options).await
 }
 
+/// Checks that the node serves `model`.
 pub(super) fn check_model(node: &Node, model: &str) -> Result<(), NodeError> {
     if model == node.name { Ok(()) } else { Err(NodeError::ModelNotFound(model.to_owned())) }
 }
 
-/// A message as templates expect it: content as text, other fields as they came.
+/// Converts a message to the form that chat templates expect: content as plain text, other fields unchanged.
 fn template_message(message: &ChatMessage) -> Value {
     let mut value = Value::Object(message.extra.clone());
     value["role"] = json!(message.role);
@@ -170,6 +173,7 @@ fn template_message(message: &ChatMessage) -> Value {
     value
 }
 
+/// Submits one engine request per choice. Choices of a request get consecutive seeds.
 fn submit(
     node: &Arc<Node>,
     prompts: Vec<(Vec<u32>, String)>,
@@ -186,7 +190,7 @@ fn submit(
     for (prompt, prefix) in prompts {
         counts.prompt += prompt.len() as u64;
         let room = node.engine.context().saturating_sub(prompt.len());
-        // A prompt without room for one token is refused below, with its numbers.
+        // The engine rejects a prompt without room for a token, with a detailed message.
         let max_tokens = options.token_limit().map_or(room.max(1), |limit| limit as usize);
         for _ in 0..n {
             let mut request = Request { prompt: prompt.clone(), max_tokens, ..wanted.clone() };
@@ -216,7 +220,8 @@ fn submit(
     })
 }
 
-/// The updates of one choice. A channel that closes without a last update means that the engine is gone.
+/// Returns the updates of one choice with its index. A channel that closes without a final update means that the engine
+/// has stopped.
 fn numbered(index: u32, receiver: mpsc::Receiver<Update>) -> impl Stream<Item = (u32, Update)> {
     stream::unfold(Some(receiver), move |receiver| async move {
         let mut receiver = receiver?;
@@ -228,11 +233,12 @@ fn numbered(index: u32, receiver: mpsc::Receiver<Update>) -> impl Stream<Item = 
     })
 }
 
+/// Returns the response, streamed or collected.
 async fn answer(job: Job, options: &GenerationOptions) -> Result<Response, NodeError> {
     if options.streamed() { Ok(streamed(job)) } else { collect(job).await }
 }
 
-/// One choice of a whole answer.
+/// A choice of a collected response.
 #[derive(Default)]
 struct Collected {
     text: String,
@@ -242,6 +248,7 @@ struct Collected {
 }
 
 impl Collected {
+    /// Appends deltas.
     fn take(&mut self, deltas: Vec<Delta>) {
         for delta in deltas {
             self.text.push_str(delta.content.as_deref().unwrap_or_default());
@@ -250,7 +257,7 @@ impl Collected {
             }
             if let Some(Value::Array(calls)) = delta.extra.get("tool_calls") {
                 self.calls.extend(calls.iter().cloned().map(|mut call| {
-                    // Only chunks number their calls.
+                    // Only chunks of a stream contain the index of a call.
                     call.as_object_mut().map(|call| call.remove("index"));
                     call
                 }));
@@ -258,6 +265,7 @@ impl Collected {
         }
     }
 
+    /// Returns the chat message.
     fn message(self) -> ChatMessage {
         let mut message = ChatMessage {
             role: "assistant".to_owned(),
@@ -272,6 +280,7 @@ impl Collected {
     }
 }
 
+/// Waits for all choices and returns the whole response. Fails if the engine fails.
 async fn collect(mut job: Job) -> Result<Response, NodeError> {
     let mut all: Vec<Collected> = job
         .prefixes
@@ -333,6 +342,7 @@ async fn collect(mut job: Job) -> Result<Response, NodeError> {
     })
 }
 
+/// Returns OpenAI's chat choice.
 fn chat_choice(mut collected: Collected, log_probs: Option<Value>, index: u32) -> ChatChoice {
     let finish_reason = collected.finish_reason.take();
     let mut choice =

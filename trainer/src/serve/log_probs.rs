@@ -1,10 +1,10 @@
-//! Log-probabilities in OpenAI's two shapes.
+//! Logprobs in OpenAI's two forms: for chat and for text completions. The engine computes the values.
 
 use potstill_engine::scheduler::Sampled;
 use potstill_engine::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
 
-/// One entry of a chat answer's `logprobs.content`.
+/// Returns one entry of `logprobs.content` of a chat choice.
 pub(super) fn chat_entry(tokenizer: &Tokenizer, sampled: &Sampled) -> Value {
     let one = |token: u32, log_prob: f32| {
         let bytes = tokenizer.bytes(token);
@@ -15,30 +15,31 @@ pub(super) fn chat_entry(tokenizer: &Tokenizer, sampled: &Sampled) -> Value {
     entry
 }
 
-/// `logprobs` of a chat choice.
+/// Returns `logprobs` of a chat choice.
 pub(super) fn chat(entries: Vec<Value>) -> Value {
     json!({"content": entries, "refusal": null})
 }
 
-/// `logprobs` of a text choice as it grows.
+/// Logprobs of a text completion under construction.
 #[derive(Debug, Default)]
 pub(super) struct TextLogProbs {
     tokens: Vec<Value>,
     log_probs: Vec<Value>,
     top: Vec<Value>,
     offsets: Vec<usize>,
-    /// Characters before the next token.
+    /// Offset of the next token in characters.
     offset: usize,
-    /// Tokens are named by number.
+    /// Whether tokens are named by id.
     by_id: bool,
 }
 
 impl TextLogProbs {
+    /// Creates an empty list.
     pub(super) fn new(by_id: bool) -> Self {
         Self { by_id, ..Self::default() }
     }
 
-    /// Name of a token: its text, in which what is no whole character shows as replacement characters, or its number.
+    /// Returns the name of a token: its text, with replacement characters for incomplete characters, or its id.
     fn name(&self, tokenizer: &Tokenizer, token: u32) -> String {
         match self.by_id {
             true => format!("token_id:{token}"),
@@ -46,19 +47,20 @@ impl TextLogProbs {
         }
     }
 
-    /// The first token of a prompt: nothing goes before it.
+    /// Adds the first token of an echoed prompt. It has no predecessor and so no log probability.
     pub(super) fn first(&mut self, tokenizer: &Tokenizer, token: u32) {
         self.push_token(tokenizer, token);
         self.log_probs.push(Value::Null);
         self.top.push(Value::Null);
     }
 
+    /// Adds a token with its log probability and alternatives.
     pub(super) fn push(&mut self, tokenizer: &Tokenizer, sampled: &Sampled) {
         self.push_token(tokenizer, sampled.token);
         self.log_probs.push(json!(sampled.log_prob));
         let mut top: Map<String, Value> = Map::new();
         for (token, log_prob) in sampled.top.iter().chain([&(sampled.token, sampled.log_prob)]) {
-            // Of tokens that look alike the likeliest stands.
+            // Among tokens with equal names, the most likely one is kept.
             top.entry(self.name(tokenizer, *token)).or_insert_with(|| json!(log_prob));
         }
         self.top.push(Value::Object(top));
@@ -70,7 +72,7 @@ impl TextLogProbs {
         self.tokens.push(Value::String(self.name(tokenizer, token)));
     }
 
-    /// What came since the last call; `None` if nothing did.
+    /// Returns the entries since the last call, or `None` if there are none.
     pub(super) fn take(&mut self) -> Option<Value> {
         if self.tokens.is_empty() {
             return None;

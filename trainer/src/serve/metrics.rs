@@ -1,4 +1,4 @@
-//! Every metric of a node, declared once. The engine keeps its own counters; they are read when asked for.
+//! All Prometheus metrics of a node. The engine keeps its own counters, which are read when `/metrics` is requested.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -8,6 +8,7 @@ use prometheus::{
     Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+/// Metrics of a node.
 pub(crate) struct NodeMetrics {
     registry: Registry,
     requests: IntCounterVec,
@@ -16,6 +17,7 @@ pub(crate) struct NodeMetrics {
 }
 
 impl NodeMetrics {
+    /// Registers all metrics.
     pub(crate) fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let requests = IntCounterVec::new(
@@ -41,11 +43,13 @@ impl NodeMetrics {
         Ok(Self { registry, requests, duration, state })
     }
 
+    /// Counts a finished choice. `end` is its finish reason or `failed`.
     pub(crate) fn finished(&self, model: &str, end: &str, took: Duration) {
         self.requests.with_label_values(&[model, end]).inc();
         self.duration.with_label_values(&[model]).observe(took.as_secs_f64());
     }
 
+    /// Returns all metrics in Prometheus' text format.
     pub(crate) fn render(&self, model: &str, stats: &Stats) -> String {
         for (what, value) in [
             ("running", stats.running.load(Ordering::Relaxed) as i64),

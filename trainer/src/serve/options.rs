@@ -1,4 +1,4 @@
-//! A request's options as the engine takes them.
+//! Converts sampling parameters of a request to the engine's form, and checks those that the engine does not check.
 
 use potstill_engine::sampler::Sampling;
 use potstill_engine::scheduler::{Request, ThinkingLimit};
@@ -10,18 +10,20 @@ use serde_json::Value;
 use super::Node;
 use super::error::NodeError;
 
-/// Most stop strings.
+/// Maximum number of stop strings.
 const MAX_STOPS: usize = 16;
-/// Most alternatives of each token.
+/// Maximum number of alternatives per token (`top_logprobs`).
 const MAX_TOP: u64 = 20;
-/// Most tokens whose logits are shifted.
+/// Maximum number of entries in `logit_bias`.
 const MAX_BIASED: usize = 1024;
 
+/// Returns the error for an invalid field.
 pub(super) fn invalid(param: &'static str, problem: impl Into<String>) -> NodeError {
     NodeError::InvalidField { param, problem: problem.into() }
 }
 
-/// The engine's request of one choice, but for its prompt.
+/// Returns an engine request with sampling parameters and stop strings, but without a prompt. Without a seed in the
+/// request, a random one is chosen.
 pub(super) fn request(options: &GenerationOptions, extra: &Extra) -> Result<Request, NodeError> {
     let stop = options.stop.clone().map(Stop::into_vec).unwrap_or_default();
     if stop.len() > MAX_STOPS {
@@ -43,6 +45,7 @@ pub(super) fn request(options: &GenerationOptions, extra: &Extra) -> Result<Requ
     Ok(Request { sampling, stop, ignore_end, ..Request::default() })
 }
 
+/// Parses `logit_bias` into pairs of token id and bias.
 fn logit_bias(extra: &Extra) -> Result<Vec<(u32, f32)>, NodeError> {
     let wrong = || invalid("logit_bias", "must be an object of token ids with numbers from -100 to 100");
     match extra.get("logit_bias") {
@@ -61,7 +64,8 @@ fn logit_bias(extra: &Extra) -> Result<Vec<(u32, f32)>, NodeError> {
     }
 }
 
-/// Chat: `logprobs: true` with `top_logprobs`.
+/// Returns the number of alternatives for a chat request (`logprobs: true` with `top_logprobs`), or `None` without
+/// logprobs.
 pub(super) fn chat_log_probs(extra: &Extra) -> Result<Option<usize>, NodeError> {
     let top = count(extra, "top_logprobs")?;
     match (extra.get("logprobs"), top) {
@@ -74,11 +78,12 @@ pub(super) fn chat_log_probs(extra: &Extra) -> Result<Option<usize>, NodeError> 
     }
 }
 
-/// Completions: `logprobs: N`.
+/// Returns the number of alternatives for a text completion (`logprobs: N`), or `None` without logprobs.
 pub(super) fn text_log_probs(extra: &Extra) -> Result<Option<usize>, NodeError> {
     count(extra, "logprobs")
 }
 
+/// Parses a number from 0 to 20.
 fn count(extra: &Extra, name: &'static str) -> Result<Option<usize>, NodeError> {
     match extra.get(name) {
         None | Some(Value::Null) => Ok(None),
@@ -89,7 +94,8 @@ fn count(extra: &Extra, name: &'static str) -> Result<Option<usize>, NodeError> 
     }
 }
 
-/// `thinking_budget`, in the request or in `chat_template_kwargs`: after so many tokens of thinking the node ends it.
+/// Parses `thinking_budget`, in the request or in `chat_template_kwargs`: the number of reasoning tokens after which
+/// the node closes the reasoning.
 pub(super) fn thinking_limit(node: &Node, extra: &Extra) -> Result<Option<ThinkingLimit>, NodeError> {
     let inner = extra.get("chat_template_kwargs").and_then(|inner| inner.get("thinking_budget"));
     let Some(budget) = extra.get("thinking_budget").or(inner).filter(|value| !value.is_null()) else {

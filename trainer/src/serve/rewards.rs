@@ -1,4 +1,5 @@
-//! Reward models behind `POST /v1/score` and `/rerank`: how long-winded (RV) and how hard (CD) a chain of thought is, from 0 to 1.
+//! Reward models behind `POST /v1/score` and `/rerank`: verbosity (RV) and difficulty (CD) of a chain of thought, 0 to
+//! 1. Training them is in `potstill-learn`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -21,17 +22,17 @@ use super::error::NodeError;
 use super::generate::read;
 use super::options::invalid;
 
-/// Most pairs of one request.
+/// Maximum number of pairs per request.
 const MAX_PAIRS: usize = 256;
-/// Tokens that are computed at once.
+/// Maximum number of tokens per forward pass.
 const BATCH_TOKENS: usize = 4096;
 
 /// `NAME=FOLDER` on the command line.
 #[derive(Debug, Clone)]
 pub struct RewardArgument {
-    /// Name that clients use, such as `rv`.
+    /// Model name for clients, such as `rv`.
     pub name: String,
-    /// Folder that `potstill reward` wrote.
+    /// Folder written by `potstill reward`.
     pub path: PathBuf,
 }
 
@@ -48,13 +49,14 @@ impl FromStr for RewardArgument {
     }
 }
 
-/// The reward models of a node. One request is computed at a time.
+/// Reward models of a node. Each model processes one request at a time.
 #[derive(Default)]
 pub(crate) struct Rewards {
     models: BTreeMap<String, Mutex<RewardModel>>,
 }
 
 impl Rewards {
+    /// Loads the reward models on the CPU. Fails if two have the same name.
     pub(crate) fn load(arguments: &[RewardArgument]) -> anyhow::Result<Self> {
         let mut models = BTreeMap::new();
         for RewardArgument { name, path } in arguments {
@@ -68,11 +70,13 @@ impl Rewards {
         Ok(Self { models })
     }
 
+    /// Returns the names of the models.
     pub(crate) fn names(&self) -> impl Iterator<Item = &String> {
         self.models.keys()
     }
 
-    /// Values of all pairs by each wanted model, in their order, and the number of tokens.
+    /// Returns the predictions of each wanted model, in the order of `pairs`, and the total number of tokens. Fails if
+    /// a pair exceeds a model's context.
     fn values(
         &self,
         wanted: &[String],
@@ -103,7 +107,7 @@ impl Rewards {
         Ok((all, tokens))
     }
 
-    /// The one that is named, or all.
+    /// Returns the named model, or all models if none is named.
     fn wanted(&self, model: Option<&str>) -> Result<Vec<String>, NodeError> {
         match model {
             Some(name) if self.models.contains_key(name) => Ok(vec![name.to_owned()]),
@@ -113,6 +117,7 @@ impl Rewards {
     }
 }
 
+/// A text or a list of texts.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Texts {
@@ -129,9 +134,10 @@ impl Texts {
     }
 }
 
+/// Body of `/v1/score`. Aliases are the field names of vLLM.
 #[derive(Deserialize)]
 struct ScoreRequest {
-    /// A reward model; all if left out.
+    /// Name of a reward model; all models if left out.
     model: Option<String>,
     #[serde(alias = "text_1", alias = "queries")]
     problem: Texts,
@@ -139,7 +145,7 @@ struct ScoreRequest {
     completion: Texts,
 }
 
-/// Pairs of problem and completion; one problem may stand for all completions.
+/// Returns pairs of problem and completion. A single problem is used for all completions.
 fn pairs(problems: Vec<String>, completions: Vec<String>) -> Result<Vec<(String, String)>, NodeError> {
     if completions.is_empty() || completions.len() > MAX_PAIRS {
         return Err(invalid("completion", format!("must hold 1 to {MAX_PAIRS} texts")));
@@ -151,6 +157,7 @@ fn pairs(problems: Vec<String>, completions: Vec<String>) -> Result<Vec<(String,
     }
 }
 
+/// Computes predictions on a blocking thread.
 async fn computed(
     served: Arc<Served>,
     wanted: Vec<String>,
@@ -160,7 +167,7 @@ async fn computed(
     work.await.map_err(|error| NodeError::Engine(EngineError::Stopped(error.to_string())))?
 }
 
-/// `POST /v1/score`: `problem` and `completion` (or `text_1` and `text_2`), texts or lists; `score` of the model, and `scores` by name.
+/// `POST /v1/score`: scores completions of problems. A row has `scores` by model, and `score` if there is one model.
 pub(super) async fn score(State(served): State<Arc<Served>>, body: Bytes) -> Result<Json<Value>, NodeError> {
     let request: ScoreRequest = read(&body)?;
     let wanted = served.rewards.wanted(request.model.as_deref())?;
@@ -182,6 +189,7 @@ pub(super) async fn score(State(served): State<Arc<Served>>, body: Bytes) -> Res
     Ok(Json(json!({"object": "list", "model": request.model, "data": data, "usage": usage})))
 }
 
+/// Body of `/rerank`, as in vLLM.
 #[derive(Deserialize)]
 struct RerankRequest {
     model: Option<String>,
@@ -190,7 +198,7 @@ struct RerankRequest {
     top_n: Option<usize>,
 }
 
-/// `POST /rerank`: the documents (completions of the query) by falling score of one model.
+/// `POST /rerank`: ranks documents (completions of the query) by falling score of one model.
 pub(super) async fn rerank(State(served): State<Arc<Served>>, body: Bytes) -> Result<Json<Value>, NodeError> {
     let request: RerankRequest = read(&body)?;
     let wanted = served.rewards.wanted(request.model.as_deref())?;

@@ -1,4 +1,4 @@
-//! An answer as server-sent events, while its choices grow.
+//! Responses as server-sent events while their choices are generated. Collected responses are in `generate.rs`.
 
 use std::collections::VecDeque;
 
@@ -16,7 +16,7 @@ use potstill_shared::sse;
 use super::choice::Shape;
 use super::generate::Job;
 
-/// The answer of `job` as a stream.
+/// Returns the response of `job` as an event stream.
 pub(super) fn streamed(job: Job) -> Response {
     let mut response = Response::new(Body::from_stream(events(job)));
     let headers = response.headers_mut();
@@ -25,13 +25,14 @@ pub(super) fn streamed(job: Job) -> Response {
     response
 }
 
-/// A stream on its way out.
+/// A response that is being streamed.
 struct Streaming {
     job: Job,
     ready: VecDeque<Bytes>,
     ended: bool,
 }
 
+/// Returns the events of a response.
 fn events(job: Job) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
     let mut streaming = Streaming { ready: VecDeque::new(), ended: false, job };
     streaming.begin();
@@ -52,7 +53,7 @@ fn events(job: Job) -> impl Stream<Item = Result<Bytes, std::convert::Infallible
 }
 
 impl Streaming {
-    /// The role of each chat choice, the echo of each text choice.
+    /// Queues the first chunk of each choice: the role for chat, the echoed prompt for text.
     fn begin(&mut self) {
         for (index, prefix) in (0..).zip(self.job.prefixes.clone()) {
             if !matches!(self.job.shape, Shape::Text { .. }) {
@@ -64,10 +65,11 @@ impl Streaming {
         }
     }
 
+    /// Queues the chunks of an update from the engine.
     fn update(&mut self, index: u32, update: Update) {
         let choice = &mut self.job.choices[index as usize];
         match update {
-            // They go out with the next text.
+            // Logprobs are sent with the next text.
             Update::Sampled(sampled) | Update::Prompt(sampled) => {
                 choice.sampled(&self.job.node.tokenizer, &sampled);
             }
@@ -92,12 +94,13 @@ impl Streaming {
                 node.metrics.finished(&node.name, "failed", self.job.started.elapsed());
                 let body = ErrorBody::new(reason, "server_error", None, Some("engine_stopped"));
                 self.ready.push_back(sse::data(&body.to_json()));
-                // No `[DONE]` after an error.
+                // An error ends the stream without `[DONE]`.
                 self.ended = true;
             }
         }
     }
 
+    /// Queues the usage chunk, if requested, and `[DONE]`.
     fn finish(&mut self) {
         if self.job.include_usage {
             let usage = Some(self.job.counts.usage());
@@ -110,6 +113,7 @@ impl Streaming {
         self.ended = true;
     }
 
+    /// Queues a chunk of one choice, with the logprobs so far.
     fn chunk(&mut self, index: u32, delta: Delta, finish_reason: Option<String>) {
         let log_probs = self.job.choices[index as usize].log_probs();
         if matches!(self.job.shape, Shape::Text { .. }) {
@@ -124,6 +128,7 @@ impl Streaming {
         self.push_chat(vec![choice], None);
     }
 
+    /// Queues a chat chunk.
     fn push_chat(&mut self, choices: Vec<ChatChoice>, usage: Option<Usage>) {
         let chunk = ChatResponse {
             id: self.job.id.clone(),
@@ -137,6 +142,7 @@ impl Streaming {
         self.push(&chunk);
     }
 
+    /// Queues a text chunk.
     fn push_text(&mut self, choices: Vec<CompletionChoice>, usage: Option<Usage>) {
         let chunk = CompletionResponse {
             id: self.job.id.clone(),
@@ -149,6 +155,7 @@ impl Streaming {
         self.push(&chunk);
     }
 
+    /// Queues an event.
     fn push(&mut self, chunk: &impl serde::Serialize) {
         self.ready.push_back(sse::data(&serde_json::to_string(chunk).unwrap_or_default()));
     }

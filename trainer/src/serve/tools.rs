@@ -1,5 +1,6 @@
-//! Calls of functions in what a model writes, as its template taught it to write them: `<tool_call>` around JSON (Hermes, Qwen),
-//! `[TOOL_CALLS]` before a list (Mistral), or nothing but JSON with `name` and `parameters` (Llama 3).
+//! Extracts tool calls from completions, in the format that the model's chat template teaches. Formats: `<tool_call>`
+//! around JSON (Hermes, Qwen), `[TOOL_CALLS]` before a list (Mistral), or only JSON with `name` and `parameters` (Llama
+//! 3). Calls are not executed.
 
 use potstill_shared::id::unique;
 use serde_json::{Value, json};
@@ -9,19 +10,19 @@ const CLOSE: &str = "</tool_call>";
 const LIST: &str = "[TOOL_CALLS]";
 const PYTHON: &str = "<|python_tag|>";
 
-/// How a template has calls written.
+/// Formats of tool calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ToolFormat {
-    /// Each call between tags.
+    /// Each call is enclosed in tags.
     Tagged,
-    /// One list behind a mark.
+    /// A list of calls follows a mark.
     List,
     /// The whole answer is a call.
     Whole,
 }
 
 impl ToolFormat {
-    /// By what the template's source mentions.
+    /// Returns the format that the source of a chat template uses, or `None` if the template has no tools.
     pub(super) fn of(template: &str) -> Option<Self> {
         if template.contains(OPEN) {
             Some(Self::Tagged)
@@ -34,6 +35,7 @@ impl ToolFormat {
         }
     }
 
+    /// Returns the mark before a call.
     fn mark(self) -> &'static str {
         match self {
             Self::Tagged => OPEN,
@@ -43,15 +45,17 @@ impl ToolFormat {
     }
 }
 
-/// A piece of an answer.
+/// Part of an answer.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Part {
+    /// Text of the answer.
     Text(String),
-    /// OpenAI's `tool_calls` entry, without its index.
+    /// An entry of OpenAI's `tool_calls`, without its index.
     Call(Value),
 }
 
-/// Takes calls out of an answer as it grows. Text that could begin a call is held back; what turns out to be none is text again.
+/// Incremental parser of tool calls. Text that may start a call is held back. Held text that turns out to be no call is
+/// returned as text.
 #[derive(Debug)]
 pub(super) struct ToolParser {
     format: ToolFormat,
@@ -61,15 +65,17 @@ pub(super) struct ToolParser {
 }
 
 impl ToolParser {
+    /// Creates a parser.
     pub(super) fn new(format: ToolFormat) -> Self {
         Self { format, held: String::new(), inside: format == ToolFormat::Whole, calls: 0 }
     }
 
-    /// Calls found so far.
+    /// Returns the number of calls so far.
     pub(super) fn calls(&self) -> usize {
         self.calls
     }
 
+    /// Takes more text and returns the completed parts.
     pub(super) fn push(&mut self, text: &str) -> Vec<Part> {
         self.held.push_str(text);
         let mut parts = Vec::new();
@@ -105,13 +111,13 @@ impl ToolParser {
         }
     }
 
-    /// What is left when the answer is over.
+    /// Returns the remaining parts at the end of the answer.
     pub(super) fn finish(&mut self) -> Vec<Part> {
         let rest = std::mem::take(&mut self.held);
         let mut parts = Vec::new();
         let body = match self.format {
             _ if !self.inside => rest.as_str(),
-            // The end of the answer ends the last call as well.
+            // The end of the answer also closes the last call.
             ToolFormat::Tagged => rest.strip_prefix(OPEN).unwrap_or(&rest),
             ToolFormat::List => rest.strip_prefix(LIST).unwrap_or(&rest),
             ToolFormat::Whole => rest.trim().strip_prefix(PYTHON).unwrap_or(rest.trim()),
@@ -124,20 +130,22 @@ impl ToolParser {
         parts
     }
 
+    /// Adds a call.
     fn call(&mut self, parts: &mut Vec<Part>, call: Value) {
         self.calls += 1;
         parts.push(Part::Call(call));
     }
 
+    /// Adds text.
     fn text(&self, parts: &mut Vec<Part>, text: String) {
-        // Blanks between calls are no answer.
+        // Whitespace between calls is not part of the answer.
         if !text.is_empty() && (self.calls == 0 || !text.trim().is_empty()) {
             parts.push(Part::Text(text));
         }
     }
 }
 
-/// One call, or a list of calls.
+/// Parses one call or a list of calls. Returns `None` if the text is neither.
 fn calls(text: &str) -> Option<Vec<Value>> {
     match serde_json::from_str(text.trim()).ok()? {
         Value::Array(list) if !list.is_empty() => list.iter().map(entry).collect(),
@@ -145,10 +153,12 @@ fn calls(text: &str) -> Option<Vec<Value>> {
     }
 }
 
+/// Parses one call.
 fn call(text: &str) -> Option<Value> {
     entry(&serde_json::from_str(text.trim()).ok()?)
 }
 
+/// Converts a call to OpenAI's form with a new id.
 fn entry(call: &Value) -> Option<Value> {
     let name = call.get("name")?.as_str()?;
     let arguments = match call.get("arguments").or_else(|| call.get("parameters")) {
@@ -161,7 +171,7 @@ fn entry(call: &Value) -> Option<Value> {
     )
 }
 
-/// A message's `tool_calls` as templates expect them: arguments as an object, not as text.
+/// Converts a message's `tool_calls` for templates, which expect arguments as an object instead of a JSON string.
 pub(super) fn for_template(calls: &Value) -> Value {
     let mut calls = calls.clone();
     for call in calls.as_array_mut().into_iter().flatten() {
@@ -181,7 +191,8 @@ mod tests {
 
     use super::*;
 
-    /// Text and names of calls, whatever the cuts.
+    /// Parses `text` in chunks of `cut` characters, and returns the remaining text and the calls with name and
+    /// arguments.
     fn read(format: ToolFormat, text: &str, cut: usize) -> (String, Vec<(String, String)>) {
         let mut parser = ToolParser::new(format);
         let characters: Vec<char> = text.chars().collect();
@@ -203,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_found_in_every_format() {
+    fn finds_calls_in_every_format_at_any_chunk_size() {
         let call = ("f".to_owned(), "{\"x\":1}".to_owned());
         for (format, text, rest, count) in [
             (
@@ -234,14 +245,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn text_without_calls_passes_whole(text in "[<tol_ca>/x é]{0,40}", cut in 1usize..7) {
+        fn text_without_calls_is_unchanged(text in "[<tol_ca>/x é]{0,40}", cut in 1usize..7) {
             prop_assume!(!text.contains(OPEN));
             prop_assert_eq!(read(ToolFormat::Tagged, &text, cut), (text, vec![]));
         }
     }
 
     #[test]
-    fn arguments_of_earlier_calls_are_objects_in_templates() {
+    fn templates_get_call_arguments_as_objects() {
         let calls = json!([{"function": {"name": "f", "arguments": "{\"x\": 1}"}}, {"function": {"arguments": "no"}}]);
         let read = for_template(&calls);
         assert_eq!(

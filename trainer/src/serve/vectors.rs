@@ -1,4 +1,5 @@
-//! `POST /v1/embeddings`, `/tokenize`, `/detokenize` and `/tokenizer_info`.
+//! `POST /v1/embeddings`, `/tokenize`, `/detokenize` and `GET /tokenizer_info`, as in OpenAI and vLLM. Reward models
+//! have their own endpoints in `rewards.rs`.
 
 use std::sync::Arc;
 
@@ -18,20 +19,21 @@ use super::error::NodeError;
 use super::generate::{check_model, read};
 use super::options::invalid;
 
-/// Most texts of one request.
+/// Maximum number of texts per request.
 const MAX_INPUTS: usize = 256;
 
+/// Body of `/v1/embeddings`.
 #[derive(Deserialize)]
 struct EmbeddingRequest {
     model: String,
     input: Prompt,
     encoding_format: Option<String>,
     dimensions: Option<usize>,
-    /// `last` (as embedding models of decoder type are trained) or `mean`.
+    /// `last` (the default, as decoder-based embedding models are trained) or `mean`.
     pooling: Option<String>,
 }
 
-/// `POST /v1/embeddings`: hidden states of length 1, that of the last token or the mean.
+/// `POST /v1/embeddings`: hidden state of the last token, or the mean over all tokens, normalized to length 1.
 pub(super) async fn embeddings(State(node): State<Arc<Node>>, body: Bytes) -> Result<Json<Value>, NodeError> {
     let request: EmbeddingRequest = read(&body)?;
     check_model(&node, &request.model)?;
@@ -69,7 +71,7 @@ pub(super) async fn embeddings(State(node): State<Arc<Node>>, body: Bytes) -> Re
             if dimensions == 0 || dimensions > vector.len() {
                 return Err(invalid("dimensions", format!("must be 1 to {}", vector.len())));
             }
-            // Shortened vectors have length 1 again, as OpenAI's.
+            // Shortened vectors are normalized again, as OpenAI does.
             vector.truncate(dimensions);
             let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
             vector.iter_mut().for_each(|x| *x /= norm);
@@ -86,6 +88,7 @@ pub(super) async fn embeddings(State(node): State<Arc<Node>>, body: Bytes) -> Re
     Ok(Json(json!({"object": "list", "data": data, "model": node.name, "usage": usage})))
 }
 
+/// Body of `/tokenize`: a text or messages.
 #[derive(Deserialize)]
 struct TokenizeRequest {
     prompt: Option<String>,
@@ -94,7 +97,7 @@ struct TokenizeRequest {
     return_token_strs: bool,
 }
 
-/// `POST /tokenize`: token ids of a text, or of messages as the chat template writes them.
+/// `POST /tokenize`: token ids of a text, or of messages rendered with the chat template.
 pub(super) async fn tokenize(State(node): State<Arc<Node>>, body: Bytes) -> Result<Json<Value>, NodeError> {
     let request: TokenizeRequest = read(&body)?;
     let text = match (request.prompt, request.messages) {
@@ -112,19 +115,21 @@ pub(super) async fn tokenize(State(node): State<Arc<Node>>, body: Bytes) -> Resu
     Ok(Json(answer))
 }
 
+/// Body of `/detokenize`.
 #[derive(Deserialize)]
 struct DetokenizeRequest {
     tokens: Vec<u32>,
 }
 
-/// `POST /detokenize`: the text of token ids, special tokens included.
+/// `POST /detokenize`: text of token ids, including special tokens.
 pub(super) async fn detokenize(State(node): State<Arc<Node>>, body: Bytes) -> Result<Json<Value>, NodeError> {
     let request: DetokenizeRequest = read(&body)?;
     let bytes: Vec<u8> = request.tokens.iter().flat_map(|id| node.tokenizer.bytes(*id)).collect();
     Ok(Json(json!({"prompt": String::from_utf8_lossy(&bytes)})))
 }
 
-/// `GET /tokenizer_info`: what clients need who render and cut prompts themselves.
+/// `GET /tokenizer_info`: chat template, special tokens and vocabulary size, for clients that render prompts
+/// themselves.
 pub(super) async fn tokenizer_info(State(node): State<Arc<Node>>) -> Json<Value> {
     let text = |text: &str| if text.is_empty() { Value::Null } else { json!(text) };
     Json(json!({

@@ -1,6 +1,11 @@
-//! The verdicts of the Math-Verify package (0.9.0): what it extracts, what it drops and what it takes for equal, its slips
-//! included, so that figures can be compared with those that others publish. Two answers are equal when any of their readings
-//! agree; what cannot be read is never equal. The default profile is [`crate::strict`].
+//! Rules of the compat profile: the verdicts of the Python package Math-Verify 0.9.0, including its errors.
+//! Results are thereby comparable with published ones.
+//!
+//! Two completions are equal if their extracted answers are equal as values or as text. An answer that cannot
+//! be parsed equals only the same text.
+//!
+//! Deliberately absent: unverifiable verdicts; the package has none. The default profile is
+//! [`crate::strict`].
 
 mod extract;
 
@@ -16,25 +21,25 @@ use crate::expr::{Constant, End, Expr, Relation, is_whole};
 use crate::numeric::{Place, value};
 use crate::scalar::{Domain, Found, compare};
 
-/// Whether the package would say that `answer` equals `gold`. Not symmetric.
+/// Returns whether Math-Verify takes `answer` for equal to `gold`. The order of the two matters.
 pub fn equal(gold: &str, answer: &str) -> bool {
     let compare = || {
         let (Some(gold), Some(answer)) = (read(gold), read(answer)) else { return false };
         let same_text = !gold.text.is_empty() && gold.text == answer.text;
         same_text || matches!((&gold.value, &answer.value), (Some(gold), Some(answer)) if same(gold, answer))
     };
-    // The package gives up after some seconds, and says that they differ.
+    // Math-Verify stops after some seconds and then returns false.
     bounded(ALLOWED, compare).unwrap_or(false)
 }
 
-/// What was read of a text: its value and its spelling.
 impl Reading {
+    /// Returns a reading with the simplified value.
     fn of(value: Option<Expr>, text: String) -> Self {
         Self { value: value.map(plain), text }
     }
 }
 
-/// Drops what the package does not look at: units, degrees, bases, the case of letters.
+/// Removes distinctions that Math-Verify ignores: units, degrees, number bases, and the case of letters.
 fn plain(expr: Expr) -> Expr {
     let all = |parts: Vec<Expr>| parts.into_iter().map(plain).collect::<Vec<_>>();
     match expr {
@@ -83,7 +88,7 @@ fn plain(expr: Expr) -> Expr {
     }
 }
 
-/// Finite sets of a union become one.
+/// Merges the finite sets of a union into one set.
 fn union(parts: Vec<Expr>) -> Expr {
     let (mut finite, mut others) = (Vec::new(), Vec::new());
     for part in parts {
@@ -105,10 +110,12 @@ fn union(parts: Vec<Expr>) -> Expr {
     Expr::Union(others)
 }
 
+/// Returns whether an expression is an equation or a chain of equations.
 fn is_equation(expr: &Expr) -> bool {
     matches!(expr, Expr::Relation(_, signs) if signs.iter().all(|sign| *sign == Relation::Equal))
 }
 
+/// Returns whether an expression consists of variables only.
 fn only_symbols(expr: &Expr) -> bool {
     match expr {
         Expr::Symbol(_) => true,
@@ -118,10 +125,12 @@ fn only_symbols(expr: &Expr) -> bool {
     }
 }
 
+/// Returns whether an expression is an equation with only variables on its first side.
 fn is_assignment(expr: &Expr) -> bool {
     is_equation(expr) && matches!(expr, Expr::Relation(sides, _) if sides.first().is_some_and(only_symbols))
 }
 
+/// Returns the last side of a relation, or any other expression unchanged.
 fn last_side(expr: Expr) -> Expr {
     match expr {
         Expr::Relation(mut sides, _) => sides.pop().unwrap_or(Expr::whole(0)),
@@ -129,7 +138,7 @@ fn last_side(expr: Expr) -> Expr {
     }
 }
 
-/// `x = 2a = 6` says `x = 6`.
+/// Shortens the chain `x = 2a = 6` to `x = 6`.
 fn shortened(expr: Expr) -> Expr {
     match expr {
         Expr::Relation(mut sides, _) if sides.len() > 2 => {
@@ -140,10 +149,12 @@ fn shortened(expr: Expr) -> Expr {
     }
 }
 
+/// Returns whether an expression is a set, tuple, interval or union.
 fn is_container(expr: &Expr) -> bool {
     matches!(expr, Expr::Set(_) | Expr::Tuple(_) | Expr::Interval(..) | Expr::Union(_))
 }
 
+/// Returns whether two answers are equal in Math-Verify.
 fn same(gold: &Expr, answer: &Expr) -> bool {
     if spend(200).is_none() {
         return false;
@@ -181,6 +192,7 @@ fn same(gold: &Expr, answer: &Expr) -> bool {
     }
 }
 
+/// Returns whether a value without variables is undefined.
 fn undefined(expr: &Expr) -> bool {
     // Division by zero, such as in `12:00`.
     match expr {
@@ -196,12 +208,13 @@ fn undefined(expr: &Expr) -> bool {
     }
 }
 
+/// Returns whether two matrices have equal shapes and elements.
 fn same_rows(a: &[Vec<Expr>], b: &[Vec<Expr>]) -> bool {
     let shape = |rows: &[Vec<Expr>]| (rows.len(), rows.first().map_or(0, Vec::len));
     shape(a) == shape(b) && a.iter().flatten().zip(b.iter().flatten()).all(|(a, b)| same(a, b))
 }
 
-/// `2 (1, 2)` as a matrix is `(2, 4)`.
+/// Compares matrices with scalar factors: `2 (1, 2)` equals `(2, 4)`.
 fn same_matrix(a: &Expr, b: &Expr, _other: &Expr) -> bool {
     match (scaled(a), scaled(b)) {
         (Some(a), Some(b)) => same_rows(&a, &b),
@@ -209,6 +222,7 @@ fn same_matrix(a: &Expr, b: &Expr, _other: &Expr) -> bool {
     }
 }
 
+/// Returns the rows of a matrix, or of a product of a matrix with scalars.
 fn scaled(expr: &Expr) -> Option<Vec<Vec<Expr>>> {
     match expr {
         Expr::Matrix(rows) => Some(rows.clone()),
@@ -224,7 +238,7 @@ fn scaled(expr: &Expr) -> Option<Vec<Vec<Expr>>> {
     }
 }
 
-/// One variable between bounds, as a set.
+/// Returns the solution set of a relation that bounds one variable.
 fn solution(relation: &Expr) -> Option<Expr> {
     let Expr::Relation(sides, signs) = relation else { return None };
     let infinity = || Expr::Constant(Constant::Infinity);
@@ -269,15 +283,18 @@ fn solution(relation: &Expr) -> Option<Expr> {
     }
 }
 
+/// Returns the left side minus the right side.
 fn difference(relation: &(Expr, Relation, Expr)) -> Expr {
     relation.0.clone().minus(relation.2.clone())
 }
 
+/// Splits a chain of relations into relations of two sides.
 fn links(expr: &Expr) -> Vec<(Expr, Relation, Expr)> {
     let Expr::Relation(sides, signs) = expr else { return Vec::new() };
     signs.iter().zip(sides.windows(2)).map(|(sign, pair)| (pair[0].clone(), *sign, pair[1].clone())).collect()
 }
 
+/// Returns whether two chains of relations are equal, link by link.
 fn same_relation(gold: &Expr, answer: &Expr) -> bool {
     let (gold, answer) = (links(gold), links(answer));
     if gold.len() != answer.len() {
@@ -289,6 +306,7 @@ fn same_relation(gold: &Expr, answer: &Expr) -> bool {
     gold.iter().zip(&answer).all(|(a, b)| same_link(a, b))
 }
 
+/// Returns whether two relations of two sides are equal.
 fn same_link(a: &(Expr, Relation, Expr), b: &(Expr, Relation, Expr)) -> bool {
     if !a.0.is_scalar() || !a.2.is_scalar() || !b.0.is_scalar() || !b.2.is_scalar() {
         return a.1 == b.1 && same(&a.0, &b.0) && same(&a.2, &b.2);
@@ -300,7 +318,7 @@ fn same_link(a: &(Expr, Relation, Expr), b: &(Expr, Relation, Expr)) -> bool {
     if a.1.flipped() == b.1 && same_value(&left, &right.clone().negated()) {
         return true;
     }
-    // Equations in several variables are solved for one of them.
+    // Math-Verify solves equations in several variables for one of them, so multiples are equal.
     let several = |side: &Expr| {
         let mut names = BTreeSet::new();
         side.symbols(&mut names);
@@ -313,7 +331,7 @@ fn same_link(a: &(Expr, Relation, Expr), b: &(Expr, Relation, Expr)) -> bool {
         && atoms.form(&left).zip(atoms.form(&right)).is_some_and(|(a, b)| atoms.proportional(&a, &b))
 }
 
-/// A word that was written letter by letter, and `e`.
+/// Compares a word with a value: the same word, the same letters as a product, or `e`.
 fn same_symbol(name: &str, other: &Expr) -> bool {
     let letter = |factor: &Expr| match factor {
         Expr::Symbol(letter) => Some(letter.clone()),
@@ -327,7 +345,7 @@ fn same_symbol(name: &str, other: &Expr) -> bool {
             let letters: Option<Vec<String>> = factors.iter().map(letter).collect();
             let Some(mut letters) = letters else { return false };
             if letters.concat() == name {
-                // The package multiplies the letters in their order in the alphabet, without those that repeat.
+                // Math-Verify multiplies the letters in alphabetical order and merges repeated ones.
                 letters.sort();
                 let before = letters.len();
                 letters.dedup();
@@ -339,6 +357,7 @@ fn same_symbol(name: &str, other: &Expr) -> bool {
     }
 }
 
+/// Returns the elements of a container or a single value, and whether their order counts.
 fn elements(expr: &Expr) -> Option<(Vec<Expr>, bool)> {
     match expr {
         Expr::Set(parts) => Some((parts.clone(), false)),
@@ -351,6 +370,7 @@ fn elements(expr: &Expr) -> Option<(Vec<Expr>, bool)> {
     }
 }
 
+/// Returns whether two containers are equal; the kind of `gold` decides whether the order counts.
 fn same_set(gold: &Expr, answer: &Expr) -> bool {
     if let (Expr::Interval(a, b), Expr::Interval(c, d)) = (gold, answer) {
         return a.closed == c.closed && b.closed == d.closed && same(&a.at, &c.at) && same(&b.at, &d.at);
@@ -367,7 +387,7 @@ fn same_set(gold: &Expr, answer: &Expr) -> bool {
     if in_order { gold.iter().zip(&answer).all(|(a, b)| same(a, b)) } else { matched(&gold, &answer) }
 }
 
-/// Whether every element has one of its own on the other side.
+/// Returns whether each element has its own equal element on the other side.
 fn matched(a: &[Expr], b: &[Expr]) -> bool {
     let mut free: Vec<&Expr> = b.iter().collect();
     a.len() == b.len()
@@ -380,7 +400,7 @@ fn matched(a: &[Expr], b: &[Expr]) -> bool {
         })
 }
 
-/// A number, or so many hundredths of one.
+/// Returns a literal number with a flag for percentages.
 fn atomic(expr: &Expr) -> Option<(&crate::expr::Number, bool)> {
     match expr {
         Expr::Number(number) => Some((number, false)),
@@ -389,15 +409,17 @@ fn atomic(expr: &Expr) -> Option<(&crate::expr::Number, bool)> {
     }
 }
 
+/// Returns whether both values are rational and equal.
 fn exact_eq(a: &Expr, b: &Expr) -> bool {
     matches!((exact(a), exact(b)), (Some(a), Some(b)) if a == b)
 }
 
+/// Returns the exact value of an expression, if its normal form is a rational number.
 fn exact(expr: &Expr) -> Option<BigRational> {
     Atoms::default().form(expr)?.value()
 }
 
-/// Six decimals, as the package rounds.
+/// Returns the value rounded to six decimals, as Math-Verify rounds.
 fn rounded(expr: &Expr) -> Option<BigRational> {
     let million = BigRational::from_integer(1_000_000.into());
     let value = match exact(expr) {
@@ -410,6 +432,7 @@ fn rounded(expr: &Expr) -> Option<BigRational> {
     Some((value * &million).round() / million)
 }
 
+/// Returns whether two values are equal by the rules of Math-Verify for floats, integers and formulas.
 fn same_value(gold: &Expr, answer: &Expr) -> bool {
     let (a, b) = (gold, answer);
     if !a.is_scalar() || !b.is_scalar() {
@@ -420,7 +443,7 @@ fn same_value(gold: &Expr, answer: &Expr) -> bool {
         let is_float =
             |side: Option<(&crate::expr::Number, bool)>| side.is_some_and(|(number, _)| number.is_decimal);
         if is_float(x) || is_float(y) {
-            // A decimal never equals a whole number there.
+            // In Math-Verify a decimal equals an integer only if both are zero after rounding.
             let whole =
                 |side: &Expr| !side.has_decimal() && exact(side).is_some_and(|value| is_whole(&value));
             if whole(a) || whole(b) {
@@ -433,10 +456,10 @@ fn same_value(gold: &Expr, answer: &Expr) -> bool {
             && is_whole(&a.value)
             && is_whole(&b.value)
         {
-            // `100%` is 1 all the same.
+            // Percentages equal their digits; a positive one also equals its value, so that `100%` equals 1.
             return a.value == b.value || (a.value.is_positive() && exact_eq(gold, answer));
         }
-        // Floats of that size have lost their last digits.
+        // Doubles beyond 1e15 lose their last digits.
         let large = |side: &Expr| {
             exact(side).is_some_and(|value| value.abs() > BigRational::from_integer(10i64.pow(15).into()))
         };

@@ -1,7 +1,11 @@
-//! Exact normal form: a fraction of two polynomials over the rational numbers in atoms, where an atom is a variable, a
-//! constant, a prime under a root, a power with a symbolic exponent, or a function of something (opaque). Two forms are equal
-//! when cross multiplication gives the same polynomial; when no atom is opaque, different polynomials prove the
-//! opposite, since roots of different primes are independent over the rationals.
+//! Exact normal form: a quotient of two polynomials in atoms, with rational coefficients and exponents.
+//!
+//! An atom is a variable, a constant, a prime under a root, or an opaque expression (a function call or a
+//! power with variables). Forms are equal if cross multiplication gives equal polynomials. Without opaque
+//! atoms, `e` and `pi`, unequal polynomials prove a difference: roots of different primes are linearly
+//! independent over the rationals.
+//!
+//! Deliberately absent: identities of functions, except for powers and logarithms.
 
 mod functions;
 mod polynomial;
@@ -17,60 +21,67 @@ use self::polynomial::{constant, one, times, without_denominators};
 use crate::effort::{spend, spend_on};
 use crate::expr::{Constant, Expr, from_base, is_whole};
 
-/// Terms of a polynomial.
+/// Largest number of terms in a polynomial.
 const TERMS: usize = 600;
-/// Bits of a number.
+/// Largest size of an integer power in bits.
 const BITS: u64 = 200_000;
-/// Exponent that is multiplied out.
+/// Largest exponent for the expansion of a polynomial with several terms.
 const EXPONENT: i64 = 40;
-/// Primes up to this are found under roots.
+/// Largest trial divisor of factorizations.
 const PRIMES: u64 = 20_000;
 
+/// Rational exponent of an atom.
 type Exponent = Ratio<i64>;
-/// Atoms by number, with their exponents.
+/// Atom numbers in ascending order, with their exponents.
 type Monomial = Vec<(u32, Exponent)>;
 
-/// Terms by monomial; no coefficient is zero.
+/// Nonzero coefficients by monomial.
 type Polynomial = BTreeMap<Monomial, BigRational>;
 
-/// A fraction of polynomials.
+/// Quotient of two polynomials.
 #[derive(Debug, Clone)]
 pub struct Form {
+    /// Numerator.
     top: Polynomial,
+    /// Denominator, which is not zero.
     bottom: Polynomial,
 }
 
+/// Indivisible part of a form.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Atom {
     Symbol(String),
     Pi,
     E,
     I,
-    /// A prime, under roots only.
+    /// Prime, or a factor without small prime divisors, with an exponent between 0 and 1.
     Prime(BigInt),
-    /// Anything else, by its own normal form as text.
+    /// Any other expression, identified by the text of its normal form.
     Opaque(String),
 }
 
-/// The atoms of forms that are compared with one another.
+/// Numbering of the atoms. Forms are comparable only with the same numbering.
 #[derive(Default)]
 pub struct Atoms {
+    /// Atoms by number.
     list: Vec<Atom>,
+    /// Numbers by atom.
     index: HashMap<Atom, u32>,
 }
 
-/// Whether a difference is zero.
+/// Result of comparing two forms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sameness {
     /// Proven equal.
     Same,
     /// Proven different.
     Different,
-    /// Not decided here.
+    /// Neither equal nor different by normal forms.
     Open,
 }
 
 impl Atoms {
+    /// Returns the number of an atom; a new atom gets the next number.
     fn number(&mut self, atom: Atom) -> u32 {
         if let Some(known) = self.index.get(&atom) {
             return *known;
@@ -81,12 +92,13 @@ impl Atoms {
         number
     }
 
+    /// Returns the form of a single atom.
     fn atom(&mut self, atom: Atom) -> Form {
         let number = self.number(atom);
         Form { top: BTreeMap::from([(vec![(number, Exponent::one())], BigRational::one())]), bottom: one() }
     }
 
-    /// The normal form; none for what is no number, too large, or undefined.
+    /// Returns the normal form. Returns `None` for containers, undefined values, and forms beyond a limit.
     pub fn form(&mut self, expr: &Expr) -> Option<Form> {
         spend(200)?;
         match expr {
@@ -142,6 +154,7 @@ impl Atoms {
         }
     }
 
+    /// Returns the form of a power.
     fn power(&mut self, base: &Form, exponent: &Form) -> Option<Form> {
         match exponent.value() {
             Some(exponent) if is_whole(&exponent) => {
@@ -153,18 +166,19 @@ impl Atoms {
         }
     }
 
+    /// Returns an opaque atom for a function call.
     fn opaque(&mut self, name: &str, arguments: &[Form]) -> Option<Form> {
         let texts: Option<Vec<String>> = arguments.iter().map(Self::text).collect();
         Some(self.atom(Atom::Opaque(format!("{name}({})", texts?.join(", ")))))
     }
 
-    /// Atoms by their numbers: what is within an opaque one must not grow with every function around it.
+    /// Returns a monomial as text with atom numbers. Nested texts instead would grow with every function.
     fn monomial_text(monomial: &Monomial) -> String {
         let parts: Vec<String> = monomial.iter().map(|(atom, power)| format!("#{atom}^{power}")).collect();
         parts.join("*")
     }
 
-    /// The form as text: the same for the same form.
+    /// Returns a form as text; equal texts mean equal forms.
     fn text(form: &Form) -> Option<String> {
         let mut text = String::new();
         for side in [&form.top, &form.bottom] {
@@ -177,7 +191,7 @@ impl Atoms {
         Some(text)
     }
 
-    /// Whether two forms are the same.
+    /// Compares two forms.
     pub fn same(&mut self, a: &Form, b: &Form) -> Sameness {
         let products = times(&a.top, &b.bottom, self).zip(times(&b.top, &a.bottom, self));
         let Some((left, right)) = products else { return Sameness::Open };
@@ -189,7 +203,8 @@ impl Atoms {
         for (atom, power) in used {
             open |= match &self.list[*atom as usize] {
                 Atom::Opaque(_) | Atom::E | Atom::Pi => true,
-                // A rest that was not split into primes, or a variable under a root.
+                // A large factor without small divisors can be composite, and a root of a variable has
+                // branches.
                 Atom::Prime(prime) => prime > &BigInt::from(PRIMES * PRIMES),
                 Atom::Symbol(_) => !power.is_integer(),
                 Atom::I => false,
@@ -198,12 +213,13 @@ impl Atoms {
         if open { Sameness::Open } else { Sameness::Different }
     }
 
-    /// Whether one polynomial equation `a = 0` is a multiple of another, `b = 0`.
+    /// Returns whether the equations `a = 0` and `b = 0` are multiples of each other.
     pub fn proportional(&mut self, a: &Form, b: &Form) -> bool {
         (a.top.is_empty() && b.top.is_empty()) || self.ratio(a, b).is_some()
     }
 
-    /// Whether multiples of `a` and `b` differ by a number other than zero, so that both cannot be zero at once.
+    /// Returns whether a multiple of `a` differs from `b` by a nonzero constant, so that both are never zero
+    /// at once.
     pub fn shifted(&self, a: &Form, b: &Form) -> bool {
         let constant = Monomial::new();
         let (mut a, mut b) = (without_denominators(&a.top), without_denominators(&b.top));
@@ -215,7 +231,9 @@ impl Atoms {
         }
     }
 
-    /// `a / b`, where that is a number; denominators aside, as `y / x = 3` and `y = 3 x` say the same.
+    /// Returns the constant ratio of `a` and `b`, or `None` if the ratio is not constant.
+    ///
+    /// Denominators are cleared first, because `y / x = 3` and `y = 3 x` are one equation.
     pub fn ratio(&self, a: &Form, b: &Form) -> Option<BigRational> {
         let (a, b) = (without_denominators(&a.top), without_denominators(&b.top));
         let (at, of_a) = a.iter().next()?;

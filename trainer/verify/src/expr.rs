@@ -1,45 +1,47 @@
-//! What an answer is once it is read: numbers with the way they were written, symbols, operations, and the containers that
+//! Syntax tree of an answer: numbers with their notation, symbols, operations, and the containers that
 //! answers come in.
+//!
+//! Deliberately absent: simplification and comparison.
 
 use num_bigint::BigInt;
 use num_rational::BigRational;
 use num_traits::{One, Zero};
 
-/// A number as it was written.
+/// Number with its notation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Number {
-    /// Its exact value.
+    /// Exact value.
     pub value: BigRational,
-    /// Whether it was written with a decimal point (and is therefore perhaps rounded).
+    /// True if the number has a decimal point and can therefore be rounded.
     pub is_decimal: bool,
 }
 
 impl Number {
-    /// An exact number.
+    /// Returns an exact number.
     pub fn exact(value: BigRational) -> Self {
         Self { value, is_decimal: false }
     }
 
-    /// A whole number.
+    /// Returns an integer.
     pub fn whole(value: i64) -> Self {
         Self::exact(BigRational::from_integer(BigInt::from(value)))
     }
 }
 
-/// Numbers with a name.
+/// Named constants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Constant {
-    /// Circumference over diameter.
+    /// Pi, the ratio of a circle's circumference to its diameter.
     Pi,
     /// Euler's number.
     E,
-    /// The imaginary unit.
+    /// Imaginary unit.
     I,
     /// Positive infinity.
     Infinity,
 }
 
-/// Functions of one argument, if not said otherwise.
+/// Functions; of one argument unless documented otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the names say it")]
 pub enum Function {
@@ -60,19 +62,19 @@ pub enum Function {
     Floor,
     Ceil,
     Factorial,
-    /// Of two arguments.
+    /// Binomial coefficient of two arguments.
     Binomial,
-    /// Of any number of arguments.
+    /// Greatest common divisor of one or more arguments.
     Gcd,
-    /// Of any number of arguments.
+    /// Least common multiple of one or more arguments.
     Lcm,
-    /// Of any number of arguments.
+    /// Largest of one or more arguments.
     Max,
-    /// Of any number of arguments.
+    /// Smallest of one or more arguments.
     Min,
 }
 
-/// What runs over an index or a variable.
+/// Operators with a bound variable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the names say it")]
 pub enum Over {
@@ -81,7 +83,7 @@ pub enum Over {
     Integral,
 }
 
-/// Between the sides of a relation.
+/// Sign between two sides of a relation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the names say it")]
 pub enum Relation {
@@ -91,12 +93,12 @@ pub enum Relation {
     LessEqual,
     Greater,
     GreaterEqual,
-    /// `x \in S`.
+    /// Membership, `x \in S`.
     In,
 }
 
 impl Relation {
-    /// The relation read from right to left.
+    /// Returns the relation with its sides exchanged.
     pub fn flipped(self) -> Self {
         match self {
             Self::Less => Self::Greater,
@@ -108,67 +110,67 @@ impl Relation {
     }
 }
 
-/// An end of an interval.
+/// Endpoint of an interval.
 #[derive(Debug, Clone, PartialEq)]
 pub struct End {
-    /// Where it is.
+    /// Position.
     pub at: Box<Expr>,
-    /// Whether it belongs to the interval.
+    /// True if the endpoint belongs to the interval.
     pub closed: bool,
 }
 
-/// An answer, or a part of one.
+/// Answer or a part of an answer.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Expr {
-    /// A number.
+    /// Number.
     Number(Number),
-    /// A variable, with its subscript.
+    /// Variable with its subscript.
     Symbol(String),
-    /// A number with a name.
+    /// Named constant.
     Constant(Constant),
-    /// Terms.
+    /// Sum of terms.
     Sum(Vec<Expr>),
-    /// Factors.
+    /// Product of factors.
     Product(Vec<Expr>),
-    /// Base and exponent.
+    /// Power of a base and an exponent.
     Power(Box<Expr>, Box<Expr>),
-    /// A function of its arguments.
+    /// Function call.
     Call(Function, Vec<Expr>),
-    /// Over a variable from here to there.
+    /// Operator, its bound variable, and the lower limit, upper limit and body.
     Over(Over, String, Box<[Expr; 3]>),
-    /// Hundredths.
+    /// Percentage, a hundredth of the value.
     Percent(Box<Expr>),
-    /// Degrees of angle.
+    /// Angle in degrees.
     Degrees(Box<Expr>),
-    /// A number to a base other than ten: the digits as written, and the base.
+    /// Number in another base: its digits read as decimal, and the base.
     Based(Box<Expr>, u32),
-    /// `a : b`.
+    /// Ratio `a : b`, with two or more parts.
     Ratio(Vec<Expr>),
-    /// In order.
+    /// Ordered elements.
     Tuple(Vec<Expr>),
-    /// In no order. Lists that were written without braces are sets too.
+    /// Unordered elements. Lists without braces are sets too.
     Set(Vec<Expr>),
-    /// `(a, b)` is an open interval and also a pair; who compares decides.
+    /// Interval. `(a, b)` is an open interval and also a pair; the comparison decides.
     Interval(End, End),
-    /// Of sets.
+    /// Union of sets.
     Union(Vec<Expr>),
-    /// Rows.
+    /// Matrix as a list of rows.
     Matrix(Vec<Vec<Expr>>),
-    /// Sides and what stands between them.
+    /// Chain of relations: n + 1 sides and n signs.
     Relation(Vec<Expr>, Vec<Relation>),
     /// Words.
     Text(String),
-    /// With a unit behind it.
+    /// Value with the name of its unit.
     Quantity(Box<Expr>, String),
 }
 
 impl Expr {
-    /// A whole number.
+    /// Returns an integer.
     pub fn whole(value: i64) -> Self {
         Self::Number(Number::whole(value))
     }
 
-    /// The negative; of a number, a number.
+    /// Returns the negated expression; a number stays a number.
     pub fn negated(self) -> Self {
         match self {
             Self::Number(number) => Self::Number(Number { value: -number.value, ..number }),
@@ -180,17 +182,17 @@ impl Expr {
         }
     }
 
-    /// `self / other`.
+    /// Returns the quotient `self / other`.
     pub fn over(self, other: Self) -> Self {
         Self::Product(vec![self, Self::Power(Box::new(other), Box::new(Self::whole(-1)))])
     }
 
-    /// `self - other`.
+    /// Returns the difference `self - other`.
     pub fn minus(self, other: Self) -> Self {
         Self::Sum(vec![self, other.negated()])
     }
 
-    /// The value, if it is a number as it stands.
+    /// Returns the number if the expression is a literal.
     pub fn number(&self) -> Option<&Number> {
         match self {
             Self::Number(number) => Some(number),
@@ -198,22 +200,22 @@ impl Expr {
         }
     }
 
-    /// Whether a decimal stands anywhere in it.
+    /// Returns whether a part is a decimal.
     pub fn has_decimal(&self) -> bool {
         self.any(&|part| matches!(part, Self::Number(number) if number.is_decimal))
     }
 
-    /// Whether any part of it is so.
+    /// Returns whether `is` holds for the expression or one of its parts at any level.
     pub fn any(&self, is: &dyn Fn(&Self) -> bool) -> bool {
         is(self) || self.parts().into_iter().any(|part| part.any(is))
     }
 
-    /// How many parts it has, all levels together.
+    /// Returns the number of parts at all levels.
     pub fn size(&self) -> u64 {
         1 + self.parts().into_iter().map(Self::size).sum::<u64>()
     }
 
-    /// Its direct parts.
+    /// Returns the direct parts.
     pub fn parts(&self) -> Vec<&Self> {
         match self {
             Self::Number(_) | Self::Symbol(_) | Self::Constant(_) | Self::Text(_) => Vec::new(),
@@ -235,7 +237,7 @@ impl Expr {
         }
     }
 
-    /// The names of its variables, those that are bound by a sum or an integral left out.
+    /// Adds the names of the free variables to `into`.
     pub fn symbols(&self, into: &mut std::collections::BTreeSet<String>) {
         match self {
             Self::Symbol(name) => {
@@ -253,7 +255,8 @@ impl Expr {
         }
     }
 
-    /// Whether it is a value that can be added and multiplied, and not a container, a relation or a word.
+    /// Returns whether the expression is a value for arithmetic: no container, relation, unit or words at any
+    /// level.
     pub fn is_scalar(&self) -> bool {
         let other = |part: &Self| {
             matches!(
@@ -272,12 +275,14 @@ impl Expr {
     }
 }
 
-/// Whether a rational number is whole.
+/// Returns whether a fraction is an integer.
 pub fn is_whole(value: &BigRational) -> bool {
     value.denom().is_one()
 }
 
-/// The digits of a number to a base, read as that base; none when a digit does not belong to it.
+/// Returns the value of digits in another base.
+///
+/// Returns `None` for negative numbers and fractions, digits beyond the base, and bases outside 2 to 36.
 pub fn from_base(digits: &BigRational, base: u32) -> Option<BigRational> {
     if !is_whole(digits) || digits < &BigRational::zero() || !(2..=36).contains(&base) {
         return None;

@@ -1,11 +1,20 @@
-//! Finds the final answer in a completion.
+//! Extraction of the final answer from a completion, for the strict profile.
+//!
+//! Deliberately absent: parsing, and the extraction rules of Math-Verify (see `compat/extract.rs`).
 
-/// Longest answer without a box that is taken as a whole.
+/// Largest length of an answer outside a box, in bytes.
 const SHORT: usize = 200;
 
-/// The final answer of a completion: what its last boxes hold, after the thinking; else what stands in the last `<answer>`
-/// tag or behind the last `####`, `answer is` or `answer:`; else the last formula between dollars; else the whole text when
-/// it is one short line. `None` when there is none, or when the thinking never ended.
+/// Returns the final answer of a completion from the first source that has one. Text before `</think>` is
+/// ignored.
+///
+/// 1. The last boxes.
+/// 2. The last `<answer>` tag.
+/// 3. The text behind the last `####`, `answer is` or `answer:`.
+/// 4. The last formula in math delimiters, if the text is long or has several lines.
+/// 5. The whole text.
+///
+/// Returns `None` for an answer that is empty, too long or of several lines, and for reasoning without end.
 pub fn final_answer(completion: &str) -> Option<String> {
     let text = match completion.rfind("</think>") {
         Some(at) => &completion[at + "</think>".len()..],
@@ -24,13 +33,13 @@ pub fn final_answer(completion: &str) -> Option<String> {
         .then(|| answer.to_owned())
 }
 
-/// Without marks around it and the full stop behind it.
+/// Removes math delimiters, asterisks, backticks and final punctuation around an answer.
 fn trimmed(text: &str) -> &str {
     let mut text = text.trim();
     loop {
         let before = text;
         text = text.trim_matches('*').trim().trim_end_matches([',', ';']).trim();
-        // A decimal point has digits behind it, so a last point ends the sentence.
+        // A decimal point precedes a digit, so a final point ends the sentence.
         text = text.strip_suffix('.').unwrap_or(text).trim();
         for (open, close) in [("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("`", "`")] {
             if let Some(inside) = text.strip_prefix(open).and_then(|rest| rest.strip_suffix(close))
@@ -46,14 +55,14 @@ fn trimmed(text: &str) -> &str {
     }
 }
 
-/// What stands in the last `<answer>…</answer>`.
+/// Returns the content of the last `<answer>…</answer>`.
 fn tagged(text: &str) -> Option<String> {
     let end = text.rfind("</answer>")?;
     let begin = text[..end].rfind("<answer>")? + "<answer>".len();
     Some(text[begin..end].trim().to_owned()).filter(|answer| !answer.is_empty())
 }
 
-/// What stands behind the last anchor, up to the end of the sentence.
+/// Returns the text behind the last anchor, up to the end of its sentence.
 fn anchored(text: &str) -> Option<String> {
     let lower = text.to_ascii_lowercase();
     let at = ["####", "answer is", "answer:", "answer**:", "answer:**"]
@@ -69,7 +78,7 @@ fn anchored(text: &str) -> Option<String> {
     Some(sentence.trim().to_owned()).filter(|answer| !answer.is_empty() && answer.len() <= SHORT)
 }
 
-/// The last formula between dollars or `\(…\)`.
+/// Returns the last formula in `$…$`, `\(…\)` or `\[…\]`.
 fn last_formula(text: &str) -> Option<String> {
     let dollars = || {
         let end = text.rfind('$')?;
@@ -86,8 +95,9 @@ fn last_formula(text: &str) -> Option<String> {
     Some(formula.trim().to_owned()).filter(|formula| !formula.is_empty() && formula.len() <= SHORT)
 }
 
-/// Content of the last `\boxed{…}` whose braces are balanced; boxes with nothing but a comma or `and` between them are one
-/// answer.
+/// Returns the content of the last `\boxed{…}` or `\fbox{…}` with balanced braces.
+///
+/// Boxes form one answer if only whitespace, `$`, commas, `and` or `or` separate them; at most 16 are joined.
 fn last_boxes(text: &str) -> Option<String> {
     let mut found: Vec<(usize, usize, &str)> = Vec::new();
     let mut end = text.len();
@@ -106,17 +116,18 @@ fn last_boxes(text: &str) -> Option<String> {
     }
     let boxes: Vec<&str> =
         found.iter().rev().map(|(_, _, inside)| inside.trim()).filter(|inside| !inside.is_empty()).collect();
-    // The same box twice is one answer.
+    // Repetitions of one box are one answer.
     let all_same = boxes.windows(2).all(|pair| pair[0] == pair[1]);
     match boxes.as_slice() {
         [] if found.is_empty() => None,
-        // An empty box is an answer that is missing.
+        // An empty box means that the completion has no answer.
         [] => Some(String::new()),
         [.., last] if all_same => Some((*last).to_owned()),
         boxes => Some(boxes.join(", ")),
     }
 }
 
+/// Returns start, content and end of the last balanced box in the first `before` bytes.
 fn last_box(text: &str, before: usize) -> Option<(usize, &str, usize)> {
     let mut end = before;
     let mut tries = 0;
@@ -134,7 +145,7 @@ fn last_box(text: &str, before: usize) -> Option<(usize, &str, usize)> {
                 _ => {}
             }
             if depth == 0 {
-                // A box within a box: the inner one holds the answer.
+                // The last opening comes first in this search, so the innermost of nested boxes is found.
                 return Some((at, &inside[..offset], at + open + offset + 1));
             }
         }
@@ -151,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_are_found_where_models_put_them() {
+    fn finds_answers_in_boxes_tags_anchors_and_formulas() {
         for (text, answer) in [
             ("so \\boxed{\\frac{1}{2}} done", "\\frac{1}{2}"),
             ("\\boxed{3} and so \\boxed{4", "3"),
@@ -176,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn brackets_without_end_take_no_time() {
+    fn deeply_nested_or_unclosed_delimiters_end_quickly() {
         for deep in [
             format!("\\boxed{{{}{}}}", "{".repeat(10_000), "}".repeat(10_000)),
             "\\boxed{".repeat(10_000),

@@ -1,4 +1,7 @@
-//! LaTeX and plain text into tokens. What does not change a value (spacing, sizes, `\left`, fonts) is dropped here.
+//! Lexer for LaTeX and plain text. Input without effect on the value is dropped: spacing, sizes, `\left`,
+//! fonts and currency signs.
+//!
+//! Deliberately absent: errors. The lexer accepts every text up to its size limit; the parser rejects.
 
 use num_bigint::BigInt;
 use num_rational::BigRational;
@@ -6,34 +9,34 @@ use num_traits::One;
 
 use crate::expr::Number;
 
-/// Longest answer that is read.
+/// Largest size of an answer in bytes.
 pub const LONGEST: usize = 20_000;
 
-/// A token.
+/// Token.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Token {
-    /// A number.
+    /// Number.
     Number(Number),
     /// One letter.
     Letter(char),
-    /// A command without its backslash.
+    /// LaTeX command without its backslash.
     Command(String),
-    /// Content of `\text{…}` and its like, trimmed.
+    /// Words: the trimmed content of `\text{…}` and similar commands.
     Text(String),
-    /// Anything else that is one character.
+    /// Any other character.
     Sign(char),
 }
 
-/// A token and whether white space stood before it.
+/// Token with a flag for preceding whitespace.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Spaced {
-    /// The token.
+    /// Token.
     pub token: Token,
-    /// White space before it.
+    /// True if whitespace precedes the token.
     pub spaced: bool,
 }
 
-/// Commands whose braces hold words.
+/// Commands whose argument is text.
 const WORDS: [&str; 12] = [
     "text",
     "textbf",
@@ -48,7 +51,8 @@ const WORDS: [&str; 12] = [
     "operatorname",
     "hbox",
 ];
-/// Commands that change only the look. Those that take an argument leave its braces, which group nothing away.
+/// Commands that change the appearance only. The lexer drops the command but keeps the braces of its
+/// argument.
 const LOOK: [&str; 37] = [
     "left",
     "right",
@@ -89,7 +93,7 @@ const LOOK: [&str; 37] = [
     "strut",
 ];
 
-/// Reads `text` into tokens; none when it is too long.
+/// Splits `text` into tokens. Returns `None` beyond [`LONGEST`] bytes.
 pub fn tokens(text: &str) -> Option<Vec<Spaced>> {
     if text.len() > LONGEST {
         return None;
@@ -101,10 +105,13 @@ pub fn tokens(text: &str) -> Option<Vec<Spaced>> {
     Some(lexer.tokens)
 }
 
+/// State of the lexer.
 struct Lexer {
     chars: Vec<char>,
+    /// Index of the next character.
     at: usize,
     tokens: Vec<Spaced>,
+    /// True if whitespace precedes the next token.
     spaced: bool,
 }
 
@@ -117,6 +124,7 @@ impl Lexer {
         self.tokens.push(Spaced { token, spaced: std::mem::take(&mut self.spaced) });
     }
 
+    /// Reads one token or skips input without effect on the value.
     fn step(&mut self) {
         let Some(c) = self.peek(0) else { return };
         let digit_follows = self.peek(1).is_some_and(|next| next.is_ascii_digit());
@@ -154,7 +162,7 @@ impl Lexer {
             '¼' => self.fraction(1, 4),
             '¾' => self.fraction(3, 4),
             '{' if self.peek(1) == Some(',') && self.peek(2) == Some('}') => {
-                // `1{,}250` is handled with the number; alone it is a comma.
+                // `number` reads the comma of `1{,}250`; elsewhere `{,}` is a plain comma.
                 self.at += 3;
                 self.push(Token::Sign(','));
             }
@@ -186,6 +194,7 @@ impl Lexer {
         self.push(Token::Number(Number::exact(BigRational::new(top.into(), bottom.into()))));
     }
 
+    /// Reads a backslash command and maps synonyms to one name.
     fn command(&mut self) {
         let Some(next) = self.peek(1) else {
             self.at += 1;
@@ -241,7 +250,8 @@ impl Lexer {
         }
     }
 
-    /// What stands in the braces that follow.
+    /// Reads a group in braces and returns its content; without a closing brace, the group ends with the
+    /// text.
     fn braced(&mut self) -> Option<String> {
         while self.peek(0).is_some_and(char::is_whitespace) {
             self.at += 1;
@@ -264,7 +274,7 @@ impl Lexer {
         Some(self.chars[begin..].iter().collect())
     }
 
-    /// Words; numbers in them stay numbers.
+    /// Emits the content of a text command: numbers and operators as tokens, anything else as words.
     fn words(&mut self, content: &str) {
         let trimmed = content.trim().trim_matches('$');
         self.spaced |= content.starts_with(' ');
@@ -279,7 +289,7 @@ impl Lexer {
         }
     }
 
-    /// Digits, groups of three behind commas (`1,250`, `1{,}250`), a point, repeating decimals.
+    /// Reads a number: groups of three digits (`1,250`, `1{,}250`), decimals, and repeating decimals.
     fn number(&mut self) {
         let mut whole = self.digits();
         if (1..=3).contains(&whole.len()) && !whole.starts_with('0') {
@@ -306,7 +316,7 @@ impl Lexer {
             value += BigRational::new(digits, shift * nines);
             is_decimal = false;
         }
-        // `17.0` is written as a decimal, but nothing is rounded away in it.
+        // `17.0` has a decimal point but is not rounded.
         let is_decimal = is_decimal && !crate::expr::is_whole(&value);
         self.push(Token::Number(Number { value, is_decimal }));
     }
@@ -319,7 +329,7 @@ impl Lexer {
         self.chars[begin..self.at].iter().collect()
     }
 
-    /// Three digits behind a comma, and no fourth.
+    /// Reads a separator and exactly three digits; returns the digits.
     fn group(&mut self) -> Option<String> {
         let skip = match (self.peek(0), self.peek(1), self.peek(2)) {
             (Some(','), Some('\\'), Some('!')) => 3,
@@ -336,12 +346,13 @@ impl Lexer {
         Some(self.digits())
     }
 
-    /// Whether `\overline{…}`, `\dot{…}` or `\bar{…}` follows.
+    /// Returns whether `\overline{…}`, `\dot{…}` or `\bar{…}` follows after `ahead` characters.
     fn repeats(&self, ahead: usize) -> bool {
         let rest: String = self.chars[(self.at + ahead).min(self.chars.len())..].iter().take(10).collect();
         ["\\overline{", "\\dot{", "\\bar{"].iter().any(|name| rest.starts_with(name))
     }
 
+    /// Reads the repeating digits in `\overline{…}`, `\dot{…}` or `\bar{…}`.
     fn period(&mut self) -> Option<String> {
         let before = self.at;
         while self.peek(0).is_some_and(|c| c != '{') {
@@ -359,7 +370,7 @@ impl Lexer {
     }
 }
 
-/// `whole.decimals` as an exact number.
+/// Returns the exact value of the decimal number `whole.decimals`.
 pub fn value_of(whole: &str, decimals: &str) -> BigRational {
     let digits: BigInt = format!("{whole}{decimals}").parse().unwrap_or_default();
     if decimals.is_empty() {

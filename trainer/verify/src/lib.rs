@@ -1,10 +1,12 @@
-//! Is this answer right? One verifier serves the CoT verifier, the rewards and the evaluation, so a rule that cannot decide says
-//! `unknown`, never `wrong`.
+//! Verifier of answers, shared by the pipeline, the rewards of GRPO and the evaluation. An answer that the
+//! rules cannot decide is unverifiable (`None`), never incorrect.
 //!
-//! Reads numbers (with units, percentages, bases, repeating decimals), fractions, roots, powers, formulas, sets, tuples,
-//! intervals, relations, matrices, choices and words, in LaTeX or plain text. Values are compared by an exact normal form
-//! ([`exact`]), else at random places with bounds on rounding ([`scalar`]). Two profiles on one parser: [`strict`] and
-//! [`compat`]. Deliberately absent: HTTP, tensors, and any judge model. Time and memory are bounded; nothing panics.
+//! Parses numbers, units, percentages, formulas, sets, tuples, intervals, relations, matrices, choices and
+//! words, in LaTeX or plain text. Compares values by an exact normal form ([`exact`]), or else at sample
+//! points with error bounds ([`scalar`]). The profiles [`strict`] and [`compat`] share one parser.
+//!
+//! Deliberately absent: HTTP, tensors and judge models. Time and memory are bounded, and no input causes a
+//! panic.
 #![forbid(unsafe_code)]
 
 pub mod compat;
@@ -22,27 +24,28 @@ pub mod verifier;
 
 pub use strict::Verdict;
 
-/// Whose verdicts are given.
+/// Rules of equality.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Profile {
-    /// Our own.
+    /// Rules of this crate ([`strict`]).
     #[default]
     Strict,
-    /// Those of the Math-Verify package.
+    /// Rules of Math-Verify 0.9.0 ([`compat`]).
     Compat,
 }
 
-/// What a rule found out.
+/// Result of comparing a completion with a reference answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// Right, wrong, or not decided by rules.
+    /// Verdict: correct, incorrect, or `None` for unverifiable.
     pub correct: Option<bool>,
-    /// What the decision rests on.
+    /// Explanation of the verdict: both answers and the rule.
     pub evidence: String,
 }
 
-/// Compares a completion (thinking and answer) with the known answer. Only what stands after the thinking counts; of
-/// several boxes the last one.
+/// Compares the final answer of a completion with the reference answer `gold`, by the rules of [`strict`].
+///
+/// The reasoning does not count; of several boxes the last one counts (see [`extract::final_answer`]).
 pub fn check(gold: &str, completion: &str) -> Finding {
     let Some(answer) = extract::final_answer(completion) else {
         return Finding { correct: None, evidence: "no final answer found".to_owned() };
@@ -57,7 +60,10 @@ pub fn check(gold: &str, completion: &str) -> Finding {
     Finding { correct: verdict.equal, evidence }
 }
 
-/// The verdict of a profile on a known answer and an answer, each with or without text around it.
+/// Compares `answer` with the reference answer `gold` by the rules of a profile. Both can be completions with
+/// text around the answer.
+///
+/// The compat profile always decides; the strict profile returns `None` for unverifiable.
 pub fn verify(gold: &str, answer: &str, profile: Profile) -> Verdict {
     match profile {
         Profile::Compat => {

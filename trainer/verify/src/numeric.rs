@@ -1,6 +1,11 @@
-//! Values with error bounds, for what the normal form leaves open: an expression is evaluated at random places, each result with
-//! a bound on its rounding error. Two expressions differ as soon as they differ by more than both bounds at one place;
-//! they are taken for equal when they agree at many.
+//! Evaluation of expressions in floating point with error bounds, for pairs whose normal forms decide
+//! nothing.
+//!
+//! Two expressions are different if their values at one sample point differ by more than both error bounds.
+//! They count as equal if the values agree at several points.
+//!
+//! Deliberately absent: proofs. The error bounds ignore the truncation error of integrals except for a fixed
+//! allowance.
 
 use std::collections::HashMap;
 
@@ -9,31 +14,34 @@ use num_traits::ToPrimitive;
 use crate::effort::{spend, spend_on};
 use crate::expr::{Constant, Expr, Function, Over};
 
-/// A complex number and how far it may be off.
+/// Complex number with an error bound: a disk in the complex plane.
 #[derive(Debug, Clone, Copy)]
 pub struct Ball {
-    /// Real part.
+    /// Real part of the center.
     pub re: f64,
-    /// Imaginary part.
+    /// Imaginary part of the center.
     pub im: f64,
-    /// Bound on the error of both.
+    /// Error bound, the radius of the disk.
     pub error: f64,
 }
 
+/// Relative rounding error that each operation adds.
 const EPSILON: f64 = 4.0 * f64::EPSILON;
-/// Terms of a sum and steps of an integral.
+/// Largest difference between the limits of a sum or product.
 const STEPS: i64 = 400;
 
 impl Ball {
-    /// A real number as exact as a float can be.
+    /// Returns a real number with the rounding error of one operation.
     pub fn real(value: f64) -> Self {
         Self { re: value, im: 0.0, error: value.abs() * EPSILON }
     }
 
+    /// Returns the absolute value of the center.
     fn size(self) -> f64 {
         self.re.hypot(self.im)
     }
 
+    /// Returns a disk with the rounding error added, or `None` if a part is not finite.
     fn new(re: f64, im: f64, error: f64) -> Option<Self> {
         let ball = Self { re, im, error: error + re.hypot(im) * EPSILON };
         (re.is_finite() && im.is_finite() && ball.error.is_finite()).then_some(ball)
@@ -51,6 +59,7 @@ impl Ball {
         )
     }
 
+    /// Returns the reciprocal, or `None` if the disk is too close to 0.
     fn inverse(self) -> Option<Self> {
         let size = self.size();
         if size <= self.error * 2.0 || size == 0.0 {
@@ -60,12 +69,13 @@ impl Ball {
         Self::new(self.re / square, -self.im / square, self.error / (size * (size - self.error)))
     }
 
+    /// Returns the principal logarithm, or `None` too close to 0 or to the branch cut.
     fn ln(self) -> Option<Self> {
         let size = self.size();
         if size <= self.error * 2.0 || size == 0.0 {
             return None;
         }
-        // On the cut the sign of a rounding error would decide.
+        // On the branch cut, the sign of a rounding error would choose the branch.
         if self.re < 0.0 && self.im != 0.0 && self.im.abs() <= self.error {
             return None;
         }
@@ -77,6 +87,7 @@ impl Ball {
         Self::new(size * self.im.cos(), size * self.im.sin(), size * (self.error.exp() - 1.0).max(self.error))
     }
 
+    /// Returns the power: by multiplication for integers up to 512, as a real odd root, or else by logarithm.
     fn power(self, exponent: Self) -> Option<Self> {
         if exponent.im == 0.0
             && exponent.re.fract() == 0.0
@@ -93,7 +104,7 @@ impl Ball {
         if self.size() == 0.0 {
             return (exponent.re > 0.0).then_some(self);
         }
-        // Odd roots of negative numbers are meant to be real.
+        // Odd roots of negative numbers are real, as answers in school mathematics mean them.
         if self.im == 0.0 && self.re < 0.0 && exponent.im == 0.0 {
             let degree = (1.0 / exponent.re).round();
             if degree.rem_euclid(2.0) == 1.0 && (exponent.re * degree - 1.0).abs() < 1e-12 {
@@ -104,15 +115,16 @@ impl Ball {
         self.ln()?.times(exponent)?.exp()
     }
 
+    /// Returns whether the imaginary part is within the error bound.
     fn is_real(self) -> bool {
         self.im.abs() <= self.error
     }
 }
 
-/// Values of variables.
+/// Values of the variables at a sample point, by name.
 pub type Place = HashMap<String, Ball>;
 
-/// The value of an expression at a place; none where it has none, or none that can be trusted.
+/// Evaluates an expression at a sample point. Returns `None` if the value is undefined or unreliable.
 pub fn value(expr: &Expr, place: &Place) -> Option<Ball> {
     spend(120)?;
     match expr {
@@ -150,6 +162,7 @@ pub fn value(expr: &Expr, place: &Place) -> Option<Ball> {
     }
 }
 
+/// Evaluates a function of one argument.
 fn call(function: Function, arguments: &[Ball]) -> Option<Ball> {
     let [z] = arguments else { return several(function, arguments) };
     let z = *z;
@@ -184,7 +197,7 @@ fn call(function: Function, arguments: &[Ball]) -> Option<Ball> {
         Function::Cosh => real(x.cosh(), x.sinh()),
         Function::Tanh => real(x.tanh(), 1.0),
         Function::Floor | Function::Ceil => {
-            // Near a whole number the error decides, so nothing is said.
+            // Near an integer the rounding error decides between two results.
             let near = (x - x.round()).abs() <= z.error && z.error > 0.0 && x.fract() != 0.0;
             if near || !z.is_real() {
                 return None;
@@ -202,6 +215,7 @@ fn call(function: Function, arguments: &[Ball]) -> Option<Ball> {
     }
 }
 
+/// Evaluates a function of several arguments.
 fn several(function: Function, arguments: &[Ball]) -> Option<Ball> {
     let real = arguments.iter().all(|ball| ball.is_real());
     match (function, arguments) {
@@ -220,6 +234,7 @@ fn several(function: Function, arguments: &[Ball]) -> Option<Ball> {
     }
 }
 
+/// Evaluates a sum, a product or an integral.
 fn run(over: Over, index: &str, parts: &[Expr; 3], place: &Place) -> Option<Ball> {
     let (low, high) = (value(&parts[0], place)?, value(&parts[1], place)?);
     let mut inner = place.clone();
@@ -228,7 +243,7 @@ fn run(over: Over, index: &str, parts: &[Expr; 3], place: &Place) -> Option<Ball
         value(&parts[2], &inner)
     };
     if over == Over::Integral {
-        // Gauss and Legendre on pieces: exact for smooth functions up to rounding.
+        // Nodes and weights of Gauss-Legendre quadrature with five points, applied to each of 64 pieces.
         const NODES: [(f64, f64); 5] = [
             (0.0, 0.568_888_888_888_888_9),
             (0.538_469_310_105_683, 0.478_628_670_499_366_47),
@@ -244,7 +259,7 @@ fn run(over: Over, index: &str, parts: &[Expr; 3], place: &Place) -> Option<Ball
                 sum = sum.plus(at(middle + node * step / 2.0)?.times(Ball::real(weight * step / 2.0))?)?;
             }
         }
-        // The rule's own error is not known; smooth integrands are far below this.
+        // Allowance for the error of the quadrature, which is far smaller for smooth integrands.
         return Ball::new(sum.re, sum.im, sum.error + sum.size() * 1e-10);
     }
     let (low, high) = (low.re, high.re);

@@ -1,5 +1,9 @@
-//! Tokens into an [`Expr`]. Precedence, from loose to tight: list, `or`, relation, union, ratio, sum, product, product
-//! without a sign, power, postfix. Depth is bounded.
+//! Parser from text to [`Expr`], by recursive descent with bounded depth.
+//!
+//! Precedence, from loose to tight: list (comma, `and`, `or`), relation, union, ratio, sum, product, implicit
+//! product, power, postfix.
+//!
+//! Deliberately absent: derivatives, limits, piecewise functions and `\mod`, which are errors.
 
 mod commands;
 mod factors;
@@ -10,41 +14,41 @@ use crate::effort::spend;
 use crate::expr::{Constant, End, Expr, Function, Number, Relation, is_whole};
 use crate::lexer::{Spaced, Token, tokens};
 
-/// Brackets within brackets that are read.
+/// Largest nesting depth of brackets and commands.
 const DEEPEST: usize = 64;
-/// Elements of a list.
+/// Largest number of elements in a list.
 const WIDEST: usize = 2_000;
 
-/// Why a text was not read.
+/// Reason for which a text is not an expression.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
-    /// Longer than is read.
+    /// The text exceeds [`crate::lexer::LONGEST`] bytes.
     #[error("longer than {} characters", crate::lexer::LONGEST)]
     TooLong,
-    /// More brackets within brackets than are read.
+    /// The nesting depth exceeds its limit.
     #[error("nested deeper than {DEEPEST} levels")]
     TooDeep,
-    /// Nothing is there.
+    /// The text has no tokens.
     #[error("nothing there")]
     Empty,
-    /// More work than is done for one comparison.
+    /// The work budget of the comparison is exhausted.
     #[error("takes more work than is done for one answer")]
     TooMuch,
-    /// Something that is not understood.
+    /// Syntax error at the token with this index.
     #[error("not understood from token {0} on")]
     At(usize),
 }
 
-/// How letters are read.
+/// Meaning of letters without a backslash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Letters {
     /// Each letter is a variable, as in LaTeX.
     Single,
-    /// Letters without a backslash may also be words: `pi`, `sqrt`, `and`, `apples`.
+    /// Several letters can be a word, such as `pi`, `sqrt`, `and` or `apples`.
     Words,
 }
 
-/// Reads an answer.
+/// Parses an answer.
 pub fn parse(text: &str, letters: Letters) -> Result<Expr, ParseError> {
     let all = tokens(text).ok_or(ParseError::TooLong)?;
     let all = match letters {
@@ -56,18 +60,21 @@ pub fn parse(text: &str, letters: Letters) -> Result<Expr, ParseError> {
     }
     let mut parser = Parser { tokens: all, at: 0, depth: 0, guessing: false, letters };
     let expr = parser.list()?;
-    // A full stop ends the sentence.
+    // A final period ends the sentence.
     while parser.is('.') {
         parser.at += 1;
     }
     if parser.at < parser.tokens.len() { Err(ParseError::At(parser.at)) } else { Ok(expr) }
 }
 
+/// State of the parser.
 struct Parser {
     tokens: Vec<Spaced>,
+    /// Index of the next token.
     at: usize,
+    /// Current nesting depth.
     depth: usize,
-    /// Within what may be the fraction of a mixed number, and is read again if it is not.
+    /// True while the parser tries to read the fraction of a mixed number, before possible backtracking.
     guessing: bool,
     letters: Letters,
 }
@@ -111,6 +118,7 @@ impl Parser {
         if self.eat(sign) { Ok(()) } else { Err(ParseError::At(self.at)) }
     }
 
+    /// Runs `read` one level deeper; fails at the largest nesting depth.
     fn deeper<T>(&mut self, read: impl FnOnce(&mut Self) -> Result<T, ParseError>) -> Result<T, ParseError> {
         if self.depth >= DEEPEST {
             return Err(ParseError::TooDeep);
@@ -121,7 +129,7 @@ impl Parser {
         read
     }
 
-    /// `a, b and c`: a set, or the one thing that it is.
+    /// Parses a list such as `a, b and c` to a set, or a single item to itself.
     fn list(&mut self) -> Parsed {
         let mut items = vec![self.relation()?];
         loop {
@@ -133,7 +141,7 @@ impl Parser {
             if !comma && !word {
                 break;
             }
-            // A comma that ends the answer.
+            // A trailing comma ends the answer.
             if self.token().is_none() || self.is('.') {
                 break;
             }
@@ -145,6 +153,7 @@ impl Parser {
         Ok(gather(items))
     }
 
+    /// Returns the relation at the next token and its number of tokens.
     fn relation_sign(&self) -> Option<(Relation, usize)> {
         Some(match self.token()? {
             Token::Sign('=') if matches!(self.ahead(1), Some(Token::Sign('='))) => (Relation::Equal, 2),
@@ -197,6 +206,7 @@ impl Parser {
         Ok(if parts.len() == 1 { parts.swap_remove(0) } else { Expr::Ratio(parts) })
     }
 
+    /// Parses a sum. A plus-minus sign gives a set of two sums.
     fn sum(&mut self) -> Parsed {
         let mut both = false;
         let mut terms = Vec::new();
@@ -235,7 +245,7 @@ impl Parser {
         Ok(match plus_minus {
             None => whole(terms),
             Some(at) => {
-                // Twice as much, and within another one twice as much again.
+                // The set contains the terms twice, and a nested plus-minus sign doubles them again.
                 let size: u64 = terms.iter().map(Expr::size).sum();
                 spend(size * 2_000).ok_or(ParseError::TooMuch)?;
                 let mut minus = terms.clone();
@@ -290,12 +300,13 @@ impl Parser {
         }
     }
 
-    /// `{a \over b}`
+    /// Parses a list or a quotient `{a \over b}`.
     fn over_or_list(&mut self) -> Parsed {
         let top = self.list()?;
         if self.eat_command("over") { Ok(top.over(self.list()?)) } else { Ok(top) }
     }
 
+    /// Parses the optional subscript of a variable.
     fn subscripted(&mut self, mut name: String) -> Parsed {
         if self.eat('_') {
             name.push('_');
@@ -326,7 +337,7 @@ impl Parser {
         Ok(Expr::Symbol(name))
     }
 
-    /// A group, a pair or an interval, a tuple.
+    /// Parses brackets: a group of one item, an interval or pair of two items, or a tuple.
     fn brackets(&mut self) -> Parsed {
         let opens_closed = self.is('[');
         self.at += 1;
@@ -354,7 +365,8 @@ impl Parser {
         Ok(if items.len() == 1 { items.swap_remove(0) } else { Expr::Tuple(items) })
     }
 
-    /// One argument of a command: a group, or the next token alone.
+    /// Parses an argument of a command: a group in braces, the first digit of a number, or one primary
+    /// expression.
     fn argument(&mut self) -> Parsed {
         if self.eat('{') {
             let inner = self.over_or_list()?;
@@ -379,12 +391,12 @@ impl Parser {
     }
 }
 
-/// Lists become sets; what is in lists of lists stays apart.
+/// Returns the items as a set, or a single item unchanged.
 fn gather(mut items: Vec<Expr>) -> Expr {
     if items.len() == 1 {
         return items.swap_remove(0);
     }
-    // `x = 2, 3`: what follows a solution without a name belongs to it.
+    // An item that is a set, such as a plus-minus value, is merged into the list.
     let mut all: Vec<Expr> = Vec::with_capacity(items.len());
     for item in items {
         match item {

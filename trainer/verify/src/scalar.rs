@@ -1,4 +1,6 @@
-//! Whether two values are equal: by their exact normal forms, else by evaluation at random places.
+//! Equality of two values: by their exact normal forms, or else by evaluation at sample points.
+//!
+//! Deliberately absent: containers, relations and units, which the profiles handle.
 
 use std::collections::BTreeSet;
 
@@ -6,36 +8,36 @@ use crate::exact::{Atoms, Sameness};
 use crate::expr::{Constant, Expr, Function};
 use crate::numeric::{Ball, Place, value};
 
-/// What was found out, and how.
+/// Result of comparing two values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
-    /// Equal: proven.
+    /// Proven equal.
     Equal,
-    /// Equal at every place that was tried.
+    /// Equal at several sample points and different at none.
     EqualAtSamples,
-    /// Different: proven, or at one place by more than rounding.
+    /// Proven different, or different at one sample point by more than the rounding error.
     Different,
-    /// Not decided.
+    /// Neither equal nor different by these methods.
     Open,
 }
 
-/// Where variables are tried.
+/// Sample points that count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Domain {
-    /// At real places where both sides are real.
+    /// Real points where both values are real.
     Real,
-    /// At real places also where a side is not real, so that branches of roots and logarithms matter.
+    /// Real points where the values can be complex, so that branches of roots and logarithms count.
     Branches,
 }
 
-/// Places that are tried.
+/// Number of sample points.
 const PLACES: u32 = 24;
-/// Places at which both sides must have a value that can be trusted.
+/// Smallest number of sample points with reliable and equal values.
 const ENOUGH: u32 = 5;
-/// Agreement that is asked for, relative to the values.
+/// Largest relative difference of equal values.
 const CLOSE: f64 = 1e-9;
 
-/// Compares two values.
+/// Compares two values by their normal forms, or else at sample points.
 pub fn compare(a: &Expr, b: &Expr, domain: Domain) -> Found {
     if a == b {
         return Found::Equal;
@@ -64,12 +66,12 @@ pub fn compare(a: &Expr, b: &Expr, domain: Domain) -> Found {
     sampled(a, b, domain)
 }
 
-/// Compares two values at random places only; the slow twin of the normal form.
+/// Compares two values at sample points only. Tests check the normal form against this function.
 pub fn sampled(a: &Expr, b: &Expr, domain: Domain) -> Found {
     let mut names = BTreeSet::new();
     a.symbols(&mut names);
     b.symbols(&mut names);
-    // Indices of sums and arguments of binomials and factorials are whole numbers.
+    // Indices of sums and arguments of binomials and factorials are integers, so the sample points are too.
     let discrete = |expr: &Expr| {
         expr.any(&|part| {
             matches!(
@@ -89,7 +91,7 @@ pub fn sampled(a: &Expr, b: &Expr, domain: Domain) -> Found {
         if domain == Domain::Real && !names.is_empty() && (x.im.abs() > x.error || y.im.abs() > y.error) {
             continue;
         }
-        // Places where rounding has eaten the digits say nothing.
+        // If the rounding error exceeds a millionth of the values, agreement proves nothing.
         if bound > wide * 1e-6 {
             if apart > bound {
                 return Found::Different;
@@ -110,10 +112,11 @@ pub fn sampled(a: &Expr, b: &Expr, domain: Domain) -> Found {
     if agreed >= enough { Found::EqualAtSamples } else { Found::Open }
 }
 
-/// A small generator (xorshift): the same places every time.
+/// Random numbers by xorshift with a fixed seed, so that every run has the same sample points.
 struct Random(u64);
 
 impl Random {
+    /// Returns the next number in [0, 1).
     fn next(&mut self) -> f64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -121,6 +124,8 @@ impl Random {
         (self.0 >> 11) as f64 / (1u64 << 53) as f64
     }
 
+    /// Returns the value of a variable at sample point `number`: a positive integer if `whole` is true, else
+    /// a real number.
     fn place(&mut self, number: u32, whole: bool) -> Ball {
         let draw = self.next();
         if whole {

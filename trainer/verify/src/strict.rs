@@ -1,6 +1,10 @@
-//! The default profile: mathematics decides, and what rules cannot decide is `unknown`, never `false`. The thinking does not
-//! count, the last box wins, units must agree where both sides name one, percentages equal their hundredths or their own
-//! digits, decimals agree to a millionth.
+//! Rules of the strict profile, the default. Answers are different only if proven so; undecided pairs are
+//! unverifiable (`None`).
+//!
+//! Units must agree if both sides have one. A percentage equals its value and also its digits. Decimals agree
+//! within a relative error of one millionth.
+//!
+//! Deliberately absent: extraction of the answer from a completion (see [`crate::extract`]).
 
 mod relations;
 
@@ -18,20 +22,23 @@ use crate::parser::{Letters, parse};
 use crate::scalar::{Domain, Found, compare};
 use crate::units;
 
-/// A verdict and what it rests on.
+/// Result of comparing two answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
-    /// Equal, different, or not decided by rules.
+    /// True for equal, false for different, `None` for unverifiable.
     pub equal: Option<bool>,
-    /// Which rule.
+    /// Rule behind the result.
     pub why: String,
 }
 
+/// Returns a verdict.
 fn verdict(equal: impl Into<Option<bool>>, why: impl Into<String>) -> Verdict {
     Verdict { equal: equal.into(), why: why.into() }
 }
 
-/// Compares two final answers (without the text around them).
+/// Compares two final answers without surrounding text, within the work budget.
+///
+/// The result does not depend on the order of the two, except for a letter with following text.
 pub fn compare_answers(gold: &str, answer: &str) -> Verdict {
     let (gold, answer) = (gold.trim(), answer.trim());
     if gold.is_empty() || answer.is_empty() {
@@ -47,6 +54,7 @@ pub fn compare_answers(gold: &str, answer: &str) -> Verdict {
         .unwrap_or_else(|| verdict(None, "to compare them takes more work than is done for one answer"))
 }
 
+/// Parses and compares two answers that are not words.
 fn formulas(gold: &str, answer: &str) -> Verdict {
     let read = |side: &str| parse(&without_gaps(side), Letters::Words).map(prepared);
     match (read(gold), read(answer)) {
@@ -62,7 +70,7 @@ fn formulas(gold: &str, answer: &str) -> Verdict {
     }
 }
 
-/// `1 234 567` without its spaces.
+/// Removes the spaces between groups of three digits, as in `1 234 567`.
 fn without_gaps(text: &str) -> String {
     let chars: Vec<char> = text.chars().collect();
     let digits =
@@ -88,6 +96,7 @@ fn without_gaps(text: &str) -> String {
     out
 }
 
+/// Returns the expression with all variables in lower case.
 fn lowered(expr: &Expr) -> Expr {
     let mut names = BTreeSet::new();
     expr.symbols(&mut names);
@@ -99,7 +108,7 @@ fn lowered(expr: &Expr) -> Expr {
     })
 }
 
-/// Letters of multiple choice, yes and no, plain words.
+/// Compares letters of choices, yes and no, and plain words. Returns `None` if a side is none of these.
 fn words(gold: &str, answer: &str) -> Option<Verdict> {
     let (gold, answer) = (bare_word(gold), bare_word(answer));
     let letter = |text: &str| {
@@ -110,7 +119,7 @@ fn words(gold: &str, answer: &str) -> Option<Verdict> {
         let why = if a == b { "the same choice" } else { "another choice" };
         return Some(verdict(a == b, why));
     }
-    // `B: 12`, `(B) twelve` against a bare `B`.
+    // `B: 12` and `(B) twelve` begin with the letter of their choice.
     if letter(&gold).is_some() && answer.len() > 1 {
         let head: String = answer.chars().take_while(|c| !c.is_whitespace() && *c != ':').collect();
         let marked =
@@ -151,11 +160,11 @@ fn words(gold: &str, answer: &str) -> Option<Verdict> {
     if infinite.contains(&gold.as_str()) || infinite.contains(&answer.as_str()) {
         return None;
     }
-    // Other words may mean the same.
+    // Different words can have the same meaning.
     Some(verdict(None, "other words"))
 }
 
-/// Words without the LaTeX around them.
+/// Removes LaTeX text commands, dollar signs, asterisks and a final period around words.
 fn bare_word(text: &str) -> String {
     let mut text = text.trim().trim_matches('$').trim();
     for open in ["\\text{", "\\textbf{", "\\mathrm{", "\\mathbf{", "\\textit{", "\\mbox{", "\\textrm{"] {
@@ -168,14 +177,14 @@ fn bare_word(text: &str) -> String {
     text.trim_matches('*').trim().trim_end_matches('.').to_owned()
 }
 
-/// `i` is the imaginary unit, unless it is an index.
+/// Prepares a parsed answer: finite unions are merged, and an unbound `i` becomes the imaginary unit.
 fn prepared(expr: Expr) -> Expr {
     let bound = expr.any(&|part| matches!(part, Expr::Over(_, index, _) if index == "i"));
     let expr = flat(expr);
     if bound { expr } else { mapped(expr, &|part| replaced(&part, "i", &Expr::Constant(Constant::I))) }
 }
 
-/// Finite sets of a union as one.
+/// Merges a union of finite sets into one set.
 fn flat(expr: Expr) -> Expr {
     match expr {
         Expr::Union(parts) if parts.iter().all(|part| matches!(part, Expr::Set(_))) => {
@@ -189,7 +198,7 @@ fn flat(expr: Expr) -> Expr {
     }
 }
 
-/// Every value in containers and relations, changed.
+/// Applies `change` to every value in containers, relations and quantities.
 fn mapped(expr: Expr, change: &dyn Fn(Expr) -> Expr) -> Expr {
     let all = |parts: Vec<Expr>| parts.into_iter().map(|part| mapped(part, change)).collect::<Vec<_>>();
     match expr {
@@ -207,12 +216,12 @@ fn mapped(expr: Expr, change: &dyn Fn(Expr) -> Expr) -> Expr {
     }
 }
 
-/// Words in the middle of a formula: a sentence, not an answer.
+/// Returns whether an expression has words inside a formula, which means a sentence and not an answer.
 fn is_sentence(expr: &Expr) -> bool {
     match expr {
         Expr::Text(_) => false,
         Expr::Set(parts) | Expr::Tuple(parts) | Expr::Relation(parts, _) => parts.iter().any(is_sentence),
-        // `I do not know` reads as letters with a unit behind them.
+        // `I do not know` parses as letters with a unit.
         Expr::Quantity(inner, unit) => {
             let letters = inner.any(&|part| matches!(part, Expr::Symbol(_)));
             is_sentence(inner) || (letters && units::known(unit).is_none())
@@ -221,6 +230,7 @@ fn is_sentence(expr: &Expr) -> bool {
     }
 }
 
+/// Compares two expressions by the rules of their kinds.
 fn exprs(gold: &Expr, answer: &Expr) -> Verdict {
     if spend(200).is_none() {
         return verdict(None, "");
@@ -239,6 +249,7 @@ fn exprs(gold: &Expr, answer: &Expr) -> Verdict {
     }
 }
 
+/// Compares two values of which at least one has a unit.
 fn quantities(gold: &Expr, answer: &Expr) -> Verdict {
     let split = |side: &Expr| match side {
         Expr::Quantity(inner, unit) => ((**inner).clone(), Some(unit.clone())),
@@ -246,7 +257,7 @@ fn quantities(gold: &Expr, answer: &Expr) -> Verdict {
     };
     let ((a, unit), (b, other)) = (split(gold), split(answer));
     let (Some(unit), Some(other)) = (unit, other) else {
-        // A word that multiplies is no unit: 5 million is not 5.
+        // A multiplier such as `million` is not a unit: 5 million is not 5.
         let named = match (gold, answer) {
             (Expr::Quantity(_, unit), _) | (_, Expr::Quantity(_, unit)) => unit.as_str(),
             _ => "",
@@ -281,7 +292,7 @@ fn quantities(gold: &Expr, answer: &Expr) -> Verdict {
     }
 }
 
-/// Numbers and formulas.
+/// Compares numbers and formulas.
 fn scalars(gold: &Expr, answer: &Expr) -> Verdict {
     if let (Expr::Percent(inner), other) | (other, Expr::Percent(inner)) = (gold, answer)
         && !matches!(other, Expr::Percent(_))
@@ -307,11 +318,13 @@ fn scalars(gold: &Expr, answer: &Expr) -> Verdict {
     }
 }
 
+/// Returns the exact value of an expression, if its normal form is a rational number.
 fn exact(expr: &Expr) -> Option<BigRational> {
     Atoms::default().form(expr)?.value()
 }
 
-/// A decimal may be rounded: a millionth of the value is let pass.
+/// Compares values of which at least one contains a decimal, with a relative tolerance of one millionth for
+/// rounding.
 fn decimals(gold: &Expr, answer: &Expr) -> Verdict {
     let mut names = BTreeSet::new();
     gold.symbols(&mut names);
@@ -323,7 +336,7 @@ fn decimals(gold: &Expr, answer: &Expr) -> Verdict {
         if a == b {
             return verdict(true, "exactly equal");
         }
-        // Two decimals that were written out differ in what was written.
+        // Only the explanation depends on whether both sides are decimals.
         let both =
             gold.number().is_some_and(|n| n.is_decimal) && answer.number().is_some_and(|n| n.is_decimal);
         let close = !size.is_zero() && within((a - b).abs(), size * BigRational::new(101.into(), 100.into()));
@@ -356,15 +369,16 @@ fn decimals(gold: &Expr, answer: &Expr) -> Verdict {
     }
 }
 
+/// Compares two values of which at least one is a ratio.
 fn ratios(gold: &Expr, answer: &Expr) -> Verdict {
     match (gold, answer) {
-        // Times of day.
+        // Ratios with a zero are times of day.
         (Expr::Ratio(a), Expr::Ratio(b)) if a.iter().chain(b).any(|part| *part == Expr::whole(0)) => {
             let same = a.len() == b.len() && a.iter().zip(b).all(|(x, y)| scalars(x, y).equal == Some(true));
             verdict(same, if same { "the same parts" } else { "other parts" })
         }
         (Expr::Ratio(a), Expr::Ratio(b)) if a.len() == b.len() => {
-            // a : b = c : d, part by part over the first.
+            // Two ratios are equal if all quotients by their first parts are equal.
             let share = |parts: &[Expr]| -> Vec<Expr> {
                 parts.iter().skip(1).map(|part| part.clone().over(parts[0].clone())).collect()
             };
@@ -374,7 +388,7 @@ fn ratios(gold: &Expr, answer: &Expr) -> Verdict {
         (Expr::Ratio(parts), other) | (other, Expr::Ratio(parts)) => match parts.as_slice() {
             [a, b] => {
                 let found = scalars(&a.clone().over(b.clone()), other);
-                // `12:30` may be a time of day.
+                // `12:30` can be a time of day, so a different value proves nothing.
                 if found.equal == Some(true) { found } else { verdict(None, "a ratio against a number") }
             }
             _ => verdict(None, "a ratio against a number"),
@@ -383,11 +397,12 @@ fn ratios(gold: &Expr, answer: &Expr) -> Verdict {
     }
 }
 
+/// Returns whether an expression is a set, tuple, interval or union.
 fn is_container(expr: &Expr) -> bool {
     matches!(expr, Expr::Set(_) | Expr::Tuple(_) | Expr::Interval(..) | Expr::Union(_))
 }
 
-/// One verdict out of several: false if one is, unknown if one is and none is false.
+/// Combines verdicts: the first difference, or else the last unverifiable verdict, or else equality.
 fn all_of(found: impl Iterator<Item = Verdict>) -> Verdict {
     let mut open = None;
     for verdict in found {
@@ -400,7 +415,7 @@ fn all_of(found: impl Iterator<Item = Verdict>) -> Verdict {
     open.unwrap_or_else(|| verdict(true, "equal part by part"))
 }
 
-/// Elements, and whether their order counts.
+/// Returns the elements of a container, and whether their order counts.
 fn elements(expr: &Expr) -> Option<(Vec<Expr>, bool)> {
     match expr {
         Expr::Set(parts) => Some((distinct(parts), false)),
@@ -412,7 +427,7 @@ fn elements(expr: &Expr) -> Option<(Vec<Expr>, bool)> {
     }
 }
 
-/// A set names each element once.
+/// Removes repeated elements, up to 64 distinct ones.
 fn distinct(parts: &[Expr]) -> Vec<Expr> {
     let mut all: Vec<Expr> = Vec::new();
     for part in parts {
@@ -424,7 +439,7 @@ fn distinct(parts: &[Expr]) -> Vec<Expr> {
     all
 }
 
-/// Every element of one side with one of its own on the other.
+/// Compares two collections without order: each element needs its own equal element on the other side.
 fn matched(a: &[Expr], b: &[Expr]) -> Verdict {
     if a.len() != b.len() {
         return verdict(false, format!("{} elements against {}", a.len(), b.len()));
@@ -444,6 +459,7 @@ fn matched(a: &[Expr], b: &[Expr]) -> Verdict {
     if open { verdict(None, "an element cannot be compared") } else { verdict(true, "the same elements") }
 }
 
+/// Compares two values of which at least one is a container.
 fn containers(gold: &Expr, answer: &Expr) -> Verdict {
     match (gold, answer) {
         (Expr::Interval(a, b), Expr::Interval(c, d)) => {
@@ -462,7 +478,7 @@ fn containers(gold: &Expr, answer: &Expr) -> Verdict {
             {
                 all_of(a.iter().zip(&b).map(|(x, y)| exprs(x, y)))
             }
-            // A list without brackets against one with them.
+            // One side is ordered and the other is not, such as `(1,2)` and `1,2`.
             (Some((a, _)), Some((b, _))) if a.len() == b.len() => {
                 let found = all_of(a.iter().zip(&b).map(|(x, y)| exprs(x, y)));
                 match found.equal {
@@ -474,7 +490,7 @@ fn containers(gold: &Expr, answer: &Expr) -> Verdict {
             (Some((a, _)), Some((b, _))) => {
                 verdict(false, format!("{} elements against {}", a.len(), b.len()))
             }
-            // One value in a set of one.
+            // A set of one element equals its element.
             (Some((one, _)), None) if one.len() == 1 && !is_container(answer) => exprs(&one[0], answer),
             (None, Some((one, _))) if one.len() == 1 && !is_container(gold) => exprs(gold, &one[0]),
             (Some((many, _)), None) | (None, Some((many, _)))
@@ -493,6 +509,7 @@ fn containers(gold: &Expr, answer: &Expr) -> Verdict {
     }
 }
 
+/// Compares two values of which at least one is a matrix; tuples count as vectors.
 fn matrices(gold: &Expr, answer: &Expr) -> Verdict {
     let rows = |side: &Expr| -> Option<Vec<Vec<Expr>>> {
         match side {
@@ -520,7 +537,7 @@ fn matrices(gold: &Expr, answer: &Expr) -> Verdict {
         }
         return verdict(None, "a matrix against something else");
     };
-    // A vector may stand or lie.
+    // A row vector equals the column vector of its elements.
     for side in [&mut a, &mut b] {
         if side.len() == 1 {
             *side = side[0].iter().map(|cell| vec![cell.clone()]).collect();

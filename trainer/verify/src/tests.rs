@@ -1,12 +1,14 @@
-//! Verdicts on spellings that models use, and what no input may break.
+//! Tests of the verdicts of both profiles, and of the bounds on time and memory for hostile input.
+//!
+//! Deliberately absent: tests of single modules, which the modules contain.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// (known answer, answer, verdict), labelled by hand.
+/// Reference answer, answer and verdict of the strict profile, labeled by hand.
 const STRICT: &[(&str, &str, Option<bool>)] = &[
-    // Numbers as they are written.
+    // Numbers.
     ("17", "17.0", Some(true)),
     ("1234", "1,234", Some(true)),
     ("$1{,}250$", "1250", Some(true)),
@@ -33,14 +35,14 @@ const STRICT: &[(&str, &str, Option<bool>)] = &[
     ("2345_6", "2345", Some(false)),
     ("1011_2", "11", Some(true)),
     ("72", "", None),
-    // Decimals and what they round.
+    // Decimals and rounding.
     ("1/3", "0.333333", Some(true)),
     ("1/3", "0.33", Some(false)),
     ("\\pi", "3.141593", Some(true)),
     ("\\pi", "3.14", Some(false)),
     ("0.0000001", "0.0000002", Some(false)),
     ("\\sqrt2", "1.414214", Some(true)),
-    // Percentages, money, units, angles.
+    // Percentages, money, units and angles.
     ("50%", "0.5", Some(true)),
     ("50%", "50\\%", Some(true)),
     ("50%", "50", Some(true)),
@@ -93,7 +95,7 @@ const STRICT: &[(&str, &str, Option<bool>)] = &[
     ("\\begin{vmatrix}1&2\\\\3&4\\end{vmatrix}", "-2", Some(true)),
     ("3", "3x", Some(false)),
     ("\\frac{d}{dx}x^2", "2x", None),
-    // Sets, pairs, intervals, matrices.
+    // Sets, pairs, intervals and matrices.
     ("1,2,3", "3,2,1", Some(true)),
     ("1, 2", "1 and 2", Some(true)),
     ("\\{1,1,2\\}", "\\{1,2\\}", Some(true)),
@@ -116,7 +118,7 @@ const STRICT: &[(&str, &str, Option<bool>)] = &[
     ("2\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}2\\\\4\\end{pmatrix}", Some(true)),
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "(1,2)", Some(true)),
     ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&5\\end{pmatrix}", Some(false)),
-    // Equations.
+    // Equations and inequalities.
     ("x=5", "5", Some(true)),
     ("x=5", "y=5", Some(false)),
     ("f(x)=2x", "2x", Some(true)),
@@ -139,14 +141,14 @@ const STRICT: &[(&str, &str, Option<bool>)] = &[
 ];
 
 #[test]
-fn strict_verdicts() {
+fn strict_profile_gives_the_labeled_verdicts() {
     let mut wrong = Vec::new();
     for (gold, answer, expected) in STRICT {
         let found = strict::compare_answers(gold.trim_matches('$'), answer.trim_start_matches('$'));
         if found.equal != *expected {
             wrong.push(format!("{gold} | {answer}: {found:?}, not {expected:?}"));
         }
-        // A verdict does not depend on which side is known.
+        // The verdict is symmetric, except for a letter with following text.
         let back = strict::compare_answers(answer.trim_start_matches('$'), gold.trim_matches('$'));
         let choice = answer.contains("12 metres");
         if back.equal != found.equal && !choice {
@@ -157,13 +159,14 @@ fn strict_verdicts() {
 }
 
 #[test]
-fn thinking_does_not_count_and_the_last_box_wins() {
+fn ignores_reasoning_and_prefers_the_last_box() {
     assert_eq!(check("7", "<think>\\boxed{7}</think> \\boxed{8}").correct, Some(false));
     assert_eq!(check("7", "<think>x</think>\\boxed{4}, wait: \\boxed{7}").correct, Some(true));
     assert_eq!(check("7", "<think>\\boxed{7}").correct, None, "thinking that never ended has no answer");
     assert_eq!(check("#### 7", "The answer is 7.").correct, Some(true));
 }
 
+/// Pair of answers with the verdicts of Math-Verify, in both orders.
 #[derive(Debug)]
 struct Pair {
     gold: String,
@@ -172,7 +175,7 @@ struct Pair {
     swapped: bool,
 }
 
-/// Pairs of our own with the verdicts that Math-Verify 0.9.0 gave.
+/// Returns our own pairs with the verdicts of Math-Verify 0.9.0.
 fn pairs() -> Vec<Pair> {
     let text = include_str!("../tests/math_verify.jsonl");
     let read = |line: &str| {
@@ -188,7 +191,7 @@ fn pairs() -> Vec<Pair> {
 }
 
 #[test]
-fn compat_gives_the_verdicts_of_the_package() {
+fn compat_profile_agrees_with_math_verify() {
     let pairs = pairs();
     let agrees = |gold: &str, answer: &str, equal: bool| compat::equal(gold, answer) == equal;
     let wrong: Vec<_> = pairs
@@ -202,14 +205,14 @@ fn compat_gives_the_verdicts_of_the_package() {
 }
 
 #[test]
-fn hostile_input_ends_soon() {
+fn hostile_input_terminates() {
     let deep = |open: &str, close: &str| format!("{}1{}", open.repeat(10_000), close.repeat(10_000));
     let hostile = [
         deep("{", "}"),
         deep("(", ")"),
         deep("\\frac{", "}{2}"),
         deep("\\sqrt{", "}"),
-        // What may be mixed numbers within mixed numbers: a guess at each level.
+        // Possible mixed numbers at each level, which would double the work if they nested.
         format!("{}{{4}}", "\\frac{3".repeat(50)),
         format!("{}4{}", "3\\frac{".repeat(60), "}{5}".repeat(60)),
         deep("-", ""),
@@ -241,9 +244,9 @@ fn hostile_input_ends_soon() {
     }
 }
 
-/// Short texts that ask for more than any machine could do: what they cost grows with each level by a factor.
+/// The cost of these short texts grows exponentially with their nesting depth.
 #[test]
-fn work_is_bounded_and_not_only_size() {
+fn work_budget_stops_short_but_expensive_answers() {
     let nested = |open: &str, inner: &str, close: &str, levels: usize| {
         format!("{}{inner}{}", open.repeat(levels), close.repeat(levels))
     };
@@ -253,7 +256,7 @@ fn work_is_bounded_and_not_only_size() {
         ("\\binom{5000}{2500}".repeat(40), false),
         ("\\sum_{k=1}^{400}\\sum_{j=1}^{400}\\ln(170141183460469231731687303715884105727)".to_owned(), false),
         ("\\sum_{k=1}^{400}\\sum_{j=1}^{400}0\\cdot 2000!".to_owned(), false),
-        // Once as slow; with each level the text of its normal form was four times as long.
+        // Texts of their normal forms once grew fourfold with each level.
         (nested("\\sqrt{1+", "x", "}", 20), true),
         (nested("\\sin(1+", "x", ")", 20), true),
     ] {
@@ -271,7 +274,7 @@ fn work_is_bounded_and_not_only_size() {
 }
 
 prop_compose! {
-    /// Formulas over one variable, as LaTeX.
+    /// Two equal formulas in one variable, as LaTeX.
     fn formula()(a in 1i64..9, b in 1i64..9, c in 2u32..4, shape in 0usize..6) -> (String, String) {
         match shape {
             0 => (format!("({a}x+{b})^{c}"), format!("({b}+{a}x)^{{{c}}}")),
@@ -286,7 +289,7 @@ prop_compose! {
 
 proptest! {
     #[test]
-    fn two_spellings_of_one_formula_are_equal_and_one_more_is_not((a, b) in formula()) {
+    fn equal_formulas_are_equal_and_their_successors_are_not((a, b) in formula()) {
         for profile in [Profile::Strict, Profile::Compat] {
             let (a, b) = (format!("${a}$"), format!("${b}$"));
             prop_assert_eq!(verify(&a, &b, profile).equal, Some(true), "{} {}", a, b);
@@ -295,9 +298,9 @@ proptest! {
         }
     }
 
-    /// The normal form and the samples never contradict each other.
+    /// Normal forms and samples never contradict each other.
     #[test]
-    fn samples_agree_with_the_normal_form((a, _) in formula(), (b, _) in formula()) {
+    fn sampling_agrees_with_the_normal_form((a, _) in formula(), (b, _) in formula()) {
         let read = |text: &str| parser::parse(text, parser::Letters::Single).unwrap();
         let (a, b) = (read(&a), read(&b));
         let exact = scalar::compare(&a, &b, scalar::Domain::Real);
@@ -309,7 +312,7 @@ proptest! {
     }
 
     #[test]
-    fn spellings_of_one_fraction_are_equal(top in -10_000i64..10_000, bottom in 1i64..500, factor in 1i64..50) {
+    fn expanded_fractions_are_equal(top in -10_000i64..10_000, bottom in 1i64..500, factor in 1i64..50) {
         let a = format!("{top}/{bottom}");
         let sign = if top < 0 { "-" } else { "" };
         let b = format!("{sign}\\frac{{{}}}{{{}}}", top.abs() * factor, bottom * factor);
@@ -318,7 +321,7 @@ proptest! {
     }
 
     #[test]
-    fn any_text_gets_a_verdict(a in "[-+0-9a-z.,/%\\\\{}()^_$ =<>|!&]{0,60}", b in "\\PC{0,60}") {
+    fn any_text_is_compared_without_panic(a in "[-+0-9a-z.,/%\\\\{}()^_$ =<>|!&]{0,60}", b in "\\PC{0,60}") {
         for (gold, answer) in [(&a, &b), (&b, &a), (&a, &a)] {
             verify(gold, answer, Profile::Compat);
             verify(gold, answer, Profile::Strict);

@@ -1,21 +1,23 @@
-//! Units of measure: which measure the same, and how many of one are one of the other.
+//! Units of measure: their dimension and their size in base units.
+//!
+//! Deliberately absent: names with several meanings, such as `ton`, and general products of units.
 
 use num_rational::BigRational;
 
-/// What is measured.
+/// Dimension of a unit, with its base unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Metres.
+    /// Meters.
     Length,
-    /// Square metres.
+    /// Square meters.
     Area,
-    /// Cubic metres.
+    /// Cubic meters.
     Volume,
     /// Grams.
     Mass,
     /// Seconds.
     Time,
-    /// Metres per second.
+    /// Meters per second.
     Speed,
     /// Dollars.
     Money,
@@ -23,34 +25,35 @@ pub enum Kind {
     Angle,
 }
 
-/// A unit: what it measures, and how many base units it is.
+/// Unit of measure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit {
-    /// What it measures.
+    /// Dimension.
     pub kind: Kind,
-    /// In base units.
+    /// Number of base units in one unit.
     pub scale: BigRational,
 }
 
-/// Words that multiply the number before them.
+/// Returns whether a unit has a word that multiplies the preceding number, such as `dozen` or `million`.
 pub fn multiplies(unit: &str) -> bool {
     const WORDS: [&str; 8] =
         ["dozen", "hundred", "thousand", "million", "billion", "trillion", "half", "score"];
     unit.to_lowercase().split_whitespace().any(|word| WORDS.iter().any(|known| word.starts_with(known)))
 }
 
+/// Returns a name in lower case with single spaces, without periods, dollar signs, braces and backslashes.
 fn normal(unit: &str) -> String {
     let unit = unit.to_lowercase().replace(['.', '$', '{', '}', '\\'], "");
     unit.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Whether two names are one: case, spaces and the plural aside.
+/// Returns whether two names are equal without regard to case, punctuation, whitespace and a plural `s`.
 pub fn same_name(a: &str, b: &str) -> bool {
     let (a, b) = (normal(a), normal(b));
     a == b || a.trim_end_matches('s') == b.trim_end_matches('s')
 }
 
-/// A unit by its name.
+/// Returns the unit with a name, or `None` for an unknown or ambiguous name.
 pub fn known(name: &str) -> Option<Unit> {
     use Kind::{Angle, Area, Length, Mass, Money, Speed, Time, Volume};
     let name = normal(name);
@@ -135,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn units_convert_and_kinds_differ() {
+    fn converts_between_units_of_one_dimension() {
         let scale = |name: &str| known(name).unwrap().scale;
         assert_eq!(scale("hours") / scale("minutes"), BigRational::from_integer(60.into()));
         assert_eq!(scale("m^2") / scale("cm^2"), BigRational::from_integer(10_000.into()));

@@ -1,5 +1,7 @@
-//! One verifier for the CoT stages, the rewards and the evaluation: what is right, whether an answer is, and who said so. A judge
-//! model is asked by those who have one, and only where this says that nothing could decide.
+//! Verifier of completions for the pipeline, the rewards and the evaluation. Answers are compared by rules;
+//! programs run against tests in the sandbox.
+//!
+//! Deliberately absent: judge models. Callers with a judge consult the judge only for unverifiable answers.
 
 pub use potstill_sandbox::Example;
 use potstill_sandbox::{Sandbox, SandboxError};
@@ -7,73 +9,77 @@ use serde::{Deserialize, Serialize};
 
 use crate::extract::final_answer;
 
-/// What is right.
+/// Reference that a completion is compared with.
 #[derive(Debug, Clone)]
 pub enum Gold {
-    /// This value, formula or word.
+    /// Reference answer: value, formula or words.
     Answer(String),
-    /// This letter.
+    /// Letter of the correct choice.
     Choice(char),
-    /// A program whose functions pass these tests; `head` goes before what the model wrote.
+    /// Tests of functions in a program.
     Functions {
-        /// What the program begins with.
+        /// Code before the completion: imports, helpers and the signature of the function.
         head: String,
-        /// Asserts, or a function `check(candidate)`.
+        /// Assertions, or a function `check(candidate)`.
         tests: String,
-        /// What `candidate` is.
+        /// Function behind the name `candidate`: `name` or `Class.method`.
         entry: String,
     },
-    /// A program that prints this.
+    /// Inputs of a program with their expected output.
     Prints(Vec<Example>),
 }
 
-/// Who decided.
+/// Source of a verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Method {
-    /// A rule compared the answers.
+    /// Comparison by rules.
     Rule,
-    /// Tests were run.
+    /// Tests in the sandbox.
     Tests,
-    /// A model was asked, because no rule could decide.
+    /// A judge model, because the rules could not decide.
     Judge,
-    /// Nothing could decide; it counts as wrong.
+    /// None: the answer is unverifiable.
     Undecided,
 }
 
-/// A verdict with what it rests on.
+/// Verdict on a completion.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
-    /// Right, wrong or not decided.
+    /// Correct, incorrect, or `None` for unverifiable.
     pub correct: Option<bool>,
-    /// Who decided.
+    /// Source of the verdict.
     pub method: Method,
-    /// Why.
+    /// Explanation of the verdict.
     pub evidence: String,
-    /// The final answer as it was found.
+    /// Extracted final answer or program, if there is one.
     pub answer: Option<String>,
 }
 
-/// Decides whether completions are right. Thread-safe.
+/// Verifier of completions. All methods can run on several threads at once.
 #[derive(Debug, Clone, Default)]
 pub struct Verifier {
     sandbox: Option<Sandbox>,
 }
 
 impl Verifier {
-    /// With a sandbox it decides about programs too.
+    /// Returns a verifier. Without a sandbox, [`Verifier::verify`] fails for programs.
     pub fn new(sandbox: Option<Sandbox>) -> Self {
         Self { sandbox }
     }
 
-    /// The verdict on a completion (thinking and answer). An error means that no program can be judged on this machine.
+    /// Compares a completion, with or without reasoning, with the reference.
+    ///
+    /// Fails only if this machine cannot run programs in the sandbox. A missing or oversized program is
+    /// incorrect.
     pub fn verify(&self, gold: &Gold, completion: &str) -> Result<Verdict, SandboxError> {
         match gold {
             Gold::Answer(gold) => Ok(by_rule(gold, completion)),
             Gold::Choice(letter) => Ok(by_rule(&letter.to_string(), completion)),
             Gold::Functions { head, tests, entry } => self.tested(completion, |sandbox, code| {
                 let name = entry.rsplit('.').next().unwrap_or(entry);
-                // A body alone belongs under the head that was asked for.
+                // The completion can be the body of the function alone; the signature then comes from the
+                // head.
                 let program = if head.is_empty() || code.contains(&format!("def {name}")) {
                     format!("{}\n{code}", imports(head))
                 } else {
@@ -85,6 +91,7 @@ impl Verifier {
         }
     }
 
+    /// Runs the tests on the program in a completion.
     fn tested(
         &self,
         completion: &str,
@@ -115,13 +122,14 @@ impl Verifier {
     }
 }
 
+/// Compares a completion with a reference answer by rules.
 fn by_rule(gold: &str, completion: &str) -> Verdict {
     let finding = crate::check(gold, completion);
     let method = if finding.correct.is_some() { Method::Rule } else { Method::Undecided };
     Verdict { correct: finding.correct, method, evidence: finding.evidence, answer: final_answer(completion) }
 }
 
-/// The imports and helpers that stand before the function that was asked for.
+/// Returns the part of the head before its last function: imports and helpers.
 fn imports(head: &str) -> &str {
     match head.rfind("\ndef ") {
         Some(at) => &head[..=at],
@@ -130,7 +138,7 @@ fn imports(head: &str) -> &str {
     }
 }
 
-/// The last block of code behind the thinking, else everything behind it.
+/// Returns the last code block behind the reasoning, or all text behind the reasoning if there is no block.
 fn program_in(completion: &str) -> Option<String> {
     let text = completion.rsplit("</think>").next().unwrap_or_default();
     let blocks = text.split("```").skip(1).step_by(2).filter(|block| !block.trim().is_empty());
@@ -150,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn programs_are_found_where_models_put_them() {
+    fn finds_the_last_code_block_behind_the_reasoning() {
         for (text, program) in [
             ("<think>```python\nno\n```</think>Here:\n```python\nx = 1\n```\nDone.", "x = 1\n"),
             ("```\nx = 1\n```", "x = 1\n"),
@@ -165,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_decide_or_say_that_they_cannot() {
+    fn reports_rule_verdicts_and_unverifiable_answers() {
         let verifier = Verifier::default();
         let verdict = |gold: Gold, text: &str| verifier.verify(&gold, text).unwrap();
         assert_eq!(verdict(Gold::Choice('B'), "\\boxed{(B)}").correct, Some(true));

@@ -1,5 +1,5 @@
-//! Rows of LiveCodeBench: programs that read and print, or functions; the private tests are packed as its loader expects them,
-//! base64 of zlib of a pickled string of JSON.
+//! Rows of LiveCodeBench. A problem asks for a program with standard input and output, or for a function. Private tests
+//! are packed as its loader expects: base64 of zlib of a pickled JSON string.
 
 use std::io::Read;
 
@@ -11,10 +11,10 @@ use serde_json::Value;
 
 use super::{PYTHON, text};
 
-/// Longest list of tests that is unpacked.
+/// Maximum size of an unpacked list of tests, in bytes.
 const MAX_TESTS: u64 = 512 << 20;
 
-/// One row. Tests are JSON lists, public and private, the private ones packed.
+/// Converts a row to prompt and tests. Public and private tests are JSON lists; private ones may be packed.
 pub(super) fn read(row: &Value) -> Result<(String, Gold), String> {
     let question = text(row, &["question_content", "problem"])?;
     let starter = text(row, &["starter_code"]).unwrap_or_default();
@@ -71,7 +71,7 @@ pub(super) fn read(row: &Value) -> Result<(String, Gold), String> {
     Ok((asked, Gold::Functions { head, tests: tests.join("\n"), entry }))
 }
 
-/// A JSON value as Python writes it.
+/// Returns a JSON value in Python's notation. Text that is not JSON is returned unchanged.
 fn python_of(json: &str) -> String {
     fn show(value: &Value) -> String {
         match value {
@@ -92,7 +92,7 @@ fn python_of(json: &str) -> String {
     serde_json::from_str::<Value>(json.trim()).map_or_else(|_| json.trim().to_owned(), |value| show(&value))
 }
 
-/// The string in a packed field. Nothing else that a pickle may do is read, let alone run.
+/// Unpacks a field and returns its string. Only the one pickled string is parsed; no pickle instruction is executed.
 fn unpacked(packed: &str) -> Result<String, String> {
     let bytes =
         STANDARD.decode(packed.trim()).map_err(|error| format!("neither JSON nor base64: {error}"))?;
@@ -108,8 +108,8 @@ fn unpacked(packed: &str) -> Result<String, String> {
         .ok_or_else(|| "holds no pickled string".to_owned())
 }
 
-/// Protocol (`\x80 n`), perhaps a frame (`\x95`), then a string with its length in one, four or eight bytes
-/// (`\x8c`, `X`, `\x8d`).
+/// Returns the bytes of a pickled string: the protocol (`\x80 n`), an optional frame (`\x95`), then a string with a
+/// length of one, four or eight bytes (`\x8c`, `X`, `\x8d`).
 fn pickled_string(pickle: &[u8]) -> Option<&[u8]> {
     let mut rest = pickle.strip_prefix(&[0x80])?.get(1..)?;
     if let Some(framed) = rest.strip_prefix(&[0x95]) {
@@ -133,14 +133,15 @@ mod tests {
 
     use super::*;
 
-    /// `base64.b64encode(zlib.compress(pickle.dumps(json.dumps(…), protocol)))` of two tests, by Python.
+    /// Two tests, packed by Python with two pickle protocols:
+    /// `base64.b64encode(zlib.compress(pickle.dumps(json.dumps(…), protocol)))`.
     const PACKED: [&str; 2] = [
         "eJxrYIooZWBgiK5WyswrKC1RslJQMlQwislT0lFQyi8tgQoZg7glqcUlJZUFqSCB4pKUzDylWh0FJH3GCjGlBgapluiazXBoji1k0AMACbAlCw==",
         "eJxrYJlayQABPaXR1UqZeQWlJUpWCkqGCkYxeUo6Ckr5pSVQIWMQtyS1uKSksiAVJFBckpKZp1Sro4Ckz1ghptTAINUSXbMZDs2xU/QAiAEmcg==",
     ];
 
     #[test]
-    fn packed_tests_are_those_that_python_packed() {
+    fn unpacks_tests_packed_by_python() {
         for packed in PACKED {
             let row = json!({"question_content": "q", "private_test_cases": packed});
             let Gold::Prints(examples) = read(&row).unwrap().1 else { panic!() };
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_packed_string_is_said() {
+    fn rejects_malformed_packed_tests() {
         let zipped = |bytes: &[u8]| {
             let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
             std::io::Write::write_all(&mut encoder, bytes).unwrap();

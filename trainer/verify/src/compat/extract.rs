@@ -1,6 +1,10 @@
-//! What the package reads out of a text. Two readers (LaTeX environments and boxes; plain numbers and expressions) look for
-//! candidates; anchors such as `final answer is` give them a priority; within a priority the one that ends last wins, and
-//! the first that can be read ends the search.
+//! Extraction of answers by the rules of Math-Verify 0.9.0.
+//!
+//! Two readers find candidates: one for LaTeX environments and boxes, one for plain numbers and expressions.
+//! Anchors such as `final answer is` rank the candidates. Within a rank, the candidate with the last end
+//! comes first; the first one that parses is the answer.
+//!
+//! Deliberately absent: the rules of the strict profile (see [`crate::extract`]).
 
 use num_rational::BigRational;
 
@@ -8,24 +12,28 @@ use crate::expr::{Expr, Number, is_whole};
 use crate::lexer::value_of;
 use crate::parser::{Letters, parse};
 
-/// What was read: a value, if it was understood, and its spelling.
+/// Extracted answer: its text, and its value if the text parses.
 pub(super) struct Reading {
+    /// Value, if the answer parses.
     pub(super) value: Option<Expr>,
+    /// Text of the first candidate.
     pub(super) text: String,
 }
 
+/// Content of a candidate.
 #[derive(Clone)]
 enum Content {
-    /// LaTeX snippets joined by `and`, each perhaps with a percent sign behind it.
+    /// LaTeX snippets joined by `and`, each with a flag for a following percent sign.
     Latex(Vec<(String, bool)>),
-    /// From the first box to the last brace.
+    /// Text from the first box to the last brace.
     Boxed(String),
-    /// `3*4`
+    /// Arithmetic in plain text, such as `3*4`.
     Expression(String),
-    /// Digits, decimals, percent.
+    /// Plain number: integer digits with sign, decimals, and a flag for a percent sign.
     Number(String, String, bool),
 }
 
+/// Candidate with its bytes in the text.
 #[derive(Clone)]
 struct Hit {
     start: usize,
@@ -33,21 +41,21 @@ struct Hit {
     content: Content,
 }
 
-/// Texts longer than this are cut at the front.
+/// Largest size of a text in bytes; longer texts lose their beginning.
 const LONGEST: usize = 60_000;
-/// Hits that are tried.
+/// Largest number of candidates parsed per rank.
 const TRIES: usize = 64;
 
-/// Longest formula.
+/// Largest size of a LaTeX environment in bytes.
 const REACH: usize = 8_000;
 
-/// The beginning of a text, at most so long.
+/// Returns the beginning of a text, at most `most` bytes.
 fn within(text: &str, most: usize) -> &str {
     let end = (0..=most.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
     &text[..end]
 }
 
-/// Reads a text.
+/// Extracts the answer of a text, or returns `None` if there is no candidate.
 pub(super) fn read(text: &str) -> Option<Reading> {
     let mut begin = text.len().saturating_sub(LONGEST);
     while !text.is_char_boundary(begin) {
@@ -72,7 +80,7 @@ pub(super) fn read(text: &str) -> Option<Reading> {
     spelling.map(|text| Reading::of(None, text))
 }
 
-/// LaTeX as the package reads it, after what it cannot read is refused.
+/// Parses LaTeX; returns `None` for commands that Math-Verify cannot parse.
 fn latex_value(snippet: &str) -> Option<Expr> {
     const UNKNOWN: [&str; 6] = ["\\varnothing", "\\overline{", "\\bmod", "\\pmod", "\\dot{", "\\arctan"];
     if UNKNOWN.iter().any(|name| snippet.contains(name)) || spaced_digits(snippet) {
@@ -80,14 +88,14 @@ fn latex_value(snippet: &str) -> Option<Expr> {
     }
     let snippet = snippet.trim().trim_end_matches(['.', ',']);
     parse(snippet, Letters::Single).ok().or_else(|| {
-        // Of a chain of equations that is not understood, the last side.
+        // A chain of equations that does not parse counts as its last side.
         let sides: Vec<&str> = snippet.split('=').collect();
         let fine = sides.len() > 2 && !snippet.contains([',', ';']);
         fine.then(|| parse(sides[sides.len() - 1], Letters::Single).ok()).flatten()
     })
 }
 
-/// `1\,000`
+/// Returns whether a thin space separates two digits, as in `1\,000`.
 fn spaced_digits(snippet: &str) -> bool {
     snippet.match_indices("\\,").any(|(at, _)| {
         snippet[..at].ends_with(|c: char| c.is_ascii_digit())
@@ -95,6 +103,7 @@ fn spaced_digits(snippet: &str) -> bool {
     })
 }
 
+/// Normalizes LaTeX for comparison as text.
 fn spelled(snippet: &str) -> String {
     let mut text = snippet.to_owned();
     for (from, to) in [
@@ -116,6 +125,7 @@ fn spelled(snippet: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
+/// Returns the text of a candidate, and its value if the text parses.
 fn understand(content: &Content) -> (Option<Expr>, String) {
     match content {
         Content::Latex(snippets) => {
@@ -166,13 +176,13 @@ fn understand(content: &Content) -> (Option<Expr>, String) {
     }
 }
 
-/// Arithmetic as Python reads it.
+/// Parses arithmetic with the syntax of Python.
 fn arithmetic(text: &str) -> Option<Expr> {
     if text.contains(['×', '÷']) {
         return None;
     }
     let text = text.replace('\n', " ");
-    // `1 1/2` and `2(3)` are no Python.
+    // `1 1/2` and `2(3)` are errors in Python.
     let bytes: Vec<char> = text.trim().chars().collect();
     let mut last = ' ';
     let mut gap = false;
@@ -197,7 +207,7 @@ fn arithmetic(text: &str) -> Option<Expr> {
     parse(&text, Letters::Single).ok()
 }
 
-/// What stands in the boxes of a snippet; of several the last, joined with those close before it.
+/// Returns the content of the last box, joined with the boxes close before.
 fn unboxed(text: &str, from_text: bool) -> String {
     const OPEN: &str = "\\boxed{";
     let mut boxes: Vec<(usize, usize, &str)> = Vec::new();
@@ -224,7 +234,7 @@ fn unboxed(text: &str, from_text: bool) -> String {
     }
     let Some(&(mut start, _, last)) = boxes.last() else { return text.to_owned() };
     if !from_text && boxes.len() == 1 {
-        // The rest of the formula stays around its box.
+        // A single box in a formula keeps the surrounding formula.
         let (begin, end, inside) = boxes[0];
         return format!("{}{inside}{}", &text[..begin], &text[end..]);
     }
@@ -242,11 +252,14 @@ fn unboxed(text: &str, from_text: bool) -> String {
     joined.join(",")
 }
 
+/// Text with the readers.
 struct Scan<'a> {
     text: &'a str,
 }
 
+/// Currency signs that can precede a number.
 const CURRENCY: &str = "$€£¥₹₽₪₩₫฿₡₢₣₤₥₦₧₨₭₮₯₰₱₲₳₴₵₶₷₸₺₻₼₾₿";
+/// Operators of plain expressions.
 const OPERATORS: &str = "+-*×/^()÷";
 
 impl Scan<'_> {
@@ -258,7 +271,8 @@ impl Scan<'_> {
         self.text[..at].chars().next_back()
     }
 
-    /// `$…$`, `\(…\)` and the like at this place: what is inside, and where it ends.
+    /// Returns the content and the end of the math environment that begins at byte `at`, such as `$…$` or
+    /// `\(…\)`.
     fn environment(&self, at: usize) -> Option<(String, usize)> {
         let rest = within(self.rest(at), REACH);
         let escaped = self.before(at) == Some('\\');
@@ -298,7 +312,7 @@ impl Scan<'_> {
             let closes = inside[end..].starts_with(']') && inside[end + 1..].starts_with(char::is_whitespace);
             return (closes && end > 0).then(|| (inside[..end].to_owned(), at + space + 1 + end + 2));
         }
-        // A bare fraction of numbers.
+        // A fraction of numbers without delimiters.
         let unsigned = rest.strip_prefix('-').unwrap_or(rest);
         let inside = unsigned.strip_prefix("\\frac{")?;
         let number = |text: &str| {
@@ -316,6 +330,7 @@ impl Scan<'_> {
         Some((rest[..length].to_owned(), at + length))
     }
 
+    /// Returns the end of a percent sign or word behind byte `at`, if there is one.
     fn percent(&self, at: usize) -> Option<usize> {
         let rest = self.rest(at);
         let trimmed = rest.trim_start();
@@ -324,7 +339,7 @@ impl Scan<'_> {
         words.iter().find(|word| trimmed.starts_with(**word)).map(|word| at + space + word.len())
     }
 
-    /// Environments in a row, and boxes.
+    /// Returns the rows of math environments.
     fn latex(&self) -> Vec<Hit> {
         let mut hits = Vec::new();
         let mut at = 0;
@@ -344,6 +359,7 @@ impl Scan<'_> {
         hits
     }
 
+    /// Returns up to six environments in a row, joined by commas, `and` or `or`, and their end.
     fn row(&self, at: usize) -> Option<(Vec<(String, bool)>, usize)> {
         let (first, mut end) = self.environment(at)?;
         let percent = self.percent(end);
@@ -366,6 +382,7 @@ impl Scan<'_> {
         Some((snippets, end))
     }
 
+    /// Returns the text from the first box to the last brace, if there is a box.
     fn boxed(&self) -> Option<Hit> {
         let start = self.text.find("\\boxed{")?;
         let end = self.text.rfind('}')? + 1;
@@ -373,13 +390,15 @@ impl Scan<'_> {
         (end > start + "\\boxed{}".len()).then_some(Hit { start, end, content })
     }
 
-    /// Where a plain expression or number may begin: at the beginning, behind white space or an equals sign.
+    /// Returns the start of a plain candidate at `at`: at the beginning, or behind whitespace or an equals
+    /// sign.
     fn begins(&self, at: usize) -> Option<usize> {
         let fine = at == 0 || self.before(at).is_some_and(|c| c.is_whitespace() || c == '=');
         let after = if self.rest(at).starts_with("**") { at + 2 } else { at };
         fine.then_some(after)
     }
 
+    /// Returns the longest arithmetic expression at byte `at` and its end.
     fn expression(&self, at: usize) -> Option<(String, usize)> {
         let rest = within(self.rest(at), 400);
         let body = rest.strip_prefix('-').unwrap_or(rest);
@@ -393,7 +412,7 @@ impl Scan<'_> {
         let head = rest.len() - body.len();
         while length > head + 1 {
             let run = &rest[..length];
-            // An operator behind the first digit, and something behind it.
+            // The run needs an operator behind its first digit and a character behind the operator.
             let inside = &run[head + 1..];
             let operator = inside
                 .char_indices()
@@ -411,6 +430,7 @@ impl Scan<'_> {
         None
     }
 
+    /// Returns the number at byte `at` and its end.
     fn number(&self, at: usize) -> Option<(Content, usize)> {
         let mut begin = at;
         if let Some(c) = self.rest(at).chars().next().filter(|c| CURRENCY.contains(*c)) {
@@ -426,7 +446,7 @@ impl Scan<'_> {
         let mut decimals = String::new();
         let mut at = sign + digits(sign);
         if at == sign {
-            // Decimals alone.
+            // Decimals without integer digits.
             let count = if sign == 0 && rest.starts_with('.') { digits(1) } else { 0 };
             if count == 0 {
                 return None;
@@ -436,7 +456,7 @@ impl Scan<'_> {
             at = 1 + count;
         } else {
             whole = rest[..at].to_owned();
-            // Groups of three.
+            // Groups of three digits.
             let mut grouped = false;
             if at - sign <= 3 && !rest[sign..].starts_with('0') {
                 let mut end = at;
@@ -467,7 +487,7 @@ impl Scan<'_> {
         Some((Content::Number(whole, decimals, percent.is_some()), begin + at))
     }
 
-    /// Plain expressions and numbers, each list without overlaps.
+    /// Returns the plain expressions and then the plain numbers; hits of one kind do not overlap.
     fn plain(&self) -> Vec<Hit> {
         let mut hits = Vec::new();
         let mut at = 0;
@@ -503,13 +523,13 @@ impl Scan<'_> {
         hits
     }
 
-    /// Hits by priority.
+    /// Returns the hits by rank, best rank first.
     fn groups(&self, latex: &[Hit], plain: &[Hit]) -> Vec<Vec<Hit>> {
         let lower = self.text.to_ascii_lowercase();
         let all = || latex.iter().chain(plain);
         let places =
             |word: &str| -> Vec<usize> { lower.match_indices(word).map(|(at, _)| at + word.len()).collect() };
-        // `final answer is X. I hope`
+        // Rank 1: `final answer is X. I hope`.
         let exact = places("final answer is");
         let hoped = all().filter(|hit| {
             let tail = lower[hit.end..].trim_start_matches('.').trim_start();
@@ -520,7 +540,7 @@ impl Scan<'_> {
         });
         let mut first: Vec<Hit> = hoped.cloned().collect();
         first.dedup_by(|a, b| a.start == b.start && a.end == b.end);
-        // `final answer … is X`, and boxes.
+        // Rank 2: `final answer … is X`, and boxes.
         let said = |hit: &&Hit| {
             places("final answer").iter().any(|at| {
                 let Some(between) = lower.get(*at..hit.start.max(*at)) else { return false };
@@ -541,7 +561,8 @@ impl Scan<'_> {
                         .filter(move |hit| hit.start >= *at && hit.start <= at + limit + 1)
                         .min_by_key(|hit| hit.start)
                 };
-                // Behind the last equals sign within reach, else the first within reach.
+                // The hit behind the last equals sign within 100 bytes comes first, then the first hit within
+                // 50 bytes.
                 let equals = if hop {
                     let reach = self.text.len().min(at + 101);
                     let reach = (0..=reach).rev().find(|end| self.text.is_char_boundary(*end)).unwrap_or(*at);
@@ -566,7 +587,7 @@ impl Scan<'_> {
         };
         let anchored = |places: &[usize]| {
             let mut hits = after(places, latex, false);
-            // An expression goes before the number that it begins with.
+            // An expression precedes the number at its beginning.
             let (expressions, numbers): (Vec<Hit>, Vec<Hit>) =
                 plain.iter().cloned().partition(|hit| matches!(hit.content, Content::Expression(_)));
             hits.extend(after(places, &expressions, true));

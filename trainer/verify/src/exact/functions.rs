@@ -1,4 +1,7 @@
-//! Normal forms of roots, powers with symbolic exponents, functions, sums and integrals.
+//! Normal forms of roots, powers with variables in the exponent, function calls, sums, products and
+//! integrals.
+//!
+//! Deliberately absent: integrals of anything but polynomials.
 
 use std::collections::BTreeMap;
 
@@ -13,12 +16,15 @@ use crate::effort::{spend, spend_bits, spend_on};
 use crate::expr::{Expr, Function, Over, is_whole};
 
 impl Atoms {
-    /// A power with a fraction as exponent: of a positive number by its primes, of a single atom by its exponent.
+    /// Returns the form of a power with a fractional exponent.
+    ///
+    /// Numbers are factored into primes, and a single variable takes the exponent. Any other base gives an
+    /// opaque atom.
     pub(super) fn root(&mut self, base: &Form, exponent: &BigRational) -> Option<Form> {
         let exponent = Exponent::new(exponent.numer().to_i64()?, exponent.denom().to_i64()?);
         if let Some(value) = base.value() {
             if value.is_negative() {
-                // Odd roots are real; even ones are imaginary.
+                // Odd roots of negative numbers are real; square roots are imaginary.
                 let positive = self.root(&constant(-value), &rational(exponent))?;
                 if exponent.denom().is_odd() {
                     let sign = if exponent.numer().is_odd() { -1 } else { 1 };
@@ -37,7 +43,7 @@ impl Atoms {
             let bottom = self.prime_powers(value.denom(), -exponent)?;
             return top.times(&bottom, self);
         }
-        // A lone variable: the exponent goes into the monomial.
+        // A single variable takes the exponent, as does its positive coefficient.
         if base.bottom == one()
             && base.top.len() == 1
             && let Some((monomial, coefficient)) = base.top.iter().next()
@@ -54,6 +60,7 @@ impl Atoms {
         Some(self.atom(Atom::Opaque(key)))
     }
 
+    /// Returns `number^exponent` as a product of prime powers; `number` is positive.
     pub(super) fn prime_powers(&mut self, number: &BigInt, exponent: Exponent) -> Option<Form> {
         let mut rest = number.clone();
         let mut product = constant(BigRational::one());
@@ -85,7 +92,7 @@ impl Atoms {
             divisor += if divisor == 2 { 1 } else { 2 };
         }
         if rest > BigInt::one() {
-            // A perfect power of what is left, or the rest itself.
+            // The rest without small divisors can be a perfect power.
             let degree = exponent.denom().to_u32()?;
             spend_bits(rest.bits())?;
             let root = rest.nth_root(degree);
@@ -98,7 +105,10 @@ impl Atoms {
         Some(product)
     }
 
-    /// `b^(c + k m)` is `b^c (b^m)^k`: for primes of a number, for `e`, for a variable.
+    /// Returns the form of a power with variables in the exponent.
+    ///
+    /// Rewrites `b^(c + k m)` as `b^c (b^m)^k`, where `b` is a prime of a number, `e` or a variable, and `m`
+    /// a monomial.
     pub(super) fn symbolic_power(&mut self, base: &Form, exponent: &Form) -> Option<Form> {
         if exponent.bottom.len() != 1 || exponent.bottom.keys().any(|monomial| !monomial.is_empty()) {
             return self.opaque("power", &[base.clone(), exponent.clone()]);
@@ -135,6 +145,7 @@ impl Atoms {
         Some(product)
     }
 
+    /// Returns the form of a function call, by evaluation, by an identity, or as an opaque atom.
     pub(super) fn call(&mut self, function: Function, arguments: &[Form]) -> Option<Form> {
         let values: Option<Vec<BigRational>> = arguments.iter().map(Form::value).collect();
         if let Some(values) = values
@@ -143,7 +154,7 @@ impl Atoms {
             return Some(constant(known));
         }
         match (function, arguments) {
-            // ln of a product of primes, so that log_2 8 is 3.
+            // Logarithms of numbers become sums over primes, so that `log_2 8` is 3.
             (Function::Ln, [argument]) => {
                 if let Some(value) = argument.value().filter(BigRational::is_positive) {
                     let mut sum = constant(BigRational::zero());
@@ -156,7 +167,7 @@ impl Atoms {
                     }
                     return Some(sum);
                 }
-                // ln of a power of e.
+                // The logarithm of a power of `e` is the exponent.
                 if argument.bottom == one()
                     && argument.top.len() == 1
                     && let Some((monomial, coefficient)) = argument.top.iter().next()
@@ -183,6 +194,7 @@ impl Atoms {
         }
     }
 
+    /// Returns the form of a sum or product with at most 501 terms, or of the integral of a polynomial.
     pub(super) fn over(&mut self, over: Over, index: &str, parts: &[Expr; 3]) -> Option<Form> {
         let [low, high, body] = parts;
         let (low, high) = (self.form(low)?, self.form(high)?);
@@ -201,7 +213,7 @@ impl Atoms {
                 }
                 Some(all)
             }
-            // A polynomial in the variable has an antiderivative.
+            // An integrand that is a polynomial in the variable has an antiderivative.
             (Over::Integral, _) => {
                 let body = self.form(body)?;
                 let variable = self.number(Atom::Symbol(index.to_owned()));
@@ -233,7 +245,9 @@ impl Atoms {
     }
 }
 
-/// Primes of a number with their counts times `sign`; what is left over counts as one.
+/// Returns the prime factors of `number` as text, with their multiplicities times `sign`.
+///
+/// A rest without small divisors counts as one factor. Returns `None` beyond 4,096 bits.
 fn small_primes(number: &BigInt, sign: i64) -> Option<Vec<(String, i64)>> {
     let mut rest = number.clone();
     let mut primes = Vec::new();
@@ -260,7 +274,7 @@ fn small_primes(number: &BigInt, sign: i64) -> Option<Vec<(String, i64)>> {
     Some(primes)
 }
 
-/// Functions of numbers whose value is a number.
+/// Returns the value of a function of rational numbers, if that value is rational and known.
 fn evaluated(function: Function, values: &[BigRational]) -> Option<BigRational> {
     let whole = |value: &BigRational| is_whole(value).then(|| value.numer().clone());
     values.iter().try_for_each(|value| spend_on(value, value))?;
@@ -280,7 +294,8 @@ fn evaluated(function: Function, values: &[BigRational]) -> Option<BigRational> 
             if top > 5_000 {
                 return None;
             }
-            // As many steps as the shorter side is long, each on a number of so many bits.
+            // The computation takes one step per unit of the smaller lower index, on numbers of about two
+            // bits per step.
             for step in 0..bottom.min(top.saturating_sub(bottom)) {
                 spend_bits(step * 2)?;
             }
@@ -311,7 +326,7 @@ fn evaluated(function: Function, values: &[BigRational]) -> Option<BigRational> 
     }
 }
 
-/// `body` with `value` in place of a variable.
+/// Returns `body` with `value` in place of the free variable `name`.
 pub fn replaced(body: &Expr, name: &str, value: &Expr) -> Expr {
     let again = |part: &Expr| replaced(part, name, value);
     let all = |parts: &[Expr]| parts.iter().map(again).collect::<Vec<_>>();

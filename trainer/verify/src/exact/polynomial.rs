@@ -1,4 +1,7 @@
-//! Arithmetic of polynomials and their fractions, within bounds on terms, bits and work.
+//! Arithmetic of polynomials and their quotients, bounded in terms, bits and work.
+//!
+//! Deliberately absent: common divisors of polynomials. Comparison by cross multiplication does not need
+//! them.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -9,7 +12,7 @@ use num_traits::{One, Zero};
 use super::{Atom, Atoms, BITS, EXPONENT, Exponent, Form, Monomial, Polynomial, TERMS};
 use crate::effort::{spend, spend_bits, spend_on};
 
-/// The product of monomials: exponents add up; whole powers of primes and of `i` go into the coefficient.
+/// Returns the product of two monomials. Integer powers of primes and of `i` move into `coefficient`.
 pub(super) fn monomial_product(
     a: &Monomial,
     b: &Monomial,
@@ -63,6 +66,7 @@ pub(super) fn monomial_product(
     Some(product)
 }
 
+/// Returns the product of two polynomials, or `None` beyond a limit.
 pub(super) fn times(a: &Polynomial, b: &Polynomial, atoms: &Atoms) -> Option<Polynomial> {
     if a.len().checked_mul(b.len())? > TERMS * 20 {
         return None;
@@ -80,6 +84,7 @@ pub(super) fn times(a: &Polynomial, b: &Polynomial, atoms: &Atoms) -> Option<Pol
     (product.len() <= TERMS).then_some(product)
 }
 
+/// Adds a term to a polynomial; removes the term if its coefficient becomes zero.
 pub(super) fn add(into: &mut Polynomial, monomial: Monomial, coefficient: BigRational) -> Option<()> {
     use std::collections::btree_map::Entry;
     match into.entry(monomial) {
@@ -97,7 +102,7 @@ pub(super) fn add(into: &mut Polynomial, monomial: Monomial, coefficient: BigRat
     Some(())
 }
 
-/// The polynomial times what makes all its exponents positive.
+/// Returns the polynomial times the smallest monomial that makes all exponents nonnegative.
 pub(super) fn without_denominators(polynomial: &Polynomial) -> Polynomial {
     let mut least: HashMap<u32, Exponent> = HashMap::new();
     for atom in polynomial.keys().flatten().map(|(atom, _)| *atom) {
@@ -118,7 +123,7 @@ pub(super) fn without_denominators(polynomial: &Polynomial) -> Polynomial {
     polynomial.iter().map(|(monomial, coefficient)| (shifted(monomial), coefficient.clone())).collect()
 }
 
-/// `base^exponent` within the bound on bits.
+/// Returns `base^exponent`, or `None` beyond `BITS` bits and for a negative power of zero.
 pub(super) fn big_power(base: &BigInt, exponent: i64) -> Option<BigRational> {
     let size = u32::try_from(exponent.unsigned_abs()).ok()?;
     let bits = base.bits().checked_mul(u64::from(size))?;
@@ -136,20 +141,25 @@ pub(super) fn big_power(base: &BigInt, exponent: i64) -> Option<BigRational> {
     }
 }
 
+/// Returns the polynomial 1.
 pub(super) fn one() -> Polynomial {
     BTreeMap::from([(Vec::new(), BigRational::one())])
 }
 
+/// Returns an exponent as a fraction of big integers.
 pub(super) fn rational(value: Exponent) -> BigRational {
     BigRational::new((*value.numer()).into(), (*value.denom()).into())
 }
 
+/// Returns the form of a number.
 pub(super) fn constant(value: BigRational) -> Form {
     let top = if value.is_zero() { BTreeMap::new() } else { BTreeMap::from([(Vec::new(), value)]) };
     Form { top, bottom: one() }
 }
 
+/// Multiplication of an exponent by an integer, checked for overflow.
 pub(super) trait CheckedScale: Sized {
+    /// Returns the product, or `None` on overflow.
     fn checked_mul_i(self, by: i64) -> Option<Self>;
 }
 
@@ -160,7 +170,7 @@ impl CheckedScale for Exponent {
 }
 
 impl Form {
-    /// The number that it is, if it is one.
+    /// Returns the value if the form is constant.
     pub fn value(&self) -> Option<BigRational> {
         let plain = |polynomial: &Polynomial| match polynomial.len() {
             0 => Some(BigRational::zero()),
@@ -175,6 +185,7 @@ impl Form {
         Some(top / bottom)
     }
 
+    /// Returns the product of two forms.
     pub(super) fn times(&self, other: &Self, atoms: &Atoms) -> Option<Self> {
         let top = times(&self.top, &other.top, atoms)?;
         let bottom = if self.bottom.len() == 1 && other.bottom.len() == 1 && self.bottom == one() {
@@ -185,6 +196,7 @@ impl Form {
         Some(Self { top, bottom }.reduced(atoms))
     }
 
+    /// Returns the sum of two forms.
     pub(super) fn plus(&self, other: &Self, atoms: &Atoms) -> Option<Self> {
         if self.bottom == other.bottom {
             let mut top = self.top.clone();
@@ -200,7 +212,7 @@ impl Form {
         Some(Self { top, bottom: times(&self.bottom, &other.bottom, atoms)? }.reduced(atoms))
     }
 
-    /// A denominator of one term goes into the numerator.
+    /// Moves a denominator of one term into the numerator.
     pub(super) fn reduced(self, atoms: &Atoms) -> Self {
         if self.bottom.len() != 1 || self.bottom == one() {
             return self;
@@ -212,16 +224,19 @@ impl Form {
         }
     }
 
+    /// Returns the reciprocal of the denominator, which has one term.
     pub(super) fn inverse_bottom(&self) -> Option<Polynomial> {
         let (monomial, coefficient) = self.bottom.iter().next()?;
         let negative: Monomial = monomial.iter().map(|(atom, power)| (*atom, -*power)).collect();
         Some(BTreeMap::from([(negative, coefficient.recip())]))
     }
 
+    /// Returns the reciprocal, or `None` for zero.
     pub(super) fn inverse(&self) -> Option<Self> {
         (!self.top.is_empty()).then(|| Self { top: self.bottom.clone(), bottom: self.top.clone() })
     }
 
+    /// Returns an integer power, or `None` beyond a limit and for a negative power of zero.
     pub(super) fn whole_power(&self, exponent: i64, atoms: &Atoms) -> Option<Self> {
         if let Some(value) = self.value() {
             let top = big_power(value.numer(), exponent.abs())?;
@@ -238,7 +253,7 @@ impl Form {
         }
         let base = if exponent < 0 { self.inverse()?.reduced(atoms) } else { self.clone() };
         if base.top.len() == 1 && base.bottom == one() {
-            // One term: its exponents are multiplied.
+            // The power of a single term multiplies its exponents.
             let (monomial, coefficient) = base.top.iter().next()?;
             let size = exponent.abs();
             let mut coefficient = {

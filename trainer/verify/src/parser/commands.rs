@@ -1,4 +1,6 @@
-//! LaTeX commands: functions, roots, matrices, sums, integrals.
+//! Parser of LaTeX commands: functions, roots, matrices, sums and integrals.
+//!
+//! Deliberately absent: limits and derivatives.
 
 use super::factors::multiplied;
 use super::{ParseError, Parsed, Parser, WIDEST};
@@ -6,6 +8,7 @@ use crate::expr::{Constant, End, Expr, Function, Over, Relation};
 use crate::lexer::Token;
 
 impl Parser {
+    /// Parses the command `name` with its arguments.
     pub(super) fn command(&mut self, name: &str) -> Parsed {
         let begin = self.at;
         self.at += 1;
@@ -35,7 +38,7 @@ impl Parser {
         match name {
             "frac" => {
                 let top = self.argument()?;
-                // A derivative.
+                // Derivatives are not supported.
                 if matches!(&top, Expr::Symbol(d) if d == "d") {
                     return Err(ParseError::At(begin));
                 }
@@ -137,7 +140,8 @@ impl Parser {
         }
     }
 
-    /// `\sin x`, `\sin^2 x`, `\sin(2x)`, `\gcd(a, b)`.
+    /// Parses a function call: `\sin x`, `\sin^2 x`, `\sin(2x)` or `\gcd(a, b)`. The exponent -1 means the
+    /// inverse function.
     fn call(&mut self, function: Function) -> Parsed {
         let exponent = if self.eat('^') { Some(self.exponent()?) } else { None };
         let many = matches!(function, Function::Gcd | Function::Lcm | Function::Max | Function::Min);
@@ -170,7 +174,8 @@ impl Parser {
         })
     }
 
-    /// What a function without brackets takes: the product that follows, up to the next function.
+    /// Parses the argument of a function: a group, or the factors up to the next function, number or
+    /// parenthesis.
     fn function_argument(&mut self) -> Parsed {
         if self.is('(') || self.is('{') || self.is('[') {
             let group = self.primary()?;
@@ -194,6 +199,7 @@ impl Parser {
         matches!(self.token(), Some(Token::Command(name)) if FUNCTIONS.contains(&name.as_str()))
     }
 
+    /// Reads a run of letters.
     fn letters_group(&mut self) -> Result<String, ParseError> {
         let mut name = String::new();
         while let Some(Token::Letter(letter)) = self.token() {
@@ -203,6 +209,7 @@ impl Parser {
         Ok(name)
     }
 
+    /// Parses the name and the rows of an environment behind `\begin`.
     fn matrix(&mut self) -> Parsed {
         self.need('{')?;
         let kind = self.letters_group()?;
@@ -252,6 +259,7 @@ impl Parser {
         Ok(if kind.starts_with('v') && rows.len() == width { determinant(&rows) } else { Expr::Matrix(rows) })
     }
 
+    /// Parses the optional limits `_low` and `^high`, in either order.
     fn limits(&mut self) -> Result<(Option<Expr>, Option<Expr>), ParseError> {
         let (mut low, mut high) = (None, None);
         loop {
@@ -277,10 +285,10 @@ impl Parser {
         }
     }
 
-    /// `\int_a^b f dx`
+    /// Parses the limits and the integrand of `\int_a^b f dx`.
     fn integral(&mut self) -> Parsed {
         let (Some(low), Some(high)) = self.limits()? else { return Err(ParseError::At(self.at)) };
-        // Up to `d` and a letter, at the same depth.
+        // The integrand ends before a `d` and a letter, outside brackets.
         let mut depth = 0usize;
         let mut end = None;
         for at in self.at..self.tokens.len() {
@@ -309,7 +317,7 @@ impl Parser {
         Ok(Expr::Over(Over::Integral, variable, Box::new([low, high, body])))
     }
 
-    /// `\sum_{k=1}^n f`
+    /// Parses the limits and the body of `\sum_{k=1}^n f` or a product.
     fn over(&mut self, over: Over) -> Parsed {
         let (Some(Expr::Relation(mut sides, signs)), Some(high)) = self.limits()? else {
             return Err(ParseError::At(self.at));
@@ -324,7 +332,7 @@ impl Parser {
     }
 }
 
-/// By the first row.
+/// Returns the determinant by expansion along the first row. Matrices with more than five rows stay matrices.
 fn determinant(rows: &[Vec<Expr>]) -> Expr {
     if rows.len() > 5 {
         return Expr::Matrix(rows.to_vec());

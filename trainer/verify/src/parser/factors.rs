@@ -1,4 +1,6 @@
-//! Products, powers, and what stands behind a value.
+//! Parser of products, powers, postfix operators and units.
+//!
+//! Deliberately absent: remainders (`\bmod`), which are errors.
 
 use num_traits::ToPrimitive;
 
@@ -8,6 +10,7 @@ use crate::expr::{Expr, Function, Number, is_whole};
 use crate::lexer::{Spaced, Token};
 
 impl Parser {
+    /// Parses a product with explicit multiplication and division signs.
     pub(super) fn product(&mut self) -> Parsed {
         let mut factors = vec![self.factor()?];
         loop {
@@ -37,7 +40,7 @@ impl Parser {
         Ok(multiplied(factors))
     }
 
-    /// The letter in `1.5 x 10^3`.
+    /// Returns whether the next token is the letter `x` as a multiplication sign, as in `1.5 x 10^3`.
     fn times_sign(&self) -> bool {
         self.letters == Letters::Words
             && matches!(self.token(), Some(Token::Letter('x' | 'X')))
@@ -45,7 +48,7 @@ impl Parser {
             && matches!(self.tokens.get(self.at + 1), Some(Spaced { token: Token::Number(_), spaced: true }))
     }
 
-    /// A factor with what is multiplied to it without a sign.
+    /// Parses a signed implicit product, such as `2x`, with an optional unit.
     pub(super) fn factor(&mut self) -> Parsed {
         if self.eat('-') {
             return self.deeper(|parser| Ok(parser.factor()?.negated()));
@@ -62,7 +65,7 @@ impl Parser {
         let mut factors = vec![first];
         while self.begins_factor() && !(self.times_sign() && matches!(factors.last(), Some(Expr::Number(_))))
         {
-            // `3 4` is no product.
+            // Two numbers side by side are not a product.
             if matches!(self.token(), Some(Token::Number(_)))
                 && matches!(factors.last(), Some(Expr::Number(_)))
             {
@@ -78,16 +81,18 @@ impl Parser {
         })
     }
 
+    /// Parses the fraction behind the integer `first` and returns the mixed number; backtracks if there is
+    /// none.
     fn mixed(&mut self, first: &Expr) -> Option<Expr> {
         let whole =
             first.number().filter(|number| !number.is_decimal && is_whole(&number.value))?.value.clone();
         let before = self.at;
         let mut unread = None;
         let fraction = if self.guessing {
-            // A mixed number holds no other: to guess within a guess would double the work with each level.
+            // Mixed numbers do not nest; nested backtracking would double the work with each level.
             None
         } else if self.is_command("frac") {
-            // Reading may split a token (`\frac12`).
+            // Parsing splits a token such as `12` in `\frac12`, so backtracking restores the tokens.
             spend(self.tokens.len() as u64 * 20)?;
             unread = Some(self.tokens.clone());
             self.guessing = true;
@@ -125,7 +130,7 @@ impl Parser {
         }
     }
 
-    /// Words behind a value.
+    /// Parses the words of a unit behind a value.
     fn unit(&mut self) -> Option<String> {
         let Some(Token::Text(words)) = self.token() else { return None };
         if ["and", "or"].contains(&words.trim_matches([',', ' ']).to_lowercase().as_str()) {
@@ -133,7 +138,7 @@ impl Parser {
         }
         let mut unit = words.clone();
         self.at += 1;
-        // `m^2`, `m/s`, `square feet`
+        // Examples: `m^2`, `m/s`, `square feet`.
         loop {
             if self.is('^') {
                 self.at += 1;
@@ -166,6 +171,7 @@ impl Parser {
         Some(unit)
     }
 
+    /// Returns whether the next token can begin a factor of an implicit product.
     pub(super) fn begins_factor(&self) -> bool {
         match self.token() {
             None | Some(Token::Text(_)) => false,
@@ -213,10 +219,12 @@ impl Parser {
         }
     }
 
+    /// Parses a power with optional minus signs.
     fn signed_power(&mut self) -> Parsed {
         if self.eat('-') { Ok(self.signed_power()?.negated()) } else { self.power() }
     }
 
+    /// Parses a power, or a base in degrees such as `30^\circ`.
     pub(super) fn power(&mut self) -> Parsed {
         let base = self.postfix()?;
         if !self.is('^') {
@@ -234,6 +242,7 @@ impl Parser {
         self.after(power)
     }
 
+    /// Parses an exponent.
     pub(super) fn exponent(&mut self) -> Parsed {
         if self.eat('-') {
             return Ok(self.deeper(Self::exponent)?.negated());
@@ -252,7 +261,7 @@ impl Parser {
             self.need('}')?;
             return Ok(inner);
         }
-        // `x^23` is x squared times three in LaTeX; people mean the 23rd power.
+        // LaTeX typesets `x^23` with only the 2 raised, but authors mean the 23rd power.
         let base = self.primary()?;
         let base = self.after(base)?;
         if self.eat('^') {
@@ -262,12 +271,13 @@ impl Parser {
         }
     }
 
+    /// Parses a primary expression with its postfix operators.
     fn postfix(&mut self) -> Parsed {
         let base = self.primary()?;
         self.after(base)
     }
 
-    /// `!`, `%`, degrees, a base, a prime.
+    /// Parses postfix operators behind `base`: factorial, percent, degrees, number base and prime.
     pub(super) fn after(&mut self, mut base: Expr) -> Parsed {
         loop {
             if self.is('!') && !matches!(self.ahead(1), Some(Token::Sign('='))) {
@@ -304,6 +314,7 @@ impl Parser {
     }
 }
 
+/// Returns the product of factors, or a single factor unchanged.
 pub(super) fn multiplied(mut factors: Vec<Expr>) -> Expr {
     if factors.len() == 1 {
         return factors.swap_remove(0);
@@ -311,7 +322,7 @@ pub(super) fn multiplied(mut factors: Vec<Expr>) -> Expr {
     Expr::Product(factors)
 }
 
-/// A fraction of whole numbers below one, as a number.
+/// Returns the value of a quotient of an integer and a positive integer.
 fn plain_fraction(fraction: &Expr) -> Option<num_rational::BigRational> {
     let Expr::Product(parts) = fraction else { return None };
     let [Expr::Number(top), Expr::Power(bottom, exponent)] = parts.as_slice() else { return None };

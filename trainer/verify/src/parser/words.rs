@@ -1,11 +1,13 @@
-//! Plain text before it is parsed: numbers with exponents, words, units.
+//! Preparation of plain text for the parser: scientific notation, words and units.
+//!
+//! Deliberately absent: text with LaTeX commands, whose letters are variables.
 
 use num_traits::ToPrimitive;
 
 use crate::expr::{Number, is_whole};
 use crate::lexer::{Spaced, Token};
 
-/// `1.5e3` is one number.
+/// Joins scientific notation such as `1.5e3` into one number.
 pub(super) fn scientific(all: Vec<Spaced>) -> Vec<Spaced> {
     let mut out: Vec<Spaced> = Vec::with_capacity(all.len());
     let mut at = 0;
@@ -41,7 +43,10 @@ pub(super) fn scientific(all: Vec<Spaced>) -> Vec<Spaced> {
     out
 }
 
-/// Runs of letters that are words become commands or texts. Where there is LaTeX, letters are variables.
+/// Replaces runs of letters: names of functions and constants by commands, other words by texts.
+///
+/// Other runs stay single letters. Text with LaTeX commands other than `\pi` and degrees is returned
+/// unchanged.
 pub(super) fn words(all: Vec<Spaced>) -> Vec<Spaced> {
     if all
         .iter()
@@ -49,11 +54,13 @@ pub(super) fn words(all: Vec<Spaced>) -> Vec<Spaced> {
     {
         return all;
     }
+    /// Names of functions and constants.
     const KNOWN: [&str; 33] = [
         "pi", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "exp", "gcd", "lcm", "max",
         "min", "abs", "infty", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "theta", "alpha",
         "beta", "lambda", "cup", "union", "inf", "infinity", "degrees", "degree",
     ];
+    /// Words of two letters.
     const SMALL: [&str; 16] =
         ["am", "pm", "to", "of", "is", "no", "if", "in", "on", "at", "by", "we", "he", "it", "so", "as"];
     let mut out: Vec<Spaced> = Vec::with_capacity(all.len());
@@ -80,7 +87,7 @@ pub(super) fn words(all: Vec<Spaced>) -> Vec<Spaced> {
         let behind_number = matches!(out.last(), Some(Spaced { token: Token::Number(_), .. }));
         let is_unit = behind_number && word.len() > 1 && crate::units::known(&word).is_some();
         let length = word.chars().count();
-        // Words of two letters that are no product of variables.
+        // Longer runs are words; two letters are a product of variables, except in these words.
         let is_word = length > 2 || SMALL.contains(&lower.as_str());
         let stands_alone = (all[at].spaced || at == 0) && !follows_formula(&all, end);
         let joins = lower == "and" || lower == "or" || length > 3;
@@ -96,7 +103,8 @@ pub(super) fn words(all: Vec<Spaced>) -> Vec<Spaced> {
     out
 }
 
-/// Whether what follows makes letters a formula: an operator, a power, a subscript.
+/// Returns whether an operator, power, subscript or parenthesis at token `at` makes the preceding letters a
+/// formula.
 fn follows_formula(all: &[Spaced], at: usize) -> bool {
     matches!(
         all.get(at).map(|next| &next.token),

@@ -1,4 +1,6 @@
-//! Equations and inequalities.
+//! Comparison of equations and inequalities for the strict profile.
+//!
+//! Deliberately absent: solving of equations. Only bounds on a single variable become solution sets.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +10,7 @@ use super::{Verdict, exprs, is_container, scalars, verdict};
 use crate::exact::Atoms;
 use crate::expr::{Constant, End, Expr, Relation};
 
-/// The value that an equation assigns: `x = 5`, `f(x) = 2x`, `a = b = 3`.
+/// Returns name and value of an assignment: `x = 5`, `f(x) = 2x` or `a = b = 3`.
 fn assigned(expr: &Expr) -> Option<(&Expr, &Expr)> {
     let Expr::Relation(sides, signs) = expr else { return None };
     let name = |side: &Expr| match side {
@@ -20,6 +22,7 @@ fn assigned(expr: &Expr) -> Option<(&Expr, &Expr)> {
     (equations && name(&sides[0])).then(|| (&sides[0], &sides[sides.len() - 1]))
 }
 
+/// Compares two values of which at least one is a relation.
 pub(super) fn relations(gold: &Expr, answer: &Expr) -> Verdict {
     match (gold, answer) {
         (Expr::Relation(..), Expr::Relation(..)) => two_relations(gold, answer),
@@ -32,7 +35,7 @@ pub(super) fn relations(gold: &Expr, answer: &Expr) -> Verdict {
             {
                 return if std::ptr::eq(relation, gold) { exprs(&set, other) } else { exprs(other, &set) };
             }
-            // `3 * 4 = 12`: the last side, if the equation holds.
+            // An equation that holds, such as `3 * 4 = 12`, counts as its last side.
             if let Expr::Relation(sides, signs) = relation
                 && signs.iter().all(|sign| *sign == Relation::Equal)
                 && sides.windows(2).all(|pair| exprs(&pair[0], &pair[1]).equal == Some(true))
@@ -45,7 +48,7 @@ pub(super) fn relations(gold: &Expr, answer: &Expr) -> Verdict {
     }
 }
 
-/// Bounds on one variable as an interval.
+/// Returns the solution set of bounds on one variable, such as `x > 0` or `1 < x < 2`.
 fn solved(relation: &Expr) -> Option<Expr> {
     let Expr::Relation(sides, signs) = relation else { return None };
     let end = |at: Expr, closed| End { at: Box::new(at), closed };
@@ -91,6 +94,7 @@ fn solved(relation: &Expr) -> Option<Expr> {
     }
 }
 
+/// Compares two relations: as assignments, as solution sets, or by their normal forms.
 fn two_relations(gold: &Expr, answer: &Expr) -> Verdict {
     if let (Some((name, a)), Some((other, b))) = (assigned(gold), assigned(answer)) {
         let same_name = name == other || exprs(name, other).equal == Some(true);
