@@ -194,7 +194,7 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Result<Config, ConfigError> {
-        let path = std::env::temp_dir().join(format!("{}.toml", potstill_shared::id::unique("config")));
+        let path = std::env::temp_dir().join(format!("{}.toml", potstill_shared::id::unique_id("config")));
         potstill_shared::durable::write_file(&path, text.as_bytes()).unwrap();
         Config::read(&path)
     }

@@ -80,7 +80,7 @@ fn parse_priority(text: &str) -> Result<Priority, String> {
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Serve { config, log_json, threads } => {
-            potstill_shared::telemetry::init_logs("info", log_json);
+            potstill_shared::telemetry::init_logging("info", log_json);
             let loaded = Config::read(&config)?;
             runtime(threads)?.block_on(serve(config, loaded))
         }

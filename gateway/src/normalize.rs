@@ -133,7 +133,7 @@ fn normalize_tool_calls(calls: &mut Value, streamed: bool) {
         if !streamed || begins {
             call.entry("type").or_insert_with(|| "function".into());
             if !call.get("id").is_some_and(Value::is_string) {
-                call.insert("id".into(), potstill_shared::id::unique("call").into());
+                call.insert("id".into(), potstill_shared::id::unique_id("call").into());
             }
         }
         if let Some(arguments) = call.get_mut("function").and_then(|function| function.get_mut("arguments"))

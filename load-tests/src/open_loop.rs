@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use clap::Args;
 use potstill_shared::client::{Client, Endpoint};
-use potstill_shared::openai::{ChatMessage, ChatRequest, GenerationOptions};
-use potstill_shared::redact::Redacted;
+use potstill_shared::openai::{ChatMessage, ChatRequest, GenerationParams};
+use potstill_shared::redact::Secret;
 use rand::{Rng, SeedableRng};
 use tokio::time::Instant;
 
@@ -55,15 +55,15 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<()> {
         "`--rate` and `--requests` must be above 0"
     );
     let mut endpoint = Endpoint::new(arguments.url.as_str());
-    endpoint.api_key = arguments.key.clone().map(Redacted::new);
+    endpoint.api_key = arguments.key.clone().map(Secret::new);
     let client = Client::new(endpoint)?;
     let request = ChatRequest {
         model: arguments.model.clone(),
-        messages: vec![ChatMessage::text("user", arguments.prompt.as_str())],
-        options: GenerationOptions {
+        messages: vec![ChatMessage::from_text("user", arguments.prompt.as_str())],
+        params: GenerationParams {
             stream: Some(arguments.stream),
             max_tokens: Some(arguments.max_tokens),
-            ..GenerationOptions::default()
+            ..GenerationParams::default()
         },
         ..ChatRequest::default()
     };

@@ -40,7 +40,7 @@ pub enum DurableError {
 }
 
 /// Returns a converter that adds the action and the path to an I/O error.
-fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DurableError {
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DurableError {
     let path = path.to_owned();
     move |source| {
         if source.kind() == io::ErrorKind::StorageFull {
@@ -54,21 +54,21 @@ fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DurableErr
 /// Flushes the entries of `folder` to the disk, so that a rename inside survives a crash.
 fn sync_folder(folder: &Path) -> Result<(), DurableError> {
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    File::open(folder).and_then(|file| file.sync_all()).map_err(at("sync the folder", folder))
+    File::open(folder).and_then(|file| file.sync_all()).map_err(io_error("sync the folder", folder))
 }
 
 /// Creates `folder` and its missing parents.
 pub fn create_folder(folder: &Path) -> Result<(), DurableError> {
-    fs::create_dir_all(folder).map_err(at("create the folder", folder))
+    fs::create_dir_all(folder).map_err(io_error("create the folder", folder))
 }
 
 /// Replaces `path` by a file with the content `bytes`: temporary file, fsync, rename, fsync of the folder.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), DurableError> {
-    write_with(path, |file| file.write_all(bytes))
+    write_file_with(path, |file| file.write_all(bytes))
 }
 
 /// Replaces `path` by a file whose content `fill` writes in pieces; otherwise like [`write_file`].
-pub fn write_with(
+pub fn write_file_with(
     path: &Path,
     fill: impl FnOnce(&mut io::BufWriter<File>) -> io::Result<()>,
 ) -> Result<(), DurableError> {
@@ -87,9 +87,9 @@ pub fn write_with(
     });
     if let Err(error) = written {
         let _gone = fs::remove_file(&temporary);
-        return Err(at("write", path)(error));
+        return Err(io_error("write", path)(error));
     }
-    fs::rename(&temporary, path).map_err(at("rename into", path))?;
+    fs::rename(&temporary, path).map_err(io_error("rename into", path))?;
     sync_folder(folder)
 }
 
@@ -111,26 +111,26 @@ pub fn publish_folder<E: From<DurableError>>(
     if path.exists() {
         let old = parent.join(format!(".{name}.old"));
         remove_folder(&old)?;
-        fs::rename(path, &old).map_err(at("move away", path))?;
-        fs::rename(&temporary, path).map_err(at("rename into", path))?;
+        fs::rename(path, &old).map_err(io_error("move away", path))?;
+        fs::rename(&temporary, path).map_err(io_error("rename into", path))?;
         remove_folder(&old)?;
     } else {
-        fs::rename(&temporary, path).map_err(at("rename into", path))?;
+        fs::rename(&temporary, path).map_err(io_error("rename into", path))?;
     }
     Ok(sync_folder(parent)?)
 }
 
 /// Flushes the finished file `part` to the disk, then renames the file to `path`.
 pub fn publish_file(part: &Path, path: &Path) -> Result<(), DurableError> {
-    File::open(part).and_then(|file| file.sync_all()).map_err(at("sync", part))?;
-    fs::rename(part, path).map_err(at("rename into", path))?;
+    File::open(part).and_then(|file| file.sync_all()).map_err(io_error("sync", part))?;
+    fs::rename(part, path).map_err(io_error("rename into", path))?;
     sync_folder(path.parent().unwrap_or(Path::new(".")))
 }
 
 /// Removes a file. A missing file is not an error.
 pub fn remove_file(path: &Path) -> Result<(), DurableError> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", path)(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", path)(error)),
         _ => Ok(()),
     }
 }
@@ -138,7 +138,7 @@ pub fn remove_file(path: &Path) -> Result<(), DurableError> {
 /// Removes a folder with its contents. A missing folder is not an error.
 pub fn remove_folder(path: &Path) -> Result<(), DurableError> {
     match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", path)(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", path)(error)),
         _ => Ok(()),
     }
 }
@@ -154,11 +154,11 @@ pub struct AppendLog {
 }
 
 /// Bytes before a payload: the digits of the checksum and a space.
-const CHECKSUM: u64 = 9;
+const CHECKSUM_PREFIX_BYTES: u64 = 9;
 
 /// Result of opening or scanning a log.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Recovery {
+pub struct LogScanSummary {
     /// Number of valid lines.
     pub lines: u64,
     /// Bytes of a torn tail that were removed.
@@ -173,25 +173,28 @@ impl AppendLog {
     /// torn tail.
     ///
     /// Fails with [`DurableError::InUse`] if another process holds the lock.
-    pub fn open(path: &Path, mut line: impl FnMut(u64, &str)) -> Result<(Self, Recovery), DurableError> {
+    pub fn open(
+        path: &Path,
+        mut line: impl FnMut(u64, &str),
+    ) -> Result<(Self, LogScanSummary), DurableError> {
         let is_new = !path.exists();
         let mut file = OpenOptions::new()
             .read(true)
             .append(true)
             .create(true)
             .open(path)
-            .map_err(at("open the log", path))?;
+            .map_err(io_error("open the log", path))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(fs::TryLockError::WouldBlock) => return Err(DurableError::InUse { path: path.to_owned() }),
-            Err(fs::TryLockError::Error(source)) => return Err(at("lock", path)(source)),
+            Err(fs::TryLockError::Error(source)) => return Err(io_error("lock", path)(source)),
         }
-        let reader = file.try_clone().map_err(at("open", path))?;
-        let Ends { mut recovery, offset, good_end, last_line_end } =
-            scan(reader, &mut line).map_err(at("read the log", path))?;
+        let reader = file.try_clone().map_err(io_error("open", path))?;
+        let ScanResult { mut recovery, offset, good_end, last_line_end } =
+            scan(reader, &mut line).map_err(io_error("read the log", path))?;
         let mut end = offset;
         // Damage at the end of the log is a torn tail; damage before a valid line is kept.
-        let torn = tail_is_torn(&mut file, good_end, offset);
+        let torn = is_tail_torn(&mut file, good_end, offset);
         if torn || last_line_end < offset {
             // A torn tail is removed whole. Behind several damaged lines, only the unfinished last line is
             // removed.
@@ -199,8 +202,8 @@ impl AppendLog {
             recovery.cut_bytes = offset - keep;
             recovery.damaged_lines -= u64::from(torn && recovery.damaged_lines > 0);
             end = keep;
-            file.set_len(end).map_err(at("cut the torn tail of", path))?;
-            file.sync_all().map_err(at("sync", path))?;
+            file.set_len(end).map_err(io_error("cut the torn tail of", path))?;
+            file.sync_all().map_err(io_error("sync", path))?;
         }
         if is_new {
             sync_folder(path.parent().unwrap_or(Path::new(".")))?;
@@ -211,9 +214,9 @@ impl AppendLog {
     /// Passes each valid payload with its offset to `line`, without lock and without changes.
     ///
     /// Another process can write the log meanwhile.
-    pub fn scan(path: &Path, mut line: impl FnMut(u64, &str)) -> Result<Recovery, DurableError> {
-        let file = File::open(path).map_err(at("open the log", path))?;
-        Ok(scan(file, &mut line).map_err(at("read the log", path))?.recovery)
+    pub fn scan_log(path: &Path, mut line: impl FnMut(u64, &str)) -> Result<LogScanSummary, DurableError> {
+        let file = File::open(path).map_err(io_error("open the log", path))?;
+        Ok(scan(file, &mut line).map_err(io_error("read the log", path))?.recovery)
     }
 
     /// Appends a payload without line breaks and returns its offset in bytes.
@@ -222,42 +225,42 @@ impl AppendLog {
     pub fn append(&mut self, payload: &str) -> Result<u64, DurableError> {
         debug_assert!(!payload.contains('\n'));
         writeln!(self.file, "{:08x} {payload}", crc32fast::hash(payload.as_bytes()))
-            .map_err(at("append to", &self.path))?;
-        let begin = self.end + CHECKSUM;
+            .map_err(io_error("append to", &self.path))?;
+        let begin = self.end + CHECKSUM_PREFIX_BYTES;
         self.end = begin + payload.len() as u64 + 1;
         Ok(begin)
     }
 
     /// Returns a reader of payloads by offset, for use beside the writer.
-    pub fn lines(&self) -> Result<Lines, DurableError> {
+    pub fn reader(&self) -> Result<LineReader, DurableError> {
         // A new descriptor, because a duplicate would keep the lock of the log for its own lifetime.
-        Lines::open(&self.path)
+        LineReader::open(&self.path)
     }
 
     /// Flushes all appended lines to the disk. One call for many lines is a group commit.
     pub fn sync(&mut self) -> Result<(), DurableError> {
-        self.file.flush().map_err(at("append to", &self.path))?;
-        self.file.get_ref().sync_data().map_err(at("sync", &self.path))
+        self.file.flush().map_err(io_error("append to", &self.path))?;
+        self.file.get_ref().sync_data().map_err(io_error("sync", &self.path))
     }
 }
 
 /// Reader of the lines of a file by offset.
 #[derive(Debug)]
-pub struct Lines {
+pub struct LineReader {
     path: PathBuf,
     file: File,
 }
 
-impl Lines {
+impl LineReader {
     /// Opens the file at `path`.
     pub fn open(path: &Path) -> Result<Self, DurableError> {
-        let file = File::open(path).map_err(at("open", path))?;
+        let file = File::open(path).map_err(io_error("open", path))?;
         Ok(Self { path: path.to_owned(), file })
     }
 
     /// Returns the line that begins at byte `offset`, without its line break. Fails on invalid UTF-8.
-    pub fn read(&self, offset: u64) -> Result<String, DurableError> {
-        read_line(&self.file, offset).map_err(at("read a line of", &self.path))
+    pub fn read_line_at(&self, offset: u64) -> Result<String, DurableError> {
+        read_line(&self.file, offset).map_err(io_error("read a line of", &self.path))
     }
 }
 
@@ -285,13 +288,13 @@ fn read_line(file: &File, offset: u64) -> io::Result<String> {
 ///
 /// The operating system frees the disk space when the value is dropped or the process ends.
 #[derive(Debug)]
-pub struct Scratch {
+pub struct ScratchFile {
     path: PathBuf,
     file: io::BufWriter<File>,
     end: u64,
 }
 
-impl Scratch {
+impl ScratchFile {
     /// Creates a scratch file on the disk of the existing folder `folder`.
     pub fn new(folder: &Path) -> Result<Self, DurableError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -303,8 +306,8 @@ impl Scratch {
             .create(true)
             .truncate(true)
             .open(&path)
-            .map_err(at("open the scratch file", &path))?;
-        fs::remove_file(&path).map_err(at("hide the scratch file", &path))?;
+            .map_err(io_error("open the scratch file", &path))?;
+        fs::remove_file(&path).map_err(io_error("hide the scratch file", &path))?;
         Ok(Self { path, file: io::BufWriter::with_capacity(1 << 16, file), end: 0 })
     }
 
@@ -312,30 +315,31 @@ impl Scratch {
     pub fn append(&mut self, line: &[u8]) -> Result<u64, DurableError> {
         debug_assert!(!line.contains(&b'\n'));
         let written = self.file.write_all(line).and_then(|()| self.file.write_all(b"\n"));
-        written.map_err(at("write to", &self.path))?;
+        written.map_err(io_error("write to", &self.path))?;
         let begin = self.end;
         self.end += line.len() as u64 + 1;
         Ok(begin)
     }
 
     /// Returns the line at `offset`; flushes the write buffer if the line is not on disk yet.
-    pub fn read(&mut self, offset: u64) -> Result<String, DurableError> {
+    pub fn read_line_at(&mut self, offset: u64) -> Result<String, DurableError> {
         if offset >= self.end - self.file.buffer().len() as u64 {
-            self.file.flush().map_err(at("write to", &self.path))?;
+            self.file.flush().map_err(io_error("write to", &self.path))?;
         }
-        read_line(self.file.get_ref(), offset).map_err(at("read a line of", &self.path))
+        read_line(self.file.get_ref(), offset).map_err(io_error("read a line of", &self.path))
     }
 
     /// Ends the writing and returns a reader of the lines.
-    pub fn lines(self) -> Result<Lines, DurableError> {
-        let file = self.file.into_inner().map_err(|error| at("write to", &self.path)(error.into_error()))?;
-        Ok(Lines { path: self.path, file })
+    pub fn into_reader(self) -> Result<LineReader, DurableError> {
+        let file =
+            self.file.into_inner().map_err(|error| io_error("write to", &self.path)(error.into_error()))?;
+        Ok(LineReader { path: self.path, file })
     }
 }
 
 /// Result of reading a log from its beginning.
-struct Ends {
-    recovery: Recovery,
+struct ScanResult {
+    recovery: LogScanSummary,
     /// Bytes read, the length of the file.
     offset: u64,
     /// Offset behind the last valid line.
@@ -345,8 +349,9 @@ struct Ends {
 }
 
 /// Reads a log and passes each valid payload with its offset to `line`.
-fn scan(file: File, line: &mut impl FnMut(u64, &str)) -> io::Result<Ends> {
-    let mut ends = Ends { recovery: Recovery::default(), offset: 0, good_end: 0, last_line_end: 0 };
+fn scan(file: File, line: &mut impl FnMut(u64, &str)) -> io::Result<ScanResult> {
+    let mut ends =
+        ScanResult { recovery: LogScanSummary::default(), offset: 0, good_end: 0, last_line_end: 0 };
     let mut reader = BufReader::with_capacity(1 << 20, file);
     let mut buffer = Vec::new();
     loop {
@@ -360,9 +365,9 @@ fn scan(file: File, line: &mut impl FnMut(u64, &str)) -> io::Result<Ends> {
         if buffer.ends_with(b"\n") {
             ends.last_line_end = ends.offset;
         }
-        match checked_payload(&buffer) {
+        match verified_payload(&buffer) {
             Some(payload) => {
-                line(begin + CHECKSUM, payload);
+                line(begin + CHECKSUM_PREFIX_BYTES, payload);
                 ends.recovery.lines += 1;
                 ends.good_end = ends.offset;
             }
@@ -373,20 +378,20 @@ fn scan(file: File, line: &mut impl FnMut(u64, &str)) -> io::Result<Ends> {
 }
 
 /// Opens a plain text file for appending. The lines are not durable: a crash can lose them.
-pub fn append_lines(path: &Path) -> Result<io::BufWriter<File>, DurableError> {
-    let file = OpenOptions::new().append(true).create(true).open(path).map_err(at("open", path))?;
+pub fn open_for_append(path: &Path) -> Result<io::BufWriter<File>, DurableError> {
+    let file = OpenOptions::new().append(true).create(true).open(path).map_err(io_error("open", path))?;
     Ok(io::BufWriter::new(file))
 }
 
 /// Returns the payload of a finished line whose checksum is correct.
-fn checked_payload(line: &[u8]) -> Option<&str> {
+fn verified_payload(line: &[u8]) -> Option<&str> {
     let line = std::str::from_utf8(line.strip_suffix(b"\n")?).ok()?;
     let (crc, payload) = line.split_once(' ')?;
     (u32::from_str_radix(crc, 16).ok()? == crc32fast::hash(payload.as_bytes())).then_some(payload)
 }
 
 /// Returns whether the file has at most one damaged line behind the last valid line.
-fn tail_is_torn(file: &mut File, good_end: u64, end: u64) -> bool {
+fn is_tail_torn(file: &mut File, good_end: u64, end: u64) -> bool {
     if good_end >= end || end - good_end > 64 << 20 {
         return false;
     }
@@ -409,7 +414,7 @@ mod tests {
         write_file(&path, b"one").unwrap();
         write_file(&path, b"two").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"two");
-        assert!(write_with(&path, |_| Err(io::Error::from(io::ErrorKind::StorageFull))).is_err());
+        assert!(write_file_with(&path, |_| Err(io::Error::from(io::ErrorKind::StorageFull))).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"two", "the old file stays when the new one fails");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
@@ -444,13 +449,13 @@ mod tests {
     #[test]
     fn reads_scratch_lines_by_offset_without_a_directory_entry() {
         let folder = tempfile::tempdir().unwrap();
-        let mut scratch = Scratch::new(folder.path()).unwrap();
+        let mut scratch = ScratchFile::new(folder.path()).unwrap();
         let texts = ["", "one", &"long ".repeat(3000), "end"];
         let places: Vec<u64> = texts.iter().map(|text| scratch.append(text.as_bytes()).unwrap()).collect();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
-        let lines = scratch.lines().unwrap();
+        let lines = scratch.into_reader().unwrap();
         for (place, text) in places.iter().zip(texts).rev() {
-            assert_eq!(lines.read(*place).unwrap(), text);
+            assert_eq!(lines.read_line_at(*place).unwrap(), text);
         }
     }
 
@@ -481,9 +486,9 @@ mod tests {
             prop_assert_eq!(recovery.damaged_lines, 0);
             places.push(log.append("after").unwrap());
             log.sync().unwrap();
-            let lines = log.lines().unwrap();
+            let lines = log.reader().unwrap();
             for (place, line) in places.iter().zip(seen.iter().map(String::as_str).chain(["after"])) {
-                prop_assert_eq!(lines.read(*place).unwrap(), line);
+                prop_assert_eq!(lines.read_line_at(*place).unwrap(), line);
             }
             drop(log);
             let mut again = Vec::new();

@@ -15,7 +15,7 @@ pub struct ContentId(String);
 
 impl ContentId {
     /// Hashes `parts` with their lengths, so that `["ab", "c"]` and `["a", "bc"]` differ.
-    pub fn of(parts: &[&str]) -> Self {
+    pub fn from_parts(parts: &[&str]) -> Self {
         let mut hasher = blake3::Hasher::new();
         for part in parts {
             hasher.update(&(part.len() as u64).to_le_bytes());
@@ -25,7 +25,7 @@ impl ContentId {
     }
 
     /// Hashes one byte string, such as a file or a weight tensor, without its length.
-    pub fn of_bytes(bytes: &[u8]) -> Self {
+    pub fn from_bytes(bytes: &[u8]) -> Self {
         Self(blake3::hash(bytes).to_hex()[..32].to_owned())
     }
 
@@ -72,7 +72,7 @@ impl fmt::Debug for ContentId {
 ///
 /// A counter makes ids unique within the process; a random key per process separates processes. The id is not
 /// a secret.
-pub fn unique(prefix: &str) -> String {
+pub fn unique_id(prefix: &str) -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     static BASE: std::sync::OnceLock<RandomState> = std::sync::OnceLock::new();
     let mut hasher = BASE.get_or_init(RandomState::new).build_hasher();
@@ -98,13 +98,13 @@ mod tests {
 
     #[test]
     fn same_text_split_differently_gives_other_ids() {
-        assert_ne!(ContentId::of(&["ab", "c"]), ContentId::of(&["a", "bc"]));
-        assert_eq!(ContentId::of(&["ab", "c"]), ContentId::of(&["ab", "c"]));
+        assert_ne!(ContentId::from_parts(&["ab", "c"]), ContentId::from_parts(&["a", "bc"]));
+        assert_eq!(ContentId::from_parts(&["ab", "c"]), ContentId::from_parts(&["ab", "c"]));
     }
 
     #[test]
     fn unique_ids_do_not_repeat() {
-        let ids: std::collections::HashSet<_> = (0..10_000).map(|_| unique("req")).collect();
+        let ids: std::collections::HashSet<_> = (0..10_000).map(|_| unique_id("req")).collect();
         assert_eq!(ids.len(), 10_000);
     }
 }

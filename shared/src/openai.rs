@@ -18,7 +18,7 @@ pub struct ChatRequest {
     pub messages: Vec<ChatMessage>,
     /// Sampling parameters and limits, the same as for the completions endpoint.
     #[serde(flatten)]
-    pub options: GenerationOptions,
+    pub params: GenerationParams,
     /// Unknown fields.
     #[serde(flatten)]
     pub extra: Extra,
@@ -36,7 +36,7 @@ pub struct CompletionRequest {
     pub echo: Option<bool>,
     /// Sampling parameters and limits.
     #[serde(flatten)]
-    pub options: GenerationOptions,
+    pub params: GenerationParams,
     /// Unknown fields.
     #[serde(flatten)]
     pub extra: Extra,
@@ -64,7 +64,7 @@ impl Default for Prompt {
 
 /// Sampling parameters and limits of both generation endpoints. Every field is optional on the wire.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct GenerationOptions {
+pub struct GenerationParams {
     /// Whether the response is a stream of chunks; false if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<bool>,
@@ -111,14 +111,14 @@ pub struct GenerationOptions {
     pub n: Option<u32>,
 }
 
-impl GenerationOptions {
+impl GenerationParams {
     /// Returns the limit on generated tokens under either name, or `None` if the request has none.
-    pub fn token_limit(&self) -> Option<u32> {
+    pub fn max_new_tokens(&self) -> Option<u32> {
         self.max_completion_tokens.or(self.max_tokens)
     }
 
     /// Returns whether the response is a stream.
-    pub fn streamed(&self) -> bool {
+    pub fn is_streamed(&self) -> bool {
         self.stream.unwrap_or(false)
     }
 }
@@ -128,17 +128,17 @@ impl GenerationOptions {
 #[serde(untagged)]
 pub enum Stop {
     /// One string.
-    One(String),
+    Single(String),
     /// List of strings.
-    Many(Vec<String>),
+    List(Vec<String>),
 }
 
 impl Stop {
     /// Returns the stop strings as a list.
     pub fn into_vec(self) -> Vec<String> {
         match self {
-            Self::One(text) => vec![text],
-            Self::Many(texts) => texts,
+            Self::Single(text) => vec![text],
+            Self::List(texts) => texts,
         }
     }
 }
@@ -175,17 +175,17 @@ pub struct ChatMessage {
 
 impl ChatMessage {
     /// Returns a message of plain text.
-    pub fn text(role: &str, content: impl Into<String>) -> Self {
+    pub fn from_text(role: &str, content: impl Into<String>) -> Self {
         Self { role: role.to_owned(), content: Some(Content::Text(content.into())), ..Self::default() }
     }
 
     /// Returns the reasoning, from `reasoning_content` or else `reasoning`.
-    pub fn thinking(&self) -> Option<&str> {
+    pub fn reasoning_text(&self) -> Option<&str> {
         self.reasoning_content.as_deref().or(self.reasoning.as_deref())
     }
 
     /// Returns the text of the message, with the text parts concatenated.
-    pub fn plain(&self) -> String {
+    pub fn plain_text(&self) -> String {
         match &self.content {
             None => String::new(),
             Some(Content::Text(text)) => text.clone(),
@@ -274,7 +274,7 @@ pub struct Delta {
 
 impl Delta {
     /// Returns the piece of reasoning, from `reasoning_content` or else `reasoning`.
-    pub fn thinking(&self) -> Option<&str> {
+    pub fn reasoning_text(&self) -> Option<&str> {
         self.reasoning_content.as_deref().or(self.reasoning.as_deref())
     }
 }
@@ -293,12 +293,12 @@ pub struct Usage {
     pub total_tokens: u64,
     /// Details about the tokens of the prompt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub prompt_tokens_details: Option<PromptTokens>,
+    pub prompt_tokens_details: Option<PromptTokensDetails>,
 }
 
 /// Details about the tokens of a prompt.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PromptTokens {
+pub struct PromptTokensDetails {
     /// Tokens taken from the prefix cache.
     #[serde(default)]
     pub cached_tokens: u64,
@@ -313,7 +313,7 @@ impl Usage {
 
     /// Returns the counts with the number of prompt tokens from the prefix cache.
     pub fn with_cached(self, cached_tokens: u64) -> Self {
-        Self { prompt_tokens_details: Some(PromptTokens { cached_tokens }), ..self }
+        Self { prompt_tokens_details: Some(PromptTokensDetails { cached_tokens }), ..self }
     }
 }
 
@@ -437,7 +437,7 @@ impl ErrorBody {
 }
 
 /// Returns the current time in seconds since the Unix epoch, for the `created` fields.
-pub fn now_seconds() -> u64 {
+pub fn unix_time_s() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
@@ -459,9 +459,9 @@ mod tests {
     #[test]
     fn accepts_reasoning_under_both_names_at_once() {
         let delta: Delta = serde_json::from_str(r#"{"reasoning":"a","reasoning_content":null}"#).unwrap();
-        assert_eq!(delta.thinking(), Some("a"));
+        assert_eq!(delta.reasoning_text(), Some("a"));
         let delta: Delta = serde_json::from_str(r#"{"reasoning":"a","reasoning_content":"a"}"#).unwrap();
-        assert_eq!(delta.thinking(), Some("a"));
+        assert_eq!(delta.reasoning_text(), Some("a"));
     }
 
     #[test]
@@ -470,6 +470,6 @@ mod tests {
             r#"{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}"#,
         )
         .unwrap();
-        assert_eq!(message.plain(), "ab");
+        assert_eq!(message.plain_text(), "ab");
     }
 }

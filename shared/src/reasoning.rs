@@ -6,22 +6,22 @@
 //! back.
 
 /// Tag that opens the reasoning.
-pub const OPEN: &str = "<think>";
+pub const OPEN_TAG: &str = "<think>";
 /// Tag that closes the reasoning.
-pub const CLOSE: &str = "</think>";
+pub const CLOSE_TAG: &str = "</think>";
 
 /// Part of a completion.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Piece {
     /// Text between the tags.
-    Thinking(String),
+    Reasoning(String),
     /// Text after the closing tag, or all text if there is no opening tag.
     Answer(String),
 }
 
 /// Position of the splitter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum SplitterState {
     /// Before an opening tag or the first text of an answer.
     Start,
     /// Between the tags.
@@ -32,20 +32,20 @@ enum State {
 
 /// Incremental splitter: chunks go to [`Splitter::push`]; [`Splitter::finish`] ends the completion.
 #[derive(Debug)]
-pub struct Splitter {
+pub struct ReasoningSplitter {
     /// Current position.
-    state: State,
+    state: SplitterState,
     /// Text whose kind is still open.
     held: String,
     /// True if the prompt or the completion has opened the reasoning.
     opened: bool,
 }
 
-impl Splitter {
+impl ReasoningSplitter {
     /// Returns a splitter. `inside` is true if the prompt has already opened the reasoning.
     pub fn new(inside: bool) -> Self {
         Self {
-            state: if inside { State::Thinking } else { State::Start },
+            state: if inside { SplitterState::Thinking } else { SplitterState::Start },
             held: String::new(),
             opened: inside,
         }
@@ -57,35 +57,35 @@ impl Splitter {
         let mut pieces = Vec::new();
         loop {
             match self.state {
-                State::Start => {
+                SplitterState::Start => {
                     let trimmed = self.held.trim_start();
-                    if let Some(rest) = trimmed.strip_prefix(OPEN) {
+                    if let Some(rest) = trimmed.strip_prefix(OPEN_TAG) {
                         self.held = rest.to_owned();
-                        self.state = State::Thinking;
+                        self.state = SplitterState::Thinking;
                         self.opened = true;
-                    } else if OPEN.starts_with(trimmed) {
+                    } else if OPEN_TAG.starts_with(trimmed) {
                         return pieces;
                     } else {
-                        self.state = State::Answer;
+                        self.state = SplitterState::Answer;
                     }
                 }
-                State::Thinking => {
-                    if let Some(at) = self.held.find(CLOSE) {
+                SplitterState::Thinking => {
+                    if let Some(at) = self.held.find(CLOSE_TAG) {
                         if at > 0 {
-                            pieces.push(Piece::Thinking(self.held[..at].to_owned()));
+                            pieces.push(Piece::Reasoning(self.held[..at].to_owned()));
                         }
-                        self.held.drain(..at + CLOSE.len());
-                        self.state = State::Answer;
+                        self.held.drain(..at + CLOSE_TAG.len());
+                        self.state = SplitterState::Answer;
                     } else {
-                        let keep = longest_suffix_that_starts(&self.held, CLOSE);
+                        let keep = partial_tag_len(&self.held, CLOSE_TAG);
                         let ready = self.held.len() - keep;
                         if ready > 0 {
-                            pieces.push(Piece::Thinking(self.held.drain(..ready).collect()));
+                            pieces.push(Piece::Reasoning(self.held.drain(..ready).collect()));
                         }
                         return pieces;
                     }
                 }
-                State::Answer => {
+                SplitterState::Answer => {
                     if !self.held.is_empty() {
                         pieces.push(Piece::Answer(std::mem::take(&mut self.held)));
                     }
@@ -100,20 +100,20 @@ impl Splitter {
         let held = std::mem::take(&mut self.held);
         match self.state {
             _ if held.is_empty() => None,
-            State::Thinking => Some(Piece::Thinking(held)),
-            State::Start | State::Answer => Some(Piece::Answer(held)),
+            SplitterState::Thinking => Some(Piece::Reasoning(held)),
+            SplitterState::Start | SplitterState::Answer => Some(Piece::Answer(held)),
         }
     }
 
     /// Returns whether the reasoning was opened but not closed. The completion is then truncated, regardless
     /// of its finish reason.
-    pub fn unclosed(&self) -> bool {
-        self.opened && self.state == State::Thinking
+    pub fn is_unclosed(&self) -> bool {
+        self.opened && self.state == SplitterState::Thinking
     }
 }
 
 /// Returns the length of the longest suffix of `text` that is a proper prefix of `tag`.
-fn longest_suffix_that_starts(text: &str, tag: &str) -> usize {
+fn partial_tag_len(text: &str, tag: &str) -> usize {
     (1..tag.len()).rev().find(|&n| text.ends_with(&tag[..n])).unwrap_or(0)
 }
 
@@ -121,18 +121,18 @@ fn longest_suffix_that_starts(text: &str, tag: &str) -> usize {
 ///
 /// The reasoning is `None` if no tag was opened. The reasoning is also `None` if the tag was not closed,
 /// because the completion is then truncated.
-pub fn split(text: &str, inside: bool) -> (Option<String>, String) {
-    let mut splitter = Splitter::new(inside);
+pub fn split_reasoning(text: &str, inside: bool) -> (Option<String>, String) {
+    let mut splitter = ReasoningSplitter::new(inside);
     let mut pieces = splitter.push(text);
     pieces.extend(splitter.finish());
     let (mut thinking, mut answer) = (String::new(), String::new());
     for piece in pieces {
         match piece {
-            Piece::Thinking(text) => thinking.push_str(&text),
+            Piece::Reasoning(text) => thinking.push_str(&text),
             Piece::Answer(text) => answer.push_str(&text),
         }
     }
-    let closed = splitter.opened && !splitter.unclosed();
+    let closed = splitter.opened && !splitter.is_unclosed();
     (closed.then(|| thinking.trim().to_owned()), answer.trim().to_owned())
 }
 
@@ -140,7 +140,7 @@ pub fn split(text: &str, inside: bool) -> (Option<String>, String) {
 ///
 /// Accepts think tags, opened in the completion or in the prompt, and the two sections of OpenThoughts. A
 /// truncated completion has no reasoning.
-pub fn read(text: &str) -> (Option<String>, String) {
+pub fn split_any_format(text: &str) -> (Option<String>, String) {
     if let Some((_, rest)) = text.split_once("<|begin_of_thought|>") {
         let Some((thinking, rest)) = rest.split_once("<|end_of_thought|>") else {
             return (None, rest.trim().to_owned());
@@ -150,7 +150,7 @@ pub fn read(text: &str) -> (Option<String>, String) {
         return (Some(thinking.trim().to_owned()), answer.trim().to_owned());
     }
     // A closing tag without an opening tag means that the chat template has opened the reasoning.
-    split(text, !text.trim_start().starts_with(OPEN) && text.contains(CLOSE))
+    split_reasoning(text, !text.trim_start().starts_with(OPEN_TAG) && text.contains(CLOSE_TAG))
 }
 
 #[cfg(test)]
@@ -160,26 +160,26 @@ mod tests {
     use super::*;
 
     fn joined(chunks: &[&str], inside: bool) -> (String, String, bool) {
-        let mut splitter = Splitter::new(inside);
+        let mut splitter = ReasoningSplitter::new(inside);
         let mut pieces: Vec<_> = chunks.iter().flat_map(|chunk| splitter.push(chunk)).collect();
         pieces.extend(splitter.finish());
         let (mut thinking, mut answer) = (String::new(), String::new());
         for piece in pieces {
             match piece {
-                Piece::Thinking(text) => thinking.push_str(&text),
+                Piece::Reasoning(text) => thinking.push_str(&text),
                 Piece::Answer(text) => answer.push_str(&text),
             }
         }
-        (thinking, answer, splitter.unclosed())
+        (thinking, answer, splitter.is_unclosed())
     }
 
     #[test]
     fn splits_think_tags_opened_in_completion_or_prompt() {
-        assert_eq!(split("<think> a </think> b", false), (Some("a".into()), "b".into()));
-        assert_eq!(split("a </think> b", true), (Some("a".into()), "b".into()));
-        assert_eq!(split("no tags", false), (None, "no tags".into()));
-        assert_eq!(split("\n<think>x</think>y", false), (Some("x".into()), "y".into()));
-        assert_eq!(split("<think>x", false).0, None);
+        assert_eq!(split_reasoning("<think> a </think> b", false), (Some("a".into()), "b".into()));
+        assert_eq!(split_reasoning("a </think> b", true), (Some("a".into()), "b".into()));
+        assert_eq!(split_reasoning("no tags", false), (None, "no tags".into()));
+        assert_eq!(split_reasoning("\n<think>x</think>y", false), (Some("x".into()), "y".into()));
+        assert_eq!(split_reasoning("<think>x", false).0, None);
         assert!(joined(&["<think> a </thi"], false).2);
     }
 
@@ -189,10 +189,10 @@ mod tests {
             "<|begin_of_thought|>\n\na\n\n<|end_of_thought|>\n\n<|begin_of_solution|>b<|end_of_solution|>";
         for text in [sections, "<think>a</think>b", "a</think>b", "<|begin_of_thought|>a<|end_of_thought|>b"]
         {
-            assert_eq!(read(text), (Some("a".into()), "b".into()), "{text}");
+            assert_eq!(split_any_format(text), (Some("a".into()), "b".into()), "{text}");
         }
-        assert_eq!(read("<|begin_of_thought|>a").0, None, "cut off");
-        assert_eq!(read("a b"), (None, "a b".into()));
+        assert_eq!(split_any_format("<|begin_of_thought|>a").0, None, "cut off");
+        assert_eq!(split_any_format("a b"), (None, "a b".into()));
     }
 
     proptest! {

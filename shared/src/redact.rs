@@ -10,27 +10,27 @@ use serde::{Deserialize, Serialize};
 /// writes the value itself.
 #[derive(Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Redacted<T>(T);
+pub struct Secret<T>(T);
 
-impl<T> Redacted<T> {
+impl<T> Secret<T> {
     /// Wraps `value`.
     pub fn new(value: T) -> Self {
         Self(value)
     }
 
     /// Returns the value. Callers keep the value out of logs and error messages.
-    pub fn expose(&self) -> &T {
+    pub fn expose_secret(&self) -> &T {
         &self.0
     }
 }
 
-impl<T> fmt::Debug for Redacted<T> {
+impl<T> fmt::Debug for Secret<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("[redacted]")
     }
 }
 
-impl<T> fmt::Display for Redacted<T> {
+impl<T> fmt::Display for Secret<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("[redacted]")
     }
@@ -42,8 +42,8 @@ mod tests {
 
     #[test]
     fn debug_and_display_hide_the_value() {
-        let key = Redacted::new("sk-canary".to_owned());
+        let key = Secret::new("sk-canary".to_owned());
         assert!(!format!("{key} {key:?}").contains("canary"));
-        assert_eq!(key.expose(), "sk-canary");
+        assert_eq!(key.expose_secret(), "sk-canary");
     }
 }

@@ -30,7 +30,7 @@ pub struct EventTooLong;
 /// Incremental decoder. Comments and the fields `id` and `retry` are ignored; invalid UTF-8 is replaced by
 /// U+FFFD.
 #[derive(Debug, Default)]
-pub struct Decoder {
+pub struct SseDecoder {
     /// Bytes of the unfinished line.
     line: Vec<u8>,
     /// True if the last byte was a carriage return; a line feed then belongs to the same line break.
@@ -45,7 +45,7 @@ pub struct Decoder {
     size: usize,
 }
 
-impl Decoder {
+impl SseDecoder {
     /// Decodes `bytes` and returns the events that end in them.
     ///
     /// Fails if an event exceeds [`MAX_EVENT_BYTES`]; the decoder is unusable afterwards.
@@ -57,7 +57,7 @@ impl Decoder {
             }
             if byte == b'\n' || byte == b'\r' {
                 self.after_cr = byte == b'\r';
-                events.extend(self.end_line());
+                events.extend(self.finish_line());
             } else {
                 self.line.push(byte);
                 self.size += 1;
@@ -70,7 +70,7 @@ impl Decoder {
     }
 
     /// Applies the finished line to the event; returns the event if the line is blank and there is data.
-    fn end_line(&mut self) -> Option<Event> {
+    fn finish_line(&mut self) -> Option<Event> {
         let line = std::mem::take(&mut self.line);
         let mut line = line.as_slice();
         if !std::mem::replace(&mut self.started, true) {
@@ -103,7 +103,7 @@ impl Decoder {
 
 /// Returns the frame `data: <json>` with a blank line. `json` contains no line break, as in the output of
 /// serde_json.
-pub fn data(json: &str) -> Bytes {
+pub fn data_frame(json: &str) -> Bytes {
     debug_assert!(!json.contains(['\n', '\r']));
     let mut frame = Vec::with_capacity(json.len() + 8);
     frame.extend_from_slice(b"data: ");
@@ -113,7 +113,7 @@ pub fn data(json: &str) -> Bytes {
 }
 
 /// Last frame of a complete stream.
-pub const DONE: &[u8] = b"data: [DONE]\n\n";
+pub const DONE_FRAME: &[u8] = b"data: [DONE]\n\n";
 
 #[cfg(test)]
 mod tests {
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn decodes_fields_comments_and_all_line_breaks() {
-        let mut decoder = Decoder::default();
+        let mut decoder = SseDecoder::default();
         let events =
             decoder.push(b"\xef\xbb\xbf: hi\r\nevent: error\rdata:a\ndata: b\n\nid: 3\n\ndata\n\n").unwrap();
         assert_eq!(
@@ -137,17 +137,17 @@ mod tests {
 
     #[test]
     fn rejects_an_event_beyond_the_size_limit() {
-        let mut decoder = Decoder::default();
+        let mut decoder = SseDecoder::default();
         assert_eq!(decoder.push(&vec![b'x'; MAX_EVENT_BYTES + 1]), Err(EventTooLong));
     }
 
     proptest! {
         #[test]
         fn events_do_not_depend_on_chunk_boundaries(bytes in prop::collection::vec(prop::sample::select(b"data: x\n\r\xc3\xa9:e".to_vec()), 0..200), cut in 0usize..200) {
-            let mut whole = Decoder::default();
+            let mut whole = SseDecoder::default();
             let expected = whole.push(&bytes).unwrap();
             let (head, tail) = bytes.split_at(cut.min(bytes.len()));
-            let mut halves = Decoder::default();
+            let mut halves = SseDecoder::default();
             let mut got = halves.push(head).unwrap();
             got.extend(halves.push(tail).unwrap());
             prop_assert_eq!(got, expected);
@@ -156,7 +156,7 @@ mod tests {
         #[test]
         fn decodes_its_own_frames(text in "\\PC*") {
             let json = serde_json::to_string(&text).unwrap();
-            let events = Decoder::default().push(&data(&json)).unwrap();
+            let events = SseDecoder::default().push(&data_frame(&json)).unwrap();
             prop_assert_eq!(events.len(), 1);
             prop_assert_eq!(&serde_json::from_str::<String>(&events[0].data).unwrap(), &text);
         }

@@ -9,7 +9,7 @@ use tracing_subscriber::EnvFilter;
 ///
 /// Lines are JSON objects if `json` is true, else text. Only the first call has an effect, so that every test
 /// can make one.
-pub fn init_logs(level: &str, json: bool) {
+pub fn init_logging(level: &str, json: bool) {
     let filter = EnvFilter::try_from_env("POTSTILL_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     // Colors only for a terminal, and never with `NO_COLOR` (no-color.org).
     let colours =

@@ -31,7 +31,7 @@ use potstill_gateway::upstream::response_head;
 use potstill_shared::durable::write_file;
 use potstill_shared::{reasoning, sse};
 use potstill_trainer::recipe::Recipe;
-use potstill_verify::{Profile, verify};
+use potstill_verify::{Profile, compare_with_profile};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -180,7 +180,7 @@ fn events_are_the_same_however_they_are_cut() {
         &[b"data:", b"\n\n", b"\r\n", b"\r", b"\xef\xbb\xbf", b": ", b"event"],
         |input, (a, b)| {
             let read = |parts: &[&[u8]]| {
-                let mut decoder = sse::Decoder::default();
+                let mut decoder = sse::SseDecoder::default();
                 let read: Result<Vec<_>, _> = parts.iter().map(|part| decoder.push(part)).collect();
                 read.map(|events| events.concat())
             };
@@ -303,20 +303,20 @@ fn thinking_is_split_the_same_however_it_is_cut() {
     fuzz(&[b"<think>\na < b </think>\n\nanswer", b"no thinking </think>"], &words, |input, _| {
         let text = String::from_utf8_lossy(input);
         for inside in [false, true] {
-            let whole = reasoning::split(&text, inside);
-            let mut splitter = reasoning::Splitter::new(inside);
+            let whole = reasoning::split_reasoning(&text, inside);
+            let mut splitter = reasoning::ReasoningSplitter::new(inside);
             let mut pieces: Vec<_> = text.chars().flat_map(|c| splitter.push(&c.to_string())).collect();
             pieces.extend(splitter.finish());
             let answer: String = pieces
                 .iter()
                 .filter_map(|piece| match piece {
                     reasoning::Piece::Answer(text) => Some(text.as_str()),
-                    reasoning::Piece::Thinking(_) => None,
+                    reasoning::Piece::Reasoning(_) => None,
                 })
                 .collect();
             assert_eq!(answer.trim(), whole.1.trim());
         }
-        let _read = reasoning::read(&text);
+        let _read = reasoning::split_any_format(&text);
     });
 }
 
@@ -362,7 +362,7 @@ fn answers_of_mathematics_are_compared_or_not() {
         let text = String::from_utf8_lossy(&input[..input.len().min(800)]);
         let (gold, answer) = text.split_once(" = ").unwrap_or((&text, "1"));
         for profile in [Profile::Strict, Profile::Compat] {
-            let _verdict = verify(gold, answer, profile);
+            let _verdict = compare_with_profile(gold, answer, profile);
         }
     });
 }
@@ -416,7 +416,7 @@ fn a_recipe_is_taken_or_refused() {
     let words: [&'static [u8]; 8] =
         [b"[sft]", b"[", b"]", b" = ", b"\"", b"-1", b"inf", b"99999999999999999999"];
     fuzz_file("recipe.toml", &corpus, &words, |path| {
-        let _recipe = Recipe::read(path);
+        let _recipe = Recipe::load(path);
     });
 }
 

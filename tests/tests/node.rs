@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use potstill_shared::client::{Client, Endpoint};
-use potstill_shared::openai::{ChatMessage, ChatRequest, GenerationOptions};
-use potstill_shared::sse::Decoder;
+use potstill_shared::openai::{ChatMessage, ChatRequest, GenerationParams};
+use potstill_shared::sse::SseDecoder;
 use serde_json::{Value, json};
 use system_tests::programs::serve_teacher;
 
@@ -49,7 +49,7 @@ async fn the_api_of_a_node() {
     let body = chat(json!({"stream": true, "stream_options": {"include_usage": true}}));
     let response = http().post(&chat_url).json(&body).send().await.unwrap();
     assert!(response.headers()["content-type"].to_str().unwrap().starts_with("text/event-stream"));
-    let events = Decoder::default().push(&response.bytes().await.unwrap()).unwrap();
+    let events = SseDecoder::default().push(&response.bytes().await.unwrap()).unwrap();
     assert_eq!(events.last().unwrap().data, "[DONE]");
     let chunks: Vec<Value> =
         events[..events.len() - 1].iter().map(|event| serde_json::from_str(&event.data).unwrap()).collect();
@@ -170,12 +170,12 @@ async fn a_full_node_answers_429_and_a_client_that_leaves_frees_it() {
     }
     drop(held);
     let mut client = Endpoint::new(format!("{url}/v1"));
-    client.idle = Duration::from_secs(20);
+    client.idle_timeout = Duration::from_secs(20);
     let client = Client::new(client).unwrap();
     let request = ChatRequest {
         model: "teacher".into(),
-        messages: vec![ChatMessage::text("user", PROBLEM)],
-        options: GenerationOptions { temperature: Some(0.0), ..GenerationOptions::default() },
+        messages: vec![ChatMessage::from_text("user", PROBLEM)],
+        params: GenerationParams { temperature: Some(0.0), ..GenerationParams::default() },
         ..ChatRequest::default()
     };
     loop {
@@ -184,7 +184,7 @@ async fn a_full_node_answers_429_and_a_client_that_leaves_frees_it() {
                 assert_eq!(completion.content, "\\boxed{13}");
                 break;
             }
-            Err(potstill_shared::client::CallError::Retry { .. }) => tokio::task::yield_now().await,
+            Err(potstill_shared::client::CallError::Temporary { .. }) => tokio::task::yield_now().await,
             Err(error) => panic!("{error}"),
         }
     }
@@ -277,7 +277,7 @@ async fn log_probabilities_of_answers_and_prompts() {
     let mut streamed = asked;
     streamed["stream"] = true.into();
     let response = http().post(&chat_url).json(&streamed).send().await.unwrap();
-    let events = Decoder::default().push(&response.bytes().await.unwrap()).unwrap();
+    let events = SseDecoder::default().push(&response.bytes().await.unwrap()).unwrap();
     let chunks =
         events[..events.len() - 1].iter().map(|event| serde_json::from_str::<Value>(&event.data).unwrap());
     let pieces: Vec<Value> = chunks

@@ -8,38 +8,38 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use potstill_cot::executor::Counts;
-use potstill_cot::gate::Gates;
+use potstill_cot::executor::StageCounts;
+use potstill_cot::gate::ConcurrencyLimits;
 use potstill_shared::client::Client;
 use serde_json::{Value, json};
 
-use crate::local::LocalPlans;
+use crate::local::LocalPlanRegistry;
 use crate::recipe::Recipe;
 
 /// Interval between two announcements.
-const EVERY: Duration = Duration::from_secs(2);
+const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(2);
 /// Seconds after which the gateway drops a plan that is no longer renewed.
-const FORGOTTEN_S: f64 = 30.0;
+const PLAN_TTL_S: f64 = 30.0;
 /// Records that a stage must finish before its measured ratio of kept records is used.
-const ENOUGH: usize = 20;
+const MIN_MEASURED_RECORDS: usize = 20;
 
 /// Receiver of announcements.
-pub enum Front {
+pub enum PlanReceiver {
     /// Gateway in this process.
-    Local(LocalPlans),
+    Local(LocalPlanRegistry),
     /// Admin API of another gateway.
     Remote(Client),
 }
 
 /// One stage with its requests to models.
-struct Step {
+struct StageDemand {
     stage: &'static str,
-    asks: Vec<Ask>,
-    counts: Arc<Counts>,
+    asks: Vec<ModelRequests>,
+    counts: Arc<StageCounts>,
 }
 
 /// Requests of a stage to one model: requests per record, and expected tokens per completion.
-struct Ask {
+struct ModelRequests {
     model: String,
     per_record: f64,
     tokens: f64,
@@ -47,38 +47,38 @@ struct Ask {
 
 /// Announces the plan of one run and applies the gateway's advice.
 pub struct Announcer {
-    front: Front,
+    receiver: PlanReceiver,
     run: String,
-    open: usize,
-    gates: Arc<Gates>,
+    concurrency: usize,
+    gates: Arc<ConcurrencyLimits>,
     problems: u64,
     per_problem: f64,
-    steps: Vec<Step>,
+    steps: Vec<StageDemand>,
 }
 
 impl Announcer {
     /// Creates an announcer for the trace stages of `recipe` over `problems` problems. `counts` holds the progress of
     /// each stage.
     pub fn new(
-        front: Front,
+        front: PlanReceiver,
         run: &str,
         recipe: &Recipe,
         problems: u64,
-        counts: &[(&'static str, Arc<Counts>)],
-        gates: Arc<Gates>,
+        counts: &[(&'static str, Arc<StageCounts>)],
+        gates: Arc<ConcurrencyLimits>,
     ) -> Self {
         let teachers = recipe.generate.iter().flat_map(|section| &section.teachers);
-        let asks_of = |stage: &str| -> Vec<Ask> {
+        let asks_of = |stage: &str| -> Vec<ModelRequests> {
             let one = |model: &str, per_record, most: u32| {
                 // Completions rarely reach their token limit. The gateway later replaces the estimate by its own
                 // measurement.
-                vec![Ask { model: model.to_owned(), per_record, tokens: f64::from(most) / 2.0 }]
+                vec![ModelRequests { model: model.to_owned(), per_record, tokens: f64::from(most) / 2.0 }]
             };
             match stage {
                 "classify" => recipe.classify.iter().flat_map(|s| one(&s.model, 1.0, s.max_tokens)).collect(),
                 "generate" => teachers
                     .clone()
-                    .map(|teacher| Ask {
+                    .map(|teacher| ModelRequests {
                         model: teacher.model.clone(),
                         per_record: teacher.temperatures.len() as f64 * f64::from(teacher.samples),
                         tokens: f64::from(teacher.max_tokens) / 2.0,
@@ -95,13 +95,21 @@ impl Announcer {
                 _ => Vec::new(),
             }
         };
-        let steps: Vec<Step> = counts
+        let steps: Vec<StageDemand> = counts
             .iter()
-            .map(|(stage, counts)| Step { stage, asks: asks_of(stage), counts: Arc::clone(counts) })
+            .map(|(stage, counts)| StageDemand { stage, asks: asks_of(stage), counts: Arc::clone(counts) })
             .collect();
         let per_problem =
             teachers.map(|teacher| teacher.temperatures.len() as f64 * f64::from(teacher.samples)).sum();
-        Self { front, run: run.to_owned(), open: recipe.concurrency, gates, problems, per_problem, steps }
+        Self {
+            receiver: front,
+            run: run.to_owned(),
+            concurrency: recipe.concurrency,
+            gates,
+            problems,
+            per_problem,
+            steps,
+        }
     }
 
     /// Returns the current plan as JSON for the gateway's admin API. All stages have order 0, because records stream
@@ -118,29 +126,31 @@ impl Announcer {
                 if remaining >= 1.0 {
                     stages.push(json!({
                         "model": ask.model, "stage": step.stage, "order": 0, "remaining": remaining as u64,
-                        "est_out_tokens": ask.tokens, "concurrency": self.open.min(remaining as usize),
+                        "est_out_tokens": ask.tokens, "concurrency": self.concurrency.min(remaining as usize),
                     }));
                 }
             }
             let usual = if index == 0 { self.per_problem.max(1.0) } else { 1.0 };
-            let gives = if done >= ENOUGH { kept as f64 / done as f64 } else { usual };
+            let gives = if done >= MIN_MEASURED_RECORDS { kept as f64 / done as f64 } else { usual };
             coming = kept as f64 + left * gives;
         }
-        json!({ "run": self.run, "ttl_s": FORGOTTEN_S, "stages": stages })
+        json!({ "run": self.run, "ttl_s": PLAN_TTL_S, "stages": stages })
     }
 
     /// Sends the plan and returns the gateway's forecasts, or the reason for a rejection.
-    async fn declare(&self, plan: Value) -> Result<Value, String> {
-        match &self.front {
-            Front::Local(plans) => plans.declare(plan),
-            Front::Remote(client) => client.declare_stages(&plan).await.map_err(|error| error.to_string()),
+    async fn register_plan(&self, plan: Value) -> Result<Value, String> {
+        match &self.receiver {
+            PlanReceiver::Local(plans) => plans.register_plan(plan),
+            PlanReceiver::Remote(client) => {
+                client.register_plan(&plan).await.map_err(|error| error.to_string())
+            }
         }
     }
 
     /// Limits the open requests of each model to the number that the gateway advises. There is no limit if all
     /// remaining requests may be open, or if the gateway gives no advice. The recipe's `concurrency` applies in any
     /// case.
-    fn follow(&self, plan: &Value, answer: &Value) {
+    fn apply_advice(&self, plan: &Value, answer: &Value) {
         let rows = |of: &Value, list: &str, field: &str| -> HashMap<(String, String), u64> {
             let rows = of.get(list).and_then(Value::as_array).into_iter().flatten();
             rows.filter_map(|row| {
@@ -159,19 +169,21 @@ impl Announcer {
         }
         for ask in self.steps.iter().flat_map(|step| &step.asks) {
             let advised = open.get(&ask.model).copied().unwrap_or(u64::MAX);
-            self.gates.of(&ask.model).advise(usize::try_from(advised).unwrap_or(usize::MAX));
+            self.gates
+                .for_model(&ask.model)
+                .set_advised_limit(usize::try_from(advised).unwrap_or(usize::MAX));
         }
     }
 
     /// Announces the plan at a fixed interval until the future is dropped or the gateway rejects a plan.
-    pub async fn keep_announcing(self) {
-        let mut ticks = tokio::time::interval(EVERY);
+    pub async fn announce_periodically(self) {
+        let mut ticks = tokio::time::interval(ANNOUNCE_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
             let plan = self.plan();
-            match self.declare(plan.clone()).await {
-                Ok(answer) => self.follow(&plan, &answer),
+            match self.register_plan(plan.clone()).await {
+                Ok(answer) => self.apply_advice(&plan, &answer),
                 Err(problem) => {
                     tracing::warn!(problem, "the gateway took no plan; it follows the requests alone");
                     return;
@@ -209,11 +221,12 @@ mod tests {
             learning_rate = 1e-3
             "#;
         potstill_shared::durable::write_file(&path, text.as_bytes()).unwrap();
-        let recipe = Recipe::read(&path).unwrap();
-        let counts = [("generate", Arc::<Counts>::default()), ("difficulty", Arc::default())];
-        let front =
-            Front::Remote(Client::new(potstill_shared::client::Endpoint::new("http://127.0.0.1:9")).unwrap());
-        let gates = Arc::new(Gates::new(recipe.concurrency));
+        let recipe = Recipe::load(&path).unwrap();
+        let counts = [("generate", Arc::<StageCounts>::default()), ("difficulty", Arc::default())];
+        let front = PlanReceiver::Remote(
+            Client::new(potstill_shared::client::Endpoint::new("http://127.0.0.1:9")).unwrap(),
+        );
+        let gates = Arc::new(ConcurrencyLimits::new(recipe.concurrency));
         let announcer = Announcer::new(front, "r", &recipe, 10, &counts, Arc::clone(&gates));
         let forecast = |stage: &str, advised: u64| json!({ "forecasts": [{ "model": "m", "stage": stage, "advised_open": advised }] });
         for (answer, limit) in [
@@ -222,8 +235,8 @@ mod tests {
             (forecast("other", 3), 64),
             (json!({}), 64),
         ] {
-            announcer.follow(&announcer.plan(), &answer);
-            assert_eq!(gates.of("m").limit(), limit, "{answer}");
+            announcer.apply_advice(&announcer.plan(), &answer);
+            assert_eq!(gates.for_model("m").limit(), limit, "{answer}");
         }
         let remaining = |plan: &Value| -> Vec<u64> {
             plan["stages"]

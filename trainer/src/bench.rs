@@ -17,7 +17,7 @@ use potstill_engine::model::CausalLm;
 use potstill_engine::sharded::ShardedLm;
 use serde::Serialize;
 
-use crate::compress::{self, Quality};
+use crate::compress::{self, QualityLoss};
 
 pub use arrivals::{ArrivalArguments, ArrivalReport, run as run_arrivals};
 pub use train::{TrainArguments, TrainReport, run as run_train};
@@ -28,7 +28,7 @@ pub use train::{TrainArguments, TrainReport, run as run_train};
 pub struct BenchArguments {
     /// Other measurements.
     #[command(subcommand)]
-    pub work: Option<Work>,
+    pub work: Option<Benchmark>,
     /// Model folder or `.gguf` file.
     #[arg(long, required = true)]
     pub model: Option<PathBuf>,
@@ -63,7 +63,7 @@ pub struct BenchArguments {
 
 /// Other measurements of `potstill bench`.
 #[derive(Debug, clap::Subcommand)]
-pub enum Work {
+pub enum Benchmark {
     /// Training steps of a randomly initialized model on synthetic tokens.
     Train(TrainArguments),
     /// Requests of random length and arrival time: continuous against static batching.
@@ -72,7 +72,7 @@ pub enum Work {
 
 /// One measurement.
 #[derive(Debug, Clone, Serialize)]
-pub struct Measured {
+pub struct Measurement {
     /// `prefill` or `decode`.
     pub work: &'static str,
     /// Tokens per prompt.
@@ -99,13 +99,13 @@ pub struct BenchReport {
     /// Peak memory of the process in bytes, including loading.
     pub peak_memory: u64,
     /// All measurements, prefill first.
-    pub measured: Vec<Measured>,
+    pub measured: Vec<Measurement>,
     /// Comparison of quantized weights with f32, if a text was given.
-    pub quality: Option<Quality>,
+    pub quality: Option<QualityLoss>,
 }
 
 /// Number of tokens of the text that are compared.
-const COMPARED: usize = 1024;
+const COMPARED_TOKENS: usize = 1024;
 
 /// Loads the model and runs all measurements.
 pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
@@ -125,12 +125,12 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     let model = ShardedLm::new(&loaded, &devices)?;
     let quality = match &arguments.text {
         Some(text) => {
-            let tokens = compress::tokens_of(&loaded, text)?;
+            let tokens = compress::tokenize_file(&loaded, text)?;
             let exact = load(path, &Device::Cpu, DType::F32).with_context(failed)?;
             let packed = load_to_serve(path, &[Device::Cpu], true).with_context(failed)?;
             let packed = CausalLm::new(&packed.config, &packed.weights)?;
             let exact = CausalLm::new(&exact.config, &exact.weights)?;
-            Some(compress::quality(&exact, &packed, &tokens[..tokens.len().min(COMPARED)])?)
+            Some(compress::measure_quality(&exact, &packed, &tokens[..tokens.len().min(COMPARED_TOKENS)])?)
         }
         None => None,
     };
@@ -142,11 +142,11 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     );
     let mut measured = Vec::new();
     for prompt in &arguments.prompt {
-        measured.push(device::in_pool(|| prefill(&model, *prompt, arguments.rounds))?);
+        measured.push(device::in_pool(|| measure_prefill(&model, *prompt, arguments.rounds))?);
     }
     let first = arguments.prompt.first().copied().unwrap_or(1);
     for batch in &arguments.batch {
-        let one = || decode(&model, first, arguments.generate, *batch, arguments.rounds);
+        let one = || measure_decode(&model, first, arguments.generate, *batch, arguments.rounds);
         measured.push(device::in_pool(one)?);
     }
     Ok(BenchReport {
@@ -160,18 +160,18 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
 }
 
 /// Returns `length` token ids that differ between sequences. Their meaning does not affect the time.
-fn prompt_of(model: &ShardedLm, length: usize, sequence: usize) -> Vec<u32> {
+fn synthetic_prompt(model: &ShardedLm, length: usize, sequence: usize) -> Vec<u32> {
     let vocabulary = model.config().vocab_size;
     (0..length).map(|at| ((at * 7919 + sequence * 104_729 + 11) % vocabulary) as u32).collect()
 }
 
 /// KV caches, and the block table of each sequence.
-struct Sequences {
+struct SequenceCaches {
     caches: Vec<KvCache>,
     tables: Vec<Vec<u32>>,
 }
 
-impl Sequences {
+impl SequenceCaches {
     /// Allocates blocks for `count` sequences of `tokens` tokens.
     fn new(model: &ShardedLm, count: usize, tokens: usize) -> anyhow::Result<Self> {
         let each = tokens.div_ceil(BLOCK);
@@ -182,7 +182,7 @@ impl Sequences {
 }
 
 /// Runs one forward pass over `batch` and returns the most likely next token of each sequence.
-fn step(model: &ShardedLm, batch: &Batch, sequences: &mut Sequences) -> anyhow::Result<Vec<u32>> {
+fn greedy_step(model: &ShardedLm, batch: &Batch, sequences: &mut SequenceCaches) -> anyhow::Result<Vec<u32>> {
     let tables: Vec<Table<'_>> = sequences.tables.iter().map(Vec::as_slice).collect();
     let hidden = model.hidden(batch, &mut sequences.caches, &tables)?;
     let rows = batch.last_rows();
@@ -192,7 +192,7 @@ fn step(model: &ShardedLm, batch: &Batch, sequences: &mut Sequences) -> anyhow::
 }
 
 /// Runs `work` several times and returns the smallest wall and processor time in seconds, each by itself.
-fn fastest(
+fn best_time(
     rounds: usize,
     mut work: impl FnMut() -> anyhow::Result<(f64, f64)>,
 ) -> anyhow::Result<(f64, f64)> {
@@ -205,21 +205,21 @@ fn fastest(
 }
 
 /// Measures the prefill of one prompt.
-fn prefill(model: &ShardedLm, prompt: usize, rounds: usize) -> anyhow::Result<Measured> {
-    let tokens = prompt_of(model, prompt, 0);
+fn measure_prefill(model: &ShardedLm, prompt: usize, rounds: usize) -> anyhow::Result<Measurement> {
+    let tokens = synthetic_prompt(model, prompt, 0);
     // Short prompts are processed several times, because processor time is counted in hundredths of a second.
     let repeats = (1024 / prompt).max(1);
-    let mut sequences = Sequences::new(model, 1, prompt)?;
-    let (wall, cpu) = fastest(rounds, || {
+    let mut sequences = SequenceCaches::new(model, 1, prompt)?;
+    let (wall, cpu) = best_time(rounds, || {
         let (begin, cpu) = (Instant::now(), cpu_seconds());
         for _ in 0..repeats {
             let batch = Batch::new([(tokens.as_slice(), 0)]);
-            step(model, &batch, &mut sequences)?;
+            greedy_step(model, &batch, &mut sequences)?;
         }
         Ok((begin.elapsed().as_secs_f64(), cpu_seconds() - cpu))
     })?;
     let all = (prompt * repeats) as f64;
-    Ok(Measured {
+    Ok(Measurement {
         work: "prefill",
         prompt,
         batch: 1,
@@ -230,28 +230,32 @@ fn prefill(model: &ShardedLm, prompt: usize, rounds: usize) -> anyhow::Result<Me
 }
 
 /// Measures the decoding of `generate` tokens for `batch` sequences.
-fn decode(
+fn measure_decode(
     model: &ShardedLm,
     prompt: usize,
     generate: usize,
     batch: usize,
     rounds: usize,
-) -> anyhow::Result<Measured> {
-    let mut sequences = Sequences::new(model, batch, prompt + generate)?;
-    let (wall, cpu) = fastest(rounds, || {
-        let prompts: Vec<Vec<u32>> = (0..batch).map(|sequence| prompt_of(model, prompt, sequence)).collect();
-        let mut last =
-            step(model, &Batch::new(prompts.iter().map(|prompt| (prompt.as_slice(), 0))), &mut sequences)?;
+) -> anyhow::Result<Measurement> {
+    let mut sequences = SequenceCaches::new(model, batch, prompt + generate)?;
+    let (wall, cpu) = best_time(rounds, || {
+        let prompts: Vec<Vec<u32>> =
+            (0..batch).map(|sequence| synthetic_prompt(model, prompt, sequence)).collect();
+        let mut last = greedy_step(
+            model,
+            &Batch::new(prompts.iter().map(|prompt| (prompt.as_slice(), 0))),
+            &mut sequences,
+        )?;
         let (begin, cpu) = (Instant::now(), cpu_seconds());
         for at in 0..generate {
             let rows: Vec<[u32; 1]> = last.iter().map(|token| [*token]).collect();
             let batch = Batch::new(rows.iter().map(|row| (row.as_slice(), prompt + at)));
-            last = step(model, &batch, &mut sequences)?;
+            last = greedy_step(model, &batch, &mut sequences)?;
         }
         Ok((begin.elapsed().as_secs_f64(), cpu_seconds() - cpu))
     })?;
     let all = (generate * batch) as f64;
-    Ok(Measured {
+    Ok(Measurement {
         work: "decode",
         prompt,
         batch,

@@ -4,9 +4,11 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use potstill_cot::executor::{Counts, Outcome, Stage, StageError, feed, run};
-use potstill_cot::prompts::Role;
-use potstill_cot::rv_cd::read_score;
+use potstill_cot::executor::{
+    Stage, StageCounts, StageError, StageOutcome, channel_from_records, spawn_stage,
+};
+use potstill_cot::prompts::PromptRole;
+use potstill_cot::rv_cd::parse_score;
 use potstill_data::jsonl::read_records;
 use potstill_data::records::Problem;
 use potstill_learn::reward_model::Agreement;
@@ -15,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::pipeline::Run;
 
 /// Built-in traces, scored by the definitions of the scales.
-const BUILTIN: &str = include_str!("calibration.jsonl");
+const BUILTIN_SET: &str = include_str!("calibration.jsonl");
 
 /// Arguments of `potstill calibrate`.
 #[derive(clap::Args)]
@@ -33,7 +35,7 @@ pub struct CalibrateArguments {
 
 /// A trace with known scores.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Known {
+pub struct KnownScores {
     /// Text of the problem.
     pub problem: String,
     /// Reasoning and answer.
@@ -46,8 +48,8 @@ pub struct Known {
 
 /// Scores that the judge gave to one trace.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Judged {
-    known: Known,
+pub struct JudgedTrace {
+    known: KnownScores,
     /// RV of each repeat; `None` where the judge's completion could not be parsed.
     rv: Vec<Option<u8>>,
     /// CD of each repeat, in the same form.
@@ -83,38 +85,40 @@ pub struct Calibration {
 }
 
 /// Stage that scores each trace `repeats` times.
-struct Scoring {
+struct CalibrationStage {
     judge: potstill_cot::difficulty::Judge,
     repeats: u32,
 }
 
-impl Stage for Scoring {
-    type In = Known;
-    type Out = Judged;
+impl Stage for CalibrationStage {
+    type In = KnownScores;
+    type Out = JudgedTrace;
 
     fn name(&self) -> &'static str {
         "calibrate"
     }
 
-    async fn process(&self, known: Known) -> Result<Outcome<Judged>, StageError> {
+    async fn process(&self, known: KnownScores) -> Result<StageOutcome<JudgedTrace>, StageError> {
         let problem = Problem::new(known.problem.clone(), None, "calibration");
         let (mut rv, mut cd) = (Vec::new(), Vec::new());
         for variation in 0..self.repeats {
             let mut judge = self.judge.clone();
-            judge.variation = variation;
-            for (role, scores) in [(Role::Rv, &mut rv), (Role::Cd, &mut cd)] {
-                scores.push(judge.ask_about("score", role, &problem, &known.completion, read_score).await?);
+            judge.repetition = variation;
+            for (role, scores) in [(PromptRole::Rv, &mut rv), (PromptRole::Cd, &mut cd)] {
+                scores.push(
+                    judge.assess_completion("score", role, &problem, &known.completion, parse_score).await?,
+                );
             }
         }
-        Ok(Outcome::keep(vec![Judged { known, rv, cd }]))
+        Ok(StageOutcome::keep(vec![JudgedTrace { known, rv, cd }]))
     }
 }
 
 /// Scores the known traces with the judge of `run_`'s recipe. Fails if the set is empty or contains a score above 9.
-pub async fn calibrate(run_: &Run, arguments: &CalibrateArguments) -> anyhow::Result<Calibration> {
-    let known: Vec<Known> = match &arguments.set {
+pub async fn calibrate_judge(run_: &Run, arguments: &CalibrateArguments) -> anyhow::Result<Calibration> {
+    let known: Vec<KnownScores> = match &arguments.set {
         Some(path) => read_records(path)?,
-        None => BUILTIN
+        None => BUILTIN_SET
             .lines()
             .map(serde_json::from_str)
             .collect::<Result<_, _>>()
@@ -124,8 +128,9 @@ pub async fn calibrate(run_: &Run, arguments: &CalibrateArguments) -> anyhow::Re
     anyhow::ensure!(known.iter().all(|known| known.rv <= 9 && known.cd <= 9), "scores go from 0 to 9");
     let judge = run_.score_judge()?;
     let model = judge.model.clone();
-    let stage = Scoring { judge, repeats: arguments.repeats };
-    let (mut output, handle) = run(stage, feed(known), 16, std::sync::Arc::new(Counts::default()), ());
+    let stage = CalibrationStage { judge, repeats: arguments.repeats };
+    let (mut output, handle) =
+        spawn_stage(stage, channel_from_records(known), 16, std::sync::Arc::new(StageCounts::default()), ());
     let mut judged = Vec::new();
     while let Some(row) = output.recv().await {
         judged.push(row);
@@ -135,13 +140,13 @@ pub async fn calibrate(run_: &Run, arguments: &CalibrateArguments) -> anyhow::Re
         model,
         traces: judged.len(),
         repeats: arguments.repeats,
-        rv: scale(judged.iter().map(|row| (row.known.rv, row.rv.as_slice()))),
-        cd: scale(judged.iter().map(|row| (row.known.cd, row.cd.as_slice()))),
+        rv: scale_report(judged.iter().map(|row| (row.known.rv, row.rv.as_slice()))),
+        cd: scale_report(judged.iter().map(|row| (row.known.cd, row.cd.as_slice()))),
     })
 }
 
 /// Computes the results of one scale from pairs of known score and repeats.
-fn scale<'a>(rows: impl Iterator<Item = (u8, &'a [Option<u8>])>) -> ScaleReport {
+fn scale_report<'a>(rows: impl Iterator<Item = (u8, &'a [Option<u8>])>) -> ScaleReport {
     let (mut predicted, mut truth, mut unscored, mut exact) = (Vec::new(), Vec::new(), 0, 0usize);
     let mut spreads = Vec::new();
     for (known, said) in rows {
@@ -158,7 +163,7 @@ fn scale<'a>(rows: impl Iterator<Item = (u8, &'a [Option<u8>])>) -> ScaleReport 
     }
     ScaleReport {
         exact: exact as f64 / truth.len().max(1) as f64,
-        agreement: Agreement::of(&predicted, &truth),
+        agreement: Agreement::compare(&predicted, &truth),
         unscored,
         spread: spreads.iter().sum::<f64>() / spreads.len().max(1) as f64,
     }
@@ -214,8 +219,9 @@ mod tests {
 
     #[test]
     fn built_in_set_covers_every_band_of_both_scales() {
-        let known: Vec<Known> = BUILTIN.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        for scale in [|known: &Known| known.rv, |known: &Known| known.cd] {
+        let known: Vec<KnownScores> =
+            BUILTIN_SET.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for scale in [|known: &KnownScores| known.rv, |known: &KnownScores| known.cd] {
             let bands: std::collections::BTreeSet<u8> = known.iter().map(|known| scale(known) / 2).collect();
             assert_eq!(bands.len(), 5, "every band of two points");
         }
@@ -225,7 +231,7 @@ mod tests {
     fn unparsable_repeats_count_as_unscored() {
         let rows: [(u8, &[Option<u8>]); 3] =
             [(4, &[Some(4), Some(6)]), (8, &[Some(6), None]), (2, &[None, Some(2)])];
-        let report = scale(rows.into_iter());
+        let report = scale_report(rows.into_iter());
         assert_eq!((report.agreement.traces, report.unscored), (2, 2));
         assert!((report.agreement.mae - 1.0).abs() < 1e-6 && (report.spread - 2.0 / 3.0).abs() < 1e-9);
     }

@@ -8,14 +8,14 @@ use potstill_engine::loader::LoadedModel;
 use potstill_learn::reward_model::Agreement;
 use serde_json::Value;
 
-use crate::alignment::Metric;
+use crate::alignment::ScoreKind;
 use crate::pipeline::Variant;
 use crate::recipe::Recipe;
-use crate::report::StudentFigures;
+use crate::report::StudentResult;
 
 /// Training facts on a model card.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Training {
+pub struct TrainingFacts {
     /// Number of optimizer steps.
     pub steps: u64,
     /// Mean loss of the last tenth of the steps.
@@ -27,13 +27,13 @@ pub struct Training {
 }
 
 /// Reads the facts from the log `trainer_state.json`. Returns `None` if the file is missing, damaged or empty.
-pub fn training_of(log: &Path) -> Option<Training> {
+pub fn read_training(log: &Path) -> Option<TrainingFacts> {
     let state: Value = serde_json::from_str(&std::fs::read_to_string(log).ok()?).ok()?;
     let history = state.get("log_history")?.as_array()?;
     let number = |entry: &Value, key: &str| entry.get(key)?.as_f64();
     let tail = &history[history.len() - history.len().div_ceil(10)..];
     let losses: Vec<f64> = tail.iter().filter_map(|entry| number(entry, "loss")).collect();
-    Some(Training {
+    Some(TrainingFacts {
         steps: state.get("global_step")?.as_u64()?,
         final_loss: losses.iter().sum::<f64>() / losses.len().max(1) as f64,
         peak_rate: history.iter().filter_map(|entry| number(entry, "learning_rate")).fold(0.0, f64::max),
@@ -42,13 +42,13 @@ pub fn training_of(log: &Path) -> Option<Training> {
 }
 
 /// Returns the card as Markdown with Hugging Face's front matter.
-pub fn text(
+pub fn student_card(
     recipe: &Recipe,
     name: &str,
     variant: Variant,
     model: &LoadedModel,
-    training: Option<Training>,
-    figures: Option<&StudentFigures>,
+    training: Option<TrainingFacts>,
+    figures: Option<&StudentResult>,
 ) -> String {
     let mut card = String::new();
     let mut line = |text: String| {
@@ -132,15 +132,15 @@ pub fn text(
 }
 
 /// Returns the card of a reward model, with its agreement on held-out problems.
-pub fn of_reward_model(
+pub fn reward_model_card(
     recipe: &Recipe,
-    metric: Metric,
+    metric: ScoreKind,
     model: &LoadedModel,
     agreement: &Agreement,
 ) -> String {
     let (name, what) = match metric {
-        Metric::Rv => ("rv", "Reasoning Verbosity"),
-        Metric::Cd => ("cd", "Cognitive Difficulty"),
+        ScoreKind::Rv => ("rv", "Reasoning Verbosity"),
+        ScoreKind::Cd => ("cd", "Cognitive Difficulty"),
     };
     let mut card = format!(
         "---\nlibrary_name: transformers\npipeline_tag: text-classification\ntags: [reward-model, potstill]\n---\n\n\

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use potstill_shared::redact::Redacted;
+use potstill_shared::redact::Secret;
 
 use crate::bench::{self, BenchArguments};
 use crate::calibrate;
-use crate::compress::{self, QuantiseArguments};
+use crate::compress::{self, QuantizeArguments};
 use crate::dataset;
-use crate::demo::{DemoArguments, demo};
+use crate::demo::{DemoArguments, run_demo};
 use crate::eval::{self, EvalArguments};
 use crate::import;
 use crate::lineage;
@@ -55,14 +55,14 @@ struct RunArguments {
 impl RunArguments {
     /// Returns the settings of the shared store, or `None` without `--store`.
     fn store(&self) -> Option<SharedStore> {
-        let url = Redacted::new(self.store.clone()?);
+        let url = Secret::new(self.store.clone()?);
         Some(SharedStore { url, shards: self.shards })
     }
 
     /// Reads the recipe and opens the run.
     async fn start(&self, progress: Progress) -> anyhow::Result<Run> {
-        let recipe = Recipe::read(&self.recipe)?;
-        let out = folder(self, &recipe);
+        let recipe = Recipe::load(&self.recipe)?;
+        let out = run_folder(self, &recipe);
         Run::start(recipe, &self.recipe, &out, self.port, self.store().as_ref(), progress).await
     }
 }
@@ -113,7 +113,7 @@ enum Command {
     /// Measure the speed of a model on this machine.
     Bench(BenchArguments),
     /// Write a model as a quantized GGUF file, if its perplexity rises little enough.
-    Quantise(QuantiseArguments),
+    Quantise(QuantizeArguments),
     /// Compare two evaluations problem by problem.
     Compare {
         /// Run folder of the first evaluation.
@@ -219,22 +219,22 @@ pub fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     // A run shows its own progress; the only output of a node is its log.
     let level = if matches!(arguments.command, Command::Serve(_)) { "info" } else { "warn" };
-    potstill_shared::telemetry::init_logs(level, false);
+    potstill_shared::telemetry::init_logging(level, false);
     tokio::runtime::Runtime::new()?.block_on(dispatch(arguments.command))
 }
 
 async fn dispatch(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Demo(arguments) => demo(arguments).await,
+        Command::Demo(arguments) => run_demo(arguments).await,
         Command::Run { run, serve, json } => {
-            let recipe = Recipe::read(&run.recipe)?;
-            let out = folder(&run, &recipe);
+            let recipe = Recipe::load(&run.recipe)?;
+            let out = run_folder(&run, &recipe);
             let store = run.store();
-            whole(recipe, &run.recipe, &out, run.port, store, End { serve, json }).await
+            run_all_stages(recipe, &run.recipe, &out, run.port, store, AfterRun { serve, json }).await
         }
         Command::Work { run, lease } => {
             let run = run.start(Progress::new()).await?;
-            let worked = run.work(Duration::from_secs(lease)).await;
+            let worked = run.run_worker(Duration::from_secs(lease)).await;
             run.stop().await;
             worked
         }
@@ -243,136 +243,168 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
             let json = arguments.json;
             let report = eval::evaluate(*arguments).await?;
             if json {
-                say(&serde_json::to_string_pretty(&report)?);
+                print_line(&serde_json::to_string_pretty(&report)?);
             } else {
-                report.benchmarks.iter().for_each(|figures| say(&eval::line(figures)));
+                report.benchmarks.iter().for_each(|figures| print_line(&eval::summary_line(figures)));
             }
             Ok(())
         }
-        Command::Bench(BenchArguments { work: Some(bench::Work::Train(arguments)), .. }) => {
+        Command::Bench(BenchArguments { work: Some(bench::Benchmark::Train(arguments)), .. }) => {
             let report = bench::run_train(&arguments)?;
-            say(&if arguments.json { serde_json::to_string_pretty(&report)? } else { report.to_string() });
+            print_line(&if arguments.json {
+                serde_json::to_string_pretty(&report)?
+            } else {
+                report.to_string()
+            });
             Ok(())
         }
-        Command::Bench(BenchArguments { work: Some(bench::Work::Arrivals(arguments)), .. }) => {
+        Command::Bench(BenchArguments { work: Some(bench::Benchmark::Arrivals(arguments)), .. }) => {
             let report = bench::run_arrivals(&arguments)?;
-            say(&if arguments.json { serde_json::to_string_pretty(&report)? } else { report.to_string() });
+            print_line(&if arguments.json {
+                serde_json::to_string_pretty(&report)?
+            } else {
+                report.to_string()
+            });
             Ok(())
         }
         Command::Bench(arguments) => {
             let report = bench::run(&arguments)?;
-            say(&if arguments.json { serde_json::to_string_pretty(&report)? } else { bench::table(&report) });
+            print_line(&if arguments.json {
+                serde_json::to_string_pretty(&report)?
+            } else {
+                bench::table(&report)
+            });
             Ok(())
         }
         Command::Quantise(arguments) => {
-            let written = compress::quantise(&arguments)?;
-            say(&if arguments.json { serde_json::to_string_pretty(&written)? } else { written.to_string() });
+            let written = compress::quantize(&arguments)?;
+            print_line(&if arguments.json {
+                serde_json::to_string_pretty(&written)?
+            } else {
+                written.to_string()
+            });
             Ok(())
         }
         Command::Compare { a, b, json } => {
-            let found = eval::compare::runs(&a, &b)?;
-            say(&if json { serde_json::to_string_pretty(&found)? } else { eval::compare::table(&found) });
+            let found = eval::compare::compare_runs(&a, &b)?;
+            print_line(&if json {
+                serde_json::to_string_pretty(&found)?
+            } else {
+                eval::compare::comparison_table(&found)
+            });
             Ok(())
         }
         Command::Plan { run, pilot, json } => {
             let run = run.start(Progress::new()).await?;
-            let planned = run.plan(pilot).await;
+            let planned = run.estimate(pilot).await;
             run.stop().await;
             let planned = planned?;
-            say(&if json { serde_json::to_string_pretty(&planned)? } else { plan::table(&planned) });
+            print_line(&if json {
+                serde_json::to_string_pretty(&planned)?
+            } else {
+                plan::estimate_table(&planned)
+            });
             Ok(())
         }
         Command::Dataset(arguments) => {
-            let written = dataset::write(&arguments)?;
-            say(&format!("{} rows in `{}`", written.rows, written.path.display()));
+            let written = dataset::write_dataset(&arguments)?;
+            print_line(&format!("{} rows in `{}`", written.rows, written.path.display()));
             Ok(())
         }
         Command::Import(arguments) => {
-            say(import::import(&arguments)?.trim_end());
+            print_line(import::import_config(&arguments)?.trim_end());
             Ok(())
         }
         Command::Status { run, watch, json } => {
-            let mut seen = status::read(&run)?;
+            let mut seen = status::read_status(&run)?;
             if json {
-                say(&serde_json::to_string_pretty(&seen)?);
+                print_line(&serde_json::to_string_pretty(&seen)?);
                 return Ok(());
             }
             while watch && seen.running {
                 // Clear the screen and move the cursor to its top.
-                say(&format!("\x1b[2J\x1b[H{}", status::table(&seen)));
+                print_line(&format!("\x1b[2J\x1b[H{}", status::status_table(&seen)));
                 tokio::time::sleep(Duration::from_secs(2)).await;
-                seen = status::read(&run)?;
+                seen = status::read_status(&run)?;
             }
-            say(status::table(&seen).trim_end());
+            print_line(status::status_table(&seen).trim_end());
             Ok(())
         }
         Command::Why { run, row, json } => {
-            let found = lineage::why(&run, &row)?;
-            say(&if json { serde_json::to_string_pretty(&found)? } else { lineage::table(&found) });
+            let found = lineage::explain(&run, &row)?;
+            print_line(&if json {
+                serde_json::to_string_pretty(&found)?
+            } else {
+                lineage::lineage_table(&found)
+            });
             Ok(())
         }
         Command::Check { recipe } => {
-            let checked = Recipe::read(&recipe)?;
-            say(&format!("`{}` is fine: run `{}`", recipe.display(), checked.name));
+            let checked = Recipe::load(&recipe)?;
+            print_line(&format!("`{}` is fine: run `{}`", recipe.display(), checked.name));
             Ok(())
         }
-        Command::Collect(run) => stage("collect", run).await,
-        Command::Classify(run) => stage("classify", run).await,
-        Command::Resample(run) => stage("resample", run).await,
-        Command::Generate(run) => stage("generate", run).await,
-        Command::Difficulty(run) => stage("difficulty", run).await,
-        Command::Rewrite(run) => stage("rewrite", run).await,
+        Command::Collect(run) => run_stage("collect", run).await,
+        Command::Classify(run) => run_stage("classify", run).await,
+        Command::Resample(run) => run_stage("resample", run).await,
+        Command::Generate(run) => run_stage("generate", run).await,
+        Command::Difficulty(run) => run_stage("difficulty", run).await,
+        Command::Rewrite(run) => run_stage("rewrite", run).await,
         Command::Verify(VerifyArguments { pairs, recipe, out, port }) => match (pairs.pairs, recipe) {
-            (Some(path), _) => pairs::run(&path, pairs.profile),
+            (Some(path), _) => pairs::print_verdicts(&path, pairs.profile),
             (None, Some(recipe)) => {
-                stage("verify", RunArguments { recipe, out, port, store: None, shards: 1 }).await
+                run_stage("verify", RunArguments { recipe, out, port, store: None, shards: 1 }).await
             }
             (None, None) => anyhow::bail!("`verify` needs a recipe or --pairs"),
         },
-        Command::Score(run) => stage("score", run).await,
-        Command::Sample { run, dry_run: false, .. } => stage("sample", run).await,
+        Command::Score(run) => run_stage("score", run).await,
+        Command::Sample { run, dry_run: false, .. } => run_stage("sample", run).await,
         Command::Sample { run, json, .. } => {
             let run = run.start(Progress::new()).await?;
             let compared = run.compare_selections();
             run.stop().await;
             let compared = compared?;
-            say(&if json { serde_json::to_string_pretty(&compared)? } else { selection::table(&compared) });
+            print_line(&if json {
+                serde_json::to_string_pretty(&compared)?
+            } else {
+                selection::table(&compared)
+            });
             Ok(())
         }
         Command::Calibrate { run, calibrate: arguments } => {
             let run = run.start(Progress::new()).await?;
-            let found = calibrate::calibrate(&run, &arguments).await;
+            let found = calibrate::calibrate_judge(&run, &arguments).await;
             run.stop().await;
             let found = found?;
             let json = arguments.json;
-            say(&if json { serde_json::to_string_pretty(&found)? } else { calibrate::table(&found) });
+            print_line(&if json { serde_json::to_string_pretty(&found)? } else { calibrate::table(&found) });
             Ok(())
         }
-        Command::Reward(run) => stage("reward", run).await,
-        Command::Train(run) => stage("train", run).await,
-        Command::Export(run) => stage("export", run).await,
-        Command::Evaluate(run) => stage("evaluate", run).await,
-        Command::Compress(run) => stage("compress", run).await,
-        Command::Card(run) => stage("card", run).await,
+        Command::Reward(run) => run_stage("reward", run).await,
+        Command::Train(run) => run_stage("train", run).await,
+        Command::Export(run) => run_stage("export", run).await,
+        Command::Evaluate(run) => run_stage("evaluate", run).await,
+        Command::Compress(run) => run_stage("compress", run).await,
+        Command::Card(run) => run_stage("card", run).await,
     }
 }
 
 /// Returns the run folder: `--out`, or `runs/NAME`.
-fn folder(run: &RunArguments, recipe: &Recipe) -> PathBuf {
+fn run_folder(run: &RunArguments, recipe: &Recipe) -> PathBuf {
     run.out.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.name))
 }
 
 /// Runs one stage of a recipe.
-async fn stage(name: &str, arguments: RunArguments) -> anyhow::Result<()> {
+async fn run_stage(name: &str, arguments: RunArguments) -> anyhow::Result<()> {
     debug_assert!(STAGES.contains(&name));
     let run = arguments.start(Progress::new()).await?;
-    let result = run.stage(name).await;
+    let result = run.run_stage(name).await;
     run.stop().await;
     result
 }
 
 /// Actions after the report of a whole run.
-pub(crate) struct End {
+pub(crate) struct AfterRun {
     /// Keep serving the student until Ctrl-C.
     pub(crate) serve: bool,
     /// Print the report as JSON.
@@ -381,17 +413,17 @@ pub(crate) struct End {
 
 /// Runs a whole recipe, shows its report, and serves the student if requested. A failed run resumes with the same
 /// command.
-pub(crate) async fn whole(
+pub(crate) async fn run_all_stages(
     recipe: Recipe,
     path: &Path,
     out: &Path,
     port: u16,
     store: Option<SharedStore>,
-    end: End,
+    end: AfterRun,
 ) -> anyhow::Result<()> {
     let progress = Progress::new();
     let run = Run::start(recipe, path, out, port, store.as_ref(), progress.clone()).await?;
-    let finished = run.all().await;
+    let finished = run.run_all().await;
     let report = match finished {
         Ok(report) => report,
         Err(error) => {
@@ -400,32 +432,32 @@ pub(crate) async fn whole(
                 .context(format!("the run stopped; the same command resumes it from `{}`", out.display())));
         }
     };
-    show(&report, out, &end)?;
+    print_report(&report, out, &end)?;
     if end.serve {
         let model = run.serve_student()?;
-        progress.say(clients(&run.url(), &model));
+        progress.message(client_examples(&run.url(), &model));
         tokio::signal::ctrl_c().await?;
-        progress.say("stopping");
+        progress.message("stopping");
     }
     run.stop().await;
     Ok(())
 }
 
 /// Prints the report as JSON or as a table.
-fn show(report: &Report, out: &Path, end: &End) -> anyhow::Result<()> {
+fn print_report(report: &Report, out: &Path, end: &AfterRun) -> anyhow::Result<()> {
     if end.json {
-        say(&serde_json::to_string_pretty(report)?);
+        print_line(&serde_json::to_string_pretty(report)?);
     } else if !report.students.is_empty() {
-        say(&format!("\n{}\n", report.table()));
-        say(&format!("report   {}", out.join("report.html").display()));
-        say(&format!("students {}", out.join("models").display()));
-        say(&format!("time     {:.0} s on {} cores", report.wall_seconds, report.cores));
+        print_line(&format!("\n{}\n", report.table()));
+        print_line(&format!("report   {}", out.join("report.html").display()));
+        print_line(&format!("students {}", out.join("models").display()));
+        print_line(&format!("time     {:.0} s on {} cores", report.wall_seconds, report.cores));
     }
     Ok(())
 }
 
 /// Returns example commands for clients of the served student.
-fn clients(url: &str, model: &str) -> String {
+fn client_examples(url: &str, model: &str) -> String {
     let problem = "A Dan has 58 cards. B Dan buys 67 more. C Eve has 41 cards. How many cards has Dan?";
     format!(
         "the student `{model}` is served at {url} until you press Ctrl-C. Talk to it:\n\n\
@@ -437,6 +469,6 @@ fn clients(url: &str, model: &str) -> String {
 }
 
 #[expect(clippy::print_stdout, reason = "results are what stdout is for")]
-fn say(text: &str) {
+fn print_line(text: &str) {
     println!("{text}");
 }

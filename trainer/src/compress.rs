@@ -14,17 +14,17 @@ use potstill_engine::model::CausalLm;
 use potstill_shared::durable::{create_folder, publish_folder, write_file};
 use serde::{Deserialize, Serialize};
 
-use crate::report::Compressed;
+use crate::report::QuantizedResult;
 
 /// Arguments of `potstill quantise`.
 #[derive(Debug, clap::Args)]
-pub struct QuantiseArguments {
+pub struct QuantizeArguments {
     /// Model folder or `.gguf` file.
     #[arg(long)]
     pub model: PathBuf,
     /// Format of the weights.
     #[arg(long, value_enum)]
-    pub to: Bits,
+    pub to: QuantizedFormat,
     /// Output folder for the file, its card and its measurements.
     #[arg(long)]
     pub out: PathBuf,
@@ -44,7 +44,7 @@ pub struct QuantiseArguments {
 
 /// Weight formats, named as in llama.cpp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-pub enum Bits {
+pub enum QuantizedFormat {
     /// 16 bits.
     #[serde(rename = "f16")]
     F16,
@@ -58,9 +58,9 @@ pub enum Bits {
     Q4,
 }
 
-impl Bits {
+impl QuantizedFormat {
     /// Returns the engine's name of the format.
-    fn format(self) -> Format {
+    fn gguf_format(self) -> Format {
         match self {
             Self::F16 => Format::F16,
             Self::Q8 => Format::Q8_0,
@@ -80,7 +80,7 @@ impl Bits {
 
 /// Similarity of a model to its f32 original, measured on a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Quality {
+pub struct QualityLoss {
     /// Number of next-token predictions compared.
     pub tokens: usize,
     /// Fraction of predictions with the same most likely token, 0 to 1.
@@ -93,7 +93,7 @@ pub struct Quality {
     pub perplexity: f64,
 }
 
-impl fmt::Display for Quality {
+impl fmt::Display for QualityLoss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
@@ -109,7 +109,7 @@ impl fmt::Display for Quality {
 
 /// A quantized file with its measurements.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Written {
+pub struct QuantizedFile {
     /// Path of the file.
     pub path: PathBuf,
     /// Size in bytes.
@@ -117,24 +117,24 @@ pub struct Written {
     /// Whether rounding used importances from a calibration text.
     pub calibrated: bool,
     /// Similarity to the f32 model.
-    pub quality: Quality,
+    pub quality: QualityLoss,
 }
 
-impl fmt::Display for Written {
+impl fmt::Display for QuantizedFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {:.1} MB, {}", self.path.display(), self.bytes as f64 / 1e6, self.quality)
     }
 }
 
 /// Tokens per window. Each window is evaluated by itself.
-const WINDOW: usize = 512;
+const WINDOW_TOKENS: usize = 512;
 /// Maximum number of windows for calibration, and the same for measurement.
-const WINDOWS: usize = 16;
+const MAX_WINDOWS: usize = 16;
 /// Number of tokens that calibration and measurement can use; further tokens are ignored.
-pub const ENOUGH_TOKENS: usize = 2 * WINDOWS * WINDOW;
+pub const MAX_USED_TOKENS: usize = 2 * MAX_WINDOWS * WINDOW_TOKENS;
 
 /// Reads a text file and returns its token ids. Fails if there are fewer than two.
-pub fn tokens_of(model: &LoadedModel, text: &Path) -> anyhow::Result<Vec<u32>> {
+pub fn tokenize_file(model: &LoadedModel, text: &Path) -> anyhow::Result<Vec<u32>> {
     let text = std::fs::read_to_string(text).with_context(|| format!("cannot read `{}`", text.display()))?;
     let tokens = model.tokenizer.encode(&text)?;
     anyhow::ensure!(tokens.len() > 1, "the text has fewer than two tokens");
@@ -143,22 +143,23 @@ pub fn tokens_of(model: &LoadedModel, text: &Path) -> anyhow::Result<Vec<u32>> {
 
 /// Quantizes a model and publishes the folder `arguments.out`. Fails, and publishes nothing, if the perplexity rises
 /// above the limit.
-pub fn quantise(arguments: &QuantiseArguments) -> anyhow::Result<Written> {
+pub fn quantize(arguments: &QuantizeArguments) -> anyhow::Result<QuantizedFile> {
     let model = load(&arguments.model, &Device::Cpu, DType::F32)
         .with_context(|| format!("cannot load `{}`", arguments.model.display()))?;
-    let tokens = tokens_of(&model, &arguments.text)?;
+    let tokens = tokenize_file(&model, &arguments.text)?;
     let name = arguments
         .model
         .file_stem()
         .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned());
-    let file = format!("{name}-{}.gguf", arguments.to.format().name());
+    let file = format!("{name}-{}.gguf", arguments.to.gguf_format().name());
     let mut found = None;
     if let Some(parent) = arguments.out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         create_folder(parent)?;
     }
     publish_folder::<anyhow::Error>(&arguments.out, |folder| {
         let path = folder.join(&file);
-        let mut written = make(&model, &name, arguments.to, !arguments.no_calibration, &tokens, &path)?;
+        let mut written =
+            quantize_and_measure(&model, &name, arguments.to, !arguments.no_calibration, &tokens, &path)?;
         let quality = &written.quality;
         let rise = 100.0 * (quality.perplexity / quality.perplexity_f32 - 1.0);
         anyhow::ensure!(
@@ -167,8 +168,8 @@ pub fn quantise(arguments: &QuantiseArguments) -> anyhow::Result<Written> {
             arguments.limit
         );
         written.path = arguments.out.join(&file);
-        let form = format!("{name}, {}", arguments.to.format().name());
-        write_file(&folder.join("README.md"), card(&form, &name, &written, None).as_bytes())?;
+        let form = format!("{name}, {}", arguments.to.gguf_format().name());
+        write_file(&folder.join("README.md"), quantized_card(&form, &name, &written, None).as_bytes())?;
         write_file(
             &folder.join("quality.json"),
             format!("{:#}\n", serde_json::to_value(&written)?).as_bytes(),
@@ -181,15 +182,15 @@ pub fn quantise(arguments: &QuantiseArguments) -> anyhow::Result<Written> {
 
 /// Writes `model` in the format `bits` to `path` and measures the result. The first half of `tokens` calibrates the
 /// rounding (`q4_k_m` only), the second half measures.
-pub fn make(
+pub fn quantize_and_measure(
     model: &LoadedModel,
     name: &str,
-    bits: Bits,
+    bits: QuantizedFormat,
     calibrate: bool,
     tokens: &[u32],
     path: &Path,
-) -> anyhow::Result<Written> {
-    let window = WINDOW.min(model.config.max_positions);
+) -> anyhow::Result<QuantizedFile> {
+    let window = WINDOW_TOKENS.min(model.config.max_positions);
     anyhow::ensure!(
         tokens.len() >= 2 * window,
         "{} tokens of text; calibration and measurement need at least {}",
@@ -197,25 +198,30 @@ pub fn make(
         2 * window
     );
     let (first, second) = tokens.split_at(tokens.len() / 2);
-    let importance = if calibrate && bits == Bits::Q4 {
+    let importance = if calibrate && bits == QuantizedFormat::Q4 {
         let batches: Vec<Batch> =
-            first.chunks(window).take(WINDOWS).map(|part| Batch::new([(part, 0)])).collect();
+            first.chunks(window).take(MAX_WINDOWS).map(|part| Batch::new([(part, 0)])).collect();
         Some(CausalLm::input_squares(&model.config, &model.weights, &batches)?)
     } else {
         None
     };
-    write_gguf(path, model, name, bits.format(), importance.as_ref())?;
+    write_gguf(path, model, name, bits.gguf_format(), importance.as_ref())?;
     let back = load(path, &Device::Cpu, DType::F32)?;
     let exact = CausalLm::new(&model.config, &model.weights)?;
     let small = CausalLm::new(&back.config, &back.weights)?;
-    let measured = &second[..second.len().min(window * WINDOWS)];
-    let quality = quality_in_windows(&exact, &small, measured, window)?;
+    let measured = &second[..second.len().min(window * MAX_WINDOWS)];
+    let quality = measure_quality_in_windows(&exact, &small, measured, window)?;
     let bytes = std::fs::metadata(path)?.len();
-    Ok(Written { path: path.to_owned(), bytes, calibrated: importance.is_some(), quality })
+    Ok(QuantizedFile { path: path.to_owned(), bytes, calibrated: importance.is_some(), quality })
 }
 
 /// Returns the card of a quantized `base`. `tested` adds its evaluation on the problems of the run.
-pub fn card(title: &str, base: &str, written: &Written, tested: Option<&Compressed>) -> String {
+pub fn quantized_card(
+    title: &str,
+    base: &str,
+    written: &QuantizedFile,
+    tested: Option<&QuantizedResult>,
+) -> String {
     let q = &written.quality;
     let mut card = format!(
         "---\nlibrary_name: gguf\npipeline_tag: text-generation\nbase_model: {base}\ntags: [gguf, potstill]\n---\n\n# {title}\n\n\
@@ -247,22 +253,22 @@ pub fn card(title: &str, base: &str, written: &Written, tested: Option<&Compress
 }
 
 /// Returns the quality over all windows of `tokens`. Windows do not attend to each other.
-fn quality_in_windows(
+fn measure_quality_in_windows(
     exact: &CausalLm,
     other: &CausalLm,
     tokens: &[u32],
     window: usize,
-) -> anyhow::Result<Quality> {
-    let parts: Vec<Quality> = tokens
+) -> anyhow::Result<QualityLoss> {
+    let parts: Vec<QualityLoss> = tokens
         .chunks(window)
         .filter(|part| part.len() > 1)
-        .map(|part| quality(exact, other, part))
+        .map(|part| measure_quality(exact, other, part))
         .collect::<anyhow::Result<_>>()?;
     let total: usize = parts.iter().map(|part| part.tokens).sum();
-    let mean = |value: &dyn Fn(&Quality) -> f64| {
+    let mean = |value: &dyn Fn(&QualityLoss) -> f64| {
         parts.iter().map(|part| value(part) * part.tokens as f64).sum::<f64>() / total.max(1) as f64
     };
-    Ok(Quality {
+    Ok(QualityLoss {
         tokens: total,
         same_top: mean(&|part| part.same_top),
         divergence: mean(&|part| part.divergence),
@@ -272,7 +278,7 @@ fn quality_in_windows(
 }
 
 /// Compares two models on `tokens`, as one sequence of at least two tokens.
-pub fn quality(exact: &CausalLm, other: &CausalLm, tokens: &[u32]) -> anyhow::Result<Quality> {
+pub fn measure_quality(exact: &CausalLm, other: &CausalLm, tokens: &[u32]) -> anyhow::Result<QualityLoss> {
     let logits = |model: &CausalLm| -> anyhow::Result<Vec<Vec<f32>>> {
         let hidden = model.hidden(&Batch::new([(tokens, 0)]))?;
         let log = log_softmax(&model.logits(&hidden)?)?;
@@ -290,7 +296,7 @@ pub fn quality(exact: &CausalLm, other: &CausalLm, tokens: &[u32]) -> anyhow::Re
         loss_q -= f64::from(q[next]);
     }
     let mean = |sum: f64| sum / rows as f64;
-    Ok(Quality {
+    Ok(QualityLoss {
         tokens: rows,
         same_top: same as f64 / rows as f64,
         divergence: mean(divergence),

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use potstill_data::columns::write_parquet;
-use potstill_data::jsonl::each_record;
-use potstill_data::records::Cot;
-use potstill_shared::durable::{create_folder, write_file, write_with};
+use potstill_data::jsonl::iter_records;
+use potstill_data::records::Trace;
+use potstill_shared::durable::{create_folder, write_file, write_file_with};
 use serde_json::{Value, json};
 
-pub use shapes::Shape;
+pub use shapes::DatasetFormat;
 
 use crate::run::Manifest;
 
@@ -27,7 +27,7 @@ pub struct DatasetArguments {
     pub out: PathBuf,
     /// Columns of the table.
     #[arg(long, value_enum, default_value = "messages")]
-    pub format: Shape,
+    pub format: DatasetFormat,
     /// Stage whose traces are exported.
     #[arg(long, default_value = "sample", value_parser = ["generate", "difficulty", "verify", "score", "sample"])]
     pub stage: String,
@@ -41,7 +41,7 @@ pub struct DatasetArguments {
 
 /// A written dataset.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Written {
+pub struct WrittenDataset {
     /// Path of the table.
     pub path: PathBuf,
     /// Number of rows.
@@ -52,17 +52,17 @@ pub struct Written {
 type Rows = Box<dyn Iterator<Item = anyhow::Result<Value>>>;
 
 /// Writes the dataset: table, card, and LLaMA-Factory's entry. Fails if no row fits the format.
-pub fn write(arguments: &DatasetArguments) -> anyhow::Result<Written> {
-    let run = Folder::open(&arguments.run)?;
+pub fn write_dataset(arguments: &DatasetArguments) -> anyhow::Result<WrittenDataset> {
+    let run = RunReader::open(&arguments.run)?;
     let shape = arguments.format;
     let rows: Rows = match shape {
-        Shape::Dpo => Box::new(pairs::better_over_worse(&run, &arguments.stage)?),
-        Shape::Cogpo => {
+        DatasetFormat::Dpo => Box::new(pairs::dpo_pairs(&run, &arguments.stage)?),
+        DatasetFormat::Cogpo => {
             let betas: [f64; 3] =
                 arguments.betas.clone().try_into().ok().context("`--betas` takes three numbers")?;
-            Box::new(pairs::by_gap(&run, &arguments.stage, betas)?)
+            Box::new(pairs::cogpo_pairs(&run, &arguments.stage, betas)?)
         }
-        Shape::Omnithought => Box::new(run.by_problem(&arguments.stage)?),
+        DatasetFormat::Omnithought => Box::new(run.rows_by_problem(&arguments.stage)?),
         _ => {
             let prompt = run.prompt.clone();
             let traces = run.traces(&arguments.stage)?;
@@ -75,22 +75,22 @@ pub fn write(arguments: &DatasetArguments) -> anyhow::Result<Written> {
     let rows = if arguments.parquet {
         write_parquet(&path, &shape.columns(), rows)?
     } else {
-        write_lines(&path, rows)?
+        write_jsonl(&path, rows)?
     };
     anyhow::ensure!(rows > 0, "`{}` holds nothing for this format", arguments.run.display());
-    let card = card::text(&run.manifest, shape, rows, file);
+    let card = card::dataset_card(&run.manifest, shape, rows, file);
     write_file(&arguments.out.join("README.md"), card.as_bytes())?;
     if let Some(entry) = shape.llama_factory(file) {
         let info = serde_json::to_string_pretty(&json!({ (run.manifest.name.clone()): entry }))?;
         write_file(&arguments.out.join("dataset_info.json"), format!("{info}\n").as_bytes())?;
     }
-    Ok(Written { path, rows })
+    Ok(WrittenDataset { path, rows })
 }
 
 /// Writes `rows` as JSON lines and returns their number.
-fn write_lines(path: &Path, rows: Rows) -> anyhow::Result<usize> {
+fn write_jsonl(path: &Path, rows: Rows) -> anyhow::Result<usize> {
     let (mut count, mut fault) = (0, None);
-    let written = write_with(path, |file| {
+    let written = write_file_with(path, |file| {
         use std::io::Write;
         for row in rows {
             match row {
@@ -114,14 +114,14 @@ fn write_lines(path: &Path, rows: Rows) -> anyhow::Result<usize> {
 }
 
 /// Folder of a run, opened for reading.
-struct Folder {
+struct RunReader {
     path: PathBuf,
     manifest: Manifest,
     /// Prompt of the student; `{{ problem }}` stands for the problem.
     prompt: String,
 }
 
-impl Folder {
+impl RunReader {
     /// Opens a run folder. Fails if `run.json` or `recipe.toml` is missing or damaged.
     fn open(path: &Path) -> anyhow::Result<Self> {
         let read = |name: &str| {
@@ -140,35 +140,39 @@ impl Folder {
     }
 
     /// Returns the path of a stage file. Fails if the file does not exist.
-    fn file(&self, name: &str) -> anyhow::Result<PathBuf> {
+    fn stage_file(&self, name: &str) -> anyhow::Result<PathBuf> {
         let path = self.path.join("stages").join(name);
         anyhow::ensure!(path.exists(), "`{}` does not exist: the run has not come so far", path.display());
         Ok(path)
     }
 
     /// Returns the traces of a stage, one at a time.
-    fn traces(&self, stage: &str) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Cot>> + use<>> {
-        let rows = each_record::<Cot>(&self.file(&format!("{stage}.jsonl"))?)?;
+    fn traces(&self, stage: &str) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Trace>> + use<>> {
+        let rows = iter_records::<Trace>(&self.stage_file(&format!("{stage}.jsonl"))?)?;
         Ok(rows.map(|row| Ok(row?.1)))
     }
 
     /// Returns one OmniThought row per problem, with all its traces of the stage.
-    fn by_problem(&self, stage: &str) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Value>> + use<>> {
-        let file = self.file(&format!("{stage}.jsonl"))?;
+    fn rows_by_problem(
+        &self,
+        stage: &str,
+    ) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Value>> + use<>> {
+        let file = self.stage_file(&format!("{stage}.jsonl"))?;
         let mut places: Vec<(u64, u64)> = Vec::new();
-        for row in each_record::<Cot>(&file)? {
+        for row in iter_records::<Trace>(&file)? {
             let (place, trace) = row?;
             places.push((trace.problem.id.seed(), place));
         }
         places.sort_unstable();
-        let lines = potstill_shared::durable::Lines::open(&file)?;
+        let lines = potstill_shared::durable::LineReader::open(&file)?;
         let groups: Vec<Vec<u64>> = places
             .chunk_by(|a, b| a.0 == b.0)
             .map(|group| group.iter().map(|(_, place)| *place).collect())
             .collect();
         Ok(groups.into_iter().map(move |places| {
-            let traces = places.into_iter().map(|place| Ok(serde_json::from_str(&lines.read(place)?)?));
-            Ok(shapes::omnithought(&traces.collect::<anyhow::Result<Vec<Cot>>>()?))
+            let traces =
+                places.into_iter().map(|place| Ok(serde_json::from_str(&lines.read_line_at(place)?)?));
+            Ok(shapes::omnithought_row(&traces.collect::<anyhow::Result<Vec<Trace>>>()?))
         }))
     }
 }

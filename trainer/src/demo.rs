@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use potstill_shared::durable::{DurableError, create_folder, write_file};
 
-use crate::cli::{End, whole};
+use crate::cli::{AfterRun, run_all_stages};
 use crate::recipe::Recipe;
 
 /// Arguments of `potstill demo`.
@@ -33,7 +33,7 @@ pub struct DemoArguments {
 }
 
 /// Built-in files with their path in the `assets` folder of the run.
-const FILES: [(&str, &[u8]); 14] = [
+const EMBEDDED_FILES: [(&str, &[u8]); 14] = [
     ("demo.toml", include_bytes!("../recipes/demo.toml")),
     ("demo-prompts/generate.jinja", include_bytes!("../recipes/demo-prompts/generate.jinja")),
     ("demo-prompts/difficulty.jinja", include_bytes!("../recipes/demo-prompts/difficulty.jinja")),
@@ -51,21 +51,21 @@ const FILES: [(&str, &[u8]); 14] = [
 ];
 
 /// Runs the demonstration.
-pub async fn demo(arguments: DemoArguments) -> anyhow::Result<()> {
+pub async fn run_demo(arguments: DemoArguments) -> anyhow::Result<()> {
     let assets = arguments.out.join("assets");
-    unpack(&assets)?;
+    write_assets(&assets)?;
     let path = assets.join("demo.toml");
-    let mut recipe = Recipe::read(&path)?;
+    let mut recipe = Recipe::load(&path)?;
     if arguments.quick {
-        shorten(&mut recipe);
+        make_quick(&mut recipe);
     }
-    let end = End { serve: !arguments.exit, json: arguments.json };
-    whole(recipe, &path, &arguments.out, arguments.port, None, end).await
+    let end = AfterRun { serve: !arguments.exit, json: arguments.json };
+    run_all_stages(recipe, &path, &arguments.out, arguments.port, None, end).await
 }
 
 /// Writes the built-in files that are missing or differ.
-fn unpack(folder: &Path) -> Result<(), DurableError> {
-    for (name, bytes) in FILES {
+fn write_assets(folder: &Path) -> Result<(), DurableError> {
+    for (name, bytes) in EMBEDDED_FILES {
         let path = folder.join(name);
         if std::fs::read(&path).is_ok_and(|there| there == bytes) {
             continue;
@@ -77,7 +77,7 @@ fn unpack(folder: &Path) -> Result<(), DurableError> {
 }
 
 /// Reduces the recipe to a third of the problems. The run gets another name, so that it never resumes a full one.
-fn shorten(recipe: &mut Recipe) {
+fn make_quick(recipe: &mut Recipe) {
     recipe.name.push_str("-quick");
     if let Some(builtin) = recipe.collect.as_mut().and_then(|section| section.builtin.as_mut()) {
         builtin.problems /= 3;

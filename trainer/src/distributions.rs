@@ -5,56 +5,58 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use futures_util::{StreamExt, TryStreamExt, stream};
-use potstill_cot::teacher::{AskError, Teachers};
-use potstill_data::records::{Cot, Problem};
+use potstill_cot::teacher::{TeacherClient, TeacherError};
+use potstill_data::records::{Problem, Trace};
 use potstill_engine::device::compute_type;
 use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::tokenizer::Tokenizer;
 use potstill_learn::error::LearnError;
 use potstill_learn::examples::Example;
-use potstill_learn::kd::{KdConfig, Teacher, TopK, kd, on_policy, read_top_k, same_vocabulary, write_top_k};
-use potstill_shared::client::Given;
+use potstill_learn::kd::{
+    KdConfig, TeacherLogits, TopK, check_same_vocabulary, kd, kd_on_policy, read_top_k, write_top_k,
+};
+use potstill_shared::client::ScoreInput;
 use potstill_shared::durable::create_folder;
 use potstill_shared::id::ContentId;
 use serde_json::json;
 
-use crate::alignment::{encoded, question, seeded};
+use crate::alignment::{tokenize_prompt, tokenize_training_set, with_recipe_seed};
 use crate::progress::Progress;
 use crate::recipe::{KdSection, Recipe};
-use crate::students::{Lessons, ended, finished, watched};
+use crate::students::{TrainingSet, finalize_model, report_result, run_with_progress};
 
 /// Stage name of these requests, for the gateway and the budget.
-const STAGE: &str = "kd";
+const KD_STAGE: &str = "kd";
 /// Examples per cache file. After a crash, at most this many requests are repeated.
-const TOGETHER: usize = 32;
+const EXAMPLES_PER_FILE: usize = 32;
 /// Number of examples on which the vocabularies are compared.
-const COMPARED: usize = 4;
+const COMPARED_EXAMPLES: usize = 4;
 /// Number of extra tokens that the teacher may put before a text, such as a begin-of-sequence token.
-const BEGINNING: usize = 1;
+const MAX_PREFIX_TOKENS: usize = 1;
 
 /// Distills the teacher into the student and returns the result. With `on_policy` the student's own completions are
 /// used, otherwise the traces.
-pub fn distributions(
+pub fn distill(
     recipe: &Recipe,
     section: &KdSection,
-    calls: &Teachers,
+    calls: &TeacherClient,
     student: &LoadedModel,
-    traces: &[Cot],
+    traces: &[Trace],
     folder: &Path,
     progress: &Progress,
 ) -> anyhow::Result<LoadedModel> {
-    let config = KdConfig { run: seeded(recipe, &section.train.run), ..section.train.clone() };
+    let config = KdConfig { run: with_recipe_seed(recipe, &section.train.run), ..section.train.clone() };
     let at_hand = match &section.teacher {
         None => None,
         Some(path) => {
-            let device = config.run.devices()?.swap_remove(0);
+            let device = config.run.parse_devices()?.swap_remove(0);
             let teacher = load(path, &device, compute_type(&device))
                 .with_context(|| format!("cannot load `kd.teacher` `{}`", path.display()))?;
-            same_vocabulary(&teacher.tokenizer, &student.tokenizer)?;
+            check_same_vocabulary(&teacher.tokenizer, &student.tokenizer)?;
             Some(teacher)
         }
     };
-    let asked = section.model.as_ref().map(|model| Asked {
+    let asked = section.model.as_ref().map(|model| RemoteTeacher {
         calls,
         model,
         tokenizer: &student.tokenizer,
@@ -63,13 +65,13 @@ pub fn distributions(
         kept: folder.join("rows"),
     });
     let teacher = match (&at_hand, &asked) {
-        (Some(teacher), _) => Teacher::at_hand(teacher, &config)?,
-        (None, Some(asked)) => Teacher {
+        (Some(teacher), _) => TeacherLogits::local(teacher, &config)?,
+        (None, Some(asked)) => TeacherLogits {
             id: asked.model.clone(),
             max_positions: usize::MAX,
             rows: Box::new(|examples| {
                 let rows = asked
-                    .block(asked.rows(examples))
+                    .block_on(asked.request_rows(examples))
                     .map_err(|error| LearnError::Teacher(error.to_string()))?;
                 rows.into_iter().collect::<Result<_, String>>().map_err(LearnError::Teacher)
             }),
@@ -81,37 +83,41 @@ pub fn distributions(
         problems.dedup_by(|a, b| a.id == b.id);
         let prompts = problems
             .iter()
-            .map(|problem| Ok(question(recipe, student, problem)?.0))
+            .map(|problem| Ok(tokenize_prompt(recipe, student, problem)?.0))
             .collect::<anyhow::Result<Vec<_>>>()?;
         if let Some(asked) = &asked {
-            asked.block(asked.compare(prompts.iter().map(Vec::as_slice)))?;
+            asked.block_on(asked.check_vocabulary(prompts.iter().map(Vec::as_slice)))?;
         }
-        watched(folder, "kd", progress, |observe| {
-            on_policy(student, &teacher, &prompts, &config, folder, observe)
+        run_with_progress(folder, "kd", progress, |observe| {
+            kd_on_policy(student, &teacher, &prompts, &config, folder, observe)
         })?
     } else {
-        let mut examples = encoded(student, &Lessons::chains_of_thought(recipe, traces))?;
+        let mut examples = tokenize_training_set(student, &TrainingSet::chains_of_thought(recipe, traces))?;
         let rows = match &asked {
             None => (teacher.rows)(&examples)?,
             Some(asked) => {
-                asked.block(asked.compare(examples.iter().map(|example| example.tokens.as_slice())))?;
+                asked.block_on(
+                    asked.check_vocabulary(examples.iter().map(|example| example.tokens.as_slice())),
+                )?;
                 let longest = config.run.max_length.min(student.config.max_positions);
                 // Requests are paid for, so examples that are too long for training are removed first.
                 examples.retain(|example| example.tokens.len() <= longest);
-                let (fitting, rows) = asked.block(asked.all(examples, progress))?;
+                let (fitting, rows) = asked.block_on(asked.cached_rows(examples, progress))?;
                 examples = fitting;
                 rows
             }
         };
-        watched(folder, "kd", progress, |observe| kd(student, &examples, &rows, &config, folder, observe))?
+        run_with_progress(folder, "kd", progress, |observe| {
+            kd(student, &examples, &rows, &config, folder, observe)
+        })?
     };
-    ended("kd", &trained.1, progress);
-    finished(&trained.0, folder, recipe)
+    report_result("kd", &trained.1, progress);
+    finalize_model(&trained.0, folder, recipe)
 }
 
 /// A teacher behind the gateway.
-struct Asked<'a> {
-    calls: &'a Teachers,
+struct RemoteTeacher<'a> {
+    calls: &'a TeacherClient,
     model: &'a String,
     /// Tokenizer of the student, which must match the teacher's.
     tokenizer: &'a Tokenizer,
@@ -121,24 +127,24 @@ struct Asked<'a> {
     kept: PathBuf,
 }
 
-impl Asked<'_> {
+impl RemoteTeacher<'_> {
     /// Waits for a future. Training occupies a blocking thread, where this is allowed.
-    fn block<T>(&self, answer: impl Future<Output = T>) -> T {
+    fn block_on<T>(&self, answer: impl Future<Output = T>) -> T {
         tokio::runtime::Handle::current().block_on(answer)
     }
 
     /// Checks on a few examples that the teacher splits text into the same tokens as the student. Fails if not.
-    async fn compare<'t>(&self, texts: impl Iterator<Item = &'t [u32]>) -> anyhow::Result<()> {
-        for tokens in texts.take(COMPARED) {
+    async fn check_vocabulary<'t>(&self, texts: impl Iterator<Item = &'t [u32]>) -> anyhow::Result<()> {
+        for tokens in texts.take(COMPARED_EXAMPLES) {
             let text = self.tokenizer.decode(tokens)?;
             let own = self.tokenizer.encode(&text)?;
-            let given = Given::Text(&text);
-            let found = match self.calls.likeliest(STAGE, self.model, given, 1).await {
+            let given = ScoreInput::Text(&text);
+            let found = match self.calls.top_logprobs(KD_STAGE, self.model, given, 1).await {
                 Ok(found) => found.tokens,
-                Err(AskError::Row(problem)) => anyhow::bail!("`kd.model` `{}`: {problem}", self.model),
-                Err(AskError::Run(problem)) => return Err(problem.into()),
+                Err(TeacherError::Row(problem)) => anyhow::bail!("`kd.model` `{}`: {problem}", self.model),
+                Err(TeacherError::Run(problem)) => return Err(problem.into()),
             };
-            let same = (0..=BEGINNING).any(|start| found.get(start..) == Some(&own));
+            let same = (0..=MAX_PREFIX_TOKENS).any(|start| found.get(start..) == Some(&own));
             anyhow::ensure!(
                 same,
                 "teacher `{}` and student do not share a vocabulary: {} tokens to one and {} to the other for {:?}; distil through text instead",
@@ -153,14 +159,14 @@ impl Asked<'_> {
 
     /// Returns, per example, the teacher's rows at the tokens in the loss mask, or the reason why the teacher rejected
     /// the example.
-    async fn rows(&self, examples: &[Example]) -> anyhow::Result<Vec<Result<TopK, String>>> {
+    async fn request_rows(&self, examples: &[Example]) -> anyhow::Result<Vec<Result<TopK, String>>> {
         let ask = async |example: &Example| match self
             .calls
-            .likeliest(STAGE, self.model, Given::Tokens(&example.tokens), self.k)
+            .top_logprobs(KD_STAGE, self.model, ScoreInput::Tokens(&example.tokens), self.k)
             .await
         {
             Ok(found) => {
-                let learnt = found.rows.into_iter().zip(&example.learnt).filter(|(_, learnt)| **learnt);
+                let learnt = found.rows.into_iter().zip(&example.loss_mask).filter(|(_, learnt)| **learnt);
                 let mut rows = TopK { k: self.k, ..TopK::default() };
                 for (id, log_prob) in learnt.flat_map(|(row, _)| row) {
                     rows.ids.push(id);
@@ -168,15 +174,15 @@ impl Asked<'_> {
                 }
                 Ok(Ok(rows))
             }
-            Err(AskError::Row(problem)) => Ok(Err(problem)),
-            Err(AskError::Run(problem)) => Err(anyhow::Error::from(problem)),
+            Err(TeacherError::Row(problem)) => Ok(Err(problem)),
+            Err(TeacherError::Run(problem)) => Err(anyhow::Error::from(problem)),
         };
         stream::iter(examples).map(ask).buffered(self.at_once).try_collect().await
     }
 
     /// Returns the examples that the teacher accepts, with their rows. Reads cached rows from files and stores new
     /// ones. Fails if no example is accepted.
-    async fn all(
+    async fn cached_rows(
         &self,
         examples: Vec<Example>,
         progress: &Progress,
@@ -184,14 +190,14 @@ impl Asked<'_> {
         create_folder(&self.kept)?;
         let (mut fitting, mut rows, mut problem) = (Vec::new(), Vec::new(), None);
         let all = examples.len();
-        for part in examples.chunks(TOGETHER) {
-            let key: Vec<_> = part.iter().map(|example| (&example.tokens, &example.learnt)).collect();
-            let id = ContentId::of(&[self.model, &self.k.to_string(), &json!(key).to_string()]);
+        for part in examples.chunks(EXAMPLES_PER_FILE) {
+            let key: Vec<_> = part.iter().map(|example| (&example.tokens, &example.loss_mask)).collect();
+            let id = ContentId::from_parts(&[self.model, &self.k.to_string(), &json!(key).to_string()]);
             let file = self.kept.join(format!("{id}.safetensors"));
             let found = if file.exists() {
                 read_top_k(&file, self.tokenizer)?
             } else {
-                let found = self.rows(part).await?;
+                let found = self.request_rows(part).await?;
                 let found = found.into_iter().map(|row| {
                     row.unwrap_or_else(|why| {
                         problem = Some(why);
@@ -209,7 +215,7 @@ impl Asked<'_> {
             fitting.extend(more);
             rows.extend(of_them);
         }
-        progress.say(format!(
+        progress.message(format!(
             "`{}` said its likeliest {} tokens for {} of {all} examples",
             self.model,
             self.k,

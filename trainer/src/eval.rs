@@ -13,9 +13,11 @@ use std::time::Duration;
 use anyhow::Context;
 use futures_util::future::join_all;
 use potstill_cot::difficulty::Judge;
-use potstill_cot::executor::{Counts, Outcome, Stage, StageError, feed, run};
-use potstill_cot::prompts::{Prompts, Role};
-use potstill_cot::teacher::{AskError, Patience, Question, Teachers};
+use potstill_cot::executor::{
+    Stage, StageCounts, StageError, StageOutcome, channel_from_records, spawn_stage,
+};
+use potstill_cot::prompts::{PromptRole, PromptTemplates};
+use potstill_cot::teacher::{CompletionRequest, RetryPolicy, TeacherClient, TeacherError};
 use potstill_data::jsonl::write_records;
 use potstill_data::records::Problem;
 use potstill_data::store::Store;
@@ -23,17 +25,17 @@ use potstill_sandbox::{Limits, Sandbox};
 use potstill_shared::client::{Client, Endpoint};
 use potstill_shared::durable;
 use potstill_shared::id::ContentId;
-use potstill_shared::redact::Redacted;
-use potstill_verify::verifier::{Gold, Method, Verifier};
+use potstill_shared::redact::Secret;
+use potstill_verify::verifier::{Reference, VerdictSource, Verifier};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
-use self::benchmarks::{EvalProfile, Item, Loaded};
-use self::figures::{Figures, figures};
+use self::benchmarks::{EvalProblem, EvalProfile, LoadedBenchmark};
+use self::figures::{EvalMetrics, compute_metrics};
 use crate::progress::Progress;
 
 /// Maximum number of new tokens of a judge; a judge may reason before its verdict.
-const JUDGE_TOKENS: u32 = 2048;
+const MAX_JUDGE_TOKENS: u32 = 2048;
 
 /// Arguments of `potstill eval`.
 #[derive(Debug, Clone, clap::Args)]
@@ -53,7 +55,7 @@ pub struct EvalArguments {
     #[arg(long, default_value = "benchmarks")]
     pub data: PathBuf,
     /// `paper`: as many samples as published results use, 32,768 tokens. `quick`: few samples, 4,096 tokens.
-    #[arg(long, default_value = "quick", value_parser = profile)]
+    #[arg(long, default_value = "quick", value_parser = parse_profile)]
     pub profile: EvalProfile,
     /// Samples per problem, instead of the profile's number.
     #[arg(long)]
@@ -103,7 +105,7 @@ pub struct EvalArguments {
 }
 
 /// Parses the name of a profile.
-fn profile(text: &str) -> Result<EvalProfile, String> {
+fn parse_profile(text: &str) -> Result<EvalProfile, String> {
     match text {
         "paper" => Ok(EvalProfile::Paper),
         "quick" => Ok(EvalProfile::Quick),
@@ -113,7 +115,7 @@ fn profile(text: &str) -> Result<EvalProfile, String> {
 
 /// One completion for one problem, with its verdict.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Sample {
+pub struct EvalSample {
     /// Id of the problem in its benchmark.
     pub problem: String,
     /// Index of the sample, from 0.
@@ -129,7 +131,7 @@ pub struct Sample {
     /// Verdict: correct, incorrect, or `None` for unverifiable.
     pub correct: Option<bool>,
     /// Method of the verdict.
-    pub method: Option<Method>,
+    pub method: Option<VerdictSource>,
     /// Justification of the verdict.
     pub evidence: String,
     /// Number of generated tokens.
@@ -150,7 +152,7 @@ pub struct EvalReport {
     /// Temperature, top-p, maximum number of new tokens, and seed.
     pub sampling: (f64, f64, u32, u64),
     /// Metrics of each benchmark.
-    pub benchmarks: Vec<Figures>,
+    pub benchmarks: Vec<EvalMetrics>,
     /// Files from which the problems were read; hub files include the commit.
     #[serde(default)]
     pub files: Vec<String>,
@@ -171,24 +173,25 @@ pub struct EvalReport {
 
 /// The evaluation of one benchmark, as a stage over its problems.
 struct Evaluation {
-    calls: Teachers,
+    client: TeacherClient,
     verifier: Arc<Verifier>,
     settings: Arc<EvalArguments>,
     samples: u32,
     max_tokens: u32,
-    open: Arc<Semaphore>,
+    request_permits: Arc<Semaphore>,
     /// Limits the programs that run at the same time.
-    programs: Arc<Semaphore>,
+    program_permits: Arc<Semaphore>,
     judge: Option<Judge>,
 }
 
 impl Evaluation {
     /// Requests sample `number` of a problem and verifies it. A request that the endpoint rejects gives a failed
     /// sample.
-    async fn sample(&self, item: &Item, number: u32) -> Result<Sample, StageError> {
-        let stop = |problem: String| StageError { stage: "eval", problem };
-        let seed = ContentId::of(&[item.id.as_str(), &self.settings.seed.to_string(), &number.to_string()]);
-        let question = Question {
+    async fn sample(&self, item: &EvalProblem, number: u32) -> Result<EvalSample, StageError> {
+        let stop = |problem: String| StageError { stage: "eval", reason: problem };
+        let seed =
+            ContentId::from_parts(&[item.id.as_str(), &self.settings.seed.to_string(), &number.to_string()]);
+        let question = CompletionRequest {
             stage: "eval",
             model: self.settings.model.clone(),
             prompt: item.prompt.clone(),
@@ -198,19 +201,23 @@ impl Evaluation {
             seed: (seed.seed() >> 2) as i64,
             revision: Some(self.settings.endpoint.clone()),
         };
-        let mut sample = Sample {
+        let mut sample = EvalSample {
             problem: item.name.clone(),
             sample: number,
             level: item.level.clone(),
-            ..Sample::default()
+            ..EvalSample::default()
         };
         let entry = {
-            let _slot = self.open.acquire().await.map_err(|error| stop(error.to_string()))?;
-            match self.calls.ask(&question).await {
+            let _slot = self.request_permits.acquire().await.map_err(|error| stop(error.to_string()))?;
+            match self.client.complete(&question).await {
                 Ok(entry) => entry,
-                Err(AskError::Run(error)) => return Err(error),
-                Err(AskError::Row(problem)) => {
-                    return Ok(Sample { evidence: format!("no answer: {problem}"), failed: true, ..sample });
+                Err(TeacherError::Run(error)) => return Err(error),
+                Err(TeacherError::Row(problem)) => {
+                    return Ok(EvalSample {
+                        evidence: format!("no answer: {problem}"),
+                        failed: true,
+                        ..sample
+                    });
                 }
             }
         };
@@ -228,7 +235,7 @@ impl Evaluation {
         sample.tokens = entry.completion_tokens;
         sample.truncated = entry.finish_reason == "length";
         let mut verdict = {
-            let _turn = self.programs.acquire().await.map_err(|error| stop(error.to_string()))?;
+            let _turn = self.program_permits.acquire().await.map_err(|error| stop(error.to_string()))?;
             let (verifier, gold, completion) =
                 (Arc::clone(&self.verifier), item.gold.clone(), completion.clone());
             tokio::task::spawn_blocking(move || verifier.verify(&gold, &completion))
@@ -238,17 +245,19 @@ impl Evaluation {
         };
         if let (None, false, Some(judge)) = (verdict.correct, sample.truncated, &self.judge) {
             let known = match &item.gold {
-                Gold::Answer(answer) => answer.clone(),
-                Gold::Choice(letter) => letter.to_string(),
+                Reference::Answer(answer) => answer.clone(),
+                Reference::Choice(letter) => letter.to_string(),
                 // Tests always reach a verdict, so the judge is never asked here.
-                Gold::Functions { .. } | Gold::Prints(_) => String::new(),
+                Reference::Functions { .. } | Reference::Prints(_) => String::new(),
             };
             let problem = Problem::new(item.prompt.clone(), Some(known), item.name.clone());
-            let _slot = self.open.acquire().await.map_err(|error| stop(error.to_string()))?;
+            let _slot = self.request_permits.acquire().await.map_err(|error| stop(error.to_string()))?;
             // The judge grades only the final text, not the reasoning.
-            if let Some(said) = judge.decide("eval", Role::Solution, &problem, &sample.text).await? {
+            if let Some(said) =
+                judge.decide_binary("eval", PromptRole::Solution, &problem, &sample.text).await?
+            {
                 verdict.correct = Some(said);
-                verdict.method = Method::Judge;
+                verdict.source = VerdictSource::Judge;
                 verdict.evidence = format!("{}; `{}` says {}", verdict.evidence, judge.model, u8::from(said));
             }
         }
@@ -256,23 +265,23 @@ impl Evaluation {
         sample.correct = if sample.truncated { Some(false) } else { verdict.correct };
         sample.evidence =
             if sample.truncated { format!("cut off; {}", verdict.evidence) } else { verdict.evidence };
-        sample.method = Some(verdict.method);
+        sample.method = Some(verdict.source);
         sample.answer = verdict.answer;
         Ok(sample)
     }
 }
 
 impl Stage for Evaluation {
-    type In = Item;
-    type Out = Sample;
+    type In = EvalProblem;
+    type Out = EvalSample;
 
     fn name(&self) -> &'static str {
         "eval"
     }
 
-    async fn process(&self, item: Item) -> Result<Outcome<Sample>, StageError> {
+    async fn process(&self, item: EvalProblem) -> Result<StageOutcome<EvalSample>, StageError> {
         let samples = join_all((0..self.samples).map(|number| self.sample(&item, number))).await;
-        Ok(Outcome::keep(samples.into_iter().collect::<Result<_, _>>()?))
+        Ok(StageOutcome::keep(samples.into_iter().collect::<Result<_, _>>()?))
     }
 }
 
@@ -289,8 +298,11 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
     );
     let (names, data) = (arguments.bench.clone(), arguments.data.clone());
     let (profile, seed) = (arguments.profile, arguments.seed);
-    let loaded: Vec<Loaded> = tokio::task::spawn_blocking(move || {
-        names.iter().map(|name| benchmarks::load(name, &data, profile, seed)).collect::<anyhow::Result<_>>()
+    let loaded: Vec<LoadedBenchmark> = tokio::task::spawn_blocking(move || {
+        names
+            .iter()
+            .map(|name| benchmarks::load_benchmark(name, &data, profile, seed))
+            .collect::<anyhow::Result<_>>()
     })
     .await??;
     let out = arguments.out.clone().unwrap_or_else(|| {
@@ -303,13 +315,13 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
         None
     };
     durable::create_folder(&out)?;
-    let store = Arc::new(Store::folder(&out.join("journal.log"))?);
-    let known = store.answers().await?;
+    let store = Arc::new(Store::open_journal(&out.join("journal.log"))?);
+    let known = store.completion_count().await?;
     if known > 0 {
-        progress.say(format!("going on: the journal holds {known} answers"));
+        progress.message(format!("going on: the journal holds {known} answers"));
     }
     let calls =
-        teachers(&arguments.endpoint, arguments.api_key_env.as_deref(), &arguments.model, Arc::clone(&store))
+        connect(&arguments.endpoint, arguments.api_key_env.as_deref(), &arguments.model, Arc::clone(&store))
             .await?;
     let judge = match &arguments.judge {
         None => None,
@@ -318,14 +330,14 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
                 Some(endpoint) => (endpoint, arguments.judge_key_env.as_deref()),
                 None => (&arguments.endpoint, arguments.api_key_env.as_deref()),
             };
-            let calls = teachers(endpoint, key, model, store).await?;
-            let prompts = Prompts::load(None)?;
+            let calls = connect(endpoint, key, model, store).await?;
+            let prompts = PromptTemplates::load(None)?;
             Some(Judge {
                 model: model.clone(),
-                max_tokens: JUDGE_TOKENS,
-                reasks: 2,
-                variation: 0,
-                calls,
+                max_tokens: MAX_JUDGE_TOKENS,
+                parse_retries: 2,
+                repetition: 0,
+                client: calls,
                 prompts,
             })
         }
@@ -343,24 +355,29 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
     for mut benchmark in loaded {
         for bad in &benchmark.bad {
             let said = format!("{} row {} of `{}`: {}", benchmark.name, bad.line, bad.file, bad.problem);
-            progress.say(format!("left out: {said}"));
+            progress.message(format!("left out: {said}"));
             bad_rows.push(said);
         }
         benchmark.items.truncate(settings.limit.unwrap_or(usize::MAX));
         let evaluation = Evaluation {
-            calls: calls.clone(),
+            client: calls.clone(),
             verifier: Arc::clone(&verifier),
             settings: Arc::clone(&settings),
             samples: settings.samples.unwrap_or(benchmark.samples),
             max_tokens,
-            open: Arc::clone(&open),
-            programs: Arc::clone(&programs),
+            request_permits: Arc::clone(&open),
+            program_permits: Arc::clone(&programs),
             judge: judge.clone(),
         };
         files.append(&mut benchmark.files);
-        let (counts, total) = (Arc::new(Counts::default()), benchmark.items.len() as u64);
-        let (mut output, handle) =
-            run(evaluation, feed(benchmark.items.clone()), settings.concurrency, Arc::clone(&counts), ());
+        let (counts, total) = (Arc::new(StageCounts::default()), benchmark.items.len() as u64);
+        let (mut output, handle) = spawn_stage(
+            evaluation,
+            channel_from_records(benchmark.items.clone()),
+            settings.concurrency,
+            Arc::clone(&counts),
+            (),
+        );
         let mut samples = Vec::new();
         let drained = async {
             while let Some(sample) = output.recv().await {
@@ -368,23 +385,23 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
             }
         };
         let remark = || {
-            let (prompt, completion) = spent(&calls, judge.as_ref());
+            let (prompt, completion) = tokens_used(&calls, judge.as_ref());
             let cost = price(&settings, prompt, completion);
             let cost = if cost > 0.0 { format!(", cost {cost:.2}") } else { String::new() };
             format!(", {completion} tokens written{cost}")
         };
-        progress.watch_with(&[("eval", counts)], total, remark, drained).await;
+        progress.show_until_with_remark(&[("eval", counts)], total, remark, drained).await;
         handle.await??;
         let order: std::collections::HashMap<&str, usize> =
             benchmark.items.iter().enumerate().map(|(at, item)| (item.name.as_str(), at)).collect();
         samples.sort_by_key(|sample| (order.get(sample.problem.as_str()).copied(), sample.sample));
         write_records(&out.join(format!("{}.jsonl", benchmark.name)), &samples)?;
-        let figures = figures(&benchmark.name, &samples, benchmark.code);
-        progress.say(line(&figures));
-        page::problems(&out, &benchmark, &samples)?;
+        let figures = compute_metrics(&benchmark.name, &samples, benchmark.code);
+        progress.message(summary_line(&figures));
+        page::write_problem_pages(&out, &benchmark, &samples)?;
         all.push((figures, samples));
     }
-    let (prompt_tokens, completion_tokens) = spent(&calls, judge.as_ref());
+    let (prompt_tokens, completion_tokens) = tokens_used(&calls, judge.as_ref());
     let report = EvalReport {
         model: settings.model.clone(),
         endpoint: settings.endpoint.clone(),
@@ -398,15 +415,15 @@ pub async fn evaluate(arguments: EvalArguments) -> anyhow::Result<EvalReport> {
         cost: price(&settings, prompt_tokens, completion_tokens),
         seconds: started.elapsed().as_secs_f64(),
     };
-    page::report(&out, &report, &all)?;
-    progress.say(format!("report   {}", out.join("report.html").display()));
+    page::write_report(&out, &report, &all)?;
+    progress.message(format!("report   {}", out.join("report.html").display()));
     Ok(report)
 }
 
 /// Returns the prompt and completion tokens paid for, by the model and the judge together.
-fn spent(calls: &Teachers, judge: Option<&Judge>) -> (u64, u64) {
+fn tokens_used(calls: &TeacherClient, judge: Option<&Judge>) -> (u64, u64) {
     let read = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
-    let all = std::iter::once(calls).chain(judge.map(|judge| &judge.calls)).map(Teachers::spent);
+    let all = std::iter::once(calls).chain(judge.map(|judge| &judge.client)).map(TeacherClient::counters);
     all.fold((0, 0), |(prompt, completion), spent| {
         (prompt + read(&spent.prompt_tokens), completion + read(&spent.completion_tokens))
     })
@@ -419,23 +436,23 @@ fn price(settings: &EvalArguments, prompt_tokens: u64, completion_tokens: u64) -
 }
 
 /// Returns a client for `model` at `url`. Fails if the endpoint does not list the model.
-async fn teachers(
+async fn connect(
     url: &str,
     key_variable: Option<&str>,
     model: &str,
     store: Arc<Store>,
-) -> anyhow::Result<Teachers> {
+) -> anyhow::Result<TeacherClient> {
     let mut endpoint = Endpoint::new(url.trim_end_matches('/'));
     if let Some(variable) = key_variable {
         let key = std::env::var(variable)
             .with_context(|| format!("environment variable `{variable}` is not set"))?;
-        endpoint.api_key = Some(Redacted::new(key));
+        endpoint.api_key = Some(Secret::new(key));
     }
     // A node with a queue may send nothing for minutes.
-    endpoint.idle = Duration::from_secs(600);
-    let calls = Teachers::new(Client::new(endpoint)?, store, Patience::default());
+    endpoint.idle_timeout = Duration::from_secs(600);
+    let calls = TeacherClient::new(Client::new(endpoint)?, store, RetryPolicy::default());
     let served =
-        calls.client().models().await.with_context(|| format!("cannot list the models of `{url}`"))?;
+        calls.client().list_models().await.with_context(|| format!("cannot list the models of `{url}`"))?;
     anyhow::ensure!(
         served.iter().any(|name| name == model),
         "`{url}` does not serve `{model}`; it serves {}",
@@ -445,7 +462,7 @@ async fn teachers(
 }
 
 /// Formats the metrics of a benchmark on one line.
-pub fn line(figures: &Figures) -> String {
+pub fn summary_line(figures: &EvalMetrics) -> String {
     format!(
         "{}: {:.1} % [{:.1}, {:.1}] of {} problems x {}{}, {:.0} tokens, {:.1} % cut off, {:.1} % undecided",
         figures.bench,

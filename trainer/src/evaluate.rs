@@ -3,8 +3,8 @@
 
 pub mod metrics;
 
-use potstill_cot::executor::{Outcome, Stage, StageError};
-use potstill_cot::teacher::{AskError, Question, Teachers};
+use potstill_cot::executor::{Stage, StageError, StageOutcome};
+use potstill_cot::teacher::{CompletionRequest, TeacherClient, TeacherError};
 use potstill_data::records::Problem;
 use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use crate::recipe::EvaluateSection;
 
 /// One completion for a held-out problem, with its verdict.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Sample {
+pub struct StudentSample {
     /// Id of the problem.
     pub problem: ContentId,
     /// Level of the problem, if its source has one.
@@ -33,33 +33,33 @@ pub struct Sample {
 }
 
 /// Stage that samples and verifies completions of one model.
-pub struct Evaluate {
+pub struct EvaluateStage {
     /// Name of the model behind the gateway.
     pub model: String,
     /// Hash of the weights, which distinguishes models of one name.
     pub revision: String,
     /// Client with journal.
-    pub calls: Teachers,
+    pub calls: TeacherClient,
     /// Sampling parameters and number of samples.
     pub settings: EvaluateSection,
     /// Prompt; `{{ problem }}` stands for the problem.
     pub prompt: String,
 }
 
-impl Stage for Evaluate {
+impl Stage for EvaluateStage {
     type In = Problem;
-    type Out = Sample;
+    type Out = StudentSample;
 
     fn name(&self) -> &'static str {
         "evaluate"
     }
 
-    async fn process(&self, problem: Problem) -> Result<Outcome<Sample>, StageError> {
+    async fn process(&self, problem: Problem) -> Result<StageOutcome<StudentSample>, StageError> {
         let prompt = self.prompt.replace("{{ problem }}", &problem.problem);
         let mut samples = Vec::new();
         for sample in 0..self.settings.samples {
-            let seed = ContentId::of(&[problem.id.as_str(), "evaluate", &sample.to_string()]);
-            let question = Question {
+            let seed = ContentId::from_parts(&[problem.id.as_str(), "evaluate", &sample.to_string()]);
+            let question = CompletionRequest {
                 stage: "evaluate",
                 model: self.model.clone(),
                 prompt: prompt.clone(),
@@ -69,11 +69,13 @@ impl Stage for Evaluate {
                 seed: (seed.seed() >> 2) as i64,
                 revision: Some(self.revision.clone()),
             };
-            let entry = match self.calls.ask(&question).await {
+            let entry = match self.calls.complete(&question).await {
                 Ok(entry) => entry,
-                Err(AskError::Run(error)) => return Err(error),
+                Err(TeacherError::Run(error)) => return Err(error),
                 // A missing completion would distort the metrics, so the stage stops instead.
-                Err(AskError::Row(problem)) => return Err(StageError { stage: "evaluate", problem }),
+                Err(TeacherError::Row(problem)) => {
+                    return Err(StageError { stage: "evaluate", reason: problem });
+                }
             };
             let completion = match &entry.reasoning {
                 Some(thinking) => format!("<think>{thinking}</think>{}", entry.content),
@@ -81,8 +83,8 @@ impl Stage for Evaluate {
             };
             let truncated = entry.finish_reason != "stop";
             let gold = problem.answer.as_deref().unwrap_or_default();
-            let finding = potstill_verify::check(gold, &completion);
-            samples.push(Sample {
+            let finding = potstill_verify::check_completion(gold, &completion);
+            samples.push(StudentSample {
                 problem: problem.id.clone(),
                 level: problem.metadata.get("level").and_then(|level| level.as_str()).map(str::to_owned),
                 sample,
@@ -93,6 +95,6 @@ impl Stage for Evaluate {
                 truncated,
             });
         }
-        Ok(Outcome::keep(samples))
+        Ok(StageOutcome::keep(samples))
     }
 }

@@ -9,11 +9,11 @@ use potstill_engine::loader::LoadedModel;
 use potstill_shared::durable::{DurableError, publish_folder, write_file};
 use potstill_shared::id::ContentId;
 
-use crate::recipe::ExportType;
+use crate::recipe::ExportDtype;
 
-impl ExportType {
+impl ExportDtype {
     /// Returns candle's data type.
-    pub fn dtype(self) -> DType {
+    pub fn candle_dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,
@@ -23,9 +23,14 @@ impl ExportType {
 }
 
 /// Writes `model` with its card to `folder`. An existing folder is replaced.
-pub fn export(folder: &Path, model: &LoadedModel, dtype: ExportType, card: &str) -> anyhow::Result<()> {
+pub fn export_model(
+    folder: &Path,
+    model: &LoadedModel,
+    dtype: ExportDtype,
+    card: &str,
+) -> anyhow::Result<()> {
     publish_folder::<anyhow::Error>(folder, |folder| {
-        write_model(folder, model, dtype.dtype())?;
+        write_model(folder, model, dtype.candle_dtype())?;
         Ok(write_file(&folder.join("README.md"), card.as_bytes())?)
     })
 }
@@ -36,6 +41,6 @@ pub fn write_card(folder: &Path, card: &str) -> Result<(), DurableError> {
 }
 
 /// Returns a hash of the weights of an exported folder.
-pub fn revision(folder: &Path) -> anyhow::Result<String> {
-    Ok(ContentId::of_bytes(&std::fs::read(folder.join("model.safetensors"))?).to_string())
+pub fn weights_hash(folder: &Path) -> anyhow::Result<String> {
+    Ok(ContentId::from_bytes(&std::fs::read(folder.join("model.safetensors"))?).to_string())
 }

@@ -29,7 +29,7 @@ pub struct ImportArguments {
 
 /// Result of a conversion.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Imported {
+pub struct Conversion {
     /// Recipe as a TOML table.
     pub recipe: toml::Table,
     /// Prompt templates by file name.
@@ -43,13 +43,13 @@ pub struct Imported {
 }
 
 /// Reads and converts the configuration, writes the recipe and prompts, and returns a report.
-pub fn import(arguments: &ImportArguments) -> anyhow::Result<String> {
+pub fn import_config(arguments: &ImportArguments) -> anyhow::Result<String> {
     let path = &arguments.config;
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
-    let config = read(&text).with_context(|| format!("`{}`", path.display()))?;
+    let config = parse_config(&text).with_context(|| format!("`{}`", path.display()))?;
     let folder = path.parent().unwrap_or(Path::new("."));
     let imported =
-        map(&config, &arguments.gateway, folder).with_context(|| format!("`{}`", path.display()))?;
+        convert(&config, &arguments.gateway, folder).with_context(|| format!("`{}`", path.display()))?;
     create_folder(&arguments.out)?;
     let recipe = arguments.out.join("recipe.toml");
     let mut head =
@@ -72,7 +72,7 @@ pub fn import(arguments: &ImportArguments) -> anyhow::Result<String> {
     for note in &imported.notes {
         report.push_str(&format!("note: {note}\n"));
     }
-    match crate::recipe::Recipe::read(&recipe) {
+    match crate::recipe::Recipe::load(&recipe) {
         Ok(_) => report.push_str("the recipe is fine; run it with `potstill run`\n"),
         Err(error) => report.push_str(&format!("before it runs: {error}\n")),
     }
@@ -80,7 +80,7 @@ pub fn import(arguments: &ImportArguments) -> anyhow::Result<String> {
 }
 
 /// Parses a configuration. JSON is also valid YAML, but the JSON parser has better error messages.
-fn read(text: &str) -> anyhow::Result<Value> {
+fn parse_config(text: &str) -> anyhow::Result<Value> {
     if text.trim_start().starts_with('{') {
         return Ok(serde_json::from_str(text)?);
     }
@@ -88,22 +88,22 @@ fn read(text: &str) -> anyhow::Result<Value> {
 }
 
 /// Converts a configuration. `folder` contains it; relative paths start there.
-pub fn map(config: &Value, gateway: &str, folder: &Path) -> anyhow::Result<Imported> {
+pub fn convert(config: &Value, gateway: &str, folder: &Path) -> anyhow::Result<Conversion> {
     anyhow::ensure!(config.is_object(), "is no table of settings");
-    let mut keys = Keys::new(config);
-    let mut target = Target::default();
-    let job = keys.text("job_type").context("has no `job_type`")?;
+    let mut keys = ConfigKeys::new(config);
+    let mut target = RecipeBuilder::default();
+    let job = keys.take_string("job_type").context("has no `job_type`")?;
     // Only version 2 has a `backend`.
     if config.get("backend").is_some() {
-        second::map(&job, &mut keys, &mut target, gateway, folder)?;
+        second::convert(&job, &mut keys, &mut target, gateway, folder)?;
     } else {
-        first::map(&job, &mut keys, &mut target, gateway)?;
+        first::convert(&job, &mut keys, &mut target, gateway)?;
     }
     keys.mapped.insert(0, ("job_type".to_owned(), format!("`{job}`: the sections of the recipe")));
     let name: String = job.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     target.set("name", name);
-    Ok(Imported {
-        ignored: keys.rest(),
+    Ok(Conversion {
+        ignored: keys.unread_keys(),
         recipe: target.recipe,
         prompts: target.prompts,
         mapped: keys.mapped,
@@ -112,12 +112,12 @@ pub fn map(config: &Value, gateway: &str, folder: &Path) -> anyhow::Result<Impor
 }
 
 /// Flattened keys of a configuration. Each is removed when read, so unsupported keys remain.
-struct Keys {
+struct ConfigKeys {
     left: BTreeMap<String, Value>,
     mapped: Vec<(String, String)>,
 }
 
-impl Keys {
+impl ConfigKeys {
     /// Flattens a configuration.
     fn new(config: &Value) -> Self {
         let mut left = BTreeMap::new();
@@ -126,31 +126,33 @@ impl Keys {
     }
 
     /// Removes a key and returns its value. A null counts as absent.
-    fn take(&mut self, key: &str) -> Option<Value> {
+    fn remove(&mut self, key: &str) -> Option<Value> {
         self.left.remove(key).filter(|value| !value.is_null())
     }
 
     /// Removes a key, records its counterpart `to` in the recipe, and returns its value.
-    fn map(&mut self, key: &str, to: &str) -> Option<Value> {
-        let value = self.take(key)?;
+    fn take_as(&mut self, key: &str, to: &str) -> Option<Value> {
+        let value = self.remove(key)?;
         self.mapped.push((key.to_owned(), to.to_owned()));
         Some(value)
     }
 
     /// Removes a key and returns its value, if it is a string.
-    fn text(&mut self, key: &str) -> Option<String> {
-        self.take(key)?.as_str().map(str::to_owned)
+    fn take_string(&mut self, key: &str) -> Option<String> {
+        self.remove(key)?.as_str().map(str::to_owned)
     }
 
     /// Returns the keys that have not been read.
-    fn rest(&self) -> Vec<String> {
+    fn unread_keys(&self) -> Vec<String> {
         self.left.keys().cloned().collect()
     }
 
     /// Removes an API key and returns the environment variable that holds it. A plain-text key is an error, because it
     /// would become readable in the recipe.
-    fn secret(&mut self, key: &str) -> anyhow::Result<Option<String>> {
-        let Some(value) = self.text(key).filter(|value| !value.trim().is_empty()) else { return Ok(None) };
+    fn take_api_key_env(&mut self, key: &str) -> anyhow::Result<Option<String>> {
+        let Some(value) = self.take_string(key).filter(|value| !value.trim().is_empty()) else {
+            return Ok(None);
+        };
         let variable = value.strip_prefix("${").and_then(|rest| rest.strip_suffix('}'));
         // Common placeholders for "no key needed".
         if variable.is_none() && matches!(value.to_lowercase().as_str(), "empty" | "none" | "null" | "-") {
@@ -184,13 +186,13 @@ fn flatten(prefix: &str, value: &Value, into: &mut BTreeMap<String, Value>) {
 
 /// The recipe under construction.
 #[derive(Default)]
-struct Target {
+struct RecipeBuilder {
     recipe: toml::Table,
     prompts: BTreeMap<&'static str, String>,
     notes: Vec<String>,
 }
 
-impl Target {
+impl RecipeBuilder {
     /// Sets a key such as `sft.run.weight_decay`, and creates the tables above it.
     fn set(&mut self, key: &str, value: impl Into<toml::Value>) {
         let (path, last) = key.rsplit_once('.').unwrap_or(("", key));
@@ -213,30 +215,32 @@ impl Target {
     }
 
     /// Adds a note to the report.
-    fn note(&mut self, note: impl Into<String>) {
+    fn add_note(&mut self, note: impl Into<String>) {
         self.notes.push(note.into());
     }
 
     /// Sets the source of problems. EasyDistill resolves relative paths from its working directory, which is unknown
     /// here, so a note is added.
-    fn source(&mut self, path: &str, fields: &[(&str, toml::Value)]) {
+    fn set_source(&mut self, path: &str, fields: &[(&str, toml::Value)]) {
         let mut source = toml::Table::new();
         source.insert("path".to_owned(), path.into());
         source.extend(fields.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));
         self.set("collect.sources", vec![toml::Value::Table(source)]);
         if !Path::new(path).is_absolute() {
-            self.note(format!("`collect.sources[0].path` is relative to the recipe's folder now: `{path}`"));
+            self.add_note(format!(
+                "`collect.sources[0].path` is relative to the recipe's folder now: `{path}`"
+            ));
         }
     }
 
     /// Sets the teachers of `generate`.
-    fn teachers(&mut self, teachers: Vec<toml::Table>) {
+    fn set_teachers(&mut self, teachers: Vec<toml::Table>) {
         self.set("generate.teachers", teachers.into_iter().map(toml::Value::Table).collect::<Vec<_>>());
     }
 
     /// Adds a prompt template built from `parts` (such as system prompt and template) and the problem. Template markers
     /// in the parts are neutralized.
-    fn prompt(&mut self, file: &'static str, parts: &[Option<String>]) {
+    fn add_prompt(&mut self, file: &'static str, parts: &[Option<String>]) {
         let mut text: String = parts
             .iter()
             .flatten()
@@ -263,8 +267,8 @@ mod tests {
 
     use super::*;
 
-    fn imported(config: &Value) -> anyhow::Result<Imported> {
-        map(config, "http://127.0.0.1:8080/v1", Path::new("."))
+    fn imported(config: &Value) -> anyhow::Result<Conversion> {
+        convert(config, "http://127.0.0.1:8080/v1", Path::new("."))
     }
 
     #[test]
@@ -348,7 +352,7 @@ pipeline:
     config: {}
 dataset: { input_path: examples/seed.jsonl, problem_key: problem, output_path: outputs/sft.jsonl }
 ";
-        let found = imported(&read(text).unwrap()).unwrap();
+        let found = imported(&parse_config(text).unwrap()).unwrap();
         let recipe = &found.recipe;
         assert_eq!(
             recipe["generate"]["teachers"][0]["temperatures"][0].as_float(),
@@ -382,6 +386,6 @@ dataset: { input_path: examples/seed.jsonl, problem_key: problem, output_path: o
             let said = format!("{:#}", imported(&config).unwrap_err());
             assert!(said.contains(job) && said.contains(word), "{said}");
         }
-        assert!(read("{ \"job_type\": ").is_err() && read("a: [1").is_err());
+        assert!(parse_config("{ \"job_type\": ").is_err() && parse_config("a: [1").is_err());
     }
 }

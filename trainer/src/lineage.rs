@@ -4,9 +4,9 @@
 use std::path::Path;
 
 use anyhow::Context;
-use potstill_cot::rewrite::Candidate;
+use potstill_cot::rewrite::RewriteCandidate;
 use potstill_data::journal::{Entry, Journal};
-use potstill_data::records::{Cot, Dropped, Problem, Subject};
+use potstill_data::records::{Dropped, Problem, Subject, Trace};
 use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
 
@@ -15,11 +15,11 @@ const PROBLEM_STAGES: [&str; 3] = ["collect", "classify", "resample"];
 /// Stages that process traces.
 const TRACE_STAGES: [&str; 6] = ["generate", "difficulty", "rewrite", "verify", "score", "sample"];
 /// Maximum number of traces listed for one problem.
-const LISTED: usize = 200;
+const MAX_LISTED_TRACES: usize = 200;
 
 /// Outcome of a record at one stage.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Step {
+pub struct StageOutcome {
     /// Name of the stage.
     pub stage: &'static str,
     /// `kept`, `rewritten`, or the drop reason.
@@ -30,7 +30,7 @@ pub struct Step {
 
 /// Request that produced a trace.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Call {
+pub struct TeacherRequest {
     /// Id of the request in the journal.
     pub request: ContentId,
     /// Name of the teacher model.
@@ -42,12 +42,12 @@ pub struct Call {
     /// Sampling seed.
     pub seed: i64,
     /// Usage and finish reason, if the journal still has the completion.
-    pub answer: Option<Answer>,
+    pub answer: Option<CompletionUsage>,
 }
 
 /// Usage of a completion, from the journal.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Answer {
+pub struct CompletionUsage {
     prompt_tokens: u64,
     completion_tokens: u64,
     seconds: f64,
@@ -62,9 +62,9 @@ pub struct TraceLineage {
     /// Name of the teacher model.
     pub teacher: String,
     /// Request that produced the trace; `None` if the trace came with its source.
-    pub call: Option<Call>,
+    pub call: Option<TeacherRequest>,
     /// Outcome at each stage.
-    pub steps: Vec<Step>,
+    pub steps: Vec<StageOutcome>,
     /// Trace from which this one was rewritten.
     pub parent: Option<Box<TraceLineage>>,
 }
@@ -75,22 +75,22 @@ pub struct Lineage {
     /// The problem.
     pub problem: Problem,
     /// Outcome of the problem at each stage.
-    pub steps: Vec<Step>,
+    pub steps: Vec<StageOutcome>,
     /// The requested trace, or all traces of the requested problem.
     pub traces: Vec<TraceLineage>,
 }
 
 /// Returns the lineage of a trace or problem, given its id or at least six first digits. Fails if there is no match, or
 /// if several traces match.
-pub fn why(folder: &Path, row: &str) -> anyhow::Result<Lineage> {
+pub fn explain(folder: &Path, row: &str) -> anyhow::Result<Lineage> {
     let row = row.trim().to_lowercase();
     anyhow::ensure!(
         row.len() >= 6 && row.bytes().all(|byte| byte.is_ascii_hexdigit()),
         "`{row}` is no id: give at least six of the hexadecimal digits that stand as `id` in the stage files"
     );
     anyhow::ensure!(folder.join("run.json").exists(), "`{}` holds no run", folder.display());
-    let stages = Stages { folder, journal: Journal::read_only(&folder.join("journal.log")).ok() };
-    let mut traces = stages.traces_with(&row, |trace| trace.id.as_str().starts_with(&row))?;
+    let stages = StageReader { folder, journal: Journal::read_only(&folder.join("journal.log")).ok() };
+    let mut traces = stages.find_traces(&row, |trace| trace.id.as_str().starts_with(&row))?;
     let problem = match traces.first() {
         Some(trace) => {
             anyhow::ensure!(
@@ -102,41 +102,41 @@ pub fn why(folder: &Path, row: &str) -> anyhow::Result<Lineage> {
             traces[0].problem.clone()
         }
         None => {
-            let problem = stages.problem(&row)?.with_context(|| {
+            let problem = stages.find_problem(&row)?.with_context(|| {
                 format!(
                     "no problem and no trace in `{}` has an id that begins with `{row}`",
                     folder.display()
                 )
             })?;
             let id = problem.id.as_str().to_owned();
-            traces = stages.traces_with(&id, |trace| trace.problem.id == problem.id)?;
+            traces = stages.find_traces(&id, |trace| trace.problem.id == problem.id)?;
             traces.sort_by(|a, b| a.id.cmp(&b.id));
             traces.dedup_by(|a, b| a.id == b.id);
-            traces.truncate(LISTED);
+            traces.truncate(MAX_LISTED_TRACES);
             problem
         }
     };
-    let steps = stages.of_problem(&problem.id)?;
-    let traces = traces.iter().map(|trace| stages.lineage(trace)).collect::<anyhow::Result<_>>()?;
+    let steps = stages.problem_outcomes(&problem.id)?;
+    let traces = traces.iter().map(|trace| stages.trace_lineage(trace)).collect::<anyhow::Result<_>>()?;
     Ok(Lineage { problem, steps, traces })
 }
 
 /// Readers for the stage files and the journal of a run.
-struct Stages<'a> {
+struct StageReader<'a> {
     folder: &'a Path,
     journal: Option<Journal>,
 }
 
 /// A row of a stage file.
-enum Row {
-    Kept(Box<Cot>),
-    Rewritten(Box<Candidate>),
+enum StageRow {
+    Kept(Box<Trace>),
+    Rewritten(Box<RewriteCandidate>),
     Dropped(Dropped),
 }
 
-impl Stages<'_> {
+impl StageReader<'_> {
     /// Calls `take` for every line of a stage file that contains `text`. A missing file counts as empty.
-    fn lines(
+    fn matching_lines(
         &self,
         file: &str,
         text: &str,
@@ -158,36 +158,36 @@ impl Stages<'_> {
     }
 
     /// Returns the kept and dropped rows of a stage whose line contains `text`.
-    fn rows(&self, stage: &'static str, text: &str) -> anyhow::Result<Vec<Row>> {
+    fn matching_rows(&self, stage: &'static str, text: &str) -> anyhow::Result<Vec<StageRow>> {
         let mut rows = Vec::new();
-        self.lines(&format!("{stage}.jsonl"), text, |line| {
+        self.matching_lines(&format!("{stage}.jsonl"), text, |line| {
             rows.push(if stage == "rewrite" {
-                Row::Rewritten(serde_json::from_str(line)?)
+                StageRow::Rewritten(serde_json::from_str(line)?)
             } else {
-                Row::Kept(serde_json::from_str(line)?)
+                StageRow::Kept(serde_json::from_str(line)?)
             });
             Ok(())
         })?;
-        self.lines(&format!("{stage}.dropped.jsonl"), text, |line| {
-            rows.push(Row::Dropped(serde_json::from_str(line)?));
+        self.matching_lines(&format!("{stage}.dropped.jsonl"), text, |line| {
+            rows.push(StageRow::Dropped(serde_json::from_str(line)?));
             Ok(())
         })?;
         Ok(rows)
     }
 
     /// Returns all versions of traces that satisfy `is`, in the order of the stages.
-    fn traces_with(&self, text: &str, is: impl Fn(&Cot) -> bool) -> anyhow::Result<Vec<Cot>> {
+    fn find_traces(&self, text: &str, is: impl Fn(&Trace) -> bool) -> anyhow::Result<Vec<Trace>> {
         let mut found = Vec::new();
         for stage in TRACE_STAGES {
-            for row in self.rows(stage, text)? {
+            for row in self.matching_rows(stage, text)? {
                 match row {
-                    Row::Kept(trace) => found.push(*trace),
-                    Row::Rewritten(candidate) => {
+                    StageRow::Kept(trace) => found.push(*trace),
+                    StageRow::Rewritten(candidate) => {
                         found.push(candidate.cot);
                         found.extend(candidate.original);
                     }
-                    Row::Dropped(Dropped { subject: Subject::Trace(trace), .. }) => found.push(*trace),
-                    Row::Dropped(_) => {}
+                    StageRow::Dropped(Dropped { subject: Subject::Trace(trace), .. }) => found.push(*trace),
+                    StageRow::Dropped(_) => {}
                 }
             }
         }
@@ -197,17 +197,17 @@ impl Stages<'_> {
 
     /// Returns the problem whose id starts with `text`, as the last stage kept it. A dropped problem is returned only
     /// if no earlier stage kept it.
-    fn problem(&self, text: &str) -> anyhow::Result<Option<Problem>> {
+    fn find_problem(&self, text: &str) -> anyhow::Result<Option<Problem>> {
         let mut found = None;
         for stage in PROBLEM_STAGES {
-            self.lines(&format!("{stage}.jsonl"), text, |line| {
+            self.matching_lines(&format!("{stage}.jsonl"), text, |line| {
                 let problem: Problem = serde_json::from_str(line)?;
                 if problem.id.as_str().starts_with(text) {
                     found = Some(problem);
                 }
                 Ok(())
             })?;
-            self.lines(&format!("{stage}.dropped.jsonl"), text, |line| {
+            self.matching_lines(&format!("{stage}.dropped.jsonl"), text, |line| {
                 if let Subject::Problem(problem) = serde_json::from_str::<Dropped>(line)?.subject
                     && problem.id.as_str().starts_with(text)
                 {
@@ -220,7 +220,7 @@ impl Stages<'_> {
     }
 
     /// Returns the outcomes of a problem, including its samples that `generate` dropped.
-    fn of_problem(&self, id: &ContentId) -> anyhow::Result<Vec<Step>> {
+    fn problem_outcomes(&self, id: &ContentId) -> anyhow::Result<Vec<StageOutcome>> {
         #[derive(Deserialize)]
         struct Sorted {
             id: ContentId,
@@ -230,7 +230,7 @@ impl Stages<'_> {
         }
         let mut steps = Vec::new();
         for stage in PROBLEM_STAGES {
-            self.lines(&format!("{stage}.jsonl"), id.as_str(), |line| {
+            self.matching_lines(&format!("{stage}.jsonl"), id.as_str(), |line| {
                 let row: Sorted = serde_json::from_str(line)?;
                 if row.id == *id {
                     let found = match stage {
@@ -238,28 +238,32 @@ impl Stages<'_> {
                         "resample" => format!("drawn {} time(s)", row.copies.unwrap_or(1)),
                         _ => String::new(),
                     };
-                    steps.push(Step { stage, outcome: "kept".to_owned(), found });
+                    steps.push(StageOutcome { stage, outcome: "kept".to_owned(), found });
                 }
                 Ok(())
             })?;
-            self.lines(&format!("{stage}.dropped.jsonl"), id.as_str(), |line| {
+            self.matching_lines(&format!("{stage}.dropped.jsonl"), id.as_str(), |line| {
                 let dropped: Dropped = serde_json::from_str(line)?;
                 if let Subject::Problem(problem) = &dropped.subject
                     && problem.id == *id
                 {
-                    let found = dropped.like.map(|like| format!("like: {}", shortened(&like)));
-                    steps.push(Step { stage, outcome: dropped.reason, found: found.unwrap_or_default() });
+                    let found = dropped.like.map(|like| format!("like: {}", truncate_text(&like)));
+                    steps.push(StageOutcome {
+                        stage,
+                        outcome: dropped.reason,
+                        found: found.unwrap_or_default(),
+                    });
                 }
                 Ok(())
             })?;
         }
         // Requests of `generate` that produced no trace.
-        self.lines("generate.dropped.jsonl", id.as_str(), |line| {
+        self.matching_lines("generate.dropped.jsonl", id.as_str(), |line| {
             let dropped: Dropped = serde_json::from_str(line)?;
             if let Subject::Problem(problem) = &dropped.subject
                 && problem.id == *id
             {
-                steps.push(Step {
+                steps.push(StageOutcome {
                     stage: "generate",
                     outcome: dropped.reason,
                     found: "one sample".to_owned(),
@@ -271,13 +275,13 @@ impl Stages<'_> {
     }
 
     /// Returns the lineage of a trace, including its parents.
-    fn lineage(&self, trace: &Cot) -> anyhow::Result<TraceLineage> {
+    fn trace_lineage(&self, trace: &Trace) -> anyhow::Result<TraceLineage> {
         let mut steps = Vec::new();
         for stage in TRACE_STAGES {
-            for row in self.rows(stage, trace.id.as_str())? {
+            for row in self.matching_rows(stage, trace.id.as_str())? {
                 match row {
-                    Row::Kept(row) if row.id == trace.id => steps.push(kept(stage, &row)),
-                    Row::Rewritten(row) if row.cot.id == trace.id => steps.push(Step {
+                    StageRow::Kept(row) if row.id == trace.id => steps.push(kept_outcome(stage, &row)),
+                    StageRow::Rewritten(row) if row.cot.id == trace.id => steps.push(StageOutcome {
                         stage,
                         outcome: "kept".to_owned(),
                         found: match row.cot.parent {
@@ -285,23 +289,25 @@ impl Stages<'_> {
                             None => "as it is".to_owned(),
                         },
                     }),
-                    Row::Rewritten(row) if row.original.as_ref().is_some_and(|cot| cot.id == trace.id) => {
-                        steps.push(Step {
+                    StageRow::Rewritten(row)
+                        if row.original.as_ref().is_some_and(|cot| cot.id == trace.id) =>
+                    {
+                        steps.push(StageOutcome {
                             stage,
                             outcome: "rewritten".to_owned(),
                             found: format!("into {}", row.cot.id),
                         });
                     }
-                    Row::Dropped(Dropped { reason, subject: Subject::Trace(row), .. })
+                    StageRow::Dropped(Dropped { reason, subject: Subject::Trace(row), .. })
                         if row.id == trace.id =>
                     {
-                        steps.push(Step { outcome: reason, ..kept(stage, &row) });
+                        steps.push(StageOutcome { outcome: reason, ..kept_outcome(stage, &row) });
                     }
                     _ => {}
                 }
             }
         }
-        let call = trace.origin.asked.as_ref().map(|asked| Call {
+        let call = trace.origin.asked.as_ref().map(|asked| TeacherRequest {
             request: asked.request.clone(),
             teacher: trace.origin.teacher.clone(),
             prompt_hash: asked.prompt_hash.clone(),
@@ -311,14 +317,14 @@ impl Stages<'_> {
                 let entry = journal.get(&asked.request).ok()??;
                 let Entry { prompt_tokens, completion_tokens, seconds, .. } = *entry;
                 let finish_reason = entry.finish_reason.clone();
-                Some(Answer { prompt_tokens, completion_tokens, seconds, finish_reason })
+                Some(CompletionUsage { prompt_tokens, completion_tokens, seconds, finish_reason })
             }),
         });
         let parent = match &trace.parent {
             None => None,
             Some(id) => {
-                let parents = self.traces_with(id.as_str(), |other| other.id == *id)?;
-                parents.last().map(|parent| self.lineage(parent)).transpose()?.map(Box::new)
+                let parents = self.find_traces(id.as_str(), |other| other.id == *id)?;
+                parents.last().map(|parent| self.trace_lineage(parent)).transpose()?.map(Box::new)
             }
         };
         Ok(TraceLineage { id: trace.id.clone(), teacher: trace.origin.teacher.clone(), call, steps, parent })
@@ -326,7 +332,7 @@ impl Stages<'_> {
 }
 
 /// Returns the outcome `kept` with the result of the stage.
-fn kept(stage: &'static str, row: &Cot) -> Step {
+fn kept_outcome(stage: &'static str, row: &Trace) -> StageOutcome {
     let found = match stage {
         "difficulty" => row.difficulty.map(|grade| format!("{grade:?}").to_lowercase()),
         "verify" => row.verdict.as_ref().map(|verdict| {
@@ -340,11 +346,11 @@ fn kept(stage: &'static str, row: &Cot) -> Step {
         "generate" => Some(format!("{} tokens, {}", row.completion_tokens, row.finish_reason)),
         _ => None,
     };
-    Step { stage, outcome: "kept".to_owned(), found: found.unwrap_or_default() }
+    StageOutcome { stage, outcome: "kept".to_owned(), found: found.unwrap_or_default() }
 }
 
 /// Returns the first 160 characters of `text` on one line.
-fn shortened(text: &str) -> String {
+fn truncate_text(text: &str) -> String {
     let mut short: String = text.chars().take(160).map(|c| if c == '\n' { ' ' } else { c }).collect();
     if short.len() < text.len() {
         short.push('…');
@@ -353,18 +359,18 @@ fn shortened(text: &str) -> String {
 }
 
 /// Formats the lineage as text for the terminal.
-pub fn table(lineage: &Lineage) -> String {
+pub fn lineage_table(lineage: &Lineage) -> String {
     let problem = &lineage.problem;
     let mut text =
-        format!("problem {}\n  {}\n  from {}", problem.id, shortened(&problem.problem), problem.source);
+        format!("problem {}\n  {}\n  from {}", problem.id, truncate_text(&problem.problem), problem.source);
     if let Some(answer) = &problem.answer {
-        text.push_str(&format!(", answer {}", shortened(answer)));
+        text.push_str(&format!(", answer {}", truncate_text(answer)));
     }
     text.push('\n');
-    steps(&mut text, &lineage.steps, "  ");
+    append_outcomes(&mut text, &lineage.steps, "  ");
     for trace in &lineage.traces {
         text.push('\n');
-        of_trace(&mut text, trace, "");
+        append_trace(&mut text, trace, "");
     }
     if lineage.traces.is_empty() {
         text.push_str("\nno trace of it was written\n");
@@ -373,14 +379,14 @@ pub fn table(lineage: &Lineage) -> String {
 }
 
 /// Appends the outcomes, one per line.
-fn steps(text: &mut String, steps: &[Step], indent: &str) {
+fn append_outcomes(text: &mut String, steps: &[StageOutcome], indent: &str) {
     for step in steps {
         text.push_str(&format!("{indent}{:<11} {:<14} {}\n", step.stage, step.outcome, step.found));
     }
 }
 
 /// Appends the lineage of a trace and, indented, of its parents.
-fn of_trace(text: &mut String, trace: &TraceLineage, indent: &str) {
+fn append_trace(text: &mut String, trace: &TraceLineage, indent: &str) {
     text.push_str(&format!("{indent}trace {} by {}\n", trace.id, trace.teacher));
     match &trace.call {
         None => text.push_str(&format!("{indent}  brought along by its source\n")),
@@ -397,9 +403,9 @@ fn of_trace(text: &mut String, trace: &TraceLineage, indent: &str) {
             }
         }
     }
-    steps(text, &trace.steps, &format!("{indent}  "));
+    append_outcomes(text, &trace.steps, &format!("{indent}  "));
     if let Some(parent) = &trace.parent {
         text.push_str(&format!("{indent}  its source:\n"));
-        of_trace(text, parent, &format!("{indent}    "));
+        append_trace(text, parent, &format!("{indent}    "));
     }
 }

@@ -97,8 +97,8 @@ impl LocalGateway {
     }
 
     /// Returns the registry of plans, for announcements.
-    pub fn plans(&self) -> LocalPlans {
-        LocalPlans(self.gateway.clone())
+    pub fn plan_registry(&self) -> LocalPlanRegistry {
+        LocalPlanRegistry(self.gateway.clone())
     }
 
     /// Drains requests, stops the nodes, and returns when both are done.
@@ -113,11 +113,11 @@ impl LocalGateway {
 }
 
 /// Plan registry of the local gateway.
-pub struct LocalPlans(Gateway);
+pub struct LocalPlanRegistry(Gateway);
 
-impl LocalPlans {
+impl LocalPlanRegistry {
     /// Registers a run's plan. Takes and returns the JSON of the gateway's admin API.
-    pub fn declare(&self, plan: serde_json::Value) -> Result<serde_json::Value, String> {
+    pub fn register_plan(&self, plan: serde_json::Value) -> Result<serde_json::Value, String> {
         let plan: RunPlan = serde_json::from_value(plan).map_err(|error| error.to_string())?;
         let forecasts = self.0.register_plan(plan)?;
         Ok(serde_json::json!({ "forecasts": forecasts }))

@@ -12,16 +12,16 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> anyhow::Result<std::process::ExitCode> {
     // The sandbox starts this program as its helper to run model-written programs.
-    if std::env::args_os().nth(1).is_some_and(|first| first == potstill_sandbox::HELPER) {
-        return Ok(potstill_sandbox::child::main(std::env::args_os().skip(2)));
+    if std::env::args_os().nth(1).is_some_and(|first| first == potstill_sandbox::HELPER_ARGUMENT) {
+        return Ok(potstill_sandbox::child::run_helper(std::env::args_os().skip(2)));
     }
-    begin_prepared();
+    reexec_with_environment();
     potstill_trainer::cli::main()?;
     Ok(std::process::ExitCode::SUCCESS)
 }
 
 /// Subcommands that train, and so reuse large buffers in every step.
-const TRAINING: [&str; 9] = ["bench", "demo", "dpo", "grpo", "kd", "reward", "run", "sft", "train"];
+const TRAINING_COMMANDS: [&str; 9] = ["bench", "demo", "dpo", "grpo", "kd", "reward", "run", "sft", "train"];
 
 /// Sets environment variables for candle and mimalloc, which read them only at process start, and re-executes the
 /// program.
@@ -31,13 +31,13 @@ const TRAINING: [&str; 9] = ["bench", "demo", "dpo", "grpo", "kd", "reward", "ru
 ///
 /// mimalloc: the delay before freed memory is returned to the kernel, which must clear the memory before reuse.
 /// Training processes never return it (half as fast again for 135 million weights); others return it after ten seconds.
-fn begin_prepared() {
+fn reexec_with_environment() {
     const KIND: &str = "POTSTILL_PROCESS";
     const POOL: &str = "CANDLE_NUM_THREADS";
     const PURGE: &str = "MIMALLOC_PURGE_DELAY";
     let command = std::env::args().nth(1).unwrap_or_default();
     let (kind, delay) =
-        if TRAINING.contains(&command.as_str()) { ("trains", "-1") } else { ("serves", "10000") };
+        if TRAINING_COMMANDS.contains(&command.as_str()) { ("trains", "-1") } else { ("serves", "10000") };
     let begun = std::env::var(KIND).ok();
     if begun.as_deref() == Some(kind) {
         return;

@@ -9,10 +9,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use potstill_cot::executor::Counts;
+use potstill_cot::executor::StageCounts;
 
 /// Interval between two plain lines of one [`Line`].
-const PLAIN_EVERY: Duration = Duration::from_secs(10);
+const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Progress display of a run. Clones share one display.
 #[derive(Clone)]
@@ -22,7 +22,7 @@ pub struct Progress {
 }
 
 /// Progress of one stage or training phase.
-pub struct Line {
+pub struct ProgressLine {
     bar: Option<ProgressBar>,
     name: String,
     started: Instant,
@@ -43,7 +43,7 @@ impl Progress {
     }
 
     /// Prints a message with the time since the start.
-    pub fn say(&self, text: impl AsRef<str>) {
+    pub fn message(&self, text: impl AsRef<str>) {
         let line = format!("[{:>6.1} s] {}", self.started.elapsed().as_secs_f64(), text.as_ref());
         match &self.bars {
             Some(bars) => {
@@ -54,7 +54,7 @@ impl Progress {
     }
 
     /// Adds a line for `total` steps; 0 means that the number is unknown.
-    pub fn line(&self, name: &str, total: u64) -> Line {
+    pub fn add_line(&self, name: &str, total: u64) -> ProgressLine {
         let bar = self.bars.as_ref().map(|bars| {
             let bar = bars.add(ProgressBar::new(total));
             let template = if total > 0 {
@@ -69,31 +69,31 @@ impl Progress {
             bar
         });
         let now = Instant::now();
-        Line { bar, name: name.to_owned(), started: now, last_plain: Mutex::new(now) }
+        ProgressLine { bar, name: name.to_owned(), started: now, last_plain: Mutex::new(now) }
     }
 
     /// Shows the counts of stages until `done` resolves, then prints a summary of each.
-    pub async fn watch(
+    pub async fn show_until(
         &self,
-        stages: &[(&'static str, Arc<Counts>)],
+        stages: &[(&'static str, Arc<StageCounts>)],
         total: u64,
         done: impl Future<Output = ()>,
     ) {
-        self.watch_with(stages, total, String::new, done).await;
+        self.show_until_with_remark(stages, total, String::new, done).await;
     }
 
     /// Does the same as [`Progress::watch`], with a remark after the counts. A single stage also shows the time left.
-    pub async fn watch_with(
+    pub async fn show_until_with_remark(
         &self,
-        stages: &[(&'static str, Arc<Counts>)],
+        stages: &[(&'static str, Arc<StageCounts>)],
         total: u64,
         remark: impl Fn() -> String,
         done: impl Future<Output = ()>,
     ) {
         let begun = Instant::now();
-        let lines: Vec<Line> = stages
+        let lines: Vec<ProgressLine> = stages
             .iter()
-            .map(|(name, _)| self.line(name, if stages.len() == 1 { total } else { 0 }))
+            .map(|(name, _)| self.add_line(name, if stages.len() == 1 { total } else { 0 }))
             .collect();
         let mut ticks = tokio::time::interval(Duration::from_millis(200));
         tokio::pin!(done);
@@ -122,7 +122,7 @@ impl Progress {
                     let reasons =
                         if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join(", ")) };
                     line.clear();
-                    self.say(format!("{name}: {} in, {} kept{reasons}", summary.taken, summary.kept));
+                    self.message(format!("{name}: {} in, {} kept{reasons}", summary.taken, summary.kept));
                 }
                 return;
             }
@@ -130,7 +130,7 @@ impl Progress {
     }
 }
 
-impl Line {
+impl ProgressLine {
     /// Updates position and message. Without a terminal, prints at most one line per interval.
     pub fn update(&self, position: u64, message: &str) {
         match &self.bar {
@@ -140,7 +140,7 @@ impl Line {
             }
             None => {
                 let mut last = self.last_plain.lock().unwrap_or_else(PoisonError::into_inner);
-                if last.elapsed() >= PLAIN_EVERY {
+                if last.elapsed() >= PLAIN_INTERVAL {
                     *last = Instant::now();
                     print(&format!(
                         "  {} after {:.0} s: {message}",

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use potstill_cot::ledger::Budget;
 use potstill_data::hub;
-use potstill_data::sampler::SamplePolicy;
+use potstill_data::sampler::SamplingConfig;
 use potstill_data::tasks::TASKS;
 use potstill_learn::run::RunConfig;
 use serde::{Deserialize, Serialize};
@@ -48,7 +48,7 @@ pub struct Recipe {
     /// Model that scores RV and CD.
     pub score: Option<JudgeSection>,
     /// Policy that selects traces for training.
-    pub sample: SamplePolicy,
+    pub sample: SamplingConfig,
     /// The student: base model, name and prompt.
     pub student: StudentSection,
     /// Supervised fine-tuning; without it, later algorithms start from `student.base`.
@@ -65,31 +65,31 @@ pub struct Recipe {
     pub evaluate: Option<EvaluateSection>,
     /// Quantized versions of the last student.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub compress: Option<CompressSection>,
+    pub compress: Option<QuantizeSection>,
 }
 
 /// Stages with paid requests.
-pub const PAID: [&str; 7] = ["classify", "generate", "difficulty", "rewrite", "verify", "score", "kd"];
+pub const PAID_STAGES: [&str; 7] = ["classify", "generate", "difficulty", "rewrite", "verify", "score", "kd"];
 
 /// All errors of a recipe.
 #[derive(Debug, thiserror::Error)]
-#[error("recipe `{path}` has {} problem(s):\n  {}", problems.len(), problems.join("\n  "))]
+#[error("recipe `{path}` has {} problem(s):\n  {}", errors.len(), errors.join("\n  "))]
 pub struct RecipeError {
     /// Path of the recipe.
     pub path: PathBuf,
     /// One message per error, with key and expected value.
-    pub problems: Vec<String>,
+    pub errors: Vec<String>,
 }
 
 /// Sections of a recipe, deserialized one by one, so that an error in one does not hide errors in others.
-struct Sections {
+struct SectionReader {
     table: toml::Table,
     problems: Vec<String>,
 }
 
-impl Sections {
+impl SectionReader {
     /// Removes and deserializes a section. Records an error with its path.
-    fn take<T: for<'de> Deserialize<'de>>(&mut self, key: &str) -> Option<T> {
+    fn optional<T: for<'de> Deserialize<'de>>(&mut self, key: &str) -> Option<T> {
         let value = self.table.remove(key)?;
         match serde_path_to_error::deserialize(value) {
             Ok(section) => Some(section),
@@ -105,43 +105,48 @@ impl Sections {
     }
 
     /// Does the same as `take`, and records an error if the key is missing.
-    fn need<T: for<'de> Deserialize<'de>>(&mut self, key: &str) -> Option<T> {
+    fn required<T: for<'de> Deserialize<'de>>(&mut self, key: &str) -> Option<T> {
         if !self.table.contains_key(key) {
             self.problems.push(format!("`{key}` is missing"));
         }
-        self.take(key)
+        self.optional(key)
     }
 }
 
 impl Recipe {
     /// Reads and checks a recipe. Returns all errors together.
-    pub fn read(path: &Path) -> Result<Self, RecipeError> {
-        let refused = |problems| RecipeError { path: path.to_owned(), problems };
+    pub fn load(path: &Path) -> Result<Self, RecipeError> {
+        let refused = |problems| RecipeError { path: path.to_owned(), errors: problems };
         let text = std::fs::read_to_string(path).map_err(|error| refused(vec![error.to_string()]))?;
         let table = text.parse::<toml::Table>().map_err(|error| refused(vec![error.to_string()]))?;
-        let mut sections = Sections { table, problems: Vec::new() };
+        let mut sections = SectionReader { table, problems: Vec::new() };
         let s = &mut sections;
-        let (name, student) = (s.need::<String>("name"), s.take::<StudentSection>("student"));
-        let (sft, reward, kd, dpo, grpo) =
-            (s.take("sft"), s.take("reward"), s.take("kd"), s.take("dpo"), s.take("grpo"));
+        let (name, student) = (s.required::<String>("name"), s.optional::<StudentSection>("student"));
+        let (sft, reward, kd, dpo, grpo) = (
+            s.optional("sft"),
+            s.optional("reward"),
+            s.optional("kd"),
+            s.optional("dpo"),
+            s.optional("grpo"),
+        );
         let optional = (
-            s.take("seed").unwrap_or(0),
-            s.take("concurrency").unwrap_or(64),
-            s.take("budget").unwrap_or_default(),
-            s.take("gateway"),
-            s.take("local").unwrap_or_default(),
-            s.take("prompts"),
-            s.take("collect"),
-            s.take("classify"),
-            s.take("resample"),
-            s.take("generate"),
-            s.take("difficulty"),
-            s.take("rewrite"),
-            s.take("verify"),
-            s.take("score"),
+            s.optional("seed").unwrap_or(0),
+            s.optional("concurrency").unwrap_or(64),
+            s.optional("budget").unwrap_or_default(),
+            s.optional("gateway"),
+            s.optional("local").unwrap_or_default(),
+            s.optional("prompts"),
+            s.optional("collect"),
+            s.optional("classify"),
+            s.optional("resample"),
+            s.optional("generate"),
+            s.optional("difficulty"),
+            s.optional("rewrite"),
+            s.optional("verify"),
+            s.optional("score"),
         );
         let (sample, evaluate, compress) =
-            (s.take("sample").unwrap_or_default(), s.take("evaluate"), s.take("compress"));
+            (s.optional("sample").unwrap_or_default(), s.optional("evaluate"), s.optional("compress"));
         for key in s.table.keys() {
             s.problems.push(format!(
                 "`{key}` is not known; known are name, seed, concurrency, budget, gateway, local, prompts, collect, classify, \
@@ -150,7 +155,7 @@ impl Recipe {
         }
         let Some(name) = name else { return Err(refused(sections.problems)) };
         // A recipe that only produces data needs no student.
-        let student = student.unwrap_or_else(|| StudentSection::nobody(&name));
+        let student = student.unwrap_or_else(|| StudentSection::placeholder(&name));
         let (
             seed,
             concurrency,
@@ -193,13 +198,13 @@ impl Recipe {
             evaluate,
             compress,
         };
-        recipe.resolve(path.parent().unwrap_or(Path::new(".")));
-        sections.problems.extend(recipe.problems());
+        recipe.resolve_paths(path.parent().unwrap_or(Path::new(".")));
+        sections.problems.extend(recipe.validation_errors());
         if sections.problems.is_empty() { Ok(recipe) } else { Err(refused(sections.problems)) }
     }
 
     /// Resolves all local paths relative to the recipe's folder.
-    fn resolve(&mut self, folder: &Path) {
+    fn resolve_paths(&mut self, folder: &Path) {
         let fix = |path: &mut PathBuf| *path = folder.join(&*path);
         self.prompts.iter_mut().for_each(fix);
         self.local.iter_mut().for_each(|model| fix(&mut model.path));
@@ -216,12 +221,12 @@ impl Recipe {
             .iter_mut()
             .flat_map(|section| section.sources.iter_mut().chain(&mut section.against));
         let tested = self.evaluate.iter_mut().flat_map(|section| &mut section.sources);
-        let here = collected.chain(tested).filter(|source| !hub::is_address(&source.path));
+        let here = collected.chain(tested).filter(|source| !hub::is_hub_address(&source.path));
         here.for_each(|source| fix(&mut source.path));
     }
 
     /// Returns all errors that types do not rule out.
-    fn problems(&self) -> Vec<String> {
+    fn validation_errors(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut need = |fine: bool, problem: String| {
             if !fine {
@@ -248,7 +253,7 @@ impl Recipe {
             format!("`concurrency` must be 1 to 4096, not {}", self.concurrency),
         );
         need(
-            !self.trains() && self.student.init.is_none()
+            !self.trains_student() && self.student.init.is_none()
                 || self.student.base.is_some() != self.student.init.is_some(),
             "`student` needs either `base` (a model to start from) or `init` (the shape of a fresh one)"
                 .to_owned(),
@@ -273,18 +278,18 @@ impl Recipe {
         for (key, rate) in rates.iter().filter_map(|(key, rate)| Some((key, (*rate)?))) {
             need(rate > 0.0 && rate < 1.0, format!("`{key}` must be above 0 and below 1, not {rate}"));
         }
-        for (key, run) in self.runs() {
+        for (key, run) in self.training_settings() {
             need(
                 run.batch_tokens > 0 && run.micro_batch_tokens > 0,
                 format!("`{key}.batch_tokens` and `{key}.micro_batch_tokens` must be at least 1"),
             );
         }
-        for (key, problem) in self.problems_of_devices() {
+        for (key, problem) in self.device_errors() {
             need(false, format!("`{key}`: {problem}"));
         }
         if let Some(section) = &self.compress {
             need(
-                self.trains() && self.evaluate.is_some(),
+                self.trains_student() && self.evaluate.is_some(),
                 "`compress` makes smaller forms of a student and tests them on the problems of `evaluate`: it needs both"
                     .to_owned(),
             );
@@ -303,7 +308,7 @@ impl Recipe {
             need(section.train.top_k > 0, "`kd.train.top_k` must be at least 1".to_owned());
         }
         if let Some(section) = &self.grpo {
-            for problem in section.train.problems() {
+            for problem in section.train.validation_errors() {
                 need(false, format!("`grpo.train`: {problem}"));
             }
         }
@@ -317,12 +322,12 @@ impl Recipe {
             );
         }
         need(
-            self.trains() || self.collect.is_some(),
+            self.trains_student() || self.collect.is_some(),
             "nothing to do: give `generate` to make data, or `sft`, `kd`, `dpo` or `grpo` to train"
                 .to_owned(),
         );
         need(
-            self.trains() || self.evaluate.as_ref().is_none_or(|section| section.compare.is_empty()),
+            self.trains_student() || self.evaluate.as_ref().is_none_or(|section| section.compare.is_empty()),
             "`evaluate.compare` compares students, and the recipe trains none".to_owned(),
         );
         need(
@@ -346,8 +351,8 @@ impl Recipe {
         }
         for stage in self.budget.stages.keys() {
             need(
-                PAID.contains(&stage.as_str()),
-                format!("`budget.stages.{stage}`: stages that ask are {}", PAID.join(", ")),
+                PAID_STAGES.contains(&stage.as_str()),
+                format!("`budget.stages.{stage}`: stages that ask are {}", PAID_STAGES.join(", ")),
             );
         }
         for (model, price) in &self.budget.prices {
@@ -356,7 +361,7 @@ impl Recipe {
                 format!("`budget.prices.{model}`: prices are per million tokens and not below 0"),
             );
         }
-        let (least, most) = self.sample.window();
+        let (least, most) = self.sample.cd_window();
         need(
             least <= most && most <= 9 && self.sample.rv_min <= self.sample.rv_max && self.sample.rv_max <= 9,
             "`sample`: RV and CD go from 0 to 9, the lower limit first".to_owned(),
@@ -444,7 +449,7 @@ impl Recipe {
             );
             need((1..=1024).contains(&evaluate.samples), "`evaluate.samples` must be 1 to 1024".to_owned());
         }
-        for (key, path) in self.files() {
+        for (key, path) in self.local_paths() {
             need(path.exists(), format!("`{key}`: `{}` does not exist", path.display()));
         }
         problems
@@ -457,12 +462,12 @@ impl Recipe {
     }
 
     /// Returns whether the run trains a student, rather than only producing data.
-    pub fn trains(&self) -> bool {
+    pub fn trains_student(&self) -> bool {
         self.sft.is_some() || self.kd.is_some() || self.dpo.is_some() || self.grpo.is_some()
     }
 
     /// Returns the training settings of all algorithms, with their keys.
-    fn runs(&self) -> impl Iterator<Item = (&'static str, &RunConfig)> {
+    fn training_settings(&self) -> impl Iterator<Item = (&'static str, &RunConfig)> {
         [
             ("sft.run", self.sft.as_ref().map(|section| &section.run)),
             ("reward.train.run", self.reward.as_ref().map(|section| &section.train.run)),
@@ -496,7 +501,7 @@ impl Recipe {
     }
 
     /// Returns every local path that must exist, with its key.
-    fn files(&self) -> Vec<(String, &Path)> {
+    fn local_paths(&self) -> Vec<(String, &Path)> {
         let mut files: Vec<(String, &Path)> = Vec::new();
         files.extend(self.prompts.iter().map(|path| ("prompts".to_owned(), path.as_path())));
         files.extend(
@@ -511,7 +516,7 @@ impl Recipe {
             let sources = sources.into_iter().flatten().enumerate();
             files.extend(
                 sources
-                    .filter(|(_, source)| !hub::is_address(&source.path))
+                    .filter(|(_, source)| !hub::is_hub_address(&source.path))
                     .map(|(i, source)| (format!("{key}[{i}].path"), source.path.as_path())),
             );
         }
@@ -537,7 +542,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("recipe.toml");
         potstill_shared::durable::write_file(&path, text.as_bytes()).unwrap();
-        Recipe::read(&path)
+        Recipe::load(&path)
     }
 
     #[test]
@@ -571,7 +576,7 @@ mod tests {
             "`sft.learning_rate` must be",
             "`score.model`: invalid type",
         ] {
-            assert!(error.problems.iter().any(|problem| problem.contains(part)), "{part} not in:\n{error}");
+            assert!(error.errors.iter().any(|problem| problem.contains(part)), "{part} not in:\n{error}");
         }
     }
 
@@ -582,12 +587,12 @@ mod tests {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.extension().is_some_and(|extension| extension == "toml") {
-                let checked = Recipe::read(&path);
+                let checked = Recipe::load(&path);
                 // Recipes for data and models of the user may lack files and environment variables, nothing else.
                 let missing =
                     |problem: &String| problem.contains("does not exist") || problem.contains("is not set");
                 if let Err(error) = checked {
-                    assert!(error.problems.iter().all(missing), "{error}");
+                    assert!(error.errors.iter().all(missing), "{error}");
                 }
                 seen += 1;
             }

@@ -8,19 +8,19 @@ use std::sync::atomic::Ordering;
 use anyhow::Context;
 use minijinja::value::Serde;
 use minijinja::{Environment, context};
-use potstill_cot::teacher::Spent;
+use potstill_cot::teacher::UsageCounters;
 use potstill_shared::durable::write_file;
 use serde::{Deserialize, Serialize};
 
-use crate::compress::Written;
-use crate::evaluate::metrics::Figures;
+use crate::compress::QuantizedFile;
+use crate::evaluate::metrics::StudentMetrics;
 use crate::run::Manifest;
 use crate::selection;
 use crate::training_view;
 
 /// Metrics of one student; accuracies in percent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct StudentFigures {
+pub struct StudentResult {
     /// Name of the variant, such as `raw` or `distilled`, or the format of a quantized version.
     pub name: String,
     /// Mean accuracy.
@@ -34,12 +34,12 @@ pub struct StudentFigures {
     /// Mean tokens of a completion, by level of the problem.
     pub mean_cot_tokens: BTreeMap<String, f64>,
     /// All metrics.
-    pub details: Figures,
+    pub details: StudentMetrics,
 }
 
-impl StudentFigures {
+impl StudentResult {
     /// Creates the entry of a student from its metrics.
-    pub fn new(name: &str, figures: Figures) -> Self {
+    pub fn new(name: &str, figures: StudentMetrics) -> Self {
         Self {
             name: name.to_owned(),
             accuracy: figures.accuracy,
@@ -54,9 +54,9 @@ impl StudentFigures {
 
 /// A quantized version of the last student.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Compressed {
+pub struct QuantizedResult {
     /// File and its similarity to the f32 model.
-    pub written: Written,
+    pub written: QuantizedFile,
     /// Accuracy of the student itself, in percent.
     pub before: f64,
     /// Loss of accuracy in points; negative for a gain.
@@ -64,12 +64,12 @@ pub struct Compressed {
     /// Whether the loss is within the recipe's limit, so the version was published.
     pub published: bool,
     /// Metrics of the quantized version.
-    pub figures: StudentFigures,
+    pub figures: StudentResult,
 }
 
 /// Usage of the teachers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SpentFigures {
+pub struct TeacherUsage {
     /// Successful requests.
     pub calls: u64,
     /// Requests whose completion came from the journal.
@@ -88,14 +88,14 @@ pub struct Report {
     /// Name of the recipe.
     pub name: String,
     /// Students in the order of their training; the final one is last.
-    pub students: Vec<StudentFigures>,
+    pub students: Vec<StudentResult>,
     /// Quantized versions of the last student.
     #[serde(default)]
-    pub compressed: Vec<Compressed>,
+    pub compressed: Vec<QuantizedResult>,
     /// Manifest with the counts of each stage.
     pub manifest: Manifest,
     /// Usage of the teachers by this process. Completions of earlier processes count as `remembered`.
-    pub teachers: SpentFigures,
+    pub teachers: TeacherUsage,
     /// Wall time of this process in seconds.
     pub wall_seconds: f64,
     /// Number of cores that this process may use.
@@ -106,10 +106,10 @@ impl Report {
     /// Creates a report of this process.
     pub fn new(
         name: &str,
-        students: Vec<StudentFigures>,
-        compressed: Vec<Compressed>,
+        students: Vec<StudentResult>,
+        compressed: Vec<QuantizedResult>,
         manifest: Manifest,
-        spent: &Spent,
+        spent: &UsageCounters,
         seconds: f64,
     ) -> Self {
         let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
@@ -118,7 +118,7 @@ impl Report {
             students,
             compressed,
             manifest,
-            teachers: SpentFigures {
+            teachers: TeacherUsage {
                 calls: read(&spent.calls),
                 remembered: read(&spent.remembered),
                 retries: read(&spent.retries),
@@ -167,45 +167,45 @@ impl Report {
 }
 
 /// Returns name and curves of every training of the run, in their order.
-fn trainings(folder: &Path) -> Vec<(&'static str, String)> {
+fn training_curves(folder: &Path) -> Vec<(&'static str, String)> {
     ["reward-rv", "reward-cd", "answers_only", "distilled", "kd", "dpo", "grpo"]
         .into_iter()
         .filter_map(|name| {
-            let entries = training_view::entries_of(&folder.join("train").join(name));
-            (!entries.is_empty()).then(|| (name, training_view::curves(&entries)))
+            let entries = training_view::read_log(&folder.join("train").join(name));
+            (!entries.is_empty()).then(|| (name, training_view::render_curves(&entries)))
         })
         .collect()
 }
 
 /// Returns histograms of RV by CD before and after sampling, as SVG.
-fn histograms(folder: &Path) -> Vec<String> {
+fn score_histograms(folder: &Path) -> Vec<String> {
     [("score", "before the sampling"), ("sample", "after it")]
         .into_iter()
         .filter_map(|(stage, title)| {
             let histogram = selection::histogram(&folder.join("stages").join(format!("{stage}.jsonl")))?;
-            let title = format!("{} traces {title}", histogram.scored());
-            Some(selection::picture(&histogram, &title))
+            let title = format!("{} traces {title}", histogram.scored_count());
+            Some(selection::score_histogram(&histogram, &title))
         })
         .collect()
 }
 
 /// Writes `report.json` and `report.html` to a run folder.
-pub fn write(folder: &Path, report: &Report) -> anyhow::Result<()> {
+pub fn write_report(folder: &Path, report: &Report) -> anyhow::Result<()> {
     let json = serde_json::to_string_pretty(report)?;
     write_file(&folder.join("report.json"), format!("{json}\n").as_bytes())?;
     let mut environment = Environment::new();
     environment.add_template("report.html", include_str!("report.html.jinja"))?;
     let html = environment.get_template("report.html")?.render(context! {
         report => minijinja::Value::from(Serde(report)),
-        style => training_view::STYLE,
-        trainings => trainings(folder),
-        histograms => histograms(folder),
+        style => training_view::CURVES_CSS,
+        trainings => training_curves(folder),
+        histograms => score_histograms(folder),
     })?;
     Ok(write_file(&folder.join("report.html"), html.as_bytes())?)
 }
 
 /// Reads the report of a run folder. Fails if it is missing or damaged.
-pub fn read(folder: &Path) -> anyhow::Result<Report> {
+pub fn read_report(folder: &Path) -> anyhow::Result<Report> {
     let path = folder.join("report.json");
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("cannot read `{}`; run `potstill evaluate` first", path.display()))?;

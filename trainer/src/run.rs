@@ -7,10 +7,10 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 
 use anyhow::Context;
-use potstill_cot::executor::{Outcome, Recorder, Summary};
-use potstill_data::jsonl::{ReadError, each_record, read_records, write_records};
+use potstill_cot::executor::{Recorder, StageOutcome, StageSummary};
+use potstill_data::jsonl::{ReadError, iter_records, read_records, write_records};
 use potstill_data::records::Dropped;
-use potstill_data::spool::{Keyed, Spool, SpoolError};
+use potstill_data::spool::{SortKey, SortedWriter, SortedWriterError};
 use potstill_shared::durable::{DurableError, create_folder, write_file};
 use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 pub struct StageManifest {
     /// Number of records taken, kept, and dropped by reason.
     #[serde(flatten)]
-    pub summary: Summary,
+    pub summary: StageSummary,
     /// Hash of the kept records.
     pub output_hash: String,
 }
@@ -57,13 +57,13 @@ pub struct SourceManifest {
 /// Files of a running stage.
 pub struct StageFiles<T> {
     /// Kept records, for `NAME.jsonl`.
-    pub kept: Spool<T>,
+    pub kept: SortedWriter<T>,
     /// Dropped records, for `NAME.dropped.jsonl`.
-    pub dropped: Spool<Dropped>,
+    pub dropped: SortedWriter<Dropped>,
 }
 
-impl<T: Keyed + Send + 'static> Recorder<T> for StageFiles<T> {
-    fn record(&mut self, outcome: &Outcome<T>) -> Result<(), String> {
+impl<T: SortKey + Send + 'static> Recorder<T> for StageFiles<T> {
+    fn record(&mut self, outcome: &StageOutcome<T>) -> Result<(), String> {
         let kept = outcome.kept.iter().try_for_each(|record| self.kept.push(record));
         let all = kept.and_then(|()| outcome.dropped.iter().try_for_each(|record| self.dropped.push(record)));
         all.map_err(|error| error.to_string())
@@ -111,7 +111,7 @@ impl RunFolder {
         );
         manifest.name = name.to_owned();
         manifest.version = env!("CARGO_PKG_VERSION").to_owned();
-        manifest.recipe_hash = ContentId::of_bytes(&text).to_string();
+        manifest.recipe_hash = ContentId::from_bytes(&text).to_string();
         write_file(&path.join("recipe.toml"), &text)?;
         let folder = Self { path: path.to_owned(), manifest: Mutex::new(manifest) };
         folder.write_manifest()?;
@@ -134,21 +134,21 @@ impl RunFolder {
     }
 
     /// Creates the files of a stage that starts.
-    pub fn files<T: Keyed>(&self) -> anyhow::Result<StageFiles<T>> {
+    pub fn create_stage_files<T: SortKey>(&self) -> anyhow::Result<StageFiles<T>> {
         let folder = self.path.join("stages");
-        Ok(StageFiles { kept: Spool::new(&folder)?, dropped: Spool::new(&folder)? })
+        Ok(StageFiles { kept: SortedWriter::new(&folder)?, dropped: SortedWriter::new(&folder)? })
     }
 
     /// Publishes the files of a finished stage and its entry in the manifest.
-    pub fn publish<T: Keyed>(
+    pub fn publish_stage<T: SortKey>(
         &self,
         stage: &str,
         files: StageFiles<T>,
-        summary: Summary,
-    ) -> Result<(), SpoolError> {
-        files.dropped.finish(&self.dropped_file(stage))?;
-        let written = files.kept.finish(&self.stage_file(stage))?;
-        Ok(self.note(stage, summary, written.hash.to_string())?)
+        summary: StageSummary,
+    ) -> Result<(), SortedWriterError> {
+        files.dropped.write_sorted(&self.dropped_file(stage))?;
+        let written = files.kept.write_sorted(&self.stage_file(stage))?;
+        Ok(self.set_stage_entry(stage, summary, written.hash.to_string())?)
     }
 
     /// Writes the records of a stage, in the given order, and its entry in the manifest.
@@ -156,47 +156,52 @@ impl RunFolder {
         &self,
         stage: &str,
         records: &[T],
-        summary: Summary,
+        summary: StageSummary,
     ) -> anyhow::Result<()> {
         let path = self.stage_file(stage);
         write_records(&path, records)?;
-        let output_hash = ContentId::of_bytes(&std::fs::read(&path)?).to_string();
-        Ok(self.note(stage, summary, output_hash)?)
+        let output_hash = ContentId::from_bytes(&std::fs::read(&path)?).to_string();
+        Ok(self.set_stage_entry(stage, summary, output_hash)?)
     }
 
     /// Sets the manifest entry of a stage.
-    fn note(&self, stage: &str, summary: Summary, output_hash: String) -> Result<(), DurableError> {
-        self.change(|manifest| {
+    fn set_stage_entry(
+        &self,
+        stage: &str,
+        summary: StageSummary,
+        output_hash: String,
+    ) -> Result<(), DurableError> {
+        self.update_manifest(|manifest| {
             manifest.stages.insert(stage.to_owned(), StageManifest { summary, output_hash });
         })
     }
 
     /// Sets the sources in the manifest.
-    pub fn note_sources(&self, sources: Vec<SourceManifest>) -> Result<(), DurableError> {
-        self.change(|manifest| manifest.sources = sources)
+    pub fn set_sources(&self, sources: Vec<SourceManifest>) -> Result<(), DurableError> {
+        self.update_manifest(|manifest| manifest.sources = sources)
     }
 
     /// Changes the manifest and writes it.
-    fn change(&self, change: impl FnOnce(&mut Manifest)) -> Result<(), DurableError> {
+    fn update_manifest(&self, change: impl FnOnce(&mut Manifest)) -> Result<(), DurableError> {
         change(&mut self.manifest.lock().unwrap_or_else(PoisonError::into_inner));
         self.write_manifest()
     }
 
     /// Reads all records of a stage. Fails if the stage has no file.
     pub fn read_stage<T: for<'de> Deserialize<'de>>(&self, stage: &str) -> anyhow::Result<Vec<T>> {
-        Ok(read_records(&self.existing(stage)?)?)
+        Ok(read_records(&self.existing_stage_file(stage)?)?)
     }
 
     /// Reads the records of a stage one at a time, each with the offset of its line.
-    pub fn each_of<T: for<'de> Deserialize<'de>>(
+    pub fn stage_records<T: for<'de> Deserialize<'de>>(
         &self,
         stage: &str,
     ) -> anyhow::Result<impl Iterator<Item = Result<(u64, T), ReadError>> + use<T>> {
-        Ok(each_record(&self.existing(stage)?)?)
+        Ok(iter_records(&self.existing_stage_file(stage)?)?)
     }
 
     /// Returns the file of a stage, or an error if it does not exist.
-    fn existing(&self, stage: &str) -> anyhow::Result<PathBuf> {
+    fn existing_stage_file(&self, stage: &str) -> anyhow::Result<PathBuf> {
         let path = self.stage_file(stage);
         anyhow::ensure!(path.exists(), "`{}` does not exist; run `potstill {stage}` first", path.display());
         Ok(path)

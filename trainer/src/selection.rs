@@ -3,48 +3,50 @@
 
 use std::path::Path;
 
-use potstill_data::jsonl::each_record;
-use potstill_data::records::{Cot, Scores};
-use potstill_data::sampler::{Candidate, Histogram, SamplePolicy, Selection, choose};
+use potstill_data::jsonl::iter_records;
+use potstill_data::records::{Scores, Trace};
+use potstill_data::sampler::{
+    SamplingCandidate, SamplingConfig, ScoreHistogram, SelectionRule, select_traces,
+};
 use serde::Serialize;
 
 /// Size of a cell of the picture in pixels.
-const CELL: usize = 22;
+const CELL_PIXELS: usize = 22;
 
 /// Returns the histogram of a stage's traces. Returns `None` if the file is missing or damaged, or if no trace has
 /// scores.
-pub fn histogram(file: &Path) -> Option<Histogram> {
+pub fn histogram(file: &Path) -> Option<ScoreHistogram> {
     let mut scores = Vec::new();
-    for row in each_record::<Cot>(file).ok()? {
+    for row in iter_records::<Trace>(file).ok()? {
         scores.push(row.ok()?.1.scores.unwrap_or_default());
     }
-    let histogram = Histogram::of(scores);
-    (histogram.scored() > 0).then_some(histogram)
+    let histogram = ScoreHistogram::from_scores(scores);
+    (histogram.scored_count() > 0).then_some(histogram)
 }
 
 /// Draws the histogram as SVG: CD on the horizontal axis, RV on the vertical axis. Darker cells have more traces.
-pub fn picture(histogram: &Histogram, title: &str) -> String {
+pub fn score_histogram(histogram: &ScoreHistogram, title: &str) -> String {
     let most = f64::from(histogram.counts.iter().flatten().copied().max().unwrap_or(0).max(1));
-    let (left, top, side) = (46, 26, CELL * 10);
+    let (left, top, side) = (46, 26, CELL_PIXELS * 10);
     let mut svg = format!(
         r#"<svg class="histogram" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" aria-label="{title}"><text x="{left}" y="16" class="title">{title}</text>"#,
         left + side + 60,
         top + side + 40
     );
     for (rv, row) in histogram.counts.iter().enumerate() {
-        let y = top + (9 - rv) * CELL;
+        let y = top + (9 - rv) * CELL_PIXELS;
         for (cd, count) in row.iter().enumerate() {
-            let x = left + cd * CELL;
+            let x = left + cd * CELL_PIXELS;
             // The square root makes small counts easier to distinguish.
             let share = (f64::from(*count) / most).sqrt();
             svg.push_str(&format!(
-                r##"<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="#3b76b8" fill-opacity="{share:.3}" stroke="#d8dee6"><title>RV {rv}, CD {cd}: {count}</title></rect>"##
+                r##"<rect x="{x}" y="{y}" width="{CELL_PIXELS}" height="{CELL_PIXELS}" fill="#3b76b8" fill-opacity="{share:.3}" stroke="#d8dee6"><title>RV {rv}, CD {cd}: {count}</title></rect>"##
             ));
         }
         svg.push_str(&format!(r#"<text x="{}" y="{}" text-anchor="end">{rv}</text>"#, left - 6, y + 16));
         svg.push_str(&format!(
             r#"<text x="{}" y="{}" text-anchor="middle">{rv}</text>"#,
-            left + rv * CELL + CELL / 2,
+            left + rv * CELL_PIXELS + CELL_PIXELS / 2,
             top + side + 15
         ));
     }
@@ -59,7 +61,7 @@ pub fn picture(histogram: &Histogram, title: &str) -> String {
 
 /// Selection by one policy.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Choice {
+pub struct SelectionStats {
     /// Name of the policy.
     pub policy: String,
     /// Number of chosen traces.
@@ -79,11 +81,11 @@ pub struct Choice {
 }
 
 /// Compares all traces, the recipe's policy and the other published policies on the traces of `file`.
-pub fn compare(file: &Path, policy: &SamplePolicy) -> anyhow::Result<Vec<Choice>> {
-    let (mut candidates, mut tokens) = (Vec::<Candidate>::new(), Vec::new());
-    for row in each_record::<Cot>(file)? {
+pub fn compare_policies(file: &Path, policy: &SamplingConfig) -> anyhow::Result<Vec<SelectionStats>> {
+    let (mut candidates, mut tokens) = (Vec::<SamplingCandidate>::new(), Vec::new());
+    for row in iter_records::<Trace>(file)? {
         let (_, trace) = row?;
-        let candidate = Candidate::of(&trace);
+        let candidate = SamplingCandidate::from_trace(&trace);
         if candidates.last().is_none_or(|last| last.id != candidate.id) {
             candidates.push(candidate);
             tokens.push(trace.completion_tokens);
@@ -91,32 +93,32 @@ pub fn compare(file: &Path, policy: &SamplePolicy) -> anyhow::Result<Vec<Choice>
     }
     let mut choices = Vec::new();
     let all: Vec<usize> = (0..candidates.len()).collect();
-    choices.push(describe("all traces", &all, &candidates, &tokens, policy));
+    choices.push(selection_stats("all traces", &all, &candidates, &tokens, policy));
     for (name, selection) in
-        [("window", Selection::Window), ("range", Selection::Range), ("bins", Selection::Bins)]
+        [("window", SelectionRule::Window), ("range", SelectionRule::Range), ("bins", SelectionRule::Bins)]
     {
-        let other = SamplePolicy { selection, ..policy.clone() };
+        let other = SamplingConfig { selection, ..policy.clone() };
         let mark = if selection == policy.selection { " (the recipe's)" } else { "" };
-        let chosen = choose(&candidates, &other);
-        choices.push(describe(&format!("{name}{mark}"), &chosen, &candidates, &tokens, policy));
+        let chosen = select_traces(&candidates, &other);
+        choices.push(selection_stats(&format!("{name}{mark}"), &chosen, &candidates, &tokens, policy));
     }
     Ok(choices)
 }
 
 /// Computes the statistics of a selection.
-fn describe(
+fn selection_stats(
     name: &str,
     chosen: &[usize],
-    candidates: &[Candidate],
+    candidates: &[SamplingCandidate],
     tokens: &[u64],
-    policy: &SamplePolicy,
-) -> Choice {
+    policy: &SamplingConfig,
+) -> SelectionStats {
     let scores: Vec<Scores> = chosen.iter().map(|index| candidates[*index].scores).collect();
-    let histogram = Histogram::of(scores);
-    let (least, most) = policy.window();
+    let histogram = ScoreHistogram::from_scores(scores);
+    let (least, most) = policy.cd_window();
     let problems: std::collections::HashSet<u64> =
         chosen.iter().map(|index| candidates[*index].problem).collect();
-    Choice {
+    SelectionStats {
         policy: name.to_owned(),
         traces: chosen.len(),
         problems: problems.len(),
@@ -130,7 +132,7 @@ fn describe(
 }
 
 /// Formats the comparison as a table for the terminal.
-pub fn table(choices: &[Choice]) -> String {
+pub fn table(choices: &[SelectionStats]) -> String {
     let mut text = format!(
         "{:<24} {:>8} {:>9} {:>8} {:>8} {:>9} {:>10} {:>12}\n",
         "policy", "traces", "problems", "mean RV", "mean CD", "|RV - CD|", "in window", "tokens"

@@ -30,17 +30,17 @@ use potstill_engine::scheduler::{Engine, SchedulerConfig};
 use potstill_engine::template::ChatTemplate;
 use potstill_engine::tokenizer::Tokenizer;
 use potstill_engine::{EngineError, device};
-use potstill_shared::openai::{ModelCard, ModelList, now_seconds};
+use potstill_shared::openai::{ModelCard, ModelList, unix_time_s};
 use serde_json::json;
 use tokio::net::TcpListener;
 
 use error::NodeError;
 use metrics::NodeMetrics;
 pub use rewards::RewardArgument;
-use rewards::Rewards;
+use rewards::RewardModels;
 
 /// Maximum size of a request body in bytes.
-const BODY_BYTES: usize = 32 << 20;
+const MAX_BODY_BYTES: usize = 32 << 20;
 
 /// Arguments of `potstill serve`.
 #[derive(Debug, Clone, clap::Args)]
@@ -89,7 +89,7 @@ pub struct ServeArguments {
 }
 
 /// State for requests to the model.
-pub(crate) struct Node {
+pub(crate) struct ServedModel {
     pub(crate) name: String,
     pub(crate) engine: Engine,
     pub(crate) tokenizer: Tokenizer,
@@ -103,9 +103,9 @@ pub(crate) struct Node {
 }
 
 /// State of the server: the model and the reward models.
-pub(crate) struct Served {
-    node: Option<Arc<Node>>,
-    rewards: Rewards,
+pub(crate) struct ServerState {
+    node: Option<Arc<ServedModel>>,
+    rewards: RewardModels,
     created: u64,
 }
 
@@ -117,14 +117,14 @@ pub async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
     let started = std::time::Instant::now();
     let served = tokio::task::spawn_blocking({
         let arguments = arguments.clone();
-        move || start(&arguments)
+        move || load_models(&arguments)
     })
     .await??;
     let address = SocketAddr::new(arguments.host, arguments.port);
     let listener =
         TcpListener::bind(address).await.with_context(|| format!("cannot listen on `{address}`"))?;
     tracing::info!(
-        models = cards(&served).iter().map(|card| card.id.as_str()).collect::<Vec<_>>().join(", "),
+        models = model_cards(&served).iter().map(|card| card.id.as_str()).collect::<Vec<_>>().join(", "),
         address = %listener.local_addr()?,
         seconds = started.elapsed().as_secs_f64(),
         "serving"
@@ -135,19 +135,19 @@ pub async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
 }
 
 /// Loads all models.
-fn start(arguments: &ServeArguments) -> anyhow::Result<Served> {
-    let rewards = Rewards::load(&arguments.reward)?;
+fn load_models(arguments: &ServeArguments) -> anyhow::Result<ServerState> {
+    let rewards = RewardModels::load(&arguments.reward)?;
     let node = match &arguments.model {
         Some(path) => Some(Arc::new(
-            start_node(path, arguments).with_context(|| format!("cannot serve `{}`", path.display()))?,
+            start_model(path, arguments).with_context(|| format!("cannot serve `{}`", path.display()))?,
         )),
         None => None,
     };
-    Ok(Served { node, rewards, created: now_seconds() })
+    Ok(ServerState { node, rewards, created: unix_time_s() })
 }
 
 /// Loads the model and starts the engine. Fails for a reward model.
-fn start_node(path: &Path, arguments: &ServeArguments) -> anyhow::Result<Node> {
+fn start_model(path: &Path, arguments: &ServeArguments) -> anyhow::Result<ServedModel> {
     let devices = device::parse_all(&arguments.device)?;
     let model = load_to_serve(path, &devices, arguments.eight_bits)?;
     anyhow::ensure!(model.config.classes == 0, "it is a reward model: serve it with --reward NAME=FOLDER");
@@ -159,7 +159,7 @@ fn start_node(path: &Path, arguments: &ServeArguments) -> anyhow::Result<Node> {
         kv_bytes: arguments.kv_mib << 20,
         devices,
     };
-    Ok(Node {
+    Ok(ServedModel {
         name: arguments.name.clone().unwrap_or_else(|| stem().into_owned()),
         engine: Engine::start(&model, config)?,
         tokenizer: model.tokenizer.clone(),
@@ -199,7 +199,7 @@ fn stop_signal(with_parent: bool) -> std::io::Result<impl Future<Output = ()>> {
 }
 
 /// Returns the routes. Reward routes exist only with reward models, generation routes only with a model.
-fn router(served: Arc<Served>) -> Router {
+fn router(served: Arc<ServerState>) -> Router {
     let mut router = Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*model}", get(model))
@@ -226,11 +226,11 @@ fn router(served: Arc<Served>) -> Router {
     router
         .method_not_allowed_fallback(async || NodeError::MethodNotAllowed)
         .fallback(async |uri: Uri| NodeError::NotFound(uri.path().to_owned()))
-        .layer(DefaultBodyLimit::max(BODY_BYTES))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
 }
 
 /// Returns OpenAI's model objects of all served models.
-fn cards(served: &Served) -> Vec<ModelCard> {
+fn model_cards(served: &ServerState) -> Vec<ModelCard> {
     let card = |name: &str| ModelCard::new(name, served.created, "potstill");
     let model = served.node.iter().map(|node| {
         let mut card = card(&node.name);
@@ -241,7 +241,7 @@ fn cards(served: &Served) -> Vec<ModelCard> {
 }
 
 /// `GET /health`: fails if the engine has stopped.
-async fn health(State(served): State<Arc<Served>>) -> Result<&'static str, NodeError> {
+async fn health(State(served): State<Arc<ServerState>>) -> Result<&'static str, NodeError> {
     match served.node.as_ref().and_then(|node| node.engine.stopped()) {
         None => Ok("ok"),
         Some(reason) => Err(EngineError::Stopped(reason).into()),
@@ -249,21 +249,21 @@ async fn health(State(served): State<Arc<Served>>) -> Result<&'static str, NodeE
 }
 
 /// `GET /v1/models`.
-async fn models(State(served): State<Arc<Served>>) -> Json<ModelList> {
-    Json(ModelList::new(cards(&served)))
+async fn models(State(served): State<Arc<ServerState>>) -> Json<ModelList> {
+    Json(ModelList::new(model_cards(&served)))
 }
 
 /// `GET /v1/models/{model}`.
 async fn model(
-    State(served): State<Arc<Served>>,
+    State(served): State<Arc<ServerState>>,
     AtPath(name): AtPath<String>,
 ) -> Result<Json<ModelCard>, NodeError> {
-    let card = cards(&served).into_iter().find(|card| card.id == name);
+    let card = model_cards(&served).into_iter().find(|card| card.id == name);
     card.map(Json).ok_or(NodeError::ModelNotFound(name))
 }
 
 /// `GET /metrics` in Prometheus' text format.
-async fn metrics(State(served): State<Arc<Served>>) -> Response {
+async fn metrics(State(served): State<Arc<ServerState>>) -> Response {
     let text = served.node.as_ref().map(|node| node.metrics.render(&node.name, node.engine.stats()));
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text.unwrap_or_default()).into_response()
 }

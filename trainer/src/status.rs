@@ -8,18 +8,18 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use potstill_cot::executor::{Counts, Summary};
-use potstill_cot::ledger::{Amounts, Ledger, Limits};
-use potstill_cot::teacher::Teachers;
+use potstill_cot::executor::{StageCounts, StageSummary};
+use potstill_cot::ledger::{Amounts, BudgetLimits, Ledger};
+use potstill_cot::teacher::TeacherClient;
 use potstill_shared::durable::write_file;
 use serde::{Deserialize, Serialize};
 
 use crate::run::{Manifest, RunFolder};
 
 /// Interval between two writes.
-const EVERY: Duration = Duration::from_secs(2);
+const WRITE_INTERVAL: Duration = Duration::from_secs(2);
 /// Age in seconds above which a status does not count as that of a running process.
-const STALE_S: u64 = 15;
+const MAX_AGE_S: u64 = 15;
 
 /// Status of a running stage.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,12 +30,12 @@ pub struct StageStatus {
     pub done: u64,
     /// Number of records taken, kept and dropped.
     #[serde(flatten)]
-    pub summary: Summary,
+    pub summary: StageSummary,
 }
 
 /// Contents of `status.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Snapshot {
+pub struct StatusSnapshot {
     /// Id of the process.
     pub pid: u32,
     /// Unix time of the write, in seconds.
@@ -49,10 +49,10 @@ pub struct Snapshot {
     /// Spending by stage, of all processes of this run.
     pub spent: BTreeMap<String, Amounts>,
     /// Limits on the spending of the run.
-    pub limits: Limits,
+    pub limits: BudgetLimits,
 }
 
-impl Snapshot {
+impl StatusSnapshot {
     /// Returns the estimated seconds until the last stage has finished, at the average speed so far. `None` before the
     /// first record is done.
     fn seconds_left(&self) -> Option<f64> {
@@ -70,21 +70,21 @@ impl Snapshot {
 
 /// Writer of the status.
 #[derive(Clone)]
-pub(crate) struct Status {
+pub(crate) struct StatusWriter {
     path: PathBuf,
-    stages: Vec<(&'static str, Arc<Counts>)>,
+    stages: Vec<(&'static str, Arc<StageCounts>)>,
     total: u64,
     ledger: Arc<Ledger>,
     begun: Instant,
 }
 
-impl Status {
+impl StatusWriter {
     /// Creates a writer for the given stages.
     pub(crate) fn new(
         folder: &RunFolder,
-        stages: &[(&'static str, Arc<Counts>)],
+        stages: &[(&'static str, Arc<StageCounts>)],
         total: u64,
-        teachers: &Teachers,
+        teachers: &TeacherClient,
     ) -> Self {
         Self {
             path: folder.path().join("status.json"),
@@ -96,20 +96,20 @@ impl Status {
     }
 
     /// Returns the current status.
-    fn snapshot(&self) -> Snapshot {
+    fn snapshot(&self) -> StatusSnapshot {
         let stages = self.stages.iter().map(|(name, counts)| StageStatus {
             name: (*name).to_owned(),
             done: counts.done.load(Ordering::Relaxed) as u64,
             summary: counts.summary(),
         });
-        Snapshot {
+        StatusSnapshot {
             pid: std::process::id(),
-            written: now(),
+            written: unix_time_s(),
             seconds: self.begun.elapsed().as_secs_f64(),
             total: self.total,
             stages: stages.collect(),
             spent: self.ledger.spent(),
-            limits: self.ledger.budget().run(),
+            limits: self.ledger.budget().run_limits(),
         }
     }
 
@@ -123,8 +123,8 @@ impl Status {
     }
 
     /// Writes the status at a fixed interval until the future is dropped.
-    pub(crate) async fn keep_writing(self) {
-        let mut ticks = tokio::time::interval(EVERY);
+    pub(crate) async fn write_periodically(self) {
+        let mut ticks = tokio::time::interval(WRITE_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
@@ -134,7 +134,7 @@ impl Status {
 }
 
 /// Returns the Unix time in seconds.
-fn now() -> u64 {
+fn unix_time_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
@@ -146,35 +146,35 @@ pub struct RunStatus {
     /// Manifest with finished stages and sources.
     pub manifest: Manifest,
     /// Last status that a process wrote.
-    pub now: Option<Snapshot>,
+    pub now: Option<StatusSnapshot>,
     /// Estimated seconds until the running stages have finished.
     pub seconds_left: Option<f64>,
 }
 
 /// Reads the status of a run folder. Fails if the folder contains no run.
-pub fn read(folder: &Path) -> anyhow::Result<RunStatus> {
+pub fn read_status(folder: &Path) -> anyhow::Result<RunStatus> {
     let path = folder.join("run.json");
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("`{}` holds no run: cannot read `{}`", folder.display(), path.display()))?;
     let manifest = serde_json::from_str(&text).with_context(|| format!("`{}` is damaged", path.display()))?;
     let now_said = std::fs::read_to_string(folder.join("status.json")).ok();
-    let snapshot: Option<Snapshot> = now_said.and_then(|text| serde_json::from_str(&text).ok());
+    let snapshot: Option<StatusSnapshot> = now_said.and_then(|text| serde_json::from_str(&text).ok());
     let running = snapshot.as_ref().is_some_and(|snapshot| {
-        now().saturating_sub(snapshot.written) <= STALE_S
+        unix_time_s().saturating_sub(snapshot.written) <= MAX_AGE_S
             && Path::new(&format!("/proc/{}", snapshot.pid)).exists()
     });
-    let seconds_left = snapshot.as_ref().filter(|_| running).and_then(Snapshot::seconds_left);
+    let seconds_left = snapshot.as_ref().filter(|_| running).and_then(StatusSnapshot::seconds_left);
     Ok(RunStatus { running, manifest, now: snapshot, seconds_left })
 }
 
 /// Formats the status as text for the terminal.
-pub fn table(status: &RunStatus) -> String {
+pub fn status_table(status: &RunStatus) -> String {
     let mut text = format!(
         "run `{}`: {}\n",
         status.manifest.name,
         if status.running { "running" } else { "no process is working on it" }
     );
-    let row = |name: &str, mark: &str, summary: &Summary| {
+    let row = |name: &str, mark: &str, summary: &StageSummary| {
         let reasons: Vec<String> =
             summary.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
         format!("{name:<22} {mark:<8} {:>9} {:>9}  {}\n", summary.taken, summary.kept, reasons.join(", "))
@@ -203,7 +203,7 @@ pub fn table(status: &RunStatus) -> String {
     }
     text.push_str(&format!("{:<22} {:>9} {:>13} {:>10.4}\n", "all", all.requests, all.tokens, all.cost));
     let limit = |most: Option<String>| most.unwrap_or_else(|| "-".to_owned());
-    if now.limits != Limits::default() {
+    if now.limits != BudgetLimits::default() {
         text.push_str(&format!(
             "{:<22} {:>9} {:>13} {:>10}\n",
             "budget",
@@ -223,19 +223,23 @@ mod tests {
     use super::*;
 
     fn stage(name: &str, taken: usize, done: u64, kept: usize) -> StageStatus {
-        StageStatus { name: name.into(), done, summary: Summary { taken, kept, ..Summary::default() } }
+        StageStatus {
+            name: name.into(),
+            done,
+            summary: StageSummary { taken, kept, ..StageSummary::default() },
+        }
     }
 
     #[test]
     fn time_left_depends_on_the_last_stage() {
-        let snapshot = |stages| Snapshot {
+        let snapshot = |stages| StatusSnapshot {
             pid: 1,
             written: 0,
             seconds: 30.0,
             total: 100,
             stages,
             spent: BTreeMap::new(),
-            limits: Limits::default(),
+            limits: BudgetLimits::default(),
         };
         assert_eq!(snapshot(vec![]).seconds_left(), None);
         assert_eq!(snapshot(vec![stage("generate", 30, 25, 50)]).seconds_left(), Some(90.0));

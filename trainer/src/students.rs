@@ -6,16 +6,16 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use candle_core::{DType, Device};
-use potstill_data::records::{Cot, Difficulty};
+use potstill_data::records::{Difficulty, Trace};
 use potstill_engine::config::ModelConfig;
 use potstill_engine::init;
 use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::ops::attention::Heads;
 use potstill_learn::LearnError;
-use potstill_learn::curriculum::{Lesson, Phase, phases};
-use potstill_learn::examples::{Example, encode};
+use potstill_learn::curriculum::{ExampleMeta, Phase, phases};
+use potstill_learn::examples::{Example, tokenize_conversation};
 use potstill_learn::learner::Learner;
-use potstill_learn::run::{Observe, Progress as Step, RunConfig, RunReport};
+use potstill_learn::run::{Progress as Step, RunConfig, RunReport, StepObserver};
 use potstill_learn::sft::sft;
 use potstill_shared::durable::{publish_folder, remove_folder};
 use serde_json::{Value, json};
@@ -23,10 +23,10 @@ use serde_json::{Value, json};
 use crate::demo::{roles, tokenizer};
 use crate::progress::Progress;
 use crate::recipe::{Conversations, Recipe};
-use crate::training_view::View;
+use crate::training_view::TrainingDashboard;
 
 /// Returns the student before training: the model at `student.base`, or a randomly initialized one from `student.init`.
-pub fn base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
+pub fn load_base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
     if let Some(path) = &recipe.student.base {
         return load(path, &Device::Cpu, DType::F32)
             .with_context(|| format!("cannot load the student's base `{}`", path.display()));
@@ -68,21 +68,21 @@ pub fn base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
 }
 
 /// Training set: conversations with the difficulty of each.
-pub struct Lessons {
+pub struct TrainingSet {
     /// Conversations as chat messages.
     pub messages: Vec<Vec<Value>>,
     /// Difficulty of each conversation.
-    pub known: Vec<Lesson>,
+    pub known: Vec<ExampleMeta>,
 }
 
-impl Lessons {
+impl TrainingSet {
     /// Returns the training set of chains of thought with their answers.
-    pub fn chains_of_thought(recipe: &Recipe, traces: &[Cot]) -> Self {
-        Self::from_traces(recipe, traces.iter(), Cot::completion)
+    pub fn chains_of_thought(recipe: &Recipe, traces: &[Trace]) -> Self {
+        Self::from_traces(recipe, traces.iter(), Trace::completion)
     }
 
     /// Returns the training set of final answers only, with each problem once.
-    pub fn answers_only(recipe: &Recipe, traces: &[Cot]) -> Self {
+    pub fn answers_only(recipe: &Recipe, traces: &[Trace]) -> Self {
         let mut seen = std::collections::HashSet::new();
         let once = traces.iter().filter(|trace| seen.insert(trace.problem.id.clone()));
         Self::from_traces(recipe, once, |trace| trace.answer.clone())
@@ -91,17 +91,17 @@ impl Lessons {
     /// Returns a training set with one conversation per trace.
     fn from_traces<'a>(
         recipe: &Recipe,
-        traces: impl Iterator<Item = &'a Cot>,
-        completion: impl Fn(&Cot) -> String,
+        traces: impl Iterator<Item = &'a Trace>,
+        completion: impl Fn(&Trace) -> String,
     ) -> Self {
         let (mut messages, mut known) = (Vec::new(), Vec::new());
         for trace in traces {
-            let prompt = prompt(recipe, &trace.problem.problem);
+            let prompt = student_prompt(recipe, &trace.problem.problem);
             messages.push(vec![
                 json!({"role": "user", "content": prompt}),
                 json!({"role": "assistant", "content": completion(trace)}),
             ]);
-            known.push(Lesson {
+            known.push(ExampleMeta {
                 difficulty: trace.difficulty.unwrap_or(Difficulty::Unscored),
                 cd: trace.scores.and_then(|scores| scores.cd),
             });
@@ -126,34 +126,37 @@ impl Lessons {
                 })?);
             }
         }
-        let known = vec![Lesson { difficulty: Difficulty::Medium, cd: None }; messages.len()];
+        let known = vec![ExampleMeta { difficulty: Difficulty::Medium, cd: None }; messages.len()];
         Ok(Self { messages, known })
     }
 }
 
 /// Returns the student's prompt for a problem.
-pub fn prompt(recipe: &Recipe, problem: &str) -> String {
+pub fn student_prompt(recipe: &Recipe, problem: &str) -> String {
     recipe.student.prompt.replace("{{ problem }}", problem)
 }
 
 /// Tokenized training set with its phases.
-pub struct Plan {
+pub struct SftDataset {
     examples: Vec<Example>,
     phases: Vec<Phase>,
 }
 
-impl Plan {
+impl SftDataset {
     /// Tokenizes the training set and divides it into the phases of the curriculum.
-    pub fn new(recipe: &Recipe, model: &LoadedModel, lessons: &Lessons) -> anyhow::Result<Self> {
-        let examples =
-            lessons.messages.iter().map(|messages| encode(model, messages)).collect::<Result<Vec<_>, _>>()?;
+    pub fn new(recipe: &Recipe, model: &LoadedModel, lessons: &TrainingSet) -> anyhow::Result<Self> {
+        let examples = lessons
+            .messages
+            .iter()
+            .map(|messages| tokenize_conversation(model, messages))
+            .collect::<Result<Vec<_>, _>>()?;
         let sft = recipe.sft.as_ref().context("the recipe has no `sft`")?;
         let phases = phases(&lessons.known, sft.curriculum, sft.learning_rate, recipe.seed);
         Ok(Self { examples, phases })
     }
 
     /// Returns the number of tokens over all epochs.
-    pub fn tokens(&self) -> f64 {
+    pub fn total_tokens(&self) -> f64 {
         self.phases
             .iter()
             .map(|phase| {
@@ -164,8 +167,8 @@ impl Plan {
     }
 
     /// Scales the epochs so that training processes `tokens` tokens. Variants are compared at equal cost.
-    pub fn stretched_to(mut self, tokens: f64) -> Self {
-        let factor = tokens / self.tokens().max(1.0);
+    pub fn with_token_budget(mut self, tokens: f64) -> Self {
+        let factor = tokens / self.total_tokens().max(1.0);
         self.phases.iter_mut().for_each(|phase| phase.epochs *= factor);
         self
     }
@@ -187,16 +190,16 @@ impl Plan {
     ) -> anyhow::Result<LoadedModel> {
         let section = recipe.sft.as_ref().context("the recipe has no `sft`")?;
         let config = RunConfig { seed: recipe.seed, ..section.run.clone() };
-        let (learner, report) = watched(folder, name, progress, |observe| {
+        let (learner, report) = run_with_progress(folder, name, progress, |observe| {
             sft(model, &self.examples, &self.phases, &config, folder, observe)
         })?;
-        ended(name, &report, progress);
-        finished(&learner, folder, recipe)
+        report_result(name, &report, progress);
+        finalize_model(&learner, folder, recipe)
     }
 }
 
 /// Returns the trained model with merged adapters. LoRA adapters are also written to `folder/adapter` in PEFT's format.
-pub fn finished(learner: &Learner, folder: &Path, recipe: &Recipe) -> anyhow::Result<LoadedModel> {
+pub fn finalize_model(learner: &Learner, folder: &Path, recipe: &Recipe) -> anyhow::Result<LoadedModel> {
     if let Some(lora) = learner.lora() {
         let base = recipe
             .student
@@ -207,41 +210,41 @@ pub fn finished(learner: &Learner, folder: &Path, recipe: &Recipe) -> anyhow::Re
             Ok(lora.write_adapter(adapter, learner.variables(), &base)?)
         })?;
     }
-    Ok(learner.finish()?)
+    Ok(learner.trained_model()?)
 }
 
 /// Runs a training and shows its progress. If the checkpoints belong to other data, removes `folder` and starts again.
 ///
 /// The data differ if requests that failed before succeeded this time, or if the starting model changed.
-pub fn watched<T>(
+pub fn run_with_progress<T>(
     folder: &Path,
     name: &str,
     progress: &Progress,
-    mut train: impl FnMut(Observe<'_>) -> Result<T, LearnError>,
+    mut train: impl FnMut(StepObserver<'_>) -> Result<T, LearnError>,
 ) -> anyhow::Result<T> {
-    let mut trained = train(&mut watch(name, folder, progress));
-    if let Err(LearnError::OtherRun { path }) = &trained {
-        progress.say(format!("`{}` belongs to other data; training begins afresh", path.display()));
+    let mut trained = train(&mut progress_observer(name, folder, progress));
+    if let Err(LearnError::RunMismatch { path }) = &trained {
+        progress.message(format!("`{}` belongs to other data; training begins afresh", path.display()));
         remove_folder(folder)?;
-        trained = train(&mut watch(name, folder, progress));
+        trained = train(&mut progress_observer(name, folder, progress));
     }
     Ok(trained?)
 }
 
 /// Returns a callback that shows every step.
-fn watch(name: &str, folder: &Path, progress: &Progress) -> impl FnMut(&Step<'_>) -> bool {
-    let mut view = View::new(name, folder);
+fn progress_observer(name: &str, folder: &Path, progress: &Progress) -> impl FnMut(&Step<'_>) -> bool {
+    let mut view = TrainingDashboard::new(name, folder);
     let (name, progress, started) = (name.to_owned(), progress.clone(), std::time::Instant::now());
     let mut tokens = 0;
     let mut line = None;
     let mut phase = String::new();
     move |now| {
-        view.step(now);
+        view.record_step(now);
         tokens += now.tokens;
         if phase != now.phase {
             phase = now.phase.to_owned();
             let title = if phase == name { phase.clone() } else { format!("{name}/{phase}") };
-            line = Some(progress.line(&title, now.steps as u64));
+            line = Some(progress.add_line(&title, now.steps as u64));
         }
         if let Some(line) = &line {
             let speed = tokens as f64 / started.elapsed().as_secs_f64();
@@ -250,7 +253,9 @@ fn watch(name: &str, folder: &Path, progress: &Progress) -> impl FnMut(&Step<'_>
                 "step {}/{}, loss {:.4}, norm {:.2}, rate {:.1e}, {speed:.0} tokens/s",
                 now.step, now.steps, entry.loss, entry.grad_norm, entry.learning_rate
             );
-            for (name, value) in entry.metrics.iter().filter(|(name, _)| SHOWN.contains(&name.as_str())) {
+            for (name, value) in
+                entry.metrics.iter().filter(|(name, _)| PROGRESS_METRICS.contains(&name.as_str()))
+            {
                 text.push_str(&format!(", {} {value:.3}", name.rsplit('/').next().unwrap_or(name)));
             }
             line.update(now.step as u64, &text);
@@ -263,20 +268,22 @@ fn watch(name: &str, folder: &Path, progress: &Progress) -> impl FnMut(&Step<'_>
 }
 
 /// Metrics that are short and important enough for the progress line.
-const SHOWN: [&str; 5] =
+const PROGRESS_METRICS: [&str; 5] =
     ["reward", "reward/accuracy", "completions/tokens", "completions/truncated", "rewards/accuracy"];
 
 /// Prints a summary of a finished training.
-pub fn ended(name: &str, report: &RunReport, progress: &Progress) {
+pub fn report_result(name: &str, report: &RunReport, progress: &Progress) {
     let mut text = format!(
         "trained `{name}`: {} steps over {} examples ({} too long), last loss {:.4}",
         report.steps, report.examples, report.too_long, report.final_loss
     );
-    for (name, value) in report.final_metrics.iter().filter(|(name, _)| SHOWN.contains(&name.as_str())) {
+    for (name, value) in
+        report.final_metrics.iter().filter(|(name, _)| PROGRESS_METRICS.contains(&name.as_str()))
+    {
         text.push_str(&format!(", {name} {value:.3}"));
     }
     if report.resumed_from > 0 {
         text.push_str(&format!(", resumed at step {}", report.resumed_from));
     }
-    progress.say(text);
+    progress.message(text);
 }

@@ -11,14 +11,14 @@ use potstill_shared::durable::write_file;
 use serde_json::Value;
 
 /// Interval between two writes of the page.
-const EVERY: Duration = Duration::from_secs(5);
+const WRITE_INTERVAL: Duration = Duration::from_secs(5);
 /// Maximum number of points of a curve; longer histories are averaged.
-const POINTS: usize = 400;
+const MAX_CURVE_POINTS: usize = 400;
 /// Maximum number of characters of the sample.
-const SAMPLE: usize = 2000;
+const MAX_SAMPLE_CHARS: usize = 2000;
 
 /// Live page of a running training.
-pub struct View {
+pub struct TrainingDashboard {
     name: String,
     page: PathBuf,
     entries: Vec<LogEntry>,
@@ -28,7 +28,7 @@ pub struct View {
     written: Instant,
 }
 
-impl View {
+impl TrainingDashboard {
     /// Creates the view of the training in `RUN/train/NAME`. The page is `RUN/report.html`.
     pub fn new(name: &str, folder: &Path) -> Self {
         let run = folder.parent().and_then(Path::parent).unwrap_or(folder);
@@ -45,30 +45,30 @@ impl View {
     }
 
     /// Records a step and writes the page at a fixed interval. A failed write is only logged.
-    pub fn step(&mut self, now: &Progress<'_>) {
+    pub fn record_step(&mut self, now: &Progress<'_>) {
         self.entries.push(now.entry.clone());
         self.tokens += now.tokens;
         if let Some(sample) = now.sample {
-            self.sample = sample.chars().take(SAMPLE).collect();
+            self.sample = sample.chars().take(MAX_SAMPLE_CHARS).collect();
         }
-        if self.written.elapsed() >= EVERY {
+        if self.written.elapsed() >= WRITE_INTERVAL {
             self.written = Instant::now();
             let speed = self.tokens as f64 / self.started.elapsed().as_secs_f64();
             let mut page = format!(
                 "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" content=\"5\">\
                  <title>{0}</title><style>body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; \
-                 padding: 0 1em; color: #1c2430 }} {STYLE}</style><h1>Training {0}</h1>\
+                 padding: 0 1em; color: #1c2430 }} {CURVES_CSS}</style><h1>Training {0}</h1>\
                  <p>Phase {1}, step {2} of {3}; {speed:.0} tokens/s, {4:.0} MB in memory.</p>{5}",
-                escaped(&self.name),
-                escaped(now.phase),
+                escape_html(&self.name),
+                escape_html(now.phase),
                 now.step,
                 now.steps,
-                resident() as f64 / 1e6,
-                curves(&self.entries)
+                resident_bytes() as f64 / 1e6,
+                render_curves(&self.entries)
             );
             if !self.sample.is_empty() {
                 let _infallible =
-                    write!(page, "<h2>The last sample</h2><pre>{}</pre>", escaped(&self.sample));
+                    write!(page, "<h2>The last sample</h2><pre>{}</pre>", escape_html(&self.sample));
             }
             page.push_str("</html>\n");
             if let Err(error) = write_file(&self.page, page.as_bytes()) {
@@ -79,12 +79,12 @@ impl View {
 }
 
 /// CSS of the curves, also used by the report.
-pub const STYLE: &str = ".curves { display: flex; flex-wrap: wrap; gap: 1em } .curves figure { margin: 0 } \
+pub const CURVES_CSS: &str = ".curves { display: flex; flex-wrap: wrap; gap: 1em } .curves figure { margin: 0 } \
     .curves svg { width: 18em; height: 7em; background: #f4f6f9 } .curves path { fill: none; stroke: #3b76b8; stroke-width: 1.5 } \
     .curves figcaption { font-size: .85em; color: #5b6673 } pre { white-space: pre-wrap; background: #f4f6f9; padding: .6em }";
 
 /// Returns the log of a finished training, or an empty list if there is none.
-pub fn entries_of(folder: &Path) -> Vec<LogEntry> {
+pub fn read_log(folder: &Path) -> Vec<LogEntry> {
     let read = || -> Option<Vec<LogEntry>> {
         let state = std::fs::read_to_string(folder.join("trainer_state.json")).ok()?;
         let mut state: Value = serde_json::from_str(&state).ok()?;
@@ -94,7 +94,7 @@ pub fn entries_of(folder: &Path) -> Vec<LogEntry> {
 }
 
 /// Returns one SVG curve per metric. Values that are not finite are left out.
-pub fn curves(entries: &[LogEntry]) -> String {
+pub fn render_curves(entries: &[LogEntry]) -> String {
     let mut html = "<div class=\"curves\">".to_owned();
     let mut names: Vec<&str> = vec!["loss", "learning_rate", "grad_norm"];
     names.extend(entries.last().into_iter().flat_map(|entry| entry.metrics.keys().map(String::as_str)));
@@ -110,8 +110,8 @@ pub fn curves(entries: &[LogEntry]) -> String {
         let _infallible = write!(
             html,
             "<figure>{}<figcaption>{}: {}</figcaption></figure>",
-            svg(&thinned(&values)),
-            escaped(name),
+            render_curve(&downsample(&values)),
+            escape_html(name),
             if last.abs() < 1e-3 { format!("{last:.1e}") } else { format!("{last:.4}") }
         );
     }
@@ -120,13 +120,13 @@ pub fn curves(entries: &[LogEntry]) -> String {
 }
 
 /// Returns the means of equal segments, at most [`POINTS`] of them.
-fn thinned(values: &[f64]) -> Vec<f64> {
-    let size = values.len().div_ceil(POINTS).max(1);
+fn downsample(values: &[f64]) -> Vec<f64> {
+    let size = values.len().div_ceil(MAX_CURVE_POINTS).max(1);
     values.chunks(size).map(|chunk| chunk.iter().sum::<f64>() / chunk.len() as f64).collect()
 }
 
 /// Draws a curve, scaled to its smallest and largest value.
-fn svg(values: &[f64]) -> String {
+fn render_curve(values: &[f64]) -> String {
     let low = values.iter().copied().fold(f64::INFINITY, f64::min);
     let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let span = if high > low { high - low } else { 1.0 };
@@ -140,12 +140,12 @@ fn svg(values: &[f64]) -> String {
 }
 
 /// Escapes text for HTML.
-fn escaped(text: &str) -> String {
+fn escape_html(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 /// Returns the resident memory of this process in bytes, or 0 if unknown.
-fn resident() -> u64 {
+fn resident_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) * 1024
@@ -170,9 +170,9 @@ mod tests {
         };
         let entries: Vec<LogEntry> =
             (0..1000).map(|i| entry(i, if i == 3 { f64::NAN } else { i as f64 })).collect();
-        let html = curves(&entries);
+        let html = render_curves(&entries);
         assert_eq!(html.matches("<svg").count(), 4);
         assert!(html.contains("reward/&lt;b&gt;") && !html.contains("NaN"));
-        assert!(thinned(&vec![1.0; 1000]).len() <= POINTS);
+        assert!(downsample(&vec![1.0; 1000]).len() <= MAX_CURVE_POINTS);
     }
 }

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use http::HeaderValue;
-use potstill_shared::id::unique;
+use potstill_shared::id::unique_id;
 
 /// Longest id that is taken over.
 const LONGEST: usize = 128;
@@ -17,7 +17,7 @@ impl RequestId {
     /// A new one.
     pub fn generate() -> Self {
         // Letters, digits and a hyphen: always a header's value.
-        Self(HeaderValue::try_from(unique("req")).unwrap_or_else(|_| HeaderValue::from_static("req")))
+        Self(HeaderValue::try_from(unique_id("req")).unwrap_or_else(|_| HeaderValue::from_static("req")))
     }
 
     /// The client's own, if it can be used. Copied, so that it does not keep the buffer that the request was read into.

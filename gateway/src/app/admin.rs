@@ -12,7 +12,7 @@ use axum::{Json, Router};
 use http::StatusCode;
 use hyper::body::Incoming;
 use potstill_shared::openai::ErrorBody;
-use potstill_shared::redact::Redacted;
+use potstill_shared::redact::Secret;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq;
@@ -169,7 +169,7 @@ async fn add_node(State(admin): State<Admin>, Json(asked): Json<NodeRequest>) ->
         );
     }
     let spec = NodeSpec {
-        key: asked.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok()).map(Redacted::new),
+        key: asked.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok()).map(Secret::new),
         origin: NodeOrigin::Admin { allow_private },
         // It gets requests after its first good health check.
         state: NodeState::Unhealthy,

@@ -7,7 +7,7 @@ use arc_swap::ArcSwap;
 use axum::Router;
 use http::Request;
 use hyper::body::Incoming;
-use potstill_shared::openai::now_seconds;
+use potstill_shared::openai::unix_time_s;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -101,7 +101,7 @@ impl Gateway {
             autoscaler: Autoscaler::new(autoscale),
             tasks,
             shutdown_complete,
-            started: now_seconds(),
+            started: unix_time_s(),
             live: ArcSwap::from_pointee(live),
         });
         let gateway = Self { builtin: builtin_endpoints::router(&state), state };

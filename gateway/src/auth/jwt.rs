@@ -104,7 +104,7 @@ mod tests {
         validation.set_issuer(&["me"]);
         validation.validate_aud = false;
         let verifier = Verifier { key: DecodingKey::from_secret(secret.as_bytes()), validation, config };
-        let now = potstill_shared::openai::now_seconds();
+        let now = potstill_shared::openai::unix_time_s();
         let sign = |claims: serde_json::Value, secret: &str| {
             encode(&Header::default(), &claims, &EncodingKey::from_secret(secret.as_bytes())).unwrap()
         };

@@ -1,6 +1,6 @@
 //! A whole answer.
 
-use potstill_shared::openai::{Usage, now_seconds};
+use potstill_shared::openai::{Usage, unix_time_s};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::Value;
@@ -155,8 +155,8 @@ fn rebuild(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Normal
         }
         answer.entry("usage").or_insert_with(|| serde_json::json!({}));
     } else {
-        let id = potstill_shared::id::unique(if kind == Kind::Chat { "chatcmpl" } else { "cmpl" });
-        super::mend_head(&mut answer, object(kind), &id, now_seconds(), model);
+        let id = potstill_shared::id::unique_id(if kind == Kind::Chat { "chatcmpl" } else { "cmpl" });
+        super::mend_head(&mut answer, object(kind), &id, unix_time_s(), model);
         let Some(choices) = answer.get_mut("choices").and_then(Value::as_array_mut) else {
             return Normalized::Invalid;
         };

@@ -3,14 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use potstill_shared::reasoning::{Piece, Splitter, split};
+use potstill_shared::reasoning::{Piece, ReasoningSplitter, split_reasoning};
 use serde_json::{Map, Value};
 
 /// Splitters of one stream, one per choice.
 #[derive(Debug)]
 pub struct StreamSplit {
     open: bool,
-    choices: BTreeMap<u64, Splitter>,
+    choices: BTreeMap<u64, ReasoningSplitter>,
 }
 
 impl StreamSplit {
@@ -42,7 +42,7 @@ impl StreamSplit {
             _ => return vec![choice],
         };
         let open = self.open;
-        let splitter = self.choices.entry(index).or_insert_with(|| Splitter::new(open));
+        let splitter = self.choices.entry(index).or_insert_with(|| ReasoningSplitter::new(open));
         let mut pieces = splitter.push(&text);
         if ends {
             pieces.extend(splitter.finish());
@@ -53,7 +53,7 @@ impl StreamSplit {
             let Some(delta) = choice.get_mut("delta").and_then(Value::as_object_mut) else { return };
             delta.remove("content");
             match piece {
-                Some(Piece::Thinking(text)) => delta.insert("reasoning_content".into(), text.into()),
+                Some(Piece::Reasoning(text)) => delta.insert("reasoning_content".into(), text.into()),
                 Some(Piece::Answer(text)) => delta.insert("content".into(), text.into()),
                 None => None,
             };
@@ -88,11 +88,11 @@ pub fn message(message: &mut Map<String, Value>, open: bool) {
         return;
     }
     let Some(Value::String(text)) = message.get("content") else { return };
-    let begins = open || text.trim_start().starts_with(potstill_shared::reasoning::OPEN);
-    let (thinking, answer) = match split(text, open) {
+    let begins = open || text.trim_start().starts_with(potstill_shared::reasoning::OPEN_TAG);
+    let (thinking, answer) = match split_reasoning(text, open) {
         (Some(thinking), answer) => (thinking, answer),
         (None, _) if begins => {
-            let text = text.trim_start().trim_start_matches(potstill_shared::reasoning::OPEN);
+            let text = text.trim_start().trim_start_matches(potstill_shared::reasoning::OPEN_TAG);
             (text.trim().to_owned(), String::new())
         }
         (None, _) => return,

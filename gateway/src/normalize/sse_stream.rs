@@ -3,7 +3,7 @@
 
 use bytes::{Bytes, BytesMut};
 use memchr::memmem;
-use potstill_shared::sse::{self, Decoder};
+use potstill_shared::sse::{self, SseDecoder};
 
 use super::stream_chunk::ChunkNormalizer;
 use super::verdict::Verdict;
@@ -30,7 +30,7 @@ pub struct SseStream {
     /// Bytes of an event that is not whole yet.
     tail: BytesMut,
     /// Once a carriage return was seen, lines are told apart by the full rules.
-    decoder: Option<Decoder>,
+    decoder: Option<SseDecoder>,
     /// An end needs a finish reason before it.
     strict: bool,
 }
@@ -49,7 +49,7 @@ impl SseStream {
     /// Takes the next bytes.
     pub fn push(&mut self, bytes: Bytes) -> StreamStep {
         if self.decoder.is_none() && memchr::memchr(b'\r', &bytes).is_some() {
-            self.decoder = Some(Decoder::default());
+            self.decoder = Some(SseDecoder::default());
             let tail = std::mem::take(&mut self.tail);
             let before = self.decode(&tail);
             debug_assert_eq!(before, StreamStep::Forward(Bytes::new()), "a tail holds no whole event");
@@ -148,7 +148,7 @@ impl SseStream {
                 return Err(StreamStep::Invalid(out, "the node ended the stream without a finish reason"));
             }
             Verdict::Done => {
-                out.extend_from_slice(sse::DONE);
+                out.extend_from_slice(sse::DONE_FRAME);
                 return Err(StreamStep::Done(std::mem::take(out).freeze()));
             }
             Verdict::Error(line) => {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use potstill_shared::openai::{Usage, now_seconds};
+use potstill_shared::openai::{Usage, unix_time_s};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
@@ -191,8 +191,8 @@ impl ChunkNormalizer {
         let unquote =
             |text: &Option<String>| text.as_ref().and_then(|text| serde_json::from_str::<Value>(text).ok());
         let id = unquote(&self.id).and_then(|id| id.as_str().map(str::to_owned));
-        let id = id.unwrap_or_else(|| potstill_shared::id::unique("chatcmpl"));
-        let created = unquote(&self.created).and_then(|at| at.as_u64()).unwrap_or_else(now_seconds);
+        let id = id.unwrap_or_else(|| potstill_shared::id::unique_id("chatcmpl"));
+        let created = unquote(&self.created).and_then(|at| at.as_u64()).unwrap_or_else(unix_time_s);
         super::mend_head(&mut chunk, self.object(), &id, created, &self.model);
         if self.id.is_some() {
             chunk.insert("id".into(), id.into());

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
-use potstill_shared::redact::Redacted;
+use potstill_shared::redact::Secret;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -168,10 +168,8 @@ impl ModelPool {
                 continue;
             }
             let key = wanted.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok());
-            let spec = NodeSpec {
-                key: key.map(Redacted::new),
-                ..NodeSpec::new(&wanted.url, wanted.max_concurrency)
-            };
+            let spec =
+                NodeSpec { key: key.map(Secret::new), ..NodeSpec::new(&wanted.url, wanted.max_concurrency) };
             if let Err(problem) = self.add_node(spec) {
                 tracing::error!(url = wanted.url, problem, "the node cannot be used");
             }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use potstill_shared::redact::Redacted;
+use potstill_shared::redact::Secret;
 
 use super::balance::NodeView;
 use super::outlier::Outlier;
@@ -70,7 +70,7 @@ pub struct NodeSpec {
     /// Most requests at once; `None` to measure it.
     pub max_concurrency: Option<usize>,
     /// The node's own API key.
-    pub key: Option<Redacted<String>>,
+    pub key: Option<Secret<String>>,
     /// Who adds it.
     pub origin: NodeOrigin,
     /// State at the beginning.

@@ -173,7 +173,7 @@ fn keep_alive_hooks(
         error_event: if is_responses {
             error_event
         } else {
-            |body, _, _| potstill_shared::sse::data(&body.to_json())
+            |body, _, _| potstill_shared::sse::data_frame(&body.to_json())
         },
         on_error: Box::new(move |error| {
             context.sinks.request_rejected(request_id.as_str(), error.code(), error.status().as_u16());

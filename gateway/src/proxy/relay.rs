@@ -115,7 +115,7 @@ impl Relay {
             None,
             Some("stream_truncated"),
         );
-        let event = sse::data(&body.to_json());
+        let event = sse::data_frame(&body.to_json());
         self.failed(reason);
         if before.is_empty() { event } else { [&before[..], &event[..]].concat().into() }
     }

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
-use potstill_shared::durable::append_lines;
+use potstill_shared::durable::open_for_append;
 use tokio::time::Instant;
 
 use super::request_summary::RequestSummary;
@@ -25,7 +25,7 @@ pub struct LoadRecording {
 impl LoadRecording {
     /// Opens the file and starts its writer thread; an existing recording is continued.
     pub fn start(path: &Path) -> Result<Self, String> {
-        let file = append_lines(path).map_err(|error| error.to_string())?;
+        let file = open_for_append(path).map_err(|error| error.to_string())?;
         let is_new = file.get_ref().metadata().map_err(|error| error.to_string())?.len() == 0;
         let (rows, queue) = sync_channel(QUEUE_ROWS);
         let recording = Self { rows, epoch: Instant::now() };

@@ -1,6 +1,6 @@
 //! A target with its idle connections.
 
-use potstill_shared::redact::Redacted;
+use potstill_shared::redact::Secret;
 
 use super::address::AddressPolicy;
 use super::idle_connections::IdleConnections;
@@ -16,7 +16,7 @@ pub struct Endpoint {
 
 impl Endpoint {
     /// Creates an endpoint without connections. An error says what is wrong with the URL or the key.
-    pub fn new(url: &str, key: Option<&Redacted<String>>, policy: AddressPolicy) -> Result<Self, String> {
+    pub fn new(url: &str, key: Option<&Secret<String>>, policy: AddressPolicy) -> Result<Self, String> {
         Ok(Self { target: Target::new(url, key, policy)?, idle: IdleConnections::default() })
     }
 

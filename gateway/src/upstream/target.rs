@@ -1,7 +1,7 @@
 //! Where requests are sent: address, address policy, and the headers that belong to the destination.
 
 use http::HeaderValue;
-use potstill_shared::redact::Redacted;
+use potstill_shared::redact::Secret;
 
 use super::address::{AddressPolicy, NodeUrl, parse_url};
 
@@ -19,12 +19,13 @@ pub struct Target {
 
 impl Target {
     /// Parses `url`. `key` is sent as a bearer token. An error says what is wrong with the URL or the key.
-    pub fn new(url: &str, key: Option<&Redacted<String>>, policy: AddressPolicy) -> Result<Self, String> {
+    pub fn new(url: &str, key: Option<&Secret<String>>, policy: AddressPolicy) -> Result<Self, String> {
         let url = parse_url(url)?;
         let header = |text: &str| {
             HeaderValue::from_str(text).map_err(|_| "the node's key or host is not a header value")
         };
-        let mut authorization = key.map(|key| header(&format!("Bearer {}", key.expose()))).transpose()?;
+        let mut authorization =
+            key.map(|key| header(&format!("Bearer {}", key.expose_secret()))).transpose()?;
         if let Some(value) = &mut authorization {
             value.set_sensitive(true);
         }

@@ -8,12 +8,12 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{CallError, Client, checked, retry, transport};
+use super::{CallError, Client, check_status, temporary_error, transport_error};
 use crate::openai::Usage;
 
 /// Prompt to score.
 #[derive(Debug, Clone, Copy)]
-pub enum Given<'a> {
+pub enum ScoreInput<'a> {
     /// Token ids of a vocabulary that both sides share.
     Tokens(&'a [u32]),
     /// Text, which the endpoint tokenizes.
@@ -22,7 +22,7 @@ pub enum Given<'a> {
 
 /// Scored prompt.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Likeliest {
+pub struct PromptLogprobs {
     /// Token ids of the prompt, one per position.
     pub tokens: Vec<u32>,
     /// For each position the `k` most likely tokens with natural log probabilities, most likely first.
@@ -35,20 +35,20 @@ pub struct Likeliest {
 
 /// Response of the completions endpoint, reduced to the fields in use.
 #[derive(Deserialize)]
-struct Answer {
-    choices: Vec<Choice>,
+struct CompletionsResponse {
+    choices: Vec<CompletionsChoice>,
     usage: Option<Usage>,
 }
 
 /// Choice of the response.
 #[derive(Deserialize)]
-struct Choice {
-    logprobs: Option<LogProbs>,
+struct CompletionsChoice {
+    logprobs: Option<ChoiceLogprobs>,
 }
 
 /// Log probabilities of a choice.
 #[derive(Deserialize)]
-struct LogProbs {
+struct ChoiceLogprobs {
     /// Tokens in the form `token_id:<id>`.
     tokens: Vec<String>,
     /// For each position the log probabilities by token; null for the first.
@@ -56,14 +56,14 @@ struct LogProbs {
 }
 
 /// Returns a permanent error without an HTTP status.
-fn refused(message: impl Into<String>) -> CallError {
-    CallError::Refused { message: message.into(), status: 0, code: None }
+fn permanent_error(message: impl Into<String>) -> CallError {
+    CallError::Permanent { message: message.into(), status: 0, code: None }
 }
 
 /// Parses a token of the form `token_id:<id>`.
-fn id(token: &str) -> Result<u32, CallError> {
+fn parse_token_id(token: &str) -> Result<u32, CallError> {
     token.strip_prefix("token_id:").and_then(|id| id.parse().ok()).ok_or_else(|| {
-        refused(format!(
+        permanent_error(format!(
             "the endpoint names token {token:?} by its text; it must know `return_tokens_as_token_ids`, as vLLM and `potstill serve` do"
         ))
     })
@@ -74,71 +74,81 @@ impl Client {
     ///
     /// `headers` are added to the request unchanged. Fails with [`CallError::Refused`] if the endpoint lacks
     /// one of the fields, truncates the rows, or echoes other tokens.
-    pub async fn likeliest(
+    pub async fn prompt_logprobs(
         &self,
         model: &str,
-        given: Given<'_>,
+        given: ScoreInput<'_>,
         k: usize,
         headers: &[(&str, &str)],
-    ) -> Result<Likeliest, CallError> {
+    ) -> Result<PromptLogprobs, CallError> {
         let url = format!("{}/completions", self.endpoint.url);
         let prompt = match given {
-            Given::Tokens(tokens) => json!(tokens),
-            Given::Text(text) => json!(text),
+            ScoreInput::Tokens(tokens) => json!(tokens),
+            ScoreInput::Text(text) => json!(text),
         };
         // Some engines reject `max_tokens: 0`; one token is generated and dropped.
         let body = json!({
             "model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": true, "logprobs": k,
             "return_tokens_as_token_ids": true,
         });
-        let mut builder = self.authorised(self.http.post(&url)).json(&body);
+        let mut builder = self.with_authorization(self.http.post(&url)).json(&body);
         for (name, value) in headers {
             builder = builder.header(*name, *value);
         }
-        let response = builder.send().await.map_err(|error| transport(&url, &error))?;
-        let answer: Answer =
-            checked(response).await?.json().await.map_err(|error| transport(&url, &error))?;
-        read(answer, given, k)
+        let response = builder.send().await.map_err(|error| transport_error(&url, &error))?;
+        let answer: CompletionsResponse =
+            check_status(response).await?.json().await.map_err(|error| transport_error(&url, &error))?;
+        parse_response(answer, given, k)
     }
 }
 
 /// Checks a response and keeps the positions of the prompt with `k` tokens per row.
-fn read(answer: Answer, given: Given<'_>, k: usize) -> Result<Likeliest, CallError> {
+fn parse_response(
+    answer: CompletionsResponse,
+    given: ScoreInput<'_>,
+    k: usize,
+) -> Result<PromptLogprobs, CallError> {
     let usage = answer.usage.unwrap_or_default();
-    let choice =
-        answer.choices.into_iter().next().ok_or_else(|| retry("the answer holds no choice".into()))?;
+    let choice = answer
+        .choices
+        .into_iter()
+        .next()
+        .ok_or_else(|| temporary_error("the answer holds no choice".into()))?;
     let Some(found) = choice.logprobs else {
-        return Err(refused("the endpoint gives no log-probabilities of a prompt (`echo` with `logprobs`)"));
+        return Err(permanent_error(
+            "the endpoint gives no log-probabilities of a prompt (`echo` with `logprobs`)",
+        ));
     };
     let length = match given {
-        Given::Tokens(tokens) => tokens.len(),
-        Given::Text(_) => usage.prompt_tokens as usize,
+        ScoreInput::Tokens(tokens) => tokens.len(),
+        ScoreInput::Text(_) => usage.prompt_tokens as usize,
     };
     if found.tokens.len() < length || found.top_logprobs.len() < length {
-        return Err(refused(format!(
+        return Err(permanent_error(format!(
             "the endpoint gives log-probabilities of {} tokens, the prompt has {length}; does it know `echo`?",
             found.top_logprobs.len().min(found.tokens.len())
         )));
     }
-    let tokens = found.tokens[..length].iter().map(|token| id(token)).collect::<Result<Vec<_>, _>>()?;
-    if let Given::Tokens(asked) = given
+    let tokens =
+        found.tokens[..length].iter().map(|token| parse_token_id(token)).collect::<Result<Vec<_>, _>>()?;
+    if let ScoreInput::Tokens(asked) = given
         && tokens != asked
     {
-        return Err(refused("the endpoint echoes other tokens than it was given"));
+        return Err(permanent_error("the endpoint echoes other tokens than it was given"));
     }
     let mut rows = vec![Vec::new()];
     for (at, row) in found.top_logprobs.into_iter().enumerate().take(length).skip(1) {
         let mut row = row
             .unwrap_or_default()
             .into_iter()
-            .map(|(token, log_prob)| Ok((id(&token)?, log_prob as f32)))
+            .map(|(token, log_prob)| Ok((parse_token_id(&token)?, log_prob as f32)))
             .collect::<Result<Vec<_>, CallError>>()?;
         // The row also contains the actual token of the position, however unlikely; `truncate` drops it
         // beyond rank `k`.
         row.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         row.truncate(k);
         if row.len() < k || row.iter().any(|(_, log_prob)| !log_prob.is_finite() || *log_prob > 1e-3) {
-            return Err(refused(format!(
+            return Err(permanent_error(format!(
                 "the endpoint gives {} usable log-probabilities at token {at}, not {k}; ask for fewer, or raise its limit (`--max-logprobs` of vLLM)",
                 row.len()
             )));
@@ -146,7 +156,7 @@ fn read(answer: Answer, given: Given<'_>, k: usize) -> Result<Likeliest, CallErr
         rows.push(row);
     }
     rows.truncate(length);
-    Ok(Likeliest { tokens, rows, usage })
+    Ok(PromptLogprobs { tokens, rows, usage })
 }
 
 #[cfg(test)]
@@ -155,7 +165,7 @@ mod tests {
 
     use super::*;
 
-    fn answer(tokens: Value, top: Value) -> Answer {
+    fn answer(tokens: Value, top: Value) -> CompletionsResponse {
         let usage = json!({"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4});
         let logprobs = json!({"tokens": tokens, "top_logprobs": top});
         serde_json::from_value(json!({"choices": [{"logprobs": logprobs}], "usage": usage})).unwrap()
@@ -169,8 +179,8 @@ mod tests {
     #[test]
     fn sorts_rows_truncates_to_k_and_drops_the_generated_token() {
         let (tokens, top) = whole();
-        for given in [Given::Tokens(&[5, 9, 7]), Given::Text("abc")] {
-            let found = read(answer(tokens.clone(), top.clone()), given, 2).unwrap();
+        for given in [ScoreInput::Tokens(&[5, 9, 7]), ScoreInput::Text("abc")] {
+            let found = parse_response(answer(tokens.clone(), top.clone()), given, 2).unwrap();
             assert_eq!(found.tokens, [5, 9, 7]);
             assert_eq!(found.rows, [vec![], vec![(7, -0.1), (8, -2.5)], vec![(7, -0.1), (8, -2.5)]]);
         }
@@ -179,8 +189,8 @@ mod tests {
     #[test]
     fn reports_missing_endpoint_features() {
         let (tokens, top) = whole();
-        let problem = |answer: Answer, given: &[u32], k: usize| {
-            read(answer, Given::Tokens(given), k).unwrap_err().to_string()
+        let problem = |answer: CompletionsResponse, given: &[u32], k: usize| {
+            parse_response(answer, ScoreInput::Tokens(given), k).unwrap_err().to_string()
         };
         let found = problem(answer(tokens.clone(), top.clone()), &[5, 9, 7], 5);
         assert!(found.contains("gives 3 usable log-probabilities at token 1, not 5"), "{found}");

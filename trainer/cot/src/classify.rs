@@ -5,19 +5,19 @@
 //! Deliberately absent: the list of tasks and their shares (`potstill_data::tasks`).
 
 use potstill_data::records::Problem;
-use potstill_data::tasks::read_task;
+use potstill_data::tasks::parse_task;
 
 use crate::difficulty::Judge;
-use crate::executor::{Outcome, Stage, StageError};
-use crate::prompts::Role;
+use crate::executor::{Stage, StageError, StageOutcome};
+use crate::prompts::PromptRole;
 
 /// Stage that sets the task of a problem.
-pub struct Classify {
+pub struct ClassifyStage {
     /// Model that names the task.
     pub judge: Judge,
 }
 
-impl Stage for Classify {
+impl Stage for ClassifyStage {
     type In = Problem;
     type Out = Problem;
 
@@ -25,9 +25,10 @@ impl Stage for Classify {
         "classify"
     }
 
-    async fn process(&self, mut problem: Problem) -> Result<Outcome<Problem>, StageError> {
-        let task = self.judge.ask_about("classify", Role::Classify, &problem, "", read_task).await?;
+    async fn process(&self, mut problem: Problem) -> Result<StageOutcome<Problem>, StageError> {
+        let task =
+            self.judge.assess_completion("classify", PromptRole::Classify, &problem, "", parse_task).await?;
         problem.task = task.map(str::to_owned);
-        Ok(Outcome::keep(vec![problem]))
+        Ok(StageOutcome::keep(vec![problem]))
     }
 }

@@ -15,14 +15,14 @@ use tokio::task::{JoinHandle, JoinSet};
 
 /// Result of processing one record.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Outcome<T> {
+pub struct StageOutcome<T> {
     /// Records that go to the next stage.
     pub kept: Vec<T>,
     /// Records that this stage drops, each with its reason.
     pub dropped: Vec<Dropped>,
 }
 
-impl<T> Outcome<T> {
+impl<T> StageOutcome<T> {
     /// Creates an outcome that keeps records.
     pub fn keep(kept: Vec<T>) -> Self {
         Self { kept, dropped: Vec::new() }
@@ -36,12 +36,12 @@ impl<T> Outcome<T> {
 
 /// Error that stops a stage and the run. A single record that fails becomes [`Dropped`] instead.
 #[derive(Debug, thiserror::Error)]
-#[error("stage `{stage}`: {problem}")]
+#[error("stage `{stage}`: {reason}")]
 pub struct StageError {
     /// Name of the stage.
     pub stage: &'static str,
     /// Cause and next step.
-    pub problem: String,
+    pub reason: String,
 }
 
 /// Step of the pipeline that processes records independently of each other.
@@ -58,25 +58,25 @@ pub trait Stage: Send + Sync + 'static {
     fn process(
         &self,
         record: Self::In,
-    ) -> impl Future<Output = Result<Outcome<Self::Out>, StageError>> + Send;
+    ) -> impl Future<Output = Result<StageOutcome<Self::Out>, StageError>> + Send;
 }
 
 /// Receiver of a stage's outcomes, in the order of completion.
 pub trait Recorder<T>: Send + 'static {
     /// Records one outcome. An error stops the stage.
-    fn record(&mut self, outcome: &Outcome<T>) -> Result<(), String>;
+    fn record(&mut self, outcome: &StageOutcome<T>) -> Result<(), String>;
 }
 
 /// Discards all outcomes.
 impl<T> Recorder<T> for () {
-    fn record(&mut self, _: &Outcome<T>) -> Result<(), String> {
+    fn record(&mut self, _: &StageOutcome<T>) -> Result<(), String> {
         Ok(())
     }
 }
 
 /// Live counters of a running stage.
 #[derive(Debug, Default)]
-pub struct Counts {
+pub struct StageCounts {
     /// Records that entered the stage.
     pub taken: AtomicUsize,
     /// Records whose outcome was recorded and passed on.
@@ -88,7 +88,7 @@ pub struct Counts {
 
 /// Counts of a finished stage, for the run's manifest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Summary {
+pub struct StageSummary {
     /// Records that entered the stage.
     pub taken: usize,
     /// Records kept.
@@ -97,9 +97,9 @@ pub struct Summary {
     pub dropped: BTreeMap<String, usize>,
 }
 
-impl Summary {
+impl StageSummary {
     /// Counts one dropped record.
-    pub fn drop_one(&mut self, reason: &str) {
+    pub fn count_dropped(&mut self, reason: &str) {
         match self.dropped.get_mut(reason) {
             Some(count) => *count += 1,
             None => drop(self.dropped.insert(reason.to_owned(), 1)),
@@ -107,18 +107,18 @@ impl Summary {
     }
 }
 
-impl Counts {
+impl StageCounts {
     /// Returns a snapshot of the counts.
-    pub fn summary(&self) -> Summary {
+    pub fn summary(&self) -> StageSummary {
         let dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
-        Summary {
+        StageSummary {
             taken: self.taken.load(Ordering::Relaxed),
             kept: self.kept.load(Ordering::Relaxed),
             dropped: dropped.clone(),
         }
     }
 
-    fn add<T>(&self, outcome: &Outcome<T>) {
+    fn count_outcome<T>(&self, outcome: &StageOutcome<T>) {
         self.kept.fetch_add(outcome.kept.len(), Ordering::Relaxed);
         if !outcome.dropped.is_empty() {
             let mut dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
@@ -130,22 +130,22 @@ impl Counts {
 }
 
 /// Capacity of the channel between two stages, in records.
-const BETWEEN: usize = 256;
+const CHANNEL_CAPACITY: usize = 256;
 
 /// Spawns `stage` over `input` and processes at most `window` records at once. The receiver yields kept records in
 /// the order of completion. The handle yields the recorder, or the error that stopped the stage.
-pub fn run<S: Stage, R: Recorder<S::Out>>(
+pub fn spawn_stage<S: Stage, R: Recorder<S::Out>>(
     stage: S,
     mut input: mpsc::Receiver<S::In>,
     window: usize,
-    counts: Arc<Counts>,
+    counts: Arc<StageCounts>,
     mut recorder: R,
 ) -> (mpsc::Receiver<S::Out>, JoinHandle<Result<R, StageError>>) {
-    let (output, receiver) = mpsc::channel(BETWEEN);
+    let (output, receiver) = mpsc::channel(CHANNEL_CAPACITY);
     let handle = tokio::spawn(async move {
         let (stage, window) = (Arc::new(stage), window.max(1));
         let name = stage.name();
-        let stop = |problem| StageError { stage: name, problem };
+        let stop = |problem| StageError { stage: name, reason: problem };
         // Each record has its own task, so requests in flight proceed while this loop waits for a slow next stage.
         // Dropping the set cancels its tasks, so a stopped stage leaves none behind.
         let mut tasks = JoinSet::new();
@@ -163,7 +163,7 @@ pub fn run<S: Stage, R: Recorder<S::Out>>(
                 Some(ended) = tasks.join_next(), if !tasks.is_empty() => {
                     let outcome = ended.map_err(|error| stop(error.to_string()))??;
                     recorder.record(&outcome).map_err(stop)?;
-                    counts.add(&outcome);
+                    counts.count_outcome(&outcome);
                     for record in outcome.kept {
                         if output.send(record).await.is_err() {
                             // The next stage stopped and reports its own error.
@@ -180,8 +180,8 @@ pub fn run<S: Stage, R: Recorder<S::Out>>(
 }
 
 /// Spawns a task that sends the records to a channel.
-pub fn feed<T: Send + 'static>(records: Vec<T>) -> mpsc::Receiver<T> {
-    let (sender, receiver) = mpsc::channel(BETWEEN);
+pub fn channel_from_records<T: Send + 'static>(records: Vec<T>) -> mpsc::Receiver<T> {
+    let (sender, receiver) = mpsc::channel(CHANNEL_CAPACITY);
     tokio::spawn(async move {
         for record in records {
             if sender.send(record).await.is_err() {
@@ -193,10 +193,10 @@ pub fn feed<T: Send + 'static>(records: Vec<T>) -> mpsc::Receiver<T> {
 }
 
 /// Sends records from a blocking iterator on a separate thread. The handle yields the error that ended the iteration.
-pub fn feed_file<T: Send + 'static, E: Send + 'static>(
+pub fn channel_from_iter<T: Send + 'static, E: Send + 'static>(
     records: impl Iterator<Item = Result<T, E>> + Send + 'static,
 ) -> (mpsc::Receiver<T>, JoinHandle<Result<(), E>>) {
-    let (sender, receiver) = mpsc::channel(BETWEEN);
+    let (sender, receiver) = mpsc::channel(CHANNEL_CAPACITY);
     let handle = tokio::task::spawn_blocking(move || {
         for record in records {
             if sender.blocking_send(record?).is_err() {
@@ -228,11 +228,11 @@ mod tests {
             "answered"
         }
 
-        async fn process(&self, problem: Problem) -> Result<Outcome<Problem>, StageError> {
+        async fn process(&self, problem: Problem) -> Result<StageOutcome<Problem>, StageError> {
             self.open.acquire().await.unwrap().forget();
             Ok(match problem.answer {
-                Some(_) => Outcome::keep(vec![problem]),
-                None => Outcome::drop(Dropped::problem("no_answer", problem)),
+                Some(_) => StageOutcome::keep(vec![problem]),
+                None => StageOutcome::drop(Dropped::problem("no_answer", problem)),
             })
         }
     }
@@ -242,9 +242,10 @@ mod tests {
         let problems: Vec<Problem> =
             (0..50).map(|n| Problem::new(format!("{n}"), (n % 5 > 0).then(|| "1".into()), "s")).collect();
         let open = Arc::new(Semaphore::new(0));
-        let counts = Arc::new(Counts::default());
+        let counts = Arc::new(StageCounts::default());
         let stage = Answered { open: Arc::clone(&open) };
-        let (mut output, handle) = run(stage, feed(problems), 4, Arc::clone(&counts), ());
+        let (mut output, handle) =
+            spawn_stage(stage, channel_from_records(problems), 4, Arc::clone(&counts), ());
         for _ in 0..100 {
             tokio::task::yield_now().await;
         }

@@ -12,30 +12,30 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// Factor of the decrease after a busy response.
-const CUT: f64 = 0.7;
+const DECREASE_FACTOR: f64 = 0.7;
 /// Shortest time between two decreases, so that a burst of busy responses counts once.
-const CUT_EVERY: Duration = Duration::from_secs(1);
+const MIN_DECREASE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Concurrency limits of all models.
 #[derive(Debug)]
-pub struct Gates {
+pub struct ConcurrencyLimits {
     most: usize,
-    by_model: Mutex<HashMap<String, Arc<Gate>>>,
+    by_model: Mutex<HashMap<String, Arc<ConcurrencyLimiter>>>,
 }
 
-impl Gates {
+impl ConcurrencyLimits {
     /// Creates limits of at most `most` open requests per model, and at least one.
     pub fn new(most: usize) -> Self {
         Self { most: most.max(1), by_model: Mutex::default() }
     }
 
     /// Returns the limit of a model. Creates the limit on first use.
-    pub fn of(&self, model: &str) -> Arc<Gate> {
+    pub fn for_model(&self, model: &str) -> Arc<ConcurrencyLimiter> {
         let mut gates = self.by_model.lock().unwrap_or_else(PoisonError::into_inner);
         match gates.get(model) {
             Some(gate) => Arc::clone(gate),
             None => {
-                let gate = Arc::new(Gate::new(self.most));
+                let gate = Arc::new(ConcurrencyLimiter::new(self.most));
                 gates.insert(model.to_owned(), Arc::clone(&gate));
                 gate
             }
@@ -45,7 +45,7 @@ impl Gates {
 
 /// State behind the lock of a [`Gate`].
 #[derive(Debug)]
-struct State {
+struct LimiterState {
     /// Limit of the recipe.
     most: usize,
     /// Limit that the gateway advises.
@@ -58,7 +58,7 @@ struct State {
     cut: Option<Instant>,
 }
 
-impl State {
+impl LimiterState {
     fn limit(&self) -> usize {
         self.most.min(self.advised).min(self.bearable as usize).max(1)
     }
@@ -66,38 +66,38 @@ impl State {
 
 /// Concurrency limit of one model.
 #[derive(Debug)]
-pub struct Gate {
-    state: Mutex<State>,
+pub struct ConcurrencyLimiter {
+    state: Mutex<LimiterState>,
     freed: Notify,
 }
 
 /// Permit for one open request. Dropping the permit frees its slot.
 #[derive(Debug)]
-pub struct Place(Arc<Gate>);
+pub struct Permit(Arc<ConcurrencyLimiter>);
 
-impl Gate {
+impl ConcurrencyLimiter {
     fn new(most: usize) -> Self {
-        let state = State { most, advised: most, bearable: most as f64, open: 0, cut: None };
+        let state = LimiterState { most, advised: most, bearable: most as f64, open: 0, cut: None };
         Self { state: Mutex::new(state), freed: Notify::new() }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, LimiterState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for a free slot and returns its permit.
-    pub async fn enter(self: &Arc<Self>) -> Place {
+    pub async fn acquire(self: &Arc<Self>) -> Permit {
         loop {
             let mut freed = std::pin::pin!(self.freed.notified());
             freed.as_mut().enable();
-            if let Some(place) = self.try_enter() {
+            if let Some(place) = self.try_acquire() {
                 return place;
             }
             freed.await;
         }
     }
 
-    fn try_enter(self: &Arc<Self>) -> Option<Place> {
+    fn try_acquire(self: &Arc<Self>) -> Option<Permit> {
         let mut state = self.state();
         let free = state.open < state.limit();
         free.then(|| {
@@ -107,7 +107,7 @@ impl Gate {
             if state.open < state.limit() {
                 self.freed.notify_one();
             }
-            Place(Arc::clone(self))
+            Permit(Arc::clone(self))
         })
     }
 
@@ -117,28 +117,28 @@ impl Gate {
     }
 
     /// Sets the limit that the gateway advises for its nodes, at least 1.
-    pub fn advise(&self, open: usize) {
+    pub fn set_advised_limit(&self, open: usize) {
         self.state().advised = open.max(1);
         self.freed.notify_one();
     }
 
     /// Decreases the adaptive limit after a busy response (429, 503, 529), at most once per second.
-    pub fn busy(&self, now: Instant) {
+    pub fn record_busy(&self, now: Instant) {
         let mut state = self.state();
-        if state.cut.is_none_or(|cut| now.duration_since(cut) >= CUT_EVERY) {
-            state.bearable = (state.limit() as f64 * CUT).max(1.0);
+        if state.cut.is_none_or(|cut| now.duration_since(cut) >= MIN_DECREASE_INTERVAL) {
+            state.bearable = (state.limit() as f64 * DECREASE_FACTOR).max(1.0);
             state.cut = Some(now);
         }
     }
 
     /// Increases the adaptive limit after a successful response, up to the recipe's `concurrency`.
-    pub fn answered(&self) {
+    pub fn record_success(&self) {
         let mut state = self.state();
         state.bearable = (state.bearable + 1.0 / state.bearable).min(state.most as f64);
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.0.state().open -= 1;
         self.0.freed.notify_one();
@@ -151,15 +151,15 @@ mod tests {
 
     #[tokio::test]
     async fn advised_limit_holds_and_every_waiter_enters() {
-        let gates = Gates::new(8);
-        let gate = gates.of("m");
-        gate.advise(3);
+        let gates = ConcurrencyLimits::new(8);
+        let gate = gates.for_model("m");
+        gate.set_advised_limit(3);
         let most = Arc::new(Mutex::new((0, 0)));
         let mut tasks = tokio::task::JoinSet::new();
         for _ in 0..100 {
-            let (gate, most) = (gates.of("m"), Arc::clone(&most));
+            let (gate, most) = (gates.for_model("m"), Arc::clone(&most));
             tasks.spawn(async move {
-                let _place = gate.enter().await;
+                let _place = gate.acquire().await;
                 {
                     let mut most = most.lock().unwrap();
                     most.0 += 1;
@@ -176,17 +176,17 @@ mod tests {
 
     #[tokio::test]
     async fn raised_limit_wakes_all_waiters() {
-        let gate = Gates::new(4).of("m");
-        gate.advise(1);
-        let first = gate.enter().await;
+        let gate = ConcurrencyLimits::new(4).for_model("m");
+        gate.set_advised_limit(1);
+        let first = gate.acquire().await;
         let waiting: Vec<_> = (0..3)
             .map(|_| {
                 let gate = Arc::clone(&gate);
-                tokio::spawn(async move { gate.enter().await })
+                tokio::spawn(async move { gate.acquire().await })
             })
             .collect();
         tokio::task::yield_now().await;
-        gate.advise(9);
+        gate.set_advised_limit(9);
         let mut inside = Vec::new();
         for task in waiting {
             inside.push(tokio::time::timeout(Duration::from_secs(10), task).await.unwrap().unwrap());
@@ -197,23 +197,23 @@ mod tests {
 
     #[test]
     fn burst_decreases_the_limit_once_and_successes_restore_it() {
-        let gate = Gates::new(100).of("m");
+        let gate = ConcurrencyLimits::new(100).for_model("m");
         let now = Instant::now();
-        gate.busy(now);
-        gate.busy(now + Duration::from_millis(10));
+        gate.record_busy(now);
+        gate.record_busy(now + Duration::from_millis(10));
         assert_eq!(gate.limit(), 70);
-        gate.busy(now + Duration::from_secs(2));
+        gate.record_busy(now + Duration::from_secs(2));
         assert_eq!(gate.limit(), 49);
         for _ in 0..49 * 3 {
-            gate.answered();
+            gate.record_success();
         }
         assert_eq!(gate.limit(), 51);
         for _ in 0..20_000 {
-            gate.answered();
+            gate.record_success();
         }
         assert_eq!(gate.limit(), 100);
         for n in 0..100 {
-            gate.busy(now + Duration::from_secs(10 + n));
+            gate.record_busy(now + Duration::from_secs(10 + n));
         }
         assert_eq!(gate.limit(), 1);
     }

@@ -4,14 +4,14 @@
 //! (`teacher`), and verification of the answers (`verify`).
 
 use potstill_data::journal::Entry;
-use potstill_data::records::{Asked, Cot, Dropped, Origin, Problem};
+use potstill_data::records::{Dropped, GenerationParams, Origin, Problem, Trace};
 use potstill_shared::id::ContentId;
 use potstill_shared::reasoning;
 use serde::{Deserialize, Serialize};
 
-use crate::executor::{Outcome, Stage, StageError};
-use crate::prompts::{Prompts, Role};
-use crate::teacher::{AskError, Question, Teachers};
+use crate::executor::{Stage, StageError, StageOutcome};
+use crate::prompts::{PromptRole, PromptTemplates};
+use crate::teacher::{CompletionRequest, TeacherClient, TeacherError};
 
 /// Teacher with its sampling parameters: one entry of `generate.teachers` in a recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,7 +30,7 @@ pub struct TeacherConfig {
     pub top_p: f64,
     /// Place of the reasoning in a completion.
     #[serde(default)]
-    pub thinking: Thinking,
+    pub thinking: ReasoningFormat,
     /// Largest number of completion tokens. Truncated completions are kept with finish reason `length` and never
     /// trained on.
     #[serde(default = "default_max_tokens")]
@@ -40,13 +40,13 @@ pub struct TeacherConfig {
     pub retry_max_tokens: Option<u32>,
     /// Style of reasoning, which selects the prompt.
     #[serde(default)]
-    pub style: Style,
+    pub style: ReasoningStyle,
 }
 
 /// Style of reasoning that the prompt requests ("Thinking with DistilQwen", section 3.1).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Style {
+pub enum ReasoningStyle {
     /// Slow thinking: long reasoning with checks and revisions (`generate.jinja`).
     #[default]
     Slow,
@@ -54,11 +54,11 @@ pub enum Style {
     Adaptive,
 }
 
-impl Style {
-    fn role(self) -> Role {
+impl ReasoningStyle {
+    fn role(self) -> PromptRole {
         match self {
-            Self::Slow => Role::Generate,
-            Self::Adaptive => Role::Adaptive,
+            Self::Slow => PromptRole::Generate,
+            Self::Adaptive => PromptRole::Adaptive,
         }
     }
 }
@@ -66,7 +66,7 @@ impl Style {
 /// Place of the reasoning in a teacher's completion.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Thinking {
+pub enum ReasoningFormat {
     /// Between think tags, in OpenThoughts' sections, or in the separate field `reasoning_content`.
     #[default]
     Tags,
@@ -91,32 +91,32 @@ fn default_max_tokens() -> u32 {
 }
 
 /// Stage that generates the traces of a problem.
-pub struct Generate {
+pub struct GenerateStage {
     /// Teachers for problems whose source contains no trace. Without teachers, these problems are dropped as
     /// `no_trace`.
     pub teachers: Vec<TeacherConfig>,
     /// Client for teachers, with journal and budget.
-    pub calls: Teachers,
+    pub calls: TeacherClient,
     /// Prompt templates.
-    pub prompts: Prompts,
+    pub prompts: PromptTemplates,
     /// Seed of the run, from which each request derives its own seed.
     pub seed: u64,
 }
 
 /// Splits a completion into reasoning and answer. The reasoning is `None` where the completion has none or leaves its
 /// tag open.
-pub(crate) fn read_completion(entry: &Entry) -> (Option<String>, String) {
+pub(crate) fn split_completion(entry: &Entry) -> (Option<String>, String) {
     match &entry.reasoning {
         Some(thinking) => (Some(thinking.trim().to_owned()), entry.content.trim().to_owned()),
-        None => reasoning::read(&entry.content),
+        None => reasoning::split_any_format(&entry.content),
     }
 }
 
-impl Thinking {
+impl ReasoningFormat {
     /// Splits a completion into reasoning and answer. The reasoning is never an empty string.
-    fn read(self, entry: &Entry) -> (Option<String>, String) {
+    fn split_completion(self, entry: &Entry) -> (Option<String>, String) {
         let (thinking, answer) = match self {
-            Self::Tags => read_completion(entry),
+            Self::Tags => split_completion(entry),
             Self::Whole => {
                 let answer = potstill_verify::extract::final_answer(&entry.content);
                 let boxed = answer.map(|answer| format!("\\boxed{{{answer}}}"));
@@ -128,32 +128,32 @@ impl Thinking {
 }
 
 /// One sample to generate for a problem.
-struct Sample<'a> {
+struct SampleSpec<'a> {
     teacher: &'a TeacherConfig,
     temperature: f64,
     number: u32,
 }
 
-impl Generate {
-    async fn sample(
+impl GenerateStage {
+    async fn generate_trace(
         &self,
         problem: &Problem,
-        sample: Sample<'_>,
-    ) -> Result<Result<Cot, Dropped>, StageError> {
-        let Sample { teacher, temperature, number } = sample;
+        sample: SampleSpec<'_>,
+    ) -> Result<Result<Trace, Dropped>, StageError> {
+        let SampleSpec { teacher, temperature, number } = sample;
         let role = teacher.style.role();
-        let stop = |problem| StageError { stage: "generate", problem };
-        let seed = ContentId::of(&[
+        let stop = |problem| StageError { stage: "generate", reason: problem };
+        let seed = ContentId::from_parts(&[
             problem.id.as_str(),
             &teacher.model,
             &temperature.to_string(),
             &number.to_string(),
             &self.seed.to_string(),
         ]);
-        let mut question = Question {
+        let mut question = CompletionRequest {
             stage: "generate",
             model: teacher.model.clone(),
-            prompt: self.prompts.for_problem(role, problem).map_err(stop)?,
+            prompt: self.prompts.render_for_problem(role, problem).map_err(stop)?,
             temperature,
             top_p: teacher.top_p,
             max_tokens: teacher.max_tokens,
@@ -163,10 +163,10 @@ impl Generate {
         let failed = |reason: &str| Ok(Err(Dropped::problem(reason, problem.clone())));
         let mut larger = teacher.retry_max_tokens;
         let entry = loop {
-            let entry = match self.calls.ask(&question).await {
+            let entry = match self.calls.complete(&question).await {
                 Ok(entry) => entry,
-                Err(AskError::Run(error)) => return Err(error),
-                Err(AskError::Row(reason)) => {
+                Err(TeacherError::Run(error)) => return Err(error),
+                Err(TeacherError::Row(reason)) => {
                     tracing::warn!(problem = %problem.id, reason, "a problem got no answer; it is asked again in the next run");
                     return failed("teacher_failed");
                 }
@@ -176,24 +176,24 @@ impl Generate {
                 None => break entry,
             }
         };
-        let (thinking, answer) = teacher.thinking.read(&entry);
+        let (thinking, answer) = teacher.thinking.split_completion(&entry);
         let thinking = match thinking {
             Some(thinking) => thinking,
             None if entry.finish_reason == "stop" => return failed("no_thinking"),
             // Truncated inside the reasoning: the partial text is kept, marked by its finish reason.
             None => entry.reasoning.clone().unwrap_or_else(|| entry.content.clone()),
         };
-        Ok(Ok(Cot {
-            id: Cot::content_id(problem, &thinking, &answer),
+        Ok(Ok(Trace {
+            id: Trace::content_id(problem, &thinking, &answer),
             problem: Problem { traces: Vec::new(), ..problem.clone() },
             thinking,
             answer,
             origin: Origin {
                 teacher: teacher.model.clone(),
                 sample: number,
-                asked: Some(Asked {
+                asked: Some(GenerationParams {
                     request: entry.id.clone(),
-                    prompt_hash: self.prompts.hash(role),
+                    prompt_hash: self.prompts.template_hash(role),
                     temperature,
                     seed: question.seed,
                 }),
@@ -207,20 +207,20 @@ impl Generate {
         }))
     }
 
-    fn samples<'a>(&'a self, problem: &Problem) -> impl Iterator<Item = Sample<'a>> {
+    fn sample_specs<'a>(&'a self, problem: &Problem) -> impl Iterator<Item = SampleSpec<'a>> {
         let copies = problem.copies;
         self.teachers.iter().flat_map(move |teacher| {
             teacher.temperatures.iter().flat_map(move |&temperature| {
-                (0..teacher.samples * copies).map(move |number| Sample { teacher, temperature, number })
+                (0..teacher.samples * copies).map(move |number| SampleSpec { teacher, temperature, number })
             })
         })
     }
 }
 
 /// Returns the traces that the problem's source contains.
-fn given(problem: &Problem) -> Vec<Cot> {
-    let traces = problem.traces.iter().zip(0..).map(|(trace, number)| Cot {
-        id: Cot::content_id(problem, &trace.thinking, &trace.answer),
+fn source_traces(problem: &Problem) -> Vec<Trace> {
+    let traces = problem.traces.iter().zip(0..).map(|(trace, number)| Trace {
+        id: Trace::content_id(problem, &trace.thinking, &trace.answer),
         problem: Problem { traces: Vec::new(), ..problem.clone() },
         thinking: trace.thinking.clone(),
         answer: trace.answer.clone(),
@@ -236,24 +236,24 @@ fn given(problem: &Problem) -> Vec<Cot> {
     traces.collect()
 }
 
-impl Stage for Generate {
+impl Stage for GenerateStage {
     type In = Problem;
-    type Out = Cot;
+    type Out = Trace;
 
     fn name(&self) -> &'static str {
         "generate"
     }
 
-    async fn process(&self, problem: Problem) -> Result<Outcome<Cot>, StageError> {
-        let mut outcome = Outcome { kept: given(&problem), dropped: Vec::new() };
+    async fn process(&self, problem: Problem) -> Result<StageOutcome<Trace>, StageError> {
+        let mut outcome = StageOutcome { kept: source_traces(&problem), dropped: Vec::new() };
         if !outcome.kept.is_empty() {
             return Ok(outcome);
         }
         if self.teachers.is_empty() {
-            return Ok(Outcome::drop(Dropped::problem("no_trace", problem)));
+            return Ok(StageOutcome::drop(Dropped::problem("no_trace", problem)));
         }
         // All requests start together; the concurrency limit of each model bounds the open ones.
-        let asked = self.samples(&problem).map(|sample| self.sample(&problem, sample));
+        let asked = self.sample_specs(&problem).map(|sample| self.generate_trace(&problem, sample));
         for sample in futures_util::future::try_join_all(asked).await? {
             match sample {
                 // Equal samples are one trace: the id is a hash of the content.

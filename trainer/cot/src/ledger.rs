@@ -7,14 +7,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use potstill_data::journal::Totals;
+use potstill_data::journal::UsageTotals;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 /// Spending limits of a run or a stage. `None` means unlimited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Limits {
+pub struct BudgetLimits {
     /// Number of successful requests.
     pub requests: Option<u64>,
     /// Tokens of prompts and completions together.
@@ -37,7 +37,7 @@ pub struct Price {
 
 impl Price {
     /// Returns the cost of a request with the given token counts.
-    pub fn of(&self, prompt_tokens: u64, completion_tokens: u64) -> f64 {
+    pub fn cost(&self, prompt_tokens: u64, completion_tokens: u64) -> f64 {
         (self.prompt * prompt_tokens as f64 + self.completion * completion_tokens as f64) / 1e6
     }
 }
@@ -53,15 +53,15 @@ pub struct Budget {
     /// Limit on the cost of the run, in the currency of the prices.
     pub cost: Option<f64>,
     /// Limits of single stages, by stage name.
-    pub stages: BTreeMap<String, Limits>,
+    pub stages: BTreeMap<String, BudgetLimits>,
     /// Prices, by model. A model without a price is free.
     pub prices: BTreeMap<String, Price>,
 }
 
 impl Budget {
     /// Returns the limits of the whole run.
-    pub fn run(&self) -> Limits {
-        Limits { requests: self.requests, tokens: self.tokens, cost: self.cost }
+    pub fn run_limits(&self) -> BudgetLimits {
+        BudgetLimits { requests: self.requests, tokens: self.tokens, cost: self.cost }
     }
 }
 
@@ -95,13 +95,17 @@ impl Amounts {
     }
 
     /// Returns a description of the first limit that these amounts exceed.
-    fn over(self, limits: &Limits) -> Option<String> {
+    fn exceeded_limit(self, limits: &BudgetLimits) -> Option<String> {
         // Tolerance for rounding errors in sums of costs.
-        const CENT: f64 = 1e-9;
+        const COST_TOLERANCE: f64 = 1e-9;
         match limits {
-            Limits { requests: Some(most), .. } if self.requests > *most => Some(format!("{most} requests")),
-            Limits { tokens: Some(most), .. } if self.tokens > *most => Some(format!("{most} tokens")),
-            Limits { cost: Some(most), .. } if self.cost > *most + CENT => Some(format!("a cost of {most}")),
+            BudgetLimits { requests: Some(most), .. } if self.requests > *most => {
+                Some(format!("{most} requests"))
+            }
+            BudgetLimits { tokens: Some(most), .. } if self.tokens > *most => Some(format!("{most} tokens")),
+            BudgetLimits { cost: Some(most), .. } if self.cost > *most + COST_TOLERANCE => {
+                Some(format!("a cost of {most}"))
+            }
             _ => None,
         }
     }
@@ -109,17 +113,17 @@ impl Amounts {
 
 /// State behind the lock of a [`Ledger`]: usage by stage.
 #[derive(Debug, Default)]
-struct State {
+struct LedgerState {
     spent: BTreeMap<String, Amounts>,
     reserved: BTreeMap<String, Amounts>,
 }
 
-fn sum(of: &BTreeMap<String, Amounts>) -> Amounts {
+fn total(of: &BTreeMap<String, Amounts>) -> Amounts {
     of.values().fold(Amounts::default(), |sum, amounts| sum.plus(*amounts))
 }
 
-impl State {
-    fn of(&self, stage: &str) -> Amounts {
+impl LedgerState {
+    fn spent_and_reserved(&self, stage: &str) -> Amounts {
         let get = |map: &BTreeMap<String, Amounts>| map.get(stage).copied().unwrap_or_default();
         get(&self.spent).plus(get(&self.reserved))
     }
@@ -129,7 +133,7 @@ impl State {
 #[derive(Debug, Default)]
 pub struct Ledger {
     budget: Budget,
-    state: Mutex<State>,
+    state: Mutex<LedgerState>,
     settled: Notify,
 }
 
@@ -144,14 +148,14 @@ pub struct Reservation {
 
 impl Ledger {
     /// Creates the ledger from a budget and the usage in the journal.
-    pub fn new(budget: Budget, totals: &Totals) -> Self {
-        let mut state = State::default();
+    pub fn new(budget: Budget, totals: &UsageTotals) -> Self {
+        let mut state = LedgerState::default();
         for ((stage, model), usage) in totals {
             let cost = budget.prices.get(model).copied().unwrap_or_default();
             let amounts = Amounts {
                 requests: usage.calls,
                 tokens: usage.prompt_tokens + usage.completion_tokens,
-                cost: cost.of(usage.prompt_tokens, usage.completion_tokens),
+                cost: cost.cost(usage.prompt_tokens, usage.completion_tokens),
             };
             let spent = state.spent.entry(stage.clone()).or_default();
             *spent = spent.plus(amounts);
@@ -159,7 +163,7 @@ impl Ledger {
         Self { budget, state: Mutex::new(state), settled: Notify::new() }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, LedgerState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -192,18 +196,19 @@ impl Ledger {
         let amounts = Amounts {
             requests: 1,
             tokens: prompt_tokens + completion_tokens,
-            cost: self.price(model).of(prompt_tokens, completion_tokens),
+            cost: self.price(model).cost(prompt_tokens, completion_tokens),
         };
         loop {
             let mut settled = std::pin::pin!(self.settled.notified());
             settled.as_mut().enable();
             {
                 let mut state = self.state();
-                let run = sum(&state.spent).plus(sum(&state.reserved)).plus(amounts);
+                let run = total(&state.spent).plus(total(&state.reserved)).plus(amounts);
                 let limits = self.budget.stages.get(stage);
-                let mine = limits.and_then(|limits| state.of(stage).plus(amounts).over(limits));
+                let mine = limits
+                    .and_then(|limits| state.spent_and_reserved(stage).plus(amounts).exceeded_limit(limits));
                 let over = run
-                    .over(&self.budget.run())
+                    .exceeded_limit(&self.budget.run_limits())
                     .map(|limit| format!("the budget of the run, {limit},"))
                     .or_else(|| mine.map(|limit| format!("the budget of `{stage}`, {limit},")));
                 match over {
@@ -218,7 +223,7 @@ impl Ledger {
                         });
                     }
                     Some(limit) if state.reserved.values().all(|reserved| reserved.requests == 0) => {
-                        let spent = sum(&state.spent);
+                        let spent = total(&state.spent);
                         return Err(format!(
                             "{limit} has no room for another call of up to {} tokens; {} requests and {} tokens were used so \
                              far. Nothing is lost: raise it in `[budget]` and run the same command again",
@@ -239,7 +244,7 @@ impl Reservation {
         let taken = Amounts {
             requests: 1,
             tokens: prompt_tokens + completion_tokens,
-            cost: self.ledger.price(&self.model).of(prompt_tokens, completion_tokens),
+            cost: self.ledger.price(&self.model).cost(prompt_tokens, completion_tokens),
         };
         let mut state = self.ledger.state();
         let spent = state.spent.entry(self.stage.clone()).or_default();
@@ -264,7 +269,7 @@ mod tests {
 
     fn ledger(text: &str) -> Arc<Ledger> {
         let budget = serde_json::from_str(text).unwrap();
-        Arc::new(Ledger::new(budget, &Totals::default()))
+        Arc::new(Ledger::new(budget, &UsageTotals::default()))
     }
 
     #[tokio::test]
@@ -289,14 +294,14 @@ mod tests {
         assert!(spent.tokens <= 10_000 && spent.tokens > 9_900, "{spent:?}");
         assert!((spent.cost - (spent.tokens - 10 * spent.requests) as f64 * 2e-6).abs() < 1e-9);
         assert!(!refused.is_empty() && refused[0].contains("10000 tokens"), "{refused:?}");
-        let reserved = sum(&ledger.state().reserved);
+        let reserved = total(&ledger.state().reserved);
         assert_eq!((reserved.requests, reserved.tokens), (0, 0));
     }
 
     #[tokio::test]
     async fn stage_limits_and_earlier_usage_count() {
         let budget = r#"{"requests": 5, "stages": {"score": {"requests": 1}}}"#;
-        let mut totals = Totals::default();
+        let mut totals = UsageTotals::default();
         totals.entry(("generate".into(), "m".into())).or_default().add(5, 5, 0.1);
         let ledger = Arc::new(Ledger::new(serde_json::from_str(budget).unwrap(), &totals));
         ledger.reserve("score", "m", 1, 1).await.unwrap().settle(1, 1);

@@ -16,4 +16,4 @@ pub mod rv_cd;
 pub mod teacher;
 pub mod verify;
 
-pub use executor::{Outcome, Stage, StageError};
+pub use executor::{Stage, StageError, StageOutcome};

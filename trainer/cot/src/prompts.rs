@@ -13,7 +13,7 @@ use potstill_shared::id::ContentId;
 
 /// Purpose of a prompt. Each role has one template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
+pub enum PromptRole {
     /// Assign a problem to a task.
     Classify,
     /// Solve a problem with long reasoning.
@@ -36,7 +36,7 @@ pub enum Role {
     Cd,
 }
 
-impl Role {
+impl PromptRole {
     /// All roles.
     pub const ALL: [Self; 10] = [
         Self::Classify,
@@ -85,22 +85,22 @@ impl Role {
 
 /// Error while loading the templates.
 #[derive(Debug, thiserror::Error)]
-#[error("prompt `{path}`: {problem}")]
+#[error("prompt `{path}`: {reason}")]
 pub struct PromptError {
     /// Path of the template file, or the role's name for a built-in template.
     pub path: PathBuf,
     /// Cause of the error.
-    pub problem: String,
+    pub reason: String,
 }
 
 /// Templates of all roles. Cheap to clone.
 #[derive(Clone)]
-pub struct Prompts {
+pub struct PromptTemplates {
     environment: Arc<Environment<'static>>,
     hashes: Arc<Vec<ContentId>>,
 }
 
-impl Prompts {
+impl PromptTemplates {
     /// Loads the built-in templates, or `ROLE.jinja` of `folder` where the file exists.
     ///
     /// # Errors
@@ -108,26 +108,26 @@ impl Prompts {
     /// Returns [`PromptError`] for unreadable or invalid templates and for `.jinja` files that no role uses.
     pub fn load(folder: Option<&Path>) -> Result<Self, PromptError> {
         if let Some(folder) = folder {
-            known_files(folder)?;
+            reject_unknown_files(folder)?;
         }
         let mut environment = Environment::new();
         environment.set_fuel(Some(1_000_000));
         let mut hashes = Vec::new();
-        for role in Role::ALL {
+        for role in PromptRole::ALL {
             let path = folder.map(|folder| folder.join(format!("{}.jinja", role.name())));
             let (source, path) = match path.filter(|path| path.exists()) {
                 None => (role.default_source().to_owned(), PathBuf::from(role.name())),
                 Some(path) => (
                     std::fs::read_to_string(&path)
-                        .map_err(|error| PromptError { path: path.clone(), problem: error.to_string() })?,
+                        .map_err(|error| PromptError { path: path.clone(), reason: error.to_string() })?,
                     path,
                 ),
             };
-            let wrong = |problem: String| PromptError { path: path.clone(), problem };
+            let wrong = |problem: String| PromptError { path: path.clone(), reason: problem };
             if !source.contains("problem") {
                 return Err(wrong("does not use `{{ problem }}`".to_owned()));
             }
-            hashes.push(ContentId::of(&["prompt", &source]));
+            hashes.push(ContentId::from_parts(&["prompt", &source]));
             environment
                 .add_template_owned(role.name(), source.trim_end().to_owned())
                 .map_err(|error| wrong(error.to_string()))?;
@@ -136,11 +136,11 @@ impl Prompts {
     }
 
     /// Returns the hash of a template's source.
-    pub fn hash(&self, role: Role) -> ContentId {
-        self.hashes[Role::ALL.iter().position(|other| *other == role).unwrap_or_default()].clone()
+    pub fn template_hash(&self, role: PromptRole) -> ContentId {
+        self.hashes[PromptRole::ALL.iter().position(|other| *other == role).unwrap_or_default()].clone()
     }
 
-    fn render(&self, role: Role, problem: &Problem, completion: &str) -> Result<String, String> {
+    fn render(&self, role: PromptRole, problem: &Problem, completion: &str) -> Result<String, String> {
         self.environment
             .get_template(role.name())
             .and_then(|template| {
@@ -155,26 +155,31 @@ impl Prompts {
     }
 
     /// Renders the prompt for a problem without a completion.
-    pub fn for_problem(&self, role: Role, problem: &Problem) -> Result<String, String> {
+    pub fn render_for_problem(&self, role: PromptRole, problem: &Problem) -> Result<String, String> {
         self.render(role, problem, "")
     }
 
     /// Renders the prompt for a problem and a completion.
-    pub fn for_completion(&self, role: Role, problem: &Problem, completion: &str) -> Result<String, String> {
+    pub fn render_for_completion(
+        &self,
+        role: PromptRole,
+        problem: &Problem,
+        completion: &str,
+    ) -> Result<String, String> {
         self.render(role, problem, completion)
     }
 }
 
 /// Rejects a folder with a `.jinja` file that no role uses, since its name is probably misspelled.
-fn known_files(folder: &Path) -> Result<(), PromptError> {
-    let wrong = |path: &Path, problem: String| PromptError { path: path.to_owned(), problem };
+fn reject_unknown_files(folder: &Path) -> Result<(), PromptError> {
+    let wrong = |path: &Path, problem: String| PromptError { path: path.to_owned(), reason: problem };
     let entries = std::fs::read_dir(folder).map_err(|error| wrong(folder, error.to_string()))?;
     for entry in entries {
         let path = entry.map_err(|error| wrong(folder, error.to_string()))?.path();
         let is_prompt = path.extension().is_some_and(|extension| extension == "jinja");
         let stem = path.file_stem().unwrap_or_default();
-        if is_prompt && !Role::ALL.iter().any(|role| stem == role.name()) {
-            let known = Role::ALL.map(|role| format!("{}.jinja", role.name())).join(", ");
+        if is_prompt && !PromptRole::ALL.iter().any(|role| stem == role.name()) {
+            let known = PromptRole::ALL.map(|role| format!("{}.jinja", role.name())).join(", ");
             return Err(wrong(&path, format!("is no prompt; there are {known}")));
         }
     }
@@ -187,10 +192,10 @@ mod tests {
 
     #[test]
     fn built_in_prompts_render() {
-        let prompts = Prompts::load(None).unwrap();
+        let prompts = PromptTemplates::load(None).unwrap();
         let problem = Problem::new("1 + 1?", Some("2".into()), "s");
-        assert!(prompts.for_problem(Role::Classify, &problem).unwrap().contains("Code Debug"));
-        for role in Role::ALL {
+        assert!(prompts.render_for_problem(PromptRole::Classify, &problem).unwrap().contains("Code Debug"));
+        for role in PromptRole::ALL {
             assert!(prompts.render(role, &problem, "trace").unwrap().contains("1 + 1?"));
         }
     }
@@ -200,7 +205,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("verify.jinja");
         potstill_shared::durable::write_file(&file, b"{{ problem }}").unwrap();
-        let said = Prompts::load(Some(folder.path())).err().unwrap().to_string();
+        let said = PromptTemplates::load(Some(folder.path())).err().unwrap().to_string();
         assert!(said.contains("verify.jinja") && said.contains("process.jinja"), "{said}");
     }
 }

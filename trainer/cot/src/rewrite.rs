@@ -4,34 +4,34 @@
 //! correct. Deliberately absent: the grades (`difficulty`) and that decision (`verify`).
 
 use potstill_data::journal::Entry;
-use potstill_data::records::{Asked, Cot, Difficulty, Origin};
-use potstill_data::spool::Keyed;
+use potstill_data::records::{Difficulty, GenerationParams, Origin, Trace};
+use potstill_data::spool::SortKey;
 use potstill_shared::id::ContentId;
-use potstill_shared::reasoning::{CLOSE, OPEN};
+use potstill_shared::reasoning::{CLOSE_TAG, OPEN_TAG};
 use serde::{Deserialize, Serialize};
 
-use crate::executor::{Outcome, Stage, StageError};
-use crate::generate::read_completion;
-use crate::prompts::{Prompts, Role};
-use crate::teacher::{AskError, Question, Teachers};
+use crate::executor::{Stage, StageError, StageOutcome};
+use crate::generate::split_completion;
+use crate::prompts::{PromptRole, PromptTemplates};
+use crate::teacher::{CompletionRequest, TeacherClient, TeacherError};
 
 /// Trace to verify, with its original if the trace is a rewrite.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Candidate {
+pub struct RewriteCandidate {
     /// Trace to verify first.
-    pub cot: Cot,
+    pub cot: Trace,
     /// Trace before the rewrite; `None` for an unchanged trace.
-    pub original: Option<Cot>,
+    pub original: Option<Trace>,
 }
 
-impl Keyed for Candidate {
-    fn key(&self) -> (ContentId, String) {
-        self.cot.key()
+impl SortKey for RewriteCandidate {
+    fn sort_key(&self) -> (ContentId, String) {
+        self.cot.sort_key()
     }
 }
 
 /// Stage that rewrites easy and hard traces.
-pub struct Rewrite {
+pub struct RewriteStage {
     /// Name of the model at the gateway. `None` leaves all traces unchanged.
     pub model: Option<String>,
     /// Sampling temperature of the rewrites.
@@ -39,62 +39,67 @@ pub struct Rewrite {
     /// Largest number of completion tokens.
     pub max_tokens: u32,
     /// Client for teachers, with journal and budget.
-    pub calls: Teachers,
+    pub calls: TeacherClient,
     /// Prompt templates.
-    pub prompts: Prompts,
+    pub prompts: PromptTemplates,
 }
 
 /// Returns reasoning and answer of the rewritten trace: the last think block of the content, and the text after that
 /// block. A reasoning model's own deliberation comes in an earlier block or in `reasoning` and is ignored. If the
 /// content has no think block, the endpoint moved the only one to `reasoning`.
-fn read_rewrite(entry: &Entry) -> (Option<String>, String) {
-    if let Some((before, answer)) = entry.content.rsplit_once(CLOSE) {
-        let trace = before.rsplit_once(OPEN).map_or(before, |(_, trace)| trace);
+fn split_rewrite(entry: &Entry) -> (Option<String>, String) {
+    if let Some((before, answer)) = entry.content.rsplit_once(CLOSE_TAG) {
+        let trace = before.rsplit_once(OPEN_TAG).map_or(before, |(_, trace)| trace);
         return (Some(trace.trim().to_owned()), answer.trim().to_owned());
     }
-    read_completion(entry)
+    split_completion(entry)
 }
 
 /// Returns the prompt for a difficulty grade; `None` if the trace stays unchanged.
-fn role(difficulty: Option<Difficulty>) -> Option<Role> {
+fn rewrite_role(difficulty: Option<Difficulty>) -> Option<PromptRole> {
     match difficulty? {
-        Difficulty::Easy => Some(Role::Extend),
-        Difficulty::Hard => Some(Role::Simplify),
+        Difficulty::Easy => Some(PromptRole::Extend),
+        Difficulty::Hard => Some(PromptRole::Simplify),
         Difficulty::Medium | Difficulty::Unscored => None,
     }
 }
 
-impl Stage for Rewrite {
-    type In = Cot;
-    type Out = Candidate;
+impl Stage for RewriteStage {
+    type In = Trace;
+    type Out = RewriteCandidate;
 
     fn name(&self) -> &'static str {
         "rewrite"
     }
 
-    async fn process(&self, cot: Cot) -> Result<Outcome<Candidate>, StageError> {
-        let unchanged = |cot| Ok(Outcome::keep(vec![Candidate { cot, original: None }]));
-        let (Some(model), Some(role)) = (&self.model, role(cot.difficulty)) else { return unchanged(cot) };
-        let stop = |problem| StageError { stage: "rewrite", problem };
-        let question = Question {
+    async fn process(&self, cot: Trace) -> Result<StageOutcome<RewriteCandidate>, StageError> {
+        let unchanged = |cot| Ok(StageOutcome::keep(vec![RewriteCandidate { cot, original: None }]));
+        let (Some(model), Some(role)) = (&self.model, rewrite_role(cot.difficulty)) else {
+            return unchanged(cot);
+        };
+        let stop = |problem| StageError { stage: "rewrite", reason: problem };
+        let question = CompletionRequest {
             stage: "rewrite",
             model: model.clone(),
-            prompt: self.prompts.for_completion(role, &cot.problem, &cot.completion()).map_err(stop)?,
+            prompt: self
+                .prompts
+                .render_for_completion(role, &cot.problem, &cot.completion())
+                .map_err(stop)?,
             temperature: self.temperature,
             top_p: 0.95,
             max_tokens: self.max_tokens,
             seed: (cot.id.seed() >> 2) as i64,
             revision: None,
         };
-        let entry = match self.calls.ask(&question).await {
+        let entry = match self.calls.complete(&question).await {
             Ok(entry) => entry,
-            Err(AskError::Run(error)) => return Err(error),
-            Err(AskError::Row(reason)) => {
+            Err(TeacherError::Run(error)) => return Err(error),
+            Err(TeacherError::Row(reason)) => {
                 tracing::warn!(trace = %cot.id, reason, "a trace was not rewritten; the original goes on");
                 return unchanged(cot);
             }
         };
-        let (thinking, answer) = read_rewrite(&entry);
+        let (thinking, answer) = split_rewrite(&entry);
         // Without an answer, only a judge could verify the rewrite, while the original can be verified by rules.
         let whole = entry.finish_reason == "stop" && (!answer.is_empty() || cot.answer.is_empty());
         let Some(thinking) = thinking.filter(|text| !text.is_empty() && whole) else {
@@ -105,23 +110,23 @@ impl Stage for Rewrite {
             return unchanged(cot);
         }
         let mut rewritten = cot.clone();
-        rewritten.id = Cot::content_id(&cot.problem, &thinking, &answer);
+        rewritten.id = Trace::content_id(&cot.problem, &thinking, &answer);
         rewritten.thinking = thinking;
         rewritten.answer = answer;
         rewritten.parent = Some(cot.id.clone());
         rewritten.origin = Origin {
             teacher: model.clone(),
             sample: cot.origin.sample,
-            asked: Some(Asked {
+            asked: Some(GenerationParams {
                 request: entry.id.clone(),
-                prompt_hash: self.prompts.hash(role),
+                prompt_hash: self.prompts.template_hash(role),
                 temperature: self.temperature,
                 seed: question.seed,
             }),
         };
         rewritten.completion_tokens = entry.completion_tokens;
         rewritten.difficulty = Some(Difficulty::Medium);
-        Ok(Outcome::keep(vec![Candidate { cot: rewritten, original: Some(cot) }]))
+        Ok(StageOutcome::keep(vec![RewriteCandidate { cot: rewritten, original: Some(cot) }]))
     }
 }
 
@@ -130,8 +135,8 @@ mod tests {
     use super::*;
 
     fn read(content: &str, reasoning: Option<&str>) -> (Option<String>, String) {
-        read_rewrite(&Entry {
-            id: ContentId::of(&["q"]),
+        split_rewrite(&Entry {
+            id: ContentId::from_parts(&["q"]),
             stage: String::new(),
             model: String::new(),
             seconds: 0.0,

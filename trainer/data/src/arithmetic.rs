@@ -24,7 +24,7 @@ const LOSSES: [&str; 3] = ["gives", "loses", "sells"];
 
 /// Difficulty of a generated problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Level {
+pub enum ProblemLevel {
     /// 1 or 2 steps, one-digit numbers, no distractor.
     Easy,
     /// 1 or 2 steps, numbers up to 99, a distractor in 30 % of the problems.
@@ -33,7 +33,7 @@ pub enum Level {
     Hard,
 }
 
-impl Level {
+impl ProblemLevel {
     /// All levels, from easy to hard.
     pub const ALL: [Self; 3] = [Self::Easy, Self::Medium, Self::Hard];
 
@@ -49,7 +49,7 @@ impl Level {
 
 /// Effect of one sentence on the count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub enum StepEffect {
     /// Sets the initial count.
     Start(u32),
     /// Increases the count.
@@ -66,9 +66,9 @@ pub enum Step {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WordProblem {
     /// Difficulty of the problem.
-    pub level: Level,
+    pub level: ProblemLevel,
     /// Effect of each sentence, in order, without the final question.
-    pub steps: Vec<Step>,
+    pub steps: Vec<StepEffect>,
     /// Problem text, with the final question.
     pub text: String,
     /// Final count, 1 to 999.
@@ -77,7 +77,7 @@ pub struct WordProblem {
 
 impl WordProblem {
     /// Converts the problem to a [`Problem`] from `source`, with the level in its metadata.
-    pub fn record(&self, source: &str) -> Problem {
+    pub fn to_problem(&self, source: &str) -> Problem {
         let mut problem = Problem::new(self.text.clone(), Some(self.answer.to_string()), source);
         problem.metadata.insert("level".to_owned(), json!(self.level.name()));
         problem
@@ -85,9 +85,9 @@ impl WordProblem {
 }
 
 /// Generates one problem of the given level.
-pub fn generate(level: Level, rng: &mut impl Rng) -> WordProblem {
+pub fn generate_problem(level: ProblemLevel, rng: &mut impl Rng) -> WordProblem {
     loop {
-        if let Some(problem) = attempt(level, rng) {
+        if let Some(problem) = try_generate(level, rng) {
             return problem;
         }
     }
@@ -95,12 +95,16 @@ pub fn generate(level: Level, rng: &mut impl Rng) -> WordProblem {
 
 /// Generates `count` distinct problems with the levels in turn, without the texts in `taken`. Equal arguments give
 /// equal problems. Does not return if fewer than `count` distinct problems exist.
-pub fn distinct(count: usize, seed: u64, taken: &std::collections::HashSet<String>) -> Vec<WordProblem> {
+pub fn generate_distinct(
+    count: usize,
+    seed: u64,
+    taken: &std::collections::HashSet<String>,
+) -> Vec<WordProblem> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut seen = taken.clone();
     let mut problems = Vec::with_capacity(count);
     while problems.len() < count {
-        let problem = generate(Level::ALL[problems.len() % 3], &mut rng);
+        let problem = generate_problem(ProblemLevel::ALL[problems.len() % 3], &mut rng);
         if seen.insert(problem.text.clone()) {
             problems.push(problem);
         }
@@ -108,29 +112,29 @@ pub fn distinct(count: usize, seed: u64, taken: &std::collections::HashSet<Strin
     problems
 }
 
-fn attempt(level: Level, rng: &mut impl Rng) -> Option<WordProblem> {
+fn try_generate(level: ProblemLevel, rng: &mut impl Rng) -> Option<WordProblem> {
     let (count, largest, distractor) = match level {
-        Level::Easy => (rng.random_range(1..=2), 9, false),
-        Level::Medium => (rng.random_range(1..=2), 99, rng.random_bool(0.3)),
-        Level::Hard => (rng.random_range(3..=4), 99, true),
+        ProblemLevel::Easy => (rng.random_range(1..=2), 9, false),
+        ProblemLevel::Medium => (rng.random_range(1..=2), 99, rng.random_bool(0.3)),
+        ProblemLevel::Hard => (rng.random_range(3..=4), 99, true),
     };
     let mut value = rng.random_range(1..=largest);
-    let mut steps = vec![Step::Start(value)];
-    let factor_at = (level == Level::Hard).then(|| rng.random_range(1..=count));
+    let mut steps = vec![StepEffect::Start(value)];
+    let factor_at = (level == ProblemLevel::Hard).then(|| rng.random_range(1..=count));
     for step in 1..=count {
         let operand = rng.random_range(1..=largest);
         let next = if factor_at == Some(step) {
-            Step::Multiply(rng.random_range(2..=6))
+            StepEffect::Multiply(rng.random_range(2..=6))
         } else if rng.random_bool(0.5) {
-            Step::Add(operand)
+            StepEffect::Add(operand)
         } else {
-            Step::Subtract(operand)
+            StepEffect::Subtract(operand)
         };
         value = match next {
-            Step::Add(n) => value + n,
-            Step::Subtract(n) => value.checked_sub(n)?,
-            Step::Multiply(n) => value * n,
-            Step::Start(_) | Step::Distractor => value,
+            StepEffect::Add(n) => value + n,
+            StepEffect::Subtract(n) => value.checked_sub(n)?,
+            StepEffect::Multiply(n) => value * n,
+            StepEffect::Start(_) | StepEffect::Distractor => value,
         };
         if value == 0 || value > 999 {
             return None;
@@ -138,7 +142,7 @@ fn attempt(level: Level, rng: &mut impl Rng) -> Option<WordProblem> {
         steps.push(next);
     }
     if distractor {
-        steps.insert(rng.random_range(1..=steps.len()), Step::Distractor);
+        steps.insert(rng.random_range(1..=steps.len()), StepEffect::Distractor);
     }
     let pick = |list: &[&'static str], rng: &mut _| list.choose(rng).copied();
     let (name, item) = (pick(&NAMES, rng)?, pick(&ITEMS, rng)?);
@@ -146,11 +150,11 @@ fn attempt(level: Level, rng: &mut impl Rng) -> Option<WordProblem> {
     let mut text = String::new();
     for (letter, step) in ('A'..).zip(&steps) {
         let sentence = match step {
-            Step::Start(n) => format!("{name} has {n} {item}."),
-            Step::Add(n) => format!("{name} {} {n} more.", pick(&GAINS, rng)?),
-            Step::Subtract(n) => format!("{name} {} {n} away.", pick(&LOSSES, rng)?),
-            Step::Multiply(n) => format!("{name} has {n} times as many now."),
-            Step::Distractor => format!("{other} has {} {item}.", rng.random_range(1..=largest)),
+            StepEffect::Start(n) => format!("{name} has {n} {item}."),
+            StepEffect::Add(n) => format!("{name} {} {n} more.", pick(&GAINS, rng)?),
+            StepEffect::Subtract(n) => format!("{name} {} {n} away.", pick(&LOSSES, rng)?),
+            StepEffect::Multiply(n) => format!("{name} has {n} times as many now."),
+            StepEffect::Distractor => format!("{other} has {} {item}.", rng.random_range(1..=largest)),
         };
         text.push_str(&format!("{letter} {sentence} "));
     }
@@ -164,13 +168,13 @@ mod tests {
 
     #[test]
     fn answer_equals_the_result_of_the_steps() {
-        for problem in distinct(300, 5, &std::collections::HashSet::new()) {
+        for problem in generate_distinct(300, 5, &std::collections::HashSet::new()) {
             let value = problem.steps.iter().fold(0u32, |value, step| match step {
-                Step::Start(n) => *n,
-                Step::Add(n) => value + n,
-                Step::Subtract(n) => value - n,
-                Step::Multiply(n) => value * n,
-                Step::Distractor => value,
+                StepEffect::Start(n) => *n,
+                StepEffect::Add(n) => value + n,
+                StepEffect::Subtract(n) => value - n,
+                StepEffect::Multiply(n) => value * n,
+                StepEffect::Distractor => value,
             });
             assert_eq!(value, problem.answer, "{}", problem.text);
             assert!((1..=999).contains(&value));
@@ -182,7 +186,7 @@ mod tests {
     #[test]
     fn equal_seeds_generate_equal_problems() {
         let none = std::collections::HashSet::new();
-        assert_eq!(distinct(50, 1, &none), distinct(50, 1, &none));
-        assert_ne!(distinct(50, 1, &none), distinct(50, 2, &none));
+        assert_eq!(generate_distinct(50, 1, &none), generate_distinct(50, 1, &none));
+        assert_ne!(generate_distinct(50, 1, &none), generate_distinct(50, 2, &none));
     }
 }

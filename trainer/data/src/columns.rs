@@ -12,15 +12,15 @@ use parquet::data_type::{BoolType, ByteArray, ByteArrayType, DoubleType, Int64Ty
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::types::Type;
-use potstill_shared::durable::{DurableError, write_with};
+use potstill_shared::durable::{DurableError, write_file_with};
 use serde_json::Value;
 
 /// Rows per row group, and rows in memory at once.
-const GROUP: usize = 2000;
+const ROWS_PER_GROUP: usize = 2000;
 
 /// Type of a column. Every value is optional.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Kind {
+pub enum ColumnType {
     /// UTF-8 string. Values that are not strings are written as JSON.
     Text,
     /// Signed 64-bit integer.
@@ -30,21 +30,21 @@ pub enum Kind {
     /// Boolean.
     Bool,
     /// List of values of one type.
-    List(Box<Kind>),
+    List(Box<ColumnType>),
     /// Group of named fields.
-    Fields(Vec<(&'static str, Kind)>),
+    Fields(Vec<(&'static str, ColumnType)>),
 }
 
-impl Kind {
+impl ColumnType {
     /// Returns the type of a list with elements of this type.
-    pub fn list(self) -> Self {
+    pub fn into_list(self) -> Self {
         Self::List(Box::new(self))
     }
 
-    fn leaves(&self) -> usize {
+    fn leaf_count(&self) -> usize {
         match self {
-            Self::List(inner) => inner.leaves(),
-            Self::Fields(fields) => fields.iter().map(|(_, kind)| kind.leaves()).sum(),
+            Self::List(inner) => inner.leaf_count(),
+            Self::Fields(fields) => fields.iter().map(|(_, kind)| kind.leaf_count()).sum(),
             _ => 1,
         }
     }
@@ -81,12 +81,12 @@ impl Kind {
     }
 }
 
-fn schemas(fields: &[(&'static str, Kind)]) -> parquet::errors::Result<Vec<Arc<Type>>> {
+fn schemas(fields: &[(&'static str, ColumnType)]) -> parquet::errors::Result<Vec<Arc<Type>>> {
     fields.iter().map(|(name, kind)| Ok(Arc::new(kind.schema(name)?))).collect()
 }
 
 /// Values of one leaf column, without nulls.
-enum Values {
+enum LeafValues {
     Text(Vec<ByteArray>),
     Int(Vec<i64>),
     Double(Vec<f64>),
@@ -94,59 +94,59 @@ enum Values {
 }
 
 /// Leaf column with its values and levels.
-struct Leaf {
-    values: Values,
+struct LeafColumn {
+    values: LeafValues,
     definition: Vec<i16>,
     repetition: Vec<i16>,
 }
 
 /// Appends an empty leaf column for each leaf of the given fields, in schema order.
-fn leaves_of(fields: &[(&'static str, Kind)], leaves: &mut Vec<Leaf>) {
+fn append_leaf_columns(fields: &[(&'static str, ColumnType)], leaves: &mut Vec<LeafColumn>) {
     for (_, kind) in fields {
         let mut kind = kind;
-        while let Kind::List(inner) = kind {
+        while let ColumnType::List(inner) = kind {
             kind = inner;
         }
         let values = match kind {
-            Kind::Fields(fields) => {
-                leaves_of(fields, leaves);
+            ColumnType::Fields(fields) => {
+                append_leaf_columns(fields, leaves);
                 continue;
             }
-            Kind::Int => Values::Int(Vec::new()),
-            Kind::Double => Values::Double(Vec::new()),
-            Kind::Bool => Values::Bool(Vec::new()),
-            Kind::Text | Kind::List(_) => Values::Text(Vec::new()),
+            ColumnType::Int => LeafValues::Int(Vec::new()),
+            ColumnType::Double => LeafValues::Double(Vec::new()),
+            ColumnType::Bool => LeafValues::Bool(Vec::new()),
+            ColumnType::Text | ColumnType::List(_) => LeafValues::Text(Vec::new()),
         };
-        leaves.push(Leaf { values, definition: Vec::new(), repetition: Vec::new() });
+        leaves.push(LeafColumn { values, definition: Vec::new(), repetition: Vec::new() });
     }
 }
 
 /// Levels of a value (Dremel): the defined ancestors on its path, the list that continues, and the number of lists
 /// around the value.
 #[derive(Clone, Copy)]
-struct Place {
+struct Levels {
     definition: i16,
     repetition: i16,
     lists: i16,
 }
 
 /// Appends a value to the leaf columns of its type. A value of another type becomes null.
-fn shred(kind: &Kind, value: Option<&Value>, place: Place, leaves: &mut [Leaf]) {
-    let inside = Place { definition: place.definition + 1, ..place };
+fn shred(kind: &ColumnType, value: Option<&Value>, place: Levels, leaves: &mut [LeafColumn]) {
+    let inside = Levels { definition: place.definition + 1, ..place };
     match (kind, value.filter(|value| !value.is_null())) {
-        (_, None) => missing(place, leaves),
-        (Kind::Fields(fields), Some(value)) => {
+        (_, None) => push_null(place, leaves),
+        (ColumnType::Fields(fields), Some(value)) => {
             let mut rest = leaves;
             for (name, kind) in fields {
-                let (mine, others) = rest.split_at_mut(kind.leaves());
+                let (mine, others) = rest.split_at_mut(kind.leaf_count());
                 shred(kind, value.get(name), inside, mine);
                 rest = others;
             }
         }
-        (Kind::List(inner), Some(value)) => {
+        (ColumnType::List(inner), Some(value)) => {
             let elements = value.as_array().map(Vec::as_slice).unwrap_or_default();
             if elements.is_empty() {
-                missing(inside, leaves);
+                push_null(inside, leaves);
             }
             let lists = place.lists + 1;
             for (at, element) in elements.iter().enumerate() {
@@ -154,7 +154,7 @@ fn shred(kind: &Kind, value: Option<&Value>, place: Place, leaves: &mut [Leaf]) 
                 shred(
                     inner,
                     Some(element),
-                    Place { definition: place.definition + 2, repetition, lists },
+                    Levels { definition: place.definition + 2, repetition, lists },
                     leaves,
                 );
             }
@@ -162,14 +162,14 @@ fn shred(kind: &Kind, value: Option<&Value>, place: Place, leaves: &mut [Leaf]) 
         (_, Some(value)) => {
             let Some(leaf) = leaves.first_mut() else { return };
             let fits = match &mut leaf.values {
-                Values::Text(values) => {
+                LeafValues::Text(values) => {
                     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
                     values.push(text.as_str().into());
                     true
                 }
-                Values::Int(values) => value.as_i64().map(|number| values.push(number)).is_some(),
-                Values::Double(values) => value.as_f64().map(|number| values.push(number)).is_some(),
-                Values::Bool(values) => value.as_bool().map(|truth| values.push(truth)).is_some(),
+                LeafValues::Int(values) => value.as_i64().map(|number| values.push(number)).is_some(),
+                LeafValues::Double(values) => value.as_f64().map(|number| values.push(number)).is_some(),
+                LeafValues::Bool(values) => value.as_bool().map(|truth| values.push(truth)).is_some(),
             };
             leaf.definition.push(if fits { inside.definition } else { place.definition });
             leaf.repetition.push(place.repetition);
@@ -177,7 +177,7 @@ fn shred(kind: &Kind, value: Option<&Value>, place: Place, leaves: &mut [Leaf]) 
     }
 }
 
-fn missing(place: Place, leaves: &mut [Leaf]) {
+fn push_null(place: Levels, leaves: &mut [LeafColumn]) {
     for leaf in leaves {
         leaf.definition.push(place.definition);
         leaf.repetition.push(place.repetition);
@@ -191,20 +191,20 @@ fn missing(place: Place, leaves: &mut [Leaf]) {
 /// Returns an error if the file cannot be written or if `rows` yields an error.
 pub fn write_parquet<E: std::fmt::Display>(
     path: &Path,
-    columns: &[(&'static str, Kind)],
+    columns: &[(&'static str, ColumnType)],
     rows: impl Iterator<Item = Result<Value, E>>,
 ) -> Result<usize, DurableError> {
     let mut count = 0;
-    write_with(path, |file| {
-        count = write_groups(file, columns, rows).map_err(std::io::Error::other)?;
+    write_file_with(path, |file| {
+        count = write_row_groups(file, columns, rows).map_err(std::io::Error::other)?;
         Ok(())
     })?;
     Ok(count)
 }
 
-fn write_groups<E: std::fmt::Display>(
+fn write_row_groups<E: std::fmt::Display>(
     file: &mut (impl Write + Send),
-    columns: &[(&'static str, Kind)],
+    columns: &[(&'static str, ColumnType)],
     rows: impl Iterator<Item = Result<Value, E>>,
 ) -> Result<usize, Box<dyn std::error::Error + Send + Sync>> {
     let schema = Type::group_type_builder("schema").with_fields(schemas(columns)?).build()?;
@@ -215,13 +215,13 @@ fn write_groups<E: std::fmt::Display>(
     let mut count = 0;
     while rows.peek().is_some() {
         let mut leaves = Vec::new();
-        leaves_of(columns, &mut leaves);
-        for row in rows.by_ref().take(GROUP) {
+        append_leaf_columns(columns, &mut leaves);
+        for row in rows.by_ref().take(ROWS_PER_GROUP) {
             let row = row.map_err(|error| error.to_string())?;
             let mut rest = leaves.as_mut_slice();
             for (name, kind) in columns {
-                let (mine, others) = rest.split_at_mut(kind.leaves());
-                shred(kind, row.get(name), Place { definition: 0, repetition: 0, lists: 0 }, mine);
+                let (mine, others) = rest.split_at_mut(kind.leaf_count());
+                shred(kind, row.get(name), Levels { definition: 0, repetition: 0, lists: 0 }, mine);
                 rest = others;
             }
             count += 1;
@@ -231,16 +231,16 @@ fn write_groups<E: std::fmt::Display>(
             let Some(mut column) = group.next_column()? else { break };
             let (definition, repetition) = (Some(&leaf.definition[..]), Some(&leaf.repetition[..]));
             match &leaf.values {
-                Values::Text(values) => {
+                LeafValues::Text(values) => {
                     column.typed::<ByteArrayType>().write_batch(values, definition, repetition)?
                 }
-                Values::Int(values) => {
+                LeafValues::Int(values) => {
                     column.typed::<Int64Type>().write_batch(values, definition, repetition)?
                 }
-                Values::Double(values) => {
+                LeafValues::Double(values) => {
                     column.typed::<DoubleType>().write_batch(values, definition, repetition)?
                 }
-                Values::Bool(values) => {
+                LeafValues::Bool(values) => {
                     column.typed::<BoolType>().write_batch(values, definition, repetition)?
                 }
             };
@@ -259,15 +259,19 @@ mod tests {
 
     use super::*;
 
-    fn columns() -> Vec<(&'static str, Kind)> {
-        let judged = Kind::Fields(vec![("level", Kind::Int), ("judge", Kind::Text)]);
-        let trace = Kind::Fields(vec![("thought", Kind::Text), ("right", Kind::Bool), ("rv", judged)]);
+    fn columns() -> Vec<(&'static str, ColumnType)> {
+        let judged = ColumnType::Fields(vec![("level", ColumnType::Int), ("judge", ColumnType::Text)]);
+        let trace = ColumnType::Fields(vec![
+            ("thought", ColumnType::Text),
+            ("right", ColumnType::Bool),
+            ("rv", judged),
+        ]);
         vec![
-            ("question", Kind::Text),
-            ("share", Kind::Double),
-            ("tags", Kind::Text.list()),
-            ("traces", trace.list()),
-            ("grid", Kind::Int.list().list()),
+            ("question", ColumnType::Text),
+            ("share", ColumnType::Double),
+            ("tags", ColumnType::Text.into_list()),
+            ("traces", trace.into_list()),
+            ("grid", ColumnType::Int.into_list().into_list()),
         ]
     }
 
@@ -276,7 +280,7 @@ mod tests {
         let path = folder.path().join("t.parquet");
         let given = rows.iter().cloned().map(Ok::<_, String>);
         assert_eq!(write_parquet(&path, &columns(), given).unwrap(), rows.len());
-        let read = crate::rows::open(&path).unwrap();
+        let read = crate::rows::open_table(&path).unwrap();
         read.map(|row| Value::Object(row.unwrap().fields.unwrap())).collect()
     }
 
@@ -316,7 +320,7 @@ mod tests {
 
     #[test]
     fn rows_of_several_row_groups_form_one_table() {
-        let rows: Vec<Value> = (0..GROUP * 2 + 3)
+        let rows: Vec<Value> = (0..ROWS_PER_GROUP * 2 + 3)
             .map(|n| json!({ "question": n.to_string(), "share": null, "tags": ["a"], "traces": [], "grid": null }))
             .collect();
         assert_eq!(back(&rows), rows);

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use potstill_shared::id::ContentId;
 
 /// Returns the text in lower case, with single spaces between words.
-pub fn normalised(text: &str) -> String {
+pub fn normalize_text(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for word in text.split_whitespace() {
         if !out.is_empty() {
@@ -20,19 +20,20 @@ pub fn normalised(text: &str) -> String {
 }
 
 /// Returns the words of a text in lower case. Characters that are not alphanumeric separate words.
-pub(crate) fn words(text: &str) -> Vec<String> {
-    let kept: String = normalised(text).chars().map(|c| if c.is_alphanumeric() { c } else { ' ' }).collect();
+pub(crate) fn normalized_words(text: &str) -> Vec<String> {
+    let kept: String =
+        normalize_text(text).chars().map(|c| if c.is_alphanumeric() { c } else { ' ' }).collect();
     kept.split_whitespace().map(str::to_owned).collect()
 }
 
 /// Set of normalized texts, as 16-byte hashes.
 #[derive(Default)]
-pub struct Seen(HashSet<u128>);
+pub struct ExactDedup(HashSet<u128>);
 
-impl Seen {
+impl ExactDedup {
     /// Adds a text and returns whether the set did not contain an equal one.
-    pub fn is_first(&mut self, text: &str) -> bool {
-        let id = ContentId::of(&[&normalised(text)]);
+    pub fn insert(&mut self, text: &str) -> bool {
+        let id = ContentId::from_parts(&[&normalize_text(text)]);
         self.0.insert(u128::from_str_radix(id.as_str(), 16).unwrap_or_default())
     }
 }
@@ -43,8 +44,8 @@ mod tests {
 
     #[test]
     fn keeps_only_the_first_copy() {
-        let mut seen = Seen::default();
-        let first = ["One  and one?", "one and ONE?", "two?"].map(|text| seen.is_first(text));
+        let mut seen = ExactDedup::default();
+        let first = ["One  and one?", "one and ONE?", "two?"].map(|text| seen.insert(text));
         assert_eq!(first, [true, false, true]);
     }
 }

@@ -6,7 +6,7 @@ use potstill_shared::reasoning;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::records::{Given, Scores, Test};
+use crate::records::{ProgramTest, Scores, SourceTrace};
 
 /// Largest number of tests per problem; further tests are discarded.
 const MAX_TESTS: usize = 32;
@@ -14,7 +14,7 @@ const MAX_TESTS: usize = 32;
 /// Format of a published dataset, or a row format that many datasets share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Format {
+pub enum DatasetFormat {
     /// `openai/gsm8k`: the reference answer follows `####` in `answer`.
     Gsm8k,
     /// MATH (Hendrycks et al.): the reference answer is in the last `\boxed{}` of `solution`.
@@ -50,14 +50,14 @@ pub enum Format {
 
 type Fields = Map<String, Value>;
 
-impl Format {
+impl DatasetFormat {
     /// Returns the problem text and the reference answer of a row.
     ///
     /// # Errors
     ///
     /// Returns a message that names the missing or invalid field.
-    pub fn read(self, row: &Fields) -> Result<(String, Option<String>), String> {
-        let text = |name: &str| text(row, name);
+    pub fn parse_problem(self, row: &Fields) -> Result<(String, Option<String>), String> {
+        let text = |name: &str| required_text(row, name);
         let optional = |name: &str| row.get(name).and_then(as_text).filter(|text| !text.trim().is_empty());
         match self {
             Self::Gsm8k => {
@@ -65,11 +65,11 @@ impl Format {
                 let last = answer.rsplit_once("####").ok_or("`answer` holds no `####`")?.1;
                 Ok((text("question")?, Some(last.trim().replace(',', ""))))
             }
-            Self::Math => Ok((text("problem")?, last_box(&text("solution")?))),
+            Self::Math => Ok((text("problem")?, last_boxed(&text("solution")?))),
             Self::NuminaMath => {
                 // For proofs, `answer` holds one of these placeholders.
                 let given = optional("answer").filter(|answer| answer != "proof" && answer != "notfound");
-                let answer = given.or_else(|| optional("solution").as_deref().and_then(last_box));
+                let answer = given.or_else(|| optional("solution").as_deref().and_then(last_boxed));
                 Ok((text("problem")?, answer))
             }
             Self::DeepMath103k => Ok((text("question")?, optional("final_answer"))),
@@ -79,13 +79,13 @@ impl Format {
                 input => Ok((input, None)),
             },
             Self::OpenThoughts114k if row.contains_key("problem") => {
-                Ok((text("problem")?, optional("ground_truth_solution").as_deref().and_then(last_box)))
+                Ok((text("problem")?, optional("ground_truth_solution").as_deref().and_then(last_boxed)))
             }
             Self::OpenThoughts114k | Self::OpenThoughts | Self::ShareGpt => {
-                let asked = first_turn(row, "conversations", "from", "value", &["human", "user"])?;
+                let asked = first_user_turn(row, "conversations", "from", "value", &["human", "user"])?;
                 Ok((asked, None))
             }
-            Self::Messages => Ok((first_turn(row, "messages", "role", "content", &["user"])?, None)),
+            Self::Messages => Ok((first_user_turn(row, "messages", "role", "content", &["user"])?, None)),
             Self::OmniThought => Ok((text("question")?, optional("answer"))),
             Self::Alpaca => {
                 let instruction = text("instruction")?;
@@ -100,10 +100,10 @@ impl Format {
     }
 
     /// Returns the traces of a row. Texts without separate reasoning, and traces marked as incorrect, are skipped.
-    pub fn traces(self, row: &Fields) -> Vec<Given> {
+    pub fn parse_traces(self, row: &Fields) -> Vec<SourceTrace> {
         let text = |name: &str| row.get(name).and_then(as_text);
         let whole = |teacher: &str, text: Option<String>| {
-            text.and_then(|text| trace_of(teacher, &text)).into_iter().collect::<Vec<_>>()
+            text.and_then(|text| parse_trace(teacher, &text)).into_iter().collect::<Vec<_>>()
         };
         match self {
             Self::Gsm8k | Self::Math | Self::NuminaMath => Vec::new(),
@@ -114,25 +114,28 @@ impl Format {
             Self::OpenCodeReasoning => whole("DeepSeek-R1", text("output")),
             Self::OpenThoughts114k if row.contains_key("deepseek_reasoning") => {
                 let (thinking, answer) = (text("deepseek_reasoning"), text("deepseek_solution"));
-                given("DeepSeek-R1", thinking, answer, None).into_iter().collect()
+                source_trace("DeepSeek-R1", thinking, answer, None).into_iter().collect()
             }
-            Self::OpenThoughts114k => whole("DeepSeek-R1", first_answer(row)),
+            Self::OpenThoughts114k => whole("DeepSeek-R1", first_model_turn(row)),
             // Only OpenThoughts3 has the column `difficulty`; its teacher is QwQ-32B.
             Self::OpenThoughts => {
                 let third = row.contains_key("difficulty");
-                whole(if third { "QwQ-32B" } else { "DeepSeek-R1" }, first_answer(row))
+                whole(if third { "QwQ-32B" } else { "DeepSeek-R1" }, first_model_turn(row))
             }
-            Self::ShareGpt => whole("unknown", first_answer(row)),
-            Self::Messages => first_message(row),
+            Self::ShareGpt => whole("unknown", first_model_turn(row)),
+            Self::Messages => first_assistant_trace(row),
             Self::OmniThought => {
                 let rows = row.get("reasoning").and_then(Value::as_array);
-                rows.into_iter().flatten().filter_map(|trace| omnithought(trace.as_object()?)).collect()
+                rows.into_iter()
+                    .flatten()
+                    .filter_map(|trace| parse_omnithought_trace(trace.as_object()?))
+                    .collect()
             }
             Self::Alpaca => whole("unknown", text("output")),
             Self::EasyDistill => {
-                let scores = scores(row, "reasoning_verbosity", "cognitive_difficulty");
-                let apart = given("unknown", text("thought"), text("solution"), scores);
-                let joined = || trace_of("unknown", &text("response").or_else(|| text("output"))?);
+                let scores = parse_scores(row, "reasoning_verbosity", "cognitive_difficulty");
+                let apart = source_trace("unknown", text("thought"), text("solution"), scores);
+                let joined = || parse_trace("unknown", &text("response").or_else(|| text("output"))?);
                 apart.or_else(joined).into_iter().collect()
             }
         }
@@ -142,7 +145,7 @@ impl Format {
 /// Parses program tests in the form of OpenThoughts: equally long lists `inputs` and `outputs`, as JSON or as a
 /// string with JSON. Returns at most `MAX_TESTS` pairs. Returns `None` for other forms and for tests of functions
 /// (`fn_name`).
-pub fn tests_of(value: &Value) -> Option<Vec<Test>> {
+pub fn parse_program_tests(value: &Value) -> Option<Vec<ProgramTest>> {
     let parsed: Value;
     let value = match value {
         Value::String(text) => {
@@ -158,32 +161,32 @@ pub fn tests_of(value: &Value) -> Option<Vec<Test>> {
         value.get(name)?.as_array()?.iter().map(|text| text.as_str().map(str::to_owned)).collect()
     };
     let (inputs, outputs) = (texts("inputs")?, texts("outputs")?);
-    let tests = inputs.into_iter().zip(outputs).map(|(input, output)| Test { input, output });
-    let tests: Vec<Test> = tests.take(MAX_TESTS).collect();
+    let tests = inputs.into_iter().zip(outputs).map(|(input, output)| ProgramTest { input, output });
+    let tests: Vec<ProgramTest> = tests.take(MAX_TESTS).collect();
     (!tests.is_empty()).then_some(tests)
 }
 
-fn given(
+fn source_trace(
     teacher: &str,
     thinking: Option<String>,
     answer: Option<String>,
     scores: Option<Scores>,
-) -> Option<Given> {
+) -> Option<SourceTrace> {
     let (thinking, answer) = (thinking?.trim().to_owned(), answer?.trim().to_owned());
     let whole = !thinking.is_empty() && !answer.is_empty();
-    whole.then(|| Given { teacher: teacher.to_owned(), thinking, answer, scores })
+    whole.then(|| SourceTrace { teacher: teacher.to_owned(), thinking, answer, scores })
 }
 
 /// Parses a text with reasoning and answer. Think tags or OpenThoughts' sections mark the reasoning. Returns `None`
 /// if either part is empty.
-pub fn trace_of(teacher: &str, text: &str) -> Option<Given> {
-    let (thinking, answer) = reasoning::read(text);
-    given(teacher, thinking, Some(answer), None)
+pub fn parse_trace(teacher: &str, text: &str) -> Option<SourceTrace> {
+    let (thinking, answer) = reasoning::split_any_format(text);
+    source_trace(teacher, thinking, Some(answer), None)
 }
 
 /// Returns the scores in the fields `rv` and `cd`, each a number, a numeric string, or an object with a `level`.
 /// Values that are not integers from 0 to 9 count as missing.
-fn scores(row: &Fields, rv: &str, cd: &str) -> Option<Scores> {
+fn parse_scores(row: &Fields, rv: &str, cd: &str) -> Option<Scores> {
     let level = |name: &str| {
         let value = row.get(name)?;
         let number = value.get("level").unwrap_or(value);
@@ -194,7 +197,7 @@ fn scores(row: &Fields, rv: &str, cd: &str) -> Option<Scores> {
     (scores != Scores::default()).then_some(scores)
 }
 
-fn omnithought(row: &Fields) -> Option<Given> {
+fn parse_omnithought_trace(row: &Fields) -> Option<SourceTrace> {
     let text = |name: &str| row.get(name).and_then(as_text);
     // The authors of the dataset verified this trace as incorrect.
     let wrong = match row.get("thought_correctness_verify") {
@@ -206,22 +209,22 @@ fn omnithought(row: &Fields) -> Option<Given> {
         return None;
     }
     let teacher = text("teacher").unwrap_or_else(|| "unknown".to_owned());
-    let scores = scores(row, "Reasoning_Verbosity", "Cognitive_Difficulty");
-    given(&teacher, text("thought"), text("solution"), scores).or_else(|| {
-        let whole = trace_of(&teacher, &text("full_response")?)?;
-        Some(Given { scores, ..whole })
+    let scores = parse_scores(row, "Reasoning_Verbosity", "Cognitive_Difficulty");
+    source_trace(&teacher, text("thought"), text("solution"), scores).or_else(|| {
+        let whole = parse_trace(&teacher, &text("full_response")?)?;
+        Some(SourceTrace { scores, ..whole })
     })
 }
 
 /// Returns the text of the model's first turn in `conversations`.
-fn first_answer(row: &Fields) -> Option<String> {
+fn first_model_turn(row: &Fields) -> Option<String> {
     let turns = row.get("conversations")?.as_array()?;
     let models = ["gpt", "assistant", "model"];
     let turn = turns.iter().find(|turn| turn["from"].as_str().is_some_and(|from| models.contains(&from)))?;
     turn.get("value").and_then(as_text)
 }
 
-fn first_message(row: &Fields) -> Vec<Given> {
+fn first_assistant_trace(row: &Fields) -> Vec<SourceTrace> {
     let turns = row.get("messages").and_then(Value::as_array);
     let Some(turn) = turns.into_iter().flatten().find(|turn| turn["role"] == "assistant") else {
         return Vec::new();
@@ -229,8 +232,8 @@ fn first_message(row: &Fields) -> Vec<Given> {
     let content = turn.get("content").and_then(as_text);
     let apart = turn.get("reasoning_content").or_else(|| turn.get("thinking")).and_then(as_text);
     let trace = match apart {
-        Some(thinking) => given("unknown", Some(thinking), content, None),
-        None => content.and_then(|text| trace_of("unknown", &text)),
+        Some(thinking) => source_trace("unknown", Some(thinking), content, None),
+        None => content.and_then(|text| parse_trace("unknown", &text)),
     };
     trace.into_iter().collect()
 }
@@ -243,7 +246,7 @@ fn as_text(value: &Value) -> Option<String> {
     }
 }
 
-fn text(row: &Fields, name: &str) -> Result<String, String> {
+fn required_text(row: &Fields, name: &str) -> Result<String, String> {
     match row.get(name).and_then(as_text) {
         Some(text) if !text.trim().is_empty() => Ok(text),
         Some(_) => Err(format!("field `{name}` is empty")),
@@ -254,7 +257,13 @@ fn text(row: &Fields, name: &str) -> Result<String, String> {
 
 /// Returns the text of the first user turn in `list`. `who` and `what` name the fields of role and text; `users`
 /// lists the user roles.
-fn first_turn(row: &Fields, list: &str, who: &str, what: &str, users: &[&str]) -> Result<String, String> {
+fn first_user_turn(
+    row: &Fields,
+    list: &str,
+    who: &str,
+    what: &str,
+    users: &[&str],
+) -> Result<String, String> {
     let turns = row.get(list).and_then(Value::as_array).ok_or_else(|| format!("no list `{list}`"))?;
     let user =
         |turn: &&Value| turn.get(who).and_then(Value::as_str).is_some_and(|name| users.contains(&name));
@@ -267,7 +276,7 @@ fn first_turn(row: &Fields, list: &str, who: &str, what: &str, users: &[&str]) -
 }
 
 /// Returns the content of the last `\boxed{…}`, with balanced braces. `None` if the box is empty or unclosed.
-fn last_box(text: &str) -> Option<String> {
+fn last_boxed(text: &str) -> Option<String> {
     let start = text.rfind("\\boxed{")? + "\\boxed{".len();
     let mut depth = 1;
     for (at, c) in text[start..].char_indices() {
@@ -290,8 +299,8 @@ mod tests {
     use super::*;
 
     fn read(format: &str, row: Value) -> Result<(String, Option<String>), String> {
-        let format: Format = serde_json::from_value(json!(format)).unwrap();
-        format.read(row.as_object().unwrap())
+        let format: DatasetFormat = serde_json::from_value(json!(format)).unwrap();
+        format.parse_problem(row.as_object().unwrap())
     }
 
     #[test]
@@ -403,8 +412,8 @@ mod tests {
             ),
             ("easydistill", json!({"instruction": "q", "output": tags}), vec![("unknown", None)]),
         ] {
-            let named: Format = serde_json::from_value(json!(format)).unwrap();
-            let found = named.traces(row.as_object().unwrap());
+            let named: DatasetFormat = serde_json::from_value(json!(format)).unwrap();
+            let found = named.parse_traces(row.as_object().unwrap());
             assert!(found.iter().all(|trace| trace.thinking == "t" && trace.answer == "a"), "{format}");
             let found: Vec<_> = found.iter().map(|trace| (trace.teacher.as_str(), trace.scores)).collect();
             assert_eq!(found, expected, "{format}: {row}");
@@ -414,23 +423,23 @@ mod tests {
     #[test]
     fn parses_program_tests_in_pairs() {
         let pairs = json!({"inputs": ["1\n", "2\n"], "outputs": ["2", "4"]});
-        let found = tests_of(&pairs).unwrap();
+        let found = parse_program_tests(&pairs).unwrap();
         assert_eq!((found.len(), found[1].input.as_str(), found[1].output.as_str()), (2, "2\n", "4"));
-        assert_eq!(tests_of(&json!(pairs.to_string())), Some(found));
+        assert_eq!(parse_program_tests(&json!(pairs.to_string())), Some(found));
         for none in [
             json!({"fn_name": "f", "inputs": ["1"], "outputs": ["1"]}),
             json!("no JSON"),
             json!({"inputs": []}),
             json!(null),
         ] {
-            assert_eq!(tests_of(&none), None, "{none}");
+            assert_eq!(parse_program_tests(&none), None, "{none}");
         }
     }
 
     #[test]
     fn rejects_scores_outside_the_scale() {
         let row = json!({"rv": 10, "cd": 4.5});
-        assert_eq!(scores(row.as_object().unwrap(), "rv", "cd"), None);
+        assert_eq!(parse_scores(row.as_object().unwrap(), "rv", "cd"), None);
     }
 
     #[test]

@@ -22,17 +22,17 @@ const MAX_FILES: usize = 10_000;
 
 /// Error while resolving a hub address or fetching its files.
 #[derive(Debug, thiserror::Error)]
-#[error("`{address}`: {problem}")]
+#[error("`{address}`: {reason}")]
 pub struct HubError {
     /// Address in the recipe.
     pub address: String,
     /// Cause, and the next step where there is one.
-    pub problem: String,
+    pub reason: String,
 }
 
 /// Local file, with the address of its exact version.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Located {
+pub struct LocatedFile {
     /// Path in the recipe. For hub files, the address with the commit (ModelScope: with the start of the file's
     /// SHA-256).
     pub shown: String,
@@ -41,7 +41,7 @@ pub struct Located {
 }
 
 /// Returns whether a path is an address of the Hugging Face Hub or of [ModelScope](crate::modelscope).
-pub fn is_address(path: &Path) -> bool {
+pub fn is_hub_address(path: &Path) -> bool {
     let text = path.to_string_lossy();
     text.starts_with(SCHEME) || text.starts_with(modelscope::SCHEME)
 }
@@ -51,15 +51,15 @@ pub fn is_address(path: &Path) -> bool {
 /// # Errors
 ///
 /// Returns [`HubError`] if an address is invalid, matches no file, or its files are neither reachable nor cached.
-pub fn locate(path: &Path) -> Result<Vec<Located>, HubError> {
+pub fn resolve(path: &Path) -> Result<Vec<LocatedFile>, HubError> {
     let shown = path.to_string_lossy().into_owned();
-    if !is_address(path) {
-        return Ok(vec![Located { shown, path: path.to_owned() }]);
+    if !is_hub_address(path) {
+        return Ok(vec![LocatedFile { shown, path: path.to_owned() }]);
     }
     if shown.starts_with(modelscope::SCHEME) {
-        return modelscope::locate(&shown);
+        return modelscope::resolve(&shown);
     }
-    let address = Address::parse(&shown)?;
+    let address = HubAddress::parse(&shown)?;
     address.fetch(
         Cache::from_env(),
         std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| !matches!(value.as_str(), "" | "0")),
@@ -68,19 +68,19 @@ pub fn locate(path: &Path) -> Result<Vec<Located>, HubError> {
 
 /// Returns the license from the card (`README.md`) of an address's repository. `None` if there is none or the path is
 /// not an address.
-pub fn licence(path: &Path) -> Option<String> {
+pub fn license(path: &Path) -> Option<String> {
     let text = path.to_string_lossy();
     // The card lies at the top of the repository: SCHEME [datasets/] OWNER/NAME[@REVISION] / README.md.
-    let (scheme, rest) = text.split_once("://").filter(|_| is_address(path))?;
+    let (scheme, rest) = text.split_once("://").filter(|_| is_hub_address(path))?;
     let parts = if rest.starts_with("datasets/") { 3 } else { 2 };
     let repository: Vec<&str> = rest.split('/').take(parts).collect();
     let card = format!("{scheme}://{}/README.md", repository.join("/"));
-    let card = locate(Path::new(&card)).ok()?.pop()?;
-    licence_of_card(&std::fs::read_to_string(card.path).ok()?)
+    let card = resolve(Path::new(&card)).ok()?.pop()?;
+    license_from_card(&std::fs::read_to_string(card.path).ok()?)
 }
 
 /// Returns the `license` of a card's YAML front matter.
-fn licence_of_card(card: &str) -> Option<String> {
+fn license_from_card(card: &str) -> Option<String> {
     let (front, _) = card.strip_prefix("---")?.split_once("\n---")?;
     let named = front.lines().find_map(|line| line.strip_prefix("license:"))?;
     let named = named.trim().trim_matches(['"', '\'', '[', ']']).trim();
@@ -89,7 +89,7 @@ fn licence_of_card(card: &str) -> Option<String> {
 
 /// Parsed address `hf://…`.
 #[derive(Debug, PartialEq, Eq)]
-struct Address {
+struct HubAddress {
     text: String,
     kind: &'static str,
     repo: String,
@@ -97,9 +97,9 @@ struct Address {
     file: String,
 }
 
-impl Address {
+impl HubAddress {
     fn parse(text: &str) -> Result<Self, HubError> {
-        let wrong = |problem: &str| HubError { address: text.to_owned(), problem: problem.to_owned() };
+        let wrong = |problem: &str| HubError { address: text.to_owned(), reason: problem.to_owned() };
         let form = "is not of the form hf://datasets/OWNER/NAME[@REVISION]/FILE";
         let rest = text.strip_prefix(SCHEME).ok_or_else(|| wrong(form))?;
         let (kind, rest) = match rest.strip_prefix("datasets/") {
@@ -123,31 +123,31 @@ impl Address {
         if !plain(owner) || !plain(name) || !revision.as_deref().is_none_or(plain) || file.is_empty() {
             return Err(wrong(form));
         }
-        if !safe(file) {
+        if !is_contained_path(file) {
             return Err(wrong("the file's path must stay inside the repository"));
         }
         let repo = format!("{owner}/{name}");
         Ok(Self { text: text.to_owned(), kind, repo, revision, file: file.to_owned() })
     }
 
-    fn at(&self, revision: &str) -> Repo {
+    fn repo_at(&self, revision: &str) -> Repo {
         let kind = if self.kind.is_empty() { RepoType::Model } else { RepoType::Dataset };
         Repo::with_revision(self.repo.clone(), kind, revision.to_owned())
     }
 
-    fn located(&self, commit: &str, file: &str, path: PathBuf) -> Located {
-        Located { shown: format!("{SCHEME}{}{}@{commit}/{file}", self.kind, self.repo), path }
+    fn located(&self, commit: &str, file: &str, path: PathBuf) -> LocatedFile {
+        LocatedFile { shown: format!("{SCHEME}{}{}@{commit}/{file}", self.kind, self.repo), path }
     }
 
-    fn wrong(&self, problem: impl Into<String>) -> HubError {
-        HubError { address: self.text.clone(), problem: problem.into() }
+    fn error(&self, problem: impl Into<String>) -> HubError {
+        HubError { address: self.text.clone(), reason: problem.into() }
     }
 
-    fn fetch(&self, cache: Cache, offline: bool) -> Result<Vec<Located>, HubError> {
+    fn fetch(&self, cache: Cache, offline: bool) -> Result<Vec<LocatedFile>, HubError> {
         let revision = self.revision.as_deref().unwrap_or("main");
         if offline {
-            return self.cached(&cache, revision)?.ok_or_else(|| {
-                self.wrong("is not in the cache, and HF_HUB_OFFLINE is set; run once without it")
+            return self.cached_files(&cache, revision)?.ok_or_else(|| {
+                self.error("is not in the cache, and HF_HUB_OFFLINE is set; run once without it")
             });
         }
         let mut builder = ApiBuilder::from_env().with_progress(false).with_retries(3);
@@ -156,13 +156,13 @@ impl Address {
         {
             builder = builder.with_token(Some(token.trim().to_owned()));
         }
-        let api = builder.build().map_err(|error| self.wrong(error.to_string()))?;
-        let info = match api.repo(self.at(revision)).info() {
+        let api = builder.build().map_err(|error| self.error(error.to_string()))?;
+        let info = match api.repo(self.repo_at(revision)).info() {
             Ok(info) => info,
             Err(error) => {
-                let problem = explained(&error.to_string());
+                let problem = with_advice(&error.to_string());
                 // The hub is unreachable: cached files are used, and their address still names the commit.
-                return match self.cached(&cache, revision)? {
+                return match self.cached_files(&cache, revision)? {
                     Some(located) => {
                         tracing::warn!(
                             address = self.text,
@@ -171,55 +171,55 @@ impl Address {
                         );
                         Ok(located)
                     }
-                    None => Err(self.wrong(problem)),
+                    None => Err(self.error(problem)),
                 };
             }
         };
         if !is_commit(&info.sha) {
-            return Err(self.wrong("the hub named no commit for this revision"));
+            return Err(self.error("the hub named no commit for this revision"));
         }
         let names: Vec<String> = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
         let mut files: Vec<&String> =
-            names.iter().filter(|name| safe(name) && matches(&self.file, name)).collect();
+            names.iter().filter(|name| is_contained_path(name) && matches_glob(&self.file, name)).collect();
         if files.is_empty() {
             let some = names.iter().take(8).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-            return Err(self.wrong(format!("no such file at this revision; there are {some}")));
+            return Err(self.error(format!("no such file at this revision; there are {some}")));
         }
         if files.len() > MAX_FILES {
-            return Err(self.wrong(format!("names {} files; at most {MAX_FILES} are read", files.len())));
+            return Err(self.error(format!("names {} files; at most {MAX_FILES} are read", files.len())));
         }
         files.sort();
         let mut located = Vec::with_capacity(files.len());
         for file in files {
-            let path = self.one(&api, &cache, &info.sha, file)?;
+            let path = self.fetch_file(&api, &cache, &info.sha, file)?;
             located.push(self.located(&info.sha, file, path));
         }
         // Later offline runs need the list of names to know whether all files that match an address are cached.
-        let listing = serde_json::to_vec(&names).map_err(|error| self.wrong(error.to_string()))?;
-        let at = self.listing(&cache, &info.sha);
+        let listing = serde_json::to_vec(&names).map_err(|error| self.error(error.to_string()))?;
+        let at = self.listing_path(&cache, &info.sha);
         create_folder(at.parent().unwrap_or(cache.path()))
             .and_then(|()| write_file(&at, &listing))
-            .map_err(|error| self.wrong(format!("cannot write the cache: {error}")))?;
+            .map_err(|error| self.error(format!("cannot write the cache: {error}")))?;
         // Written last, so that a branch in the cache never points at a commit with missing files.
         cache
-            .repo(self.at(revision))
+            .repo(self.repo_at(revision))
             .create_ref(&info.sha)
-            .map_err(|error| self.wrong(format!("cannot write the cache: {error}")))?;
+            .map_err(|error| self.error(format!("cannot write the cache: {error}")))?;
         Ok(located)
     }
 
     /// Returns one file of a commit, from the cache or by download. A download is checked against its size and, where
     /// the hub gives one, its SHA-256.
-    fn one(&self, api: &Api, cache: &Cache, commit: &str, file: &str) -> Result<PathBuf, HubError> {
+    fn fetch_file(&self, api: &Api, cache: &Cache, commit: &str, file: &str) -> Result<PathBuf, HubError> {
         let failed = |error: &dyn std::fmt::Display| {
-            self.wrong(format!("`{file}`: {}", explained(&error.to_string())))
+            self.error(format!("`{file}`: {}", with_advice(&error.to_string())))
         };
-        let folder = cache.repo(self.at(commit)).pointer_path(commit);
+        let folder = cache.repo(self.repo_at(commit)).pointer_path(commit);
         let path = folder.join(file);
         if path.exists() {
             return Ok(path);
         }
-        let repo = api.repo(self.at(commit));
+        let repo = api.repo(self.repo_at(commit));
         let said = api.metadata(&repo.url(file)).map_err(|error| failed(&error))?;
         let path = repo.download(file).map_err(|error| failed(&error))?;
         let fault = match std::fs::metadata(&path) {
@@ -228,7 +228,8 @@ impl Address {
                 Some(format!("{} of {} bytes arrived", found.len(), said.size()))
             }
             Ok(_)
-                if said.etag().len() == 64 && hash(&path).map_err(|error| failed(&error))? != said.etag() =>
+                if said.etag().len() == 64
+                    && sha256_hex(&path).map_err(|error| failed(&error))? != said.etag() =>
             {
                 Some("its SHA-256 is not the one that the hub names".to_owned())
             }
@@ -247,24 +248,24 @@ impl Address {
     }
 
     /// Returns the path of the list of a commit's file names. The list lies beside the folders of Python's cache.
-    fn listing(&self, cache: &Cache, commit: &str) -> PathBuf {
-        cache.path().join(self.at(commit).folder_name()).join("listings").join(format!("{commit}.json"))
+    fn listing_path(&self, cache: &Cache, commit: &str) -> PathBuf {
+        cache.path().join(self.repo_at(commit).folder_name()).join("listings").join(format!("{commit}.json"))
     }
 
     /// Returns the cached files of a revision, or `None` if a file that the address matches is missing.
-    fn cached(&self, cache: &Cache, revision: &str) -> Result<Option<Vec<Located>>, HubError> {
-        let repo = cache.repo(self.at(revision));
+    fn cached_files(&self, cache: &Cache, revision: &str) -> Result<Option<Vec<LocatedFile>>, HubError> {
+        let repo = cache.repo(self.repo_at(revision));
         let commit = if is_commit(revision) {
             revision.to_owned()
         } else {
-            let folder = cache.path().join(self.at(revision).folder_name());
+            let folder = cache.path().join(self.repo_at(revision).folder_name());
             match std::fs::read_to_string(folder.join("refs").join(revision)) {
                 Ok(commit) if is_commit(commit.trim()) => commit.trim().to_owned(),
                 _ => return Ok(None),
             }
         };
         let folder = repo.pointer_path(&commit);
-        let listed: Option<Vec<String>> = std::fs::read(self.listing(cache, &commit))
+        let listed: Option<Vec<String>> = std::fs::read(self.listing_path(cache, &commit))
             .ok()
             .and_then(|text| serde_json::from_slice(&text).ok());
         let mut names = match listed {
@@ -272,7 +273,7 @@ impl Address {
             // Another program filled the cache and left no list, so only an address without `*` can be resolved.
             None => vec![self.file.clone()],
         };
-        names.retain(|name| safe(name) && matches(&self.file, name));
+        names.retain(|name| is_contained_path(name) && matches_glob(&self.file, name));
         names.sort();
         if names.is_empty() || !names.iter().all(|name| folder.join(name).exists()) {
             return Ok(None);
@@ -286,14 +287,14 @@ fn is_commit(text: &str) -> bool {
 }
 
 /// Returns whether a relative path stays inside its base folder.
-pub(crate) fn safe(file: &str) -> bool {
+pub(crate) fn is_contained_path(file: &str) -> bool {
     !file.starts_with('/')
         && !file.contains('\\')
         && file.split('/').all(|part| !matches!(part, "" | "." | ".."))
 }
 
 /// Returns whether `name` matches a pattern in which `*` stands for any text, including `/`.
-pub(crate) fn matches(pattern: &str, name: &str) -> bool {
+pub(crate) fn matches_glob(pattern: &str, name: &str) -> bool {
     let mut parts = pattern.split('*');
     let first = parts.next().unwrap_or_default();
     let Some(mut rest) = name.strip_prefix(first) else { return false };
@@ -309,7 +310,7 @@ pub(crate) fn matches(pattern: &str, name: &str) -> bool {
 }
 
 /// Returns the SHA-256 of a file in lower-case hexadecimal digits.
-pub(crate) fn hash(path: &Path) -> std::io::Result<String> {
+pub(crate) fn sha256_hex(path: &Path) -> std::io::Result<String> {
     let mut hasher = Sha256::new();
     std::io::copy(&mut std::fs::File::open(path)?, &mut HashWriter(&mut hasher))?;
     Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
@@ -330,7 +331,7 @@ impl std::io::Write for HashWriter<'_> {
 }
 
 /// Returns the hub's error message, with the next step for known HTTP statuses.
-fn explained(problem: &str) -> String {
+fn with_advice(problem: &str) -> String {
     let advice = if problem.contains("401") || problem.contains("403") {
         "; it is private or gated: accept its terms on the hub and set HF_TOKEN"
     } else if problem.contains("404") {
@@ -347,12 +348,12 @@ mod tests {
 
     #[test]
     fn parses_valid_addresses_and_rejects_others() {
-        let address = Address::parse("hf://datasets/openai/gsm8k@abc/main/test-*.parquet").unwrap();
+        let address = HubAddress::parse("hf://datasets/openai/gsm8k@abc/main/test-*.parquet").unwrap();
         assert_eq!(
             (address.repo.as_str(), address.revision.as_deref(), address.file.as_str()),
             ("openai/gsm8k", Some("abc"), "main/test-*.parquet")
         );
-        assert_eq!(Address::parse("hf://a/b/c.json").unwrap().kind, "");
+        assert_eq!(HubAddress::parse("hf://a/b/c.json").unwrap().kind, "");
         for wrong in [
             "hf://",
             "hf://datasets/a/b",
@@ -361,17 +362,17 @@ mod tests {
             "hf://datasets/a/b/../c",
             "hf://datasets/a/b//c",
         ] {
-            assert!(Address::parse(wrong).is_err(), "{wrong}");
+            assert!(HubAddress::parse(wrong).is_err(), "{wrong}");
         }
     }
 
     #[test]
     fn reads_the_license_from_the_front_matter() {
         let card = "---\nlanguage: en\nlicense: apache-2.0\n---\n# Name\nlicense: no";
-        assert_eq!(licence_of_card(card).as_deref(), Some("apache-2.0"));
-        assert_eq!(licence_of_card("---\nlicense: ['mit']\n---\n").as_deref(), Some("mit"));
-        assert_eq!(licence_of_card("# no front matter\nlicense: mit"), None);
-        assert_eq!(licence_of_card("---\ntags: a\n---\n"), None);
+        assert_eq!(license_from_card(card).as_deref(), Some("apache-2.0"));
+        assert_eq!(license_from_card("---\nlicense: ['mit']\n---\n").as_deref(), Some("mit"));
+        assert_eq!(license_from_card("# no front matter\nlicense: mit"), None);
+        assert_eq!(license_from_card("---\ntags: a\n---\n"), None);
     }
 
     #[test]
@@ -385,7 +386,7 @@ mod tests {
             ("a*a", "a", false),
             ("*", "anything/at/all", true),
         ] {
-            assert_eq!(matches(pattern, name), fits, "{pattern} {name}");
+            assert_eq!(matches_glob(pattern, name), fits, "{pattern} {name}");
         }
     }
 }

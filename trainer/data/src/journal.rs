@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use potstill_shared::durable::{AppendLog, DurableError, Lines, Recovery};
+use potstill_shared::durable::{AppendLog, DurableError, LineReader, LogScanSummary};
 use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -66,11 +66,11 @@ impl Usage {
 }
 
 /// Usage by (stage, model).
-pub type Totals = BTreeMap<(String, String), Usage>;
+pub type UsageTotals = BTreeMap<(String, String), Usage>;
 
 /// Fields of an [`Entry`] before its texts.
 #[derive(Deserialize)]
-struct Head {
+struct EntryHeader {
     id: ContentId,
     #[serde(default)]
     stage: String,
@@ -84,8 +84,8 @@ struct Head {
     seconds: f64,
 }
 
-impl Head {
-    fn of(line: &str) -> Option<Self> {
+impl EntryHeader {
+    fn parse(line: &str) -> Option<Self> {
         // JSON escapes quotes inside strings, so this pattern only matches the field name.
         let short = line.find(",\"content\":").map(|end| format!("{}}}", &line[..end]));
         let head = short.and_then(|short| serde_json::from_str::<Self>(&short).ok());
@@ -97,13 +97,13 @@ impl Head {
 
 /// Byte offsets of entries, by the first 64 bits of their ids.
 #[derive(Default)]
-struct Places {
+struct OffsetIndex {
     first: HashMap<u64, u64>,
     /// Entries whose first 64 bits were already present: the same id again, or a hash collision.
     others: HashMap<ContentId, u64>,
 }
 
-impl Places {
+impl OffsetIndex {
     fn insert(&mut self, id: &ContentId, place: u64) {
         match self.first.entry(id.seed()) {
             std::collections::hash_map::Entry::Vacant(free) => {
@@ -125,29 +125,29 @@ impl Places {
     }
 }
 
-type Done = oneshot::Sender<Result<(), Arc<DurableError>>>;
+type ResultSender = oneshot::Sender<Result<(), Arc<DurableError>>>;
 
 /// Entry that waits for the writer thread, with the channel for its result.
-struct Pending {
+struct PendingEntry {
     id: ContentId,
     line: String,
-    done: Done,
+    done: ResultSender,
 }
 
 /// State behind the lock of a [`Journal`].
 #[derive(Default)]
-struct State {
-    places: Places,
-    totals: Totals,
-    pending: Vec<Pending>,
+struct JournalState {
+    places: OffsetIndex,
+    totals: UsageTotals,
+    pending: Vec<PendingEntry>,
     failure: Option<Arc<DurableError>>,
     closed: bool,
 }
 
-impl State {
+impl JournalState {
     /// Indexes one entry that the log contains and adds its usage.
-    fn note(&mut self, place: u64, line: &str) {
-        if let Some(head) = Head::of(line) {
+    fn index_entry(&mut self, place: u64, line: &str) {
+        if let Some(head) = EntryHeader::parse(line) {
             self.places.insert(&head.id, place);
             let usage = self.totals.entry((head.stage, head.model)).or_default();
             usage.add(head.prompt_tokens, head.completion_tokens, head.seconds);
@@ -155,30 +155,30 @@ impl State {
     }
 }
 
-struct Shared {
-    state: Mutex<State>,
+struct SharedJournal {
+    state: Mutex<JournalState>,
     work: Condvar,
 }
 
-fn locked(shared: &Shared) -> MutexGuard<'_, State> {
+fn lock_state(shared: &SharedJournal) -> MutexGuard<'_, JournalState> {
     shared.state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Open journal of a run. Dropping a journal waits for its writer thread.
 pub struct Journal {
-    shared: Arc<Shared>,
-    lines: Lines,
+    shared: Arc<SharedJournal>,
+    lines: LineReader,
     writer: Option<JoinHandle<()>>,
-    recovery: Recovery,
+    recovery: LogScanSummary,
 }
 
 impl Journal {
     /// Opens or creates the journal and indexes its entries. The log is locked against other writers.
     pub fn open(path: &Path) -> Result<Self, DurableError> {
-        let mut state = State::default();
-        let (log, recovery) = AppendLog::open(path, |place, line| state.note(place, line))?;
-        let lines = log.lines()?;
-        let shared = Arc::new(Shared { state: Mutex::new(state), work: Condvar::new() });
+        let mut state = JournalState::default();
+        let (log, recovery) = AppendLog::open(path, |place, line| state.index_entry(place, line))?;
+        let lines = log.reader()?;
+        let shared = Arc::new(SharedJournal { state: Mutex::new(state), work: Condvar::new() });
         let writer = std::thread::Builder::new()
             .name("journal".to_owned())
             .spawn({
@@ -195,21 +195,21 @@ impl Journal {
 
     /// Opens a journal that another process may be writing. Committing is not possible.
     pub fn read_only(path: &Path) -> Result<Self, DurableError> {
-        let mut state = State { closed: true, ..State::default() };
-        let recovery = AppendLog::scan(path, |place, line| state.note(place, line))?;
-        let lines = Lines::open(path)?;
-        let shared = Arc::new(Shared { state: Mutex::new(state), work: Condvar::new() });
+        let mut state = JournalState { closed: true, ..JournalState::default() };
+        let recovery = AppendLog::scan_log(path, |place, line| state.index_entry(place, line))?;
+        let lines = LineReader::open(path)?;
+        let shared = Arc::new(SharedJournal { state: Mutex::new(state), work: Condvar::new() });
         Ok(Self { shared, lines, writer: None, recovery })
     }
 
     /// Returns the number of lines read, and of bytes and lines lost to damage.
-    pub fn recovery(&self) -> &Recovery {
+    pub fn recovery(&self) -> &LogScanSummary {
         &self.recovery
     }
 
     /// Returns the number of indexed entries.
     pub fn len(&self) -> usize {
-        locked(&self.shared).places.len()
+        lock_state(&self.shared).places.len()
     }
 
     /// Returns whether the journal has no entries.
@@ -218,14 +218,14 @@ impl Journal {
     }
 
     /// Returns the usage of all entries.
-    pub fn totals(&self) -> Totals {
-        locked(&self.shared).totals.clone()
+    pub fn totals(&self) -> UsageTotals {
+        lock_state(&self.shared).totals.clone()
     }
 
     /// Returns the completion of a request, if the journal has one.
     pub fn get(&self, id: &ContentId) -> Result<Option<Arc<Entry>>, DurableError> {
-        let Some(place) = locked(&self.shared).places.get(id) else { return Ok(None) };
-        let line = self.lines.read(place)?;
+        let Some(place) = lock_state(&self.shared).places.get(id) else { return Ok(None) };
+        let line = self.lines.read_line_at(place)?;
         let entry = serde_json::from_str::<Entry>(&line).ok();
         Ok(entry.filter(|entry| entry.id == *id).map(Arc::new))
     }
@@ -235,20 +235,20 @@ impl Journal {
         let line = serde_json::to_string(&entry).unwrap_or_default();
         let (done, written) = oneshot::channel();
         {
-            let mut state = locked(&self.shared);
+            let mut state = lock_state(&self.shared);
             if let Some(failure) = &state.failure {
                 return Err(Arc::clone(failure));
             }
             debug_assert!(!state.closed, "a journal that is only read");
             let usage = state.totals.entry((entry.stage.clone(), entry.model.clone())).or_default();
             usage.add(entry.prompt_tokens, entry.completion_tokens, entry.seconds);
-            state.pending.push(Pending { id: entry.id.clone(), line, done });
+            state.pending.push(PendingEntry { id: entry.id.clone(), line, done });
         }
         self.shared.work.notify_one();
         match written.await {
             Ok(written) => written.map(|()| Arc::new(entry)),
             // The writer thread has ended. Its stored error is the cause.
-            Err(_) => match &locked(&self.shared).failure {
+            Err(_) => match &lock_state(&self.shared).failure {
                 Some(failure) => Err(Arc::clone(failure)),
                 None => Ok(Arc::new(entry)),
             },
@@ -258,7 +258,7 @@ impl Journal {
 
 impl Drop for Journal {
     fn drop(&mut self) {
-        locked(&self.shared).closed = true;
+        lock_state(&self.shared).closed = true;
         self.shared.work.notify_one();
         if let Some(writer) = self.writer.take() {
             let _panicked = writer.join();
@@ -266,9 +266,9 @@ impl Drop for Journal {
     }
 }
 
-fn write_groups(shared: &Shared, mut log: AppendLog) {
+fn write_groups(shared: &SharedJournal, mut log: AppendLog) {
     loop {
-        let mut state = locked(shared);
+        let mut state = lock_state(shared);
         while state.pending.is_empty() && !state.closed {
             state = shared.work.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -282,7 +282,7 @@ fn write_groups(shared: &Shared, mut log: AppendLog) {
             .map(|answer| log.append(&answer.line))
             .collect::<Result<Vec<u64>, _>>()
             .and_then(|places| log.sync().map(|()| places));
-        let mut state = locked(shared);
+        let mut state = lock_state(shared);
         let outcome = match written {
             Ok(places) => {
                 // Lookups must not find an entry that a crash could still lose.
@@ -316,7 +316,7 @@ mod tests {
 
     fn entry(n: usize) -> Entry {
         Entry {
-            id: ContentId::of(&["q", &n.to_string()]),
+            id: ContentId::from_parts(&["q", &n.to_string()]),
             stage: "generate".into(),
             model: "m".into(),
             content: format!("line\nbreak {n}, \"content\": no"),
@@ -358,7 +358,7 @@ mod tests {
     fn opens_journals_of_earlier_versions() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("journal");
-        let id = ContentId::of(&["old"]);
+        let id = ContentId::from_parts(&["old"]);
         {
             let (mut log, _) = AppendLog::open(&path, |_, _| {}).unwrap();
             let line = format!(

@@ -7,13 +7,13 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-use potstill_shared::durable::{DurableError, write_with};
+use potstill_shared::durable::{DurableError, write_file_with};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::formats::{Format, tests_of, trace_of};
-use crate::hub::{HubError, Located, locate};
-use crate::records::{Given, Problem};
+use crate::formats::{DatasetFormat, parse_program_tests, parse_trace};
+use crate::hub::{HubError, LocatedFile, resolve};
+use crate::records::{Problem, SourceTrace};
 use crate::rows::{self, TableError};
 
 /// Error while reading a source or a stage file.
@@ -35,7 +35,7 @@ pub enum ReadError {
     Hub(#[from] HubError),
     /// More rows than the limit cannot be read.
     #[error("`{path}`: {bad} of {rows} rows are bad, more than {limit} %; the first is row {row}: {reason}")]
-    TooManyBad {
+    TooManyBadRows {
         /// File of the first bad row.
         path: String,
         /// Number of bad rows.
@@ -51,7 +51,7 @@ pub enum ReadError {
     },
     /// A line of a stage file is not a valid record.
     #[error("`{path}` line {line}: {reason}")]
-    Line {
+    InvalidLine {
         /// Path of the file.
         path: PathBuf,
         /// Line number, from 1.
@@ -63,7 +63,7 @@ pub enum ReadError {
 
 /// Row of a source that cannot be read: one record of the quarantine file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Quarantined {
+pub struct QuarantinedRow {
     /// File path, or hub address with its commit.
     pub file: String,
     /// Line number in JSON Lines, row number in other formats; from 1.
@@ -83,7 +83,7 @@ pub struct Source {
     pub path: PathBuf,
     /// Known dataset format. If set, `problem` and `answer` are ignored.
     #[serde(default)]
-    pub format: Option<Format>,
+    pub format: Option<DatasetFormat>,
     /// Name of the field with the problem text.
     #[serde(default = "problem_field")]
     pub problem: String,
@@ -113,7 +113,7 @@ pub struct Source {
 impl Source {
     /// Returns the field that holds program tests, if there is one.
     pub fn tests_field(&self) -> Option<&str> {
-        let known = (self.format == Some(Format::OpenThoughts114k)).then_some("test_cases");
+        let known = (self.format == Some(DatasetFormat::OpenThoughts114k)).then_some("test_cases");
         self.tests.as_deref().or(known)
     }
 
@@ -145,30 +145,30 @@ fn answer_field() -> String {
 /// Largest tolerated share of bad rows, in percent. One bad row is always tolerated.
 pub const MAX_BAD_PERCENT: f64 = 1.0;
 /// Largest number of quarantined rows of one source; reading stops beyond.
-const MAX_QUARANTINED: usize = 100_000;
+const MAX_QUARANTINED_ROWS: usize = 100_000;
 
 /// Largest metadata value, in bytes; longer ones are discarded.
-const MAX_METADATA: usize = 1024;
+const MAX_METADATA_BYTES: usize = 1024;
 
 /// Calls `take` for each problem of a source, in order, and returns the quarantined rows.
 ///
 /// # Errors
 ///
 /// Returns [`ReadError`] for unreadable files or too many bad rows, and any error of `take`.
-pub fn each_problem<E: From<ReadError>>(
+pub fn for_each_problem<E: From<ReadError>>(
     source: &Source,
     mut take: impl FnMut(Problem) -> Result<(), E>,
-) -> Result<Vec<Quarantined>, E> {
+) -> Result<Vec<QuarantinedRow>, E> {
     let (mut good, mut bad, mut read) = (0, Vec::new(), 0usize);
-    'files: for Located { shown, path } in locate(&source.path).map_err(ReadError::from)? {
-        for row in rows::open(&path).map_err(ReadError::from)? {
+    'files: for LocatedFile { shown, path } in resolve(&source.path).map_err(ReadError::from)? {
+        for row in rows::open_table(&path).map_err(ReadError::from)? {
             if source.limit > 0 && good >= source.limit {
                 break 'files;
             }
             let row = row.map_err(ReadError::from)?;
             read += 1;
             let (reason, text) = match row.fields {
-                Ok(fields) => match problem(fields, source, format!("{shown}:{}", row.number)) {
+                Ok(fields) => match parse_problem(fields, source, format!("{shown}:{}", row.number)) {
                     Ok(problem) => {
                         good += 1;
                         take(problem)?;
@@ -180,9 +180,9 @@ pub fn each_problem<E: From<ReadError>>(
                 },
                 Err(broken) => (broken.reason, broken.text),
             };
-            bad.push(Quarantined { file: shown.clone(), line: row.number, reason, text });
+            bad.push(QuarantinedRow { file: shown.clone(), line: row.number, reason, text });
             // Bounds the memory of the quarantine. A source with more bad rows most likely has another format.
-            if bad.len() > MAX_QUARANTINED {
+            if bad.len() > MAX_QUARANTINED_ROWS {
                 break 'files;
             }
         }
@@ -190,7 +190,7 @@ pub fn each_problem<E: From<ReadError>>(
     // In a source with fewer than 100 rows, one bad row would already exceed the share.
     let allowed = ((read as f64 * MAX_BAD_PERCENT / 100.0).floor() as usize).max(1);
     match bad.first() {
-        Some(first) if bad.len() > allowed => Err(ReadError::TooManyBad {
+        Some(first) if bad.len() > allowed => Err(ReadError::TooManyBadRows {
             path: first.file.clone(),
             bad: bad.len(),
             rows: read,
@@ -204,9 +204,9 @@ pub fn each_problem<E: From<ReadError>>(
 }
 
 /// Reads all problems of a source into memory, with the quarantined rows.
-pub fn read_problems(source: &Source) -> Result<(Vec<Problem>, Vec<Quarantined>), ReadError> {
+pub fn read_problems(source: &Source) -> Result<(Vec<Problem>, Vec<QuarantinedRow>), ReadError> {
     let mut problems = Vec::new();
-    let bad = each_problem::<ReadError>(source, |problem| {
+    let bad = for_each_problem::<ReadError>(source, |problem| {
         problems.push(problem);
         Ok(())
     })?;
@@ -215,30 +215,31 @@ pub fn read_problems(source: &Source) -> Result<(Vec<Problem>, Vec<Quarantined>)
 
 type Fields = Map<String, Value>;
 
-fn problem(mut row: Fields, source: &Source, place: String) -> Result<Problem, (String, Fields)> {
+fn parse_problem(mut row: Fields, source: &Source, place: String) -> Result<Problem, (String, Fields)> {
     let (problem, answer) = match source.format {
-        Some(format) => match format.read(&row) {
+        Some(format) => match format.parse_problem(&row) {
             Ok(read) => read,
             Err(reason) => return Err((reason, row)),
         },
-        None => match mapped(&row, source) {
+        None => match parse_mapped_fields(&row, source) {
             Ok(read) => read,
             Err(reason) => return Err((reason, row)),
         },
     };
-    let traces = if source.traces { traces(&row, source) } else { Vec::new() };
+    let traces = if source.traces { parse_traces(&row, source) } else { Vec::new() };
     if source.traces && traces.is_empty() {
         return Err(("the row holds no chain of thought with thinking and answer".to_owned(), row));
     }
-    let tests = source.tests_field().and_then(|field| tests_of(&row.remove(field)?)).unwrap_or_default();
+    let tests =
+        source.tests_field().and_then(|field| parse_program_tests(&row.remove(field)?)).unwrap_or_default();
     if source.format.is_none() {
         row.remove(&source.problem);
         row.remove(&source.answer);
     }
     // Every stage copies the metadata, so the repeated problem text and long values stay out.
     row.retain(|_, value| match value {
-        Value::String(text) => *text != problem && text.len() <= MAX_METADATA,
-        Value::Array(_) | Value::Object(_) => value.to_string().len() <= MAX_METADATA,
+        Value::String(text) => *text != problem && text.len() <= MAX_METADATA_BYTES,
+        Value::Array(_) | Value::Object(_) => value.to_string().len() <= MAX_METADATA_BYTES,
         _ => true,
     });
     let mut record = Problem::new(problem, answer, place);
@@ -250,7 +251,7 @@ fn problem(mut row: Fields, source: &Source, place: String) -> Result<Problem, (
 
 /// Returns problem and answer from the fields that the recipe names. The error states which field is missing or of
 /// the wrong type.
-fn mapped(row: &Fields, source: &Source) -> Result<(String, Option<String>), String> {
+fn parse_mapped_fields(row: &Fields, source: &Source) -> Result<(String, Option<String>), String> {
     let problem = match row.get(&source.problem) {
         Some(Value::String(text)) if !text.trim().is_empty() => text.clone(),
         Some(_) => return Err(format!("field `{}` is empty or not a string", source.problem)),
@@ -265,12 +266,12 @@ fn mapped(row: &Fields, source: &Source) -> Result<(String, Option<String>), Str
     Ok((problem, answer))
 }
 
-fn traces(row: &Fields, source: &Source) -> Vec<Given> {
+fn parse_traces(row: &Fields, source: &Source) -> Vec<SourceTrace> {
     let mut traces = match (source.format, &source.trace) {
-        (Some(format), _) => format.traces(row),
+        (Some(format), _) => format.parse_traces(row),
         (None, Some(field)) => {
             let text = row.get(field).and_then(Value::as_str);
-            text.and_then(|text| trace_of("unknown", text)).into_iter().collect()
+            text.and_then(|text| parse_trace("unknown", text)).into_iter().collect()
         }
         (None, None) => Vec::new(),
     };
@@ -284,7 +285,7 @@ fn traces(row: &Fields, source: &Source) -> Vec<Given> {
 
 /// Writes records as JSON Lines, atomically: a crash leaves the old file or the complete new one.
 pub fn write_records<T: Serialize>(path: &Path, records: &[T]) -> Result<(), DurableError> {
-    write_with(path, |file| {
+    write_file_with(path, |file| {
         use std::io::Write;
         for record in records {
             serde_json::to_writer(&mut *file, record)?;
@@ -296,11 +297,11 @@ pub fn write_records<T: Serialize>(path: &Path, records: &[T]) -> Result<(), Dur
 
 /// Reads a file of [`write_records`] into memory. Any invalid line is an error.
 pub fn read_records<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Vec<T>, ReadError> {
-    each_record(path)?.map(|record| record.map(|(_, record)| record)).collect()
+    iter_records(path)?.map(|record| record.map(|(_, record)| record)).collect()
 }
 
 /// Iterates over the records of a JSON Lines file, each with the byte offset of its line.
-pub fn each_record<T: for<'de> Deserialize<'de>>(
+pub fn iter_records<T: for<'de> Deserialize<'de>>(
     path: &Path,
 ) -> Result<impl Iterator<Item = Result<(u64, T), ReadError>> + use<T>, ReadError> {
     let path = path.to_owned();
@@ -316,7 +317,7 @@ pub fn each_record<T: for<'de> Deserialize<'de>>(
             Ok(read) => {
                 let begin = offset;
                 offset += read as u64;
-                let record = serde_json::from_str(line.trim_end()).map_err(|error| ReadError::Line {
+                let record = serde_json::from_str(line.trim_end()).map_err(|error| ReadError::InvalidLine {
                     path: path.clone(),
                     line: number,
                     reason: error.to_string(),

@@ -9,23 +9,23 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
-use potstill_shared::durable::{DurableError, Scratch};
+use potstill_shared::durable::{DurableError, ScratchFile};
 use serde_json::Value;
 
-use crate::dedup::words;
+use crate::dedup::normalized_words;
 
 /// Words per run.
-const RUN: usize = 5;
+const SHINGLE_WORDS: usize = 5;
 /// Bands of a signature. Two texts share a band with probability `1 - (1 - s^8)^20`, where `s` is the Jaccard
 /// similarity of their runs. The probability is 0.98 at `s = 0.8` and 0.08 at `s = 0.5`.
 const BANDS: usize = 20;
 /// Minimum hashes per band.
-const ROWS: usize = 8;
+const ROWS_PER_BAND: usize = 8;
 /// Largest number of candidates from one band.
-const COMPARED: usize = 64;
+const MAX_CANDIDATES_PER_BAND: usize = 64;
 
 /// Features of a text: hashes of its word runs, and its words with digits in order.
-struct Shape {
+struct TextFeatures {
     runs: HashSet<u64>,
     numbers: Vec<String>,
 }
@@ -36,13 +36,13 @@ fn hash(value: impl Hash) -> u64 {
     hasher.finish()
 }
 
-impl Shape {
-    fn of(text: &str) -> Self {
-        let words = words(text);
-        let runs = if words.len() < RUN {
+impl TextFeatures {
+    fn from_text(text: &str) -> Self {
+        let words = normalized_words(text);
+        let runs = if words.len() < SHINGLE_WORDS {
             HashSet::from([hash(&words)])
         } else {
-            words.windows(RUN).map(hash).collect()
+            words.windows(SHINGLE_WORDS).map(hash).collect()
         };
         let numbers =
             words.iter().filter(|word| word.contains(|c: char| c.is_ascii_digit())).cloned().collect();
@@ -61,7 +61,7 @@ impl Shape {
     fn bands(&self) -> [u32; BANDS] {
         std::array::from_fn(|band| {
             let least = |row: usize| {
-                let salt = (band * ROWS + row + 1) as u64;
+                let salt = (band * ROWS_PER_BAND + row + 1) as u64;
                 // An odd multiplier and a shift permute 64-bit hashes well enough; no second hash function is needed.
                 let mixed = self.runs.iter().map(|run| {
                     let mixed =
@@ -70,14 +70,14 @@ impl Shape {
                 });
                 mixed.min().unwrap_or(0)
             };
-            hash((0..ROWS).map(least).collect::<Vec<_>>()) as u32
+            hash((0..ROWS_PER_BAND).map(least).collect::<Vec<_>>()) as u32
         })
     }
 }
 
 /// Index of the kept texts. Memory holds band hashes and a hash of the numbers, about 400 bytes per text. The texts
 /// lie in a temporary file.
-pub struct Near {
+pub struct NearDedup {
     threshold: f64,
     /// Per band: index of the last kept text with a given hash.
     last: Vec<HashMap<u32, u32>>,
@@ -85,13 +85,13 @@ pub struct Near {
     before: Vec<[u32; BANDS]>,
     numbers: Vec<u64>,
     places: Vec<u64>,
-    texts: Scratch,
+    texts: ScratchFile,
 }
 
 /// Marks the end of a chain of texts with the same band hash.
-const NONE: u32 = u32::MAX;
+const NO_TEXT: u32 = u32::MAX;
 
-impl Near {
+impl NearDedup {
     /// Creates an empty index. Texts with a Jaccard similarity of at least `threshold` are near-duplicates. The
     /// temporary file is created in `folder`.
     pub fn new(threshold: f64, folder: &Path) -> Result<Self, DurableError> {
@@ -101,26 +101,26 @@ impl Near {
             before: Vec::new(),
             numbers: Vec::new(),
             places: Vec::new(),
-            texts: Scratch::new(folder)?,
+            texts: ScratchFile::new(folder)?,
         })
     }
 
     /// Returns a kept text that is a near-duplicate of `text`. If there is none, keeps `text` and returns `None`.
-    pub fn find_or_keep(&mut self, text: &str) -> Result<Option<String>, DurableError> {
-        let shape = Shape::of(text);
+    pub fn find_or_insert(&mut self, text: &str) -> Result<Option<String>, DurableError> {
+        let shape = TextFeatures::from_text(text);
         let (bands, numbers) = (shape.bands(), hash(&shape.numbers));
         for at in self.candidates(&bands) {
             if self.numbers[at as usize] != numbers {
                 continue;
             }
-            let other = self.texts.read(self.places[at as usize])?;
+            let other = self.texts.read_line_at(self.places[at as usize])?;
             let other: String = serde_json::from_str(&other).unwrap_or_default();
-            if shape.similarity(&Shape::of(&other)) >= self.threshold {
+            if shape.similarity(&TextFeatures::from_text(&other)) >= self.threshold {
                 return Ok(Some(other));
             }
         }
         let kept = self.places.len() as u32;
-        let before = std::array::from_fn(|band| self.last[band].insert(bands[band], kept).unwrap_or(NONE));
+        let before = std::array::from_fn(|band| self.last[band].insert(bands[band], kept).unwrap_or(NO_TEXT));
         self.before.push(before);
         self.numbers.push(numbers);
         self.places.push(self.texts.append(Value::from(text).to_string().as_bytes())?);
@@ -132,9 +132,9 @@ impl Near {
     fn candidates(&self, bands: &[u32; BANDS]) -> Vec<u32> {
         let mut found = Vec::new();
         for (band, hash) in bands.iter().enumerate() {
-            let mut at = self.last[band].get(hash).copied().unwrap_or(NONE);
-            for _ in 0..COMPARED {
-                if at == NONE {
+            let mut at = self.last[band].get(hash).copied().unwrap_or(NO_TEXT);
+            for _ in 0..MAX_CANDIDATES_PER_BAND {
+                if at == NO_TEXT {
                     break;
                 }
                 found.push(at);
@@ -156,10 +156,10 @@ mod tests {
     /// Returns the kept texts, and each dropped text with its near-duplicate.
     fn near(texts: impl IntoIterator<Item = String>, threshold: f64) -> (Vec<String>, Vec<(String, String)>) {
         let folder = tempfile::tempdir().unwrap();
-        let mut near = Near::new(threshold, folder.path()).unwrap();
+        let mut near = NearDedup::new(threshold, folder.path()).unwrap();
         let (mut kept, mut dropped) = (Vec::new(), Vec::new());
         for text in texts {
-            match near.find_or_keep(&text).unwrap() {
+            match near.find_or_insert(&text).unwrap() {
                 Some(like) => dropped.push((text, like)),
                 None => kept.push(text),
             }
@@ -190,7 +190,7 @@ mod tests {
             prop_assert_eq!(kept.len() + dropped.len(), texts.len());
             for (text, like) in &dropped {
                 prop_assert!(kept.contains(like));
-                prop_assert!(Shape::of(text).similarity(&Shape::of(like)) >= 0.8);
+                prop_assert!(TextFeatures::from_text(text).similarity(&TextFeatures::from_text(like)) >= 0.8);
             }
             let again: Vec<String> = kept.iter().chain(&kept).cloned().collect();
             prop_assert_eq!(near(again, 0.8).0.len(), kept.len());

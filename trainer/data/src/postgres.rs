@@ -7,23 +7,23 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use potstill_shared::id::{ContentId, unique};
+use potstill_shared::id::{ContentId, unique_id};
 use tokio::sync::{mpsc, oneshot};
 use tokio_postgres::config::SslMode;
 use tokio_postgres::{Client, Config, NoTls};
 use tokio_rustls::rustls;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::journal::{Entry, Totals, Usage};
+use crate::journal::{Entry, Usage, UsageTotals};
 
 /// Capacity of the queue of uncommitted completions. Further commits wait.
-const PENDING: usize = 1024;
+const QUEUE_CAPACITY: usize = 1024;
 /// Largest number of completions per statement.
-const GROUP: usize = 256;
+const MAX_GROUP_SIZE: usize = 256;
 
 /// Schema, created by the first worker. The advisory lock serializes workers: concurrent `if not exists` statements
 /// can fail. Ids and names are text, so that people can read them.
-const TABLES: &str = "
+const SCHEMA: &str = "
 begin;
 select pg_advisory_xact_lock(5070767871);
 create table if not exists potstill_runs (
@@ -62,23 +62,23 @@ impl From<tokio_postgres::Error> for DatabaseError {
 }
 
 /// Completion that waits for the writer task, with the channel for its result.
-struct Pending {
+struct PendingEntry {
     entry: Entry,
     done: oneshot::Sender<Result<(), DatabaseError>>,
 }
 
 /// Connection to one run in a database.
-pub struct Database {
+pub struct PostgresStore {
     client: Arc<Client>,
     run: String,
     worker: String,
-    pending: mpsc::Sender<Pending>,
+    pending: mpsc::Sender<PendingEntry>,
     _tasks: [AbortOnDropHandle<()>; 2],
 }
 
 /// Shard that this worker has claimed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Claim {
+pub struct ShardClaim {
     /// Phase of the run, for example `classify` or `traces`.
     pub phase: String,
     /// Number of the shard, from 0.
@@ -87,14 +87,14 @@ pub struct Claim {
 
 /// Progress of a phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shards {
+pub struct ShardProgress {
     /// Number of shards.
     pub all: u32,
     /// Number of finished shards.
     pub done: u32,
 }
 
-impl Database {
+impl PostgresStore {
     /// Connects to `url` (`postgres://user:password@host/database`) and opens a run. A new run is split into `shards`
     /// shards; an existing run keeps its number.
     ///
@@ -112,10 +112,10 @@ impl Database {
             ))
         })?;
         let (client, connected) = connect(&config).await?;
-        client.batch_execute(TABLES).await?;
+        client.batch_execute(SCHEMA).await?;
         let client = Arc::new(client);
-        let worker = unique("worker");
-        let (pending, receiver) = mpsc::channel(PENDING);
+        let worker = unique_id("worker");
+        let (pending, receiver) = mpsc::channel(QUEUE_CAPACITY);
         let writer =
             tokio::spawn(write_groups(Arc::clone(&client), run.to_owned(), worker.clone(), receiver));
         let database = Self {
@@ -125,11 +125,11 @@ impl Database {
             pending,
             _tasks: [connected, AbortOnDropHandle::new(writer)],
         };
-        database.begin(recipe_hash, shards).await?;
+        database.register_run(recipe_hash, shards).await?;
         Ok(database)
     }
 
-    async fn begin(&self, recipe_hash: &str, shards: u32) -> Result<(), DatabaseError> {
+    async fn register_run(&self, recipe_hash: &str, shards: u32) -> Result<(), DatabaseError> {
         self.client
             .execute(
                 "insert into potstill_runs (run, recipe_hash, shards) values ($1, $2, $3) on conflict do nothing",
@@ -151,14 +151,14 @@ impl Database {
     }
 
     /// Returns the number of shards of the run.
-    pub async fn shards(&self) -> Result<u32, DatabaseError> {
+    pub async fn shard_count(&self) -> Result<u32, DatabaseError> {
         let row =
             self.client.query_one("select shards from potstill_runs where run = $1", &[&self.run]).await?;
         Ok(row.get::<_, i32>(0).max(1) as u32)
     }
 
     /// Creates the shards of a phase, unless they exist.
-    pub async fn prepare(&self, phase: &str) -> Result<(), DatabaseError> {
+    pub async fn create_shards(&self, phase: &str) -> Result<(), DatabaseError> {
         let statement = "insert into potstill_shards (run, phase, shard) \
                          select $1, $2, generate_series(0, shards - 1) from potstill_runs where run = $1 on conflict do nothing";
         self.client.execute(statement, &[&self.run, &phase]).await?;
@@ -167,7 +167,11 @@ impl Database {
 
     /// Claims a shard for the duration of `lease`: one without an owner, or one whose lease has expired. Returns
     /// `None` if there is none.
-    pub async fn claim(&self, phase: &str, lease: Duration) -> Result<Option<Claim>, DatabaseError> {
+    pub async fn claim_shard(
+        &self,
+        phase: &str,
+        lease: Duration,
+    ) -> Result<Option<ShardClaim>, DatabaseError> {
         let statement = "update potstill_shards set owner = $3, until = now() + $4 * interval '1 second', claims = claims + 1 \
                          where (run, phase, shard) = (select run, phase, shard from potstill_shards \
                          where run = $1 and phase = $2 and not done and (owner is null or until < now()) \
@@ -176,11 +180,11 @@ impl Database {
             .client
             .query_opt(statement, &[&self.run, &phase, &self.worker, &lease.as_secs_f64()])
             .await?;
-        Ok(row.map(|row| Claim { phase: phase.to_owned(), shard: row.get::<_, i32>(0) as u32 }))
+        Ok(row.map(|row| ShardClaim { phase: phase.to_owned(), shard: row.get::<_, i32>(0) as u32 }))
     }
 
     /// Renews a claim for another `lease`. Returns false if the shard is finished or has another owner.
-    pub async fn hold(&self, claim: &Claim, lease: Duration) -> Result<bool, DatabaseError> {
+    pub async fn renew_claim(&self, claim: &ShardClaim, lease: Duration) -> Result<bool, DatabaseError> {
         let statement = "update potstill_shards set until = now() + $5 * interval '1 second' \
                          where run = $1 and phase = $2 and shard = $3 and owner = $4 and not done";
         let shard = claim.shard as i32;
@@ -193,22 +197,22 @@ impl Database {
 
     /// Marks a shard as finished. If another worker processed the shard too, the store still has one completion per
     /// request.
-    pub async fn finish(&self, claim: &Claim) -> Result<(), DatabaseError> {
+    pub async fn finish_shard(&self, claim: &ShardClaim) -> Result<(), DatabaseError> {
         let statement = "update potstill_shards set done = true where run = $1 and phase = $2 and shard = $3";
         self.client.execute(statement, &[&self.run, &claim.phase, &(claim.shard as i32)]).await?;
         Ok(())
     }
 
     /// Returns the progress of a phase.
-    pub async fn progress(&self, phase: &str) -> Result<Shards, DatabaseError> {
+    pub async fn progress(&self, phase: &str) -> Result<ShardProgress, DatabaseError> {
         let statement = "select count(*), count(*) filter (where done) from potstill_shards where run = $1 and phase = $2";
         let row = self.client.query_one(statement, &[&self.run, &phase]).await?;
         let count = |at: usize| row.get::<_, i64>(at) as u32;
-        Ok(Shards { all: count(0), done: count(1) })
+        Ok(ShardProgress { all: count(0), done: count(1) })
     }
 
     /// Returns the number of stored completions of the run.
-    pub async fn answers(&self) -> Result<usize, DatabaseError> {
+    pub async fn completion_count(&self) -> Result<usize, DatabaseError> {
         let row = self
             .client
             .query_one("select count(*) from potstill_answers where run = $1", &[&self.run])
@@ -217,7 +221,7 @@ impl Database {
     }
 
     /// Returns the usage of all stored completions of the run.
-    pub async fn totals(&self) -> Result<Totals, DatabaseError> {
+    pub async fn totals(&self) -> Result<UsageTotals, DatabaseError> {
         let statement = "select stage, model, count(*), sum(prompt_tokens)::bigint, sum(completion_tokens)::bigint, sum(seconds) \
                          from potstill_answers where run = $1 group by stage, model";
         let rows = self.client.query(statement, &[&self.run]).await?;
@@ -247,14 +251,14 @@ impl Database {
         let (done, written) = oneshot::channel();
         let gone = || DatabaseError("its writer has stopped; run the same command again".to_owned());
         let kept = Arc::new(entry.clone());
-        self.pending.send(Pending { entry, done }).await.map_err(|_| gone())?;
+        self.pending.send(PendingEntry { entry, done }).await.map_err(|_| gone())?;
         written.await.map_err(|_| gone())??;
         Ok(kept)
     }
 }
 
 async fn connect(config: &Config) -> Result<(Client, AbortOnDropHandle<()>), DatabaseError> {
-    fn drive<S, T>(connection: tokio_postgres::Connection<S, T>) -> AbortOnDropHandle<()>
+    fn spawn_connection<S, T>(connection: tokio_postgres::Connection<S, T>) -> AbortOnDropHandle<()>
     where
         tokio_postgres::Connection<S, T>: Future<Output = Result<(), tokio_postgres::Error>> + Send + 'static,
     {
@@ -275,10 +279,10 @@ async fn connect(config: &Config) -> Result<(Client, AbortOnDropHandle<()>), Dat
             .with_root_certificates(roots)
             .with_no_client_auth();
         let (client, connection) = config.connect(tokio_postgres_rustls::MakeRustlsConnect::new(tls)).await?;
-        return Ok((client, drive(connection)));
+        return Ok((client, spawn_connection(connection)));
     }
     let (client, connection) = config.connect(NoTls).await?;
-    Ok((client, drive(connection)))
+    Ok((client, spawn_connection(connection)))
 }
 
 /// Writes completions in groups. While one group is written, the next one collects.
@@ -286,18 +290,23 @@ async fn write_groups(
     client: Arc<Client>,
     run: String,
     worker: String,
-    mut pending: mpsc::Receiver<Pending>,
+    mut pending: mpsc::Receiver<PendingEntry>,
 ) {
     let mut group = Vec::new();
-    while pending.recv_many(&mut group, GROUP).await > 0 {
-        let written = write(&client, &run, &worker, &group).await;
+    while pending.recv_many(&mut group, MAX_GROUP_SIZE).await > 0 {
+        let written = insert_group(&client, &run, &worker, &group).await;
         for answer in group.drain(..) {
             let _gone = answer.done.send(written.clone());
         }
     }
 }
 
-async fn write(client: &Client, run: &str, worker: &str, group: &[Pending]) -> Result<(), DatabaseError> {
+async fn insert_group(
+    client: &Client,
+    run: &str,
+    worker: &str,
+    group: &[PendingEntry],
+) -> Result<(), DatabaseError> {
     let statement = "insert into potstill_answers \
                      (run, id, stage, model, worker, prompt_tokens, completion_tokens, seconds, entry) \
                      select $1, id, stage, model, $2, prompt_tokens, completion_tokens, seconds, entry \

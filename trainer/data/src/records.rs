@@ -7,7 +7,7 @@ use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::spool::Keyed;
+use crate::spool::SortKey;
 
 /// A question for teachers, with its reference answer where the source has one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,31 +26,31 @@ pub struct Problem {
     pub task: Option<String>,
     /// Number of times the resample stage drew this problem. Each teacher writes `copies` times its configured number
     /// of samples.
-    #[serde(default = "one", skip_serializing_if = "is_one")]
+    #[serde(default = "default_copies", skip_serializing_if = "is_default_copies")]
     pub copies: u32,
     /// Traces that the source row contains.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub traces: Vec<Given>,
+    pub traces: Vec<SourceTrace>,
     /// Input and output pairs for a program. If there are tests, the verifier ignores `answer`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub tests: Vec<Test>,
+    pub tests: Vec<ProgramTest>,
     /// Other fields of the source row, up to 1024 bytes each.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub metadata: Map<String, Value>,
 }
 
-fn one() -> u32 {
+fn default_copies() -> u32 {
     1
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
-fn is_one(copies: &u32) -> bool {
+fn is_default_copies(copies: &u32) -> bool {
     *copies == 1
 }
 
 /// One run of a program, with its expected output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Test {
+pub struct ProgramTest {
     /// Standard input of the program.
     pub input: String,
     /// Expected standard output.
@@ -59,7 +59,7 @@ pub struct Test {
 
 /// Trace from a published dataset, with the scores that its authors publish.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Given {
+pub struct SourceTrace {
     /// Model that wrote the trace; `unknown` where neither the row nor the recipe names one.
     pub teacher: String,
     /// Reasoning, without its tags. Never empty.
@@ -75,7 +75,7 @@ impl Problem {
     /// Creates a problem and computes its id from the text alone.
     pub fn new(problem: impl Into<String>, answer: Option<String>, source: impl Into<String>) -> Self {
         let problem = problem.into();
-        let id = ContentId::of(&["problem", &problem]);
+        let id = ContentId::from_parts(&["problem", &problem]);
         Self {
             id,
             problem,
@@ -148,12 +148,12 @@ pub struct Origin {
     pub sample: u32,
     /// Parameters of the request; `None` if the trace comes from a source dataset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub asked: Option<Asked>,
+    pub asked: Option<GenerationParams>,
 }
 
 /// Parameters of the request that produced a trace.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Asked {
+pub struct GenerationParams {
     /// Id of the request, and of its entry in the journal.
     pub request: ContentId,
     /// Hash of the prompt template.
@@ -166,7 +166,7 @@ pub struct Asked {
 
 /// Trace: reasoning and answer of a teacher for one problem, with the results of later stages.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Cot {
+pub struct Trace {
     /// Hash of problem id, reasoning and answer; see [`Cot::content_id`].
     pub id: ContentId,
     /// Problem that the trace solves, without the source's own traces.
@@ -196,15 +196,15 @@ pub struct Cot {
     pub scores: Option<Scores>,
 }
 
-impl Cot {
+impl Trace {
     /// Computes the id of a trace from its problem, reasoning and answer.
     pub fn content_id(problem: &Problem, thinking: &str, answer: &str) -> ContentId {
-        ContentId::of(&["cot", problem.id.as_str(), thinking, answer])
+        ContentId::from_parts(&["cot", problem.id.as_str(), thinking, answer])
     }
 
     /// Returns the second part of the sort key. Traces with equal text share an id; parent, seed, sample index and
     /// teacher then decide their order.
-    fn rest_of_key(&self) -> String {
+    fn tie_breaker(&self) -> String {
         let seed = self.origin.asked.as_ref().map_or(0, |asked| asked.seed);
         let parent = self.parent.as_ref().map_or("", ContentId::as_str);
         format!("{parent} {seed:020} {:06} {}", self.origin.sample, self.origin.teacher)
@@ -216,15 +216,15 @@ impl Cot {
     }
 }
 
-impl Keyed for Problem {
-    fn key(&self) -> (ContentId, String) {
+impl SortKey for Problem {
+    fn sort_key(&self) -> (ContentId, String) {
         (self.id.clone(), String::new())
     }
 }
 
-impl Keyed for Cot {
-    fn key(&self) -> (ContentId, String) {
-        (self.id.clone(), self.rest_of_key())
+impl SortKey for Trace {
+    fn sort_key(&self) -> (ContentId, String) {
+        (self.id.clone(), self.tie_breaker())
     }
 }
 
@@ -248,7 +248,7 @@ pub enum Subject {
     /// A problem.
     Problem(Box<Problem>),
     /// A trace.
-    Trace(Box<Cot>),
+    Trace(Box<Trace>),
 }
 
 impl Dropped {
@@ -258,16 +258,16 @@ impl Dropped {
     }
 
     /// Creates a record for a dropped trace, without `like`.
-    pub fn trace(reason: &str, trace: Cot) -> Self {
+    pub fn trace(reason: &str, trace: Trace) -> Self {
         Self { reason: reason.to_owned(), like: None, subject: Subject::Trace(Box::new(trace)) }
     }
 }
 
-impl Keyed for Dropped {
-    fn key(&self) -> (ContentId, String) {
+impl SortKey for Dropped {
+    fn sort_key(&self) -> (ContentId, String) {
         let (id, rest) = match &self.subject {
-            Subject::Problem(problem) => problem.key(),
-            Subject::Trace(trace) => trace.key(),
+            Subject::Problem(problem) => problem.sort_key(),
+            Subject::Trace(trace) => trace.sort_key(),
         };
         (id, format!("{} {rest} {}", self.reason, self.like.as_deref().unwrap_or_default()))
     }

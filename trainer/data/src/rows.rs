@@ -14,16 +14,16 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 /// Longest row in bytes. Longer lines are broken rows; a longer array element is an error.
-const MAX_ROW: u64 = 16 << 20;
+const MAX_ROW_BYTES: u64 = 16 << 20;
 
 /// Error that ends the reading of a file.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot read `{path}`: {problem}")]
+#[error("cannot read `{path}`: {reason}")]
 pub struct TableError {
     /// Path of the file.
     pub path: PathBuf,
     /// Cause of the error.
-    pub problem: String,
+    pub reason: String,
 }
 
 /// Row of a table.
@@ -32,12 +32,12 @@ pub struct Row {
     /// Line number in JSON Lines, row number in other formats; from 1.
     pub number: usize,
     /// Fields by name, or the reason why this row cannot be read.
-    pub fields: Result<Map<String, Value>, Broken>,
+    pub fields: Result<Map<String, Value>, BrokenRow>,
 }
 
 /// Row that cannot be read. Reading continues with the next row.
 #[derive(Debug)]
-pub struct Broken {
+pub struct BrokenRow {
     /// Reason why the row cannot be read.
     pub reason: String,
     /// First 200 characters of the row; empty for CSV.
@@ -52,10 +52,10 @@ pub type Rows = Box<dyn Iterator<Item = Result<Row, TableError>> + Send>;
 /// # Errors
 ///
 /// Returns [`TableError`] if the file cannot be opened or its header cannot be read.
-pub fn open(path: &Path) -> Result<Rows, TableError> {
+pub fn open_table(path: &Path) -> Result<Rows, TableError> {
     let failed = {
         let path = path.to_owned();
-        move |error: &dyn std::fmt::Display| TableError { path: path.clone(), problem: error.to_string() }
+        move |error: &dyn std::fmt::Display| TableError { path: path.clone(), reason: error.to_string() }
     };
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
     let file = File::open(path).map_err(|error| failed(&error))?;
@@ -86,7 +86,11 @@ pub fn open(path: &Path) -> Result<Rows, TableError> {
     let first = first.strip_prefix(b"\xef\xbb\xbf").unwrap_or(first);
     let array =
         name.ends_with(".json") && first.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[');
-    if array { Ok(Box::new(Elements::new(input, failed))) } else { Ok(Box::new(Lines::new(input, failed))) }
+    if array {
+        Ok(Box::new(JsonArrayRows::new(input, failed)))
+    } else {
+        Ok(Box::new(JsonLinesRows::new(input, failed)))
+    }
 }
 
 fn csv_rows(
@@ -107,14 +111,14 @@ fn csv_rows(
                 Ok(cells.collect())
             }
             Err(error) if error.is_io_error() => return Err(failed(&error)),
-            Err(error) => Err(Broken { reason: error.to_string(), text: String::new() }),
+            Err(error) => Err(BrokenRow { reason: error.to_string(), text: String::new() }),
         };
         Ok(Row { number, fields })
     }))
 }
 
 /// Iterator over the rows of JSON Lines.
-struct Lines<F> {
+struct JsonLinesRows<F> {
     input: Box<dyn BufRead + Send>,
     buffer: Vec<u8>,
     number: usize,
@@ -122,7 +126,7 @@ struct Lines<F> {
     over: bool,
 }
 
-impl<F> Lines<F> {
+impl<F> JsonLinesRows<F> {
     fn new(input: Box<dyn BufRead + Send>, failed: F) -> Self {
         Self { input, buffer: Vec::new(), number: 0, failed, over: false }
     }
@@ -132,12 +136,12 @@ impl<F> Lines<F> {
     fn next_line(&mut self) -> std::io::Result<bool> {
         loop {
             self.buffer.clear();
-            let read = self.input.by_ref().take(MAX_ROW).read_until(b'\n', &mut self.buffer)?;
+            let read = self.input.by_ref().take(MAX_ROW_BYTES).read_until(b'\n', &mut self.buffer)?;
             if read == 0 {
                 return Ok(false);
             }
             self.number += 1;
-            if read as u64 == MAX_ROW && self.buffer.last() != Some(&b'\n') {
+            if read as u64 == MAX_ROW_BYTES && self.buffer.last() != Some(&b'\n') {
                 self.input.skip_until(b'\n')?;
             }
             if !self.buffer.iter().all(u8::is_ascii_whitespace) {
@@ -147,7 +151,7 @@ impl<F> Lines<F> {
     }
 }
 
-impl<F: Fn(&dyn std::fmt::Display) -> TableError> Iterator for Lines<F> {
+impl<F: Fn(&dyn std::fmt::Display) -> TableError> Iterator for JsonLinesRows<F> {
     type Item = Result<Row, TableError>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -156,7 +160,7 @@ impl<F: Fn(&dyn std::fmt::Display) -> TableError> Iterator for Lines<F> {
         }
         match self.next_line() {
             Ok(true) => {
-                let fields = object(&self.buffer).map_err(|reason| Broken {
+                let fields = parse_object(&self.buffer).map_err(|reason| BrokenRow {
                     reason,
                     text: String::from_utf8_lossy(&self.buffer).chars().take(200).collect(),
                 });
@@ -171,7 +175,7 @@ impl<F: Fn(&dyn std::fmt::Display) -> TableError> Iterator for Lines<F> {
     }
 }
 
-fn object(line: &[u8]) -> Result<Map<String, Value>, String> {
+fn parse_object(line: &[u8]) -> Result<Map<String, Value>, String> {
     let text = std::str::from_utf8(line).map_err(|error| format!("not UTF-8: {error}"))?;
     match serde_json::from_str(text.trim_start_matches('\u{feff}')) {
         Ok(Value::Object(fields)) => Ok(fields),
@@ -182,21 +186,21 @@ fn object(line: &[u8]) -> Result<Map<String, Value>, String> {
 
 /// Iterator over the objects of one JSON array. An invalid element ends the iteration, because the start of the next
 /// element is unknown.
-struct Elements<F> {
+struct JsonArrayRows<F> {
     input: Box<dyn BufRead + Send>,
     number: usize,
     failed: F,
     over: bool,
 }
 
-impl<F> Elements<F> {
+impl<F> JsonArrayRows<F> {
     fn new(input: Box<dyn BufRead + Send>, failed: F) -> Self {
         Self { input, number: 0, failed, over: false }
     }
 
     /// Skips white space, a byte-order mark, and the bracket or comma before an element. Returns false at the closing
     /// bracket.
-    fn at_element(&mut self) -> Result<bool, String> {
+    fn advance_to_element(&mut self) -> Result<bool, String> {
         let mut separated = false;
         loop {
             let byte = match self.input.fill_buf().map_err(|error| error.to_string())?.first() {
@@ -220,20 +224,21 @@ impl<F> Elements<F> {
     }
 }
 
-impl<F: Fn(&dyn std::fmt::Display) -> TableError> Iterator for Elements<F> {
+impl<F: Fn(&dyn std::fmt::Display) -> TableError> Iterator for JsonArrayRows<F> {
     type Item = Result<Row, TableError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.over {
             return None;
         }
-        let element = match self.at_element() {
+        let element = match self.advance_to_element() {
             Ok(false) => {
                 self.over = true;
                 return None;
             }
             Ok(true) => {
-                let mut input = serde_json::Deserializer::from_reader(self.input.by_ref().take(MAX_ROW));
+                let mut input =
+                    serde_json::Deserializer::from_reader(self.input.by_ref().take(MAX_ROW_BYTES));
                 Map::deserialize(&mut input).map_err(|error| error.to_string())
             }
             Err(problem) => Err(problem),
@@ -259,7 +264,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         potstill_shared::durable::write_file(&path, bytes).unwrap();
-        match open(&path) {
+        match open_table(&path) {
             Ok(rows) => rows.collect(),
             Err(error) => vec![Err(error)],
         }
@@ -294,7 +299,7 @@ mod tests {
     #[test]
     fn reads_parquet_files_of_the_datasets_library() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gsm8k.parquet");
-        let rows = fields(open(&path).unwrap().collect());
+        let rows = fields(open_table(&path).unwrap().collect());
         assert_eq!(rows.len(), 3);
         assert_eq!(rows[0]["answer"], "2 + 2 = 4\n#### 4");
         assert_eq!(rows[2]["tags"], serde_json::json!(["a", "b"]));
@@ -323,7 +328,8 @@ mod tests {
             let error = rows.last().unwrap().as_ref().unwrap_err().to_string();
             assert!(error.contains(word), "{name}: {error}");
         }
-        let long = [b"{\"a\": \"".as_slice(), &vec![b'x'; MAX_ROW as usize], b"\"}\n{\"a\": 1}\n"].concat();
+        let long =
+            [b"{\"a\": \"".as_slice(), &vec![b'x'; MAX_ROW_BYTES as usize], b"\"}\n{\"a\": 1}\n"].concat();
         let rows = read("t.jsonl", &long);
         assert!(rows[0].as_ref().unwrap().fields.is_err() && rows[1].as_ref().unwrap().fields.is_ok());
     }

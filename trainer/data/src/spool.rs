@@ -7,19 +7,19 @@
 use std::marker::PhantomData;
 use std::path::Path;
 
-use potstill_shared::durable::{DurableError, Lines, Scratch, write_with};
+use potstill_shared::durable::{DurableError, LineReader, ScratchFile, write_file_with};
 use potstill_shared::id::{ContentHasher, ContentId};
 use serde::{Deserialize, Serialize};
 
 /// Record with a sort key.
-pub trait Keyed: Serialize + for<'de> Deserialize<'de> {
+pub trait SortKey: Serialize + for<'de> Deserialize<'de> {
     /// Returns the sort key: the id, and a string that orders records with equal ids.
-    fn key(&self) -> (ContentId, String);
+    fn sort_key(&self) -> (ContentId, String);
 }
 
 /// Error while collecting or writing records.
 #[derive(Debug, thiserror::Error)]
-pub enum SpoolError {
+pub enum SortedWriterError {
     /// A file cannot be read or written.
     #[error(transparent)]
     Durable(#[from] DurableError),
@@ -29,8 +29,8 @@ pub enum SpoolError {
 }
 
 /// Collects records and writes them in sorted order.
-pub struct Spool<T> {
-    scratch: Scratch,
+pub struct SortedWriter<T> {
+    scratch: ScratchFile,
     /// First 64 bits of the id, and byte offset in the temporary file, of each record.
     places: Vec<(u64, u64)>,
     records: PhantomData<fn(T)>,
@@ -38,23 +38,23 @@ pub struct Spool<T> {
 
 /// Result of writing a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Written {
+pub struct WrittenFile {
     /// Number of records.
     pub records: usize,
     /// Hash of the file's bytes.
     pub hash: ContentId,
 }
 
-impl<T: Keyed> Spool<T> {
+impl<T: SortKey> SortedWriter<T> {
     /// Creates the temporary file in `folder`, which must exist.
     pub fn new(folder: &Path) -> Result<Self, DurableError> {
-        Ok(Self { scratch: Scratch::new(folder)?, places: Vec::new(), records: PhantomData })
+        Ok(Self { scratch: ScratchFile::new(folder)?, places: Vec::new(), records: PhantomData })
     }
 
     /// Adds a record.
-    pub fn push(&mut self, record: &T) -> Result<(), SpoolError> {
+    pub fn push(&mut self, record: &T) -> Result<(), SortedWriterError> {
         let place = self.scratch.append(&serde_json::to_vec(record)?)?;
-        self.places.push((record.key().0.seed(), place));
+        self.places.push((record.sort_key().0.seed(), place));
         Ok(())
     }
 
@@ -69,16 +69,16 @@ impl<T: Keyed> Spool<T> {
     }
 
     /// Writes the records to `path` in sorted order, atomically.
-    pub fn finish(mut self, path: &Path) -> Result<Written, SpoolError> {
-        let lines = self.scratch.lines()?;
+    pub fn write_sorted(mut self, path: &Path) -> Result<WrittenFile, SortedWriterError> {
+        let lines = self.scratch.into_reader()?;
         self.places.sort_unstable();
-        settle_ties::<T>(&mut self.places, &lines)?;
+        sort_ties::<T>(&mut self.places, &lines)?;
         let mut hasher = ContentHasher::default();
         let mut fault = None;
-        let written = write_with(path, |file| {
+        let written = write_file_with(path, |file| {
             use std::io::Write;
             for (_, place) in &self.places {
-                let mut line = match lines.read(*place) {
+                let mut line = match lines.read_line_at(*place) {
                     Ok(line) => line,
                     Err(error) => {
                         let io = std::io::Error::other(error.to_string());
@@ -96,17 +96,17 @@ impl<T: Keyed> Spool<T> {
             return Err(fault.into());
         }
         written?;
-        Ok(Written { records: self.places.len(), hash: hasher.finish() })
+        Ok(WrittenFile { records: self.places.len(), hash: hasher.finish() })
     }
 }
 
 /// Sorts records with equal first 64 id bits by their complete keys.
-fn settle_ties<T: Keyed>(places: &mut [(u64, u64)], lines: &Lines) -> Result<(), SpoolError> {
+fn sort_ties<T: SortKey>(places: &mut [(u64, u64)], lines: &LineReader) -> Result<(), SortedWriterError> {
     for group in places.chunk_by_mut(|a, b| a.0 == b.0).filter(|group| group.len() > 1) {
         let mut keyed = Vec::with_capacity(group.len());
         for (_, place) in group.iter() {
-            let record: T = serde_json::from_str(&lines.read(*place)?)?;
-            keyed.push((record.key(), *place));
+            let record: T = serde_json::from_str(&lines.read_line_at(*place)?)?;
+            keyed.push((record.sort_key(), *place));
         }
         keyed.sort();
         for (at, (_, place)) in group.iter_mut().zip(keyed) {
@@ -128,9 +128,9 @@ mod tests {
         rest: u8,
     }
 
-    impl Keyed for Row {
-        fn key(&self) -> (ContentId, String) {
-            (ContentId::of(&[&self.id.to_string()]), format!("{:03}", self.rest))
+    impl SortKey for Row {
+        fn sort_key(&self) -> (ContentId, String) {
+            (ContentId::from_parts(&[&self.id.to_string()]), format!("{:03}", self.rest))
         }
     }
 
@@ -143,15 +143,15 @@ mod tests {
             let path = folder.path().join("rows.jsonl");
             let mut written = Vec::new();
             for _ in 0..2 {
-                let mut spool = Spool::new(folder.path()).unwrap();
+                let mut spool = SortedWriter::new(folder.path()).unwrap();
                 for row in &rows {
                     spool.push(row).unwrap();
                 }
-                let found = spool.finish(&path).unwrap();
+                let found = spool.write_sorted(&path).unwrap();
                 let bytes = std::fs::read(&path).unwrap();
-                prop_assert_eq!(&found.hash, &ContentId::of_bytes(&bytes));
+                prop_assert_eq!(&found.hash, &ContentId::from_bytes(&bytes));
                 let again: Vec<Row> = crate::jsonl::read_records(&path).unwrap();
-                prop_assert!(again.is_sorted_by_key(Keyed::key));
+                prop_assert!(again.is_sorted_by_key(SortKey::sort_key));
                 prop_assert_eq!(again.len(), rows.len());
                 written.push(bytes);
                 rows.reverse();

@@ -9,15 +9,15 @@ use std::sync::Arc;
 use potstill_shared::durable::DurableError;
 use potstill_shared::id::ContentId;
 
-use crate::journal::{Entry, Journal, Totals};
-use crate::postgres::{Database, DatabaseError};
+use crate::journal::{Entry, Journal, UsageTotals};
+use crate::postgres::{DatabaseError, PostgresStore};
 
 /// Error of a store.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
     /// The journal file cannot be read or written.
     #[error(transparent)]
-    Disk(#[from] Arc<DurableError>),
+    Journal(#[from] Arc<DurableError>),
     /// The database reports an error or is unreachable.
     #[error(transparent)]
     Database(#[from] DatabaseError),
@@ -25,53 +25,53 @@ pub enum StoreError {
 
 impl From<DurableError> for StoreError {
     fn from(error: DurableError) -> Self {
-        Self::Disk(Arc::new(error))
+        Self::Journal(Arc::new(error))
     }
 }
 
 /// Completions of one run.
 pub enum Store {
     /// Journal file in the run's folder.
-    Folder(Journal),
+    Journal(Journal),
     /// PostgreSQL database, shared by workers.
-    Shared(Database),
+    Postgres(PostgresStore),
 }
 
 impl Store {
     /// Opens or creates the journal at `path`.
-    pub fn folder(path: &Path) -> Result<Self, StoreError> {
-        Ok(Self::Folder(Journal::open(path)?))
+    pub fn open_journal(path: &Path) -> Result<Self, StoreError> {
+        Ok(Self::Journal(Journal::open(path)?))
     }
 
     /// Returns the number of stored completions.
-    pub async fn answers(&self) -> Result<usize, StoreError> {
+    pub async fn completion_count(&self) -> Result<usize, StoreError> {
         match self {
-            Self::Folder(journal) => Ok(journal.len()),
-            Self::Shared(database) => Ok(database.answers().await?),
+            Self::Journal(journal) => Ok(journal.len()),
+            Self::Postgres(database) => Ok(database.completion_count().await?),
         }
     }
 
     /// Returns the usage of all stored completions.
-    pub async fn totals(&self) -> Result<Totals, StoreError> {
+    pub async fn totals(&self) -> Result<UsageTotals, StoreError> {
         match self {
-            Self::Folder(journal) => Ok(journal.totals()),
-            Self::Shared(database) => Ok(database.totals().await?),
+            Self::Journal(journal) => Ok(journal.totals()),
+            Self::Postgres(database) => Ok(database.totals().await?),
         }
     }
 
     /// Returns the completion of a request, if the store has one.
     pub async fn get(&self, id: &ContentId) -> Result<Option<Arc<Entry>>, StoreError> {
         match self {
-            Self::Folder(journal) => Ok(journal.get(id)?),
-            Self::Shared(database) => Ok(database.get(id).await?.map(Arc::new)),
+            Self::Journal(journal) => Ok(journal.get(id)?),
+            Self::Postgres(database) => Ok(database.get(id).await?.map(Arc::new)),
         }
     }
 
     /// Stores a completion. Returns after the completion is durable.
     pub async fn commit(&self, entry: Entry) -> Result<Arc<Entry>, StoreError> {
         match self {
-            Self::Folder(journal) => Ok(journal.commit(entry).await?),
-            Self::Shared(database) => Ok(database.commit(entry).await?),
+            Self::Journal(journal) => Ok(journal.commit(entry).await?),
+            Self::Postgres(database) => Ok(database.commit(entry).await?),
         }
     }
 }

@@ -50,7 +50,7 @@ pub const OTHERS: &str = "Others";
 
 /// Parses a classifier's completion: the task in the last answer tags, or the whole text as a task name. Returns
 /// `None` for unknown names.
-pub fn read_task(text: &str) -> Option<&'static str> {
+pub fn parse_task(text: &str) -> Option<&'static str> {
     let inside = match text.rfind("<answer>") {
         Some(at) => text[at + "<answer>".len()..].split_once("</answer>")?.0,
         None => text,
@@ -63,15 +63,15 @@ pub fn read_task(text: &str) -> Option<&'static str> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quota {
     /// Available problems.
-    pub have: usize,
+    pub available: usize,
     /// Problems according to the task's share.
-    pub wanted: usize,
+    pub target: usize,
     /// Problems drawn, including repetitions; below `wanted` where the cap applies.
     pub drawn: usize,
 }
 
 /// Returns the quota of each task: `total` problems in proportion to `shares`, none drawn more than `cap` times.
-pub fn quotas(
+pub fn compute_quotas(
     have: &BTreeMap<String, usize>,
     shares: &BTreeMap<String, f64>,
     total: usize,
@@ -83,30 +83,30 @@ pub fn quotas(
     let mut remainders = Vec::new();
     for (task, &have) in have {
         let exact = if whole > 0.0 && have > 0 { total as f64 * share(task) / whole } else { 0.0 };
-        quotas.insert(task.clone(), Quota { have, wanted: exact.floor() as usize, drawn: 0 });
+        quotas.insert(task.clone(), Quota { available: have, target: exact.floor() as usize, drawn: 0 });
         remainders.push((exact - exact.floor(), task.clone()));
     }
-    let rounded: usize = quotas.values().map(|quota| quota.wanted).sum();
+    let rounded: usize = quotas.values().map(|quota| quota.target).sum();
     if whole > 0.0 {
         remainders.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
         for (_, task) in remainders.into_iter().take(total - rounded.min(total)) {
             if let Some(quota) = quotas.get_mut(&task) {
-                quota.wanted += 1;
+                quota.target += 1;
             }
         }
     }
     for quota in quotas.values_mut() {
-        quota.drawn = quota.wanted.min(quota.have * cap as usize);
+        quota.drawn = quota.target.min(quota.available * cap as usize);
     }
     quotas
 }
 
 /// Returns how often each problem of a task is drawn, in the order of `ids`. The counts differ by at most one. Ids
 /// and seed decide which problems get one more; the order of `ids` has no influence.
-pub fn draw(ids: &[u64], drawn: usize, seed: u64) -> Vec<u32> {
+pub fn draw_counts(ids: &[u64], drawn: usize, seed: u64) -> Vec<u32> {
     let Some(whole) = drawn.checked_div(ids.len()) else { return Vec::new() };
     let mut copies = vec![whole as u32; ids.len()];
-    let lot = |id: u64| ContentId::of(&["resample", &seed.to_string(), &id.to_string()]).seed();
+    let lot = |id: u64| ContentId::from_parts(&["resample", &seed.to_string(), &id.to_string()]).seed();
     let mut order: Vec<(u64, usize)> = ids.iter().enumerate().map(|(at, id)| (lot(*id), at)).collect();
     order.sort_unstable();
     for (_, at) in order.into_iter().take(drawn % ids.len()) {
@@ -140,7 +140,7 @@ mod tests {
             ("<answer>Math", None),
             ("It has to do with Math and Art", None),
         ] {
-            assert_eq!(read_task(text), task, "{text}");
+            assert_eq!(parse_task(text), task, "{text}");
         }
     }
 
@@ -148,24 +148,24 @@ mod tests {
         #[test]
         fn quotas_sum_to_the_total_within_the_cap(have in prop::collection::vec(0usize..50, 32), total in 0usize..500, cap in 1u32..5) {
             let have: BTreeMap<String, usize> = TASKS.iter().map(|(name, _)| (*name).to_owned()).zip(have).collect();
-            let quotas = quotas(&have, &published(), total, cap);
-            let wanted: usize = quotas.values().map(|quota| quota.wanted).sum();
+            let quotas = compute_quotas(&have, &published(), total, cap);
+            let wanted: usize = quotas.values().map(|quota| quota.target).sum();
             prop_assert_eq!(wanted, if have.values().all(|count| *count == 0) { 0 } else { total });
             for (task, quota) in &quotas {
-                prop_assert!(quota.have > 0 || quota.wanted == 0, "{task}");
-                prop_assert!(quota.drawn <= quota.wanted && quota.drawn <= quota.have * cap as usize);
+                prop_assert!(quota.available > 0 || quota.target == 0, "{task}");
+                prop_assert!(quota.drawn <= quota.target && quota.drawn <= quota.available * cap as usize);
             }
         }
 
         #[test]
         fn draws_are_even_and_ignore_the_order(ids in prop::collection::hash_set(any::<u64>(), 1..40), drawn in 0usize..100, seed: u64) {
             let mut ids: Vec<u64> = ids.into_iter().collect();
-            let copies = draw(&ids, drawn, seed);
+            let copies = draw_counts(&ids, drawn, seed);
             prop_assert_eq!(copies.iter().map(|count| *count as usize).sum::<usize>(), drawn);
             prop_assert!(copies.iter().max().unwrap() - copies.iter().min().unwrap() <= 1);
             let of: BTreeMap<u64, u32> = ids.iter().copied().zip(copies).collect();
             ids.reverse();
-            let again: BTreeMap<u64, u32> = ids.iter().copied().zip(draw(&ids, drawn, seed)).collect();
+            let again: BTreeMap<u64, u32> = ids.iter().copied().zip(draw_counts(&ids, drawn, seed)).collect();
             prop_assert_eq!(of, again);
         }
     }

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use potstill_shared::durable::write_with;
+use potstill_shared::durable::write_file_with;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -99,7 +99,7 @@ pub fn write_gguf(
     }
     let data: Vec<_> =
         tensors.iter().map(|(.., tensor)| tensor.data()).collect::<candle_core::Result<Vec<_>>>()?;
-    Ok(write_with(path, |file| {
+    Ok(write_file_with(path, |file| {
         file.write_all(b"GGUF")?;
         file.write_all(&3u32.to_le_bytes())?;
         file.write_all(&(tensors.len() as u64).to_le_bytes())?;

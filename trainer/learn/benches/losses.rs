@@ -76,10 +76,10 @@ fn main() {
             eps: 1e-8,
             weight_decay: 0.01,
             max_grad_norm: 1.0,
-            eight_bits: false,
+            quantize_moments: false,
         };
         let mut ours = AdamW::new(variables.clone(), config).unwrap();
-        let mut stock = Stock::new(&variables);
+        let mut stock = StockAdamW::new(&variables);
         compare(
             "AdamW with clipping over 14 million weights",
             || {
@@ -88,7 +88,8 @@ fn main() {
             },
             || stock.step(&gradients, config, 1e-5),
         );
-        let mut ours = AdamW::new(variables.clone(), AdamWConfig { eight_bits: true, ..config }).unwrap();
+        let mut ours =
+            AdamW::new(variables.clone(), AdamWConfig { quantize_moments: true, ..config }).unwrap();
         compare(
             "the same with moments of eight bits",
             || {
@@ -101,13 +102,13 @@ fn main() {
 }
 
 /// AdamW (Loshchilov and Hutter 2019) in candle's stock operations, as baseline.
-struct Stock {
+struct StockAdamW {
     /// Name, weight, first and second moment of each variable.
     slots: Vec<(String, Var, Tensor, Tensor)>,
     step: i32,
 }
 
-impl Stock {
+impl StockAdamW {
     fn new(variables: &BTreeMap<String, Var>) -> Self {
         let slot = |(name, variable): (&String, &Var)| {
             let zero = variable.zeros_like().unwrap();

@@ -13,11 +13,11 @@ use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
 use potstill_engine::ops::{fused, with_values};
 use rayon::prelude::*;
 
-use crate::eight_bits::EightBits;
+use crate::eight_bits::QuantizedMoments;
 use crate::error::LearnError;
 
 /// Values per parallel task.
-const CHUNK: usize = 1 << 14;
+const VALUES_PER_TASK: usize = 1 << 14;
 
 /// Constants of the optimizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -33,11 +33,11 @@ pub struct AdamWConfig {
     /// Maximum global norm of the gradients; larger gradients are scaled down to it.
     pub max_grad_norm: f64,
     /// Stores the moments in 8 instead of 32 bits. CPU only.
-    pub eight_bits: bool,
+    pub quantize_moments: bool,
 }
 
 /// A variable with its moments.
-struct Slot {
+struct ParameterState {
     variable: Var,
     moments: Moments,
     decays: bool,
@@ -46,7 +46,7 @@ struct Slot {
 /// First and second moments of one variable.
 enum Moments {
     F32 { m: Tensor, v: Tensor },
-    EightBits(EightBits),
+    Quantized(QuantizedMoments),
 }
 
 impl Moments {
@@ -59,13 +59,13 @@ impl Moments {
             let problem = "moments of eight bits are computed on the CPU only: leave `eight_bit_moments` out";
             return Err(LearnError::Data(problem.to_owned()));
         }
-        Ok(Self::EightBits(EightBits::zeros(variable.elem_count())))
+        Ok(Self::Quantized(QuantizedMoments::zeros(variable.elem_count())))
     }
 }
 
 /// Constants of one step for one variable.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rates {
+pub(crate) struct StepConstants {
     beta1: f32,
     beta2: f32,
     clip: f32,
@@ -75,23 +75,23 @@ pub(crate) struct Rates {
     keep: f32,
 }
 
-impl Rates {
+impl StepConstants {
     /// Returns the new first moment: `m = β1 m + (1-β1) clip·g`.
     #[inline(always)]
-    pub(crate) fn first(&self, m: f32, gradient: f32) -> f32 {
+    pub(crate) fn first_moment(&self, m: f32, gradient: f32) -> f32 {
         self.beta1 * m + (1.0 - self.beta1) * (gradient * self.clip)
     }
 
     /// Returns the new second moment: `v = β2 v + (1-β2) (clip·g)²`.
     #[inline(always)]
-    pub(crate) fn second(&self, v: f32, gradient: f32) -> f32 {
+    pub(crate) fn second_moment(&self, v: f32, gradient: f32) -> f32 {
         let gradient = gradient * self.clip;
         self.beta2 * v + (1.0 - self.beta2) * (gradient * gradient)
     }
 
     /// Returns the new weight, after weight decay and update.
     #[inline(always)]
-    pub(crate) fn moved(&self, theta: f32, m: f32, v: f32) -> f32 {
+    pub(crate) fn updated_weight(&self, theta: f32, m: f32, v: f32) -> f32 {
         let root = (v * self.inverse_correction2).sqrt() + self.eps;
         self.keep * theta - self.rate * m / root
     }
@@ -100,7 +100,7 @@ impl Rates {
 /// AdamW optimizer with its moments.
 pub struct AdamW {
     config: AdamWConfig,
-    slots: BTreeMap<String, Slot>,
+    slots: BTreeMap<String, ParameterState>,
     step: usize,
 }
 
@@ -110,9 +110,9 @@ impl AdamW {
         let slots = variables
             .into_iter()
             .map(|(name, variable)| {
-                let moments = Moments::zeros(&variable, config.eight_bits)?;
+                let moments = Moments::zeros(&variable, config.quantize_moments)?;
                 let decays = variable.rank() > 1;
-                Ok((name, Slot { variable, moments, decays }))
+                Ok((name, ParameterState { variable, moments, decays }))
             })
             .collect::<Result<_, LearnError>>()?;
         Ok(Self { config, slots, step: 0 })
@@ -121,7 +121,7 @@ impl AdamW {
     /// Resets moments and step count to zero, for the start of a curriculum phase.
     pub fn reset(&mut self) -> Result<(), LearnError> {
         for slot in self.slots.values_mut() {
-            slot.moments = Moments::zeros(&slot.variable, self.config.eight_bits)?;
+            slot.moments = Moments::zeros(&slot.variable, self.config.quantize_moments)?;
         }
         self.step = 0;
         Ok(())
@@ -135,7 +135,7 @@ impl AdamW {
             total += if fused(gradient) {
                 with_values([gradient], |[values]| {
                     let parts: Vec<f64> = values
-                        .par_chunks(CHUNK)
+                        .par_chunks(VALUES_PER_TASK)
                         .map(|chunk| chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum())
                         .collect();
                     parts.iter().sum::<f64>()
@@ -163,7 +163,7 @@ impl AdamW {
         for (name, slot) in &mut self.slots {
             let gradient = gradients.get(name).ok_or_else(|| LearnError::NoGradient(name.clone()))?;
             let decay = if slot.decays { lr * self.config.weight_decay } else { 0.0 };
-            let rates = Rates {
+            let rates = StepConstants {
                 beta1: beta1 as f32,
                 beta2: beta2 as f32,
                 clip: clip as f32,
@@ -175,9 +175,9 @@ impl AdamW {
             match &mut slot.moments {
                 Moments::F32 { m, v } if fused(gradient) => {
                     let gradient = gradient.contiguous()?;
-                    m.inplace_op2(&gradient, &Moment { rates, squared: false })?;
-                    v.inplace_op2(&gradient, &Moment { rates, squared: true })?;
-                    slot.variable.as_tensor().inplace_op3(m, v, &Update(rates))?;
+                    m.inplace_op2(&gradient, &MomentUpdate { rates, squared: false })?;
+                    v.inplace_op2(&gradient, &MomentUpdate { rates, squared: true })?;
+                    slot.variable.as_tensor().inplace_op3(m, v, &WeightUpdate(rates))?;
                 }
                 Moments::F32 { m, v } => {
                     let gradient = (gradient * clip)?;
@@ -187,8 +187,8 @@ impl AdamW {
                     let update = ((&*m / root)? * (lr / correction1))?;
                     slot.variable.set(&((slot.variable.as_tensor() * (1.0 - decay))? - update)?)?;
                 }
-                Moments::EightBits(moments) => {
-                    let step = Step { moments: RefCell::new(moments), rates };
+                Moments::Quantized(moments) => {
+                    let step = QuantizedUpdate { moments: RefCell::new(moments), rates };
                     slot.variable.as_tensor().inplace_op2(&gradient.contiguous()?, &step)?;
                 }
             }
@@ -205,7 +205,7 @@ impl AdamW {
                     state.insert(format!("m.{name}"), m.clone());
                     state.insert(format!("v.{name}"), v.clone());
                 }
-                Moments::EightBits(moments) => moments.state(name, &mut state)?,
+                Moments::Quantized(moments) => moments.state(name, &mut state)?,
             }
         }
         Ok(state)
@@ -222,7 +222,7 @@ impl AdamW {
         for (name, slot) in &mut self.slots {
             let (m, v) = match &mut slot.moments {
                 Moments::F32 { m, v } => (m, v),
-                Moments::EightBits(moments) => {
+                Moments::Quantized(moments) => {
                     moments.restore(name, &state)?;
                     continue;
                 }
@@ -242,20 +242,23 @@ impl AdamW {
 }
 
 /// In-place update of the first moment, or of the second with `squared`.
-struct Moment {
-    rates: Rates,
+struct MomentUpdate {
+    rates: StepConstants,
     squared: bool,
 }
 
 /// Returns both storages as f32 slices of equal length, or an error.
-fn both<'a>(s1: &'a mut CpuStorage, s2: &'a CpuStorage) -> candle_core::Result<(&'a mut [f32], &'a [f32])> {
+fn f32_slices<'a>(
+    s1: &'a mut CpuStorage,
+    s2: &'a CpuStorage,
+) -> candle_core::Result<(&'a mut [f32], &'a [f32])> {
     match (s1, s2) {
         (CpuStorage::F32(a), CpuStorage::F32(b)) if a.len() == b.len() => Ok((a, b)),
         _ => candle_core::bail!("the optimiser needs f32 tensors of equal size"),
     }
 }
 
-impl InplaceOp2 for Moment {
+impl InplaceOp2 for MomentUpdate {
     fn name(&self) -> &'static str {
         "adamw-moment"
     }
@@ -267,27 +270,29 @@ impl InplaceOp2 for Moment {
         s2: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<()> {
-        let (moment, gradient) = both(s1, s2)?;
+        let (moment, gradient) = f32_slices(s1, s2)?;
         let rates = self.rates;
-        moment.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK)).for_each(|(moment, gradient)| {
-            let each = moment.iter_mut().zip(gradient);
-            if self.squared {
-                each.for_each(|(v, g)| *v = rates.second(*v, *g));
-            } else {
-                each.for_each(|(m, g)| *m = rates.first(*m, *g));
-            }
-        });
+        moment.par_chunks_mut(VALUES_PER_TASK).zip(gradient.par_chunks(VALUES_PER_TASK)).for_each(
+            |(moment, gradient)| {
+                let each = moment.iter_mut().zip(gradient);
+                if self.squared {
+                    each.for_each(|(v, g)| *v = rates.second_moment(*v, *g));
+                } else {
+                    each.for_each(|(m, g)| *m = rates.first_moment(*m, *g));
+                }
+            },
+        );
         Ok(())
     }
 }
 
 /// In-place update of weights and 8-bit moments in one pass.
-struct Step<'a> {
-    moments: RefCell<&'a mut EightBits>,
-    rates: Rates,
+struct QuantizedUpdate<'a> {
+    moments: RefCell<&'a mut QuantizedMoments>,
+    rates: StepConstants,
 }
 
-impl InplaceOp2 for Step<'_> {
+impl InplaceOp2 for QuantizedUpdate<'_> {
     fn name(&self) -> &'static str {
         "adamw-eight-bits"
     }
@@ -299,16 +304,16 @@ impl InplaceOp2 for Step<'_> {
         s2: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<()> {
-        let (theta, gradient) = both(s1, s2)?;
+        let (theta, gradient) = f32_slices(s1, s2)?;
         self.moments.borrow_mut().step(theta, gradient, &self.rates);
         Ok(())
     }
 }
 
 /// In-place update of the weights from f32 moments.
-struct Update(Rates);
+struct WeightUpdate(StepConstants);
 
-impl InplaceOp3 for Update {
+impl InplaceOp3 for WeightUpdate {
     fn name(&self) -> &'static str {
         "adamw-update"
     }
@@ -323,14 +328,16 @@ impl InplaceOp3 for Update {
         _: &Layout,
     ) -> candle_core::Result<()> {
         let v = s3.as_slice::<f32>()?;
-        let (theta, m) = both(s1, s2)?;
-        theta.par_chunks_mut(CHUNK).zip(m.par_chunks(CHUNK)).zip(v.par_chunks(CHUNK)).for_each(
-            |((theta, m), v)| {
+        let (theta, m) = f32_slices(s1, s2)?;
+        theta
+            .par_chunks_mut(VALUES_PER_TASK)
+            .zip(m.par_chunks(VALUES_PER_TASK))
+            .zip(v.par_chunks(VALUES_PER_TASK))
+            .for_each(|((theta, m), v)| {
                 for ((theta, m), v) in theta.iter_mut().zip(m).zip(v) {
-                    *theta = self.0.moved(*theta, *m, *v);
+                    *theta = self.0.updated_weight(*theta, *m, *v);
                 }
-            },
-        );
+            });
         Ok(())
     }
 }
@@ -345,19 +352,19 @@ mod tests {
     #[test]
     fn update_matches_the_formula_for_a_scalar() {
         for eight_bits in [false, true] {
-            follows(eight_bits);
+            check_against_formula(eight_bits);
         }
     }
 
     /// Runs five steps. A block of one value stores 8-bit moments exactly, so both variants meet the same tolerance.
-    fn follows(eight_bits: bool) {
+    fn check_against_formula(eight_bits: bool) {
         let config = AdamWConfig {
             beta1: 0.9,
             beta2: 0.99,
             eps: 1e-8,
             weight_decay: 0.1,
             max_grad_norm: 0.5,
-            eight_bits,
+            quantize_moments: eight_bits,
         };
         let variable = Var::from_tensor(&Tensor::new(&[[2.0f32]], &Device::Cpu).unwrap()).unwrap();
         let mut optimiser = AdamW::new(BTreeMap::from([("w".to_owned(), variable.clone())]), config).unwrap();

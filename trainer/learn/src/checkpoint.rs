@@ -50,13 +50,13 @@ pub struct LogEntry {
 }
 
 /// Returns a checkpoint error for `path`.
-fn broken(path: &Path, problem: impl ToString) -> LearnError {
+fn checkpoint_error(path: &Path, problem: impl ToString) -> LearnError {
     LearnError::Checkpoint { path: path.to_owned(), problem: problem.to_string() }
 }
 
 /// Writes `checkpoint-N` to `folder`, where `N` is the global step. Removes all but the newest `keep` checkpoints; at
 /// least one stays.
-pub fn save(
+pub fn save_checkpoint(
     folder: &Path,
     cursor: &Cursor,
     variables: &BTreeMap<String, Var>,
@@ -70,10 +70,10 @@ pub fn save(
     publish_folder::<LearnError>(&path, |folder| {
         write_tensors(&folder.join("model.safetensors"), &weights)?;
         write_tensors(&folder.join("optimizer.safetensors"), &moments)?;
-        let json = serde_json::to_string_pretty(cursor).map_err(|error| broken(folder, error))?;
+        let json = serde_json::to_string_pretty(cursor).map_err(|error| checkpoint_error(folder, error))?;
         Ok(write_file(&folder.join("cursor.json"), json.as_bytes())?)
     })?;
-    let mut all = list(folder);
+    let mut all = list_checkpoints(folder);
     while all.len() > keep.max(1) {
         remove_folder(&all.remove(0).1)?;
     }
@@ -81,7 +81,7 @@ pub fn save(
 }
 
 /// Returns the checkpoints in `folder` as (step, path), oldest first.
-fn list(folder: &Path) -> Vec<(usize, PathBuf)> {
+fn list_checkpoints(folder: &Path) -> Vec<(usize, PathBuf)> {
     let mut found: Vec<(usize, PathBuf)> = std::fs::read_dir(folder)
         .into_iter()
         .flatten()
@@ -97,25 +97,28 @@ fn list(folder: &Path) -> Vec<(usize, PathBuf)> {
 
 /// Loads the newest checkpoint into `variables` and `optimiser`. Returns `None` if there is no checkpoint, and
 /// [`LearnError::OtherRun`] if its hash differs from `run_hash`.
-pub fn resume(
+pub fn load_newest(
     folder: &Path,
     run_hash: &str,
     variables: &BTreeMap<String, Var>,
     optimiser: &mut AdamW,
 ) -> Result<Option<Cursor>, LearnError> {
-    let Some((_, path)) = list(folder).pop() else { return Ok(None) };
-    let text = std::fs::read_to_string(path.join("cursor.json")).map_err(|error| broken(&path, error))?;
-    let cursor: Cursor = serde_json::from_str(&text).map_err(|error| broken(&path, error))?;
+    let Some((_, path)) = list_checkpoints(folder).pop() else { return Ok(None) };
+    let text =
+        std::fs::read_to_string(path.join("cursor.json")).map_err(|error| checkpoint_error(&path, error))?;
+    let cursor: Cursor = serde_json::from_str(&text).map_err(|error| checkpoint_error(&path, error))?;
     if cursor.run_hash != run_hash {
-        return Err(LearnError::OtherRun { path });
+        return Err(LearnError::RunMismatch { path });
     }
     let load = |name: &str| {
-        candle_core::safetensors::load(path.join(name), &Device::Cpu).map_err(|error| broken(&path, error))
+        candle_core::safetensors::load(path.join(name), &Device::Cpu)
+            .map_err(|error| checkpoint_error(&path, error))
     };
     let mut weights = load("model.safetensors")?;
     for (name, variable) in variables {
-        let tensor =
-            weights.remove(name).ok_or_else(|| broken(&path, format!("tensor `{name}` is missing")))?;
+        let tensor = weights
+            .remove(name)
+            .ok_or_else(|| checkpoint_error(&path, format!("tensor `{name}` is missing")))?;
         variable.set(&tensor.to_device(variable.device())?)?;
     }
     optimiser.restore(load("optimizer.safetensors")?, cursor.optimiser_step)?;

@@ -28,7 +28,7 @@ pub struct Phase {
 /// Criterion that orders the examples.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Order {
+pub enum CurriculumOrder {
     /// Difficulty of the trace for the student: medium, then hard.
     #[default]
     Difficulty,
@@ -43,7 +43,7 @@ pub enum Order {
 #[serde(deny_unknown_fields, default)]
 pub struct Curriculum {
     /// Criterion that orders the examples.
-    pub order: Order,
+    pub order: CurriculumOrder,
     /// Epochs over the medium traces, or over each window of cognitive difficulty.
     pub medium_epochs: f64,
     /// Epochs over the hard traces and the replayed ones.
@@ -56,13 +56,19 @@ pub struct Curriculum {
 
 impl Default for Curriculum {
     fn default() -> Self {
-        Self { order: Order::Difficulty, medium_epochs: 3.0, hard_epochs: 1.0, replay: 0.2, hard_rate: 0.5 }
+        Self {
+            order: CurriculumOrder::Difficulty,
+            medium_epochs: 3.0,
+            hard_epochs: 1.0,
+            replay: 0.2,
+            hard_rate: 0.5,
+        }
     }
 }
 
 /// Difficulty of one example, for the curriculum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Lesson {
+pub struct ExampleMeta {
     /// Difficulty of the trace for the student.
     pub difficulty: Difficulty,
     /// Cognitive difficulty, 0 to 9; `None` if unscored.
@@ -73,26 +79,36 @@ pub struct Lesson {
 ///
 /// Easy and unscored traces count as medium, because the rewrite stage has already verified the remaining easy ones.
 /// Examples without a cognitive difficulty count as 4, in the middle window. A phase without examples is left out.
-pub fn phases(lessons: &[Lesson], curriculum: Curriculum, learning_rate: f64, seed: u64) -> Vec<Phase> {
+pub fn phases(lessons: &[ExampleMeta], curriculum: Curriculum, learning_rate: f64, seed: u64) -> Vec<Phase> {
     let by_difficulty = || {
         let (mut hard, mut medium) = (Vec::new(), Vec::new());
         for (index, lesson) in lessons.iter().enumerate() {
             if lesson.difficulty == Difficulty::Hard { hard.push(index) } else { medium.push(index) }
         }
         let epochs = [curriculum.medium_epochs, curriculum.hard_epochs];
-        staged([("medium", medium), ("hard", hard)].into_iter().zip(epochs), curriculum, learning_rate, seed)
+        phases_with_replay(
+            [("medium", medium), ("hard", hard)].into_iter().zip(epochs),
+            curriculum,
+            learning_rate,
+            seed,
+        )
     };
     match curriculum.order {
-        Order::Difficulty => by_difficulty(),
-        Order::Cd => {
+        CurriculumOrder::Difficulty => by_difficulty(),
+        CurriculumOrder::Cd => {
             let window = |low: u8, high: u8| {
                 let inside = |index: &usize| (low..=high).contains(&lessons[*index].cd.unwrap_or(4));
                 (0..lessons.len()).filter(inside).collect::<Vec<usize>>()
             };
             let windows = [("cd 0-2", window(0, 2)), ("cd 3-5", window(3, 5)), ("cd 6-9", window(6, 9))];
-            staged(windows.map(|part| (part, curriculum.medium_epochs)), curriculum, learning_rate, seed)
+            phases_with_replay(
+                windows.map(|part| (part, curriculum.medium_epochs)),
+                curriculum,
+                learning_rate,
+                seed,
+            )
         }
-        Order::Shuffled => {
+        CurriculumOrder::Shuffled => {
             let visits: f64 =
                 by_difficulty().iter().map(|phase| phase.epochs * phase.examples.len() as f64).sum();
             let epochs = visits / lessons.len().max(1) as f64;
@@ -103,7 +119,7 @@ pub fn phases(lessons: &[Lesson], curriculum: Curriculum, learning_rate: f64, se
 }
 
 /// Returns one phase per part. Each later phase replays a random fraction of all earlier examples.
-fn staged<'a>(
+fn phases_with_replay<'a>(
     parts: impl IntoIterator<Item = ((&'a str, Vec<usize>), f64)>,
     curriculum: Curriculum,
     learning_rate: f64,
@@ -129,28 +145,31 @@ fn staged<'a>(
 mod tests {
     use super::*;
 
-    fn lesson(difficulty: Difficulty, cd: u8) -> Lesson {
-        Lesson { difficulty, cd: Some(cd) }
+    fn example_meta(difficulty: Difficulty, cd: u8) -> ExampleMeta {
+        ExampleMeta { difficulty, cd: Some(cd) }
     }
 
     #[test]
     fn orders_by_difficulty_or_cd_or_shuffles_with_equal_visits() {
         use Difficulty::{Easy, Hard, Medium};
         let curriculum = Curriculum { replay: 0.5, ..Curriculum::default() };
-        let lessons: Vec<Lesson> = [(Medium, 1), (Hard, 7), (Easy, 4), (Hard, 5), (Medium, 2), (Medium, 3)]
-            .map(|(d, cd)| lesson(d, cd))
-            .into();
+        let lessons: Vec<ExampleMeta> =
+            [(Medium, 1), (Hard, 7), (Easy, 4), (Hard, 5), (Medium, 2), (Medium, 3)]
+                .map(|(d, cd)| example_meta(d, cd))
+                .into();
         let found = phases(&lessons, curriculum, 1.0, 7);
         assert_eq!(found[0].examples, [0, 2, 4, 5]);
         assert_eq!(found[1].examples[..2], [1, 3]);
         assert_eq!(found[1].examples.len(), 4, "half of the four medium ones are replayed");
         assert!((found[1].learning_rate - 0.5).abs() < 1e-12);
 
-        let by_cd = phases(&lessons, Curriculum { order: Order::Cd, replay: 0.0, ..curriculum }, 1.0, 7);
+        let by_cd =
+            phases(&lessons, Curriculum { order: CurriculumOrder::Cd, replay: 0.0, ..curriculum }, 1.0, 7);
         let examples: Vec<&[usize]> = by_cd.iter().map(|phase| phase.examples.as_slice()).collect();
         assert_eq!(examples, [&[0, 4][..], &[2, 3, 5], &[1]]);
 
-        let shuffled = phases(&lessons, Curriculum { order: Order::Shuffled, ..curriculum }, 1.0, 7);
+        let shuffled =
+            phases(&lessons, Curriculum { order: CurriculumOrder::Shuffled, ..curriculum }, 1.0, 7);
         let visits =
             |phases: &[Phase]| phases.iter().map(|p| p.epochs * p.examples.len() as f64).sum::<f64>();
         assert_eq!(shuffled.len(), 1);

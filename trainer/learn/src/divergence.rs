@@ -22,17 +22,17 @@ pub enum Divergence {
 }
 
 /// Lower bound of probabilities inside logarithms and quotients, to keep them finite.
-const LEAST: f64 = 1e-12;
+const MIN_PROBABILITY: f64 = 1e-12;
 
 impl Divergence {
     /// Returns the divergence and writes `∂/∂q` to `gradient`. All slices have equal length; `p` and `q` each sum to 1.
-    pub fn of(self, p: &[f64], q: &[f64], gradient: &mut [f64]) -> f64 {
-        let log = |value: f64| value.max(LEAST).ln();
+    pub fn value_and_gradient(self, p: &[f64], q: &[f64], gradient: &mut [f64]) -> f64 {
+        let log = |value: f64| value.max(MIN_PROBABILITY).ln();
         match self {
             Self::ForwardKl => {
                 let mut sum = 0.0;
                 for ((p, q), g) in p.iter().zip(q).zip(gradient) {
-                    *g = -p / q.max(LEAST);
+                    *g = -p / q.max(MIN_PROBABILITY);
                     sum += if *p > 0.0 { p * (log(*p) - log(*q)) } else { 0.0 };
                 }
                 sum
@@ -58,10 +58,10 @@ impl Divergence {
                 sum
             }
             Self::AdaptiveKl => {
-                let share = head_share(p, q);
+                let share = head_gap_fraction(p, q);
                 let mut reverse = vec![0.0; q.len()];
-                let forward = Self::ForwardKl.of(p, q, gradient);
-                let backward = Self::ReverseKl.of(p, q, &mut reverse);
+                let forward = Self::ForwardKl.value_and_gradient(p, q, gradient);
+                let backward = Self::ReverseKl.value_and_gradient(p, q, &mut reverse);
                 for (g, r) in gradient.iter_mut().zip(&reverse) {
                     *g = share * *g + (1.0 - share) * r;
                 }
@@ -73,7 +73,7 @@ impl Divergence {
 
 /// Returns the fraction of the gap `Σ |p - q|` in the head: the most likely classes that hold half of the teacher's
 /// mass. The fraction is treated as a constant, without gradient. Returns 0.5 if there is no gap.
-fn head_share(p: &[f64], q: &[f64]) -> f64 {
+fn head_gap_fraction(p: &[f64], q: &[f64]) -> f64 {
     let mut order: Vec<usize> = (0..p.len()).collect();
     order.sort_unstable_by(|&a, &b| p[b].total_cmp(&p[a]).then(a.cmp(&b)));
     let (mut mass, mut head, mut tail) = (0.0, 0.0, 0.0);
@@ -95,7 +95,7 @@ mod tests {
 
     use super::*;
 
-    fn normalised(values: &[f64]) -> Vec<f64> {
+    fn normalize(values: &[f64]) -> Vec<f64> {
         let total: f64 = values.iter().sum();
         values.iter().map(|value| value / total).collect()
     }
@@ -104,11 +104,11 @@ mod tests {
     fn kl_and_jsd_match_closed_forms() {
         let (p, q) = ([0.5, 0.5], [0.25, 0.75]);
         let mut g = [0.0; 2];
-        let forward = Divergence::ForwardKl.of(&p, &q, &mut g);
+        let forward = Divergence::ForwardKl.value_and_gradient(&p, &q, &mut g);
         assert!((forward - 0.5 * (2.0f64.ln() + (2.0f64 / 3.0).ln())).abs() < 1e-12);
-        let reverse = Divergence::ReverseKl.of(&p, &q, &mut g);
+        let reverse = Divergence::ReverseKl.value_and_gradient(&p, &q, &mut g);
         assert!((reverse - (0.25 * 0.5f64.ln() + 0.75 * 1.5f64.ln())).abs() < 1e-12);
-        let half = Divergence::Jsd(0.5).of(&p, &q, &mut g);
+        let half = Divergence::Jsd(0.5).value_and_gradient(&p, &q, &mut g);
         let m = [0.375, 0.625];
         let kl = |a: &[f64; 2]| -> f64 { (0..2).map(|i| a[i] * (a[i] / m[i]).ln()).sum() };
         assert!((half - 0.5 * kl(&p) - 0.5 * kl(&q)).abs() < 1e-12);
@@ -122,24 +122,24 @@ mod tests {
             q in prop::collection::vec(0.05f64..1.0, 8),
             beta in 0.1f64..0.9,
         ) {
-            let (p, q) = (normalised(&p), normalised(&q[..p.len()]));
+            let (p, q) = (normalize(&p), normalize(&q[..p.len()]));
             for kind in [Divergence::ForwardKl, Divergence::ReverseKl, Divergence::Jsd(beta)] {
                 let mut g = vec![0.0; q.len()];
-                let value = kind.of(&p, &q, &mut g);
+                let value = kind.value_and_gradient(&p, &q, &mut g);
                 prop_assert!(value >= -1e-12);
                 for i in 1..q.len() {
                     let h = 1e-6;
                     let shifted = |h: f64| { let mut q = q.clone(); q[i] += h; q[0] -= h; q };
                     let mut unused = vec![0.0; q.len()];
-                    let slope = (kind.of(&p, &shifted(h), &mut unused) - kind.of(&p, &shifted(-h), &mut unused)) / (2.0 * h);
+                    let slope = (kind.value_and_gradient(&p, &shifted(h), &mut unused) - kind.value_and_gradient(&p, &shifted(-h), &mut unused)) / (2.0 * h);
                     prop_assert!((slope - (g[i] - g[0])).abs() < 1e-5 * (1.0 + slope.abs()), "{kind:?}: {slope} against {}", g[i] - g[0]);
                 }
-                prop_assert!(kind.of(&p, &p, &mut g).abs() < 1e-12);
+                prop_assert!(kind.value_and_gradient(&p, &p, &mut g).abs() < 1e-12);
             }
             let mut g = vec![0.0; q.len()];
             let (mut f, mut r) = (g.clone(), g.clone());
-            let ends = [Divergence::ForwardKl.of(&p, &q, &mut f), Divergence::ReverseKl.of(&p, &q, &mut r)];
-            let adaptive = Divergence::AdaptiveKl.of(&p, &q, &mut g);
+            let ends = [Divergence::ForwardKl.value_and_gradient(&p, &q, &mut f), Divergence::ReverseKl.value_and_gradient(&p, &q, &mut r)];
+            let adaptive = Divergence::AdaptiveKl.value_and_gradient(&p, &q, &mut g);
             prop_assert!(adaptive <= ends[0].max(ends[1]) + 1e-12 && adaptive >= ends[0].min(ends[1]) - 1e-12);
         }
     }

@@ -23,12 +23,14 @@ use crate::error::LearnError;
 use crate::examples::Example;
 use crate::learner::Learner;
 use crate::packing;
-use crate::run::{Observe, RunConfig, RunReport, StepOutcome, plan, run, run_hash, tokens_hash};
-use crate::sft::Learnt;
+use crate::run::{
+    RunConfig, RunReport, StepObserver, StepOutcome, plan_steps, run_hash, run_plan, tokens_hash,
+};
+use crate::sft::LossRows;
 
 /// A preference between two completions of one prompt.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Pair {
+pub struct PreferencePair {
     /// Prompt with the better completion.
     pub chosen: Example,
     /// Prompt with the worse completion.
@@ -65,10 +67,10 @@ impl Default for DpoConfig {
 /// completions of a pair are equal, or if a `beta` is not positive.
 pub fn dpo(
     model: &LoadedModel,
-    pairs: &[Pair],
+    pairs: &[PreferencePair],
     config: &DpoConfig,
     folder: &Path,
-    observe: Observe<'_>,
+    observe: StepObserver<'_>,
 ) -> Result<(Learner, RunReport), LearnError> {
     for (row, pair) in pairs.iter().enumerate() {
         if pair.chosen.tokens == pair.rejected.tokens {
@@ -81,7 +83,7 @@ pub fn dpo(
     let lengths: Vec<usize> =
         pairs.iter().map(|pair| pair.chosen.tokens.len() + pair.rejected.tokens.len()).collect();
     let longest = config.run.max_length.min(model.config.max_positions);
-    let fits = |pair: &Pair| pair.chosen.tokens.len().max(pair.rejected.tokens.len()) <= longest;
+    let fits = |pair: &PreferencePair| pair.chosen.tokens.len().max(pair.rejected.tokens.len()) <= longest;
     let usable: Vec<usize> = (0..pairs.len()).filter(|&index| fits(&pairs[index])).collect();
     let too_long = pairs.len() - usable.len();
     if usable.is_empty() {
@@ -96,25 +98,27 @@ pub fn dpo(
         epochs: config.epochs,
         learning_rate: config.learning_rate,
     };
-    let plan = plan(&[phase], &lengths, usize::MAX, &config.run);
-    let mut parts = vec![format!("dpo {:?}", DpoConfig { run: config.run.anywhere(), ..config.clone() })];
+    let plan = plan_steps(&[phase], &lengths, usize::MAX, &config.run);
+    let mut parts =
+        vec![format!("dpo {:?}", DpoConfig { run: config.run.without_devices(), ..config.clone() })];
     for pair in pairs {
         parts.push(tokens_hash(&pair.chosen.tokens));
         parts.push(tokens_hash(&pair.rejected.tokens));
-        parts.push(format!("{} {} {:?}", pair.chosen.targets(), pair.rejected.targets(), pair.beta));
+        parts.push(format!("{} {} {:?}", pair.chosen.num_targets(), pair.rejected.num_targets(), pair.beta));
     }
     let hash = run_hash(model, parts)?;
     create_folder(folder)?;
-    let reference = reference(model, pairs, &lengths, config, folder, &hash)?;
+    let reference = reference_log_probs(model, pairs, &lengths, config, folder, &hash)?;
     let mut learner = Learner::new(model, &config.run, &[])?;
     let mut gradients = |learner: &Learner, _: usize, step: &[usize]| {
-        let parts = learner.share(step, &lengths, config.run.micro_batch_tokens, |replica, micro| {
-            let chunk: Vec<&Pair> = micro.iter().map(|&index| &pairs[index]).collect();
-            let from: Vec<[f32; 2]> = micro.iter().map(|&index| reference[index]).collect();
-            let part = dpo_loss(&replica.lm, &chunk, &from, config, step.len() as f64)?;
-            replica.lm.backward(&part.loss)?;
-            Ok((f64::from(part.loss.to_scalar::<f32>()?), part.sums))
-        })?;
+        let parts =
+            learner.map_micro_batches(step, &lengths, config.run.micro_batch_tokens, |replica, micro| {
+                let chunk: Vec<&PreferencePair> = micro.iter().map(|&index| &pairs[index]).collect();
+                let from: Vec<[f32; 2]> = micro.iter().map(|&index| reference[index]).collect();
+                let part = dpo_loss(&replica.lm, &chunk, &from, config, step.len() as f64)?;
+                replica.lm.backward(&part.loss)?;
+                Ok((f64::from(part.loss.to_scalar::<f32>()?), part.metric_sums))
+            })?;
         let tokens = step.iter().map(|&index| lengths[index]).sum();
         let mut outcome = StepOutcome { tokens, ..StepOutcome::default() };
         for (loss, sums) in parts {
@@ -125,7 +129,7 @@ pub fn dpo(
         }
         Ok(outcome)
     };
-    let report = run(&mut learner, &plan, &config.run, hash, folder, &mut gradients, observe)?;
+    let report = run_plan(&mut learner, &plan, &config.run, hash, folder, &mut gradients, observe)?;
     Ok((learner, RunReport { examples: pairs.len() - too_long, too_long, ..report }))
 }
 
@@ -134,14 +138,14 @@ pub struct DpoLoss {
     /// Sum of the pairs' losses divided by the normalizer, a scalar with gradient.
     pub loss: Tensor,
     /// Named metrics, each summed over the pairs: accuracy, margin, rewards of chosen and rejected.
-    pub sums: [(&'static str, f64); 4],
+    pub metric_sums: [(&'static str, f64); 4],
 }
 
 /// Computes the sum of the pairs' losses, divided by `normaliser`. `reference` holds `log π₀` of chosen and rejected
 /// for each pair.
 pub fn dpo_loss(
     lm: &CausalLm,
-    pairs: &[&Pair],
+    pairs: &[&PreferencePair],
     reference: &[[f32; 2]],
     config: &DpoConfig,
     normaliser: f64,
@@ -159,7 +163,7 @@ pub fn dpo_loss(
     let margin = ((&chosen - &rejected)? * &beta)?;
     let mut loss = softplus(&margin.neg()?)?.sum_all()?;
     if config.nll > 0.0 {
-        let inverse: Vec<f32> = pairs.iter().map(|pair| 1.0 / pair.chosen.targets() as f32).collect();
+        let inverse: Vec<f32> = pairs.iter().map(|pair| 1.0 / pair.chosen.num_targets() as f32).collect();
         let of_chosen = policy.narrow(1, 0, 1)?.squeeze(1)?;
         let nll = (of_chosen * Tensor::from_slice(&inverse, n, device)?)?.sum_all()?.neg()?;
         loss = (loss + (nll * config.nll)?)?;
@@ -172,7 +176,7 @@ pub fn dpo_loss(
         ("rewards/chosen", total(&(chosen.detach() * &beta)?)?),
         ("rewards/rejected", total(&(rejected.detach() * &beta)?)?),
     ];
-    Ok(DpoLoss { loss: (loss / normaliser)?, sums })
+    Ok(DpoLoss { loss: (loss / normaliser)?, metric_sums: sums })
 }
 
 /// Computes `log(1 + exp(x))` without overflow.
@@ -181,14 +185,14 @@ pub(crate) fn softplus(x: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 /// Returns `log π` of each completion, summed over its tokens: `[2 n]` in the order chosen, rejected, chosen, …
-fn sequence_log_probs(lm: &CausalLm, pairs: &[&Pair]) -> Result<Tensor, LearnError> {
-    let learnt = Learnt::new(pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]));
-    let each = linear_log_prob(&learnt.hidden(lm)?, lm.head()?, &learnt.targets, lm.precision())?;
-    Ok(sum_by(&each, &learnt.counts)?)
+fn sequence_log_probs(lm: &CausalLm, pairs: &[&PreferencePair]) -> Result<Tensor, LearnError> {
+    let learnt = LossRows::new(pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]));
+    let each = linear_log_prob(&learnt.hidden_states(lm)?, lm.head()?, &learnt.targets, lm.precision())?;
+    Ok(segment_sums(&each, &learnt.counts)?)
 }
 
 /// Sums consecutive segments of `values`; segment `i` has `counts[i]` values.
-pub(crate) fn sum_by(values: &Tensor, counts: &[usize]) -> candle_core::Result<Tensor> {
+pub(crate) fn segment_sums(values: &Tensor, counts: &[usize]) -> candle_core::Result<Tensor> {
     let owner: Vec<u32> =
         counts.iter().enumerate().flat_map(|(run, &count)| std::iter::repeat_n(run as u32, count)).collect();
     let owner = Tensor::from_vec(owner, values.dim(0)?, values.device())?;
@@ -197,9 +201,9 @@ pub(crate) fn sum_by(values: &Tensor, counts: &[usize]) -> candle_core::Result<T
 
 /// Returns `log π₀` of chosen and rejected for every pair. Reads the file that an earlier start of the same run stored,
 /// or computes and writes it.
-fn reference(
+fn reference_log_probs(
     model: &LoadedModel,
-    pairs: &[Pair],
+    pairs: &[PreferencePair],
     lengths: &[usize],
     config: &DpoConfig,
     folder: &Path,
@@ -216,13 +220,13 @@ fn reference(
         }
         return Ok(rows.into_iter().map(|row| [row[0], row[1]]).collect());
     }
-    let device = config.run.devices()?.swap_remove(0);
+    let device = config.run.parse_devices()?.swap_remove(0);
     let weights = model.weights.detached().to(&device, DType::F32)?;
     let lm = CausalLm::rounded(&model.config, &weights, config.run.dtype)?;
     let order: Vec<usize> = (0..pairs.len()).collect();
     let mut values = Vec::with_capacity(pairs.len());
-    for chunk in packing::chunks(&order, lengths, config.run.micro_batch_tokens) {
-        let chunk: Vec<&Pair> = chunk.iter().map(|&index| &pairs[index]).collect();
+    for chunk in packing::pack_chunks(&order, lengths, config.run.micro_batch_tokens) {
+        let chunk: Vec<&PreferencePair> = chunk.iter().map(|&index| &pairs[index]).collect();
         let sums = sequence_log_probs(&lm, &chunk)?.to_vec1::<f32>()?;
         values.extend(sums.chunks_exact(2).map(|pair| [pair[0], pair[1]]));
     }

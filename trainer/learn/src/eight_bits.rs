@@ -13,7 +13,7 @@ use std::sync::LazyLock;
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-use crate::adamw::Rates;
+use crate::adamw::StepConstants;
 use crate::error::LearnError;
 
 /// Values that share a scale.
@@ -24,20 +24,20 @@ const BLOCKS_PER_TASK: usize = 64;
 const SHIFT: u32 = 17;
 
 /// Both moments of one variable, quantized.
-pub(crate) struct EightBits {
-    m: Quantised,
-    v: Quantised,
+pub(crate) struct QuantizedMoments {
+    m: BlockQuantized,
+    v: BlockQuantized,
 }
 
 /// One quantized moment: a code per value, and the largest magnitude of each block as scale.
-struct Quantised {
+struct BlockQuantized {
     codes: Vec<u8>,
     scales: Vec<f32>,
 }
 
 /// Levels from 0 to 1 in rising order, with tables to find the nearest. Arrays cover the whole range of their index
 /// type, which removes bounds checks.
-struct Levels {
+struct QuantizationLevels {
     /// Value of each code. Signed levels repeat as negative values from code 128 on.
     values: [f32; 256],
     /// Midpoint between each level and the next; infinity after the last.
@@ -47,11 +47,11 @@ struct Levels {
 }
 
 /// Levels of the first moment: 128 magnitudes and a sign bit.
-static SIGNED: LazyLock<Levels> = LazyLock::new(|| Levels::new(7));
+static SIGNED: LazyLock<QuantizationLevels> = LazyLock::new(|| QuantizationLevels::new(7));
 /// Levels of the second moment: 256 values without sign.
-static UNSIGNED: LazyLock<Levels> = LazyLock::new(|| Levels::new(8));
+static UNSIGNED: LazyLock<QuantizationLevels> = LazyLock::new(|| QuantizationLevels::new(8));
 
-impl Levels {
+impl QuantizationLevels {
     /// Returns `2^bits` levels: 0, 1, and the levels of seven decades. A decade is divided into equal parts, whose
     /// midpoints are its levels. Each decade has twice as many parts as the decade below.
     fn new(bits: u32) -> Self {
@@ -95,11 +95,11 @@ impl Levels {
 
 /// Returns the largest of some non-negative numbers, or 0.
 #[inline(always)]
-fn largest(numbers: impl Iterator<Item = f32>) -> f32 {
+fn max_non_negative(numbers: impl Iterator<Item = f32>) -> f32 {
     numbers.fold(0.0, |most, number| if number > most { number } else { most })
 }
 
-impl Quantised {
+impl BlockQuantized {
     /// Returns `count` zeros.
     fn zeros(count: usize) -> Self {
         Self { codes: vec![0; count], scales: vec![0.0; count.div_ceil(BLOCK)] }
@@ -112,14 +112,14 @@ impl Quantised {
     }
 }
 
-impl EightBits {
+impl QuantizedMoments {
     /// Returns zero moments for a variable of `count` values.
     pub(crate) fn zeros(count: usize) -> Self {
-        Self { m: Quantised::zeros(count), v: Quantised::zeros(count) }
+        Self { m: BlockQuantized::zeros(count), v: BlockQuantized::zeros(count) }
     }
 
     /// Applies one AdamW step to the values `theta` of a variable, given its gradient.
-    pub(crate) fn step(&mut self, theta: &mut [f32], gradient: &[f32], rates: &Rates) {
+    pub(crate) fn step(&mut self, theta: &mut [f32], gradient: &[f32], rates: &StepConstants) {
         let (signed, unsigned) = (&*SIGNED, &*UNSIGNED);
         const TASK: usize = BLOCK * BLOCKS_PER_TASK;
         let moments = (self.m.codes.par_chunks_mut(TASK).zip(self.m.scales.par_chunks_mut(BLOCKS_PER_TASK)))
@@ -143,12 +143,12 @@ impl EightBits {
                     }
                     for (((theta, gradient), m), v) in theta.iter_mut().zip(gradient).zip(&mut m).zip(&mut v)
                     {
-                        *m = rates.first(*m, *gradient);
-                        *v = rates.second(*v, *gradient);
-                        *theta = rates.moved(*theta, *m, *v);
+                        *m = rates.first_moment(*m, *gradient);
+                        *v = rates.second_moment(*v, *gradient);
+                        *theta = rates.updated_weight(*theta, *m, *v);
                     }
-                    *m_scale = largest(m[..count].iter().map(|m| m.abs()));
-                    *v_scale = largest(v[..count].iter().copied());
+                    *m_scale = max_non_negative(m[..count].iter().map(|m| m.abs()));
+                    *v_scale = max_non_negative(v[..count].iter().copied());
                     // In a block of zeros every quotient is zero.
                     let share = |most: f32| if most > 0.0 { 1.0 / most } else { 0.0 };
                     let (m_share, v_share) = (share(*m_scale), share(*v_scale));
@@ -186,7 +186,7 @@ impl EightBits {
             if codes.len() != quantised.codes.len() || scales.len() != quantised.scales.len() {
                 return Err(missing(&key));
             }
-            *quantised = Quantised { codes, scales };
+            *quantised = BlockQuantized { codes, scales };
         }
         Ok(())
     }

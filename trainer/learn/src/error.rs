@@ -43,7 +43,7 @@ pub enum LearnError {
     Rollout(String),
     /// The newest checkpoint was written by a run with other data, settings or base model.
     #[error("`{path}` belongs to other data or settings; remove it, or choose another output folder")]
-    OtherRun {
+    RunMismatch {
         /// Folder of the checkpoint.
         path: PathBuf,
     },

@@ -12,13 +12,13 @@ pub struct Example {
     /// Token ids of the whole conversation.
     pub tokens: Vec<u32>,
     /// Loss mask, one entry per token: true where the token counts in the loss. The first entry is always false.
-    pub learnt: Vec<bool>,
+    pub loss_mask: Vec<bool>,
 }
 
 impl Example {
     /// Returns the number of tokens that count in the loss.
-    pub fn targets(&self) -> usize {
-        self.learnt.iter().filter(|learnt| **learnt).count()
+    pub fn num_targets(&self) -> usize {
+        self.loss_mask.iter().filter(|learnt| **learnt).count()
     }
 }
 
@@ -29,7 +29,7 @@ impl Example {
 ///
 /// Fails if there is no assistant turn, if the template rewrites earlier turns, or if a token lies outside the model's
 /// vocabulary.
-pub fn encode(model: &LoadedModel, messages: &[Value]) -> Result<Example, LearnError> {
+pub fn tokenize_conversation(model: &LoadedModel, messages: &[Value]) -> Result<Example, LearnError> {
     let (mut tokens, mut learnt) = (Vec::new(), Vec::new());
     let mut done = String::new();
     for (index, message) in messages.iter().enumerate() {
@@ -67,5 +67,5 @@ pub fn encode(model: &LoadedModel, messages: &[Value]) -> Result<Example, LearnE
             model.config.vocab_size
         )));
     }
-    Ok(Example { tokens, learnt })
+    Ok(Example { tokens, loss_mask: learnt })
 }

@@ -15,7 +15,7 @@ use candle_core::Tensor;
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::model::CausalLm;
 use potstill_engine::ops::log_prob::{linear_log_prob, mean_entropy};
-use potstill_verify::verifier::{Gold, Verifier};
+use potstill_verify::verifier::{Reference, Verifier};
 use serde::{Deserialize, Serialize};
 
 use crate::curriculum::Phase;
@@ -23,17 +23,18 @@ use crate::error::LearnError;
 use crate::examples::Example;
 use crate::learner::Learner;
 use crate::reward_model::RewardModel;
-use crate::rewards::{Interval, Reward, advantages, total, well_formed};
-use crate::rollouts::{Completion, Draw, Rollouts};
+use crate::rewards::{RewardTerms, ScoreInterval, advantages, combine_rewards, is_well_formed};
+use crate::rollouts::{Completion, RolloutEngines, RolloutParams};
 use crate::run::{
-    Observe, PlannedPhase, RunConfig, RunReport, StepOutcome, plan, run, run_hash, tokens_hash,
+    PlannedPhase, RunConfig, RunReport, StepObserver, StepOutcome, plan_steps, run_hash, run_plan,
+    tokens_hash,
 };
-use crate::sft::Learnt;
+use crate::sft::LossRows;
 
 /// Weights of tokens in completions of different length (TRL: `loss_type`).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Weighting {
+pub enum LossType {
     /// Every token of the step has equal weight (DAPO; TRL: `dapo`).
     #[default]
     Token,
@@ -73,15 +74,15 @@ pub struct GrpoConfig {
     /// Whether advantages are divided by the standard deviation of their group (TRL: `scale_rewards`).
     pub by_deviation: bool,
     /// Weights of tokens in completions of different length.
-    pub weighting: Weighting,
+    pub weighting: LossType,
     /// Whether truncated completions count in the loss (the opposite of TRL's `mask_truncated_completions`).
     pub learn_truncated: bool,
     /// Maximum fraction of truncated completions, 0 to 1, as mean of the last ten steps. Above it the run stops.
     pub max_truncated: f64,
     /// Interval without penalty for RV, on the reward model's scale of 0 to 1. Needs an RV reward model.
-    pub rv: Interval,
+    pub rv: ScoreInterval,
     /// Interval without penalty for CD, on the reward model's scale of 0 to 1. Needs a CD reward model.
-    pub cd: Interval,
+    pub cd: ScoreInterval,
     /// Whether RV and CD penalties apply to correct answers only.
     pub style_if_correct: bool,
     /// Settings of the training loop; `batch_tokens` is ignored.
@@ -103,11 +104,11 @@ impl Default for GrpoConfig {
             clip_high: 0.28,
             kl: 0.001,
             by_deviation: true,
-            weighting: Weighting::Token,
+            weighting: LossType::Token,
             learn_truncated: false,
             max_truncated: 0.5,
-            rv: Interval::default(),
-            cd: Interval::default(),
+            rv: ScoreInterval::default(),
+            cd: ScoreInterval::default(),
             style_if_correct: false,
             run: RunConfig { weight_decay: 0.0, checkpoint_every: 20, ..RunConfig::default() },
         }
@@ -116,7 +117,7 @@ impl Default for GrpoConfig {
 
 impl GrpoConfig {
     /// Returns one message per invalid setting; empty if all are valid.
-    pub fn problems(&self) -> Vec<String> {
+    pub fn validation_errors(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut need = |fine: bool, problem: &str| {
             if !fine {
@@ -153,14 +154,14 @@ pub struct Prompt {
     /// Token ids of the rendered prompt, up to the start of the completion.
     pub tokens: Vec<u32>,
     /// Whether the prompt ends inside an open `<think>` block.
-    pub opened: bool,
+    pub starts_in_think: bool,
     /// Reference answer or tests for the verifier.
-    pub gold: Gold,
+    pub reference: Reference,
 }
 
 /// Computes rewards: rules for format and accuracy, and optional reward models for RV and CD.
 #[derive(Default)]
-pub struct Rewards {
+pub struct RewardFunction {
     /// Decides whether an answer is correct.
     pub verifier: Verifier,
     /// Predicts reasoning verbosity, 0 to 1.
@@ -169,18 +170,18 @@ pub struct Rewards {
     pub cd: Option<RewardModel>,
 }
 
-impl Rewards {
+impl RewardFunction {
     /// Returns one reward per completion, in the same order. A truncated completion gets 0 for format and accuracy.
     /// Fails if the sandbox for programs cannot run.
     pub fn score(
         &self,
         completions: &[(&Prompt, &Completion)],
         config: &GrpoConfig,
-    ) -> Result<Vec<Reward>, LearnError> {
+    ) -> Result<Vec<RewardTerms>, LearnError> {
         let texts: Vec<String> = completions
             .iter()
             .map(|(prompt, completion)| {
-                let opened = prompt.opened && !completion.text.trim_start().starts_with("<think>");
+                let opened = prompt.starts_in_think && !completion.text.trim_start().starts_with("<think>");
                 format!("{}{}", if opened { "<think>" } else { "" }, completion.text)
             })
             .collect();
@@ -189,7 +190,7 @@ impl Rewards {
             let rows = completions
                 .iter()
                 .zip(&texts)
-                .map(|((prompt, _), text)| RewardModel::encode(model.loaded(), &prompt.problem, text))
+                .map(|((prompt, _), text)| RewardModel::encode(model.model(), &prompt.problem, text))
                 .collect::<Result<Vec<_>, _>>()?;
             model.predict(&rows, config.run.micro_batch_tokens).map(Some)
         };
@@ -198,14 +199,14 @@ impl Rewards {
         for (index, ((prompt, completion), text)) in completions.iter().zip(&texts).enumerate() {
             let verdict = self
                 .verifier
-                .verify(&prompt.gold, text)
+                .verify(&prompt.reference, text)
                 .map_err(|error| LearnError::Data(format!("cannot judge a program: {error}")))?;
-            let correct = verdict.correct == Some(true) && !completion.truncated;
+            let correct = verdict.correct == Some(true) && !completion.is_truncated;
             let scored = |values: &Option<Vec<f32>>, interval| {
                 values.as_ref().map(|values| (f64::from(values[index]), interval))
             };
-            let formed = well_formed(text, false) && !completion.truncated;
-            rewards.push(total(
+            let formed = is_well_formed(text, false) && !completion.is_truncated;
+            rewards.push(combine_rewards(
                 formed,
                 correct,
                 scored(&rv, config.rv),
@@ -218,7 +219,7 @@ impl Rewards {
 }
 
 /// The rollouts of one step with their advantages.
-struct Experience {
+struct RolloutBatch {
     rollout: usize,
     examples: Vec<Example>,
     advantages: Vec<f64>,
@@ -240,12 +241,12 @@ struct Experience {
 pub fn grpo(
     model: &LoadedModel,
     prompts: &[Prompt],
-    rewards: &Rewards,
+    rewards: &RewardFunction,
     config: &GrpoConfig,
     folder: &Path,
-    observe: Observe<'_>,
+    observe: StepObserver<'_>,
 ) -> Result<(Learner, RunReport), LearnError> {
-    let problems = config.problems();
+    let problems = config.validation_errors();
     if !problems.is_empty() {
         return Err(LearnError::Data(problems.join("; ")));
     }
@@ -268,15 +269,16 @@ pub fn grpo(
         epochs: config.epochs,
         learning_rate: config.learning_rate,
     };
-    let plan = steps(phase, prompts.len(), config);
-    let mut parts = vec![format!("grpo {:?}", GrpoConfig { run: config.run.anywhere(), ..config.clone() })];
+    let plan = plan_rollout_steps(phase, prompts.len(), config);
+    let mut parts =
+        vec![format!("grpo {:?}", GrpoConfig { run: config.run.without_devices(), ..config.clone() })];
     for prompt in prompts {
         parts.push(tokens_hash(&prompt.tokens));
-        parts.push(format!("{:?}", prompt.gold));
+        parts.push(format!("{:?}", prompt.reference));
     }
     for reward_model in [&rewards.rv, &rewards.cd] {
         parts.push(match reward_model {
-            Some(reward_model) => run_hash(reward_model.loaded(), Vec::new())?,
+            Some(reward_model) => run_hash(reward_model.model(), Vec::new())?,
             None => "none".to_owned(),
         });
     }
@@ -285,15 +287,16 @@ pub fn grpo(
     let settings =
         RunConfig { checkpoint_every: config.run.checkpoint_every * config.updates, ..config.run.clone() };
     let mut learner = Learner::new(model, &settings, &[])?;
-    let rollouts = Rollouts::start(&learner.decoders(), config.prompts * config.group)?;
-    let reference = if config.kl > 0.0 { Some(learner.beside(model, config.run.dtype)?) } else { None };
-    let mut experience: Option<Experience> = None;
+    let rollouts = RolloutEngines::start(&learner.inference_models(), config.prompts * config.group)?;
+    let reference =
+        if config.kl > 0.0 { Some(learner.reference_models(model, config.run.dtype)?) } else { None };
+    let mut experience: Option<RolloutBatch> = None;
     let mut truncated = std::collections::VecDeque::new();
     let mut gradients = |learner: &Learner, step: usize, items: &[usize]| {
         let rollout = step / config.updates;
         if experience.as_ref().is_none_or(|held| held.rollout != rollout) {
             let asked: Vec<&Prompt> = items.iter().map(|&index| &prompts[index]).collect();
-            let mut fresh = experience_of(&rollouts, rollout, &asked, rewards, config)?;
+            let mut fresh = collect_rollouts(&rollouts, rollout, &asked, rewards, config)?;
             if let Some(frozen) = &reference {
                 fresh.reference = Some(token_log_probs(learner, Some(frozen), &fresh.examples, config)?);
             }
@@ -311,7 +314,7 @@ pub fn grpo(
             experience = Some(fresh);
         }
         match &experience {
-            Some(experience) => policy_gradients(learner, experience, config),
+            Some(experience) => accumulate_policy_gradients(learner, experience, config),
             None => Ok(StepOutcome::default()),
         }
     };
@@ -320,15 +323,15 @@ pub fn grpo(
         seen = progress.entry.step;
         observe(progress) || !seen.is_multiple_of(config.updates)
     };
-    let report = run(&mut learner, &plan, &settings, hash, folder, &mut gradients, &mut whole_steps)?;
+    let report = run_plan(&mut learner, &plan, &settings, hash, folder, &mut gradients, &mut whole_steps)?;
     Ok((learner, RunReport { examples: prompts.len() - too_long, too_long, ..report }))
 }
 
 /// Returns steps of exactly `config.prompts` prompts, each repeated `config.updates` times. The rest of an epoch that
 /// does not fill a step is dropped.
-fn steps(phase: Phase, count: usize, config: &GrpoConfig) -> Vec<PlannedPhase> {
+fn plan_rollout_steps(phase: Phase, count: usize, config: &GrpoConfig) -> Vec<PlannedPhase> {
     let run = RunConfig { batch_tokens: config.prompts, max_steps: 0, ..config.run.clone() };
-    let mut planned = plan(&[phase], &vec![1; count], usize::MAX, &run);
+    let mut planned = plan_steps(&[phase], &vec![1; count], usize::MAX, &run);
     for phase in &mut planned {
         phase.steps.retain(|step| step.len() == config.prompts);
         if config.run.max_steps > 0 {
@@ -341,14 +344,14 @@ fn steps(phase: Phase, count: usize, config: &GrpoConfig) -> Vec<PlannedPhase> {
 }
 
 /// Samples and scores the completions of one step, and computes advantages, token weights and metrics.
-fn experience_of(
-    rollouts: &Rollouts,
+fn collect_rollouts(
+    rollouts: &RolloutEngines,
     rollout: usize,
     prompts: &[&Prompt],
-    rewards: &Rewards,
+    rewards: &RewardFunction,
     config: &GrpoConfig,
-) -> Result<Experience, LearnError> {
-    let draw = Draw {
+) -> Result<RolloutBatch, LearnError> {
+    let draw = RolloutParams {
         group: config.group,
         temperature: config.temperature,
         top_p: config.top_p,
@@ -375,16 +378,16 @@ fn experience_of(
             vec![0.0; totals.len()]
         }));
     }
-    let learnt = |completion: &Completion| config.learn_truncated || !completion.truncated;
+    let learnt = |completion: &Completion| config.learn_truncated || !completion.is_truncated;
     let used: Vec<bool> = pairs.iter().map(|(_, completion)| learnt(completion)).collect();
     let sequences = used.iter().filter(|used| **used).count().max(1) as f64;
     let tokens: usize =
         pairs.iter().zip(&used).filter(|(_, used)| **used).map(|((_, one), _)| one.tokens.len()).sum();
     let weights = pairs.iter().zip(&used).map(|((_, completion), used)| match (used, config.weighting) {
         (false, _) => 0.0,
-        (true, Weighting::Token) => 1.0 / tokens.max(1) as f64,
-        (true, Weighting::Sequence) => 1.0 / (sequences * completion.tokens.len() as f64),
-        (true, Weighting::Limit) => 1.0 / (sequences * config.max_tokens as f64),
+        (true, LossType::Token) => 1.0 / tokens.max(1) as f64,
+        (true, LossType::Sequence) => 1.0 / (sequences * completion.tokens.len() as f64),
+        (true, LossType::Limit) => 1.0 / (sequences * config.max_tokens as f64),
     });
     let n = pairs.len() as f64;
     let mean = |value: &dyn Fn(usize) -> f64| (0..pairs.len()).map(value).sum::<f64>() / n;
@@ -397,11 +400,11 @@ fn experience_of(
         ("reward/cd", mean(&|i| scored[i].cd)),
         ("groups/same_reward", f64::from(same) / groups.len() as f64),
         ("completions/tokens", mean(&|i| pairs[i].1.tokens.len() as f64)),
-        ("completions/truncated", mean(&|i| if pairs[i].1.truncated { 1.0 } else { 0.0 })),
+        ("completions/truncated", mean(&|i| if pairs[i].1.is_truncated { 1.0 } else { 0.0 })),
     ];
-    Ok(Experience {
+    Ok(RolloutBatch {
         rollout,
-        examples: pairs.iter().map(|(prompt, completion)| completion.example(&prompt.tokens)).collect(),
+        examples: pairs.iter().map(|(prompt, completion)| completion.to_example(&prompt.tokens)).collect(),
         weights: weights.collect(),
         advantages: all_advantages,
         old: None,
@@ -423,29 +426,31 @@ fn token_log_probs(
 ) -> Result<Vec<Vec<f32>>, LearnError> {
     let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
     let order: Vec<usize> = (0..examples.len()).collect();
-    let parts = learner.share(&order, &lengths, config.run.micro_batch_tokens, |replica, micro| {
-        let lm = beside.map_or(&replica.lm, |beside| &beside[replica.rank]);
-        let learnt = Learnt::new(micro.iter().map(|&index| &examples[index]));
-        let hidden = (learnt.hidden(lm)?.detach() / config.temperature)?;
-        let head = lm.head()?.detach();
-        let values = linear_log_prob(&hidden, &head, &learnt.targets, lm.precision())?.to_vec1::<f32>()?;
-        let mut rest = values.as_slice();
-        let mut by_example = Vec::with_capacity(micro.len());
-        for count in learnt.counts {
-            let (own, more) = rest.split_at(count);
-            by_example.push(own.to_vec());
-            rest = more;
-        }
-        Ok(by_example)
-    })?;
+    let parts =
+        learner.map_micro_batches(&order, &lengths, config.run.micro_batch_tokens, |replica, micro| {
+            let lm = beside.map_or(&replica.lm, |beside| &beside[replica.rank]);
+            let learnt = LossRows::new(micro.iter().map(|&index| &examples[index]));
+            let hidden = (learnt.hidden_states(lm)?.detach() / config.temperature)?;
+            let head = lm.head()?.detach();
+            let values =
+                linear_log_prob(&hidden, &head, &learnt.targets, lm.precision())?.to_vec1::<f32>()?;
+            let mut rest = values.as_slice();
+            let mut by_example = Vec::with_capacity(micro.len());
+            for count in learnt.counts {
+                let (own, more) = rest.split_at(count);
+                by_example.push(own.to_vec());
+                rest = more;
+            }
+            Ok(by_example)
+        })?;
     Ok(parts.concat())
 }
 
 /// Accumulates the policy gradient of one step. Completions with zero weight are skipped, and without a KL term also
 /// those with zero advantage.
-fn policy_gradients(
+fn accumulate_policy_gradients(
     learner: &Learner,
-    experience: &Experience,
+    experience: &RolloutBatch,
     config: &GrpoConfig,
 ) -> Result<StepOutcome, LearnError> {
     let mut outcome = StepOutcome {
@@ -457,39 +462,41 @@ fn policy_gradients(
         experience.weights[*index] > 0.0 && (experience.advantages[*index] != 0.0 || config.kl > 0.0)
     };
     let used: Vec<usize> = (0..experience.examples.len()).filter(counts).collect();
-    outcome.skipped = used.is_empty();
+    outcome.skip_update = used.is_empty();
     let lengths: Vec<usize> = experience.examples.iter().map(|example| example.tokens.len()).collect();
-    let parts = learner.share(&used, &lengths, config.run.micro_batch_tokens, |replica, micro| {
-        let learnt = Learnt::new(micro.iter().map(|&index| &experience.examples[index]));
-        let hidden = (learnt.hidden(&replica.lm)? / config.temperature)?;
-        let (head, precision) = (replica.lm.head()?, replica.lm.precision());
-        let log_probs = linear_log_prob(&hidden, head, &learnt.targets, precision)?;
-        let gather = |rows: &Option<Vec<Vec<f32>>>| -> Result<Option<Tensor>, LearnError> {
-            let Some(rows) = rows else { return Ok(None) };
-            let values: Vec<f32> = micro.iter().flat_map(|&index| rows[index].iter().copied()).collect();
-            Ok(Some(Tensor::from_vec(values, log_probs.dim(0)?, log_probs.device())?))
-        };
-        let spread = |values: &[f64]| -> Result<Tensor, LearnError> {
-            let each = micro.iter().zip(&learnt.counts);
-            let values: Vec<f32> =
-                each.flat_map(|(&index, &count)| std::iter::repeat_n(values[index] as f32, count)).collect();
-            Ok(Tensor::from_vec(values, log_probs.dim(0)?, log_probs.device())?)
-        };
-        let old = gather(&experience.old)?.unwrap_or_else(|| log_probs.detach());
-        let reference = gather(&experience.reference)?;
-        let part = policy_loss(
-            &log_probs,
-            &old,
-            reference.as_ref(),
-            &spread(&experience.advantages)?,
-            &spread(&experience.weights)?,
-            config,
-        )?;
-        let rows = learnt.targets.len() as f64;
-        let entropy = rows * mean_entropy(&hidden, head, precision)?;
-        replica.lm.backward(&part.loss)?;
-        Ok([f64::from(part.loss.to_scalar::<f32>()?), rows, entropy, part.kl, part.clipped])
-    })?;
+    let parts =
+        learner.map_micro_batches(&used, &lengths, config.run.micro_batch_tokens, |replica, micro| {
+            let learnt = LossRows::new(micro.iter().map(|&index| &experience.examples[index]));
+            let hidden = (learnt.hidden_states(&replica.lm)? / config.temperature)?;
+            let (head, precision) = (replica.lm.head()?, replica.lm.precision());
+            let log_probs = linear_log_prob(&hidden, head, &learnt.targets, precision)?;
+            let gather = |rows: &Option<Vec<Vec<f32>>>| -> Result<Option<Tensor>, LearnError> {
+                let Some(rows) = rows else { return Ok(None) };
+                let values: Vec<f32> = micro.iter().flat_map(|&index| rows[index].iter().copied()).collect();
+                Ok(Some(Tensor::from_vec(values, log_probs.dim(0)?, log_probs.device())?))
+            };
+            let spread = |values: &[f64]| -> Result<Tensor, LearnError> {
+                let each = micro.iter().zip(&learnt.counts);
+                let values: Vec<f32> = each
+                    .flat_map(|(&index, &count)| std::iter::repeat_n(values[index] as f32, count))
+                    .collect();
+                Ok(Tensor::from_vec(values, log_probs.dim(0)?, log_probs.device())?)
+            };
+            let old = gather(&experience.old)?.unwrap_or_else(|| log_probs.detach());
+            let reference = gather(&experience.reference)?;
+            let part = policy_loss(
+                &log_probs,
+                &old,
+                reference.as_ref(),
+                &spread(&experience.advantages)?,
+                &spread(&experience.weights)?,
+                config,
+            )?;
+            let rows = learnt.targets.len() as f64;
+            let entropy = rows * mean_entropy(&hidden, head, precision)?;
+            replica.lm.backward(&part.loss)?;
+            Ok([f64::from(part.loss.to_scalar::<f32>()?), rows, entropy, part.kl_sum, part.clipped_tokens])
+        })?;
     let sum = |which: usize| parts.iter().map(|part| part[which]).sum::<f64>();
     outcome.loss = sum(0);
     outcome.tokens = used.iter().map(|&index| lengths[index]).sum();
@@ -504,9 +511,9 @@ pub struct PolicyLoss {
     /// Weighted sum of the token losses, a scalar with gradient.
     pub loss: Tensor,
     /// Sum of the k3 estimates over the tokens, without weights.
-    pub kl: f64,
+    pub kl_sum: f64,
     /// Number of tokens whose gradient is cut off by the clip.
-    pub clipped: f64,
+    pub clipped_tokens: f64,
 }
 
 /// Computes the loss of the module's documentation. All tensors have shape `[tokens]`; the result is the sum weighted
@@ -533,5 +540,9 @@ pub fn policy_loss(
         kl = f64::from(k3.detach().sum_all()?.to_scalar::<f32>()?);
         loss = (loss + (k3 * config.kl)?)?;
     }
-    Ok(PolicyLoss { loss: (loss * weights)?.sum_all()?, kl, clipped: f64::from(cut.to_scalar::<f32>()?) })
+    Ok(PolicyLoss {
+        loss: (loss * weights)?.sum_all()?,
+        kl_sum: kl,
+        clipped_tokens: f64::from(cut.to_scalar::<f32>()?),
+    })
 }

@@ -26,9 +26,11 @@ use crate::error::LearnError;
 use crate::examples::Example;
 use crate::learner::Learner;
 use crate::packing;
-use crate::rollouts::{Draw, Rollouts};
-use crate::run::{Observe, RunConfig, RunReport, StepOutcome, plan, run, run_hash, tokens_hash};
-use crate::sft::Learnt;
+use crate::rollouts::{RolloutEngines, RolloutParams};
+use crate::run::{
+    RunConfig, RunReport, StepObserver, StepOutcome, plan_steps, run_hash, run_plan, tokens_hash,
+};
+use crate::sft::LossRows;
 
 /// Settings of logit distillation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,8 +54,8 @@ pub struct KdConfig {
 
 impl KdConfig {
     /// Returns the settings without the devices, for the run's hash.
-    fn anywhere(&self) -> Self {
-        Self { run: self.run.anywhere(), ..self.clone() }
+    fn without_devices(&self) -> Self {
+        Self { run: self.run.without_devices(), ..self.clone() }
     }
 }
 
@@ -84,27 +86,27 @@ pub struct TopK {
 
 impl TopK {
     /// Returns the number of rows.
-    fn rows(&self) -> usize {
+    fn num_rows(&self) -> usize {
         self.ids.len().checked_div(self.k).unwrap_or(0)
     }
 }
 
 /// Source of a teacher's token distributions.
-pub struct Teacher<'a> {
+pub struct TeacherLogits<'a> {
     /// Identifies the teacher's weights in the run's hash.
     pub id: String,
     /// Maximum length of an example in tokens.
     pub max_positions: usize,
     /// Function that returns the teacher's rows.
-    pub rows: Box<Says<'a>>,
+    pub rows: Box<TopKFn<'a>>,
 }
 
 /// Returns the teacher's rows for each example, in order.
-pub type Says<'a> = dyn Fn(&[Example]) -> Result<Vec<TopK>, LearnError> + 'a;
+pub type TopKFn<'a> = dyn Fn(&[Example]) -> Result<Vec<TopK>, LearnError> + 'a;
 
-impl<'a> Teacher<'a> {
+impl<'a> TeacherLogits<'a> {
     /// Creates a teacher from a model loaded in this process. It computes on the device of its weights.
-    pub fn at_hand(model: &'a LoadedModel, config: &'a KdConfig) -> Result<Self, LearnError> {
+    pub fn local(model: &'a LoadedModel, config: &'a KdConfig) -> Result<Self, LearnError> {
         Ok(Self {
             id: run_hash(model, Vec::new())?,
             max_positions: model.config.max_positions,
@@ -115,7 +117,7 @@ impl<'a> Teacher<'a> {
 
 /// Checks that both tokenizers assign the same token to every id that both have. Ids beyond the smaller vocabulary are
 /// ignored, because they only pad the embedding.
-pub fn same_vocabulary(teacher: &Tokenizer, student: &Tokenizer) -> Result<(), LearnError> {
+pub fn check_same_vocabulary(teacher: &Tokenizer, student: &Tokenizer) -> Result<(), LearnError> {
     let both = teacher.len().min(student.len()) as u32;
     for id in 0..both {
         let (a, b) = (teacher.token(id), student.token(id));
@@ -145,9 +147,9 @@ pub fn top_k(
     let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
     let order: Vec<usize> = (0..examples.len()).collect();
     let mut all = Vec::with_capacity(examples.len());
-    for chunk in packing::chunks(&order, &lengths, micro_batch_tokens) {
-        let learnt = Learnt::new(chunk.iter().map(|&index| &examples[index]));
-        let hidden = learnt.hidden(&lm)?;
+    for chunk in packing::pack_chunks(&order, &lengths, micro_batch_tokens) {
+        let learnt = LossRows::new(chunk.iter().map(|&index| &examples[index]));
+        let hidden = learnt.hidden_states(&lm)?;
         let mut start = 0;
         for count in learnt.counts {
             let logits = lm.logits(&hidden.narrow(0, start, count)?)?.narrow(1, 0, words)?;
@@ -174,7 +176,7 @@ pub fn top_k(
 
 /// Returns a hash of the tokenizer's JSON, as bytes.
 fn vocabulary_hash(tokenizer: &Tokenizer) -> Result<Vec<u8>, LearnError> {
-    Ok(ContentId::of_bytes(tokenizer.to_json()?.as_bytes()).to_string().into_bytes())
+    Ok(ContentId::from_bytes(tokenizer.to_json()?.as_bytes()).to_string().into_bytes())
 }
 
 /// Writes the teacher's rows of all examples to one safetensors file.
@@ -184,7 +186,7 @@ pub fn write_top_k(path: &Path, rows: &[TopK], tokenizer: &Tokenizer) -> Result<
     let k = rows.iter().map(|row| row.k).max().unwrap_or(0);
     let ids: Vec<u32> = rows.iter().flat_map(|row| row.ids.iter().copied()).collect();
     let log_probs: Vec<f32> = rows.iter().flat_map(|row| row.log_probs.iter().copied()).collect();
-    let counts: Vec<u32> = rows.iter().map(|row| row.rows() as u32).collect();
+    let counts: Vec<u32> = rows.iter().map(|row| row.num_rows() as u32).collect();
     let (all, hash) = (ids.len().checked_div(k).unwrap_or(0), vocabulary_hash(tokenizer)?);
     let tensors = HashMap::from([
         ("ids".to_owned(), Tensor::from_vec(ids, (all, k), &Device::Cpu)?),
@@ -239,9 +241,9 @@ pub fn kd(
     teacher: &[TopK],
     config: &KdConfig,
     folder: &Path,
-    observe: Observe<'_>,
+    observe: StepObserver<'_>,
 ) -> Result<(Learner, RunReport), LearnError> {
-    check(model, examples, teacher)?;
+    check_rows(model, examples, teacher)?;
     let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
     let max_length = config.run.max_length.min(model.config.max_positions);
     let too_long = lengths.iter().filter(|&&length| length > max_length).count();
@@ -251,14 +253,14 @@ pub fn kd(
         epochs: config.epochs,
         learning_rate: config.learning_rate,
     };
-    let plan = plan(&[phase], &lengths, max_length, &config.run);
+    let plan = plan_steps(&[phase], &lengths, max_length, &config.run);
     if plan.iter().all(|phase| phase.steps.is_empty()) {
         return Err(LearnError::Data(format!(
             "no example to train on: {} given, {too_long} longer than {max_length} tokens",
             examples.len()
         )));
     }
-    let mut parts = vec![format!("kd {:?}", config.anywhere())];
+    let mut parts = vec![format!("kd {:?}", config.without_devices())];
     for (example, rows) in examples.iter().zip(teacher) {
         parts.push(tokens_hash(&example.tokens));
         parts.push(tokens_hash(&rows.ids));
@@ -267,10 +269,10 @@ pub fn kd(
     let mut gradients = |learner: &Learner, _: usize, step: &[usize]| {
         let chosen: Vec<(&Example, &TopK)> =
             step.iter().map(|&index| (&examples[index], &teacher[index])).collect();
-        kd_gradients(learner, &chosen, config)
+        accumulate_kd_gradients(learner, &chosen, config)
     };
     let hash = run_hash(model, parts)?;
-    let report = run(&mut learner, &plan, &config.run, hash, folder, &mut gradients, observe)?;
+    let report = run_plan(&mut learner, &plan, &config.run, hash, folder, &mut gradients, observe)?;
     Ok((learner, RunReport { examples: examples.len() - too_long, too_long, ..report }))
 }
 
@@ -279,13 +281,13 @@ pub fn kd(
 ///
 /// Completions are sampled at temperature 1. A step holds as many prompts as fit `run.batch_tokens`, each counted with
 /// `max_tokens` new tokens. Prompts without room for them are dropped.
-pub fn on_policy(
+pub fn kd_on_policy(
     model: &LoadedModel,
-    teacher: &Teacher<'_>,
+    teacher: &TeacherLogits<'_>,
     prompts: &[Vec<u32>],
     config: &KdConfig,
     folder: &Path,
-    observe: Observe<'_>,
+    observe: StepObserver<'_>,
 ) -> Result<(Learner, RunReport), LearnError> {
     let room = config.run.max_length.min(model.config.max_positions).min(teacher.max_positions);
     let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.len() + config.max_tokens).collect();
@@ -295,7 +297,7 @@ pub fn on_policy(
         epochs: config.epochs,
         learning_rate: config.learning_rate,
     };
-    let plan = plan(&[phase], &lengths, room, &config.run);
+    let plan = plan_steps(&[phase], &lengths, room, &config.run);
     let largest = plan.iter().flat_map(|phase| &phase.steps).map(Vec::len).max().unwrap_or(0);
     if largest == 0 {
         return Err(LearnError::Data(format!(
@@ -303,28 +305,28 @@ pub fn on_policy(
             config.max_tokens
         )));
     }
-    let mut parts = vec![format!("on-policy kd {:?}", config.anywhere()), teacher.id.clone()];
+    let mut parts = vec![format!("on-policy kd {:?}", config.without_devices()), teacher.id.clone()];
     parts.extend(prompts.iter().map(|prompt| tokens_hash(prompt)));
     let mut learner = Learner::new(model, &config.run, &[])?;
-    let rollouts = Rollouts::start(&learner.decoders(), largest)?;
-    let draw = Draw { group: 1, temperature: 1.0, top_p: 1.0, max_tokens: config.max_tokens };
+    let rollouts = RolloutEngines::start(&learner.inference_models(), largest)?;
+    let draw = RolloutParams { group: 1, temperature: 1.0, top_p: 1.0, max_tokens: config.max_tokens };
     let mut gradients = |learner: &Learner, number: usize, step: &[usize]| {
         let asked: Vec<&[u32]> = step.iter().map(|&index| prompts[index].as_slice()).collect();
         let written = rollouts.sample(&asked, draw, &format!("{}/{number}", config.run.seed))?;
         let examples: Vec<Example> =
-            asked.iter().zip(&written).map(|(prompt, group)| group[0].example(prompt)).collect();
+            asked.iter().zip(&written).map(|(prompt, group)| group[0].to_example(prompt)).collect();
         let rows = (teacher.rows)(&examples)?;
-        check(model, &examples, &rows)?;
+        check_rows(model, &examples, &rows)?;
         let chosen: Vec<(&Example, &TopK)> = examples.iter().zip(&rows).collect();
-        kd_gradients(learner, &chosen, config)
+        accumulate_kd_gradients(learner, &chosen, config)
     };
     let hash = run_hash(model, parts)?;
-    let report = run(&mut learner, &plan, &config.run, hash, folder, &mut gradients, observe)?;
+    let report = run_plan(&mut learner, &plan, &config.run, hash, folder, &mut gradients, observe)?;
     Ok((learner, RunReport { examples: prompts.len(), ..report }))
 }
 
 /// Checks that each example has one teacher row per token in the loss, and that the student has all token ids.
-fn check(model: &LoadedModel, examples: &[Example], teacher: &[TopK]) -> Result<(), LearnError> {
+fn check_rows(model: &LoadedModel, examples: &[Example], teacher: &[TopK]) -> Result<(), LearnError> {
     if examples.len() != teacher.len() {
         return Err(LearnError::Data(format!(
             "{} examples, but the teacher's rows of {}",
@@ -333,11 +335,11 @@ fn check(model: &LoadedModel, examples: &[Example], teacher: &[TopK]) -> Result<
         )));
     }
     for (index, (example, rows)) in examples.iter().zip(teacher).enumerate() {
-        if example.targets() != rows.rows() {
+        if example.num_targets() != rows.num_rows() {
             return Err(LearnError::Data(format!(
                 "example {index}: {} learnt tokens, but {} rows of the teacher",
-                example.targets(),
-                rows.rows()
+                example.num_targets(),
+                rows.num_rows()
             )));
         }
         if let Some(id) = rows.ids.iter().find(|&&id| id as usize >= model.config.vocab_size) {
@@ -351,20 +353,21 @@ fn check(model: &LoadedModel, examples: &[Example], teacher: &[TopK]) -> Result<
 }
 
 /// Accumulates the gradients of one step.
-fn kd_gradients(
+fn accumulate_kd_gradients(
     learner: &Learner,
     chosen: &[(&Example, &TopK)],
     config: &KdConfig,
 ) -> Result<StepOutcome, LearnError> {
     let lengths: Vec<usize> = chosen.iter().map(|(example, _)| example.tokens.len()).collect();
     let order: Vec<usize> = (0..chosen.len()).collect();
-    let targets: usize = chosen.iter().map(|(example, _)| example.targets()).sum();
-    let losses = learner.share(&order, &lengths, config.run.micro_batch_tokens, |replica, micro| {
-        let part: Vec<(&Example, &TopK)> = micro.iter().map(|&index| chosen[index]).collect();
-        let loss = kd_loss(&replica.lm, &part, config, targets as f64)?;
-        replica.lm.backward(&loss)?;
-        Ok(f64::from(loss.to_scalar::<f32>()?))
-    })?;
+    let targets: usize = chosen.iter().map(|(example, _)| example.num_targets()).sum();
+    let losses =
+        learner.map_micro_batches(&order, &lengths, config.run.micro_batch_tokens, |replica, micro| {
+            let part: Vec<(&Example, &TopK)> = micro.iter().map(|&index| chosen[index]).collect();
+            let loss = kd_loss(&replica.lm, &part, config, targets as f64)?;
+            replica.lm.backward(&loss)?;
+            Ok(f64::from(loss.to_scalar::<f32>()?))
+        })?;
     Ok(StepOutcome { loss: losses.iter().sum(), tokens: lengths.iter().sum(), ..StepOutcome::default() })
 }
 
@@ -375,7 +378,7 @@ pub fn kd_loss(
     config: &KdConfig,
     normaliser: f64,
 ) -> Result<Tensor, LearnError> {
-    let learnt = Learnt::new(chosen.iter().map(|(example, _)| *example));
+    let learnt = LossRows::new(chosen.iter().map(|(example, _)| *example));
     let rows: Vec<(&[u32], &[f32])> = chosen
         .iter()
         .flat_map(|(_, top)| top.ids.chunks_exact(top.k.max(1)).zip(top.log_probs.chunks_exact(top.k.max(1))))
@@ -390,7 +393,7 @@ pub fn kd_loss(
         logits.iter_mut().for_each(|gradient| *gradient *= factor);
         loss
     };
-    Ok(linear_loss(&learnt.hidden(lm)?, lm.head()?, lm.precision(), &scaled)?)
+    Ok(linear_loss(&learnt.hidden_states(lm)?, lm.head()?, lm.precision(), &scaled)?)
 }
 
 /// Computes `(1 - r) CE + r D` of one row and replaces `logits` by the gradient with respect to them.
@@ -411,7 +414,7 @@ fn mixed_loss(logits: &mut [f32], target: u32, ids: &[u32], log_probs: &[f32], c
     let p = class(&mut log_probs.iter().map(|log_prob| f64::from(*log_prob).exp()));
     let q = class(&mut ids.iter().map(|&id| f64::from(logits[id as usize]) * inverse));
     let mut g = vec![0.0; p.len()];
-    let divergence = config.divergence.of(&p, &q, &mut g);
+    let divergence = config.divergence.value_and_gradient(&p, &q, &mut g);
     let average: f64 = q.iter().zip(&g).map(|(q, g)| q * g).sum();
     let (r, ce) = (config.ratio, 1.0 - config.ratio);
     let of_rest = (ce + r * (g[ids.len()] - average)) * inverse;

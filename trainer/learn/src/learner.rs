@@ -36,7 +36,7 @@ pub struct Replica {
     /// Model for the forward and backward pass of a loss.
     pub lm: CausalLm,
     pub(crate) variables: BTreeMap<String, Var>,
-    pub(crate) optimiser: AdamW,
+    pub(crate) optimizer: AdamW,
     weights: Weights,
 }
 
@@ -51,7 +51,7 @@ impl Replica {
         let base = model.weights.to(device, DType::F32)?;
         let (weights, variables) = match lora {
             None => base.trainable()?,
-            Some(lora) => lora.over(&base, extra)?,
+            Some(lora) => lora.apply(&base, extra)?,
         };
         let training = Training::new(&variables, config.recompute, config.dtype);
         let lm = CausalLm::trainable(&model.config, &weights, training)?;
@@ -63,10 +63,10 @@ impl Replica {
                 eps: 1e-8,
                 weight_decay: config.weight_decay,
                 max_grad_norm: config.max_grad_norm,
-                eight_bits: config.eight_bit_moments,
+                quantize_moments: config.eight_bit_moments,
             },
         )?;
-        Ok(Self { rank, lm, variables, optimiser, weights })
+        Ok(Self { rank, lm, variables, optimizer: optimiser, weights })
     }
 
     /// Returns the current value of a tensor of the model by name. Losses that use further tensors, such as a reward
@@ -81,7 +81,7 @@ impl Learner {
     ///
     /// With LoRA, the tensors named in `extra` are trained in full, for example the head of a reward model.
     pub fn new(model: &LoadedModel, config: &RunConfig, extra: &[&str]) -> Result<Self, LearnError> {
-        let devices = config.devices()?;
+        let devices = config.parse_devices()?;
         let on_cpu = devices.iter().any(Device::is_cpu);
         if on_cpu && config.dtype.here() != config.dtype {
             tracing::warn!(
@@ -103,7 +103,7 @@ impl Learner {
     ///
     /// A micro batch holds at most `budget` tokens and at most an equal share of all tokens per replica. Micro batch
     /// `i` runs on replica `i` modulo the number of replicas.
-    pub fn share<T: Send>(
+    pub fn map_micro_batches<T: Send>(
         &self,
         order: &[usize],
         lengths: &[usize],
@@ -112,7 +112,7 @@ impl Learner {
     ) -> Result<Vec<T>, LearnError> {
         let count = self.replicas.len();
         let tokens: usize = order.iter().map(|&index| lengths[index]).sum();
-        let micros = packing::chunks(order, lengths, budget.min(tokens.div_ceil(count)));
+        let micros = packing::pack_chunks(order, lengths, budget.min(tokens.div_ceil(count)));
         let own = |replica: &Replica| {
             let mine = micros.iter().skip(replica.rank).step_by(count);
             mine.map(|micro| work(replica, micro)).collect::<Result<Vec<T>, LearnError>>()
@@ -127,20 +127,20 @@ impl Learner {
 
     /// Applies one AdamW step at learning rate `rate` to the accumulated gradients, and returns their norm before
     /// clipping. If the norm is not finite, no weight changes.
-    pub fn update(&mut self, rate: f64) -> Result<f64, LearnError> {
-        let gradients = self.gradients()?;
-        let norm = self.first().optimiser.gradient_norm(&gradients[0])?;
+    pub fn optimizer_step(&mut self, rate: f64) -> Result<f64, LearnError> {
+        let gradients = self.summed_gradients()?;
+        let norm = self.rank0().optimizer.gradient_norm(&gradients[0])?;
         if norm.is_finite() {
             self.replicas
                 .par_iter_mut()
                 .zip(&gradients)
-                .try_for_each(|(replica, gradients)| replica.optimiser.step(gradients, norm, rate))?;
+                .try_for_each(|(replica, gradients)| replica.optimizer.step(gradients, norm, rate))?;
         }
         Ok(norm)
     }
 
     /// Takes the accumulated gradients of every replica and returns, per device, their sum over all devices.
-    fn gradients(&self) -> Result<Vec<BTreeMap<String, Tensor>>, LearnError> {
+    fn summed_gradients(&self) -> Result<Vec<BTreeMap<String, Tensor>>, LearnError> {
         let mut taken: Vec<_> = self.replicas.iter().map(|replica| replica.lm.take_gradients()).collect();
         if taken.len() == 1 {
             return Ok(taken);
@@ -159,7 +159,7 @@ impl Learner {
     }
 
     /// Returns the replica on the first device.
-    pub(crate) fn first(&self) -> &Replica {
+    pub(crate) fn rank0(&self) -> &Replica {
         &self.replicas[0]
     }
 
@@ -170,12 +170,12 @@ impl Learner {
 
     /// Returns the trainable variables of the first device by name.
     pub fn variables(&self) -> &BTreeMap<String, Var> {
-        &self.first().variables
+        &self.rank0().variables
     }
 
     /// Builds a frozen copy of `model` on each device, for example as the reference model. `precision` should be the
     /// learner's, so that both round alike.
-    pub(crate) fn beside(
+    pub(crate) fn reference_models(
         &self,
         model: &LoadedModel,
         precision: Precision,
@@ -189,7 +189,7 @@ impl Learner {
 
     /// Returns one model per device that shares memory with the trained weights. Generation with it uses the newest
     /// weights.
-    pub fn decoders(&self) -> Vec<LoadedModel> {
+    pub fn inference_models(&self) -> Vec<LoadedModel> {
         let decoder = |replica: &Replica| LoadedModel {
             weights: replica.weights.detached(),
             quantised: false,
@@ -199,10 +199,10 @@ impl Learner {
     }
 
     /// Returns the trained model on the CPU. LoRA adapters are merged into the base weights.
-    pub fn finish(&self) -> Result<LoadedModel, LearnError> {
+    pub fn trained_model(&self) -> Result<LoadedModel, LearnError> {
         let weights = match &self.lora {
-            None => self.first().weights.detached().to(&Device::Cpu, DType::F32)?,
-            Some(lora) => lora.merged(&self.base.weights, self.variables())?,
+            None => self.rank0().weights.detached().to(&Device::Cpu, DType::F32)?,
+            Some(lora) => lora.merge(&self.base.weights, self.variables())?,
         };
         Ok(LoadedModel { weights, quantised: false, ..self.base.clone() })
     }

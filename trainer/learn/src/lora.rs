@@ -31,13 +31,13 @@ pub struct LoraConfig {
     /// Names of the modules that get adapters, such as `q_proj`.
     pub targets: Vec<String>,
     /// Format in which the frozen matrices are stored; `None` keeps them in f32.
-    pub quantise: Option<FrozenBits>,
+    pub quantise: Option<FrozenFormat>,
 }
 
 /// Quantization formats of frozen matrices, named as in GGUF.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum FrozenBits {
+pub enum FrozenFormat {
     /// 8 bits per weight and one scale per 32 weights.
     Q8_0,
     /// 4 bits per weight and one scale per 32 weights.
@@ -46,8 +46,8 @@ pub enum FrozenBits {
     Q4K,
 }
 
-impl FrozenBits {
-    fn kind(self) -> GgmlDType {
+impl FrozenFormat {
+    fn ggml_type(self) -> GgmlDType {
         match self {
             Self::Q8_0 => GgmlDType::Q8_0,
             Self::Q4_0 => GgmlDType::Q4_0,
@@ -72,7 +72,7 @@ pub struct Lora {
 }
 
 /// Returns the tensor names of matrices A and B of a module, without PEFT's prefix.
-fn names(module: &str) -> (String, String) {
+fn tensor_names(module: &str) -> (String, String) {
     (format!("{module}.lora_A.weight"), format!("{module}.lora_B.weight"))
 }
 
@@ -114,7 +114,7 @@ impl Lora {
 
     /// Returns the frozen base weights with new adapters, and the trainable variables: matrices A and B of every
     /// adapter, and the tensors named in `extra`.
-    pub fn over(
+    pub fn apply(
         &self,
         base: &Weights,
         extra: &[&str],
@@ -133,14 +133,14 @@ impl Lora {
             let b = Var::from_tensor(&zero)?;
             let adapter = Adapter { a: a.as_tensor().clone(), b: b.as_tensor().clone(), scale: self.scale() };
             adapters.insert(module.clone(), adapter);
-            let (name_a, name_b) = names(module);
+            let (name_a, name_b) = tensor_names(module);
             variables.insert(name_a, a);
             variables.insert(name_b, b);
         }
         let mut frozen = base.detached();
         if let Some(bits) = self.config.quantise {
             let modules: Vec<String> = self.modules.iter().map(|(module, ..)| module.clone()).collect();
-            frozen = frozen.with_quantised(&modules, bits.kind())?;
+            frozen = frozen.with_quantised(&modules, bits.ggml_type())?;
         }
         for name in extra {
             let variable = Var::from_tensor(&base.get(name)?.copy()?)?;
@@ -152,14 +152,14 @@ impl Lora {
 
     /// Returns the base weights with `W + scale B A` for every module and the trained `extra` tensors. Other tensors
     /// are unchanged.
-    pub fn merged(&self, base: &Weights, variables: &BTreeMap<String, Var>) -> Result<Weights, LearnError> {
+    pub fn merge(&self, base: &Weights, variables: &BTreeMap<String, Var>) -> Result<Weights, LearnError> {
         let mut merged = base.detached();
         let find = |name: &str| {
             variables.get(name).ok_or_else(|| LearnError::Data(format!("adapter `{name}` is missing")))
         };
         let mut left: BTreeMap<&String, &Var> = variables.iter().collect();
         for (module, ..) in &self.modules {
-            let (name_a, name_b) = names(module);
+            let (name_a, name_b) = tensor_names(module);
             let product = find(&name_b)?.as_detached_tensor().matmul(&find(&name_a)?.as_detached_tensor())?;
             let name = format!("{module}.weight");
             let weight = base.get(&name)?;

@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 
 /// Returns the steps of one epoch, each a list of indices into `lengths`. With `shuffled`, `seed` determines the order.
 /// A step holds at most `budget` tokens; an example longer than the budget is a step of its own.
-pub fn epoch(
+pub fn pack_epoch(
     indices: &[usize],
     lengths: &[usize],
     budget: usize,
@@ -23,12 +23,12 @@ pub fn epoch(
     if shuffled {
         order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
     }
-    chunks(&order, lengths, budget)
+    pack_chunks(&order, lengths, budget)
 }
 
 /// Splits `order` into consecutive chunks of at most `budget` tokens. An example longer than the budget is a chunk of
 /// its own.
-pub fn chunks(order: &[usize], lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
+pub fn pack_chunks(order: &[usize], lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
     let mut steps: Vec<Vec<usize>> = Vec::new();
     let mut room = 0;
     for &index in order {
@@ -57,7 +57,7 @@ mod tests {
         #[test]
         fn epoch_holds_every_example_once_within_the_token_budget(lengths in prop::collection::vec(1usize..50, 1..200), budget in 1usize..120, seed: u64) {
             let indices: Vec<usize> = (0..lengths.len()).collect();
-            let steps = epoch(&indices, &lengths, budget, seed, true);
+            let steps = pack_epoch(&indices, &lengths, budget, seed, true);
             let mut seen: Vec<usize> = steps.iter().flatten().copied().collect();
             seen.sort_unstable();
             prop_assert_eq!(seen, indices.clone());
@@ -65,7 +65,7 @@ mod tests {
                 let total: usize = step.iter().map(|&i| lengths[i]).sum();
                 prop_assert!(total <= budget || step.len() == 1);
             }
-            prop_assert_eq!(steps, epoch(&indices, &lengths, budget, seed, true));
+            prop_assert_eq!(steps, pack_epoch(&indices, &lengths, budget, seed, true));
         }
     }
 }

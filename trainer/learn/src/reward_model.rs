@@ -25,12 +25,14 @@ use crate::dpo::softplus;
 use crate::error::LearnError;
 use crate::learner::Learner;
 use crate::packing;
-use crate::run::{Observe, RunConfig, RunReport, StepOutcome, plan, run, run_hash, tokens_hash};
+use crate::run::{
+    RunConfig, RunReport, StepObserver, StepOutcome, plan_steps, run_hash, run_plan, tokens_hash,
+};
 
 /// Name of the head's weight, as in transformers.
-const HEAD: &str = "score.weight";
+const HEAD_WEIGHT: &str = "score.weight";
 /// Highest score.
-pub const TOP: f64 = 9.0;
+pub const MAX_SCORE: f64 = 9.0;
 
 /// Loss of a reward model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,7 +84,7 @@ impl Default for RewardConfig {
 
 /// A chain of thought with its score.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Scored {
+pub struct ScoredTrace {
     /// Token ids of problem and trace, as from [`RewardModel::encode`].
     pub tokens: Vec<u32>,
     /// Score by the teacher, 0 to 9.
@@ -110,11 +112,11 @@ impl RewardModel {
         }
         let weights = model.weights.detached();
         let lm = CausalLm::new(&model.config, &weights)?;
-        Ok(Self { head: weights.get(HEAD)?, lm, model })
+        Ok(Self { head: weights.get(HEAD_WEIGHT)?, lm, model })
     }
 
     /// Returns the underlying model with configuration, weights and tokenizer.
-    pub fn loaded(&self) -> &LoadedModel {
+    pub fn model(&self) -> &LoadedModel {
         &self.model
     }
 
@@ -135,7 +137,7 @@ impl RewardModel {
         let lengths: Vec<usize> = rows.iter().map(|row| row.len()).collect();
         let order: Vec<usize> = (0..rows.len()).collect();
         let mut predictions = Vec::with_capacity(rows.len());
-        for chunk in packing::chunks(&order, &lengths, micro_batch_tokens) {
+        for chunk in packing::pack_chunks(&order, &lengths, micro_batch_tokens) {
             let rows: Vec<&[u32]> = chunk.iter().map(|&index| rows[index]).collect();
             let logits = logits(&self.lm, &self.head, &rows)?.to_vec2::<f32>()?;
             predictions.extend(logits.iter().map(|logits| prediction(logits)));
@@ -161,7 +163,7 @@ fn prediction(logits: &[f32]) -> f32 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weights: Vec<f32> = logits.iter().map(|logit| (logit - max).exp()).collect();
     let expected: f32 = weights.iter().enumerate().map(|(score, weight)| score as f32 * weight).sum();
-    expected / weights.iter().sum::<f32>() / TOP as f32
+    expected / weights.iter().sum::<f32>() / MAX_SCORE as f32
 }
 
 /// Returns `model` with a classification head in place of the output layer. The head is zero, so all traces start with
@@ -172,7 +174,7 @@ fn with_head(model: &LoadedModel, loss: RewardLoss) -> Result<LoadedModel, Learn
         model.weights.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
     tensors.remove("lm_head.weight");
     let head = Tensor::zeros((config.classes, config.hidden_size), DType::F32, &Device::Cpu)?;
-    tensors.insert(HEAD.to_owned(), head);
+    tensors.insert(HEAD_WEIGHT.to_owned(), head);
     let weights = potstill_engine::weights::Weights::new(tensors, &config)?;
     Ok(LoadedModel { config, weights, ..model.clone() })
 }
@@ -182,26 +184,26 @@ fn with_head(model: &LoadedModel, loss: RewardLoss) -> Result<LoadedModel, Learn
 ///
 /// Traces longer than `max_length` or the model's context are dropped. Fails if a score exceeds 9, or if no trace
 /// remains for training or measurement.
-pub fn train(
+pub fn train_reward_model(
     model: &LoadedModel,
-    traces: &[Scored],
+    traces: &[ScoredTrace],
     config: &RewardConfig,
     folder: &Path,
-    observe: Observe<'_>,
+    observe: StepObserver<'_>,
 ) -> Result<(RewardModel, RunReport, Agreement), LearnError> {
-    if let Some(trace) = traces.iter().find(|trace| f64::from(trace.score) > TOP) {
-        return Err(LearnError::Data(format!("a score of {} is outside 0 to {TOP}", trace.score)));
+    if let Some(trace) = traces.iter().find(|trace| f64::from(trace.score) > MAX_SCORE) {
+        return Err(LearnError::Data(format!("a score of {} is outside 0 to {MAX_SCORE}", trace.score)));
     }
     let start = with_head(model, config.loss)?;
     let longest = config.run.max_length.min(model.config.max_positions);
-    let (learnt, held_out) = split(traces, config.held_out, config.run.seed);
+    let (learnt, held_out) = split_by_problem(traces, config.held_out, config.run.seed);
     let fits = |index: &usize| traces[*index].tokens.len() <= longest && !traces[*index].tokens.is_empty();
     let learnt: Vec<usize> = learnt.into_iter().filter(fits).collect();
     let held_out: Vec<usize> = held_out.into_iter().filter(fits).collect();
     let too_long = traces.len() - learnt.len() - held_out.len();
-    let items: Vec<Item> = match config.loss {
-        RewardLoss::BradleyTerry => pairs(traces, &learnt, config.run.seed),
-        _ => learnt.iter().map(|&index| Item { high: index, low: None }).collect(),
+    let items: Vec<TrainingItem> = match config.loss {
+        RewardLoss::BradleyTerry => pair_by_score(traces, &learnt, config.run.seed),
+        _ => learnt.iter().map(|&index| TrainingItem { high: index, low: None }).collect(),
     };
     if items.is_empty() || held_out.is_empty() {
         return Err(LearnError::Data(format!(
@@ -220,43 +222,44 @@ pub fn train(
         epochs: config.epochs,
         learning_rate: config.learning_rate,
     };
-    let plan = plan(&[phase], &lengths, usize::MAX, &config.run);
+    let plan = plan_steps(&[phase], &lengths, usize::MAX, &config.run);
     let mut parts =
-        vec![format!("reward {:?}", RewardConfig { run: config.run.anywhere(), ..config.clone() })];
+        vec![format!("reward {:?}", RewardConfig { run: config.run.without_devices(), ..config.clone() })];
     for trace in traces {
         parts.push(format!("{} {}", tokens_hash(&trace.tokens), trace.score));
     }
-    let mut learner = Learner::new(&start, &config.run, &[HEAD])?;
+    let mut learner = Learner::new(&start, &config.run, &[HEAD_WEIGHT])?;
     let mut gradients = |learner: &Learner, _: usize, step: &[usize]| {
-        let losses = learner.share(step, &lengths, config.run.micro_batch_tokens, |replica, micro| {
-            let items: Vec<&Item> = micro.iter().map(|&index| &items[index]).collect();
-            let rows: Vec<&[u32]> = items
-                .iter()
-                .flat_map(|item| [Some(item.high), item.low])
-                .flatten()
-                .map(|index| traces[index].tokens.as_slice())
-                .collect();
-            let scores: Vec<u8> = items.iter().map(|item| traces[item.high].score).collect();
-            let logits = logits(&replica.lm, &replica.tensor(HEAD)?, &rows)?;
-            let part = (reward_loss(&logits, &scores, config.loss)? / step.len() as f64)?;
-            replica.lm.backward(&part)?;
-            Ok(f64::from(part.to_scalar::<f32>()?))
-        })?;
+        let losses =
+            learner.map_micro_batches(step, &lengths, config.run.micro_batch_tokens, |replica, micro| {
+                let items: Vec<&TrainingItem> = micro.iter().map(|&index| &items[index]).collect();
+                let rows: Vec<&[u32]> = items
+                    .iter()
+                    .flat_map(|item| [Some(item.high), item.low])
+                    .flatten()
+                    .map(|index| traces[index].tokens.as_slice())
+                    .collect();
+                let scores: Vec<u8> = items.iter().map(|item| traces[item.high].score).collect();
+                let logits = logits(&replica.lm, &replica.tensor(HEAD_WEIGHT)?, &rows)?;
+                let part = (reward_loss(&logits, &scores, config.loss)? / step.len() as f64)?;
+                replica.lm.backward(&part)?;
+                Ok(f64::from(part.to_scalar::<f32>()?))
+            })?;
         let tokens = step.iter().map(|&index| lengths[index]).sum();
         Ok(StepOutcome { loss: losses.iter().sum(), tokens, ..StepOutcome::default() })
     };
     let hash = run_hash(&start, parts)?;
-    let report = run(&mut learner, &plan, &config.run, hash, folder, &mut gradients, observe)?;
-    let trained = RewardModel::new(learner.finish()?)?;
+    let report = run_plan(&mut learner, &plan, &config.run, hash, folder, &mut gradients, observe)?;
+    let trained = RewardModel::new(learner.trained_model()?)?;
     let rows: Vec<Vec<u32>> = held_out.iter().map(|&index| traces[index].tokens.clone()).collect();
     let predicted = trained.predict(&rows, config.run.micro_batch_tokens)?;
     let scores: Vec<u8> = held_out.iter().map(|&index| traces[index].score).collect();
-    let agreement = Agreement::of(&predicted, &scores);
+    let agreement = Agreement::compare(&predicted, &scores);
     Ok((trained, RunReport { examples: learnt.len(), too_long, ..report }, agreement))
 }
 
 /// Index of a trace, or indices of a pair in which `high` has the higher score.
-struct Item {
+struct TrainingItem {
     high: usize,
     low: Option<usize>,
 }
@@ -269,7 +272,7 @@ pub fn reward_loss(logits: &Tensor, scores: &[u8], loss: RewardLoss) -> Result<T
     Ok(match loss {
         RewardLoss::Huber => {
             const DELTA: f64 = 0.1;
-            let target: Vec<f32> = scores.iter().map(|score| f32::from(*score) / TOP as f32).collect();
+            let target: Vec<f32> = scores.iter().map(|score| f32::from(*score) / MAX_SCORE as f32).collect();
             // σ(x) = 1 / (1 + exp(-x)) is correct for every finite f32 x, even if exp(-x) is infinite.
             let predicted = (logits.squeeze(1)?.neg()?.exp()? + 1.0)?.recip()?;
             let error = (predicted - Tensor::from_vec(target, n, device)?)?.abs()?;
@@ -293,7 +296,7 @@ pub fn reward_loss(logits: &Tensor, scores: &[u8], loss: RewardLoss) -> Result<T
 
 /// Splits traces by problem and returns the indices for training and those held out. About `share` of the problems are
 /// held out, at least one.
-fn split(traces: &[Scored], share: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
+fn split_by_problem(traces: &[ScoredTrace], share: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
     let mut problems: Vec<&str> = traces.iter().map(|trace| trace.problem.as_str()).collect();
     problems.sort_unstable();
     problems.dedup();
@@ -305,7 +308,7 @@ fn split(traces: &[Scored], share: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
 
 /// Returns one pair per trace: the trace and another one with a different score, chosen by `seed`. Traces without a
 /// partner are left out.
-fn pairs(traces: &[Scored], learnt: &[usize], seed: u64) -> Vec<Item> {
+fn pair_by_score(traces: &[ScoredTrace], learnt: &[usize], seed: u64) -> Vec<TrainingItem> {
     let mut order = learnt.to_vec();
     order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
     let mut items = Vec::new();
@@ -314,7 +317,7 @@ fn pairs(traces: &[Scored], learnt: &[usize], seed: u64) -> Vec<Item> {
         if let Some(&second) = others.clone().find(|&&other| traces[other].score != traces[first].score) {
             let (high, low) =
                 if traces[first].score > traces[second].score { (first, second) } else { (second, first) };
-            items.push(Item { high, low: Some(low) });
+            items.push(TrainingItem { high, low: Some(low) });
         }
     }
     items
@@ -339,9 +342,9 @@ pub struct Agreement {
 
 impl Agreement {
     /// Compares predictions (0 to 1) with scores (0 to 9).
-    pub fn of(predicted: &[f32], scores: &[u8]) -> Self {
+    pub fn compare(predicted: &[f32], scores: &[u8]) -> Self {
         let n = scores.len().max(1) as f64;
-        let points: Vec<f64> = predicted.iter().map(|value| f64::from(*value) * TOP).collect();
+        let points: Vec<f64> = predicted.iter().map(|value| f64::from(*value) * MAX_SCORE).collect();
         let truth: Vec<f64> = scores.iter().map(|score| f64::from(*score)).collect();
         let mean = truth.iter().sum::<f64>() / n;
         let error =
@@ -407,7 +410,7 @@ mod tests {
         assert_eq!(ranks(&[5.0, 1.0, 5.0]), [1.5, 0.0, 1.5]);
         // scipy.stats.spearmanr([1, 2, 2, 4], [2, 1, 3, 4]).statistic
         assert!((spearman(&[1.0, 2.0, 2.0, 4.0], &[2.0, 1.0, 3.0, 4.0]) - 0.632_455_532).abs() < 1e-8);
-        let agreement = Agreement::of(&[0.0, 1.0, 5.0 / 9.0], &[0, 9, 7]);
+        let agreement = Agreement::compare(&[0.0, 1.0, 5.0 / 9.0], &[0, 9, 7]);
         assert!((agreement.mae - 2.0 / 3.0).abs() < 1e-6, "{agreement:?}");
         assert!((agreement.within_one - 2.0 / 3.0).abs() < 1e-6);
         assert_eq!(agreement.by_band["8-9"].0, 1);
@@ -415,15 +418,15 @@ mod tests {
 
     #[test]
     fn split_keeps_the_traces_of_a_problem_together() {
-        let traces: Vec<Scored> = (0..60)
-            .map(|i| Scored { tokens: vec![1], score: (i % 10) as u8, problem: format!("p{}", i / 3) })
+        let traces: Vec<ScoredTrace> = (0..60)
+            .map(|i| ScoredTrace { tokens: vec![1], score: (i % 10) as u8, problem: format!("p{}", i / 3) })
             .collect();
-        let (learnt, held) = split(&traces, 0.2, 3);
+        let (learnt, held) = split_by_problem(&traces, 0.2, 3);
         assert_eq!(held.len(), 12, "four of twenty problems");
         for index in &held {
             assert!(learnt.iter().all(|other| traces[*other].problem != traces[*index].problem));
         }
-        for item in pairs(&traces, &learnt, 1) {
+        for item in pair_by_score(&traces, &learnt, 1) {
             assert!(traces[item.high].score > traces[item.low.unwrap()].score);
         }
     }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// Interval in which a score costs nothing, with the weight of the penalty outside.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Interval {
+pub struct ScoreInterval {
     /// Lower bound, 0 to 1.
     pub low: f64,
     /// Upper bound, `low` to 1.
@@ -19,15 +19,15 @@ pub struct Interval {
     pub lambda: f64,
 }
 
-impl Default for Interval {
+impl Default for ScoreInterval {
     fn default() -> Self {
         Self { low: 3.0 / 9.0, high: 6.0 / 9.0, lambda: 0.5 }
     }
 }
 
-impl Interval {
+impl ScoreInterval {
     /// Returns the penalty of score `f`: minus its distance to the interval (equations 1 and 2).
-    pub fn reward(&self, f: f64) -> f64 {
+    pub fn penalty(&self, f: f64) -> f64 {
         -(f - f.clamp(self.low, self.high)).abs()
     }
 
@@ -43,7 +43,7 @@ impl Interval {
 
 /// Reward of one completion, split into its terms.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct Reward {
+pub struct RewardTerms {
     /// 1 if the completion is one block of reasoning followed by an answer, else 0.
     pub format: f64,
     /// 1 if the answer is correct, else 0.
@@ -61,27 +61,27 @@ pub struct Reward {
 ///
 /// With `only_correct`, an incorrect answer gets no RV and CD penalty. Otherwise a group of only incorrect answers
 /// would be trained on style alone.
-pub fn total(
+pub fn combine_rewards(
     format: bool,
     correct: bool,
-    rv: Option<(f64, Interval)>,
-    cd: Option<(f64, Interval)>,
+    rv: Option<(f64, ScoreInterval)>,
+    cd: Option<(f64, ScoreInterval)>,
     only_correct: bool,
-) -> Reward {
+) -> RewardTerms {
     let one = |yes: bool| if yes { 1.0 } else { 0.0 };
     let styled = correct || !only_correct;
-    let part = |scored: Option<(f64, Interval)>| match scored {
-        Some((f, interval)) if styled => (interval.reward(f), interval.lambda),
+    let part = |scored: Option<(f64, ScoreInterval)>| match scored {
+        Some((f, interval)) if styled => (interval.penalty(f), interval.lambda),
         _ => (0.0, 0.0),
     };
     let ((rv, lambda_rv), (cd, lambda_cd)) = (part(rv), part(cd));
     let (format, accuracy) = (one(format), one(correct));
-    Reward { format, accuracy, rv, cd, total: format + accuracy + lambda_rv * rv + lambda_cd * cd }
+    RewardTerms { format, accuracy, rv, cd, total: format + accuracy + lambda_rv * rv + lambda_cd * cd }
 }
 
 /// Returns whether a completion is one non-empty `<think>` block followed by a non-empty answer. `opened` says that the
 /// prompt already contains the opening tag.
-pub fn well_formed(completion: &str, opened: bool) -> bool {
+pub fn is_well_formed(completion: &str, opened: bool) -> bool {
     let text = completion.trim_start();
     let inside = match text.strip_prefix("<think>") {
         Some(rest) => rest,
@@ -122,8 +122,8 @@ mod tests {
 
     #[test]
     fn total_matches_the_worked_example() {
-        let interval = Interval::default();
-        let reward = total(true, true, Some((0.20, interval)), Some((0.80, interval)), false);
+        let interval = ScoreInterval::default();
+        let reward = combine_rewards(true, true, Some((0.20, interval)), Some((0.80, interval)), false);
         assert!((reward.rv + 0.133_333_333).abs() < 1e-8);
         assert!((reward.cd + 0.133_333_333).abs() < 1e-8);
         assert!((reward.total - 1.866_666_667).abs() < 1e-8);
@@ -143,7 +143,7 @@ mod tests {
             ("<think>a</think>b</think>c", false, false),
             ("b", false, false),
         ] {
-            assert_eq!(well_formed(text, opened), fine, "{text}");
+            assert_eq!(is_well_formed(text, opened), fine, "{text}");
         }
     }
 
@@ -152,12 +152,12 @@ mod tests {
         /// incorrect one of the same format.
         #[test]
         fn penalties_are_bounded_and_correct_answers_outrank_incorrect_ones(f in 0.0f64..=1.0, g in 0.0f64..=1.0, low in 0.0f64..=1.0, width in 0.0f64..=1.0) {
-            let interval = Interval { low, high: (low + width).min(1.0), lambda: 0.5 };
+            let interval = ScoreInterval { low, high: (low + width).min(1.0), lambda: 0.5 };
             prop_assert!(interval.is_valid());
-            prop_assert!((-1.0..=0.0).contains(&interval.reward(f)));
-            prop_assert_eq!(interval.reward(f) == 0.0, f >= interval.low && f <= interval.high);
-            let right = total(true, true, Some((f, interval)), Some((g, interval)), false).total;
-            let wrong = total(true, false, Some((g, interval)), Some((f, interval)), false).total;
+            prop_assert!((-1.0..=0.0).contains(&interval.penalty(f)));
+            prop_assert_eq!(interval.penalty(f) == 0.0, f >= interval.low && f <= interval.high);
+            let right = combine_rewards(true, true, Some((f, interval)), Some((g, interval)), false).total;
+            let wrong = combine_rewards(true, false, Some((g, interval)), Some((f, interval)), false).total;
             prop_assert!(right >= wrong);
         }
 

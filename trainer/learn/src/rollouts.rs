@@ -19,21 +19,21 @@ pub struct Completion {
     /// Decoded text.
     pub text: String,
     /// Whether the completion ended at the token limit.
-    pub truncated: bool,
+    pub is_truncated: bool,
 }
 
 impl Completion {
     /// Returns prompt and completion as one training example. Only the completion's tokens count in the loss.
-    pub fn example(&self, prompt: &[u32]) -> Example {
+    pub fn to_example(&self, prompt: &[u32]) -> Example {
         let tokens = [prompt, &self.tokens].concat();
         let learnt = (0..tokens.len()).map(|at| at >= prompt.len()).collect();
-        Example { tokens, learnt }
+        Example { tokens, loss_mask: learnt }
     }
 }
 
 /// Sampling parameters of rollouts.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Draw {
+pub struct RolloutParams {
     /// Completions per prompt (TRL: `num_generations`).
     pub group: usize,
     /// Sampling temperature.
@@ -45,11 +45,11 @@ pub struct Draw {
 }
 
 /// Inference engines over a model under training, one per device.
-pub struct Rollouts {
+pub struct RolloutEngines {
     engines: Vec<Engine>,
 }
 
-impl Rollouts {
+impl RolloutEngines {
     /// Starts one engine per model replica. Each engine accepts up to `requests` queued requests.
     pub fn start(models: &[LoadedModel], requests: usize) -> Result<Self, LearnError> {
         let config =
@@ -66,14 +66,14 @@ impl Rollouts {
     pub fn sample(
         &self,
         prompts: &[&[u32]],
-        draw: Draw,
+        draw: RolloutParams,
         seed: &str,
     ) -> Result<Vec<Vec<Completion>>, LearnError> {
         let mut requests: Vec<Vec<Request>> = self.engines.iter().map(|_| Vec::new()).collect();
         for (number, prompt) in prompts.iter().enumerate() {
             let requests = &mut requests[number % self.engines.len()];
             for sample in 0..draw.group {
-                let seed = ContentId::of(&[seed, &number.to_string(), &sample.to_string()]).seed();
+                let seed = ContentId::from_parts(&[seed, &number.to_string(), &sample.to_string()]).seed();
                 requests.push(Request {
                     prompt: prompt.to_vec(),
                     max_tokens: draw.max_tokens,
@@ -97,13 +97,13 @@ impl Rollouts {
         let engines = running.len();
         for place in 0..prompts.len() * draw.group {
             let Some(mut updates) = running[place / draw.group % engines].next() else { break };
-            let mut completion = Completion { tokens: Vec::new(), text: String::new(), truncated: false };
+            let mut completion = Completion { tokens: Vec::new(), text: String::new(), is_truncated: false };
             loop {
                 match updates.blocking_recv() {
                     Some(Update::Sampled(sampled)) => completion.tokens.push(sampled.token),
                     Some(Update::Text(text)) => completion.text.push_str(&text),
                     Some(Update::Finished { reason, .. }) => {
-                        completion.truncated = reason == FinishReason::Length;
+                        completion.is_truncated = reason == FinishReason::Length;
                         break;
                     }
                     Some(Update::Prompt(_) | Update::Embedding(_)) => {}

@@ -25,7 +25,7 @@ use crate::error::LearnError;
 use crate::learner::{Learner, Replica};
 use crate::lora::LoraConfig;
 use crate::packing;
-use crate::schedule::Cosine;
+use crate::schedule::CosineSchedule;
 use crate::tensorboard::{Scalar, write_events};
 
 /// Training settings common to all algorithms (TRL and transformers: `TrainingArguments`).
@@ -75,12 +75,12 @@ pub struct RunConfig {
 
 impl RunConfig {
     /// Returns the settings without the devices. Used for the run's hash, so that a run resumes on other hardware.
-    pub(crate) fn anywhere(&self) -> Self {
+    pub(crate) fn without_devices(&self) -> Self {
         Self { devices: Vec::new(), ..self.clone() }
     }
 
     /// Returns the devices, or an error if a name is unknown or the device is unavailable.
-    pub fn devices(&self) -> Result<Vec<Device>, LearnError> {
+    pub fn parse_devices(&self) -> Result<Vec<Device>, LearnError> {
         Ok(device::parse_all(&self.devices.join(","))?)
     }
 }
@@ -128,7 +128,7 @@ pub struct Progress<'a> {
 }
 
 /// Callback after every step. Returning false saves a checkpoint and stops the run.
-pub type Observe<'a> = &'a mut dyn FnMut(&Progress<'_>) -> bool;
+pub type StepObserver<'a> = &'a mut dyn FnMut(&Progress<'_>) -> bool;
 
 /// Summary of a finished run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -151,7 +151,7 @@ pub struct RunReport {
 
 /// Function that accumulates the gradients of one step in the learner. Arguments: learner, global step, items of the
 /// step.
-pub type Gradients<'a> = &'a mut dyn FnMut(&Learner, usize, &[usize]) -> Result<StepOutcome, LearnError>;
+pub type GradientFn<'a> = &'a mut dyn FnMut(&Learner, usize, &[usize]) -> Result<StepOutcome, LearnError>;
 
 /// One phase, divided into steps.
 #[derive(Debug, Clone, PartialEq)]
@@ -178,7 +178,7 @@ pub struct StepOutcome {
     /// One sampled completion, for display.
     pub sample: Option<String>,
     /// Whether the step has no gradient. The optimizer update is then skipped.
-    pub skipped: bool,
+    pub skip_update: bool,
 }
 
 /// Divides phases into steps of at most `config.batch_tokens` tokens. `lengths` holds the length of each item in
@@ -186,7 +186,12 @@ pub struct StepOutcome {
 ///
 /// Items longer than `max_length` are left out. If `epochs` is not an integer, the last epoch is cut to its fraction of
 /// steps, rounded up.
-pub fn plan(phases: &[Phase], lengths: &[usize], max_length: usize, config: &RunConfig) -> Vec<PlannedPhase> {
+pub fn plan_steps(
+    phases: &[Phase],
+    lengths: &[usize],
+    max_length: usize,
+    config: &RunConfig,
+) -> Vec<PlannedPhase> {
     let planned = phases.iter().enumerate().map(|(number, phase)| {
         let usable = |index: &usize| lengths[*index] <= max_length;
         let indices: Vec<usize> = phase.examples.iter().copied().filter(usable).collect();
@@ -197,8 +202,8 @@ pub fn plan(phases: &[Phase], lengths: &[usize], max_length: usize, config: &Run
                 break;
             }
             let parts = [config.seed.to_string(), number.to_string(), epoch.to_string()];
-            let seed = ContentId::of(&parts.each_ref().map(String::as_str)).seed();
-            let mut of_epoch = packing::epoch(&indices, lengths, config.batch_tokens, seed, true);
+            let seed = ContentId::from_parts(&parts.each_ref().map(String::as_str)).seed();
+            let mut of_epoch = packing::pack_epoch(&indices, lengths, config.batch_tokens, seed, true);
             if left < 1.0 {
                 of_epoch.truncate((of_epoch.len() as f64 * left).ceil() as usize);
             }
@@ -220,25 +225,25 @@ pub fn plan(phases: &[Phase], lengths: &[usize], max_length: usize, config: &Run
 /// `run_hash`. Each phase starts with fresh moments and its own learning rate schedule.
 ///
 /// Writes checkpoints, `trainer_state.json` and TensorBoard events to `folder`.
-pub fn run(
+pub fn run_plan(
     learner: &mut Learner,
     plan: &[PlannedPhase],
     config: &RunConfig,
     run_hash: String,
     folder: &Path,
-    gradients: Gradients<'_>,
-    observe: Observe<'_>,
+    gradients: GradientFn<'_>,
+    observe: StepObserver<'_>,
 ) -> Result<RunReport, LearnError> {
     create_folder(folder)?;
     let mut found = None;
     for replica in learner.replicas_mut() {
-        found = checkpoint::resume(folder, &run_hash, &replica.variables, &mut replica.optimiser)?;
+        found = checkpoint::load_newest(folder, &run_hash, &replica.variables, &mut replica.optimizer)?;
     }
     let mut cursor = found.unwrap_or_else(|| Cursor { run_hash, ..Cursor::default() });
     let resumed_from = cursor.global_step;
     let mut tokens = 0;
     while let Some(phase) = plan.get(cursor.phase) {
-        let schedule = Cosine {
+        let schedule = CosineSchedule {
             peak: phase.learning_rate,
             steps: phase.steps.len(),
             warmup_ratio: config.warmup_ratio,
@@ -253,8 +258,8 @@ pub fn run(
             }
             let rate = schedule.rate(cursor.step);
             let mut norm = 0.0;
-            if !outcome.skipped {
-                norm = learner.update(rate)?;
+            if !outcome.skip_update {
+                norm = learner.optimizer_step(rate)?;
                 if !norm.is_finite() {
                     return Err(not_finite("the gradient"));
                 }
@@ -268,7 +273,7 @@ pub fn run(
                 loss: outcome.loss,
                 grad_norm: norm,
                 learning_rate: rate,
-                wall_time: now(),
+                wall_time: unix_time_s(),
                 metrics: outcome.metrics,
             };
             let go_on = observe(&Progress {
@@ -281,7 +286,7 @@ pub fn run(
             });
             cursor.log.push(entry);
             if !go_on || cursor.global_step.is_multiple_of(config.checkpoint_every.max(1)) {
-                save(folder, &mut cursor, learner, config)?;
+                save_checkpoint(folder, &mut cursor, learner, config)?;
             }
             if !go_on {
                 return Err(LearnError::Stopped { phase: phase.name.clone(), step: cursor.step });
@@ -289,9 +294,9 @@ pub fn run(
         }
         cursor.phase += 1;
         cursor.step = 0;
-        learner.replicas_mut().iter_mut().try_for_each(|replica| replica.optimiser.reset())?;
+        learner.replicas_mut().iter_mut().try_for_each(|replica| replica.optimizer.reset())?;
     }
-    save(folder, &mut cursor, learner, config)?;
+    save_checkpoint(folder, &mut cursor, learner, config)?;
     write_logs(folder, &cursor)?;
     let tail = &cursor.log[cursor.log.len() - cursor.log.len().div_ceil(10)..];
     let mean =
@@ -310,15 +315,20 @@ pub fn run(
 }
 
 /// Saves a checkpoint and deletes old ones beyond `keep_checkpoints`.
-fn save(folder: &Path, cursor: &mut Cursor, learner: &Learner, config: &RunConfig) -> Result<(), LearnError> {
+fn save_checkpoint(
+    folder: &Path,
+    cursor: &mut Cursor,
+    learner: &Learner,
+    config: &RunConfig,
+) -> Result<(), LearnError> {
     // Any replica will do: all hold equal weights and moments.
-    let Replica { variables, optimiser, .. } = learner.first();
+    let Replica { variables, optimizer: optimiser, .. } = learner.rank0();
     cursor.optimiser_step = optimiser.steps();
-    checkpoint::save(folder, cursor, variables, optimiser, config.keep_checkpoints)
+    checkpoint::save_checkpoint(folder, cursor, variables, optimiser, config.keep_checkpoints)
 }
 
 /// Returns the Unix time in seconds.
-fn now() -> f64 {
+fn unix_time_s() -> f64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0.0, |since| since.as_secs_f64())
@@ -335,15 +345,15 @@ pub(crate) fn run_hash(model: &LoadedModel, parts: Vec<String>) -> Result<String
         let values = model.weights.get(name)?.flatten_all()?.to_dtype(DType::F32)?;
         let head = values.narrow(0, 0, values.elem_count().min(4096))?.to_vec1::<f32>()?;
         let bytes: Vec<u8> = head.iter().flat_map(|value| value.to_le_bytes()).collect();
-        parts.push(ContentId::of_bytes(&bytes).to_string());
+        parts.push(ContentId::from_bytes(&bytes).to_string());
     }
-    Ok(ContentId::of(&parts.iter().map(String::as_str).collect::<Vec<_>>()).to_string())
+    Ok(ContentId::from_parts(&parts.iter().map(String::as_str).collect::<Vec<_>>()).to_string())
 }
 
 /// Returns a hash of token ids.
 pub(crate) fn tokens_hash(tokens: &[u32]) -> String {
     let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-    ContentId::of_bytes(&bytes).to_string()
+    ContentId::from_bytes(&bytes).to_string()
 }
 
 /// Writes `trainer_state.json` with the field names of transformers, and a TensorBoard event file.

@@ -3,7 +3,7 @@
 
 /// Cosine schedule with warm-up over a known number of steps.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Cosine {
+pub struct CosineSchedule {
     /// Learning rate at the end of the warm-up.
     pub peak: f64,
     /// Number of steps of the phase.
@@ -14,7 +14,7 @@ pub struct Cosine {
     pub floor_ratio: f64,
 }
 
-impl Cosine {
+impl CosineSchedule {
     /// Returns the learning rate of step `step`, counted from 0.
     pub fn rate(&self, step: usize) -> f64 {
         let warmup = (self.steps as f64 * self.warmup_ratio).ceil();
@@ -37,7 +37,7 @@ mod tests {
     proptest! {
         #[test]
         fn learning_rate_rises_then_falls_within_bounds(steps in 2usize..500, warmup_ratio in 0.0f64..0.5, floor_ratio in 0.0f64..1.0) {
-            let schedule = Cosine { peak: 1e-3, steps, warmup_ratio, floor_ratio };
+            let schedule = CosineSchedule { peak: 1e-3, steps, warmup_ratio, floor_ratio };
             let rates: Vec<f64> = (0..steps).map(|step| schedule.rate(step)).collect();
             let top = rates.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
             prop_assert!(rates[..=top].windows(2).all(|pair| pair[0] <= pair[1]));

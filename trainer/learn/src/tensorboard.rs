@@ -27,28 +27,28 @@ pub struct Scalar {
 pub fn write_events(path: &Path, scalars: &[Scalar]) -> Result<(), DurableError> {
     let mut bytes = Vec::new();
     let mut version = Vec::new();
-    fixed64(&mut version, 1, scalars.first().map_or(0.0, |scalar| scalar.wall_time));
-    delimited(&mut version, 3, b"brain.Event:2");
-    record(&mut bytes, &version);
+    append_fixed64(&mut version, 1, scalars.first().map_or(0.0, |scalar| scalar.wall_time));
+    append_bytes(&mut version, 3, b"brain.Event:2");
+    append_record(&mut bytes, &version);
     for scalar in scalars {
         let mut value = Vec::new();
-        delimited(&mut value, 1, scalar.tag.as_bytes());
+        append_bytes(&mut value, 1, scalar.tag.as_bytes());
         value.push(2 << 3 | 5);
         value.extend_from_slice(&scalar.value.to_le_bytes());
         let mut summary = Vec::new();
-        delimited(&mut summary, 1, &value);
+        append_bytes(&mut summary, 1, &value);
         let mut event = Vec::new();
-        fixed64(&mut event, 1, scalar.wall_time);
+        append_fixed64(&mut event, 1, scalar.wall_time);
         event.push(2 << 3);
-        varint(&mut event, scalar.step);
-        delimited(&mut event, 5, &summary);
-        record(&mut bytes, &event);
+        append_varint(&mut event, scalar.step);
+        append_bytes(&mut event, 5, &summary);
+        append_record(&mut bytes, &event);
     }
     write_file(path, &bytes)
 }
 
 /// Appends one record with its length and checksums.
-fn record(out: &mut Vec<u8>, data: &[u8]) {
+fn append_record(out: &mut Vec<u8>, data: &[u8]) {
     let length = (data.len() as u64).to_le_bytes();
     out.extend_from_slice(&length);
     out.extend_from_slice(&masked_crc(&length).to_le_bytes());
@@ -57,20 +57,20 @@ fn record(out: &mut Vec<u8>, data: &[u8]) {
 }
 
 /// Appends a protobuf field of wire type 1 (64-bit): a double.
-fn fixed64(out: &mut Vec<u8>, field: u8, value: f64) {
+fn append_fixed64(out: &mut Vec<u8>, field: u8, value: f64) {
     out.push(field << 3 | 1);
     out.extend_from_slice(&value.to_le_bytes());
 }
 
 /// Appends a protobuf field of wire type 2 (length-delimited): bytes.
-fn delimited(out: &mut Vec<u8>, field: u8, data: &[u8]) {
+fn append_bytes(out: &mut Vec<u8>, field: u8, data: &[u8]) {
     out.push(field << 3 | 2);
-    varint(out, data.len() as u64);
+    append_varint(out, data.len() as u64);
     out.extend_from_slice(data);
 }
 
 /// Appends `value` as a protobuf varint.
-fn varint(out: &mut Vec<u8>, mut value: u64) {
+fn append_varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push(value as u8 | 0x80);
         value >>= 7;

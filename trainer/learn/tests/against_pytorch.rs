@@ -8,7 +8,7 @@ mod fixture;
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var};
-use fixture::{bits, folder, load, model, same_gradient};
+use fixture::{assert_same_gradient, folder, load, model, tensor_bits};
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::model::CausalLm;
 use potstill_engine::ops::Precision;
@@ -36,7 +36,7 @@ fn sft_loss_and_gradients_match_pytorch() {
             let lm =
                 CausalLm::trainable(&config, &weights, Training::new(&variables, recompute, Precision::F32))
                     .unwrap();
-            let targets: usize = examples.iter().map(Example::targets).sum();
+            let targets: usize = examples.iter().map(Example::num_targets).sum();
             let loss = sft_loss(&lm, &examples, targets as f64).unwrap();
             let expected =
                 candle_core::safetensors::load(folder(name).join("expected.safetensors"), &Device::Cpu)
@@ -50,7 +50,11 @@ fn sft_loss_and_gradients_match_pytorch() {
                 let ours =
                     gradients.get(tensor).unwrap_or_else(|| panic!("{name}: `{tensor}` got no gradient"));
                 let ours = ours.to_dtype(DType::F32).unwrap();
-                same_gradient(&format!("{name}: {tensor}"), &ours, &expected[&format!("grad.{tensor}")]);
+                assert_same_gradient(
+                    &format!("{name}: {tensor}"),
+                    &ours,
+                    &expected[&format!("grad.{tensor}")],
+                );
             }
         }
     }
@@ -73,7 +77,7 @@ fn sft_resumes_bit_for_bit_after_a_stop_at_any_step() {
         RunConfig { batch_tokens: 60, micro_batch_tokens: 30, checkpoint_every: 3, ..RunConfig::default() };
     let whole = tempfile::tempdir().unwrap();
     let (learner, report) = sft(&model, &examples, &phases(), &config, whole.path(), &mut |_| true).unwrap();
-    let expected = learner.finish().unwrap();
+    let expected = learner.trained_model().unwrap();
     assert!(report.steps > 15, "{report:?}");
     for stop_at in [1, 4, report.steps - 1] {
         let cut = tempfile::tempdir().unwrap();
@@ -85,7 +89,11 @@ fn sft_resumes_bit_for_bit_after_a_stop_at_any_step() {
         assert!(matches!(stopped, Err(LearnError::Stopped { .. })));
         let (resumed, again) = sft(&model, &examples, &phases(), &config, cut.path(), &mut |_| true).unwrap();
         assert_eq!(again.resumed_from, stop_at);
-        assert_eq!(bits(&resumed.finish().unwrap()), bits(&expected), "stopped after {stop_at} steps");
+        assert_eq!(
+            tensor_bits(&resumed.trained_model().unwrap()),
+            tensor_bits(&expected),
+            "stopped after {stop_at} steps"
+        );
     }
     let (first, _) = model_loss(&model, &examples);
     let (last, _) = model_loss(&expected, &examples);
@@ -94,7 +102,7 @@ fn sft_resumes_bit_for_bit_after_a_stop_at_any_step() {
 
 fn model_loss(model: &LoadedModel, examples: &[Example]) -> (f32, usize) {
     let lm = CausalLm::new(&model.config, &model.weights).unwrap();
-    let targets: usize = examples.iter().map(Example::targets).sum();
+    let targets: usize = examples.iter().map(Example::num_targets).sum();
     (sft_loss(&lm, examples, targets as f64).unwrap().to_scalar::<f32>().unwrap(), targets)
 }
 

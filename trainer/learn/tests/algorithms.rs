@@ -8,7 +8,7 @@ mod fixture;
 use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Tensor, Var};
-use fixture::{bits, folder, load, model, same_gradient};
+use fixture::{assert_same_gradient, folder, load, model, tensor_bits};
 use potstill_engine::batch::Batch;
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::model::CausalLm;
@@ -17,16 +17,20 @@ use potstill_engine::ops::log_prob::linear_log_prob;
 use potstill_engine::training::Training;
 use potstill_learn::LearnError;
 use potstill_learn::divergence::Divergence;
-use potstill_learn::dpo::{DpoConfig, Pair, dpo, dpo_loss};
+use potstill_learn::dpo::{DpoConfig, PreferencePair, dpo, dpo_loss};
 use potstill_learn::examples::Example;
-use potstill_learn::grpo::{GrpoConfig, Prompt, Rewards, grpo, policy_loss};
-use potstill_learn::kd::{KdConfig, Teacher, TopK, kd, kd_loss, on_policy, read_top_k, top_k, write_top_k};
+use potstill_learn::grpo::{GrpoConfig, Prompt, RewardFunction, grpo, policy_loss};
+use potstill_learn::kd::{
+    KdConfig, TeacherLogits, TopK, kd, kd_loss, kd_on_policy, read_top_k, top_k, write_top_k,
+};
 use potstill_learn::learner::Learner;
-use potstill_learn::lora::{FrozenBits, LoraConfig};
-use potstill_learn::reward_model::{RewardConfig, RewardLoss, RewardModel, Scored, reward_loss, train};
-use potstill_learn::run::{Observe, Progress, RunConfig, RunReport};
+use potstill_learn::lora::{FrozenFormat, LoraConfig};
+use potstill_learn::reward_model::{
+    RewardConfig, RewardLoss, RewardModel, ScoredTrace, reward_loss, train_reward_model,
+};
+use potstill_learn::run::{Progress, RunConfig, RunReport, StepObserver};
 use potstill_learn::sft::sft_loss;
-use potstill_verify::verifier::Gold;
+use potstill_verify::verifier::Reference;
 
 struct Fixture {
     lm: CausalLm,
@@ -47,7 +51,7 @@ fn fixture() -> Fixture {
     let rows: Vec<Vec<u32>> = serde_json::from_value(facts["rows"].clone()).unwrap();
     let from: Vec<usize> = serde_json::from_value(facts["learnt_from"].clone()).unwrap();
     let example = |(tokens, from): (Vec<u32>, usize)| Example {
-        learnt: (0..tokens.len()).map(|at| at >= from).collect(),
+        loss_mask: (0..tokens.len()).map(|at| at >= from).collect(),
         tokens,
     };
     let examples = rows.into_iter().zip(from).map(example).collect();
@@ -57,7 +61,7 @@ fn fixture() -> Fixture {
 
 impl Fixture {
     /// Compares loss and gradients with PyTorch's values under `name`.
-    fn agrees(&self, name: &str, loss: &Tensor) {
+    fn assert_matches_pytorch(&self, name: &str, loss: &Tensor) {
         let (ours, theirs) = (
             loss.to_scalar::<f32>().unwrap(),
             self.expected[&format!("{name}.loss")].to_vec1::<f32>().unwrap()[0],
@@ -71,7 +75,7 @@ impl Fixture {
             if let Some(tensor) =
                 key.strip_prefix(&prefix).filter(|tensor| self.variables.contains_key(*tensor))
             {
-                same_gradient(&format!("{name}: {tensor}"), &gradients[tensor], theirs);
+                assert_same_gradient(&format!("{name}: {tensor}"), &gradients[tensor], theirs);
                 compared += 1;
             }
         }
@@ -79,11 +83,11 @@ impl Fixture {
     }
 
     /// Returns the hidden states of the rows that predict a token in the loss, and these tokens.
-    fn learnt(&self) -> (Tensor, Vec<u32>) {
+    fn loss_rows(&self) -> (Tensor, Vec<u32>) {
         let batch = Batch::new(self.examples.iter().map(|example| (example.tokens.as_slice(), 0)));
         let (mut rows, mut targets) = (Vec::new(), Vec::new());
         for (example, segment) in self.examples.iter().zip(batch.segments.iter()) {
-            for at in (1..example.tokens.len()).filter(|&at| example.learnt[at]) {
+            for at in (1..example.tokens.len()).filter(|&at| example.loss_mask[at]) {
                 rows.push((segment.start + at - 1) as u32);
                 targets.push(example.tokens[at]);
             }
@@ -98,21 +102,25 @@ fn dpo_loss_and_gradients_match_pytorch() {
     let f = fixture();
     let betas: Vec<f64> = serde_json::from_value(f.facts["betas"].clone()).unwrap();
     let reference: Vec<[f32; 2]> = serde_json::from_value(f.facts["reference"].clone()).unwrap();
-    let pairs: Vec<Pair> = f
+    let pairs: Vec<PreferencePair> = f
         .examples
         .chunks_exact(2)
         .zip(betas)
-        .map(|(pair, beta)| Pair { chosen: pair[0].clone(), rejected: pair[1].clone(), beta: Some(beta) })
+        .map(|(pair, beta)| PreferencePair {
+            chosen: pair[0].clone(),
+            rejected: pair[1].clone(),
+            beta: Some(beta),
+        })
         .collect();
     let config = DpoConfig { nll: 0.1, ..DpoConfig::default() };
     let found = dpo_loss(&f.lm, &pairs.iter().collect::<Vec<_>>(), &reference, &config, 2.0).unwrap();
-    f.agrees("dpo", &found.loss);
+    f.assert_matches_pytorch("dpo", &found.loss);
 }
 
 #[test]
 fn grpo_loss_and_gradients_match_pytorch() {
     let f = fixture();
-    let (hidden, targets) = f.learnt();
+    let (hidden, targets) = f.loss_rows();
     let log_probs = linear_log_prob(&hidden, f.lm.head().unwrap(), &targets, Precision::F32).unwrap();
     let n = targets.len();
     let weights = Tensor::full(1.0 / n as f32, n, &Device::Cpu).unwrap();
@@ -120,8 +128,8 @@ fn grpo_loss_and_gradients_match_pytorch() {
     let [old, reference, advantages] =
         ["old", "reference", "advantages"].map(|name| &f.expected[&format!("grpo.{name}")]);
     let found = policy_loss(&log_probs, old, Some(reference), advantages, &weights, &config).unwrap();
-    assert!(found.clipped > 0.0, "the fixture reaches the clip");
-    f.agrees("grpo", &found.loss);
+    assert!(found.clipped_tokens > 0.0, "the fixture reaches the clip");
+    f.assert_matches_pytorch("grpo", &found.loss);
 }
 
 #[test]
@@ -141,12 +149,19 @@ fn reward_model_losses_and_gradients_match_pytorch() {
         let logits = hidden.matmul(&head.t().unwrap()).unwrap();
         let found = reward_loss(&logits, scores, loss).unwrap();
         let of_head = found.backward().unwrap();
-        same_gradient(name, of_head.get(&head).unwrap(), &f.expected[&format!("{name}.grad.score.weight")]);
+        assert_same_gradient(
+            name,
+            of_head.get(&head).unwrap(),
+            &f.expected[&format!("{name}.grad.score.weight")],
+        );
         // Discards the block gradients that this backward pass accumulated.
         f.lm.take_gradients();
         let f = Fixture { ..f };
         let hidden = f.lm.hidden(&batch).unwrap().index_select(&last, 0).unwrap();
-        f.agrees(name, &reward_loss(&hidden.matmul(&head.t().unwrap()).unwrap(), scores, loss).unwrap());
+        f.assert_matches_pytorch(
+            name,
+            &reward_loss(&hidden.matmul(&head.t().unwrap()).unwrap(), scores, loss).unwrap(),
+        );
     }
 }
 
@@ -166,26 +181,26 @@ fn kd_loss_and_gradients_match_pytorch() {
             .examples
             .iter()
             .map(|example| {
-                let range = start..start + example.targets();
+                let range = start..start + example.num_targets();
                 start = range.end;
                 TopK { k: 4, ids: ids[range.clone()].concat(), log_probs: log_probs[range].concat() }
             })
             .collect();
         let config = KdConfig { divergence, ratio: 0.6, ..KdConfig::default() };
         let chosen: Vec<(&Example, &TopK)> = f.examples.iter().zip(&rows).collect();
-        f.agrees(name, &kd_loss(&f.lm, &chosen, &config, start as f64).unwrap());
+        f.assert_matches_pytorch(name, &kd_loss(&f.lm, &chosen, &config, start as f64).unwrap());
     }
 }
 
-fn settings() -> RunConfig {
+fn run_config() -> RunConfig {
     RunConfig { batch_tokens: 60, micro_batch_tokens: 30, checkpoint_every: 3, ..RunConfig::default() }
 }
 
-type Trained = Result<(LoadedModel, RunReport), LearnError>;
+type TrainResult = Result<(LoadedModel, RunReport), LearnError>;
 
 /// Stops a run after several steps, restarts it, and checks that the final weights equal those of an uninterrupted run
 /// bit for bit.
-fn resumes(run: &dyn Fn(&std::path::Path, Observe<'_>) -> Trained) {
+fn assert_resumes_bit_for_bit(run: &dyn Fn(&std::path::Path, StepObserver<'_>) -> TrainResult) {
     let whole = tempfile::tempdir().unwrap();
     let (expected, report) = run(whole.path(), &mut |_| true).unwrap();
     assert!(report.steps >= 6, "{report:?}");
@@ -199,26 +214,26 @@ fn resumes(run: &dyn Fn(&std::path::Path, Observe<'_>) -> Trained) {
         assert!(matches!(stopped, Err(LearnError::Stopped { .. })), "{:?}", stopped.err());
         let (resumed, again) = run(cut.path(), &mut |_| true).unwrap();
         assert!(again.resumed_from >= stop_at);
-        assert_eq!(bits(&resumed), bits(&expected), "stopped after {stop_at} steps");
+        assert_eq!(tensor_bits(&resumed), tensor_bits(&expected), "stopped after {stop_at} steps");
     }
 }
 
-fn some_pairs() -> (LoadedModel, Vec<Pair>) {
+fn preference_pairs() -> (LoadedModel, Vec<PreferencePair>) {
     let (model, examples) = model();
     let pairs = examples
         .chunks_exact(2)
-        .map(|pair| Pair { chosen: pair[0].clone(), rejected: pair[1].clone(), beta: None })
+        .map(|pair| PreferencePair { chosen: pair[0].clone(), rejected: pair[1].clone(), beta: None })
         .collect();
     (model, pairs)
 }
 
 #[test]
 fn dpo_resumes_bit_for_bit_and_widens_the_margin() {
-    let (model, pairs) = some_pairs();
-    let config = DpoConfig { learning_rate: 1e-3, epochs: 2.0, run: settings(), ..DpoConfig::default() };
-    resumes(&|folder, observe| {
+    let (model, pairs) = preference_pairs();
+    let config = DpoConfig { learning_rate: 1e-3, epochs: 2.0, run: run_config(), ..DpoConfig::default() };
+    assert_resumes_bit_for_bit(&|folder, observe| {
         let (learner, report) = dpo(&model, &pairs, &config, folder, observe)?;
-        Ok((learner.finish()?, report))
+        Ok((learner.trained_model()?, report))
     });
     let folder = tempfile::tempdir().unwrap();
     let mut entries = Vec::new();
@@ -230,16 +245,16 @@ fn dpo_resumes_bit_for_bit_and_widens_the_margin() {
     let (first, last) = (&entries[0], entries.last().unwrap());
     assert!(first.metrics["rewards/margin"].abs() < 1e-3, "training starts at the reference: {first:?}");
     assert!(last.metrics["rewards/margin"] > 0.1 && last.metrics["rewards/accuracy"] > 0.5, "{last:?}");
-    let same = Pair { rejected: pairs[0].chosen.clone(), ..pairs[0].clone() };
+    let same = PreferencePair { rejected: pairs[0].chosen.clone(), ..pairs[0].clone() };
     let refused = dpo(&model, &[same], &config, folder.path(), &mut |_| true).err().unwrap();
     assert!(refused.to_string().contains("pair 0"), "{refused}");
 }
 
-fn some_scores() -> (LoadedModel, Vec<Scored>) {
+fn scored_traces() -> (LoadedModel, Vec<ScoredTrace>) {
     let (model, _) = model();
     // The score depends on the last token, so that the model can learn it: token 5 scores 8, token 30 scores 1.
     let traces = (0..80u32)
-        .map(|i| Scored {
+        .map(|i| ScoredTrace {
             tokens: vec![4 + i % 7, 10 + i % 11, if i % 2 == 0 { 5 } else { 30 }],
             score: if i % 2 == 0 { 8 } else { 1 },
             problem: format!("problem {}", i / 2),
@@ -250,7 +265,7 @@ fn some_scores() -> (LoadedModel, Vec<Scored>) {
 
 #[test]
 fn reward_models_resume_bit_for_bit_and_rank_held_out_traces() {
-    let (model, traces) = some_scores();
+    let (model, traces) = scored_traces();
     for loss in [RewardLoss::Huber, RewardLoss::Ordinal, RewardLoss::BradleyTerry] {
         let run = RunConfig {
             batch_tokens: 48,
@@ -259,12 +274,13 @@ fn reward_models_resume_bit_for_bit_and_rank_held_out_traces() {
             ..RunConfig::default()
         };
         let config = RewardConfig { loss, learning_rate: 1e-2, epochs: 6.0, held_out: 0.2, run };
-        let fit =
-            |folder: &std::path::Path, observe: Observe<'_>| train(&model, &traces, &config, folder, observe);
+        let fit = |folder: &std::path::Path, observe: StepObserver<'_>| {
+            train_reward_model(&model, &traces, &config, folder, observe)
+        };
         if loss == RewardLoss::Huber {
-            resumes(&|folder, observe| {
+            assert_resumes_bit_for_bit(&|folder, observe| {
                 let (model, report, _) = fit(folder, observe)?;
-                Ok((model.loaded().clone(), report))
+                Ok((model.model().clone(), report))
             });
         }
         let folder = tempfile::tempdir().unwrap();
@@ -278,29 +294,30 @@ fn reward_models_resume_bit_for_bit_and_rank_held_out_traces() {
         assert!(predictions.iter().all(|value| (0.0..=1.0).contains(value)));
         assert!(predictions[0] > predictions[1]);
     }
-    let bad = Scored { score: 10, ..traces[0].clone() };
+    let bad = ScoredTrace { score: 10, ..traces[0].clone() };
     let folder = tempfile::tempdir().unwrap();
-    let refused =
-        train(&model, &[bad], &RewardConfig::default(), folder.path(), &mut |_| true).err().unwrap();
+    let refused = train_reward_model(&model, &[bad], &RewardConfig::default(), folder.path(), &mut |_| true)
+        .err()
+        .unwrap();
     assert!(refused.to_string().contains("outside 0 to 9"), "{refused}");
 }
 
 /// A reward model that is written to a folder and loaded again predicts the same values.
 #[test]
 fn reward_model_predicts_the_same_after_saving_and_loading() {
-    let (model, traces) = some_scores();
+    let (model, traces) = scored_traces();
     let config = RewardConfig {
         learning_rate: 1e-2,
         epochs: 1.0,
         held_out: 0.2,
-        run: settings(),
+        run: run_config(),
         ..RewardConfig::default()
     };
     let folder = tempfile::tempdir().unwrap();
-    let (trained, _, _) = train(&model, &traces, &config, folder.path(), &mut |_| true).unwrap();
+    let (trained, _, _) = train_reward_model(&model, &traces, &config, folder.path(), &mut |_| true).unwrap();
     let out = folder.path().join("model");
     potstill_shared::durable::create_folder(&out).unwrap();
-    potstill_engine::checkpoint_files::write_model(&out, trained.loaded(), DType::F32).unwrap();
+    potstill_engine::checkpoint_files::write_model(&out, trained.model(), DType::F32).unwrap();
     let text = std::fs::read_to_string(out.join("config.json")).unwrap();
     assert!(text.contains("Qwen2ForSequenceClassification") && text.contains("\"num_labels\": 1"), "{text}");
     let read =
@@ -309,15 +326,15 @@ fn reward_model_predicts_the_same_after_saving_and_loading() {
     assert_eq!(read.predict(&rows, 100).unwrap(), trained.predict(&rows, 100).unwrap());
 }
 
-fn practice() -> (LoadedModel, Vec<Prompt>, GrpoConfig) {
+fn grpo_setup() -> (LoadedModel, Vec<Prompt>, GrpoConfig) {
     let (mut model, _) = model();
     model.config.eos = vec![2];
     let prompts = (0..12u32)
         .map(|i| Prompt {
             problem: format!("w{}", 3 + i),
             tokens: vec![3 + i, 20 + i, 4],
-            opened: false,
-            gold: Gold::Answer("7".to_owned()),
+            starts_in_think: false,
+            reference: Reference::Answer("7".to_owned()),
         })
         .collect();
     let config = GrpoConfig {
@@ -337,12 +354,13 @@ fn practice() -> (LoadedModel, Vec<Prompt>, GrpoConfig) {
 
 #[test]
 fn grpo_resumes_bit_for_bit() {
-    let (model, prompts, config) = practice();
+    let (model, prompts, config) = grpo_setup();
     for updates in [1, 2] {
         let config = GrpoConfig { updates, ..config.clone() };
-        resumes(&|folder, observe| {
-            let (learner, report) = grpo(&model, &prompts, &Rewards::default(), &config, folder, observe)?;
-            Ok((learner.finish()?, report))
+        assert_resumes_bit_for_bit(&|folder, observe| {
+            let (learner, report) =
+                grpo(&model, &prompts, &RewardFunction::default(), &config, folder, observe)?;
+            Ok((learner.trained_model()?, report))
         });
     }
 }
@@ -350,11 +368,11 @@ fn grpo_resumes_bit_for_bit() {
 /// One token of the vocabulary is a complete correct answer. The model learns to sample it and then stop.
 #[test]
 fn grpo_learns_the_rewarded_completion() {
-    let (model, prompts, config) = practice();
+    let (model, prompts, config) = grpo_setup();
     let config = GrpoConfig { learning_rate: 1e-2, epochs: 40.0, kl: 0.0, ..config };
     let folder = tempfile::tempdir().unwrap();
     let mut rewards = Vec::new();
-    grpo(&model, &prompts, &Rewards::default(), &config, folder.path(), &mut |progress| {
+    grpo(&model, &prompts, &RewardFunction::default(), &config, folder.path(), &mut |progress| {
         rewards.push(progress.entry.metrics["reward"]);
         true
     })
@@ -366,16 +384,17 @@ fn grpo_learns_the_rewarded_completion() {
 
 #[test]
 fn grpo_stops_when_most_completions_are_truncated() {
-    let (mut model, prompts, config) = practice();
+    let (mut model, prompts, config) = grpo_setup();
     model.config.eos = vec![];
     let config = GrpoConfig { max_truncated: 0.5, learn_truncated: false, ..config };
     let folder = tempfile::tempdir().unwrap();
     let mut steps = 0;
-    let refused = grpo(&model, &prompts, &Rewards::default(), &config, folder.path(), &mut |progress| {
-        steps = progress.entry.step;
-        assert_eq!(progress.entry.metrics["completions/truncated"], 1.0);
-        true
-    });
+    let refused =
+        grpo(&model, &prompts, &RewardFunction::default(), &config, folder.path(), &mut |progress| {
+            steps = progress.entry.step;
+            assert_eq!(progress.entry.metrics["completions/truncated"], 1.0);
+            true
+        });
     assert!(matches!(refused, Err(LearnError::Truncated { .. })), "{:?}", refused.err());
     assert_eq!(steps, 9, "ten steps are looked at");
 }
@@ -385,7 +404,7 @@ fn kd_learns_from_the_teacher_and_on_policy_resumes_bit_for_bit() {
     let (teacher, examples) = model();
     let (mut student, _) = model();
     student.weights = potstill_engine::init::random(&student.config, 5).unwrap();
-    let run = RunConfig { checkpoint_every: 1000, ..settings() };
+    let run = RunConfig { checkpoint_every: 1000, ..run_config() };
     let config = KdConfig {
         ratio: 1.0,
         top_k: 8,
@@ -424,37 +443,37 @@ fn kd_learns_from_the_teacher_and_on_policy_resumes_bit_for_bit() {
         run,
         ..config
     };
-    resumes(&|folder, observe| {
-        let teacher = Teacher::at_hand(&teacher, &config)?;
-        let (learner, report) = on_policy(&student, &teacher, &prompts, &config, folder, observe)?;
-        Ok((learner.finish()?, report))
+    assert_resumes_bit_for_bit(&|folder, observe| {
+        let teacher = TeacherLogits::local(&teacher, &config)?;
+        let (learner, report) = kd_on_policy(&student, &teacher, &prompts, &config, folder, observe)?;
+        Ok((learner.trained_model()?, report))
     });
 }
 
 #[test]
 fn lora_trains_only_adapters_and_merges_them() {
-    let (model, pairs) = some_pairs();
-    for quantise in [None, Some(FrozenBits::Q8_0)] {
+    let (model, pairs) = preference_pairs();
+    for quantise in [None, Some(FrozenFormat::Q8_0)] {
         let lora = LoraConfig { rank: 4, alpha: 8.0, quantise, ..LoraConfig::default() };
         let config = DpoConfig {
             learning_rate: 1e-2,
             epochs: 3.0,
-            run: RunConfig { lora: Some(lora), ..settings() },
+            run: RunConfig { lora: Some(lora), ..run_config() },
             ..DpoConfig::default()
         };
         let folder = tempfile::tempdir().unwrap();
         let (learner, _) = dpo(&model, &pairs, &config, folder.path(), &mut |_| true).unwrap();
         assert!(learner.variables().keys().all(|name| name.contains(".lora_")));
         assert_eq!(learner.variables().len(), 2 * 7 * model.config.layers);
-        let merged = learner.finish().unwrap();
+        let merged = learner.trained_model().unwrap();
         let embedding = "model.embed_tokens.weight";
-        assert_eq!(bits(&merged)[embedding], bits(&model)[embedding], "what is frozen stays");
+        assert_eq!(tensor_bits(&merged)[embedding], tensor_bits(&model)[embedding], "what is frozen stays");
         // The unmerged adapters and the merged weights give equal logits, up to the error of 8-bit storage.
         let logits = |model: &LoadedModel| {
             let lm = CausalLm::new(&model.config, &model.weights).unwrap();
             lm.logits(&lm.hidden(&Batch::new([(&pairs[0].chosen.tokens[..], 0)])).unwrap()).unwrap()
         };
-        let (apart, together) = (logits(&learner.decoders()[0]), logits(&merged));
+        let (apart, together) = (logits(&learner.inference_models()[0]), logits(&merged));
         let gap = (&apart - &together).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         let moved = (&logits(&model) - &together)
             .unwrap()
@@ -476,18 +495,18 @@ fn lora_trains_only_adapters_and_merges_them() {
         assert_eq!(tensors["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"].dims(), [4, 56]);
     }
     let lora = LoraConfig { targets: vec!["query".to_owned()], ..LoraConfig::default() };
-    let refused = Learner::new(&model, &RunConfig { lora: Some(lora), ..settings() }, &[]).err().unwrap();
+    let refused = Learner::new(&model, &RunConfig { lora: Some(lora), ..run_config() }, &[]).err().unwrap();
     assert!(refused.to_string().contains("no module `query`"), "{refused}");
 }
 
 /// Three replicas that divide every step train like one. They also resume bit for bit.
 #[test]
 fn several_devices_train_like_one() {
-    let run = |devices: usize| RunConfig { devices: vec!["cpu".to_owned(); devices], ..settings() };
-    let (model, pairs) = some_pairs();
+    let run = |devices: usize| RunConfig { devices: vec!["cpu".to_owned(); devices], ..run_config() };
+    let (model, pairs) = preference_pairs();
     let lora = LoraConfig { rank: 4, ..LoraConfig::default() };
     for lora in [None, Some(lora)] {
-        let trained = |devices: usize, folder: &std::path::Path, observe: Observe<'_>| {
+        let trained = |devices: usize, folder: &std::path::Path, observe: StepObserver<'_>| {
             let run = RunConfig { lora: lora.clone(), ..run(devices) };
             dpo(
                 &model,
@@ -512,18 +531,18 @@ fn several_devices_train_like_one() {
             let near = |a: f64, b: f64| (a - b).abs() < 1e-3 * a.abs();
             assert!(near(one.0, three.0) && near(one.1, three.1) && one.2 == three.2, "{one:?} {three:?}");
         }
-        resumes(&|folder, observe| {
+        assert_resumes_bit_for_bit(&|folder, observe| {
             let (learner, report) = trained(3, folder, observe)?;
-            Ok((learner.finish()?, report))
+            Ok((learner.trained_model()?, report))
         });
     }
-    let (model, prompts, config) = practice();
+    let (model, prompts, config) = grpo_setup();
     let config = GrpoConfig { updates: 2, run: RunConfig { checkpoint_every: 3, ..run(3) }, ..config };
-    resumes(&|folder, observe| {
-        let (learner, report) = grpo(&model, &prompts, &Rewards::default(), &config, folder, observe)?;
-        Ok((learner.finish()?, report))
+    assert_resumes_bit_for_bit(&|folder, observe| {
+        let (learner, report) = grpo(&model, &prompts, &RewardFunction::default(), &config, folder, observe)?;
+        Ok((learner.trained_model()?, report))
     });
-    let refused = Learner::new(&model, &RunConfig { devices: vec!["gpu".to_owned()], ..settings() }, &[]);
+    let refused = Learner::new(&model, &RunConfig { devices: vec!["gpu".to_owned()], ..run_config() }, &[]);
     assert!(refused.err().unwrap().to_string().contains("`cpu`, `cuda` or `cuda:N`"));
 }
 
@@ -531,12 +550,12 @@ fn several_devices_train_like_one() {
 #[test]
 fn device_without_a_micro_batch_applies_the_update() {
     let (model, examples) = model();
-    let config = RunConfig { devices: vec!["cpu".to_owned(); 3], ..settings() };
+    let config = RunConfig { devices: vec!["cpu".to_owned(); 3], ..run_config() };
     let mut learner = Learner::new(&model, &config, &[]).unwrap();
     let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
     for step in [&[0usize][..], &[1, 2, 3, 4], &[5, 6]] {
         let losses = learner
-            .share(step, &lengths, 1 << 20, |replica, micro| {
+            .map_micro_batches(step, &lengths, 1 << 20, |replica, micro| {
                 let rows = micro.iter().map(|&index| &examples[index]);
                 let loss = sft_loss(&replica.lm, rows, 10.0)?;
                 replica.lm.backward(&loss)?;
@@ -546,19 +565,19 @@ fn device_without_a_micro_batch_applies_the_update() {
         let shared: Vec<usize> = losses.iter().flat_map(|(micro, _)| micro.clone()).collect();
         assert_eq!(shared, step, "in order, each once");
         assert!(losses.iter().enumerate().all(|(at, (_, rank))| *rank == at % 3));
-        assert!(learner.update(1e-3).unwrap() > 0.0);
+        assert!(learner.optimizer_step(1e-3).unwrap() > 0.0);
     }
-    let copies: Vec<_> = learner.decoders().iter().map(bits).collect();
+    let copies: Vec<_> = learner.inference_models().iter().map(tensor_bits).collect();
     assert!(copies[0] == copies[1] && copies[0] == copies[2], "the copies differ");
-    assert!(copies[0] != bits(&model), "nothing moved");
+    assert!(copies[0] != tensor_bits(&model), "nothing moved");
 }
 
 /// 8-bit moments lower the loss like 32-bit ones, make the checkpoint smaller, and resume bit for bit.
 #[test]
 fn eight_bit_moments_train_like_32_bit_ones() {
-    let (model, pairs) = some_pairs();
+    let (model, pairs) = preference_pairs();
     let last_loss = |eight_bit_moments: bool, folder: &std::path::Path| {
-        let run = RunConfig { eight_bit_moments, ..settings() };
+        let run = RunConfig { eight_bit_moments, ..run_config() };
         let config = DpoConfig { learning_rate: 1e-3, epochs: 4.0, nll: 1.0, run, ..DpoConfig::default() };
         let mut entries = Vec::new();
         dpo(&model, &pairs, &config, folder, &mut |progress| {
@@ -567,9 +586,9 @@ fn eight_bit_moments_train_like_32_bit_ones() {
         })
         .unwrap();
         if eight_bit_moments {
-            resumes(&|folder, observe| {
+            assert_resumes_bit_for_bit(&|folder, observe| {
                 let (learner, report) = dpo(&model, &pairs, &config, folder, observe)?;
-                Ok((learner.finish()?, report))
+                Ok((learner.trained_model()?, report))
             });
         }
         (entries[0], *entries.last().unwrap())

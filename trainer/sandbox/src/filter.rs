@@ -9,7 +9,7 @@ use nix::libc;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
 /// System calls of all architectures.
-const ALLOWED: [libc::c_long; 83] = [
+const ALLOWED_CALLS: [libc::c_long; 83] = [
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_readv,
@@ -97,7 +97,7 @@ const ALLOWED: [libc::c_long; 83] = [
 
 /// Older variants of these calls, which only x86-64 has.
 #[cfg(target_arch = "x86_64")]
-const OLDER: [libc::c_long; 22] = [
+const LEGACY_CALLS: [libc::c_long; 22] = [
     libc::SYS_open,
     libc::SYS_stat,
     libc::SYS_lstat,
@@ -125,9 +125,10 @@ const OLDER: [libc::c_long; 22] = [
 const OLDER: [libc::c_long; 0] = [];
 
 /// Installs the filter on this process, permanently.
-pub(crate) fn install() -> Result<(), String> {
+pub(crate) fn install_filter() -> Result<(), String> {
     let say = |error: &dyn std::fmt::Display| error.to_string();
-    let rules: BTreeMap<i64, Vec<_>> = ALLOWED.iter().chain(&OLDER).map(|call| (*call, Vec::new())).collect();
+    let rules: BTreeMap<i64, Vec<_>> =
+        ALLOWED_CALLS.iter().chain(&LEGACY_CALLS).map(|call| (*call, Vec::new())).collect();
     let architecture =
         std::env::consts::ARCH.try_into().map_err(|error: seccompiler::BackendError| say(&error))?;
     let filter = SeccompFilter::new(

@@ -20,11 +20,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::process::{Ended, Output};
-pub use self::tests_of::{Example, Verdict};
+pub use self::process::{ExitReason, ProgramOutput};
+pub use self::tests_of::{Example, TestResult};
 
 /// First argument of a helper process.
-pub const HELPER: &str = "sandbox-helper";
+pub const HELPER_ARGUMENT: &str = "sandbox-helper";
 
 /// Reason for which a program was not run.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +38,7 @@ pub enum SandboxError {
     )]
     NoIsolation(String),
     /// The program, its tests or their JSON encoding exceed the size of a process argument.
-    #[error("the program is longer than {LONGEST} bytes")]
+    #[error("the program is longer than {MAX_PROGRAM_BYTES} bytes")]
     TooLong,
     /// A process or pipe could not be created.
     #[error("cannot start `{program}`: {source}")]
@@ -51,7 +51,7 @@ pub enum SandboxError {
 }
 
 /// Largest size of a program or of its tests, in bytes.
-pub const LONGEST: usize = 120_000;
+pub const MAX_PROGRAM_BYTES: usize = 120_000;
 
 /// Resource limits of a program.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -59,24 +59,30 @@ pub struct Limits {
     /// Processor time, in seconds.
     pub cpu_s: u64,
     /// Elapsed time.
-    pub wall: Duration,
+    pub wall_time: Duration,
     /// Address space, in bytes.
-    pub memory: u64,
+    pub memory_bytes: u64,
     /// Largest size of standard output, in bytes.
-    pub output: usize,
+    pub output_bytes: usize,
     /// Largest size of a file and total size of `/tmp`, in bytes.
-    pub files: u64,
+    pub file_bytes: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { cpu_s: 10, wall: Duration::from_secs(12), memory: 1 << 30, output: 1 << 20, files: 16 << 20 }
+        Self {
+            cpu_s: 10,
+            wall_time: Duration::from_secs(12),
+            memory_bytes: 1 << 30,
+            output_bytes: 1 << 20,
+            file_bytes: 16 << 20,
+        }
     }
 }
 
 /// Python interpreter and its readable paths.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Python {
+pub(crate) struct Interpreter {
     /// Absolute path without symbolic links.
     pub(crate) executable: PathBuf,
     /// Files and folders that the interpreter needs: its library and the shared libraries.
@@ -89,7 +95,7 @@ pub struct Sandbox {
     /// Executable of the helper.
     pub(crate) helper: PathBuf,
     /// Interpreter of the programs.
-    pub(crate) python: Python,
+    pub(crate) python: Interpreter,
     /// Resource limits of each program.
     pub limits: Limits,
 }
@@ -100,9 +106,9 @@ impl Sandbox {
     /// Runs a probe that tries to leave the sandbox. Fails with [`SandboxError::NoPython`] without an
     /// interpreter, and with [`SandboxError::NoIsolation`] if the probe finds a gap.
     pub fn new(program: PathBuf, limits: Limits) -> Result<Self, SandboxError> {
-        let sandbox = Self { helper: program, python: Python::find()?, limits };
-        let probe = sandbox.python_program(PROBE, b"")?;
-        if probe.ended == Ended::Exit(0) && probe.stdout == b"isolated\n" {
+        let sandbox = Self { helper: program, python: Interpreter::find()?, limits };
+        let probe = sandbox.run_program(ISOLATION_PROBE, b"")?;
+        if probe.ended == ExitReason::Exit(0) && probe.stdout == b"isolated\n" {
             return Ok(sandbox);
         }
         let said = String::from_utf8_lossy(&probe.stderr);
@@ -113,7 +119,7 @@ impl Sandbox {
 
 /// Python program that prints `isolated` if sockets, the file system, new processes and other processes are
 /// out of reach.
-const PROBE: &str = r#"
+const ISOLATION_PROBE: &str = r#"
 import os
 def fails(act):
     try:
@@ -129,12 +135,12 @@ assert os.getpid() == 1, "other processes are in sight"
 print("isolated")
 "#;
 
-impl Python {
+impl Interpreter {
     /// Returns the interpreter behind the command `python3`.
     fn find() -> Result<Self, SandboxError> {
-        const ASK: &str = "import os, sys, json\nprint(json.dumps([os.path.realpath(sys.executable), [sys.base_prefix + '/lib', \
+        const PATHS_SCRIPT: &str = "import os, sys, json\nprint(json.dumps([os.path.realpath(sys.executable), [sys.base_prefix + '/lib', \
             os.path.dirname(os.__file__)] + [p for p in sys.path if p]]))";
-        let output = Command::new("python3").args(["-I", "-c", ASK]).output();
+        let output = Command::new("python3").args(["-I", "-c", PATHS_SCRIPT]).output();
         let output = output.map_err(|error| SandboxError::NoPython(error.to_string()))?;
         let (executable, mut readable): (PathBuf, Vec<PathBuf>) = serde_json::from_slice(&output.stdout)
             .map_err(|_| SandboxError::NoPython(String::from_utf8_lossy(&output.stderr).trim().to_owned()))?;

@@ -5,5 +5,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    potstill_sandbox::child::main(std::env::args_os().skip(2))
+    potstill_sandbox::child::run_helper(std::env::args_os().skip(2))
 }

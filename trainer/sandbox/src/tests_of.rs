@@ -6,7 +6,7 @@
 
 use std::process::Stdio;
 
-use crate::process::Ended;
+use crate::process::ExitReason;
 use crate::{Sandbox, SandboxError};
 
 /// Input of a program with its expected output.
@@ -20,7 +20,7 @@ pub struct Example {
 
 /// Result of the tests.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verdict {
+pub struct TestResult {
     /// True if all tests passed.
     pub passed: bool,
     /// First failure, or the number of passed tests.
@@ -28,45 +28,45 @@ pub struct Verdict {
 }
 
 /// Returns a failed verdict.
-fn failed(why: impl Into<String>) -> Verdict {
-    Verdict { passed: false, why: why.into() }
+fn failed_result(why: impl Into<String>) -> TestResult {
+    TestResult { passed: false, why: why.into() }
 }
 
 /// Python driver that holds the program and calls its functions.
-const ANSWERER: &str = include_str!("answerer.py");
+const FUNCTION_DRIVER: &str = include_str!("answerer.py");
 /// Python driver that runs the tests.
-const TESTER: &str = include_str!("tester.py");
+const TEST_DRIVER: &str = include_str!("tester.py");
 
 impl Sandbox {
     /// Runs the program on each input and compares its output with the expected output.
     ///
     /// Lines are compared without trailing whitespace. Lines that differ are compared word by word, with
     /// numbers by value. Fails if the program cannot be isolated or started.
-    pub fn prints(&self, program: &str, examples: &[Example]) -> Result<Verdict, SandboxError> {
+    pub fn check_output(&self, program: &str, examples: &[Example]) -> Result<TestResult, SandboxError> {
         for (index, example) in examples.iter().enumerate() {
             let number = index + 1;
-            let output = self.python_program(program, example.input.as_bytes())?;
+            let output = self.run_program(program, example.input.as_bytes())?;
             match output.ended {
-                Ended::Exit(0) => {}
-                Ended::Refused => {
+                ExitReason::Exit(0) => {}
+                ExitReason::Refused => {
                     return Err(SandboxError::NoIsolation(last_line(&output.stderr)));
                 }
-                Ended::Exit(code) => {
-                    return Ok(failed(format!(
+                ExitReason::Exit(code) => {
+                    return Ok(failed_result(format!(
                         "test {number}: ended with {code}: {}",
                         last_line(&output.stderr)
                     )));
                 }
-                other => return Ok(failed(format!("test {number}: {}", describe(other)))),
+                other => return Ok(failed_result(format!("test {number}: {}", describe_exit(other)))),
             }
             let Ok(printed) = std::str::from_utf8(&output.stdout) else {
-                return Ok(failed(format!("test {number}: printed something that is no text")));
+                return Ok(failed_result(format!("test {number}: printed something that is no text")));
             };
-            if !same_output(printed, &example.output) {
-                return Ok(failed(format!("test {number}: printed something else")));
+            if !outputs_match(printed, &example.output) {
+                return Ok(failed_result(format!("test {number}: printed something else")));
             }
         }
-        Ok(Verdict { passed: true, why: format!("{} tests passed", examples.len()) })
+        Ok(TestResult { passed: true, why: format!("{} tests passed", examples.len()) })
     }
 
     /// Runs test code against the functions of a program.
@@ -74,40 +74,50 @@ impl Sandbox {
     /// The tests are assertions or a function `check(candidate)`. `entry` is the name of `candidate`, either
     /// `name` or `Class.method`. The tests reach other functions of the program by name. Fails if the tests
     /// cannot be isolated or started.
-    pub fn functions(&self, program: &str, tests: &str, entry: &str) -> Result<Verdict, SandboxError> {
+    pub fn check_functions(
+        &self,
+        program: &str,
+        tests: &str,
+        entry: &str,
+    ) -> Result<TestResult, SandboxError> {
         let arguments =
             |driver: &str, code: &str| ["-I", "-c", driver, code, entry].map(str::to_owned).to_vec();
         let start = |source| SandboxError::Start { program: self.helper.clone(), source };
         let (ask_out, ask_in) = std::io::pipe().map_err(start)?;
         let (answer_out, answer_in) = std::io::pipe().map_err(start)?;
         let _answerer =
-            self.start(arguments(ANSWERER, program), Stdio::from(ask_out), Stdio::from(answer_in))?;
-        let tester = self.start(arguments(TESTER, tests), Stdio::from(answer_out), Stdio::from(ask_in))?;
-        let output = tester.finish(self.limits.wall, self.limits.output);
+            self.spawn(arguments(FUNCTION_DRIVER, program), Stdio::from(ask_out), Stdio::from(answer_in))?;
+        let tester =
+            self.spawn(arguments(TEST_DRIVER, tests), Stdio::from(answer_out), Stdio::from(ask_in))?;
+        let output = tester.wait_with_limits(self.limits.wall_time, self.limits.output_bytes);
         let said = last_line(&output.stderr);
         Ok(match output.ended {
             // Only the test process exits with this status, after the last test.
-            Ended::Exit(PASSED) => Verdict { passed: true, why: "the tests passed".to_owned() },
-            Ended::Refused => return Err(SandboxError::NoIsolation(said)),
-            Ended::Exit(_) => failed(if said.is_empty() { "the tests failed".to_owned() } else { said }),
-            other => failed(describe(other)),
+            ExitReason::Exit(TESTS_PASSED_STATUS) => {
+                TestResult { passed: true, why: "the tests passed".to_owned() }
+            }
+            ExitReason::Refused => return Err(SandboxError::NoIsolation(said)),
+            ExitReason::Exit(_) => {
+                failed_result(if said.is_empty() { "the tests failed".to_owned() } else { said })
+            }
+            other => failed_result(describe_exit(other)),
         })
     }
 }
 
 /// Exit status of a test process whose tests all passed.
-const PASSED: u8 = 42;
+const TESTS_PASSED_STATUS: u8 = 42;
 
 /// Returns the end of a program in words.
-fn describe(ended: Ended) -> String {
+fn describe_exit(ended: ExitReason) -> String {
     match ended {
-        Ended::Exit(code) => format!("ended with {code}"),
+        ExitReason::Exit(code) => format!("ended with {code}"),
         // At the limit on processor time, the first process of a namespace ends by signal 9.
-        Ended::Signal(9 | 24) => "used up its time".to_owned(),
-        Ended::Signal(signal) => format!("was ended by signal {signal}"),
-        Ended::TimedOut => "took too long".to_owned(),
-        Ended::TooMuchOutput => "printed too much".to_owned(),
-        Ended::Refused => "was not run".to_owned(),
+        ExitReason::Signal(9 | 24) => "used up its time".to_owned(),
+        ExitReason::Signal(signal) => format!("was ended by signal {signal}"),
+        ExitReason::TimedOut => "took too long".to_owned(),
+        ExitReason::TooMuchOutput => "printed too much".to_owned(),
+        ExitReason::Refused => "was not run".to_owned(),
     }
 }
 
@@ -118,7 +128,7 @@ fn last_line(text: &[u8]) -> String {
 }
 
 /// Returns whether two outputs have equal lines, or lines of equal words.
-fn same_output(printed: &str, wanted: &str) -> bool {
+fn outputs_match(printed: &str, wanted: &str) -> bool {
     let lines = |text: &str| text.trim().lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>();
     let (printed, wanted) = (lines(printed), lines(wanted));
     if printed.len() != wanted.len() {
@@ -128,13 +138,13 @@ fn same_output(printed: &str, wanted: &str) -> bool {
         a == b || {
             let (a, b): (Vec<&str>, Vec<&str>) =
                 (a.split_whitespace().collect(), b.split_whitespace().collect());
-            a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| same_word(a, b))
+            a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| words_match(a, b))
         }
     })
 }
 
 /// Returns whether two words are equal as text, or as decimal numbers below 9e15.
-fn same_word(a: &str, b: &str) -> bool {
+fn words_match(a: &str, b: &str) -> bool {
     let plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit() || b"+-.eE".contains(&byte));
     a == b
         || (plain(a)
@@ -157,7 +167,7 @@ mod tests {
             ("", "", true),
             ("a\n\nb", "a\nb", false),
         ] {
-            assert_eq!(same_output(printed, wanted), same, "{printed} {wanted}");
+            assert_eq!(outputs_match(printed, wanted), same, "{printed} {wanted}");
         }
     }
 }

@@ -8,11 +8,12 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use potstill_sandbox::{Ended, Example, Limits, Sandbox, SandboxError};
+use potstill_sandbox::{Example, ExitReason, Limits, Sandbox, SandboxError};
 
 /// Returns a sandbox with short limits, or `None` if this machine cannot isolate programs.
 fn sandbox() -> Option<Sandbox> {
-    let limits = Limits { cpu_s: 2, wall: Duration::from_secs(3), output: 100_000, ..Limits::default() };
+    let limits =
+        Limits { cpu_s: 2, wall_time: Duration::from_secs(3), output_bytes: 100_000, ..Limits::default() };
     match Sandbox::new(PathBuf::from(env!("CARGO_BIN_EXE_potstill-sandbox")), limits) {
         Ok(sandbox) => Some(sandbox),
         Err(refused @ (SandboxError::NoIsolation(_) | SandboxError::NoPython(_))) => {
@@ -33,7 +34,7 @@ def check(candidate):
 ";
 
 /// Name and code of programs that pretend to add two numbers with `add`.
-const CHEATS: &[(&str, &str)] = &[
+const FORGERIES: &[(&str, &str)] = &[
     ("exit at once", "import sys; sys.exit(0)"),
     ("exit 42", "import os; os._exit(42)"),
     ("raise SystemExit", "raise SystemExit(0)"),
@@ -90,14 +91,14 @@ const CHEATS: &[(&str, &str)] = &[
 #[test]
 fn rejects_programs_that_forge_a_pass() {
     let Some(sandbox) = sandbox() else { return };
-    let good = sandbox.functions("def add(a, b): return a + b", TESTS, "add").unwrap();
+    let good = sandbox.check_functions("def add(a, b): return a + b", TESTS, "add").unwrap();
     assert!(good.passed, "{good:?}");
-    for (name, program) in CHEATS {
+    for (name, program) in FORGERIES {
         let begin = Instant::now();
-        let verdict = sandbox.functions(program, TESTS, "add").unwrap();
+        let verdict = sandbox.check_functions(program, TESTS, "add").unwrap();
         assert!(!verdict.passed, "{name} passed: {verdict:?}");
         assert!(
-            begin.elapsed() < sandbox.limits.wall + Duration::from_secs(1),
+            begin.elapsed() < sandbox.limits.wall_time + Duration::from_secs(1),
             "{name} took {:?}",
             begin.elapsed()
         );
@@ -162,10 +163,10 @@ const ESCAPES: &[(&str, &str)] = &[
 fn blocks_escapes_from_the_sandbox() {
     let Some(sandbox) = sandbox() else { return };
     for (name, program) in ESCAPES {
-        let output = sandbox.python_program(program, b"").unwrap();
+        let output = sandbox.run_program(program, b"").unwrap();
         let printed = String::from_utf8_lossy(&output.stdout);
         assert!(!printed.contains("out"), "{name}: {printed}");
-        assert_ne!(output.ended, Ended::Refused, "{name}");
+        assert_ne!(output.ended, ExitReason::Refused, "{name}");
     }
     assert!(!std::path::Path::new("/var/tmp/potstill-escape").exists());
 }
@@ -194,16 +195,16 @@ fn ends_programs_that_exceed_a_limit() {
         ("a regular expression", "import re; re.match('(a+)+$', 'a' * 40 + 'b')"),
     ] {
         let begin = Instant::now();
-        let output = sandbox.python_program(program, b"").unwrap();
+        let output = sandbox.run_program(program, b"").unwrap();
         longest = longest.max(begin.elapsed());
         assert!(
-            begin.elapsed() < sandbox.limits.wall + Duration::from_secs(1),
+            begin.elapsed() < sandbox.limits.wall_time + Duration::from_secs(1),
             "{name}: {:?}",
             begin.elapsed()
         );
-        assert_ne!(output.ended, Ended::Exit(0), "{name}");
-        assert_ne!(output.ended, Ended::Refused, "{name}");
-        assert!(output.stdout.len() <= sandbox.limits.output, "{name}");
+        assert_ne!(output.ended, ExitReason::Exit(0), "{name}");
+        assert_ne!(output.ended, ExitReason::Refused, "{name}");
+        assert!(output.stdout.len() <= sandbox.limits.output_bytes, "{name}");
     }
     assert!(longest >= Duration::from_secs(1), "the limits were tried");
 }
@@ -214,7 +215,7 @@ fn compares_printed_output_with_examples() {
     let examples = [("3\n1 2 3\n", "6\n"), ("2\n10 -10\n", "0\n")]
         .map(|(input, output)| Example { input: input.to_owned(), output: output.to_owned() });
     let right = "input()\nprint(sum(map(int, input().split())))";
-    assert!(sandbox.prints(right, &examples).unwrap().passed);
+    assert!(sandbox.check_output(right, &examples).unwrap().passed);
     for (wrong, word) in [
         ("print(6)", "test 2"),
         ("import sys; sys.exit(3)", "ended with 3"),
@@ -223,7 +224,7 @@ fn compares_printed_output_with_examples() {
         ("while True: pass", "time"),
         ("def f(:", "SyntaxError"),
     ] {
-        let verdict = sandbox.prints(wrong, &examples).unwrap();
+        let verdict = sandbox.check_output(wrong, &examples).unwrap();
         assert!(!verdict.passed && verdict.why.contains(word), "{wrong}: {verdict:?}");
     }
 }
@@ -258,7 +259,7 @@ fn calls_methods_generators_and_functions_with_side_effects() {
         ),
         ("def f(s): return s[::-1]", "assert f('a\\nb\"') == '\"b\\na'", "f"),
     ] {
-        let verdict = sandbox.functions(program, tests, entry).unwrap();
+        let verdict = sandbox.check_functions(program, tests, entry).unwrap();
         assert!(verdict.passed, "{program}: {verdict:?}");
     }
 }

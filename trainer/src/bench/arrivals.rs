@@ -18,11 +18,11 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 /// Maximum number of requests in a static batch.
-const STATIC: usize = 16;
+const STATIC_BATCH_SIZE: usize = 16;
 /// Smallest and largest number of tokens of a prompt; log-uniform, so long prompts are rarer.
-const PROMPT: (f64, f64) = (16.0, 256.0);
+const PROMPT_TOKENS: (f64, f64) = (16.0, 256.0);
 /// Smallest and largest number of tokens of a completion; also log-uniform.
-const ANSWER: (f64, f64) = (16.0, 256.0);
+const COMPLETION_TOKENS: (f64, f64) = (16.0, 256.0);
 
 /// Arguments of `potstill bench arrivals`.
 #[derive(Debug, Clone, clap::Args)]
@@ -49,7 +49,7 @@ pub struct ArrivalArguments {
 
 /// Results of one kind of batching.
 #[derive(Debug, Clone, Serialize)]
-pub struct Batching {
+pub struct BatchingResult {
     /// `continuous` or `static`.
     pub way: &'static str,
     /// Generated tokens per second, from the start until the last token.
@@ -70,19 +70,19 @@ pub struct ArrivalReport {
     /// Number of requests, and of generated tokens in all completions.
     pub requests: (usize, usize),
     /// Results, continuous batching first.
-    pub ways: Vec<Batching>,
+    pub ways: Vec<BatchingResult>,
 }
 
 /// One request: arrival time, prompt, and number of tokens to generate.
 struct Arrival {
     at: Duration,
     prompt: Vec<u32>,
-    answer: usize,
+    completion_tokens: usize,
 }
 
 /// Times of the first and last token of a request, since the start.
 #[derive(Clone, Copy, Default)]
-struct Times {
+struct TokenTimes {
     first: Duration,
     last: Duration,
 }
@@ -97,17 +97,17 @@ pub fn run(arguments: &ArrivalArguments) -> anyhow::Result<ArrivalReport> {
     let model = load_to_serve(&arguments.model, &[device::parse("cpu")?], false)
         .with_context(|| format!("cannot load `{}`", arguments.model.display()))?;
     let arrivals = arrivals(arguments, model.config.vocab_size);
-    let tokens: usize = arrivals.iter().map(|arrival| arrival.answer).sum();
+    let tokens: usize = arrivals.iter().map(|arrival| arrival.completion_tokens).sum();
     let config = SchedulerConfig { max_waiting: arguments.requests, ..SchedulerConfig::default() };
     let mut ways = Vec::new();
     for (way, measure) in [
-        ("continuous", continuous as fn(&Engine, &[Arrival]) -> anyhow::Result<Vec<Times>>),
-        ("static", in_batches),
+        ("continuous", run_continuous as fn(&Engine, &[Arrival]) -> anyhow::Result<Vec<TokenTimes>>),
+        ("static", run_static),
     ] {
         let engine = Engine::start(&model, config.clone())?;
         let times = measure(&engine, &arrivals)?;
         let end = times.iter().map(|times| times.last).max().unwrap_or_default();
-        let percentiles = |of: fn(&Times) -> Duration| {
+        let percentiles = |of: fn(&TokenTimes) -> Duration| {
             let waits =
                 times.iter().zip(&arrivals).map(|(times, arrival)| of(times).saturating_sub(arrival.at));
             let mut waits: Vec<f64> = waits.map(|wait| wait.as_secs_f64()).collect();
@@ -116,7 +116,7 @@ pub fn run(arguments: &ArrivalArguments) -> anyhow::Result<ArrivalReport> {
                 |share: f64| waits[((waits.len() as f64 * share).ceil() as usize).clamp(1, waits.len()) - 1];
             (at(0.5), at(0.99))
         };
-        ways.push(Batching {
+        ways.push(BatchingResult {
             way,
             tokens_per_s: tokens as f64 / end.as_secs_f64(),
             first_token_s: percentiles(|times| times.first),
@@ -137,13 +137,13 @@ fn arrivals(arguments: &ArrivalArguments, vocabulary: usize) -> Vec<Arrival> {
     let mut length =
         |(least, most): (f64, f64)| (least * (most / least).powf(random.random::<f64>())) as usize;
     let lengths: Vec<(usize, usize)> =
-        (0..arguments.requests).map(|_| (length(PROMPT), length(ANSWER))).collect();
+        (0..arguments.requests).map(|_| (length(PROMPT_TOKENS), length(COMPLETION_TOKENS))).collect();
     let mut arrivals: Vec<Arrival> = lengths
         .into_iter()
         .map(|(prompt, answer)| Arrival {
             at: Duration::from_secs_f64(random.random::<f64>() * arguments.within.max(0.0)),
             prompt: (0..prompt).map(|_| random.random_range(0..vocabulary as u32)).collect(),
-            answer,
+            completion_tokens: answer,
         })
         .collect();
     arrivals.sort_by_key(|arrival| arrival.at);
@@ -165,13 +165,17 @@ fn request(prompt: &[u32], max_tokens: usize) -> Request {
 }
 
 /// Repeats the prompt up to `length` tokens.
-fn padded(prompt: &[u32], length: usize) -> Vec<u32> {
+fn repeat_to_length(prompt: &[u32], length: usize) -> Vec<u32> {
     prompt.iter().copied().cycle().take(length).collect()
 }
 
 /// Waits for the request to end and returns the times of its first token and of token number `count`.
-fn watch(mut updates: mpsc::Receiver<Update>, count: usize, begin: Instant) -> anyhow::Result<Times> {
-    let (mut times, mut written) = (Times::default(), 0);
+fn token_times(
+    mut updates: mpsc::Receiver<Update>,
+    count: usize,
+    begin: Instant,
+) -> anyhow::Result<TokenTimes> {
+    let (mut times, mut written) = (TokenTimes::default(), 0);
     while let Some(update) = updates.blocking_recv() {
         match update {
             Update::Sampled(_) => {
@@ -192,7 +196,7 @@ fn watch(mut updates: mpsc::Receiver<Update>, count: usize, begin: Instant) -> a
 }
 
 /// Submits every request at its arrival time, from a thread of its own.
-fn continuous(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times>> {
+fn run_continuous(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<TokenTimes>> {
     let begin = Instant::now();
     std::thread::scope(|scope| {
         let clients: Vec<_> = arrivals
@@ -200,8 +204,8 @@ fn continuous(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times
             .map(|arrival| {
                 scope.spawn(move || {
                     std::thread::sleep(arrival.at.saturating_sub(begin.elapsed()));
-                    let updates = engine.submit(request(&arrival.prompt, arrival.answer))?;
-                    watch(updates, arrival.answer, begin)
+                    let updates = engine.submit(request(&arrival.prompt, arrival.completion_tokens))?;
+                    token_times(updates, arrival.completion_tokens, begin)
                 })
             })
             .collect();
@@ -214,25 +218,33 @@ fn continuous(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times
 
 /// Submits requests in static batches. In a batch all prompts and completions are as long as the longest, because a
 /// static batch is one tensor. Padding costs as much as other tokens.
-fn in_batches(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<Times>> {
+fn run_static(engine: &Engine, arrivals: &[Arrival]) -> anyhow::Result<Vec<TokenTimes>> {
     let begin = Instant::now();
     let mut all = Vec::with_capacity(arrivals.len());
     let mut left = arrivals;
     while let Some(first) = left.first() {
         std::thread::sleep(first.at.saturating_sub(begin.elapsed()));
-        let arrived =
-            left.iter().take(STATIC).take_while(|arrival| arrival.at <= begin.elapsed()).count().max(1);
+        let arrived = left
+            .iter()
+            .take(STATIC_BATCH_SIZE)
+            .take_while(|arrival| arrival.at <= begin.elapsed())
+            .count()
+            .max(1);
         let (batch, rest) = left.split_at(arrived);
-        let longest = batch.iter().map(|arrival| arrival.answer).max().unwrap_or(1);
+        let longest = batch.iter().map(|arrival| arrival.completion_tokens).max().unwrap_or(1);
         let widest = batch.iter().map(|arrival| arrival.prompt.len()).max().unwrap_or(0);
-        let requests =
-            batch.iter().map(|arrival| request(&padded(&arrival.prompt, widest), longest)).collect();
+        let requests = batch
+            .iter()
+            .map(|arrival| request(&repeat_to_length(&arrival.prompt, widest), longest))
+            .collect();
         let updates = engine.submit_all(requests)?;
-        let times: anyhow::Result<Vec<Times>> = std::thread::scope(|scope| {
+        let times: anyhow::Result<Vec<TokenTimes>> = std::thread::scope(|scope| {
             let clients: Vec<_> = updates
                 .into_iter()
                 .zip(batch)
-                .map(|(updates, arrival)| scope.spawn(move || watch(updates, arrival.answer, begin)))
+                .map(|(updates, arrival)| {
+                    scope.spawn(move || token_times(updates, arrival.completion_tokens, begin))
+                })
                 .collect();
             clients
                 .into_iter()

@@ -27,8 +27,8 @@ use crate::demo::tokenizer;
 pub struct TrainArguments {
     /// Model shape: `10m` (6 layers of width 256, vocabulary 16,384) or `135m` (30 layers of width 576, vocabulary
     /// 49,152, as SmolLM2).
-    #[arg(long, value_enum, default_value_t = Shape::M10)]
-    pub shape: Shape,
+    #[arg(long, value_enum, default_value_t = ModelShape::M10)]
+    pub shape: ModelShape,
     /// Sequences per step.
     #[arg(long, default_value_t = 4)]
     pub batch: usize,
@@ -36,8 +36,8 @@ pub struct TrainArguments {
     #[arg(long, default_value_t = 512)]
     pub seq: usize,
     /// Precision of matrix products; weights and moments stay f32. Falls back to f32 where the processor lacks bf16.
-    #[arg(long, value_enum, default_value_t = Type::F32)]
-    pub dtype: Type,
+    #[arg(long, value_enum, default_value_t = ProductType::F32)]
+    pub dtype: ProductType,
     /// Train LoRA adapters of rank 16 on all linear layers instead of all weights.
     #[arg(long)]
     pub lora: bool,
@@ -63,7 +63,7 @@ pub struct TrainArguments {
 
 /// Model shapes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Shape {
+pub enum ModelShape {
     /// 10.5 million weights.
     #[value(name = "10m")]
     M10,
@@ -74,18 +74,18 @@ pub enum Shape {
 
 /// Precisions of matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Type {
+pub enum ProductType {
     /// 32 bits.
     F32,
     /// 16 bits (bfloat16), on processors with AMX-BF16 or AVX512-BF16.
     Bf16,
 }
 
-impl From<Type> for Precision {
-    fn from(asked: Type) -> Self {
+impl From<ProductType> for Precision {
+    fn from(asked: ProductType) -> Self {
         match asked {
-            Type::F32 => Self::F32,
-            Type::Bf16 => Self::Bf16,
+            ProductType::F32 => Self::F32,
+            ProductType::Bf16 => Self::Bf16,
         }
     }
 }
@@ -113,9 +113,9 @@ pub struct TrainReport {
     pub losses: Vec<f32>,
 }
 
-impl Shape {
+impl ModelShape {
     /// Returns the configuration of a Qwen2 model with this shape.
-    fn config(self) -> ModelConfig {
+    fn model_config(self) -> ModelConfig {
         let (vocab_size, hidden_size, intermediate_size, layers, query, kv) = match self {
             Self::M10 => (16_384, 256, 1024, 6, 4, 2),
             Self::M135 => (49_152, 576, 1536, 30, 9, 3),
@@ -154,7 +154,7 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
         tracing::warn!("this processor has no instructions for products of bf16; measuring f32");
     }
     device::set_threads(arguments.threads);
-    let config = arguments.shape.config();
+    let config = arguments.shape.model_config();
     config.check(Path::new("--shape"))?;
     let model = LoadedModel {
         weights: init::random(&config, 1)?,
@@ -169,7 +169,7 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
             let token = |at: usize| ((at * 7919 + row * 104_729 + at * at * 31) % vocabulary) as u32;
             Example {
                 tokens: (0..arguments.seq).map(token).collect(),
-                learnt: (0..arguments.seq).map(|at| at > 0).collect(),
+                loss_mask: (0..arguments.seq).map(|at| at > 0).collect(),
             }
         })
         .collect();
@@ -195,12 +195,12 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
     for round in 0..=arguments.rounds {
         let (begin, cpu) = (Instant::now(), cpu_seconds());
         let loss = device::in_pool(|| -> anyhow::Result<f32> {
-            let losses = learner.share(&order, &lengths, tokens, |replica, micro| {
+            let losses = learner.map_micro_batches(&order, &lengths, tokens, |replica, micro| {
                 let loss = sft_loss(&replica.lm, micro.iter().map(|&row| &examples[row]), targets)?;
                 replica.lm.backward(&loss)?;
                 Ok(loss.to_scalar::<f32>()?)
             })?;
-            learner.update(1e-4)?;
+            learner.optimizer_step(1e-4)?;
             Ok(losses.iter().sum())
         })?;
         losses.push(loss);

@@ -3,17 +3,17 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use super::Shape;
+use super::DatasetFormat;
 use crate::run::Manifest;
 
 /// Returns the licenses of all sources, and whether any source has an unknown license.
-pub(crate) fn licences(manifest: &Manifest) -> (BTreeSet<&str>, bool) {
+pub(crate) fn licenses(manifest: &Manifest) -> (BTreeSet<&str>, bool) {
     let known = manifest.sources.iter().filter_map(|source| source.licence.as_deref()).collect();
     (known, manifest.sources.iter().any(|source| source.licence.is_none()))
 }
 
 /// Returns Hugging Face's `size_categories` value for a number of rows.
-fn size(rows: usize) -> &'static str {
+fn size_category(rows: usize) -> &'static str {
     match rows {
         0..1_000 => "n<1K",
         1_000..10_000 => "1K<n<10K",
@@ -25,12 +25,12 @@ fn size(rows: usize) -> &'static str {
 
 /// Returns the card as Markdown with front matter. The license is `other` unless all sources have the same known
 /// license.
-pub(super) fn text(manifest: &Manifest, shape: Shape, rows: usize, file: &str) -> String {
+pub(super) fn dataset_card(manifest: &Manifest, shape: DatasetFormat, rows: usize, file: &str) -> String {
     let mut card = String::new();
     let mut line = |text: &str| {
         let _infallible = writeln!(card, "{text}");
     };
-    let (known, unknown) = licences(manifest);
+    let (known, unknown) = licenses(manifest);
     line("---");
     match known.first() {
         Some(licence) if known.len() == 1 && !unknown => line(&format!("license: {licence}")),
@@ -39,7 +39,7 @@ pub(super) fn text(manifest: &Manifest, shape: Shape, rows: usize, file: &str) -
     }
     line("task_categories:\n- text-generation");
     line("tags:\n- reasoning\n- chain-of-thought\n- distillation\n- potstill");
-    line(&format!("size_categories:\n- {}", size(rows)));
+    line(&format!("size_categories:\n- {}", size_category(rows)));
     line(&format!("configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {file}"));
     line(&format!("dataset_info:\n  splits:\n  - name: train\n    num_examples: {rows}"));
     line("---\n");

@@ -1,12 +1,12 @@
 //! Columns of published dataset formats, and the conversion of traces to rows. Writing files is left to [`super`].
 
-use potstill_data::columns::Kind;
-use potstill_data::records::Cot;
+use potstill_data::columns::ColumnType;
+use potstill_data::records::Trace;
 use serde_json::{Value, json};
 
 /// Dataset formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Shape {
+pub enum DatasetFormat {
     /// `messages` with `role` and `content` (TRL, OpenAI).
     Messages,
     /// `conversations` with `from` and `value` (ShareGPT).
@@ -25,7 +25,7 @@ pub enum Shape {
     Cogpo,
 }
 
-impl Shape {
+impl DatasetFormat {
     /// Returns the name used on the command line.
     pub fn name(self) -> &'static str {
         match self {
@@ -41,13 +41,14 @@ impl Shape {
     }
 
     /// Returns names and types of the columns.
-    pub(super) fn columns(self) -> Vec<(&'static str, Kind)> {
-        let texts = |names: &[&'static str]| names.iter().map(|name| (*name, Kind::Text)).collect::<Vec<_>>();
-        let turns = |who, what| Kind::Fields(texts(&[who, what])).list();
-        let from = Kind::Fields(texts(&["id", "problem_id", "source", "teacher"]));
+    pub(super) fn columns(self) -> Vec<(&'static str, ColumnType)> {
+        let texts =
+            |names: &[&'static str]| names.iter().map(|name| (*name, ColumnType::Text)).collect::<Vec<_>>();
+        let turns = |who, what| ColumnType::Fields(texts(&[who, what])).into_list();
+        let from = ColumnType::Fields(texts(&["id", "problem_id", "source", "teacher"]));
         match self {
             Self::Messages => vec![("messages", turns("role", "content")), ("metadata", from)],
-            Self::Sharegpt => vec![("conversations", turns("from", "value")), ("system", Kind::Text)],
+            Self::Sharegpt => vec![("conversations", turns("from", "value")), ("system", ColumnType::Text)],
             Self::Alpaca => texts(&["instruction", "input", "output"]),
             Self::Openthoughts => texts(&[
                 "problem",
@@ -60,25 +61,26 @@ impl Shape {
                 "starter_code",
             ]),
             Self::Omnithought => {
-                let judged = || Kind::Fields(vec![("level", Kind::Int), ("judge", Kind::Text)]);
+                let judged =
+                    || ColumnType::Fields(vec![("level", ColumnType::Int), ("judge", ColumnType::Text)]);
                 let mut trace = texts(&["thought", "solution", "full_response", "teacher"]);
                 trace.extend([
-                    ("thought_correctness_verify", Kind::Bool),
+                    ("thought_correctness_verify", ColumnType::Bool),
                     ("Reasoning_Verbosity", judged()),
                     ("Cognitive_Difficulty", judged()),
                 ]);
                 vec![
-                    ("question", Kind::Text),
-                    ("answer", Kind::Text),
-                    ("reasoning", Kind::Fields(trace).list()),
+                    ("question", ColumnType::Text),
+                    ("answer", ColumnType::Text),
+                    ("reasoning", ColumnType::Fields(trace).into_list()),
                 ]
             }
             Self::Easydistill => {
                 let mut columns = texts(&["instruction", "response", "thought", "solution"]);
                 columns.extend([
-                    ("reasoning_verbosity", Kind::Int),
-                    ("cognitive_difficulty", Kind::Int),
-                    ("logical_correctness", Kind::Bool),
+                    ("reasoning_verbosity", ColumnType::Int),
+                    ("cognitive_difficulty", ColumnType::Int),
+                    ("logical_correctness", ColumnType::Bool),
                 ]);
                 columns
             }
@@ -86,7 +88,7 @@ impl Shape {
                 let side = || turns("role", "content");
                 let mut columns = vec![("prompt", side()), ("chosen", side()), ("rejected", side())];
                 if self == Self::Cogpo {
-                    columns.extend([("beta", Kind::Double), ("gap", Kind::Text)]);
+                    columns.extend([("beta", ColumnType::Double), ("gap", ColumnType::Text)]);
                 }
                 columns
             }
@@ -94,8 +96,8 @@ impl Shape {
     }
 
     /// Converts a trace to a row. Pairs and OmniThought rows are built elsewhere.
-    pub(super) fn row(self, trace: &Cot, prompt: &str) -> Value {
-        let (asked, problem) = (asked(prompt, trace), &trace.problem);
+    pub(super) fn row(self, trace: &Trace, prompt: &str) -> Value {
+        let (asked, problem) = (student_prompt(prompt, trace), &trace.problem);
         let scores = trace.scores.unwrap_or_default();
         match self {
             Self::Sharegpt => json!({
@@ -120,10 +122,10 @@ impl Shape {
                 "solution": trace.answer,
                 "reasoning_verbosity": scores.rv,
                 "cognitive_difficulty": scores.cd,
-                "logical_correctness": right(trace),
+                "logical_correctness": is_correct(trace),
             }),
             _ => json!({
-                "messages": [turn("user", &asked), turn("assistant", &trace.completion())],
+                "messages": [message("user", &asked), message("assistant", &trace.completion())],
                 "metadata": {
                     "id": trace.id, "problem_id": problem.id, "source": problem.source, "teacher": trace.origin.teacher,
                 },
@@ -155,22 +157,22 @@ impl Shape {
 }
 
 /// Returns a chat message.
-pub(super) fn turn(role: &str, content: &str) -> Value {
+pub(super) fn message(role: &str, content: &str) -> Value {
     json!({ "role": role, "content": content })
 }
 
 /// Returns the student's prompt for the problem of `trace`.
-pub(super) fn asked(prompt: &str, trace: &Cot) -> String {
+pub(super) fn student_prompt(prompt: &str, trace: &Trace) -> String {
     prompt.replace("{{ problem }}", &trace.problem.problem)
 }
 
 /// Returns whether the verdict on `trace` is correct; `None` if unverifiable or without a verdict.
-fn right(trace: &Cot) -> Option<bool> {
+fn is_correct(trace: &Trace) -> Option<bool> {
     trace.verdict.as_ref().and_then(|verdict| verdict.correct)
 }
 
 /// Returns an OmniThought row of all traces of one problem.
-pub(super) fn omnithought(traces: &[Cot]) -> Value {
+pub(super) fn omnithought_row(traces: &[Trace]) -> Value {
     let reasoning: Vec<Value> = traces
         .iter()
         .map(|trace| {
@@ -181,7 +183,7 @@ pub(super) fn omnithought(traces: &[Cot]) -> Value {
                 "solution": trace.answer,
                 "full_response": trace.completion(),
                 "teacher": trace.origin.teacher,
-                "thought_correctness_verify": right(trace),
+                "thought_correctness_verify": is_correct(trace),
                 "Reasoning_Verbosity": level(scores.rv),
                 "Cognitive_Difficulty": level(scores.cd),
             })

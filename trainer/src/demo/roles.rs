@@ -4,7 +4,7 @@
 
 use std::collections::HashSet;
 
-use potstill_data::arithmetic::{Level, Step, WordProblem, distinct};
+use potstill_data::arithmetic::{ProblemLevel, StepEffect, WordProblem, generate_distinct};
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -22,39 +22,39 @@ pub enum Style {
 }
 
 /// Returns the chain of thought for `problem` in the given style.
-pub fn thinking(problem: &WordProblem, style: Style) -> String {
+pub fn chain_of_thought(problem: &WordProblem, style: Style) -> String {
     match style {
-        Style::Terse => walk(problem, false),
-        Style::Long => walk(problem, true),
+        Style::Terse => solution_steps(problem, false),
+        Style::Long => solution_steps(problem, true),
         Style::Recheck => {
-            let once = walk(problem, true);
+            let once = solution_steps(problem, true);
             format!("{once} check {once}")
         }
     }
 }
 
 /// Returns the steps of the calculation; `columns` adds the calculation of every digit.
-fn walk(problem: &WordProblem, columns: bool) -> String {
+fn solution_steps(problem: &WordProblem, columns: bool) -> String {
     let mut value = 0;
     let mut parts = Vec::new();
     for (letter, step) in ('A'..).zip(&problem.steps) {
         let (operator, operand, next) = match *step {
-            Step::Start(n) => {
+            StepEffect::Start(n) => {
                 value = n;
                 if columns {
                     parts.push(format!("{letter}={n}"));
                 }
                 continue;
             }
-            Step::Distractor => {
+            StepEffect::Distractor => {
                 if columns {
                     parts.push(format!("{letter} no"));
                 }
                 continue;
             }
-            Step::Add(n) => ('+', n, value + n),
-            Step::Subtract(n) => ('-', n, value - n),
-            Step::Multiply(n) => ('*', n, value * n),
+            StepEffect::Add(n) => ('+', n, value + n),
+            StepEffect::Subtract(n) => ('-', n, value - n),
+            StepEffect::Multiply(n) => ('*', n, value * n),
         };
         let work = match operator {
             _ if !columns => String::new(),
@@ -150,14 +150,14 @@ pub fn boxed(answer: u32) -> String {
 fn difficulty_label(problem: &WordProblem, style: Style) -> &'static str {
     match (style, problem.level) {
         (Style::Terse, _) => "easy",
-        (Style::Recheck, _) | (Style::Long, Level::Hard) => "hard",
+        (Style::Recheck, _) | (Style::Long, ProblemLevel::Hard) => "hard",
         (Style::Long, _) => "medium",
     }
 }
 
 /// Returns the number of arithmetic steps of a problem.
 fn arithmetic_steps(problem: &WordProblem) -> u8 {
-    problem.steps.iter().filter(|s| !matches!(s, Step::Start(_) | Step::Distractor)).count() as u8
+    problem.steps.iter().filter(|s| !matches!(s, StepEffect::Start(_) | StepEffect::Distractor)).count() as u8
 }
 
 /// Returns the RV label, from style and number of steps: 0 to 2 for terse, 3 to 5 for long, 6 to 8 for recheck.
@@ -173,9 +173,9 @@ fn verbosity(problem: &WordProblem, style: Style) -> u8 {
 /// Returns the CD label, from the level and the number of steps.
 fn complexity(problem: &WordProblem) -> u8 {
     let level = match problem.level {
-        Level::Easy => 1,
-        Level::Medium => 2,
-        Level::Hard => 3,
+        ProblemLevel::Easy => 1,
+        ProblemLevel::Medium => 2,
+        ProblemLevel::Hard => 3,
     };
     level + arithmetic_steps(problem) - 1
 }
@@ -188,7 +188,7 @@ fn prompt(word: &str, problem: &str, completion: &str) -> String {
 /// Returns `count` conversations over all roles. More than half ask for a solution.
 pub fn conversations(count: usize, seed: u64, held_out: &HashSet<String>) -> Vec<Vec<Value>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let problems = distinct(count, seed, held_out);
+    let problems = generate_distinct(count, seed, held_out);
     problems.iter().map(|problem| conversation(problem, &mut rng)).collect()
 }
 
@@ -201,7 +201,7 @@ fn conversation(problem: &WordProblem, rng: &mut impl Rng) -> Vec<Value> {
     };
     let text = &problem.text;
     let answer = boxed(problem.answer);
-    let written = |style| completion(&thinking(problem, style), &answer);
+    let written = |style| completion(&chain_of_thought(problem, style), &answer);
     let (question, reply) = match rng.random_range(0..100) {
         0..56 => (text.clone(), written(style)),
         56..63 => (prompt("grade", text, &written(style)), difficulty_label(problem, style).to_owned()),
@@ -212,22 +212,22 @@ fn conversation(problem: &WordProblem, rng: &mut impl Rng) -> Vec<Value> {
         }
         80..90 => {
             let right = rng.random_bool(0.5);
-            let shown = if right { written(style) } else { damaged(&written(style), rng) };
+            let shown = if right { written(style) } else { corrupt_digit(&written(style), rng) };
             (prompt("check", text, &shown), u8::from(right).to_string())
         }
-        90..95 => (prompt("verbosity", text, &written(style)), score(verbosity(problem, style))),
-        _ => (prompt("complexity", text, &written(style)), score(complexity(problem))),
+        90..95 => (prompt("verbosity", text, &written(style)), score_tag(verbosity(problem, style))),
+        _ => (prompt("complexity", text, &written(style)), score_tag(complexity(problem))),
     };
     vec![json!({"role": "user", "content": question}), json!({"role": "assistant", "content": reply})]
 }
 
 /// Returns a score in the tags that the pipeline parses.
-fn score(value: u8) -> String {
+fn score_tag(value: u8) -> String {
     format!("<score>{value}</score>")
 }
 
 /// Changes one random digit: with probability 0.7 in the final answer, otherwise anywhere.
-fn damaged(completion: &str, rng: &mut impl Rng) -> String {
+fn corrupt_digit(completion: &str, rng: &mut impl Rng) -> String {
     let from = if rng.random_bool(0.7) { completion.rfind('{').unwrap_or(0) } else { 0 };
     let digits = completion.char_indices().filter(|(at, c)| *at >= from && c.is_ascii_digit());
     let at: Vec<usize> = digits.map(|(at, _)| at).collect();
@@ -250,9 +250,9 @@ mod tests {
 
     #[test]
     fn every_equation_of_a_solution_is_correct() {
-        for problem in distinct(300, 9, &HashSet::new()) {
+        for problem in generate_distinct(300, 9, &HashSet::new()) {
             for style in [Style::Terse, Style::Long, Style::Recheck] {
-                for part in thinking(&problem, style).split(['|', ',', ';', ' ']) {
+                for part in chain_of_thought(&problem, style).split(['|', ',', ';', ' ']) {
                     let sides: Vec<&str> = part.split('=').filter(|s| !s.is_empty()).collect();
                     for pair in sides.windows(2).filter(|pair| pair[0].parse::<u32>().is_err()) {
                         if let (Some(left), Ok(right)) = (value(pair[0]), pair[1].parse::<i64>()) {

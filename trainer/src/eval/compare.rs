@@ -5,12 +5,12 @@ use std::path::Path;
 use anyhow::Context;
 use potstill_data::jsonl::read_records;
 
-use super::figures::{Comparison, compare};
-use super::{EvalReport, Sample};
+use super::figures::{Comparison, compare_samples};
+use super::{EvalReport, EvalSample};
 
 /// Compares the benchmarks that both run folders contain. Fails if a report is missing, or if there is no common
 /// benchmark.
-pub fn runs(a: &Path, b: &Path) -> anyhow::Result<Vec<Comparison>> {
+pub fn compare_runs(a: &Path, b: &Path) -> anyhow::Result<Vec<Comparison>> {
     let report = |folder: &Path| -> anyhow::Result<EvalReport> {
         let path = folder.join("report.json");
         let text = std::fs::read_to_string(&path).with_context(|| {
@@ -25,17 +25,17 @@ pub fn runs(a: &Path, b: &Path) -> anyhow::Result<Vec<Comparison>> {
         if !second.benchmarks.iter().any(|other| other.bench == figures.bench) {
             continue;
         }
-        let samples = |folder: &Path| -> anyhow::Result<Vec<Sample>> {
+        let samples = |folder: &Path| -> anyhow::Result<Vec<EvalSample>> {
             Ok(read_records(&folder.join(format!("{}.jsonl", figures.bench)))?)
         };
-        found.extend(compare(&figures.bench, &samples(a)?, &samples(b)?));
+        found.extend(compare_samples(&figures.bench, &samples(a)?, &samples(b)?));
     }
     anyhow::ensure!(!found.is_empty(), "the two runs have no benchmark in common");
     Ok(found)
 }
 
 /// Formats the comparisons as a table for the terminal.
-pub fn table(found: &[Comparison]) -> String {
+pub fn comparison_table(found: &[Comparison]) -> String {
     let mut text = format!(
         "{:<14} {:>8} {:>8} {:>8} {:>11} {:>17} {:>7} {:>6} {:>7}",
         "benchmark",

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::Sample;
-use crate::evaluate::metrics::{bootstrap, pass_at_k};
+use super::EvalSample;
+use crate::evaluate::metrics::{bootstrap_interval, pass_at_k};
 
 /// Statistics of completion lengths in tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct Lengths {
+pub struct LengthStats {
     /// Number of samples.
     pub count: usize,
     /// Mean length.
@@ -20,9 +20,9 @@ pub struct Lengths {
     pub p95: f64,
 }
 
-impl Lengths {
+impl LengthStats {
     /// Computes the statistics; all values are 0 without samples.
-    fn of(tokens: impl Iterator<Item = u64>) -> Self {
+    fn from_tokens(tokens: impl Iterator<Item = u64>) -> Self {
         let mut sorted: Vec<u64> = tokens.collect();
         sorted.sort_unstable();
         let at = |share: f64| {
@@ -39,7 +39,7 @@ impl Lengths {
 
 /// Metrics of one benchmark; fractions are in percent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Figures {
+pub struct EvalMetrics {
     /// Name of the benchmark.
     pub bench: String,
     /// Number of problems.
@@ -58,13 +58,13 @@ pub struct Figures {
     /// Fraction of problems whose most frequent answer is correct (cons@k). `None` for programs and single samples.
     pub cons: Option<f64>,
     /// Lengths of all samples.
-    pub tokens: Lengths,
+    pub tokens: LengthStats,
     /// Lengths of correct samples.
-    pub tokens_right: Lengths,
+    pub tokens_right: LengthStats,
     /// Lengths of all other samples.
-    pub tokens_wrong: Lengths,
+    pub tokens_wrong: LengthStats,
     /// Metrics by level of the problem.
-    pub levels: BTreeMap<String, LevelFigures>,
+    pub levels: BTreeMap<String, LevelMetrics>,
     /// Fraction of truncated samples.
     pub truncated: f64,
     /// Fraction of unverifiable samples; they count as incorrect.
@@ -75,22 +75,22 @@ pub struct Figures {
 
 /// Metrics of the problems of one level.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct LevelFigures {
+pub struct LevelMetrics {
     /// Number of problems.
     pub problems: usize,
     /// Mean fraction of correct samples, in percent.
     pub accuracy: f64,
     /// Lengths of all samples.
-    pub tokens: Lengths,
+    pub tokens: LengthStats,
     /// Lengths of correct samples.
-    pub tokens_right: Lengths,
+    pub tokens_right: LengthStats,
     /// Lengths of all other samples.
-    pub tokens_wrong: Lengths,
+    pub tokens_wrong: LengthStats,
 }
 
 /// Groups samples by problem.
-fn by_problem(samples: &[Sample]) -> BTreeMap<&str, Vec<&Sample>> {
-    let mut all: BTreeMap<&str, Vec<&Sample>> = BTreeMap::new();
+fn by_problem(samples: &[EvalSample]) -> BTreeMap<&str, Vec<&EvalSample>> {
+    let mut all: BTreeMap<&str, Vec<&EvalSample>> = BTreeMap::new();
     for sample in samples {
         all.entry(sample.problem.as_str()).or_default().push(sample);
     }
@@ -98,7 +98,7 @@ fn by_problem(samples: &[Sample]) -> BTreeMap<&str, Vec<&Sample>> {
 }
 
 /// Returns the fraction of correct samples, 0 to 1.
-fn share(samples: &[&Sample]) -> f64 {
+fn correct_fraction(samples: &[&EvalSample]) -> f64 {
     samples.iter().filter(|sample| sample.correct == Some(true)).count() as f64 / samples.len().max(1) as f64
 }
 
@@ -110,7 +110,7 @@ fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
 
 /// Returns whether the most frequent answer of a problem is correct. Equal answers in different notation count
 /// together. Returns `None` if no sample has an answer.
-fn consensus(samples: &[&Sample]) -> Option<bool> {
+fn is_majority_correct(samples: &[&EvalSample]) -> Option<bool> {
     let mut votes: Vec<(&str, usize, bool)> = Vec::new();
     for sample in samples {
         let Some(answer) = sample.answer.as_deref() else { continue };
@@ -127,10 +127,10 @@ fn consensus(samples: &[&Sample]) -> Option<bool> {
 }
 
 /// Computes the metrics of one benchmark. `code` says that answers are programs, for which there is no cons@k.
-pub fn figures(bench: &str, samples: &[Sample], code: bool) -> Figures {
+pub fn compute_metrics(bench: &str, samples: &[EvalSample], code: bool) -> EvalMetrics {
     let problems = by_problem(samples);
-    let shares: Vec<f64> = problems.values().map(|samples| share(samples)).collect();
-    let (low, high) = bootstrap(&shares, 0);
+    let shares: Vec<f64> = problems.values().map(|samples| correct_fraction(samples)).collect();
+    let (low, high) = bootstrap_interval(&shares, 0);
     let fewest = problems.values().map(Vec::len).min().unwrap_or(0) as u32;
     let counts: Vec<(u32, u32)> = problems
         .values()
@@ -139,20 +139,23 @@ pub fn figures(bench: &str, samples: &[Sample], code: bool) -> Figures {
             (samples.len() as u32, right as u32)
         })
         .collect();
-    let votes: Vec<bool> = problems.values().map(|samples| consensus(samples).unwrap_or(false)).collect();
-    let mut levels: BTreeMap<String, Vec<&Vec<&Sample>>> = BTreeMap::new();
+    let votes: Vec<bool> =
+        problems.values().map(|samples| is_majority_correct(samples).unwrap_or(false)).collect();
+    let mut levels: BTreeMap<String, Vec<&Vec<&EvalSample>>> = BTreeMap::new();
     for samples in problems.values() {
         if let Some(level) = &samples[0].level {
             levels.entry(level.clone()).or_default().push(samples);
         }
     }
-    let of = |is: &dyn Fn(&Sample) -> bool| {
+    let of = |is: &dyn Fn(&EvalSample) -> bool| {
         100.0 * samples.iter().filter(|sample| is(sample)).count() as f64 / samples.len().max(1) as f64
     };
-    let lengths = |is: &dyn Fn(&Sample) -> bool| {
-        Lengths::of(samples.iter().filter(|sample| !sample.failed && is(sample)).map(|sample| sample.tokens))
+    let lengths = |is: &dyn Fn(&EvalSample) -> bool| {
+        LengthStats::from_tokens(
+            samples.iter().filter(|sample| !sample.failed && is(sample)).map(|sample| sample.tokens),
+        )
     };
-    Figures {
+    EvalMetrics {
         bench: bench.to_owned(),
         problems: problems.len(),
         samples: fewest,
@@ -171,15 +174,15 @@ pub fn figures(bench: &str, samples: &[Sample], code: bool) -> Figures {
         levels: levels
             .into_iter()
             .map(|(level, problems)| {
-                let lengths = |is: &dyn Fn(&Sample) -> bool| {
+                let lengths = |is: &dyn Fn(&EvalSample) -> bool| {
                     let samples = problems.iter().flat_map(|samples| samples.iter());
-                    Lengths::of(
+                    LengthStats::from_tokens(
                         samples.filter(|sample| !sample.failed && is(sample)).map(|sample| sample.tokens),
                     )
                 };
-                let figures = LevelFigures {
+                let figures = LevelMetrics {
                     problems: problems.len(),
-                    accuracy: 100.0 * mean(problems.iter().map(|samples| share(samples))),
+                    accuracy: 100.0 * mean(problems.iter().map(|samples| correct_fraction(samples))),
                     tokens: lengths(&|_| true),
                     tokens_right: lengths(&|sample| sample.correct == Some(true)),
                     tokens_wrong: lengths(&|sample| sample.correct != Some(true)),
@@ -220,20 +223,23 @@ pub struct Comparison {
 
 /// Compares two runs problem by problem. Paired differences give a much tighter interval than two separate intervals.
 /// Returns `None` without common problems.
-pub fn compare(bench: &str, a: &[Sample], b: &[Sample]) -> Option<Comparison> {
+pub fn compare_samples(bench: &str, a: &[EvalSample], b: &[EvalSample]) -> Option<Comparison> {
     let (first, second) = (by_problem(a), by_problem(b));
     let pairs: Vec<(f64, f64)> = first
         .iter()
-        .filter_map(|(problem, samples)| Some((share(samples), share(second.get(problem)?))))
+        .filter_map(|(problem, samples)| {
+            Some((correct_fraction(samples), correct_fraction(second.get(problem)?)))
+        })
         .collect();
     if pairs.is_empty() {
         return None;
     }
     let differences: Vec<f64> = pairs.iter().map(|(a, b)| b - a).collect();
-    let (low, high) = bootstrap(&differences, 0);
+    let (low, high) = bootstrap_interval(&differences, 0);
     // Equal results do not prove equality, so the interval extends to both sides.
     let low = if differences.iter().all(|difference| *difference == 0.0) { -high } else { low };
-    let tokens = |samples: &[Sample]| Lengths::of(samples.iter().map(|sample| sample.tokens)).mean;
+    let tokens =
+        |samples: &[EvalSample]| LengthStats::from_tokens(samples.iter().map(|sample| sample.tokens)).mean;
     Some(Comparison {
         bench: bench.to_owned(),
         problems: pairs.len(),
@@ -252,14 +258,14 @@ pub fn compare(bench: &str, a: &[Sample], b: &[Sample]) -> Option<Comparison> {
 mod tests {
     use super::*;
 
-    fn sample(problem: &str, number: u32, answer: &str, correct: Option<bool>, tokens: u64) -> Sample {
-        Sample {
+    fn sample(problem: &str, number: u32, answer: &str, correct: Option<bool>, tokens: u64) -> EvalSample {
+        EvalSample {
             problem: problem.to_owned(),
             sample: number,
             answer: Some(answer.to_owned()),
             correct,
             tokens,
-            ..Sample::default()
+            ..EvalSample::default()
         }
     }
 
@@ -273,7 +279,7 @@ mod tests {
             sample("b", 1, "4", None, 50),
             sample("b", 2, "4", None, 60),
         ];
-        let figures = figures("x", &samples, false);
+        let figures = compute_metrics("x", &samples, false);
         assert_eq!((figures.problems, figures.samples, figures.cons), (2, 3, Some(50.0)));
         assert!((figures.accuracy - 100.0 / 3.0).abs() < 1e-9);
         assert_eq!(
@@ -286,14 +292,14 @@ mod tests {
 
     #[test]
     fn comparison_pairs_common_problems() {
-        let run = |shift: usize| -> Vec<Sample> {
+        let run = |shift: usize| -> Vec<EvalSample> {
             (0..50)
                 .map(|n| sample(&n.to_string(), 0, "", Some(n % 5 < 2 + shift), 10 + shift as u64 * 10))
                 .collect()
         };
-        let found = compare("x", &run(0), &run(1)).unwrap();
+        let found = compare_samples("x", &run(0), &run(1)).unwrap();
         assert_eq!((found.problems, found.better, found.worse, found.length_ratio), (50, 10, 0, 2.0));
         assert!((found.difference - 20.0).abs() < 1e-9 && found.ci_low > 0.0 && found.ci_high < 40.0);
-        assert!(compare("x", &run(0), &[]).is_none());
+        assert!(compare_samples("x", &run(0), &[]).is_none());
     }
 }

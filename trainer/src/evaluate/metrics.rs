@@ -7,14 +7,14 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::Sample;
+use super::StudentSample;
 
 /// Number of bootstrap resamples.
 const RESAMPLES: usize = 2000;
 
 /// Metrics of one student; fractions are in percent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Figures {
+pub struct StudentMetrics {
     /// Number of problems.
     pub problems: usize,
     /// Smallest number of samples of any problem.
@@ -57,7 +57,7 @@ fn mean(values: impl IntoIterator<Item = f64>) -> f64 {
 ///
 /// If all values are 0 or all are 1, resampling gives no interval. The exact binomial bound is used instead (Clopper
 /// and Pearson 1934).
-pub fn bootstrap(values: &[f64], seed: u64) -> (f64, f64) {
+pub fn bootstrap_interval(values: &[f64], seed: u64) -> (f64, f64) {
     if values.is_empty() {
         return (0.0, 0.0);
     }
@@ -77,7 +77,7 @@ pub fn bootstrap(values: &[f64], seed: u64) -> (f64, f64) {
 }
 
 /// Computes all metrics of a set of samples.
-pub fn figures(samples: &[Sample]) -> Figures {
+pub fn compute_metrics(samples: &[StudentSample]) -> StudentMetrics {
     let mut by_problem: BTreeMap<&str, (u32, u32, Option<&str>)> = BTreeMap::new();
     let mut tokens: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for sample in samples {
@@ -89,7 +89,7 @@ pub fn figures(samples: &[Sample]) -> Figures {
         }
     }
     let shares: Vec<f64> = by_problem.values().map(|(n, c, _)| f64::from(*c) / f64::from(*n)).collect();
-    let (low, high) = bootstrap(&shares, 0);
+    let (low, high) = bootstrap_interval(&shares, 0);
     let fewest = by_problem.values().map(|(n, _, _)| *n).min().unwrap_or(0);
     let mut levels: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for (n, c, level) in by_problem.values() {
@@ -97,7 +97,7 @@ pub fn figures(samples: &[Sample]) -> Figures {
             levels.entry((*level).to_owned()).or_default().push(f64::from(*c) / f64::from(*n));
         }
     }
-    Figures {
+    StudentMetrics {
         problems: by_problem.len(),
         samples: fewest,
         accuracy: 100.0 * mean(shares.iter().copied()),
@@ -139,15 +139,15 @@ mod tests {
 
     #[test]
     fn interval_of_constant_results_is_the_exact_binomial_bound() {
-        let (low, high) = bootstrap(&[0.0; 20], 0);
+        let (low, high) = bootstrap_interval(&[0.0; 20], 0);
         assert!(low == 0.0 && (high - 0.1684).abs() < 1e-3, "{high}");
-        assert_eq!(bootstrap(&[1.0; 20], 0), (1.0 - high, 1.0));
+        assert_eq!(bootstrap_interval(&[1.0; 20], 0), (1.0 - high, 1.0));
     }
 
     proptest! {
         #[test]
         fn interval_contains_the_mean(values in prop::collection::vec(0.0f64..1.0, 2..60)) {
-            let (low, high) = bootstrap(&values, 1);
+            let (low, high) = bootstrap_interval(&values, 1);
             let mean = values.iter().sum::<f64>() / values.len() as f64;
             prop_assert!(low <= mean + 1e-9 && mean - 1e-9 <= high);
         }

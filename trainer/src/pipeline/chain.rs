@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use potstill_cot::executor::{Counts, Stage, Summary, run};
-use potstill_data::spool::Keyed;
+use potstill_cot::executor::{Stage, StageCounts, StageSummary, spawn_stage};
+use potstill_data::spool::SortKey;
 use tokio::sync::mpsc;
 
 use crate::run::RunFolder;
@@ -15,48 +15,55 @@ use crate::run::RunFolder;
 /// Stages connected by channels.
 pub(super) struct Chain<'a> {
     folder: &'a RunFolder,
-    window: usize,
+    max_in_flight: usize,
     links: Vec<Link>,
 }
 
 /// Publishes the files of a finished stage.
-type Publish = Box<dyn FnOnce(&RunFolder, Summary) -> anyhow::Result<()> + Send>;
+type Publish = Box<dyn FnOnce(&RunFolder, StageSummary) -> anyhow::Result<()> + Send>;
 
 /// One stage of the chain.
 struct Link {
     name: &'static str,
-    counts: Arc<Counts>,
-    ended: BoxFuture<'static, anyhow::Result<Publish>>,
+    counts: Arc<StageCounts>,
+    finished: BoxFuture<'static, anyhow::Result<Publish>>,
 }
 
 impl<'a> Chain<'a> {
     /// Creates an empty chain. Each stage processes at most `window` records at the same time.
     pub(super) fn new(folder: &'a RunFolder, window: usize) -> Self {
-        Self { folder, window, links: Vec::new() }
+        Self { folder, max_in_flight: window, links: Vec::new() }
     }
 
     /// Appends a stage that reads from `input`, and returns its output.
-    pub(super) fn link<S: Stage>(
+    pub(super) fn append<S: Stage>(
         &mut self,
         stage: S,
         input: mpsc::Receiver<S::In>,
     ) -> anyhow::Result<mpsc::Receiver<S::Out>>
     where
-        S::Out: Keyed,
+        S::Out: SortKey,
     {
-        let (name, counts) = (stage.name(), Arc::new(Counts::default()));
-        let (output, handle) = run(stage, input, self.window, Arc::clone(&counts), self.folder.files()?);
+        let (name, counts) = (stage.name(), Arc::new(StageCounts::default()));
+        let (output, handle) = spawn_stage(
+            stage,
+            input,
+            self.max_in_flight,
+            Arc::clone(&counts),
+            self.folder.create_stage_files()?,
+        );
         let ended = async move {
             let files = handle.await??;
-            let publish: Publish = Box::new(move |folder, summary| Ok(folder.publish(name, files, summary)?));
+            let publish: Publish =
+                Box::new(move |folder, summary| Ok(folder.publish_stage(name, files, summary)?));
             Ok(publish)
         };
-        self.links.push(Link { name, counts, ended: ended.boxed() });
+        self.links.push(Link { name, counts, finished: ended.boxed() });
         Ok(output)
     }
 
     /// Returns the counts of all stages, in order.
-    pub(super) fn counts(&self) -> Vec<(&'static str, Arc<Counts>)> {
+    pub(super) fn counts(&self) -> Vec<(&'static str, Arc<StageCounts>)> {
         self.links.iter().map(|link| (link.name, Arc::clone(&link.counts))).collect()
     }
 
@@ -64,7 +71,7 @@ impl<'a> Chain<'a> {
     /// nothing.
     pub(super) async fn finish(self) -> anyhow::Result<()> {
         let folder = self.folder;
-        let done = self.ended().await?;
+        let done = self.wait().await?;
         tokio::task::block_in_place(|| {
             done.into_iter().try_for_each(|(counts, publish)| publish(folder, counts.summary()))
         })
@@ -72,15 +79,15 @@ impl<'a> Chain<'a> {
 
     /// Waits for all stages and publishes nothing. Returns the first error, if any.
     pub(super) async fn discard(self) -> anyhow::Result<()> {
-        self.ended().await.map(drop)
+        self.wait().await.map(drop)
     }
 
     /// Waits for all stages.
-    async fn ended(self) -> anyhow::Result<Vec<(Arc<Counts>, Publish)>> {
+    async fn wait(self) -> anyhow::Result<Vec<(Arc<StageCounts>, Publish)>> {
         let mut done = Vec::new();
         let mut first_error = None;
         for link in self.links {
-            match link.ended.await {
+            match link.finished.await {
                 Ok(publish) => done.push((link.counts, publish)),
                 Err(error) => first_error = first_error.or(Some(error)),
             }

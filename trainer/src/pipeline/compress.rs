@@ -8,20 +8,23 @@ use anyhow::Context;
 use candle_core::{DType, Device};
 use potstill_data::records::Problem;
 use potstill_engine::loader::{LoadedModel, load};
-use potstill_learn::examples::encode;
+use potstill_learn::examples::tokenize_conversation;
 use potstill_shared::durable::{create_folder, publish_folder, remove_folder, write_file};
 use potstill_shared::id::ContentId;
 use serde_json::{Value, json};
 
 use super::Run;
-use crate::compress::{self, Bits, ENOUGH_TOKENS, Written};
-use crate::report::{Compressed, StudentFigures};
-use crate::students::Lessons;
+use crate::compress::{self, MAX_USED_TOKENS, QuantizedFile, QuantizedFormat};
+use crate::report::{QuantizedResult, StudentResult};
+use crate::students::TrainingSet;
 
 impl Run {
     /// Quantizes the last student to the recipe's formats and evaluates the results. `figures` must contain the
     /// evaluation of the student.
-    pub(super) async fn compress(&self, figures: &[StudentFigures]) -> anyhow::Result<Vec<Compressed>> {
+    pub(super) async fn quantize_student(
+        &self,
+        figures: &[StudentResult],
+    ) -> anyhow::Result<Vec<QuantizedResult>> {
         let Some(section) = &self.recipe.compress else { return Ok(Vec::new()) };
         let variant = self.variants().pop().context("the recipe trains no student")?;
         let before = figures.iter().find(|figures| figures.name == variant.name());
@@ -29,36 +32,36 @@ impl Run {
         let student = self.student_name(variant);
         let held_out = self.held_out()?;
         let mut all = Vec::new();
-        for (bits, written) in self.forms(&student, &section.to, section.calibrate).await? {
-            let name = form(&student, bits);
-            self.serve_locally(&name, written.path.clone())?;
-            let revision = ContentId::of_bytes(&std::fs::read(&written.path)?).to_string();
-            let figures = self.examine(&name, revision, bits.name(), &held_out).await?;
-            let figures = StudentFigures::new(bits.name(), figures);
+        for (bits, written) in self.write_quantized(&student, &section.to, section.calibrate).await? {
+            let name = quantized_name(&student, bits);
+            self.serve_model(&name, written.path.clone())?;
+            let revision = ContentId::from_bytes(&std::fs::read(&written.path)?).to_string();
+            let figures = self.evaluate_model(&name, revision, bits.name(), &held_out).await?;
+            let figures = StudentResult::new(bits.name(), figures);
             let lost = before.accuracy - figures.accuracy;
-            let found = Compressed {
+            let found = QuantizedResult {
                 written,
                 before: before.accuracy,
                 lost,
                 published: lost <= section.limit,
                 figures,
             };
-            self.publish(&student, bits, &found, section.limit)?;
+            self.publish_quantized(&student, bits, &found, section.limit)?;
             all.push(found);
         }
         Ok(all)
     }
 
     /// Writes the quantized files to the folder `compress` of the run, where nobody mistakes them for published ones.
-    async fn forms(
+    async fn write_quantized(
         &self,
         student: &str,
-        to: &[Bits],
+        to: &[QuantizedFormat],
         calibrate: bool,
-    ) -> anyhow::Result<Vec<(Bits, Written)>> {
+    ) -> anyhow::Result<Vec<(QuantizedFormat, QuantizedFile)>> {
         let (recipe, progress) = (Arc::clone(&self.recipe), self.progress.clone());
         let folder = self.folder.path().to_owned();
-        let (student, to, traces) = (student.to_owned(), to.to_vec(), self.sampled()?);
+        let (student, to, traces) = (student.to_owned(), to.to_vec(), self.selected_traces()?);
         let problems: Vec<Problem> =
             if recipe.collect.is_some() { self.folder.read_stage("collect")? } else { Vec::new() };
         tokio::task::spawn_blocking(move || {
@@ -66,17 +69,17 @@ impl Run {
             let model = load(&source, &Device::Cpu, DType::F32)
                 .with_context(|| format!("cannot load `{}`", source.display()))?;
             let lessons = match recipe.sft.as_ref().and_then(|sft| sft.conversations.as_ref()) {
-                Some(section) => Lessons::conversations(section, &[])?.messages,
-                None => Lessons::chains_of_thought(&recipe, &traces).messages,
+                Some(section) => TrainingSet::conversations(section, &[])?.messages,
+                None => TrainingSet::chains_of_thought(&recipe, &traces).messages,
             };
-            let tokens = what_it_reads(&model, &lessons, &problems)?;
+            let tokens = calibration_tokens(&model, &lessons, &problems)?;
             let work = folder.join("compress");
             create_folder(&work)?;
             let made = to.iter().map(|&bits| {
-                let name = form(&student, bits);
-                progress.say(format!("`{name}` is written and read back"));
+                let name = quantized_name(&student, bits);
+                progress.message(format!("`{name}` is written and read back"));
                 let path = work.join(format!("{name}.gguf"));
-                Ok((bits, compress::make(&model, &name, bits, calibrate, &tokens, &path)?))
+                Ok((bits, compress::quantize_and_measure(&model, &name, bits, calibrate, &tokens, &path)?))
             });
             made.collect()
         })
@@ -84,10 +87,16 @@ impl Run {
     }
 
     /// Reports the result, and publishes the file or removes an older published one.
-    fn publish(&self, student: &str, bits: Bits, found: &Compressed, limit: f64) -> anyhow::Result<()> {
-        let name = form(student, bits);
+    fn publish_quantized(
+        &self,
+        student: &str,
+        bits: QuantizedFormat,
+        found: &QuantizedResult,
+        limit: f64,
+    ) -> anyhow::Result<()> {
+        let name = quantized_name(student, bits);
         let target = self.folder.path().join("models").join(&name);
-        self.progress.say(format!(
+        self.progress.message(format!(
             "`{name}`: {:.1} MB, {:.1} % [{:.1}, {:.1}], {:+.1} points; {}",
             found.written.bytes as f64 / 1e6,
             found.figures.accuracy,
@@ -107,8 +116,8 @@ impl Run {
             return if target.exists() { Ok(remove_folder(&target)?) } else { Ok(()) };
         }
         publish_folder::<anyhow::Error>(&target, |folder| {
-            place(&found.written.path, &folder.join(format!("{name}.gguf")))?;
-            let card = compress::card(&name, student, &found.written, Some(found));
+            link_or_copy(&found.written.path, &folder.join(format!("{name}.gguf")))?;
+            let card = compress::quantized_card(&name, student, &found.written, Some(found));
             write_file(&folder.join("README.md"), card.as_bytes())?;
             let quality = format!("{:#}\n", serde_json::to_value(found)?);
             Ok(write_file(&folder.join("quality.json"), quality.as_bytes())?)
@@ -117,12 +126,12 @@ impl Run {
 }
 
 /// Returns the model name of a quantized student.
-fn form(student: &str, bits: Bits) -> String {
+fn quantized_name(student: &str, bits: QuantizedFormat) -> String {
     format!("{student}-{}", bits.name())
 }
 
 /// Hard-links the file to `target`, or copies it if the file system has no hard links.
-fn place(file: &Path, target: &PathBuf) -> anyhow::Result<()> {
+fn link_or_copy(file: &Path, target: &PathBuf) -> anyhow::Result<()> {
     std::fs::hard_link(file, target)
         .or_else(|_| std::fs::copy(file, target).map(drop))
         .with_context(|| format!("cannot place `{}`", target.display()))
@@ -130,7 +139,7 @@ fn place(file: &Path, target: &PathBuf) -> anyhow::Result<()> {
 
 /// Returns tokens similar to the student's input and output, for calibration and measurement. Uses examples of its
 /// training set first, then problems.
-fn what_it_reads(
+fn calibration_tokens(
     model: &LoadedModel,
     lessons: &[Vec<Value>],
     problems: &[Problem],
@@ -139,8 +148,8 @@ fn what_it_reads(
     // Examples are ordered by problem and source, so every n-th gives a mix.
     let step = (lessons.len() / 256).max(1);
     for messages in lessons.iter().step_by(step) {
-        tokens.extend(encode(model, messages)?.tokens);
-        if tokens.len() >= ENOUGH_TOKENS {
+        tokens.extend(tokenize_conversation(model, messages)?.tokens);
+        if tokens.len() >= MAX_USED_TOKENS {
             return Ok(tokens);
         }
     }
@@ -151,7 +160,7 @@ fn what_it_reads(
             &json!({}),
         )?;
         tokens.extend(model.tokenizer.encode(&text)?);
-        if tokens.len() >= ENOUGH_TOKENS {
+        if tokens.len() >= MAX_USED_TOKENS {
             break;
         }
     }

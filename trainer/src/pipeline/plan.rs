@@ -3,22 +3,22 @@
 
 use std::collections::BTreeMap;
 
-use potstill_cot::executor::feed;
-use potstill_data::journal::{Totals, Usage};
+use potstill_cot::executor::channel_from_records;
+use potstill_data::journal::{Usage, UsageTotals};
 use potstill_data::records::Problem;
 use serde::Serialize;
 
 use super::Run;
 use super::chain::Chain;
-use super::stages::Stages;
+use super::stages::StageFactory;
 use crate::recipe::Recipe;
 
 /// Number of groups into which the sample is divided. Their variance gives the intervals.
 const GROUPS: usize = 8;
 /// Quantile of Student's t distribution for a 95 % interval with seven degrees of freedom.
-const T: f64 = 2.365;
+const T_QUANTILE: f64 = 2.365;
 /// Assumed `max_concurrency` of a node in a remote pool.
-const SLOTS: usize = 32;
+const REMOTE_NODE_CONCURRENCY: usize = 32;
 
 /// An estimate with its 95 % interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -31,18 +31,18 @@ pub struct Estimate {
 
 impl Estimate {
     /// Extrapolates the sum over all groups by `factor`, the number of problems divided by the sample size.
-    fn of(groups: &[f64], factor: f64) -> Self {
+    fn extrapolate(groups: &[f64], factor: f64) -> Self {
         let n = groups.len() as f64;
         let sum: f64 = groups.iter().sum();
         let mean = sum / n;
         let variance = groups.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-        Self { mean: sum * factor, plus_minus: T * (variance * n).sqrt() * factor }
+        Self { mean: sum * factor, plus_minus: T_QUANTILE * (variance * n).sqrt() * factor }
     }
 }
 
 /// Estimate for one model in one stage.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct StagePlan {
+pub struct StageEstimate {
     /// Name of the stage.
     pub stage: String,
     /// Name of the model.
@@ -61,13 +61,13 @@ pub struct StagePlan {
 
 /// Estimate for a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Plan {
+pub struct RunEstimate {
     /// Number of problems of the run.
     pub problems: usize,
     /// Number of problems in the sample.
     pub pilot: usize,
     /// Estimates by stage and model.
-    pub stages: Vec<StagePlan>,
+    pub stages: Vec<StageEstimate>,
     /// Hours until the last completion, if the recipe's `concurrency` is always used.
     pub hours: Estimate,
     /// Limits of the budget that the run would exceed.
@@ -76,14 +76,14 @@ pub struct Plan {
 
 impl Run {
     /// Runs `pilot` problems through all stages with paid requests, and returns the estimate. Uses at least 8 problems.
-    pub async fn plan(&self, pilot: usize) -> anyhow::Result<Plan> {
+    pub async fn estimate(&self, pilot: usize) -> anyhow::Result<RunEstimate> {
         anyhow::ensure!(
             self.recipe.generate.is_some(),
             "the recipe asks no teachers: there is nothing to plan"
         );
         let problems = tokio::task::block_in_place(|| self.collect())?;
         // The file is ordered by hashes, so its first rows are a random sample.
-        let rows = self.folder.each_of::<Problem>("collect")?.take(pilot.max(GROUPS));
+        let rows = self.folder.stage_records::<Problem>("collect")?.take(pilot.max(GROUPS));
         let sample = rows.map(|row| row.map(|(_, problem)| problem)).collect::<Result<Vec<_>, _>>()?;
         let size = sample.len().min(problems);
         let mut groups: Vec<Vec<Problem>> = vec![Vec::new(); GROUPS.min(size)];
@@ -91,61 +91,66 @@ impl Run {
             let group = at % groups.len();
             groups[group].push(problem);
         }
-        let all = groups.into_iter().map(|group| self.group(group));
+        let all = groups.into_iter().map(|group| self.run_group(group));
         let totals = futures_util::future::try_join_all(all).await?;
-        Ok(plan(&self.recipe, problems, size, &totals))
+        Ok(estimate_run(&self.recipe, problems, size, &totals))
     }
 
     /// Runs one group through all stages and returns its usage. Only the journal keeps the results.
-    async fn group(&self, problems: Vec<Problem>) -> anyhow::Result<Totals> {
-        let calls = self.stages.calls.with_own_tally();
-        let stages = Stages { calls: calls.clone(), ..self.stages.clone() };
+    async fn run_group(&self, problems: Vec<Problem>) -> anyhow::Result<UsageTotals> {
+        let calls = self.stages.calls.with_own_usage();
+        let stages = StageFactory { calls: calls.clone(), ..self.stages.clone() };
         let mut chain = Chain::new(&self.folder, self.recipe.concurrency);
-        let mut input = feed(problems);
+        let mut input = channel_from_records(problems);
         if self.recipe.classify.is_some() {
-            input = chain.link(stages.classifier()?, input)?;
+            input = chain.append(stages.classifier()?, input)?;
         }
-        let mut last = stages.link_all(&mut chain, input)?;
+        let mut last = stages.append_trace_stages(&mut chain, input)?;
         while last.recv().await.is_some() {}
         chain.discard().await?;
-        Ok(calls.tally())
+        Ok(calls.usage())
     }
 }
 
 /// Computes the estimate from the usage of the groups.
-fn plan(recipe: &Recipe, problems: usize, pilot: usize, groups: &[Totals]) -> Plan {
+fn estimate_run(recipe: &Recipe, problems: usize, pilot: usize, groups: &[UsageTotals]) -> RunEstimate {
     let factor = problems as f64 / pilot.max(1) as f64;
     let keys: std::collections::BTreeSet<&(String, String)> =
         groups.iter().flat_map(BTreeMap::keys).collect();
-    let estimate =
-        |of: &dyn Fn(&Totals) -> f64| Estimate::of(&groups.iter().map(of).collect::<Vec<f64>>(), factor);
-    let stages: Vec<StagePlan> = keys
+    let estimate = |of: &dyn Fn(&UsageTotals) -> f64| {
+        Estimate::extrapolate(&groups.iter().map(of).collect::<Vec<f64>>(), factor)
+    };
+    let stages: Vec<StageEstimate> = keys
         .into_iter()
         .map(|key| {
-            let usage = |of: fn(&Usage) -> f64| estimate(&|totals: &Totals| totals.get(key).map_or(0.0, of));
+            let usage =
+                |of: fn(&Usage) -> f64| estimate(&|totals: &UsageTotals| totals.get(key).map_or(0.0, of));
             let (stage, model) = key;
-            let slots =
-                recipe.local.iter().find(|local| local.model == *model).map_or(SLOTS, |local| local.slots);
+            let slots = recipe
+                .local
+                .iter()
+                .find(|local| local.model == *model)
+                .map_or(REMOTE_NODE_CONCURRENCY, |local| local.slots);
             let price = recipe.budget.prices.get(model).copied().unwrap_or_default();
-            StagePlan {
+            StageEstimate {
                 stage: stage.clone(),
                 model: model.clone(),
                 calls: usage(|usage| usage.calls as f64),
                 prompt_tokens: usage(|usage| usage.prompt_tokens as f64),
                 completion_tokens: usage(|usage| usage.completion_tokens as f64),
-                node_hours: estimate(&|totals: &Totals| {
+                node_hours: estimate(&|totals: &UsageTotals| {
                     totals.get(key).map_or(0.0, |usage| usage.seconds / slots as f64 / 3600.0)
                 }),
-                cost: estimate(&|totals: &Totals| {
+                cost: estimate(&|totals: &UsageTotals| {
                     totals
                         .get(key)
-                        .map_or(0.0, |usage| price.of(usage.prompt_tokens, usage.completion_tokens))
+                        .map_or(0.0, |usage| price.cost(usage.prompt_tokens, usage.completion_tokens))
                 }),
             }
         })
         .collect();
     let open = recipe.concurrency as f64;
-    let hours = estimate(&|totals: &Totals| {
+    let hours = estimate(&|totals: &UsageTotals| {
         // Each model has its own limit on open requests, so the busiest model determines the time.
         let mut by_model: BTreeMap<&str, f64> = BTreeMap::new();
         for ((_, model), usage) in totals {
@@ -153,8 +158,8 @@ fn plan(recipe: &Recipe, problems: usize, pilot: usize, groups: &[Totals]) -> Pl
         }
         by_model.values().copied().fold(0.0, f64::max) / open / 3600.0
     });
-    let sum = |of: fn(&StagePlan) -> f64| stages.iter().map(of).sum::<f64>();
-    let limits = recipe.budget.run();
+    let sum = |of: fn(&StageEstimate) -> f64| stages.iter().map(of).sum::<f64>();
+    let limits = recipe.budget.run_limits();
     let mut over_budget = Vec::new();
     let mut compare = |name: &str, limit: Option<f64>, needed: f64| {
         if let Some(limit) = limit.filter(|limit| needed > *limit) {
@@ -165,11 +170,11 @@ fn plan(recipe: &Recipe, problems: usize, pilot: usize, groups: &[Totals]) -> Pl
     let tokens = sum(|stage| stage.prompt_tokens.mean + stage.completion_tokens.mean);
     compare("tokens", limits.tokens.map(|most| most as f64), tokens);
     compare("cost", limits.cost, sum(|stage| stage.cost.mean));
-    Plan { problems, pilot, stages, hours, over_budget }
+    RunEstimate { problems, pilot, stages, hours, over_budget }
 }
 
 /// Formats the estimate as a table for the terminal.
-pub fn table(plan: &Plan) -> String {
+pub fn estimate_table(plan: &RunEstimate) -> String {
     let range = |estimate: &Estimate, digits: usize| {
         format!("{:.digits$} ± {:.digits$}", estimate.mean, estimate.plus_minus)
     };
@@ -210,9 +215,9 @@ mod tests {
 
     #[test]
     fn estimate_extrapolates_sum_and_interval() {
-        let estimate = Estimate::of(&[10.0, 12.0, 8.0, 10.0], 5.0);
+        let estimate = Estimate::extrapolate(&[10.0, 12.0, 8.0, 10.0], 5.0);
         assert!((estimate.mean - 200.0).abs() < 1e-9);
-        assert!((estimate.plus_minus - T * (8.0f64 / 3.0 * 4.0).sqrt() * 5.0).abs() < 1e-9);
-        assert_eq!(Estimate::of(&[3.0, 3.0], 1.0).plus_minus, 0.0);
+        assert!((estimate.plus_minus - T_QUANTILE * (8.0f64 / 3.0 * 4.0).sqrt() * 5.0).abs() < 1e-9);
+        assert_eq!(Estimate::extrapolate(&[3.0, 3.0], 1.0).plus_minus, 0.0);
     }
 }

@@ -4,15 +4,15 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use potstill_cot::classify::Classify;
-use potstill_cot::difficulty::{Grade, Judge};
-use potstill_cot::generate::Generate;
-use potstill_cot::prompts::Prompts;
-use potstill_cot::rewrite::Rewrite;
-use potstill_cot::rv_cd::Score;
-use potstill_cot::teacher::Teachers;
-use potstill_cot::verify::Verify;
-use potstill_data::records::{Cot, Problem};
+use potstill_cot::classify::ClassifyStage;
+use potstill_cot::difficulty::{DifficultyStage, Judge};
+use potstill_cot::generate::GenerateStage;
+use potstill_cot::prompts::PromptTemplates;
+use potstill_cot::rewrite::RewriteStage;
+use potstill_cot::rv_cd::ScoreStage;
+use potstill_cot::teacher::TeacherClient;
+use potstill_cot::verify::VerifyStage;
+use potstill_data::records::{Problem, Trace};
 use potstill_sandbox::{Limits, Sandbox};
 use potstill_verify::verifier::Verifier;
 use tokio::sync::{Semaphore, mpsc};
@@ -22,26 +22,26 @@ use crate::recipe::{JudgeSection, Recipe};
 
 /// Builds stages from a recipe.
 #[derive(Clone)]
-pub(super) struct Stages {
+pub(super) struct StageFactory {
     pub(super) recipe: Arc<Recipe>,
-    pub(super) prompts: Prompts,
-    pub(super) calls: Teachers,
+    pub(super) prompts: PromptTemplates,
+    pub(super) calls: TeacherClient,
 }
 
-impl Stages {
+impl StageFactory {
     /// Returns the classify stage. Fails if the recipe has no `classify`.
-    pub(super) fn classifier(&self) -> anyhow::Result<Classify> {
+    pub(super) fn classifier(&self) -> anyhow::Result<ClassifyStage> {
         let section = self.recipe.classify.as_ref().context("the recipe has no `classify`")?;
-        Ok(Classify { judge: self.judge(section) })
+        Ok(ClassifyStage { judge: self.judge(section) })
     }
 
     /// Returns the generate stage. Fails if neither `generate` nor a source with traces exists.
-    pub(super) fn generator(&self) -> anyhow::Result<Generate> {
+    pub(super) fn generator(&self) -> anyhow::Result<GenerateStage> {
         anyhow::ensure!(
             self.recipe.makes_traces(),
             "the recipe has no `generate`, and no source with `traces`"
         );
-        Ok(Generate {
+        Ok(GenerateStage {
             teachers: self.recipe.generate.iter().flat_map(|section| section.teachers.clone()).collect(),
             calls: self.calls.clone(),
             prompts: self.prompts.clone(),
@@ -54,23 +54,23 @@ impl Stages {
         Judge {
             model: section.model.clone(),
             max_tokens: section.max_tokens,
-            reasks: section.reasks,
-            variation: 0,
-            calls: self.calls.clone(),
+            parse_retries: section.reasks,
+            repetition: 0,
+            client: self.calls.clone(),
             prompts: self.prompts.clone(),
         }
     }
 
     /// Returns the difficulty stage. Fails if the recipe has no `difficulty`.
-    pub(super) fn grader(&self) -> anyhow::Result<Grade> {
+    pub(super) fn grader(&self) -> anyhow::Result<DifficultyStage> {
         let section = self.recipe.difficulty.as_ref().context("the recipe has no `difficulty`")?;
-        Ok(Grade { judge: self.judge(section) })
+        Ok(DifficultyStage { judge: self.judge(section) })
     }
 
     /// Returns the rewrite stage. Without a `rewrite` section, traces pass unchanged.
-    pub(super) fn rewriter(&self) -> Rewrite {
+    pub(super) fn rewriter(&self) -> RewriteStage {
         let section = self.recipe.rewrite.as_ref();
-        Rewrite {
+        RewriteStage {
             model: section.map(|section| section.model.clone()),
             temperature: section.map_or(0.0, |section| section.temperature),
             max_tokens: section.map_or(0, |section| section.max_tokens),
@@ -80,7 +80,7 @@ impl Stages {
     }
 
     /// Returns the verify stage, with a sandbox if a source has tests.
-    pub(super) fn verifier(&self) -> anyhow::Result<Verify> {
+    pub(super) fn verifier(&self) -> anyhow::Result<VerifyStage> {
         let judge = self.recipe.verify.as_ref().map(|section| self.judge(section));
         let mut sources = self.recipe.collect.iter().flat_map(|section| &section.sources);
         let sandbox = if sources.any(|source| source.tests_field().is_some()) {
@@ -90,7 +90,7 @@ impl Stages {
             None
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(Verify { verifier: Verifier::new(sandbox), programs: Semaphore::new(cores), judge })
+        Ok(VerifyStage { verifier: Verifier::new(sandbox), programs: Semaphore::new(cores), judge })
     }
 
     /// Returns the judge of RV and CD. Fails if the recipe has no `score`.
@@ -99,26 +99,26 @@ impl Stages {
     }
 
     /// Returns the score stage.
-    pub(super) fn scorer(&self) -> anyhow::Result<Score> {
-        Ok(Score { judge: self.score_judge()? })
+    pub(super) fn scorer(&self) -> anyhow::Result<ScoreStage> {
+        Ok(ScoreStage { judge: self.score_judge()? })
     }
 
     /// Appends generate -> difficulty -> rewrite -> verify -> score to the chain, without difficulty and score if the
     /// recipe lacks them. Returns the output.
-    pub(super) fn link_all(
+    pub(super) fn append_trace_stages(
         &self,
         chain: &mut Chain,
         problems: mpsc::Receiver<Problem>,
-    ) -> anyhow::Result<mpsc::Receiver<Cot>> {
-        let generated = chain.link(self.generator()?, problems)?;
+    ) -> anyhow::Result<mpsc::Receiver<Trace>> {
+        let generated = chain.append(self.generator()?, problems)?;
         let graded = match self.recipe.difficulty {
-            Some(_) => chain.link(self.grader()?, generated)?,
+            Some(_) => chain.append(self.grader()?, generated)?,
             None => generated,
         };
-        let rewritten = chain.link(self.rewriter(), graded)?;
-        let verified = chain.link(self.verifier()?, rewritten)?;
+        let rewritten = chain.append(self.rewriter(), graded)?;
+        let verified = chain.append(self.verifier()?, rewritten)?;
         Ok(match self.recipe.score {
-            Some(_) => chain.link(self.scorer()?, verified)?,
+            Some(_) => chain.append(self.scorer()?, verified)?,
             None => verified,
         })
     }

@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
-use potstill_data::records::{Cot, Problem};
+use potstill_data::records::{Problem, Trace};
 use potstill_engine::loader::LoadedModel;
 
 use super::Run;
-use crate::alignment::{self, Metric};
-use crate::distributions::distributions;
+use crate::alignment::{self, ScoreKind};
+use crate::distributions::distill;
 use crate::recipe::{Baseline, LocalModel, StudentSection};
-use crate::students::{Lessons, Plan, base};
+use crate::students::{SftDataset, TrainingSet, load_base};
 use crate::{card, export};
 
 /// Student variants, by training.
@@ -82,21 +82,21 @@ impl Run {
     }
 
     /// Trains the reward models for RV and CD and exports them. Does nothing if the recipe has no `reward`.
-    pub(super) async fn reward_models(&self) -> anyhow::Result<()> {
+    pub(super) async fn train_reward_models(&self) -> anyhow::Result<()> {
         if self.recipe.reward.is_none() {
             return Ok(());
         }
-        let scored: Vec<Cot> = self.folder.read_stage("score")?;
+        let scored: Vec<Trace> = self.folder.read_stage("score")?;
         let (recipe, progress) = (Arc::clone(&self.recipe), self.progress.clone());
         let train = self.folder.path().join("train");
-        let targets = [Metric::Rv, Metric::Cd].map(|metric| (metric, self.reward_folder(metric)));
+        let targets = [ScoreKind::Rv, ScoreKind::Cd].map(|metric| (metric, self.reward_model_folder(metric)));
         tokio::task::spawn_blocking(move || {
             for (metric, target) in targets {
                 let folder = train.join(format!("reward-{}", metric.name()));
                 let (model, agreement) =
-                    alignment::reward_model(&recipe, metric, &scored, &folder, &progress)?;
-                let text = card::of_reward_model(&recipe, metric, model.loaded(), &agreement);
-                export::export(&target, model.loaded(), recipe.student.export, &text)?;
+                    alignment::train_reward_model(&recipe, metric, &scored, &folder, &progress)?;
+                let text = card::reward_model_card(&recipe, metric, model.model(), &agreement);
+                export::export_model(&target, model.model(), recipe.student.export, &text)?;
             }
             Ok(())
         })
@@ -104,28 +104,28 @@ impl Run {
     }
 
     /// Returns the model folder of a reward model.
-    fn reward_folder(&self, metric: Metric) -> std::path::PathBuf {
+    fn reward_model_folder(&self, metric: ScoreKind) -> std::path::PathBuf {
         self.folder.path().join("models").join(format!("{}-{}", self.recipe.student.name, metric.name()))
     }
 
     /// Trains every variant. A variant that was trained before is loaded from its last checkpoint.
-    pub(super) async fn train(&self, traces: &[Cot]) -> anyhow::Result<()> {
-        self.each_trained(traces, |_, _| Ok(())).await
+    pub(super) async fn train_students(&self, traces: &[Trace]) -> anyhow::Result<()> {
+        self.for_each_trained(traces, |_, _| Ok(())).await
     }
 
     /// Trains every variant, as [`Run::train`] does, and exports it as a model folder.
-    pub(super) async fn export(&self, traces: &[Cot]) -> anyhow::Result<()> {
+    pub(super) async fn export_students(&self, traces: &[Trace]) -> anyhow::Result<()> {
         let (models, recipe, progress) =
             (self.folder.path().join("models"), Arc::clone(&self.recipe), self.progress.clone());
         potstill_shared::durable::create_folder(&models)?;
         let names: Vec<(Variant, String)> =
             self.variants().into_iter().map(|v| (v, self.student_name(v))).collect();
-        self.each_trained(traces, move |variant, model| {
+        self.for_each_trained(traces, move |variant, model| {
             let name = &names.iter().find(|(other, _)| *other == variant).context("an unknown variant")?.1;
             let folder = models.join(name);
-            let text = card::text(&recipe, name, variant, model, None, None);
-            export::export(&folder, model, recipe.student.export, &text)?;
-            progress.say(format!("exported `{}`", folder.display()));
+            let text = card::student_card(&recipe, name, variant, model, None, None);
+            export::export_model(&folder, model, recipe.student.export, &text)?;
+            progress.message(format!("exported `{}`", folder.display()));
             Ok(())
         })
         .await
@@ -133,9 +133,9 @@ impl Run {
 
     /// Trains every variant and calls `use_it` with each. Runs on a blocking thread, because training occupies the
     /// processor.
-    async fn each_trained(
+    async fn for_each_trained(
         &self,
-        traces: &[Cot],
+        traces: &[Trace],
         use_it: impl Fn(Variant, &LoadedModel) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<()> {
         let (recipe, progress) = (Arc::clone(&self.recipe), self.progress.clone());
@@ -145,20 +145,22 @@ impl Run {
         let problems: Vec<Problem> =
             if recipe.grpo.is_some() { self.folder.read_stage("collect")? } else { Vec::new() };
         let own_rewards = if recipe.reward.is_some() {
-            [Metric::Rv, Metric::Cd].map(|metric| (metric.name(), self.reward_folder(metric))).into()
+            [ScoreKind::Rv, ScoreKind::Cd]
+                .map(|metric| (metric.name(), self.reward_model_folder(metric)))
+                .into()
         } else {
             std::collections::HashMap::new()
         };
         tokio::task::spawn_blocking(move || {
-            let base = base(&recipe)?;
+            let base = load_base(&recipe)?;
             let plan = match &recipe.sft {
                 None => None,
                 Some(sft) => {
                     let lessons = match &sft.conversations {
-                        Some(section) => Lessons::conversations(section, &held_out)?,
-                        None => Lessons::chains_of_thought(&recipe, &traces),
+                        Some(section) => TrainingSet::conversations(section, &held_out)?,
+                        None => TrainingSet::chains_of_thought(&recipe, &traces),
                     };
-                    Some(Plan::new(&recipe, &base, &lessons)?)
+                    Some(SftDataset::new(&recipe, &base, &lessons)?)
                 }
             };
             let mut student = base.clone();
@@ -172,8 +174,9 @@ impl Run {
                     }
                     Variant::AnswersOnly => {
                         let plan = plan.as_ref().context("`answers_only` needs `sft`")?;
-                        let lessons = Lessons::answers_only(&recipe, &traces);
-                        let answers = Plan::new(&recipe, &base, &lessons)?.stretched_to(plan.tokens());
+                        let lessons = TrainingSet::answers_only(&recipe, &traces);
+                        let answers =
+                            SftDataset::new(&recipe, &base, &lessons)?.with_token_budget(plan.total_tokens());
                         use_it(variant, &answers.train(&recipe, &base, &folder, name, &progress)?)?;
                         continue;
                     }
@@ -183,15 +186,15 @@ impl Run {
                     }
                     Variant::Kd => {
                         let section = recipe.kd.as_ref().context("the recipe has no `kd`")?;
-                        distributions(&recipe, section, &calls, &student, &traces, &folder, &progress)?
+                        distill(&recipe, section, &calls, &student, &traces, &folder, &progress)?
                     }
                     Variant::Dpo => {
                         let section = recipe.dpo.as_ref().context("the recipe has no `dpo`")?;
-                        alignment::preferences(&recipe, section, &student, &traces, &folder, &progress)?
+                        alignment::train_dpo(&recipe, section, &student, &traces, &folder, &progress)?
                     }
                     Variant::Grpo => {
                         let section = recipe.grpo.as_ref().context("the recipe has no `grpo`")?;
-                        alignment::practice(
+                        alignment::train_grpo(
                             &recipe,
                             section,
                             &student,
@@ -215,14 +218,14 @@ impl Run {
         let model = self.student_name(variant);
         let path = self.folder.path().join("models").join(&model);
         anyhow::ensure!(path.exists(), "`{}` does not exist; run `potstill export` first", path.display());
-        self.serve_locally(&model, path)?;
+        self.serve_model(&model, path)?;
         Ok(model)
     }
 
     /// Serves a model of this run through the local gateway, with at most one node.
-    pub(super) fn serve_locally(&self, model: &str, path: PathBuf) -> anyhow::Result<()> {
+    pub(super) fn serve_model(&self, model: &str, path: PathBuf) -> anyhow::Result<()> {
         let StudentSection { threads, device, .. } = &self.recipe.student;
-        self.local.add_model(&LocalModel {
+        self.local_gateway.add_model(&LocalModel {
             model: model.to_owned(),
             path,
             min: 0,

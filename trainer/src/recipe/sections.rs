@@ -17,7 +17,7 @@ use potstill_learn::run::RunConfig;
 use serde::{Deserialize, Serialize};
 
 use super::Recipe;
-use crate::compress::Bits;
+use crate::compress::QuantizedFormat;
 
 /// An endpoint that serves the teachers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -72,8 +72,9 @@ fn default_slots() -> usize {
 
 impl Recipe {
     /// Returns errors in device names, each with its key.
-    pub(super) fn problems_of_devices(&self) -> Vec<(String, EngineError)> {
-        let runs = self.runs().map(|(key, run)| (format!("{key}.devices"), run.devices.join(",")));
+    pub(super) fn device_errors(&self) -> Vec<(String, EngineError)> {
+        let runs =
+            self.training_settings().map(|(key, run)| (format!("{key}.devices"), run.devices.join(",")));
         let local = self.local.iter().enumerate();
         let nodes = local.map(|(i, model)| (format!("local[{i}].device"), model.device.clone()));
         let student = ("student.device".to_owned(), self.student.device.clone());
@@ -85,7 +86,7 @@ impl Recipe {
 /// Problems from a built-in generator.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Builtin {
+pub struct BuiltinProblems {
     /// Kind of problems; only `arithmetic`.
     pub task: BuiltinTask,
     /// Number of problems.
@@ -113,7 +114,7 @@ pub struct CollectSection {
     #[serde(default)]
     pub sources: Vec<Source>,
     /// Generated problems.
-    pub builtin: Option<Builtin>,
+    pub builtin: Option<BuiltinProblems>,
     /// Similarity above which problems are near duplicates, 0 to 1: Jaccard similarity of five-word sequences. All
     /// numbers must be equal too. Left out, near duplicates are not searched.
     pub near: Option<f64>,
@@ -158,7 +159,7 @@ pub struct JudgeSection {
     #[serde(default = "default_judge_tokens")]
     pub max_tokens: u32,
     /// Times that a request is repeated if its completion cannot be parsed.
-    #[serde(default = "default_reasks")]
+    #[serde(default = "default_parse_retries")]
     pub reasks: u32,
 }
 
@@ -166,7 +167,7 @@ fn default_judge_tokens() -> u32 {
     8192
 }
 
-fn default_reasks() -> u32 {
+fn default_parse_retries() -> u32 {
     2
 }
 
@@ -207,7 +208,7 @@ pub struct StudentSection {
     pub prompt: String,
     /// Data type of the exported weights.
     #[serde(default)]
-    pub export: ExportType,
+    pub export: ExportDtype,
     /// Threads of the node that serves the student.
     #[serde(default = "one")]
     pub threads: usize,
@@ -218,13 +219,13 @@ pub struct StudentSection {
 
 impl StudentSection {
     /// Returns a placeholder for a recipe without a student.
-    pub(super) fn nobody(name: &str) -> Self {
+    pub(super) fn placeholder(name: &str) -> Self {
         Self {
             name: format!("{name}-student").chars().take(96).collect(),
             base: None,
             init: None,
             prompt: default_prompt(),
-            export: ExportType::default(),
+            export: ExportDtype::default(),
             threads: 1,
             device: cpu(),
         }
@@ -238,7 +239,7 @@ fn default_prompt() -> String {
 /// Data types of exported weights.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum ExportType {
+pub enum ExportDtype {
     /// 32-bit floating point.
     F32,
     /// bfloat16.
@@ -293,7 +294,7 @@ pub struct Conversations {
     /// JSONL file with `messages` in each row.
     pub path: Option<PathBuf>,
     /// Generated conversations that cover all teacher roles of a task.
-    pub builtin: Option<Builtin>,
+    pub builtin: Option<BuiltinProblems>,
 }
 
 /// Reward models for RV and CD, trained on the scores of this run.
@@ -363,7 +364,7 @@ pub struct EvaluateSection {
     #[serde(default)]
     pub sources: Vec<Source>,
     /// Generated held-out problems.
-    pub builtin: Option<Builtin>,
+    pub builtin: Option<BuiltinProblems>,
     /// Completions per problem.
     #[serde(default = "default_samples")]
     pub samples: u32,
@@ -400,22 +401,22 @@ fn default_eval_tokens() -> u32 {
 /// Quantized versions of the last student, as GGUF files.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct CompressSection {
+pub struct QuantizeSection {
     /// Weight formats.
-    pub to: Vec<Bits>,
+    pub to: Vec<QuantizedFormat>,
     /// Maximum loss of accuracy on the problems of `evaluate`, in points. A version that loses more is not published.
-    #[serde(default = "default_lost")]
+    #[serde(default = "default_max_accuracy_drop")]
     pub limit: f64,
     /// Whether rounding uses importances computed on training examples, for formats that support it.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub calibrate: bool,
 }
 
-fn default_lost() -> f64 {
+fn default_max_accuracy_drop() -> f64 {
     2.0
 }
 
-fn yes() -> bool {
+fn default_true() -> bool {
     true
 }
 

@@ -4,15 +4,15 @@
 use potstill_engine::scheduler::{FinishReason, Sampled};
 use potstill_engine::tokenizer::Tokenizer;
 use potstill_shared::openai::Delta;
-use potstill_shared::reasoning::{Piece, Splitter};
+use potstill_shared::reasoning::{Piece, ReasoningSplitter};
 use serde_json::{Value, json};
 
-use super::log_probs::{self, TextLogProbs};
-use super::tools::{Part, ToolFormat, ToolParser};
+use super::log_probs::{self, TextLogprobs};
+use super::tools::{AnswerPart, ToolFormat, ToolParser};
 
 /// Kind of a response.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Shape {
+pub(super) enum ResponseKind {
     /// Chat: reasoning is separated from the answer. `inside`: the prompt ends inside an open reasoning block. `tools`:
     /// format of tool calls, if the request has tools.
     Chat { inside: bool, tools: Option<ToolFormat> },
@@ -21,56 +21,58 @@ pub(super) enum Shape {
 }
 
 /// A choice under construction.
-pub(super) struct Choice {
-    splitter: Option<Splitter>,
+pub(super) struct ChoiceBuilder {
+    splitter: Option<ReasoningSplitter>,
     tools: Option<ToolParser>,
     chat_log_probs: Vec<Value>,
-    text_log_probs: TextLogProbs,
+    text_log_probs: TextLogprobs,
 }
 
-impl Choice {
+impl ChoiceBuilder {
     /// Creates an empty choice.
-    pub(super) fn new(shape: Shape) -> Self {
+    pub(super) fn new(shape: ResponseKind) -> Self {
         let (splitter, tools, by_id) = match shape {
-            Shape::Chat { inside, tools } => (Some(Splitter::new(inside)), tools.map(ToolParser::new), false),
-            Shape::Text { by_id } => (None, None, by_id),
+            ResponseKind::Chat { inside, tools } => {
+                (Some(ReasoningSplitter::new(inside)), tools.map(ToolParser::new), false)
+            }
+            ResponseKind::Text { by_id } => (None, None, by_id),
         };
-        Self { splitter, tools, chat_log_probs: Vec::new(), text_log_probs: TextLogProbs::new(by_id) }
+        Self { splitter, tools, chat_log_probs: Vec::new(), text_log_probs: TextLogprobs::new(by_id) }
     }
 
     /// Returns the deltas for more generated text.
     pub(super) fn push(&mut self, text: &str) -> Vec<Delta> {
         match &mut self.splitter {
-            None => vec![content(text.to_owned())],
+            None => vec![content_delta(text.to_owned())],
             Some(splitter) => {
                 let pieces = splitter.push(text);
-                pieces.into_iter().flat_map(|piece| self.piece(piece)).collect()
+                pieces.into_iter().flat_map(|piece| self.deltas(piece)).collect()
             }
         }
     }
 
     /// Returns the deltas for the rest, and OpenAI's finish reason.
     pub(super) fn finish(&mut self, reason: FinishReason) -> (Vec<Delta>, &'static str) {
-        let last = self.splitter.as_mut().and_then(Splitter::finish);
-        let mut deltas: Vec<Delta> = last.into_iter().flat_map(|piece| self.piece(piece)).collect();
+        let last = self.splitter.as_mut().and_then(ReasoningSplitter::finish);
+        let mut deltas: Vec<Delta> = last.into_iter().flat_map(|piece| self.deltas(piece)).collect();
         let mut called = false;
         if let Some(tools) = &mut self.tools {
-            let mut calls = tools.calls();
+            let mut calls = tools.num_calls();
             deltas.extend(tools.finish().into_iter().map(|part| part_delta(part, &mut calls)));
-            called = tools.calls() > 0;
+            called = tools.num_calls() > 0;
         }
         (deltas, if called && reason == FinishReason::Stop { "tool_calls" } else { reason.name() })
     }
 
     /// Converts a piece of reasoning or answer to deltas.
-    fn piece(&mut self, piece: Piece) -> Vec<Delta> {
+    fn deltas(&mut self, piece: Piece) -> Vec<Delta> {
         match (piece, &mut self.tools) {
-            (Piece::Thinking(text), _) => {
+            (Piece::Reasoning(text), _) => {
                 vec![Delta { reasoning_content: Some(text), ..Delta::default() }]
             }
-            (Piece::Answer(text), None) => vec![content(text)],
+            (Piece::Answer(text), None) => vec![content_delta(text)],
             (Piece::Answer(text), Some(tools)) => {
-                let mut calls = tools.calls();
+                let mut calls = tools.num_calls();
                 let parts = tools.push(&text);
                 parts.into_iter().map(|part| part_delta(part, &mut calls)).collect()
             }
@@ -78,12 +80,12 @@ impl Choice {
     }
 
     /// Records the first token of an echoed prompt, which has no log probability.
-    pub(super) fn first(&mut self, tokenizer: &Tokenizer, token: u32) {
-        self.text_log_probs.first(tokenizer, token);
+    pub(super) fn push_first_prompt_token(&mut self, tokenizer: &Tokenizer, token: u32) {
+        self.text_log_probs.push_first(tokenizer, token);
     }
 
     /// Records a token with its log probability.
-    pub(super) fn sampled(&mut self, tokenizer: &Tokenizer, sampled: &Sampled) {
+    pub(super) fn push_token(&mut self, tokenizer: &Tokenizer, sampled: &Sampled) {
         if self.splitter.is_some() {
             self.chat_log_probs.push(log_probs::chat_entry(tokenizer, sampled));
         } else {
@@ -92,25 +94,25 @@ impl Choice {
     }
 
     /// Returns the logprobs since the last call, or `None` if there are none.
-    pub(super) fn log_probs(&mut self) -> Option<Value> {
+    pub(super) fn take_logprobs(&mut self) -> Option<Value> {
         if self.splitter.is_none() {
-            return self.text_log_probs.take();
+            return self.text_log_probs.drain();
         }
         let entries = std::mem::take(&mut self.chat_log_probs);
-        (!entries.is_empty()).then(|| log_probs::chat(entries))
+        (!entries.is_empty()).then(|| log_probs::chat_logprobs(entries))
     }
 }
 
 /// Returns a delta with text.
-fn content(text: String) -> Delta {
+fn content_delta(text: String) -> Delta {
     Delta { content: Some(text), ..Delta::default() }
 }
 
 /// Converts a part to a delta. Tool calls are numbered in their order.
-fn part_delta(part: Part, calls: &mut usize) -> Delta {
+fn part_delta(part: AnswerPart, calls: &mut usize) -> Delta {
     match part {
-        Part::Text(text) => content(text),
-        Part::Call(mut call) => {
+        AnswerPart::Text(text) => content_delta(text),
+        AnswerPart::Call(mut call) => {
             call["index"] = json!(*calls);
             *calls += 1;
             let mut delta = Delta::default();

@@ -8,13 +8,13 @@ use potstill_engine::grammar::{Constraint, Grammar, Grammars, bounded};
 use potstill_shared::openai::Extra;
 use serde_json::{Value, json};
 
-use super::Node;
+use super::ServedModel;
 use super::error::NodeError;
-use super::options::invalid;
+use super::options::invalid_field;
 use super::tools::ToolFormat;
 
 /// Compiles a grammar on a blocking thread. The first call also creates the compiler.
-pub(super) async fn compile(node: &Arc<Node>, form: Grammar) -> Result<Constraint, NodeError> {
+pub(super) async fn compile_grammar(node: &Arc<ServedModel>, form: Grammar) -> Result<Constraint, NodeError> {
     let node = Arc::clone(node);
     let compiled = tokio::task::spawn_blocking(move || {
         let (size, eos) = &node.vocabulary;
@@ -27,16 +27,16 @@ pub(super) async fn compile(node: &Arc<Node>, form: Grammar) -> Result<Constrain
 
 /// Returns the grammar of a chat request, or `None` for free text. A forced tool call takes precedence over
 /// `response_format`, and that over vLLM's fields.
-pub(super) fn chat(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Grammar>, NodeError> {
-    if let Some(form) = forced_call(extra, tools)? {
+pub(super) fn chat_grammar(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Grammar>, NodeError> {
+    if let Some(form) = forced_call_grammar(extra, tools)? {
         return Ok(Some(form));
     }
-    let wrong = |problem: &str| invalid("response_format", problem);
+    let wrong = |problem: &str| invalid_field("response_format", problem);
     let Some(format) = extra.get("response_format").filter(|format| !format.is_null()) else {
-        return text(extra);
+        return text_grammar(extra);
     };
     match format.get("type").and_then(Value::as_str) {
-        Some("text") => text(extra),
+        Some("text") => text_grammar(extra),
         Some("json_object") => Ok(Some(Grammar::Json(json!({"type": "object"})))),
         Some("json_schema") => {
             let inner = format
@@ -52,18 +52,18 @@ pub(super) fn chat(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Gr
 }
 
 /// Returns the grammar of vLLM's fields, or `None` without them. `structured_outputs` takes precedence over `guided_*`.
-pub(super) fn text(extra: &Extra) -> Result<Option<Grammar>, NodeError> {
+pub(super) fn text_grammar(extra: &Extra) -> Result<Option<Grammar>, NodeError> {
     let newer = extra.get("structured_outputs").filter(|value| value.is_object());
     let field = |new: &str, old: &str| newer.and_then(|outputs| outputs.get(new)).or_else(|| extra.get(old));
     let of = |new, old| field(new, old).filter(|value| !value.is_null());
     let string = |value: &Value, name| match value {
         Value::String(text) => Ok(text.clone()),
-        _ => Err(invalid(name, "must be a text")),
+        _ => Err(invalid_field(name, "must be a text")),
     };
     if let Some(schema) = of("json", "guided_json") {
         let schema = match schema {
             Value::String(text) => serde_json::from_str(text)
-                .map_err(|error| invalid("guided_json", format!("is no JSON schema: {error}")))?,
+                .map_err(|error| invalid_field("guided_json", format!("is no JSON schema: {error}")))?,
             schema => schema.clone(),
         };
         return Ok(Some(Grammar::Json(schema)));
@@ -73,7 +73,7 @@ pub(super) fn text(extra: &Extra) -> Result<Option<Grammar>, NodeError> {
     }
     if let Some(choices) = of("choice", "guided_choice") {
         let texts = choices.as_array().filter(|choices| !choices.is_empty());
-        let texts = texts.ok_or_else(|| invalid("guided_choice", "must be a list of texts"))?;
+        let texts = texts.ok_or_else(|| invalid_field("guided_choice", "must be a list of texts"))?;
         let texts = texts.iter().map(|text| string(text, "guided_choice")).collect::<Result<_, _>>()?;
         return Ok(Some(Grammar::Choice(texts)));
     }
@@ -82,8 +82,8 @@ pub(super) fn text(extra: &Extra) -> Result<Option<Grammar>, NodeError> {
 
 /// Returns the grammar of a forced tool call, for `tool_choice` `required` or a named function. Fails for functions
 /// that are not in `tools`.
-fn forced_call(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Grammar>, NodeError> {
-    let wrong = |problem: &str| invalid("tool_choice", problem);
+fn forced_call_grammar(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Grammar>, NodeError> {
+    let wrong = |problem: &str| invalid_field("tool_choice", problem);
     let name = match extra.get("tool_choice") {
         None | Some(Value::Null) => return Ok(None),
         Some(Value::String(choice)) => match choice.as_str() {
@@ -97,7 +97,7 @@ fn forced_call(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Gramma
         },
     };
     let Some(format) = tools else { return Err(wrong("needs `tools`")) };
-    let parameters = if format == ToolFormat::Whole { "parameters" } else { "arguments" };
+    let parameters = if format == ToolFormat::BareJson { "parameters" } else { "arguments" };
     let functions = extra.get("tools").and_then(Value::as_array).into_iter().flatten();
     let calls: Vec<Value> = functions
         .filter_map(|tool| tool.get("function"))
@@ -113,9 +113,9 @@ fn forced_call(extra: &Extra, tools: Option<ToolFormat>) -> Result<Option<Gramma
     }
     let call = bounded(json!({"anyOf": calls}));
     Ok(Some(match format {
-        ToolFormat::Whole => Grammar::Json(call),
+        ToolFormat::BareJson => Grammar::Json(call),
         // The mark before the list is a special token, which a grammar over text cannot produce.
-        ToolFormat::List => return Err(wrong("cannot be forced with this model's chat template")),
+        ToolFormat::MarkedList => return Err(wrong("cannot be forced with this model's chat template")),
         ToolFormat::Tagged => {
             Grammar::Lark(format!("start: \"<tool_call>\\n\" call \"\\n</tool_call>\"\ncall: %json {call}\n"))
         }
@@ -147,7 +147,7 @@ mod tests {
             (json!({"guided_grammar": "start: \"a\""}), Some(Grammar::Lark("start: \"a\"".into()))),
             (json!({"tool_choice": "auto"}), None),
         ] {
-            assert_eq!(chat(&extra(asked.clone()), None).unwrap(), form, "{asked}");
+            assert_eq!(chat_grammar(&extra(asked.clone()), None).unwrap(), form, "{asked}");
         }
         for asked in [
             json!({"response_format": {"type": "xml"}}),
@@ -157,7 +157,7 @@ mod tests {
             json!({"tool_choice": "required"}),
             json!({"tool_choice": "always"}),
         ] {
-            assert!(chat(&extra(asked.clone()), None).is_err(), "{asked}");
+            assert!(chat_grammar(&extra(asked.clone()), None).is_err(), "{asked}");
         }
     }
 
@@ -166,7 +166,7 @@ mod tests {
         let tools = json!([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}, {"type": "function", "function": {"name": "g"}}]);
         let named =
             extra(json!({"tools": tools, "tool_choice": {"type": "function", "function": {"name": "g"}}}));
-        match chat(&named, Some(ToolFormat::Tagged)).unwrap() {
+        match chat_grammar(&named, Some(ToolFormat::Tagged)).unwrap() {
             Some(Grammar::Lark(text)) => {
                 assert!(text.contains("<tool_call>") && text.contains("\"g\"") && !text.contains("\"f\""))
             }
@@ -174,6 +174,6 @@ mod tests {
         }
         let unknown =
             extra(json!({"tools": tools, "tool_choice": {"type": "function", "function": {"name": "h"}}}));
-        assert!(chat(&unknown, Some(ToolFormat::Whole)).is_err());
+        assert!(chat_grammar(&unknown, Some(ToolFormat::BareJson)).is_err());
     }
 }

@@ -11,57 +11,57 @@ use futures_util::stream::{self, SelectAll};
 use futures_util::{Stream, StreamExt};
 use potstill_engine::EngineError;
 use potstill_engine::scheduler::{Request, Update};
-use potstill_shared::id::unique;
+use potstill_shared::id::unique_id;
 use potstill_shared::openai::{
     ChatChoice, ChatMessage, ChatRequest, ChatResponse, CompletionChoice, CompletionRequest,
-    CompletionResponse, Content, Delta, Extra, GenerationOptions, Prompt, Usage, now_seconds,
+    CompletionResponse, Content, Delta, Extra, GenerationParams, Prompt, Usage, unix_time_s,
 };
-use potstill_shared::reasoning::{CLOSE, OPEN};
+use potstill_shared::reasoning::{CLOSE_TAG, OPEN_TAG};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use super::Node;
-use super::choice::{Choice, Shape};
+use super::ServedModel;
+use super::choice::{ChoiceBuilder, ResponseKind};
 use super::error::NodeError;
 use super::forms;
-use super::options::{self, invalid};
-use super::stream::streamed;
+use super::options::{self, invalid_field};
+use super::stream::stream_response;
 use super::tools::{self, ToolFormat};
 
 /// Maximum number of choices per request, over all prompts.
 const MAX_CHOICES: u32 = 64;
 
 /// Parses a request body.
-pub(super) fn read<T: for<'de> serde::Deserialize<'de>>(body: &[u8]) -> Result<T, NodeError> {
+pub(super) fn parse_body<T: for<'de> serde::Deserialize<'de>>(body: &[u8]) -> Result<T, NodeError> {
     serde_json::from_slice(body).map_err(|error| NodeError::InvalidJson(error.to_string()))
 }
 
 /// A request in progress, with its choices.
-pub(super) struct Job {
-    pub(super) node: Arc<Node>,
+pub(super) struct ActiveRequest {
+    pub(super) node: Arc<ServedModel>,
     pub(super) id: String,
     pub(super) created: u64,
     pub(super) started: Instant,
-    pub(super) shape: Shape,
-    pub(super) choices: Vec<Choice>,
+    pub(super) shape: ResponseKind,
+    pub(super) choices: Vec<ChoiceBuilder>,
     /// Text before the completion of each choice: the prompt if `echo` is set, else empty.
     pub(super) prefixes: Vec<String>,
     pub(super) include_usage: bool,
-    pub(super) counts: Counts,
+    pub(super) counts: TokenCounts,
     pub(super) updates: SelectAll<futures_util::stream::BoxStream<'static, (u32, Update)>>,
 }
 
 /// Token counts over all choices of a request.
 #[derive(Default)]
-pub(super) struct Counts {
+pub(super) struct TokenCounts {
     prompt: u64,
     cached: u64,
     written: u64,
 }
 
-impl Counts {
+impl TokenCounts {
     /// Adds a finished choice.
-    pub(super) fn finished(&mut self, completion_tokens: usize, cached_tokens: usize) {
+    pub(super) fn add_finished(&mut self, completion_tokens: usize, cached_tokens: usize) {
         self.written += completion_tokens as u64;
         // Further samples of a prompt always hit the prefix cache. The first sample, with the smallest hit, tells what
         // was cached before the request.
@@ -75,55 +75,58 @@ impl Counts {
 }
 
 /// `POST /v1/chat/completions`.
-pub(super) async fn chat(State(node): State<Arc<Node>>, body: Bytes) -> Result<Response, NodeError> {
-    let request: ChatRequest = read(&body)?;
+pub(super) async fn chat(State(node): State<Arc<ServedModel>>, body: Bytes) -> Result<Response, NodeError> {
+    let request: ChatRequest = parse_body(&body)?;
     check_model(&node, &request.model)?;
     if request.messages.is_empty() {
-        return Err(invalid("messages", "must hold at least one message"));
+        return Err(invalid_field("messages", "must hold at least one message"));
     }
     let messages: Vec<Value> = request.messages.iter().map(template_message).collect();
     let mut extra = request.extra.get("chat_template_kwargs").cloned().unwrap_or_else(|| json!({}));
-    let tools = tools_of(&node, &request.extra)?;
+    let tools = tool_format(&node, &request.extra)?;
     if let (Some(_), Some(object)) = (tools, extra.as_object_mut()) {
         object.insert("tools".to_owned(), request.extra["tools"].clone());
     }
     let text = node.template.render(&Value::Array(messages), true, &extra)?;
-    let inside = text.trim_end().ends_with(OPEN);
+    let inside = text.trim_end().ends_with(OPEN_TAG);
     let prompt = node.tokenizer.encode(&text)?;
-    let mut wanted = options::request(&request.options, &request.extra)?;
-    wanted.log_probs = options::chat_log_probs(&request.extra)?;
-    wanted.thinking = options::thinking_limit(&node, &request.extra)?;
-    if let Some(form) = forms::chat(&request.extra, tools)? {
-        wanted.constraint = Some(forms::compile(&node, form).await?);
+    let mut wanted = options::engine_request(&request.params, &request.extra)?;
+    wanted.log_probs = options::chat_logprobs(&request.extra)?;
+    wanted.thinking = options::thinking_budget(&node, &request.extra)?;
+    if let Some(form) = forms::chat_grammar(&request.extra, tools)? {
+        wanted.constraint = Some(forms::compile_grammar(&node, form).await?);
         if inside {
-            wanted.free_until = node.tokenizer.encode(CLOSE)?;
+            wanted.free_until = node.tokenizer.encode(CLOSE_TAG)?;
         }
     }
-    let shape = Shape::Chat { inside, tools };
-    let job = submit(&node, vec![(prompt, String::new())], wanted, &request.options, shape)?;
-    answer(job, &request.options).await
+    let shape = ResponseKind::Chat { inside, tools };
+    let job = submit(&node, vec![(prompt, String::new())], wanted, &request.params, shape)?;
+    respond(job, &request.params).await
 }
 
 /// Returns the format of tool calls if the request allows them. Fails if the model's chat template has no tools.
-fn tools_of(node: &Node, extra: &Extra) -> Result<Option<ToolFormat>, NodeError> {
+fn tool_format(node: &ServedModel, extra: &Extra) -> Result<Option<ToolFormat>, NodeError> {
     let some = extra.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty());
     if !some || extra.get("tool_choice").is_some_and(|choice| choice == "none") {
         return Ok(None);
     }
-    let format = ToolFormat::of(node.template.source());
-    format.map(Some).ok_or_else(|| invalid("tools", "are not known to this model's chat template"))
+    let format = ToolFormat::detect(node.template.source());
+    format.map(Some).ok_or_else(|| invalid_field("tools", "are not known to this model's chat template"))
 }
 
 /// `POST /v1/completions`.
-pub(super) async fn completions(State(node): State<Arc<Node>>, body: Bytes) -> Result<Response, NodeError> {
-    let request: CompletionRequest = read(&body)?;
+pub(super) async fn completions(
+    State(node): State<Arc<ServedModel>>,
+    body: Bytes,
+) -> Result<Response, NodeError> {
+    let request: CompletionRequest = parse_body(&body)?;
     check_model(&node, &request.model)?;
     let echo = request.echo.unwrap_or(false);
     let from_text =
         |text: String| Ok((node.tokenizer.encode(&text)?, if echo { text } else { String::new() }));
     let from_ids = |ids: Vec<u32>| {
         if let Some(id) = ids.iter().find(|&&id| node.tokenizer.token(id).is_none()) {
-            return Err(invalid("prompt", format!("holds token {id}, which the vocabulary does not")));
+            return Err(invalid_field("prompt", format!("holds token {id}, which the vocabulary does not")));
         }
         let text = if echo { node.tokenizer.decode(&ids)? } else { String::new() };
         Ok((ids, text))
@@ -135,27 +138,27 @@ pub(super) async fn completions(State(node): State<Arc<Node>>, body: Bytes) -> R
         Prompt::TokenLists(lists) => lists.into_iter().map(from_ids).collect::<Result<_, NodeError>>()?,
     };
     if prompts.is_empty() || prompts.len() > MAX_CHOICES as usize {
-        return Err(invalid("prompt", format!("must hold 1 to {MAX_CHOICES} prompts")));
+        return Err(invalid_field("prompt", format!("must hold 1 to {MAX_CHOICES} prompts")));
     }
-    let mut wanted = options::request(&request.options, &request.extra)?;
-    wanted.log_probs = options::text_log_probs(&request.extra)?;
-    if let Some(form) = forms::text(&request.extra)? {
-        wanted.constraint = Some(forms::compile(&node, form).await?);
+    let mut wanted = options::engine_request(&request.params, &request.extra)?;
+    wanted.log_probs = options::text_logprobs(&request.extra)?;
+    if let Some(form) = forms::text_grammar(&request.extra)? {
+        wanted.constraint = Some(forms::compile_grammar(&node, form).await?);
     }
     if echo {
         wanted.prompt_log_probs = wanted.log_probs;
     }
-    let mut options = request.options;
+    let mut options = request.params;
     // OpenAI's default for this endpoint.
-    options.max_tokens = options.token_limit().or(Some(16));
+    options.max_tokens = options.max_new_tokens().or(Some(16));
     // vLLM's field. The texts of different tokens can be equal, ids cannot.
     let by_id = request.extra.get("return_tokens_as_token_ids") == Some(&Value::Bool(true));
-    let job = submit(&node, prompts, wanted, &options, Shape::Text { by_id })?;
-    answer(job, &options).await
+    let job = submit(&node, prompts, wanted, &options, ResponseKind::Text { by_id })?;
+    respond(job, &options).await
 }
 
 /// Checks that the node serves `model`.
-pub(super) fn check_model(node: &Node, model: &str) -> Result<(), NodeError> {
+pub(super) fn check_model(node: &ServedModel, model: &str) -> Result<(), NodeError> {
     if model == node.name { Ok(()) } else { Err(NodeError::ModelNotFound(model.to_owned())) }
 }
 
@@ -163,8 +166,8 @@ pub(super) fn check_model(node: &Node, model: &str) -> Result<(), NodeError> {
 fn template_message(message: &ChatMessage) -> Value {
     let mut value = Value::Object(message.extra.clone());
     value["role"] = json!(message.role);
-    value["content"] = json!(message.plain());
-    if let Some(thinking) = message.thinking() {
+    value["content"] = json!(message.plain_text());
+    if let Some(thinking) = message.reasoning_text() {
         value["reasoning_content"] = json!(thinking);
     }
     if let Some(calls) = message.extra.get("tool_calls") {
@@ -175,29 +178,29 @@ fn template_message(message: &ChatMessage) -> Value {
 
 /// Submits one engine request per choice. Choices of a request get consecutive seeds.
 fn submit(
-    node: &Arc<Node>,
+    node: &Arc<ServedModel>,
     prompts: Vec<(Vec<u32>, String)>,
     wanted: Request,
-    options: &GenerationOptions,
-    shape: Shape,
-) -> Result<Job, NodeError> {
+    options: &GenerationParams,
+    shape: ResponseKind,
+) -> Result<ActiveRequest, NodeError> {
     let n = options.n.unwrap_or(1);
     if n == 0 || n as usize * prompts.len() > MAX_CHOICES as usize {
-        return Err(invalid("n", format!("must give 1 to {MAX_CHOICES} choices")));
+        return Err(invalid_field("n", format!("must give 1 to {MAX_CHOICES} choices")));
     }
     let (mut requests, mut prefixes, mut choices) = (Vec::new(), Vec::new(), Vec::new());
-    let mut counts = Counts { cached: u64::MAX, ..Counts::default() };
+    let mut counts = TokenCounts { cached: u64::MAX, ..TokenCounts::default() };
     for (prompt, prefix) in prompts {
         counts.prompt += prompt.len() as u64;
         let room = node.engine.context().saturating_sub(prompt.len());
         // The engine rejects a prompt without room for a token, with a detailed message.
-        let max_tokens = options.token_limit().map_or(room.max(1), |limit| limit as usize);
+        let max_tokens = options.max_new_tokens().map_or(room.max(1), |limit| limit as usize);
         for _ in 0..n {
             let mut request = Request { prompt: prompt.clone(), max_tokens, ..wanted.clone() };
             request.sampling.seed = request.sampling.seed.wrapping_add(requests.len() as u64);
-            let mut choice = Choice::new(shape);
+            let mut choice = ChoiceBuilder::new(shape);
             if let (Some(_), Some(first)) = (request.prompt_log_probs, prompt.first()) {
-                choice.first(&node.tokenizer, *first);
+                choice.push_first_prompt_token(&node.tokenizer, *first);
             }
             requests.push(request);
             choices.push(choice);
@@ -205,11 +208,11 @@ fn submit(
         }
     }
     let receivers = node.engine.submit_all(requests)?;
-    let numbered = (0..).zip(receivers).map(|(index, receiver)| numbered(index, receiver).boxed());
-    Ok(Job {
+    let numbered = (0..).zip(receivers).map(|(index, receiver)| indexed_updates(index, receiver).boxed());
+    Ok(ActiveRequest {
         node: Arc::clone(node),
-        id: unique(if matches!(shape, Shape::Text { .. }) { "cmpl" } else { "chatcmpl" }),
-        created: now_seconds(),
+        id: unique_id(if matches!(shape, ResponseKind::Text { .. }) { "cmpl" } else { "chatcmpl" }),
+        created: unix_time_s(),
         started: Instant::now(),
         shape,
         choices,
@@ -222,7 +225,7 @@ fn submit(
 
 /// Returns the updates of one choice with its index. A channel that closes without a final update means that the engine
 /// has stopped.
-fn numbered(index: u32, receiver: mpsc::Receiver<Update>) -> impl Stream<Item = (u32, Update)> {
+fn indexed_updates(index: u32, receiver: mpsc::Receiver<Update>) -> impl Stream<Item = (u32, Update)> {
     stream::unfold(Some(receiver), move |receiver| async move {
         let mut receiver = receiver?;
         match receiver.recv().await {
@@ -234,22 +237,22 @@ fn numbered(index: u32, receiver: mpsc::Receiver<Update>) -> impl Stream<Item = 
 }
 
 /// Returns the response, streamed or collected.
-async fn answer(job: Job, options: &GenerationOptions) -> Result<Response, NodeError> {
-    if options.streamed() { Ok(streamed(job)) } else { collect(job).await }
+async fn respond(job: ActiveRequest, options: &GenerationParams) -> Result<Response, NodeError> {
+    if options.is_streamed() { Ok(stream_response(job)) } else { collect(job).await }
 }
 
 /// A choice of a collected response.
 #[derive(Default)]
-struct Collected {
+struct CollectedChoice {
     text: String,
     thinking: Option<String>,
     calls: Vec<Value>,
     finish_reason: Option<String>,
 }
 
-impl Collected {
+impl CollectedChoice {
     /// Appends deltas.
-    fn take(&mut self, deltas: Vec<Delta>) {
+    fn append(&mut self, deltas: Vec<Delta>) {
         for delta in deltas {
             self.text.push_str(delta.content.as_deref().unwrap_or_default());
             if let Some(text) = delta.reasoning_content {
@@ -266,7 +269,7 @@ impl Collected {
     }
 
     /// Returns the chat message.
-    fn message(self) -> ChatMessage {
+    fn into_message(self) -> ChatMessage {
         let mut message = ChatMessage {
             role: "assistant".to_owned(),
             content: (!self.text.is_empty() || self.calls.is_empty()).then_some(Content::Text(self.text)),
@@ -281,37 +284,37 @@ impl Collected {
 }
 
 /// Waits for all choices and returns the whole response. Fails if the engine fails.
-async fn collect(mut job: Job) -> Result<Response, NodeError> {
-    let mut all: Vec<Collected> = job
+async fn collect(mut job: ActiveRequest) -> Result<Response, NodeError> {
+    let mut all: Vec<CollectedChoice> = job
         .prefixes
         .iter()
-        .map(|prefix| Collected { text: prefix.clone(), ..Collected::default() })
+        .map(|prefix| CollectedChoice { text: prefix.clone(), ..CollectedChoice::default() })
         .collect();
     let tokenizer = job.node.tokenizer.clone();
     while let Some((index, update)) = job.updates.next().await {
         let (choice, collected) = (&mut job.choices[index as usize], &mut all[index as usize]);
         match update {
-            Update::Sampled(sampled) | Update::Prompt(sampled) => choice.sampled(&tokenizer, &sampled),
-            Update::Text(text) => collected.take(choice.push(&text)),
+            Update::Sampled(sampled) | Update::Prompt(sampled) => choice.push_token(&tokenizer, &sampled),
+            Update::Text(text) => collected.append(choice.push(&text)),
             Update::Embedding(_) => {}
             Update::Finished { reason, completion_tokens, cached_tokens } => {
-                job.counts.finished(completion_tokens, cached_tokens);
+                job.counts.add_finished(completion_tokens, cached_tokens);
                 let (deltas, reason) = choice.finish(reason);
-                collected.take(deltas);
+                collected.append(deltas);
                 collected.finish_reason = Some(reason.to_owned());
-                job.node.metrics.finished(&job.node.name, reason, job.started.elapsed());
+                job.node.metrics.record_finished(&job.node.name, reason, job.started.elapsed());
             }
             Update::Failed(reason) => {
-                job.node.metrics.finished(&job.node.name, "failed", job.started.elapsed());
+                job.node.metrics.record_finished(&job.node.name, "failed", job.started.elapsed());
                 return Err(NodeError::Engine(EngineError::Stopped(reason)));
             }
         }
     }
     let usage = Some(job.counts.usage());
-    let log_probs: Vec<Option<Value>> = job.choices.iter_mut().map(Choice::log_probs).collect();
+    let log_probs: Vec<Option<Value>> = job.choices.iter_mut().map(ChoiceBuilder::take_logprobs).collect();
     let choices = all.into_iter().zip(log_probs).zip(0u32..);
     Ok(match job.shape {
-        Shape::Text { .. } => axum::Json(CompletionResponse {
+        ResponseKind::Text { .. } => axum::Json(CompletionResponse {
             id: job.id,
             object: "text_completion".to_owned(),
             created: job.created,
@@ -327,7 +330,7 @@ async fn collect(mut job: Job) -> Result<Response, NodeError> {
             usage,
         })
         .into_response(),
-        Shape::Chat { .. } => axum::Json(ChatResponse {
+        ResponseKind::Chat { .. } => axum::Json(ChatResponse {
             id: job.id,
             object: "chat.completion".to_owned(),
             created: job.created,
@@ -343,10 +346,10 @@ async fn collect(mut job: Job) -> Result<Response, NodeError> {
 }
 
 /// Returns OpenAI's chat choice.
-fn chat_choice(mut collected: Collected, log_probs: Option<Value>, index: u32) -> ChatChoice {
+fn chat_choice(mut collected: CollectedChoice, log_probs: Option<Value>, index: u32) -> ChatChoice {
     let finish_reason = collected.finish_reason.take();
     let mut choice =
-        ChatChoice { index, message: Some(collected.message()), finish_reason, ..ChatChoice::default() };
+        ChatChoice { index, message: Some(collected.into_message()), finish_reason, ..ChatChoice::default() };
     if let Some(log_probs) = log_probs {
         choice.extra.insert("logprobs".to_owned(), log_probs);
     }

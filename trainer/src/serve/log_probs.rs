@@ -16,13 +16,13 @@ pub(super) fn chat_entry(tokenizer: &Tokenizer, sampled: &Sampled) -> Value {
 }
 
 /// Returns `logprobs` of a chat choice.
-pub(super) fn chat(entries: Vec<Value>) -> Value {
+pub(super) fn chat_logprobs(entries: Vec<Value>) -> Value {
     json!({"content": entries, "refusal": null})
 }
 
 /// Logprobs of a text completion under construction.
 #[derive(Debug, Default)]
-pub(super) struct TextLogProbs {
+pub(super) struct TextLogprobs {
     tokens: Vec<Value>,
     log_probs: Vec<Value>,
     top: Vec<Value>,
@@ -33,14 +33,14 @@ pub(super) struct TextLogProbs {
     by_id: bool,
 }
 
-impl TextLogProbs {
+impl TextLogprobs {
     /// Creates an empty list.
     pub(super) fn new(by_id: bool) -> Self {
         Self { by_id, ..Self::default() }
     }
 
     /// Returns the name of a token: its text, with replacement characters for incomplete characters, or its id.
-    fn name(&self, tokenizer: &Tokenizer, token: u32) -> String {
+    fn token_name(&self, tokenizer: &Tokenizer, token: u32) -> String {
         match self.by_id {
             true => format!("token_id:{token}"),
             false => String::from_utf8_lossy(&tokenizer.bytes(token)).into_owned(),
@@ -48,7 +48,7 @@ impl TextLogProbs {
     }
 
     /// Adds the first token of an echoed prompt. It has no predecessor and so no log probability.
-    pub(super) fn first(&mut self, tokenizer: &Tokenizer, token: u32) {
+    pub(super) fn push_first(&mut self, tokenizer: &Tokenizer, token: u32) {
         self.push_token(tokenizer, token);
         self.log_probs.push(Value::Null);
         self.top.push(Value::Null);
@@ -61,7 +61,7 @@ impl TextLogProbs {
         let mut top: Map<String, Value> = Map::new();
         for (token, log_prob) in sampled.top.iter().chain([&(sampled.token, sampled.log_prob)]) {
             // Among tokens with equal names, the most likely one is kept.
-            top.entry(self.name(tokenizer, *token)).or_insert_with(|| json!(log_prob));
+            top.entry(self.token_name(tokenizer, *token)).or_insert_with(|| json!(log_prob));
         }
         self.top.push(Value::Object(top));
     }
@@ -69,11 +69,11 @@ impl TextLogProbs {
     fn push_token(&mut self, tokenizer: &Tokenizer, token: u32) {
         self.offsets.push(self.offset);
         self.offset += String::from_utf8_lossy(&tokenizer.bytes(token)).chars().count();
-        self.tokens.push(Value::String(self.name(tokenizer, token)));
+        self.tokens.push(Value::String(self.token_name(tokenizer, token)));
     }
 
     /// Returns the entries since the last call, or `None` if there are none.
-    pub(super) fn take(&mut self) -> Option<Value> {
+    pub(super) fn drain(&mut self) -> Option<Value> {
         if self.tokens.is_empty() {
             return None;
         }

@@ -13,7 +13,7 @@ pub(crate) struct NodeMetrics {
     registry: Registry,
     requests: IntCounterVec,
     duration: HistogramVec,
-    state: IntGaugeVec,
+    engine: IntGaugeVec,
 }
 
 impl NodeMetrics {
@@ -40,11 +40,11 @@ impl NodeMetrics {
         registry.register(Box::new(requests.clone()))?;
         registry.register(Box::new(duration.clone()))?;
         registry.register(Box::new(state.clone()))?;
-        Ok(Self { registry, requests, duration, state })
+        Ok(Self { registry, requests, duration, engine: state })
     }
 
     /// Counts a finished choice. `end` is its finish reason or `failed`.
-    pub(crate) fn finished(&self, model: &str, end: &str, took: Duration) {
+    pub(crate) fn record_finished(&self, model: &str, end: &str, took: Duration) {
         self.requests.with_label_values(&[model, end]).inc();
         self.duration.with_label_values(&[model]).observe(took.as_secs_f64());
     }
@@ -61,7 +61,7 @@ impl NodeMetrics {
             ("blocks_used", stats.blocks_used.load(Ordering::Relaxed) as i64),
             ("steps", stats.steps.load(Ordering::Relaxed) as i64),
         ] {
-            self.state.with_label_values(&[model, what]).set(value);
+            self.engine.with_label_values(&[model, what]).set(value);
         }
         let mut text = Vec::new();
         match TextEncoder::new().encode(&self.registry.gather(), &mut text) {

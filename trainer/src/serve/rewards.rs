@@ -17,10 +17,10 @@ use potstill_learn::reward_model::RewardModel;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::Served;
+use super::ServerState;
 use super::error::NodeError;
-use super::generate::read;
-use super::options::invalid;
+use super::generate::parse_body;
+use super::options::invalid_field;
 
 /// Maximum number of pairs per request.
 const MAX_PAIRS: usize = 256;
@@ -51,11 +51,11 @@ impl FromStr for RewardArgument {
 
 /// Reward models of a node. Each model processes one request at a time.
 #[derive(Default)]
-pub(crate) struct Rewards {
+pub(crate) struct RewardModels {
     models: BTreeMap<String, Mutex<RewardModel>>,
 }
 
-impl Rewards {
+impl RewardModels {
     /// Loads the reward models on the CPU. Fails if two have the same name.
     pub(crate) fn load(arguments: &[RewardArgument]) -> anyhow::Result<Self> {
         let mut models = BTreeMap::new();
@@ -77,7 +77,7 @@ impl Rewards {
 
     /// Returns the predictions of each wanted model, in the order of `pairs`, and the total number of tokens. Fails if
     /// a pair exceeds a model's context.
-    fn values(
+    fn predict(
         &self,
         wanted: &[String],
         pairs: &[(String, String)],
@@ -90,11 +90,11 @@ impl Rewards {
             let model = model.lock().unwrap_or_else(PoisonError::into_inner);
             let rows = pairs
                 .iter()
-                .map(|(problem, completion)| RewardModel::encode(model.loaded(), problem, completion))
+                .map(|(problem, completion)| RewardModel::encode(model.model(), problem, completion))
                 .collect::<Result<Vec<_>, _>>()
                 .map_err(|error| failed(&error))?;
-            if let Some(long) = rows.iter().find(|row| row.len() > model.loaded().config.max_positions) {
-                let limit = model.loaded().config.max_positions;
+            if let Some(long) = rows.iter().find(|row| row.len() > model.model().config.max_positions) {
+                let limit = model.model().config.max_positions;
                 return Err(NodeError::Engine(EngineError::ContextTooLong {
                     limit,
                     requested: long.len(),
@@ -108,7 +108,7 @@ impl Rewards {
     }
 
     /// Returns the named model, or all models if none is named.
-    fn wanted(&self, model: Option<&str>) -> Result<Vec<String>, NodeError> {
+    fn select(&self, model: Option<&str>) -> Result<Vec<String>, NodeError> {
         match model {
             Some(name) if self.models.contains_key(name) => Ok(vec![name.to_owned()]),
             Some(name) => Err(NodeError::ModelNotFound(name.to_owned())),
@@ -120,12 +120,12 @@ impl Rewards {
 /// A text or a list of texts.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Texts {
+enum OneOrMany {
     One(String),
     Many(Vec<String>),
 }
 
-impl Texts {
+impl OneOrMany {
     fn into_vec(self) -> Vec<String> {
         match self {
             Self::One(text) => vec![text],
@@ -140,40 +140,43 @@ struct ScoreRequest {
     /// Name of a reward model; all models if left out.
     model: Option<String>,
     #[serde(alias = "text_1", alias = "queries")]
-    problem: Texts,
+    problem: OneOrMany,
     #[serde(alias = "text_2", alias = "items")]
-    completion: Texts,
+    completion: OneOrMany,
 }
 
 /// Returns pairs of problem and completion. A single problem is used for all completions.
-fn pairs(problems: Vec<String>, completions: Vec<String>) -> Result<Vec<(String, String)>, NodeError> {
+fn pair_texts(problems: Vec<String>, completions: Vec<String>) -> Result<Vec<(String, String)>, NodeError> {
     if completions.is_empty() || completions.len() > MAX_PAIRS {
-        return Err(invalid("completion", format!("must hold 1 to {MAX_PAIRS} texts")));
+        return Err(invalid_field("completion", format!("must hold 1 to {MAX_PAIRS} texts")));
     }
     match problems.len() {
         1 => Ok(completions.into_iter().map(|text| (problems[0].clone(), text)).collect()),
         count if count == completions.len() => Ok(problems.into_iter().zip(completions).collect()),
-        _ => Err(invalid("problem", "must be one text, or as many as there are completions")),
+        _ => Err(invalid_field("problem", "must be one text, or as many as there are completions")),
     }
 }
 
 /// Computes predictions on a blocking thread.
-async fn computed(
-    served: Arc<Served>,
+async fn predict_blocking(
+    served: Arc<ServerState>,
     wanted: Vec<String>,
     pairs: Vec<(String, String)>,
 ) -> Result<(Vec<Vec<f32>>, usize), NodeError> {
-    let work = tokio::task::spawn_blocking(move || served.rewards.values(&wanted, &pairs));
+    let work = tokio::task::spawn_blocking(move || served.rewards.predict(&wanted, &pairs));
     work.await.map_err(|error| NodeError::Engine(EngineError::Stopped(error.to_string())))?
 }
 
 /// `POST /v1/score`: scores completions of problems. A row has `scores` by model, and `score` if there is one model.
-pub(super) async fn score(State(served): State<Arc<Served>>, body: Bytes) -> Result<Json<Value>, NodeError> {
-    let request: ScoreRequest = read(&body)?;
-    let wanted = served.rewards.wanted(request.model.as_deref())?;
-    let pairs = pairs(request.problem.into_vec(), request.completion.into_vec())?;
+pub(super) async fn score(
+    State(served): State<Arc<ServerState>>,
+    body: Bytes,
+) -> Result<Json<Value>, NodeError> {
+    let request: ScoreRequest = parse_body(&body)?;
+    let wanted = served.rewards.select(request.model.as_deref())?;
+    let pairs = pair_texts(request.problem.into_vec(), request.completion.into_vec())?;
     let count = pairs.len();
-    let (values, tokens) = computed(served, wanted.clone(), pairs).await?;
+    let (values, tokens) = predict_blocking(served, wanted.clone(), pairs).await?;
     let data: Vec<Value> = (0..count)
         .map(|at| {
             let scores: Map<String, Value> =
@@ -199,16 +202,19 @@ struct RerankRequest {
 }
 
 /// `POST /rerank`: ranks documents (completions of the query) by falling score of one model.
-pub(super) async fn rerank(State(served): State<Arc<Served>>, body: Bytes) -> Result<Json<Value>, NodeError> {
-    let request: RerankRequest = read(&body)?;
-    let wanted = served.rewards.wanted(request.model.as_deref())?;
+pub(super) async fn rerank(
+    State(served): State<Arc<ServerState>>,
+    body: Bytes,
+) -> Result<Json<Value>, NodeError> {
+    let request: RerankRequest = parse_body(&body)?;
+    let wanted = served.rewards.select(request.model.as_deref())?;
     let [name] = wanted.as_slice() else {
         let names = wanted.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-        return Err(invalid("model", format!("must be one of {names}")));
+        return Err(invalid_field("model", format!("must be one of {names}")));
     };
     let name = name.clone();
-    let pairs = pairs(vec![request.query], request.documents.clone())?;
-    let (values, tokens) = computed(served, wanted, pairs).await?;
+    let pairs = pair_texts(vec![request.query], request.documents.clone())?;
+    let (values, tokens) = predict_blocking(served, wanted, pairs).await?;
     let scores = values.into_iter().next().unwrap_or_default();
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));

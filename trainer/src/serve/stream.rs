@@ -13,12 +13,12 @@ use potstill_shared::openai::{
 };
 use potstill_shared::sse;
 
-use super::choice::Shape;
-use super::generate::Job;
+use super::choice::ResponseKind;
+use super::generate::ActiveRequest;
 
 /// Returns the response of `job` as an event stream.
-pub(super) fn streamed(job: Job) -> Response {
-    let mut response = Response::new(Body::from_stream(events(job)));
+pub(super) fn stream_response(job: ActiveRequest) -> Response {
+    let mut response = Response::new(Body::from_stream(response_events(job)));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -26,16 +26,16 @@ pub(super) fn streamed(job: Job) -> Response {
 }
 
 /// A response that is being streamed.
-struct Streaming {
-    job: Job,
+struct EventStream {
+    job: ActiveRequest,
     ready: VecDeque<Bytes>,
     ended: bool,
 }
 
 /// Returns the events of a response.
-fn events(job: Job) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
-    let mut streaming = Streaming { ready: VecDeque::new(), ended: false, job };
-    streaming.begin();
+fn response_events(job: ActiveRequest) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
+    let mut streaming = EventStream { ready: VecDeque::new(), ended: false, job };
+    streaming.queue_first_chunks();
     stream::unfold(streaming, |mut streaming| async move {
         loop {
             if let Some(event) = streaming.ready.pop_front() {
@@ -45,55 +45,59 @@ fn events(job: Job) -> impl Stream<Item = Result<Bytes, std::convert::Infallible
                 return None;
             }
             match streaming.job.updates.next().await {
-                Some((index, update)) => streaming.update(index, update),
+                Some((index, update)) => streaming.handle_update(index, update),
                 None => streaming.finish(),
             }
         }
     })
 }
 
-impl Streaming {
+impl EventStream {
     /// Queues the first chunk of each choice: the role for chat, the echoed prompt for text.
-    fn begin(&mut self) {
+    fn queue_first_chunks(&mut self) {
         for (index, prefix) in (0..).zip(self.job.prefixes.clone()) {
-            if !matches!(self.job.shape, Shape::Text { .. }) {
+            if !matches!(self.job.shape, ResponseKind::Text { .. }) {
                 let role = Some("assistant".to_owned());
-                self.chunk(index, Delta { role, content: Some(String::new()), ..Delta::default() }, None);
+                self.queue_chunk(
+                    index,
+                    Delta { role, content: Some(String::new()), ..Delta::default() },
+                    None,
+                );
             } else if !prefix.is_empty() {
-                self.chunk(index, Delta { content: Some(prefix), ..Delta::default() }, None);
+                self.queue_chunk(index, Delta { content: Some(prefix), ..Delta::default() }, None);
             }
         }
     }
 
     /// Queues the chunks of an update from the engine.
-    fn update(&mut self, index: u32, update: Update) {
+    fn handle_update(&mut self, index: u32, update: Update) {
         let choice = &mut self.job.choices[index as usize];
         match update {
             // Logprobs are sent with the next text.
             Update::Sampled(sampled) | Update::Prompt(sampled) => {
-                choice.sampled(&self.job.node.tokenizer, &sampled);
+                choice.push_token(&self.job.node.tokenizer, &sampled);
             }
             Update::Text(text) => {
                 for delta in choice.push(&text) {
-                    self.chunk(index, delta, None);
+                    self.queue_chunk(index, delta, None);
                 }
             }
             Update::Embedding(_) => {}
             Update::Finished { reason, completion_tokens, cached_tokens } => {
-                self.job.counts.finished(completion_tokens, cached_tokens);
+                self.job.counts.add_finished(completion_tokens, cached_tokens);
                 let (deltas, reason) = choice.finish(reason);
                 for delta in deltas {
-                    self.chunk(index, delta, None);
+                    self.queue_chunk(index, delta, None);
                 }
                 let node = &self.job.node;
-                node.metrics.finished(&node.name, reason, self.job.started.elapsed());
-                self.chunk(index, Delta::default(), Some(reason.to_owned()));
+                node.metrics.record_finished(&node.name, reason, self.job.started.elapsed());
+                self.queue_chunk(index, Delta::default(), Some(reason.to_owned()));
             }
             Update::Failed(reason) => {
                 let node = &self.job.node;
-                node.metrics.finished(&node.name, "failed", self.job.started.elapsed());
+                node.metrics.record_finished(&node.name, "failed", self.job.started.elapsed());
                 let body = ErrorBody::new(reason, "server_error", None, Some("engine_stopped"));
-                self.ready.push_back(sse::data(&body.to_json()));
+                self.ready.push_back(sse::data_frame(&body.to_json()));
                 // An error ends the stream without `[DONE]`.
                 self.ended = true;
             }
@@ -105,18 +109,18 @@ impl Streaming {
         if self.job.include_usage {
             let usage = Some(self.job.counts.usage());
             match self.job.shape {
-                Shape::Chat { .. } => self.push_chat(Vec::new(), usage),
-                Shape::Text { .. } => self.push_text(Vec::new(), usage),
+                ResponseKind::Chat { .. } => self.push_chat(Vec::new(), usage),
+                ResponseKind::Text { .. } => self.push_text(Vec::new(), usage),
             }
         }
-        self.ready.push_back(Bytes::from_static(sse::DONE));
+        self.ready.push_back(Bytes::from_static(sse::DONE_FRAME));
         self.ended = true;
     }
 
     /// Queues a chunk of one choice, with the logprobs so far.
-    fn chunk(&mut self, index: u32, delta: Delta, finish_reason: Option<String>) {
-        let log_probs = self.job.choices[index as usize].log_probs();
-        if matches!(self.job.shape, Shape::Text { .. }) {
+    fn queue_chunk(&mut self, index: u32, delta: Delta, finish_reason: Option<String>) {
+        let log_probs = self.job.choices[index as usize].take_logprobs();
+        if matches!(self.job.shape, ResponseKind::Text { .. }) {
             let text = delta.content.unwrap_or_default();
             let choice = CompletionChoice { index, text, logprobs: log_probs, finish_reason };
             return self.push_text(vec![choice], None);
@@ -157,6 +161,6 @@ impl Streaming {
 
     /// Queues an event.
     fn push(&mut self, chunk: &impl serde::Serialize) {
-        self.ready.push_back(sse::data(&serde_json::to_string(chunk).unwrap_or_default()));
+        self.ready.push_back(sse::data_frame(&serde_json::to_string(chunk).unwrap_or_default()));
     }
 }

@@ -14,10 +14,10 @@ use potstill_shared::openai::{ChatMessage, Prompt};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::Node;
+use super::ServedModel;
 use super::error::NodeError;
-use super::generate::{check_model, read};
-use super::options::invalid;
+use super::generate::{check_model, parse_body};
+use super::options::invalid_field;
 
 /// Maximum number of texts per request.
 const MAX_INPUTS: usize = 256;
@@ -34,18 +34,21 @@ struct EmbeddingRequest {
 }
 
 /// `POST /v1/embeddings`: hidden state of the last token, or the mean over all tokens, normalized to length 1.
-pub(super) async fn embeddings(State(node): State<Arc<Node>>, body: Bytes) -> Result<Json<Value>, NodeError> {
-    let request: EmbeddingRequest = read(&body)?;
+pub(super) async fn embeddings(
+    State(node): State<Arc<ServedModel>>,
+    body: Bytes,
+) -> Result<Json<Value>, NodeError> {
+    let request: EmbeddingRequest = parse_body(&body)?;
     check_model(&node, &request.model)?;
     let pooling = match request.pooling.as_deref() {
         None | Some("last") => Pooling::Last,
         Some("mean") => Pooling::Mean,
-        Some(_) => return Err(invalid("pooling", "must be `last` or `mean`")),
+        Some(_) => return Err(invalid_field("pooling", "must be `last` or `mean`")),
     };
     let base64 = match request.encoding_format.as_deref() {
         None | Some("float") => false,
         Some("base64") => true,
-        Some(_) => return Err(invalid("encoding_format", "must be `float` or `base64`")),
+        Some(_) => return Err(invalid_field("encoding_format", "must be `float` or `base64`")),
     };
     let encode = |text: String| node.tokenizer.encode(&text);
     let inputs: Vec<Vec<u32>> = match request.input {
@@ -55,7 +58,7 @@ pub(super) async fn embeddings(State(node): State<Arc<Node>>, body: Bytes) -> Re
         Prompt::TokenLists(lists) => lists,
     };
     if inputs.is_empty() || inputs.len() > MAX_INPUTS {
-        return Err(invalid("input", format!("must hold 1 to {MAX_INPUTS} texts")));
+        return Err(invalid_field("input", format!("must hold 1 to {MAX_INPUTS} texts")));
     }
     let tokens: usize = inputs.iter().map(Vec::len).sum();
     let goal = Goal::Embed(pooling);
@@ -69,7 +72,7 @@ pub(super) async fn embeddings(State(node): State<Arc<Node>>, body: Bytes) -> Re
         };
         if let Some(dimensions) = request.dimensions {
             if dimensions == 0 || dimensions > vector.len() {
-                return Err(invalid("dimensions", format!("must be 1 to {}", vector.len())));
+                return Err(invalid_field("dimensions", format!("must be 1 to {}", vector.len())));
             }
             // Shortened vectors are normalized again, as OpenAI does.
             vector.truncate(dimensions);
@@ -98,12 +101,15 @@ struct TokenizeRequest {
 }
 
 /// `POST /tokenize`: token ids of a text, or of messages rendered with the chat template.
-pub(super) async fn tokenize(State(node): State<Arc<Node>>, body: Bytes) -> Result<Json<Value>, NodeError> {
-    let request: TokenizeRequest = read(&body)?;
+pub(super) async fn tokenize(
+    State(node): State<Arc<ServedModel>>,
+    body: Bytes,
+) -> Result<Json<Value>, NodeError> {
+    let request: TokenizeRequest = parse_body(&body)?;
     let text = match (request.prompt, request.messages) {
         (Some(text), None) => text,
         (None, Some(messages)) => node.template.render(&json!(messages), true, &json!({}))?,
-        _ => return Err(invalid("prompt", "or else `messages` must be given")),
+        _ => return Err(invalid_field("prompt", "or else `messages` must be given")),
     };
     let tokens = node.tokenizer.encode(&text)?;
     let context = node.engine.context();
@@ -122,15 +128,18 @@ struct DetokenizeRequest {
 }
 
 /// `POST /detokenize`: text of token ids, including special tokens.
-pub(super) async fn detokenize(State(node): State<Arc<Node>>, body: Bytes) -> Result<Json<Value>, NodeError> {
-    let request: DetokenizeRequest = read(&body)?;
+pub(super) async fn detokenize(
+    State(node): State<Arc<ServedModel>>,
+    body: Bytes,
+) -> Result<Json<Value>, NodeError> {
+    let request: DetokenizeRequest = parse_body(&body)?;
     let bytes: Vec<u8> = request.tokens.iter().flat_map(|id| node.tokenizer.bytes(*id)).collect();
     Ok(Json(json!({"prompt": String::from_utf8_lossy(&bytes)})))
 }
 
 /// `GET /tokenizer_info`: chat template, special tokens and vocabulary size, for clients that render prompts
 /// themselves.
-pub(super) async fn tokenizer_info(State(node): State<Arc<Node>>) -> Json<Value> {
+pub(super) async fn tokenizer_info(State(node): State<Arc<ServedModel>>) -> Json<Value> {
     let text = |text: &str| if text.is_empty() { Value::Null } else { json!(text) };
     Json(json!({
         "bos_token": text(node.template.bos()),

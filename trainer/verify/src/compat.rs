@@ -14,34 +14,35 @@ use std::collections::BTreeSet;
 use num_rational::BigRational;
 use num_traits::{Signed, ToPrimitive, Zero};
 
-use self::extract::{Reading, read};
-use crate::effort::{ALLOWED, bounded, spend};
-use crate::exact::Atoms;
-use crate::expr::{Constant, End, Expr, Relation, is_whole};
-use crate::numeric::{Place, value};
-use crate::scalar::{Domain, Found, compare};
+use self::extract::{ExtractedAnswer, extract_answer};
+use crate::effort::{WORK_BUDGET_UNITS, spend, with_work_budget};
+use crate::exact::AtomTable;
+use crate::expr::{Constant, Expr, IntervalBound, Relation, is_integer};
+use crate::numeric::{SamplePoint, evaluate};
+use crate::scalar::{Domain, ValueComparison, compare_values};
 
 /// Returns whether Math-Verify takes `answer` for equal to `gold`. The order of the two matters.
-pub fn equal(gold: &str, answer: &str) -> bool {
+pub fn is_equal(gold: &str, answer: &str) -> bool {
     let compare = || {
-        let (Some(gold), Some(answer)) = (read(gold), read(answer)) else { return false };
+        let (Some(gold), Some(answer)) = (extract_answer(gold), extract_answer(answer)) else { return false };
         let same_text = !gold.text.is_empty() && gold.text == answer.text;
-        same_text || matches!((&gold.value, &answer.value), (Some(gold), Some(answer)) if same(gold, answer))
+        same_text
+            || matches!((&gold.value, &answer.value), (Some(gold), Some(answer)) if is_same_answer(gold, answer))
     };
     // Math-Verify stops after some seconds and then returns false.
-    bounded(ALLOWED, compare).unwrap_or(false)
+    with_work_budget(WORK_BUDGET_UNITS, compare).unwrap_or(false)
 }
 
-impl Reading {
+impl ExtractedAnswer {
     /// Returns a reading with the simplified value.
-    fn of(value: Option<Expr>, text: String) -> Self {
-        Self { value: value.map(plain), text }
+    fn new(value: Option<Expr>, text: String) -> Self {
+        Self { value: value.map(simplify), text }
     }
 }
 
 /// Removes distinctions that Math-Verify ignores: units, degrees, number bases, and the case of letters.
-fn plain(expr: Expr) -> Expr {
-    let all = |parts: Vec<Expr>| parts.into_iter().map(plain).collect::<Vec<_>>();
+fn simplify(expr: Expr) -> Expr {
+    let all = |parts: Vec<Expr>| parts.into_iter().map(simplify).collect::<Vec<_>>();
     match expr {
         Expr::Symbol(name) => match name.to_lowercase().trim_end_matches('\'') {
             "pi" => Expr::Constant(Constant::Pi),
@@ -52,17 +53,17 @@ fn plain(expr: Expr) -> Expr {
             let inner = text.strip_prefix('(').and_then(|rest| rest.strip_suffix(')')).unwrap_or(&text);
             Expr::Symbol(inner.trim().to_owned())
         }
-        Expr::Quantity(value, _) => plain(*value),
-        Expr::Degrees(inner) | Expr::Based(inner, _) => plain(*inner),
+        Expr::Quantity(value, _) => simplify(*value),
+        Expr::Degrees(inner) | Expr::InBase(inner, _) => simplify(*inner),
         Expr::Sum(parts) => Expr::Sum(all(parts)),
         Expr::Product(parts) => Expr::Product(all(parts)),
-        Expr::Power(a, b) => Expr::Power(Box::new(plain(*a)), Box::new(plain(*b))),
+        Expr::Power(a, b) => Expr::Power(Box::new(simplify(*a)), Box::new(simplify(*b))),
         Expr::Call(function, parts) => Expr::Call(function, all(parts)),
-        Expr::Over(over, index, parts) => {
+        Expr::BigOperator(over, index, parts) => {
             let [a, b, c] = *parts;
-            Expr::Over(over, index.to_lowercase(), Box::new([plain(a), plain(b), plain(c)]))
+            Expr::BigOperator(over, index.to_lowercase(), Box::new([simplify(a), simplify(b), simplify(c)]))
         }
-        Expr::Percent(inner) => Expr::Percent(Box::new(plain(*inner))),
+        Expr::Percent(inner) => Expr::Percent(Box::new(simplify(*inner))),
         Expr::Ratio(parts) => Expr::Ratio(all(parts)),
         Expr::Tuple(parts) => Expr::Tuple(all(parts)),
         Expr::Set(parts) => {
@@ -75,13 +76,14 @@ fn plain(expr: Expr) -> Expr {
             Expr::Set(distinct)
         }
         Expr::Interval(low, high) => {
-            let end = |end: End| End { at: Box::new(plain(*end.at)), closed: end.closed };
+            let end =
+                |end: IntervalBound| IntervalBound { at: Box::new(simplify(*end.at)), closed: end.closed };
             Expr::Interval(end(low), end(high))
         }
-        Expr::Union(parts) => union(all(parts)),
+        Expr::Union(parts) => merge_finite_sets(all(parts)),
         Expr::Matrix(rows) => Expr::Matrix(rows.into_iter().map(all).collect()),
         Expr::Relation(mut sides, signs) if signs == [Relation::In] => {
-            plain(sides.pop().unwrap_or(Expr::whole(0)))
+            simplify(sides.pop().unwrap_or(Expr::integer(0)))
         }
         Expr::Relation(sides, signs) => Expr::Relation(all(sides), signs),
         other => other,
@@ -89,7 +91,7 @@ fn plain(expr: Expr) -> Expr {
 }
 
 /// Merges the finite sets of a union into one set.
-fn union(parts: Vec<Expr>) -> Expr {
+fn merge_finite_sets(parts: Vec<Expr>) -> Expr {
     let (mut finite, mut others) = (Vec::new(), Vec::new());
     for part in parts {
         match part {
@@ -116,33 +118,34 @@ fn is_equation(expr: &Expr) -> bool {
 }
 
 /// Returns whether an expression consists of variables only.
-fn only_symbols(expr: &Expr) -> bool {
+fn has_only_symbols(expr: &Expr) -> bool {
     match expr {
         Expr::Symbol(_) => true,
-        Expr::Product(factors) | Expr::Tuple(factors) => factors.iter().all(only_symbols),
-        Expr::Interval(a, b) => only_symbols(&a.at) && only_symbols(&b.at),
+        Expr::Product(factors) | Expr::Tuple(factors) => factors.iter().all(has_only_symbols),
+        Expr::Interval(a, b) => has_only_symbols(&a.at) && has_only_symbols(&b.at),
         _ => false,
     }
 }
 
 /// Returns whether an expression is an equation with only variables on its first side.
 fn is_assignment(expr: &Expr) -> bool {
-    is_equation(expr) && matches!(expr, Expr::Relation(sides, _) if sides.first().is_some_and(only_symbols))
+    is_equation(expr)
+        && matches!(expr, Expr::Relation(sides, _) if sides.first().is_some_and(has_only_symbols))
 }
 
 /// Returns the last side of a relation, or any other expression unchanged.
 fn last_side(expr: Expr) -> Expr {
     match expr {
-        Expr::Relation(mut sides, _) => sides.pop().unwrap_or(Expr::whole(0)),
+        Expr::Relation(mut sides, _) => sides.pop().unwrap_or(Expr::integer(0)),
         other => other,
     }
 }
 
 /// Shortens the chain `x = 2a = 6` to `x = 6`.
-fn shortened(expr: Expr) -> Expr {
+fn shorten_chain(expr: Expr) -> Expr {
     match expr {
         Expr::Relation(mut sides, _) if sides.len() > 2 => {
-            let last = sides.pop().unwrap_or(Expr::whole(0));
+            let last = sides.pop().unwrap_or(Expr::integer(0));
             Expr::Relation(vec![sides.swap_remove(0), last], vec![Relation::Equal])
         }
         other => other,
@@ -155,17 +158,17 @@ fn is_container(expr: &Expr) -> bool {
 }
 
 /// Returns whether two answers are equal in Math-Verify.
-fn same(gold: &Expr, answer: &Expr) -> bool {
+fn is_same_answer(gold: &Expr, answer: &Expr) -> bool {
     if spend(200).is_none() {
         return false;
     }
     let (mut gold, mut answer) = (gold.clone(), answer.clone());
     let (gold_assigns, answer_equates) = (is_assignment(&gold), is_equation(&answer));
     if gold_assigns {
-        gold = shortened(gold);
+        gold = shorten_chain(gold);
     }
     if is_assignment(&answer) {
-        answer = shortened(answer);
+        answer = shorten_chain(answer);
     }
     if answer_equates && !is_equation(&gold) {
         answer = last_side(answer);
@@ -174,56 +177,56 @@ fn same(gold: &Expr, answer: &Expr) -> bool {
     }
     if matches!(gold, Expr::Relation(..))
         && is_container(&answer)
-        && let Some(solved) = solution(&gold)
+        && let Some(solved) = solution_set(&gold)
     {
         gold = solved;
     }
     if gold == answer {
-        return !undefined(&gold);
+        return !is_undefined(&gold);
     }
     match (&gold, &answer) {
-        (Expr::Relation(..), Expr::Relation(..)) => same_relation(&gold, &answer),
-        (a, b) if is_container(a) || is_container(b) => same_set(a, b),
+        (Expr::Relation(..), Expr::Relation(..)) => is_same_relation(&gold, &answer),
+        (a, b) if is_container(a) || is_container(b) => is_same_container(a, b),
         (Expr::Relation(..), _) | (_, Expr::Relation(..)) => false,
-        (Expr::Symbol(name), other) | (other, Expr::Symbol(name)) => same_symbol(name, other),
-        (Expr::Matrix(a), Expr::Matrix(b)) => same_rows(a, b),
-        (Expr::Matrix(_), other) | (other, Expr::Matrix(_)) => same_matrix(&gold, &answer, other),
-        (a, b) => same_value(a, b),
+        (Expr::Symbol(name), other) | (other, Expr::Symbol(name)) => is_same_symbol(name, other),
+        (Expr::Matrix(a), Expr::Matrix(b)) => is_same_rows(a, b),
+        (Expr::Matrix(_), other) | (other, Expr::Matrix(_)) => is_same_matrix(&gold, &answer, other),
+        (a, b) => is_same_value(a, b),
     }
 }
 
 /// Returns whether a value without variables is undefined.
-fn undefined(expr: &Expr) -> bool {
+fn is_undefined(expr: &Expr) -> bool {
     // Division by zero, such as in `12:00`.
     match expr {
         Expr::Ratio(_) | Expr::Product(_) => {
             let mut names = BTreeSet::new();
-            expr.symbols(&mut names);
+            expr.collect_free_variables(&mut names);
             names.is_empty()
                 && expr.is_scalar()
-                && Atoms::default().form(expr).is_none()
-                && value(expr, &Place::new()).is_none()
+                && AtomTable::default().normal_form(expr).is_none()
+                && evaluate(expr, &SamplePoint::new()).is_none()
         }
         _ => false,
     }
 }
 
 /// Returns whether two matrices have equal shapes and elements.
-fn same_rows(a: &[Vec<Expr>], b: &[Vec<Expr>]) -> bool {
+fn is_same_rows(a: &[Vec<Expr>], b: &[Vec<Expr>]) -> bool {
     let shape = |rows: &[Vec<Expr>]| (rows.len(), rows.first().map_or(0, Vec::len));
-    shape(a) == shape(b) && a.iter().flatten().zip(b.iter().flatten()).all(|(a, b)| same(a, b))
+    shape(a) == shape(b) && a.iter().flatten().zip(b.iter().flatten()).all(|(a, b)| is_same_answer(a, b))
 }
 
 /// Compares matrices with scalar factors: `2 (1, 2)` equals `(2, 4)`.
-fn same_matrix(a: &Expr, b: &Expr, _other: &Expr) -> bool {
-    match (scaled(a), scaled(b)) {
-        (Some(a), Some(b)) => same_rows(&a, &b),
+fn is_same_matrix(a: &Expr, b: &Expr, _other: &Expr) -> bool {
+    match (matrix_rows(a), matrix_rows(b)) {
+        (Some(a), Some(b)) => is_same_rows(&a, &b),
         _ => false,
     }
 }
 
 /// Returns the rows of a matrix, or of a product of a matrix with scalars.
-fn scaled(expr: &Expr) -> Option<Vec<Vec<Expr>>> {
+fn matrix_rows(expr: &Expr) -> Option<Vec<Vec<Expr>>> {
     match expr {
         Expr::Matrix(rows) => Some(rows.clone()),
         Expr::Product(factors) => {
@@ -239,27 +242,27 @@ fn scaled(expr: &Expr) -> Option<Vec<Vec<Expr>>> {
 }
 
 /// Returns the solution set of a relation that bounds one variable.
-fn solution(relation: &Expr) -> Option<Expr> {
+fn solution_set(relation: &Expr) -> Option<Expr> {
     let Expr::Relation(sides, signs) = relation else { return None };
     let infinity = || Expr::Constant(Constant::Infinity);
-    let end = |at: Expr, closed| End { at: Box::new(at), closed };
+    let end = |at: Expr, closed| IntervalBound { at: Box::new(at), closed };
     match (sides.as_slice(), signs.as_slice()) {
         ([a, b], [sign]) => {
             let (bound, sign) = match (a, b) {
                 (Expr::Symbol(_), bound) => (bound, *sign),
-                (bound, Expr::Symbol(_)) => (bound, sign.flipped()),
+                (bound, Expr::Symbol(_)) => (bound, sign.reversed()),
                 _ => return None,
             };
             let bound = bound.clone();
             Some(match sign {
                 Relation::Less | Relation::LessEqual => {
-                    Expr::Interval(end(infinity().negated(), false), end(bound, sign == Relation::LessEqual))
+                    Expr::Interval(end(infinity().negate(), false), end(bound, sign == Relation::LessEqual))
                 }
                 Relation::Greater | Relation::GreaterEqual => {
                     Expr::Interval(end(bound, sign == Relation::GreaterEqual), end(infinity(), false))
                 }
                 Relation::NotEqual => Expr::Union(vec![
-                    Expr::Interval(end(infinity().negated(), false), end(bound.clone(), false)),
+                    Expr::Interval(end(infinity().negate(), false), end(bound.clone(), false)),
                     Expr::Interval(end(bound, false), end(infinity(), false)),
                 ]),
                 Relation::Equal => Expr::Set(vec![bound]),
@@ -270,7 +273,7 @@ fn solution(relation: &Expr) -> Option<Expr> {
             let ((low, first), (high, second)) = match first {
                 Relation::Less | Relation::LessEqual => ((low, *first), (high, *second)),
                 Relation::Greater | Relation::GreaterEqual => {
-                    ((high, second.flipped()), (low, first.flipped()))
+                    ((high, second.reversed()), (low, first.reversed()))
                 }
                 _ => return None,
             };
@@ -285,54 +288,57 @@ fn solution(relation: &Expr) -> Option<Expr> {
 
 /// Returns the left side minus the right side.
 fn difference(relation: &(Expr, Relation, Expr)) -> Expr {
-    relation.0.clone().minus(relation.2.clone())
+    relation.0.clone().subtract(relation.2.clone())
 }
 
 /// Splits a chain of relations into relations of two sides.
-fn links(expr: &Expr) -> Vec<(Expr, Relation, Expr)> {
+fn split_chain(expr: &Expr) -> Vec<(Expr, Relation, Expr)> {
     let Expr::Relation(sides, signs) = expr else { return Vec::new() };
     signs.iter().zip(sides.windows(2)).map(|(sign, pair)| (pair[0].clone(), *sign, pair[1].clone())).collect()
 }
 
 /// Returns whether two chains of relations are equal, link by link.
-fn same_relation(gold: &Expr, answer: &Expr) -> bool {
-    let (gold, answer) = (links(gold), links(answer));
+fn is_same_relation(gold: &Expr, answer: &Expr) -> bool {
+    let (gold, answer) = (split_chain(gold), split_chain(answer));
     if gold.len() != answer.len() {
         return false;
     }
     if gold.len() > 1 {
-        return gold.iter().zip(&answer).all(|(a, b)| same_link(a, b));
+        return gold.iter().zip(&answer).all(|(a, b)| is_same_link(a, b));
     }
-    gold.iter().zip(&answer).all(|(a, b)| same_link(a, b))
+    gold.iter().zip(&answer).all(|(a, b)| is_same_link(a, b))
 }
 
 /// Returns whether two relations of two sides are equal.
-fn same_link(a: &(Expr, Relation, Expr), b: &(Expr, Relation, Expr)) -> bool {
+fn is_same_link(a: &(Expr, Relation, Expr), b: &(Expr, Relation, Expr)) -> bool {
     if !a.0.is_scalar() || !a.2.is_scalar() || !b.0.is_scalar() || !b.2.is_scalar() {
-        return a.1 == b.1 && same(&a.0, &b.0) && same(&a.2, &b.2);
+        return a.1 == b.1 && is_same_answer(&a.0, &b.0) && is_same_answer(&a.2, &b.2);
     }
     let (left, right) = (difference(a), difference(b));
-    if a.1 == b.1 && same_value(&left, &right) {
+    if a.1 == b.1 && is_same_value(&left, &right) {
         return true;
     }
-    if a.1.flipped() == b.1 && same_value(&left, &right.clone().negated()) {
+    if a.1.reversed() == b.1 && is_same_value(&left, &right.clone().negate()) {
         return true;
     }
     // Math-Verify solves equations in several variables for one of them, so multiples are equal.
     let several = |side: &Expr| {
         let mut names = BTreeSet::new();
-        side.symbols(&mut names);
+        side.collect_free_variables(&mut names);
         names.len() > 1
     };
-    let mut atoms = Atoms::default();
+    let mut atoms = AtomTable::default();
     (a.1, b.1) == (Relation::Equal, Relation::Equal)
         && several(&left)
         && several(&right)
-        && atoms.form(&left).zip(atoms.form(&right)).is_some_and(|(a, b)| atoms.proportional(&a, &b))
+        && atoms
+            .normal_form(&left)
+            .zip(atoms.normal_form(&right))
+            .is_some_and(|(a, b)| atoms.are_proportional(&a, &b))
 }
 
 /// Compares a word with a value: the same word, the same letters as a product, or `e`.
-fn same_symbol(name: &str, other: &Expr) -> bool {
+fn is_same_symbol(name: &str, other: &Expr) -> bool {
     let letter = |factor: &Expr| match factor {
         Expr::Symbol(letter) => Some(letter.clone()),
         Expr::Constant(Constant::E) => Some("e".to_owned()),
@@ -371,12 +377,15 @@ fn elements(expr: &Expr) -> Option<(Vec<Expr>, bool)> {
 }
 
 /// Returns whether two containers are equal; the kind of `gold` decides whether the order counts.
-fn same_set(gold: &Expr, answer: &Expr) -> bool {
+fn is_same_container(gold: &Expr, answer: &Expr) -> bool {
     if let (Expr::Interval(a, b), Expr::Interval(c, d)) = (gold, answer) {
-        return a.closed == c.closed && b.closed == d.closed && same(&a.at, &c.at) && same(&b.at, &d.at);
+        return a.closed == c.closed
+            && b.closed == d.closed
+            && is_same_answer(&a.at, &c.at)
+            && is_same_answer(&b.at, &d.at);
     }
     if let (Expr::Union(a), Expr::Union(b)) = (gold, answer) {
-        return matched(a, b);
+        return matches_unordered(a, b);
     }
     let (Some((gold, in_order)), Some((answer, _))) = (elements(gold), elements(answer)) else {
         return false;
@@ -384,14 +393,18 @@ fn same_set(gold: &Expr, answer: &Expr) -> bool {
     if gold.len() != answer.len() {
         return false;
     }
-    if in_order { gold.iter().zip(&answer).all(|(a, b)| same(a, b)) } else { matched(&gold, &answer) }
+    if in_order {
+        gold.iter().zip(&answer).all(|(a, b)| is_same_answer(a, b))
+    } else {
+        matches_unordered(&gold, &answer)
+    }
 }
 
 /// Returns whether each element has its own equal element on the other side.
-fn matched(a: &[Expr], b: &[Expr]) -> bool {
+fn matches_unordered(a: &[Expr], b: &[Expr]) -> bool {
     let mut free: Vec<&Expr> = b.iter().collect();
     a.len() == b.len()
-        && a.iter().all(|element| match free.iter().position(|other| same(element, other)) {
+        && a.iter().all(|element| match free.iter().position(|other| is_same_answer(element, other)) {
             Some(at) => {
                 free.swap_remove(at);
                 true
@@ -401,31 +414,31 @@ fn matched(a: &[Expr], b: &[Expr]) -> bool {
 }
 
 /// Returns a literal number with a flag for percentages.
-fn atomic(expr: &Expr) -> Option<(&crate::expr::Number, bool)> {
+fn as_literal(expr: &Expr) -> Option<(&crate::expr::Number, bool)> {
     match expr {
         Expr::Number(number) => Some((number, false)),
-        Expr::Percent(inner) => inner.number().map(|number| (number, true)),
+        Expr::Percent(inner) => inner.as_number().map(|number| (number, true)),
         _ => None,
     }
 }
 
 /// Returns whether both values are rational and equal.
-fn exact_eq(a: &Expr, b: &Expr) -> bool {
-    matches!((exact(a), exact(b)), (Some(a), Some(b)) if a == b)
+fn is_exactly_equal(a: &Expr, b: &Expr) -> bool {
+    matches!((exact_value(a), exact_value(b)), (Some(a), Some(b)) if a == b)
 }
 
 /// Returns the exact value of an expression, if its normal form is a rational number.
-fn exact(expr: &Expr) -> Option<BigRational> {
-    Atoms::default().form(expr)?.value()
+fn exact_value(expr: &Expr) -> Option<BigRational> {
+    AtomTable::default().normal_form(expr)?.as_rational()
 }
 
 /// Returns the value rounded to six decimals, as Math-Verify rounds.
-fn rounded(expr: &Expr) -> Option<BigRational> {
+fn rounded_value(expr: &Expr) -> Option<BigRational> {
     let million = BigRational::from_integer(1_000_000.into());
-    let value = match exact(expr) {
+    let value = match exact_value(expr) {
         Some(value) => value,
         None => {
-            let ball = value(expr, &Place::new())?;
+            let ball = evaluate(expr, &SamplePoint::new())?;
             BigRational::from_float(ball.re).filter(|_| ball.im.abs() <= ball.error)?
         }
     };
@@ -433,50 +446,52 @@ fn rounded(expr: &Expr) -> Option<BigRational> {
 }
 
 /// Returns whether two values are equal by the rules of Math-Verify for floats, integers and formulas.
-fn same_value(gold: &Expr, answer: &Expr) -> bool {
+fn is_same_value(gold: &Expr, answer: &Expr) -> bool {
     let (a, b) = (gold, answer);
     if !a.is_scalar() || !b.is_scalar() {
         return a == b;
     }
-    let (x, y) = (atomic(a), atomic(b));
+    let (x, y) = (as_literal(a), as_literal(b));
     if x.is_some() || y.is_some() {
         let is_float =
             |side: Option<(&crate::expr::Number, bool)>| side.is_some_and(|(number, _)| number.is_decimal);
         if is_float(x) || is_float(y) {
             // In Math-Verify a decimal equals an integer only if both are zero after rounding.
-            let whole =
-                |side: &Expr| !side.has_decimal() && exact(side).is_some_and(|value| is_whole(&value));
+            let whole = |side: &Expr| {
+                !side.has_decimal() && exact_value(side).is_some_and(|value| is_integer(&value))
+            };
             if whole(a) || whole(b) {
-                let zero = |side: &Expr| rounded(side).is_some_and(|value| value.is_zero());
+                let zero = |side: &Expr| rounded_value(side).is_some_and(|value| value.is_zero());
                 return zero(a) && zero(b);
             }
-            return matches!((rounded(a), rounded(b)), (Some(a), Some(b)) if a == b);
+            return matches!((rounded_value(a), rounded_value(b)), (Some(a), Some(b)) if a == b);
         }
         if let (Some((a, _)), Some((b, _))) = (x, y)
-            && is_whole(&a.value)
-            && is_whole(&b.value)
+            && is_integer(&a.value)
+            && is_integer(&b.value)
         {
             // Percentages equal their digits; a positive one also equals its value, so that `100%` equals 1.
-            return a.value == b.value || (a.value.is_positive() && exact_eq(gold, answer));
+            return a.value == b.value || (a.value.is_positive() && is_exactly_equal(gold, answer));
         }
         // Doubles beyond 1e15 lose their last digits.
         let large = |side: &Expr| {
-            exact(side).is_some_and(|value| value.abs() > BigRational::from_integer(10i64.pow(15).into()))
+            exact_value(side)
+                .is_some_and(|value| value.abs() > BigRational::from_integer(10i64.pow(15).into()))
         };
         if (a.has_decimal() || b.has_decimal()) && (large(a) || large(b)) {
             return false;
         }
-        if let (Some(a), Some(b)) = (exact(a), exact(b)) {
+        if let (Some(a), Some(b)) = (exact_value(a), exact_value(b)) {
             return a == b;
         }
     } else {
         let mut names = BTreeSet::new();
-        a.symbols(&mut names);
-        b.symbols(&mut names);
+        a.collect_free_variables(&mut names);
+        b.collect_free_variables(&mut names);
         if names.is_empty() {
-            let apart = match (exact(a), exact(b)) {
+            let apart = match (exact_value(a), exact_value(b)) {
                 (Some(a), Some(b)) => (a - b).abs().to_f64(),
-                _ => match (value(a, &Place::new()), value(b, &Place::new())) {
+                _ => match (evaluate(a, &SamplePoint::new()), evaluate(b, &SamplePoint::new())) {
                     (Some(a), Some(b)) => Some((a.re - b.re).hypot(a.im - b.im)),
                     _ => None,
                 },
@@ -486,5 +501,5 @@ fn same_value(gold: &Expr, answer: &Expr) -> bool {
             }
         }
     }
-    matches!(compare(a, b, Domain::Branches), Found::Equal | Found::EqualAtSamples)
+    matches!(compare_values(a, b, Domain::Complex), ValueComparison::Equal | ValueComparison::EqualAtSamples)
 }

@@ -11,33 +11,33 @@ use std::cell::Cell;
 use num_rational::BigRational;
 
 /// Work budget of a comparison in units, some tenths of a second.
-pub(crate) const ALLOWED: u64 = 200_000_000;
+pub(crate) const WORK_BUDGET_UNITS: u64 = 200_000_000;
 
 thread_local! {
     /// Remaining units of the comparison on this thread; `None` outside a comparison, where work is
     /// unbounded.
-    static LEFT: Cell<Option<u64>> = const { Cell::new(None) };
+    static REMAINING_UNITS: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
 /// Runs `compare` with a budget of `allowed` units. Returns `None` if the budget was exhausted.
-pub(crate) fn bounded<T>(allowed: u64, compare: impl FnOnce() -> T) -> Option<T> {
+pub(crate) fn with_work_budget<T>(allowed: u64, compare: impl FnOnce() -> T) -> Option<T> {
     /// Guard that restores the previous budget, also after a panic.
-    struct Before(Option<u64>);
-    impl Drop for Before {
+    struct BudgetGuard(Option<u64>);
+    impl Drop for BudgetGuard {
         fn drop(&mut self) {
-            LEFT.set(self.0);
+            REMAINING_UNITS.set(self.0);
         }
     }
-    let _before = Before(LEFT.replace(Some(allowed)));
+    let _before = BudgetGuard(REMAINING_UNITS.replace(Some(allowed)));
     let found = compare();
-    (LEFT.get() != Some(0)).then_some(found)
+    (REMAINING_UNITS.get() != Some(0)).then_some(found)
 }
 
 /// Spends `units`. Returns `None` if the budget is exhausted; every later call then fails too.
 pub(crate) fn spend(units: u64) -> Option<()> {
-    let Some(left) = LEFT.get() else { return Some(()) };
+    let Some(left) = REMAINING_UNITS.get() else { return Some(()) };
     let left = left.saturating_sub(units);
-    LEFT.set(Some(left));
+    REMAINING_UNITS.set(Some(left));
     (left > 0).then_some(())
 }
 
@@ -50,6 +50,6 @@ pub(crate) fn spend_bits(bits: u64) -> Option<()> {
 }
 
 /// Spends the cost of an operation on two fractions.
-pub(crate) fn spend_on(a: &BigRational, b: &BigRational) -> Option<()> {
+pub(crate) fn spend_fractions(a: &BigRational, b: &BigRational) -> Option<()> {
     spend_bits([a.numer(), a.denom(), b.numer(), b.denom()].iter().map(|number| number.bits()).sum())
 }

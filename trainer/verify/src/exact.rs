@@ -16,19 +16,19 @@ use num_bigint::BigInt;
 use num_rational::{BigRational, Ratio};
 use num_traits::{One, ToPrimitive, Zero};
 
-pub use self::functions::replaced;
-use self::polynomial::{constant, one, times, without_denominators};
-use crate::effort::{spend, spend_on};
-use crate::expr::{Constant, Expr, from_base, is_whole};
+pub use self::functions::substitute;
+use self::polynomial::{clear_denominators, constant_form, multiply, one};
+use crate::effort::{spend, spend_fractions};
+use crate::expr::{Constant, Expr, is_integer, parse_in_base};
 
 /// Largest number of terms in a polynomial.
-const TERMS: usize = 600;
+const MAX_TERMS: usize = 600;
 /// Largest size of an integer power in bits.
-const BITS: u64 = 200_000;
+const MAX_POWER_BITS: u64 = 200_000;
 /// Largest exponent for the expansion of a polynomial with several terms.
-const EXPONENT: i64 = 40;
+const MAX_EXPANDED_EXPONENT: i64 = 40;
 /// Largest trial divisor of factorizations.
-const PRIMES: u64 = 20_000;
+const MAX_TRIAL_DIVISOR: u64 = 20_000;
 
 /// Rational exponent of an atom.
 type Exponent = Ratio<i64>;
@@ -40,7 +40,7 @@ type Polynomial = BTreeMap<Monomial, BigRational>;
 
 /// Quotient of two polynomials.
 #[derive(Debug, Clone)]
-pub struct Form {
+pub struct NormalForm {
     /// Numerator.
     top: Polynomial,
     /// Denominator, which is not zero.
@@ -62,7 +62,7 @@ enum Atom {
 
 /// Numbering of the atoms. Forms are comparable only with the same numbering.
 #[derive(Default)]
-pub struct Atoms {
+pub struct AtomTable {
     /// Atoms by number.
     list: Vec<Atom>,
     /// Numbers by atom.
@@ -71,7 +71,7 @@ pub struct Atoms {
 
 /// Result of comparing two forms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sameness {
+pub enum FormComparison {
     /// Proven equal.
     Same,
     /// Proven different.
@@ -80,9 +80,9 @@ pub enum Sameness {
     Open,
 }
 
-impl Atoms {
+impl AtomTable {
     /// Returns the number of an atom; a new atom gets the next number.
-    fn number(&mut self, atom: Atom) -> u32 {
+    fn atom_id(&mut self, atom: Atom) -> u32 {
         if let Some(known) = self.index.get(&atom) {
             return *known;
         }
@@ -93,83 +93,86 @@ impl Atoms {
     }
 
     /// Returns the form of a single atom.
-    fn atom(&mut self, atom: Atom) -> Form {
-        let number = self.number(atom);
-        Form { top: BTreeMap::from([(vec![(number, Exponent::one())], BigRational::one())]), bottom: one() }
+    fn atom_form(&mut self, atom: Atom) -> NormalForm {
+        let number = self.atom_id(atom);
+        NormalForm {
+            top: BTreeMap::from([(vec![(number, Exponent::one())], BigRational::one())]),
+            bottom: one(),
+        }
     }
 
     /// Returns the normal form. Returns `None` for containers, undefined values, and forms beyond a limit.
-    pub fn form(&mut self, expr: &Expr) -> Option<Form> {
+    pub fn normal_form(&mut self, expr: &Expr) -> Option<NormalForm> {
         spend(200)?;
         match expr {
-            Expr::Number(number) => Some(constant(number.value.clone())),
-            Expr::Symbol(name) => Some(self.atom(Atom::Symbol(name.clone()))),
-            Expr::Constant(Constant::Pi) => Some(self.atom(Atom::Pi)),
-            Expr::Constant(Constant::E) => Some(self.atom(Atom::E)),
-            Expr::Constant(Constant::I) => Some(self.atom(Atom::I)),
+            Expr::Number(number) => Some(constant_form(number.value.clone())),
+            Expr::Symbol(name) => Some(self.atom_form(Atom::Symbol(name.clone()))),
+            Expr::Constant(Constant::Pi) => Some(self.atom_form(Atom::Pi)),
+            Expr::Constant(Constant::E) => Some(self.atom_form(Atom::E)),
+            Expr::Constant(Constant::I) => Some(self.atom_form(Atom::I)),
             Expr::Constant(Constant::Infinity) => None,
             Expr::Percent(inner) => {
-                self.form(inner)?.times(&constant(BigRational::new(1.into(), 100.into())), self)
+                self.normal_form(inner)?.times(&constant_form(BigRational::new(1.into(), 100.into())), self)
             }
             Expr::Degrees(inner) => {
-                let pi = self.atom(Atom::Pi);
-                let inner = self.form(inner)?;
-                inner.times(&pi, self)?.times(&constant(BigRational::new(1.into(), 180.into())), self)
+                let pi = self.atom_form(Atom::Pi);
+                let inner = self.normal_form(inner)?;
+                inner.times(&pi, self)?.times(&constant_form(BigRational::new(1.into(), 180.into())), self)
             }
-            Expr::Based(digits, base) => {
-                let digits = &digits.number()?.value;
-                spend_on(digits, digits)?;
-                Some(constant(from_base(digits, *base)?))
+            Expr::InBase(digits, base) => {
+                let digits = &digits.as_number()?.value;
+                spend_fractions(digits, digits)?;
+                Some(constant_form(parse_in_base(digits, *base)?))
             }
             Expr::Ratio(parts) => {
                 let [a, b] = parts.as_slice() else { return None };
-                let (a, b) = (self.form(a)?, self.form(b)?);
-                a.times(&b.inverse()?, self)
+                let (a, b) = (self.normal_form(a)?, self.normal_form(b)?);
+                a.times(&b.reciprocal()?, self)
             }
             Expr::Sum(terms) => {
-                let mut sum = constant(BigRational::zero());
+                let mut sum = constant_form(BigRational::zero());
                 for term in terms {
-                    sum = sum.plus(&self.form(term)?, self)?;
+                    sum = sum.plus(&self.normal_form(term)?, self)?;
                 }
                 Some(sum)
             }
             Expr::Product(factors) => {
-                let mut product = constant(BigRational::one());
+                let mut product = constant_form(BigRational::one());
                 for factor in factors {
-                    product = product.times(&self.form(factor)?, self)?;
+                    product = product.times(&self.normal_form(factor)?, self)?;
                 }
                 Some(product)
             }
             Expr::Power(base, exponent) => {
-                let (base, exponent) = (self.form(base)?, self.form(exponent)?);
-                self.power(&base, &exponent)
+                let (base, exponent) = (self.normal_form(base)?, self.normal_form(exponent)?);
+                self.power_form(&base, &exponent)
             }
             Expr::Call(function, arguments) => {
-                let arguments: Option<Vec<Form>> =
-                    arguments.iter().map(|argument| self.form(argument)).collect();
-                self.call(*function, &arguments?)
+                let arguments: Option<Vec<NormalForm>> =
+                    arguments.iter().map(|argument| self.normal_form(argument)).collect();
+                self.call_form(*function, &arguments?)
             }
-            Expr::Over(over, index, parts) => self.over(*over, index, parts),
+            Expr::BigOperator(over, index, parts) => self.big_operator_form(*over, index, parts),
             _ => None,
         }
     }
 
     /// Returns the form of a power.
-    fn power(&mut self, base: &Form, exponent: &Form) -> Option<Form> {
-        match exponent.value() {
-            Some(exponent) if is_whole(&exponent) => {
+    fn power_form(&mut self, base: &NormalForm, exponent: &NormalForm) -> Option<NormalForm> {
+        match exponent.as_rational() {
+            Some(exponent) if is_integer(&exponent) => {
                 let exponent = exponent.to_i64()?;
-                base.whole_power(exponent, self)
+                base.integer_power(exponent, self)
             }
-            Some(exponent) => self.root(base, &exponent),
+            Some(exponent) => self.fractional_power(base, &exponent),
             None => self.symbolic_power(base, exponent),
         }
     }
 
     /// Returns an opaque atom for a function call.
-    fn opaque(&mut self, name: &str, arguments: &[Form]) -> Option<Form> {
-        let texts: Option<Vec<String>> = arguments.iter().map(Self::text).collect();
-        Some(self.atom(Atom::Opaque(format!("{name}({})", texts?.join(", ")))))
+    fn opaque_form(&mut self, name: &str, arguments: &[NormalForm]) -> Option<NormalForm> {
+        let texts: Option<Vec<String>> = arguments.iter().map(Self::canonical_text).collect();
+        Some(self.atom_form(Atom::Opaque(format!("{name}({})", texts?.join(", ")))))
     }
 
     /// Returns a monomial as text with atom numbers. Nested texts instead would grow with every function.
@@ -179,11 +182,11 @@ impl Atoms {
     }
 
     /// Returns a form as text; equal texts mean equal forms.
-    fn text(form: &Form) -> Option<String> {
+    fn canonical_text(form: &NormalForm) -> Option<String> {
         let mut text = String::new();
         for side in [&form.top, &form.bottom] {
             for (monomial, coefficient) in side {
-                spend_on(coefficient, coefficient)?;
+                spend_fractions(coefficient, coefficient)?;
                 text.push_str(&format!("+{coefficient}*{}", Self::monomial_text(monomial)));
             }
             text.push('/');
@@ -192,11 +195,11 @@ impl Atoms {
     }
 
     /// Compares two forms.
-    pub fn same(&mut self, a: &Form, b: &Form) -> Sameness {
-        let products = times(&a.top, &b.bottom, self).zip(times(&b.top, &a.bottom, self));
-        let Some((left, right)) = products else { return Sameness::Open };
+    pub fn compare(&mut self, a: &NormalForm, b: &NormalForm) -> FormComparison {
+        let products = multiply(&a.top, &b.bottom, self).zip(multiply(&b.top, &a.bottom, self));
+        let Some((left, right)) = products else { return FormComparison::Open };
         if left == right {
-            return Sameness::Same;
+            return FormComparison::Same;
         }
         let used = left.keys().chain(right.keys()).flatten();
         let mut open = false;
@@ -205,27 +208,27 @@ impl Atoms {
                 Atom::Opaque(_) | Atom::E | Atom::Pi => true,
                 // A large factor without small divisors can be composite, and a root of a variable has
                 // branches.
-                Atom::Prime(prime) => prime > &BigInt::from(PRIMES * PRIMES),
+                Atom::Prime(prime) => prime > &BigInt::from(MAX_TRIAL_DIVISOR * MAX_TRIAL_DIVISOR),
                 Atom::Symbol(_) => !power.is_integer(),
                 Atom::I => false,
             };
         }
-        if open { Sameness::Open } else { Sameness::Different }
+        if open { FormComparison::Open } else { FormComparison::Different }
     }
 
     /// Returns whether the equations `a = 0` and `b = 0` are multiples of each other.
-    pub fn proportional(&mut self, a: &Form, b: &Form) -> bool {
-        (a.top.is_empty() && b.top.is_empty()) || self.ratio(a, b).is_some()
+    pub fn are_proportional(&mut self, a: &NormalForm, b: &NormalForm) -> bool {
+        (a.top.is_empty() && b.top.is_empty()) || self.constant_ratio(a, b).is_some()
     }
 
     /// Returns whether a multiple of `a` differs from `b` by a nonzero constant, so that both are never zero
     /// at once.
-    pub fn shifted(&self, a: &Form, b: &Form) -> bool {
+    pub fn differ_by_constant(&self, a: &NormalForm, b: &NormalForm) -> bool {
         let constant = Monomial::new();
-        let (mut a, mut b) = (without_denominators(&a.top), without_denominators(&b.top));
+        let (mut a, mut b) = (clear_denominators(&a.top), clear_denominators(&b.top));
         let (x, y) = (a.remove(&constant).unwrap_or_default(), b.remove(&constant).unwrap_or_default());
-        let side = |top: Polynomial| Form { top, bottom: one() };
-        match self.ratio(&side(a), &side(b)) {
+        let side = |top: Polynomial| NormalForm { top, bottom: one() };
+        match self.constant_ratio(&side(a), &side(b)) {
             Some(ratio) => x != y * ratio,
             None => false,
         }
@@ -234,8 +237,8 @@ impl Atoms {
     /// Returns the constant ratio of `a` and `b`, or `None` if the ratio is not constant.
     ///
     /// Denominators are cleared first, because `y / x = 3` and `y = 3 x` are one equation.
-    pub fn ratio(&self, a: &Form, b: &Form) -> Option<BigRational> {
-        let (a, b) = (without_denominators(&a.top), without_denominators(&b.top));
+    pub fn constant_ratio(&self, a: &NormalForm, b: &NormalForm) -> Option<BigRational> {
+        let (a, b) = (clear_denominators(&a.top), clear_denominators(&b.top));
         let (at, of_a) = a.iter().next()?;
         let (other, of_b) = b.iter().next()?;
         if at != other || a.len() != b.len() {

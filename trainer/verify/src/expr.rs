@@ -23,7 +23,7 @@ impl Number {
     }
 
     /// Returns an integer.
-    pub fn whole(value: i64) -> Self {
+    pub fn integer(value: i64) -> Self {
         Self::exact(BigRational::from_integer(BigInt::from(value)))
     }
 }
@@ -77,7 +77,7 @@ pub enum Function {
 /// Operators with a bound variable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the names say it")]
-pub enum Over {
+pub enum BigOperator {
     Sum,
     Product,
     Integral,
@@ -99,7 +99,7 @@ pub enum Relation {
 
 impl Relation {
     /// Returns the relation with its sides exchanged.
-    pub fn flipped(self) -> Self {
+    pub fn reversed(self) -> Self {
         match self {
             Self::Less => Self::Greater,
             Self::LessEqual => Self::GreaterEqual,
@@ -112,7 +112,7 @@ impl Relation {
 
 /// Endpoint of an interval.
 #[derive(Debug, Clone, PartialEq)]
-pub struct End {
+pub struct IntervalBound {
     /// Position.
     pub at: Box<Expr>,
     /// True if the endpoint belongs to the interval.
@@ -137,13 +137,13 @@ pub enum Expr {
     /// Function call.
     Call(Function, Vec<Expr>),
     /// Operator, its bound variable, and the lower limit, upper limit and body.
-    Over(Over, String, Box<[Expr; 3]>),
+    BigOperator(BigOperator, String, Box<[Expr; 3]>),
     /// Percentage, a hundredth of the value.
     Percent(Box<Expr>),
     /// Angle in degrees.
     Degrees(Box<Expr>),
     /// Number in another base: its digits read as decimal, and the base.
-    Based(Box<Expr>, u32),
+    InBase(Box<Expr>, u32),
     /// Ratio `a : b`, with two or more parts.
     Ratio(Vec<Expr>),
     /// Ordered elements.
@@ -151,7 +151,7 @@ pub enum Expr {
     /// Unordered elements. Lists without braces are sets too.
     Set(Vec<Expr>),
     /// Interval. `(a, b)` is an open interval and also a pair; the comparison decides.
-    Interval(End, End),
+    Interval(IntervalBound, IntervalBound),
     /// Union of sets.
     Union(Vec<Expr>),
     /// Matrix as a list of rows.
@@ -166,34 +166,34 @@ pub enum Expr {
 
 impl Expr {
     /// Returns an integer.
-    pub fn whole(value: i64) -> Self {
-        Self::Number(Number::whole(value))
+    pub fn integer(value: i64) -> Self {
+        Self::Number(Number::integer(value))
     }
 
     /// Returns the negated expression; a number stays a number.
-    pub fn negated(self) -> Self {
+    pub fn negate(self) -> Self {
         match self {
             Self::Number(number) => Self::Number(Number { value: -number.value, ..number }),
             Self::Product(mut factors) => {
-                factors.insert(0, Self::whole(-1));
+                factors.insert(0, Self::integer(-1));
                 Self::Product(factors)
             }
-            other => Self::Product(vec![Self::whole(-1), other]),
+            other => Self::Product(vec![Self::integer(-1), other]),
         }
     }
 
     /// Returns the quotient `self / other`.
-    pub fn over(self, other: Self) -> Self {
-        Self::Product(vec![self, Self::Power(Box::new(other), Box::new(Self::whole(-1)))])
+    pub fn divided_by(self, other: Self) -> Self {
+        Self::Product(vec![self, Self::Power(Box::new(other), Box::new(Self::integer(-1)))])
     }
 
     /// Returns the difference `self - other`.
-    pub fn minus(self, other: Self) -> Self {
-        Self::Sum(vec![self, other.negated()])
+    pub fn subtract(self, other: Self) -> Self {
+        Self::Sum(vec![self, other.negate()])
     }
 
     /// Returns the number if the expression is a literal.
-    pub fn number(&self) -> Option<&Number> {
+    pub fn as_number(&self) -> Option<&Number> {
         match self {
             Self::Number(number) => Some(number),
             _ => None,
@@ -202,21 +202,21 @@ impl Expr {
 
     /// Returns whether a part is a decimal.
     pub fn has_decimal(&self) -> bool {
-        self.any(&|part| matches!(part, Self::Number(number) if number.is_decimal))
+        self.any_part(&|part| matches!(part, Self::Number(number) if number.is_decimal))
     }
 
     /// Returns whether `is` holds for the expression or one of its parts at any level.
-    pub fn any(&self, is: &dyn Fn(&Self) -> bool) -> bool {
-        is(self) || self.parts().into_iter().any(|part| part.any(is))
+    pub fn any_part(&self, is: &dyn Fn(&Self) -> bool) -> bool {
+        is(self) || self.children().into_iter().any(|part| part.any_part(is))
     }
 
     /// Returns the number of parts at all levels.
-    pub fn size(&self) -> u64 {
-        1 + self.parts().into_iter().map(Self::size).sum::<u64>()
+    pub fn node_count(&self) -> u64 {
+        1 + self.children().into_iter().map(Self::node_count).sum::<u64>()
     }
 
     /// Returns the direct parts.
-    pub fn parts(&self) -> Vec<&Self> {
+    pub fn children(&self) -> Vec<&Self> {
         match self {
             Self::Number(_) | Self::Symbol(_) | Self::Constant(_) | Self::Text(_) => Vec::new(),
             Self::Sum(parts)
@@ -228,8 +228,8 @@ impl Expr {
             | Self::Ratio(parts)
             | Self::Relation(parts, _) => parts.iter().collect(),
             Self::Power(a, b) => vec![a, b],
-            Self::Over(_, _, parts) => parts.iter().collect(),
-            Self::Percent(part) | Self::Degrees(part) | Self::Based(part, _) | Self::Quantity(part, _) => {
+            Self::BigOperator(_, _, parts) => parts.iter().collect(),
+            Self::Percent(part) | Self::Degrees(part) | Self::InBase(part, _) | Self::Quantity(part, _) => {
                 vec![part]
             }
             Self::Interval(low, high) => vec![&low.at, &high.at],
@@ -238,20 +238,20 @@ impl Expr {
     }
 
     /// Adds the names of the free variables to `into`.
-    pub fn symbols(&self, into: &mut std::collections::BTreeSet<String>) {
+    pub fn collect_free_variables(&self, into: &mut std::collections::BTreeSet<String>) {
         match self {
             Self::Symbol(name) => {
                 into.insert(name.clone());
             }
-            Self::Over(_, bound, parts) => {
+            Self::BigOperator(_, bound, parts) => {
                 let mut inner = std::collections::BTreeSet::new();
-                parts[2].symbols(&mut inner);
+                parts[2].collect_free_variables(&mut inner);
                 inner.remove(bound);
                 into.extend(inner);
-                parts[0].symbols(into);
-                parts[1].symbols(into);
+                parts[0].collect_free_variables(into);
+                parts[1].collect_free_variables(into);
             }
-            other => other.parts().into_iter().for_each(|part| part.symbols(into)),
+            other => other.children().into_iter().for_each(|part| part.collect_free_variables(into)),
         }
     }
 
@@ -271,20 +271,20 @@ impl Expr {
                     | Self::Quantity(..)
             )
         };
-        !self.any(&other)
+        !self.any_part(&other)
     }
 }
 
 /// Returns whether a fraction is an integer.
-pub fn is_whole(value: &BigRational) -> bool {
+pub fn is_integer(value: &BigRational) -> bool {
     value.denom().is_one()
 }
 
 /// Returns the value of digits in another base.
 ///
 /// Returns `None` for negative numbers and fractions, digits beyond the base, and bases outside 2 to 36.
-pub fn from_base(digits: &BigRational, base: u32) -> Option<BigRational> {
-    if !is_whole(digits) || digits < &BigRational::zero() || !(2..=36).contains(&base) {
+pub fn parse_in_base(digits: &BigRational, base: u32) -> Option<BigRational> {
+    if !is_integer(digits) || digits < &BigRational::zero() || !(2..=36).contains(&base) {
         return None;
     }
     BigInt::parse_bytes(digits.numer().to_string().as_bytes(), base).map(BigRational::from_integer)

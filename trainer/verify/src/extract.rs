@@ -3,7 +3,7 @@
 //! Deliberately absent: parsing, and the extraction rules of Math-Verify (see `compat/extract.rs`).
 
 /// Largest length of an answer outside a box, in bytes.
-const SHORT: usize = 200;
+const MAX_UNBOXED_BYTES: usize = 200;
 
 /// Returns the final answer of a completion from the first source that has one. Text before `</think>` is
 /// ignored.
@@ -22,19 +22,21 @@ pub fn final_answer(completion: &str) -> Option<String> {
         None => completion,
     };
     let answer = last_boxes(text)
-        .or_else(|| tagged(text))
-        .or_else(|| anchored(text))
+        .or_else(|| tagged_answer(text))
+        .or_else(|| anchored_answer(text))
         .or_else(|| {
-            (text.trim().len() > SHORT || text.trim().contains('\n')).then(|| last_formula(text)).flatten()
+            (text.trim().len() > MAX_UNBOXED_BYTES || text.trim().contains('\n'))
+                .then(|| last_formula(text))
+                .flatten()
         })
         .unwrap_or_else(|| text.trim().to_owned());
-    let answer = trimmed(&answer);
-    (!answer.is_empty() && answer.len() <= crate::lexer::LONGEST && !answer.contains('\n'))
+    let answer = trim_delimiters(&answer);
+    (!answer.is_empty() && answer.len() <= crate::lexer::MAX_ANSWER_BYTES && !answer.contains('\n'))
         .then(|| answer.to_owned())
 }
 
 /// Removes math delimiters, asterisks, backticks and final punctuation around an answer.
-fn trimmed(text: &str) -> &str {
+fn trim_delimiters(text: &str) -> &str {
     let mut text = text.trim();
     loop {
         let before = text;
@@ -56,14 +58,14 @@ fn trimmed(text: &str) -> &str {
 }
 
 /// Returns the content of the last `<answer>…</answer>`.
-fn tagged(text: &str) -> Option<String> {
+fn tagged_answer(text: &str) -> Option<String> {
     let end = text.rfind("</answer>")?;
     let begin = text[..end].rfind("<answer>")? + "<answer>".len();
     Some(text[begin..end].trim().to_owned()).filter(|answer| !answer.is_empty())
 }
 
 /// Returns the text behind the last anchor, up to the end of its sentence.
-fn anchored(text: &str) -> Option<String> {
+fn anchored_answer(text: &str) -> Option<String> {
     let lower = text.to_ascii_lowercase();
     let at = ["####", "answer is", "answer:", "answer**:", "answer:**"]
         .iter()
@@ -75,7 +77,7 @@ fn anchored(text: &str) -> Option<String> {
         Some(end) if end > 0 => &line[..end],
         _ => line,
     };
-    Some(sentence.trim().to_owned()).filter(|answer| !answer.is_empty() && answer.len() <= SHORT)
+    Some(sentence.trim().to_owned()).filter(|answer| !answer.is_empty() && answer.len() <= MAX_UNBOXED_BYTES)
 }
 
 /// Returns the last formula in `$…$`, `\(…\)` or `\[…\]`.
@@ -92,7 +94,8 @@ fn last_formula(text: &str) -> Option<String> {
     };
     let found = [dollars(), brackets("\\(", "\\)"), brackets("\\[", "\\]")];
     let (_, formula) = found.into_iter().flatten().max_by_key(|(begin, _)| *begin)?;
-    Some(formula.trim().to_owned()).filter(|formula| !formula.is_empty() && formula.len() <= SHORT)
+    Some(formula.trim().to_owned())
+        .filter(|formula| !formula.is_empty() && formula.len() <= MAX_UNBOXED_BYTES)
 }
 
 /// Returns the content of the last `\boxed{…}` or `\fbox{…}` with balanced braces.

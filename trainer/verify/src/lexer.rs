@@ -10,7 +10,7 @@ use num_traits::One;
 use crate::expr::Number;
 
 /// Largest size of an answer in bytes.
-pub const LONGEST: usize = 20_000;
+pub const MAX_ANSWER_BYTES: usize = 20_000;
 
 /// Token.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,12 +24,12 @@ pub enum Token {
     /// Words: the trimmed content of `\text{…}` and similar commands.
     Text(String),
     /// Any other character.
-    Sign(char),
+    Char(char),
 }
 
 /// Token with a flag for preceding whitespace.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Spaced {
+pub struct SpacedToken {
     /// Token.
     pub token: Token,
     /// True if whitespace precedes the token.
@@ -37,7 +37,7 @@ pub struct Spaced {
 }
 
 /// Commands whose argument is text.
-const WORDS: [&str; 12] = [
+const TEXT_COMMANDS: [&str; 12] = [
     "text",
     "textbf",
     "textit",
@@ -53,7 +53,7 @@ const WORDS: [&str; 12] = [
 ];
 /// Commands that change the appearance only. The lexer drops the command but keeps the braces of its
 /// argument.
-const LOOK: [&str; 37] = [
+const APPEARANCE_COMMANDS: [&str; 37] = [
     "left",
     "right",
     "big",
@@ -94,13 +94,14 @@ const LOOK: [&str; 37] = [
 ];
 
 /// Splits `text` into tokens. Returns `None` beyond [`LONGEST`] bytes.
-pub fn tokens(text: &str) -> Option<Vec<Spaced>> {
-    if text.len() > LONGEST {
+pub fn tokenize(text: &str) -> Option<Vec<SpacedToken>> {
+    if text.len() > MAX_ANSWER_BYTES {
         return None;
     }
-    let mut lexer = Lexer { chars: text.chars().collect(), at: 0, tokens: Vec::new(), spaced: false };
-    while lexer.at < lexer.chars.len() {
-        lexer.step();
+    let mut lexer =
+        Lexer { chars: text.chars().collect(), position: 0, tokens: Vec::new(), is_spaced: false };
+    while lexer.position < lexer.chars.len() {
+        lexer.read_token();
     }
     Some(lexer.tokens)
 }
@@ -109,121 +110,121 @@ pub fn tokens(text: &str) -> Option<Vec<Spaced>> {
 struct Lexer {
     chars: Vec<char>,
     /// Index of the next character.
-    at: usize,
-    tokens: Vec<Spaced>,
+    position: usize,
+    tokens: Vec<SpacedToken>,
     /// True if whitespace precedes the next token.
-    spaced: bool,
+    is_spaced: bool,
 }
 
 impl Lexer {
     fn peek(&self, ahead: usize) -> Option<char> {
-        self.chars.get(self.at + ahead).copied()
+        self.chars.get(self.position + ahead).copied()
     }
 
     fn push(&mut self, token: Token) {
-        self.tokens.push(Spaced { token, spaced: std::mem::take(&mut self.spaced) });
+        self.tokens.push(SpacedToken { token, spaced: std::mem::take(&mut self.is_spaced) });
     }
 
     /// Reads one token or skips input without effect on the value.
-    fn step(&mut self) {
+    fn read_token(&mut self) {
         let Some(c) = self.peek(0) else { return };
         let digit_follows = self.peek(1).is_some_and(|next| next.is_ascii_digit());
         match c {
-            '\\' => self.command(),
-            c if c.is_ascii_digit() || (c == '.' && digit_follows) => self.number(),
+            '\\' => self.read_command(),
+            c if c.is_ascii_digit() || (c == '.' && digit_follows) => self.read_number(),
             c if c.is_whitespace() || c == '~' => {
-                self.at += 1;
-                self.spaced = true;
+                self.position += 1;
+                self.is_spaced = true;
             }
-            '$' => self.at += 1,
-            '€' | '£' | '¥' | '₹' | '₽' | '₩' => self.at += 1,
-            '−' | '–' | '—' => self.sign('-'),
-            '×' | '·' | '⋅' | '∗' => self.sign('*'),
-            '÷' => self.sign('/'),
-            '≤' => self.name("le"),
-            '≥' => self.name("ge"),
-            '≠' => self.name("ne"),
-            'π' => self.name("pi"),
-            '∞' => self.name("infty"),
-            '∪' => self.name("cup"),
-            '∩' => self.name("cap"),
-            '∅' => self.name("emptyset"),
-            '√' => self.name("sqrt"),
-            '±' => self.name("pm"),
-            '°' => self.name("degree"),
-            '∈' => self.name("in"),
-            'θ' => self.name("theta"),
-            'α' => self.name("alpha"),
-            'β' => self.name("beta"),
-            'λ' => self.name("lambda"),
-            '²' => self.power('2'),
-            '³' => self.power('3'),
-            '½' => self.fraction(1, 2),
-            '¼' => self.fraction(1, 4),
-            '¾' => self.fraction(3, 4),
+            '$' => self.position += 1,
+            '€' | '£' | '¥' | '₹' | '₽' | '₩' => self.position += 1,
+            '−' | '–' | '—' => self.push_char('-'),
+            '×' | '·' | '⋅' | '∗' => self.push_char('*'),
+            '÷' => self.push_char('/'),
+            '≤' => self.push_command("le"),
+            '≥' => self.push_command("ge"),
+            '≠' => self.push_command("ne"),
+            'π' => self.push_command("pi"),
+            '∞' => self.push_command("infty"),
+            '∪' => self.push_command("cup"),
+            '∩' => self.push_command("cap"),
+            '∅' => self.push_command("emptyset"),
+            '√' => self.push_command("sqrt"),
+            '±' => self.push_command("pm"),
+            '°' => self.push_command("degree"),
+            '∈' => self.push_command("in"),
+            'θ' => self.push_command("theta"),
+            'α' => self.push_command("alpha"),
+            'β' => self.push_command("beta"),
+            'λ' => self.push_command("lambda"),
+            '²' => self.push_superscript('2'),
+            '³' => self.push_superscript('3'),
+            '½' => self.push_fraction(1, 2),
+            '¼' => self.push_fraction(1, 4),
+            '¾' => self.push_fraction(3, 4),
             '{' if self.peek(1) == Some(',') && self.peek(2) == Some('}') => {
                 // `number` reads the comma of `1{,}250`; elsewhere `{,}` is a plain comma.
-                self.at += 3;
-                self.push(Token::Sign(','));
+                self.position += 3;
+                self.push(Token::Char(','));
             }
             c if c.is_alphabetic() => {
-                self.at += 1;
+                self.position += 1;
                 self.push(Token::Letter(c));
             }
-            c => self.sign(c),
+            c => self.push_char(c),
         }
     }
 
-    fn sign(&mut self, c: char) {
-        self.at += 1;
-        self.push(Token::Sign(c));
+    fn push_char(&mut self, c: char) {
+        self.position += 1;
+        self.push(Token::Char(c));
     }
 
-    fn name(&mut self, name: &str) {
-        self.at += 1;
+    fn push_command(&mut self, name: &str) {
+        self.position += 1;
         self.push(Token::Command(name.to_owned()));
     }
 
-    fn power(&mut self, digit: char) {
-        self.sign('^');
-        self.push(Token::Number(Number::whole(i64::from(digit.to_digit(10).unwrap_or(1)))));
+    fn push_superscript(&mut self, digit: char) {
+        self.push_char('^');
+        self.push(Token::Number(Number::integer(i64::from(digit.to_digit(10).unwrap_or(1)))));
     }
 
-    fn fraction(&mut self, top: i64, bottom: i64) {
-        self.at += 1;
+    fn push_fraction(&mut self, top: i64, bottom: i64) {
+        self.position += 1;
         self.push(Token::Number(Number::exact(BigRational::new(top.into(), bottom.into()))));
     }
 
     /// Reads a backslash command and maps synonyms to one name.
-    fn command(&mut self) {
+    fn read_command(&mut self) {
         let Some(next) = self.peek(1) else {
-            self.at += 1;
+            self.position += 1;
             return;
         };
         if !next.is_ascii_alphabetic() {
-            self.at += 2;
+            self.position += 2;
             match next {
-                ',' | ';' | ':' | '!' | ' ' | '/' | '>' => self.spaced = true,
+                ',' | ';' | ':' | '!' | ' ' | '/' | '>' => self.is_spaced = true,
                 '$' => {}
                 '{' | '}' => self.push(Token::Command(if next == '{' { "{" } else { "}" }.to_owned())),
                 '\\' => self.push(Token::Command("\\".to_owned())),
-                '|' => self.push(Token::Sign('|')),
-                other => self.push(Token::Sign(other)),
+                '|' => self.push(Token::Char('|')),
+                other => self.push(Token::Char(other)),
             }
             return;
         }
-        self.at += 1;
-        let begin = self.at;
+        self.position += 1;
+        let begin = self.position;
         while self.peek(0).is_some_and(|c| c.is_ascii_alphabetic()) {
-            self.at += 1;
+            self.position += 1;
         }
-        let name: String = self.chars[begin..self.at].iter().collect();
-        if WORDS.contains(&name.as_str()) {
-            match self.braced() {
-                Some(content) => self.words(&content),
-                None => self.spaced = true,
+        let name: String = self.chars[begin..self.position].iter().collect();
+        if TEXT_COMMANDS.contains(&name.as_str()) {
+            match self.read_group() {
+                Some(content) => self.push_text(&content),
+                None => self.is_spaced = true,
             }
-        } else if !LOOK.contains(&name.as_str()) {
+        } else if !APPEARANCE_COMMANDS.contains(&name.as_str()) {
             let name = match name.as_str() {
                 "dfrac" | "tfrac" | "cfrac" => "frac",
                 "dbinom" | "tbinom" => "binom",
@@ -244,7 +245,7 @@ impl Lexer {
                 other => other,
             };
             match name {
-                "|" | "[" | "]" => self.push(Token::Sign(name.chars().next().unwrap_or('|'))),
+                "|" | "[" | "]" => self.push(Token::Char(name.chars().next().unwrap_or('|'))),
                 name => self.push(Token::Command(name.to_owned())),
             }
         }
@@ -252,63 +253,64 @@ impl Lexer {
 
     /// Reads a group in braces and returns its content; without a closing brace, the group ends with the
     /// text.
-    fn braced(&mut self) -> Option<String> {
+    fn read_group(&mut self) -> Option<String> {
         while self.peek(0).is_some_and(char::is_whitespace) {
-            self.at += 1;
+            self.position += 1;
         }
         if self.peek(0) != Some('{') {
             return None;
         }
-        let (mut depth, begin) = (0usize, self.at + 1);
+        let (mut depth, begin) = (0usize, self.position + 1);
         while let Some(c) = self.peek(0) {
-            self.at += 1;
+            self.position += 1;
             match c {
                 '{' => depth += 1,
                 '}' => depth -= 1,
                 _ => {}
             }
             if depth == 0 {
-                return Some(self.chars[begin..self.at - 1].iter().collect());
+                return Some(self.chars[begin..self.position - 1].iter().collect());
             }
         }
         Some(self.chars[begin..].iter().collect())
     }
 
     /// Emits the content of a text command: numbers and operators as tokens, anything else as words.
-    fn words(&mut self, content: &str) {
+    fn push_text(&mut self, content: &str) {
         let trimmed = content.trim().trim_matches('$');
-        self.spaced |= content.starts_with(' ');
+        self.is_spaced |= content.starts_with(' ');
         if !trimmed.is_empty() && trimmed.chars().all(|c| c.is_ascii_digit() || "+-.,/()^* ".contains(c)) {
-            if let Some(inner) = tokens(trimmed) {
+            if let Some(inner) = tokenize(trimmed) {
                 self.tokens.extend(inner);
             }
         } else if trimmed.is_empty() {
-            self.spaced = true;
+            self.is_spaced = true;
         } else {
             self.push(Token::Text(trimmed.to_owned()));
         }
     }
 
     /// Reads a number: groups of three digits (`1,250`, `1{,}250`), decimals, and repeating decimals.
-    fn number(&mut self) {
-        let mut whole = self.digits();
+    fn read_number(&mut self) {
+        let mut whole = self.read_digits();
         if (1..=3).contains(&whole.len()) && !whole.starts_with('0') {
-            while let Some(group) = self.group() {
+            while let Some(group) = self.read_digit_group() {
                 whole.push_str(&group);
             }
         }
         let mut decimals = String::new();
         let mut is_decimal = false;
-        if self.peek(0) == Some('.') && (self.peek(1).is_some_and(|c| c.is_ascii_digit()) || self.repeats(1))
+        if self.peek(0) == Some('.')
+            && (self.peek(1).is_some_and(|c| c.is_ascii_digit()) || self.has_repeating_digits(1))
         {
-            self.at += 1;
+            self.position += 1;
             is_decimal = true;
-            decimals = self.digits();
+            decimals = self.read_digits();
         }
-        let mut value = value_of(&whole, &decimals);
+        let mut value = decimal_value(&whole, &decimals);
         if is_decimal
-            && self.repeats(0)
-            && let Some(period) = self.period()
+            && self.has_repeating_digits(0)
+            && let Some(period) = self.read_repeating_digits()
         {
             let shift = BigInt::from(10).pow(decimals.len() as u32);
             let nines = BigInt::from(10).pow(period.len() as u32) - BigInt::one();
@@ -317,20 +319,20 @@ impl Lexer {
             is_decimal = false;
         }
         // `17.0` has a decimal point but is not rounded.
-        let is_decimal = is_decimal && !crate::expr::is_whole(&value);
+        let is_decimal = is_decimal && !crate::expr::is_integer(&value);
         self.push(Token::Number(Number { value, is_decimal }));
     }
 
-    fn digits(&mut self) -> String {
-        let begin = self.at;
+    fn read_digits(&mut self) -> String {
+        let begin = self.position;
         while self.peek(0).is_some_and(|c| c.is_ascii_digit()) {
-            self.at += 1;
+            self.position += 1;
         }
-        self.chars[begin..self.at].iter().collect()
+        self.chars[begin..self.position].iter().collect()
     }
 
     /// Reads a separator and exactly three digits; returns the digits.
-    fn group(&mut self) -> Option<String> {
+    fn read_digit_group(&mut self) -> Option<String> {
         let skip = match (self.peek(0), self.peek(1), self.peek(2)) {
             (Some(','), Some('\\'), Some('!')) => 3,
             (Some(','), _, _) => 1,
@@ -342,28 +344,29 @@ impl Lexer {
         if !(digit(skip) && digit(skip + 1) && digit(skip + 2)) || digit(skip + 3) {
             return None;
         }
-        self.at += skip;
-        Some(self.digits())
+        self.position += skip;
+        Some(self.read_digits())
     }
 
     /// Returns whether `\overline{…}`, `\dot{…}` or `\bar{…}` follows after `ahead` characters.
-    fn repeats(&self, ahead: usize) -> bool {
-        let rest: String = self.chars[(self.at + ahead).min(self.chars.len())..].iter().take(10).collect();
+    fn has_repeating_digits(&self, ahead: usize) -> bool {
+        let rest: String =
+            self.chars[(self.position + ahead).min(self.chars.len())..].iter().take(10).collect();
         ["\\overline{", "\\dot{", "\\bar{"].iter().any(|name| rest.starts_with(name))
     }
 
     /// Reads the repeating digits in `\overline{…}`, `\dot{…}` or `\bar{…}`.
-    fn period(&mut self) -> Option<String> {
-        let before = self.at;
+    fn read_repeating_digits(&mut self) -> Option<String> {
+        let before = self.position;
         while self.peek(0).is_some_and(|c| c != '{') {
-            self.at += 1;
+            self.position += 1;
         }
-        match self.braced() {
+        match self.read_group() {
             Some(period) if !period.is_empty() && period.bytes().all(|byte| byte.is_ascii_digit()) => {
                 Some(period)
             }
             _ => {
-                self.at = before;
+                self.position = before;
                 None
             }
         }
@@ -371,7 +374,7 @@ impl Lexer {
 }
 
 /// Returns the exact value of the decimal number `whole.decimals`.
-pub fn value_of(whole: &str, decimals: &str) -> BigRational {
+pub fn decimal_value(whole: &str, decimals: &str) -> BigRational {
     let digits: BigInt = format!("{whole}{decimals}").parse().unwrap_or_default();
     if decimals.is_empty() {
         return BigRational::from_integer(digits);

@@ -22,7 +22,7 @@ pub mod strict;
 pub mod units;
 pub mod verifier;
 
-pub use strict::Verdict;
+pub use strict::Comparison;
 
 /// Rules of equality.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -36,7 +36,7 @@ pub enum Profile {
 
 /// Result of comparing a completion with a reference answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finding {
+pub struct RuleVerdict {
     /// Verdict: correct, incorrect, or `None` for unverifiable.
     pub correct: Option<bool>,
     /// Explanation of the verdict: both answers and the rule.
@@ -46,9 +46,9 @@ pub struct Finding {
 /// Compares the final answer of a completion with the reference answer `gold`, by the rules of [`strict`].
 ///
 /// The reasoning does not count; of several boxes the last one counts (see [`extract::final_answer`]).
-pub fn check(gold: &str, completion: &str) -> Finding {
+pub fn check_completion(gold: &str, completion: &str) -> RuleVerdict {
     let Some(answer) = extract::final_answer(completion) else {
-        return Finding { correct: None, evidence: "no final answer found".to_owned() };
+        return RuleVerdict { correct: None, evidence: "no final answer found".to_owned() };
     };
     let gold = extract::final_answer(gold).unwrap_or_else(|| gold.trim().to_owned());
     let verdict = strict::compare_answers(&gold, &answer);
@@ -57,25 +57,25 @@ pub fn check(gold: &str, completion: &str) -> Finding {
         Some(false) => format!("`{answer}` is not `{gold}`: {}", verdict.why),
         None => format!("cannot compare `{answer}` with `{gold}` by rule: {}", verdict.why),
     };
-    Finding { correct: verdict.equal, evidence }
+    RuleVerdict { correct: verdict.equal, evidence }
 }
 
 /// Compares `answer` with the reference answer `gold` by the rules of a profile. Both can be completions with
 /// text around the answer.
 ///
 /// The compat profile always decides; the strict profile returns `None` for unverifiable.
-pub fn verify(gold: &str, answer: &str, profile: Profile) -> Verdict {
+pub fn compare_with_profile(gold: &str, answer: &str, profile: Profile) -> Comparison {
     match profile {
         Profile::Compat => {
-            let equal = compat::equal(gold, answer);
-            Verdict { equal: Some(equal), why: if equal { "equal" } else { "not equal" }.to_owned() }
+            let equal = compat::is_equal(gold, answer);
+            Comparison { equal: Some(equal), why: if equal { "equal" } else { "not equal" }.to_owned() }
         }
         Profile::Strict => {
             let read = |text: &str| extract::final_answer(text);
             match (read(gold), read(answer)) {
                 (Some(gold), Some(answer)) => strict::compare_answers(&gold, &answer),
-                (None, _) => Verdict { equal: None, why: "the known answer is empty".to_owned() },
-                (_, None) => Verdict { equal: None, why: "no final answer found".to_owned() },
+                (None, _) => Comparison { equal: None, why: "the known answer is empty".to_owned() },
+                (_, None) => Comparison { equal: None, why: "no final answer found".to_owned() },
             }
         }
     }

@@ -11,12 +11,12 @@ use std::collections::HashMap;
 
 use num_traits::ToPrimitive;
 
-use crate::effort::{spend, spend_on};
-use crate::expr::{Constant, Expr, Function, Over};
+use crate::effort::{spend, spend_fractions};
+use crate::expr::{BigOperator, Constant, Expr, Function};
 
 /// Complex number with an error bound: a disk in the complex plane.
 #[derive(Debug, Clone, Copy)]
-pub struct Ball {
+pub struct ComplexInterval {
     /// Real part of the center.
     pub re: f64,
     /// Imaginary part of the center.
@@ -28,16 +28,16 @@ pub struct Ball {
 /// Relative rounding error that each operation adds.
 const EPSILON: f64 = 4.0 * f64::EPSILON;
 /// Largest difference between the limits of a sum or product.
-const STEPS: i64 = 400;
+const MAX_TERMS: i64 = 400;
 
-impl Ball {
+impl ComplexInterval {
     /// Returns a real number with the rounding error of one operation.
     pub fn real(value: f64) -> Self {
         Self { re: value, im: 0.0, error: value.abs() * EPSILON }
     }
 
     /// Returns the absolute value of the center.
-    fn size(self) -> f64 {
+    fn magnitude(self) -> f64 {
         self.re.hypot(self.im)
     }
 
@@ -55,13 +55,13 @@ impl Ball {
         Self::new(
             self.re * other.re - self.im * other.im,
             self.re * other.im + self.im * other.re,
-            self.size() * other.error + other.size() * self.error + self.error * other.error,
+            self.magnitude() * other.error + other.magnitude() * self.error + self.error * other.error,
         )
     }
 
     /// Returns the reciprocal, or `None` if the disk is too close to 0.
-    fn inverse(self) -> Option<Self> {
-        let size = self.size();
+    fn reciprocal(self) -> Option<Self> {
+        let size = self.magnitude();
         if size <= self.error * 2.0 || size == 0.0 {
             return None;
         }
@@ -71,7 +71,7 @@ impl Ball {
 
     /// Returns the principal logarithm, or `None` too close to 0 or to the branch cut.
     fn ln(self) -> Option<Self> {
-        let size = self.size();
+        let size = self.magnitude();
         if size <= self.error * 2.0 || size == 0.0 {
             return None;
         }
@@ -99,9 +99,9 @@ impl Ball {
             for _ in 0..exponent.re.abs() as u32 {
                 result = result.times(self)?;
             }
-            return if exponent.re < 0.0 { result.inverse() } else { Some(result) };
+            return if exponent.re < 0.0 { result.reciprocal() } else { Some(result) };
         }
-        if self.size() == 0.0 {
+        if self.magnitude() == 0.0 {
             return (exponent.re > 0.0).then_some(self);
         }
         // Odd roots of negative numbers are real, as answers in school mathematics mean them.
@@ -122,69 +122,77 @@ impl Ball {
 }
 
 /// Values of the variables at a sample point, by name.
-pub type Place = HashMap<String, Ball>;
+pub type SamplePoint = HashMap<String, ComplexInterval>;
 
 /// Evaluates an expression at a sample point. Returns `None` if the value is undefined or unreliable.
-pub fn value(expr: &Expr, place: &Place) -> Option<Ball> {
+pub fn evaluate(expr: &Expr, place: &SamplePoint) -> Option<ComplexInterval> {
     spend(120)?;
     match expr {
         Expr::Number(number) => {
-            spend_on(&number.value, &number.value)?;
+            spend_fractions(&number.value, &number.value)?;
             let value = number.value.to_f64()?;
-            Ball::new(value, 0.0, 0.0)
+            ComplexInterval::new(value, 0.0, 0.0)
         }
         Expr::Symbol(name) => place.get(name).copied(),
-        Expr::Constant(Constant::Pi) => Some(Ball::real(std::f64::consts::PI)),
-        Expr::Constant(Constant::E) => Some(Ball::real(std::f64::consts::E)),
-        Expr::Constant(Constant::I) => Some(Ball { re: 0.0, im: 1.0, error: 0.0 }),
-        Expr::Sum(terms) => terms
-            .iter()
-            .try_fold(Ball { re: 0.0, im: 0.0, error: 0.0 }, |sum, term| sum.plus(value(term, place)?)),
-        Expr::Product(factors) => {
-            factors.iter().try_fold(Ball { re: 1.0, im: 0.0, error: 0.0 }, |product, factor| {
-                product.times(value(factor, place)?)
+        Expr::Constant(Constant::Pi) => Some(ComplexInterval::real(std::f64::consts::PI)),
+        Expr::Constant(Constant::E) => Some(ComplexInterval::real(std::f64::consts::E)),
+        Expr::Constant(Constant::I) => Some(ComplexInterval { re: 0.0, im: 1.0, error: 0.0 }),
+        Expr::Sum(terms) => {
+            terms.iter().try_fold(ComplexInterval { re: 0.0, im: 0.0, error: 0.0 }, |sum, term| {
+                sum.plus(evaluate(term, place)?)
             })
         }
-        Expr::Power(base, exponent) => value(base, place)?.power(value(exponent, place)?),
-        Expr::Percent(inner) => value(inner, place)?.times(Ball::real(0.01)),
-        Expr::Degrees(inner) => value(inner, place)?.times(Ball::real(std::f64::consts::PI / 180.0)),
+        Expr::Product(factors) => {
+            factors.iter().try_fold(ComplexInterval { re: 1.0, im: 0.0, error: 0.0 }, |product, factor| {
+                product.times(evaluate(factor, place)?)
+            })
+        }
+        Expr::Power(base, exponent) => evaluate(base, place)?.power(evaluate(exponent, place)?),
+        Expr::Percent(inner) => evaluate(inner, place)?.times(ComplexInterval::real(0.01)),
+        Expr::Degrees(inner) => {
+            evaluate(inner, place)?.times(ComplexInterval::real(std::f64::consts::PI / 180.0))
+        }
         Expr::Ratio(parts) => match parts.as_slice() {
-            [a, b] => value(a, place)?.times(value(b, place)?.inverse()?),
+            [a, b] => evaluate(a, place)?.times(evaluate(b, place)?.reciprocal()?),
             _ => None,
         },
         Expr::Call(function, arguments) => {
-            let arguments: Option<Vec<Ball>> =
-                arguments.iter().map(|argument| value(argument, place)).collect();
-            call(*function, &arguments?)
+            let arguments: Option<Vec<ComplexInterval>> =
+                arguments.iter().map(|argument| evaluate(argument, place)).collect();
+            evaluate_call(*function, &arguments?)
         }
-        Expr::Over(over, index, parts) => run(*over, index, parts, place),
+        Expr::BigOperator(over, index, parts) => evaluate_big_operator(*over, index, parts, place),
         _ => None,
     }
 }
 
 /// Evaluates a function of one argument.
-fn call(function: Function, arguments: &[Ball]) -> Option<Ball> {
-    let [z] = arguments else { return several(function, arguments) };
+fn evaluate_call(function: Function, arguments: &[ComplexInterval]) -> Option<ComplexInterval> {
+    let [z] = arguments else { return evaluate_multi_argument(function, arguments) };
     let z = *z;
     let real = |value: f64, slope: f64| {
-        if z.is_real() { Ball::new(value, 0.0, z.error * slope.abs()) } else { None }
+        if z.is_real() { ComplexInterval::new(value, 0.0, z.error * slope.abs()) } else { None }
     };
     let x = z.re;
     match function {
         Function::Ln => z.ln(),
-        Function::Abs => Ball::new(z.size(), 0.0, z.error),
-        Function::Sin => {
-            Ball::new(x.sin() * z.im.cosh(), x.cos() * z.im.sinh(), z.error * z.im.cosh() + x.abs() * EPSILON)
-        }
-        Function::Cos => Ball::new(
+        Function::Abs => ComplexInterval::new(z.magnitude(), 0.0, z.error),
+        Function::Sin => ComplexInterval::new(
+            x.sin() * z.im.cosh(),
+            x.cos() * z.im.sinh(),
+            z.error * z.im.cosh() + x.abs() * EPSILON,
+        ),
+        Function::Cos => ComplexInterval::new(
             x.cos() * z.im.cosh(),
             -x.sin() * z.im.sinh(),
             z.error * z.im.cosh() + x.abs() * EPSILON,
         ),
-        Function::Tan => call(Function::Sin, arguments)?.times(call(Function::Cos, arguments)?.inverse()?),
-        Function::Cot => call(Function::Cos, arguments)?.times(call(Function::Sin, arguments)?.inverse()?),
-        Function::Sec => call(Function::Cos, arguments)?.inverse(),
-        Function::Csc => call(Function::Sin, arguments)?.inverse(),
+        Function::Tan => evaluate_call(Function::Sin, arguments)?
+            .times(evaluate_call(Function::Cos, arguments)?.reciprocal()?),
+        Function::Cot => evaluate_call(Function::Cos, arguments)?
+            .times(evaluate_call(Function::Sin, arguments)?.reciprocal()?),
+        Function::Sec => evaluate_call(Function::Cos, arguments)?.reciprocal(),
+        Function::Csc => evaluate_call(Function::Sin, arguments)?.reciprocal(),
         Function::Arcsin | Function::Arccos => {
             if x.abs() > 1.0 {
                 return None;
@@ -202,13 +210,13 @@ fn call(function: Function, arguments: &[Ball]) -> Option<Ball> {
             if near || !z.is_real() {
                 return None;
             }
-            Ball::new(if function == Function::Floor { x.floor() } else { x.ceil() }, 0.0, 0.0)
+            ComplexInterval::new(if function == Function::Floor { x.floor() } else { x.ceil() }, 0.0, 0.0)
         }
         Function::Factorial => {
             if !z.is_real() || x < 0.0 || x.fract() != 0.0 || x > 170.0 {
                 return None;
             }
-            Ball::new((1..=x as u32).map(f64::from).product(), 0.0, 0.0)
+            ComplexInterval::new((1..=x as u32).map(f64::from).product(), 0.0, 0.0)
         }
         Function::Max | Function::Min => Some(z),
         Function::Binomial | Function::Gcd | Function::Lcm => None,
@@ -216,16 +224,16 @@ fn call(function: Function, arguments: &[Ball]) -> Option<Ball> {
 }
 
 /// Evaluates a function of several arguments.
-fn several(function: Function, arguments: &[Ball]) -> Option<Ball> {
+fn evaluate_multi_argument(function: Function, arguments: &[ComplexInterval]) -> Option<ComplexInterval> {
     let real = arguments.iter().all(|ball| ball.is_real());
     match (function, arguments) {
         (Function::Max, all) if real => all.iter().copied().max_by(|a, b| a.re.total_cmp(&b.re)),
         (Function::Min, all) if real => all.iter().copied().min_by(|a, b| a.re.total_cmp(&b.re)),
         (Function::Binomial, [n, k]) if real && k.re.fract() == 0.0 && (0.0..=170.0).contains(&k.re) => {
-            let mut product = Ball::real(1.0);
+            let mut product = ComplexInterval::real(1.0);
             for step in 0..k.re as u32 {
                 let step = f64::from(step);
-                let factor = Ball::new((n.re - step) / (step + 1.0), 0.0, n.error)?;
+                let factor = ComplexInterval::new((n.re - step) / (step + 1.0), 0.0, n.error)?;
                 product = product.times(factor)?;
             }
             Some(product)
@@ -235,14 +243,19 @@ fn several(function: Function, arguments: &[Ball]) -> Option<Ball> {
 }
 
 /// Evaluates a sum, a product or an integral.
-fn run(over: Over, index: &str, parts: &[Expr; 3], place: &Place) -> Option<Ball> {
-    let (low, high) = (value(&parts[0], place)?, value(&parts[1], place)?);
+fn evaluate_big_operator(
+    over: BigOperator,
+    index: &str,
+    parts: &[Expr; 3],
+    place: &SamplePoint,
+) -> Option<ComplexInterval> {
+    let (low, high) = (evaluate(&parts[0], place)?, evaluate(&parts[1], place)?);
     let mut inner = place.clone();
     let mut at = |x: f64| {
-        inner.insert(index.to_owned(), Ball { re: x, im: 0.0, error: 0.0 });
-        value(&parts[2], &inner)
+        inner.insert(index.to_owned(), ComplexInterval { re: x, im: 0.0, error: 0.0 });
+        evaluate(&parts[2], &inner)
     };
-    if over == Over::Integral {
+    if over == BigOperator::Integral {
         // Nodes and weights of Gauss-Legendre quadrature with five points, applied to each of 64 pieces.
         const NODES: [(f64, f64); 5] = [
             (0.0, 0.568_888_888_888_888_9),
@@ -252,24 +265,27 @@ fn run(over: Over, index: &str, parts: &[Expr; 3], place: &Place) -> Option<Ball
             (-0.906_179_845_938_664, 0.236_926_885_056_189_08),
         ];
         let step = (high.re - low.re) / 64.0;
-        let mut sum = Ball { re: 0.0, im: 0.0, error: 0.0 };
+        let mut sum = ComplexInterval { re: 0.0, im: 0.0, error: 0.0 };
         for piece in 0..64 {
             let middle = low.re + step * (f64::from(piece) + 0.5);
             for (node, weight) in NODES {
-                sum = sum.plus(at(middle + node * step / 2.0)?.times(Ball::real(weight * step / 2.0))?)?;
+                sum = sum.plus(
+                    at(middle + node * step / 2.0)?.times(ComplexInterval::real(weight * step / 2.0))?,
+                )?;
             }
         }
         // Allowance for the error of the quadrature, which is far smaller for smooth integrands.
-        return Ball::new(sum.re, sum.im, sum.error + sum.size() * 1e-10);
+        return ComplexInterval::new(sum.re, sum.im, sum.error + sum.magnitude() * 1e-10);
     }
     let (low, high) = (low.re, high.re);
-    if low.fract() != 0.0 || high.fract() != 0.0 || high - low > STEPS as f64 {
+    if low.fract() != 0.0 || high.fract() != 0.0 || high - low > MAX_TERMS as f64 {
         return None;
     }
-    let mut all = Ball { re: if over == Over::Sum { 0.0 } else { 1.0 }, im: 0.0, error: 0.0 };
+    let mut all =
+        ComplexInterval { re: if over == BigOperator::Sum { 0.0 } else { 1.0 }, im: 0.0, error: 0.0 };
     for k in low as i64..=high as i64 {
         let term = at(k as f64)?;
-        all = if over == Over::Sum { all.plus(term)? } else { all.times(term)? };
+        all = if over == BigOperator::Sum { all.plus(term)? } else { all.times(term)? };
     }
     Some(all)
 }

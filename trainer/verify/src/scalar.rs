@@ -4,13 +4,13 @@
 
 use std::collections::BTreeSet;
 
-use crate::exact::{Atoms, Sameness};
+use crate::exact::{AtomTable, FormComparison};
 use crate::expr::{Constant, Expr, Function};
-use crate::numeric::{Ball, Place, value};
+use crate::numeric::{ComplexInterval, SamplePoint, evaluate};
 
 /// Result of comparing two values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Found {
+pub enum ValueComparison {
     /// Proven equal.
     Equal,
     /// Equal at several sample points and different at none.
@@ -27,65 +27,69 @@ pub enum Domain {
     /// Real points where both values are real.
     Real,
     /// Real points where the values can be complex, so that branches of roots and logarithms count.
-    Branches,
+    Complex,
 }
 
 /// Number of sample points.
-const PLACES: u32 = 24;
+const SAMPLE_POINTS: u32 = 24;
 /// Smallest number of sample points with reliable and equal values.
-const ENOUGH: u32 = 5;
+const MIN_AGREEING_POINTS: u32 = 5;
 /// Largest relative difference of equal values.
-const CLOSE: f64 = 1e-9;
+const RELATIVE_TOLERANCE: f64 = 1e-9;
 
 /// Compares two values by their normal forms, or else at sample points.
-pub fn compare(a: &Expr, b: &Expr, domain: Domain) -> Found {
+pub fn compare_values(a: &Expr, b: &Expr, domain: Domain) -> ValueComparison {
     if a == b {
-        return Found::Equal;
+        return ValueComparison::Equal;
     }
     let infinite = |expr: &Expr| match expr {
         Expr::Constant(Constant::Infinity) => Some(1),
         Expr::Product(factors) => match factors.as_slice() {
-            [sign, Expr::Constant(Constant::Infinity)] => sign.number().map(|_| -1),
+            [sign, Expr::Constant(Constant::Infinity)] => sign.as_number().map(|_| -1),
             _ => None,
         },
         _ => None,
     };
     match (infinite(a), infinite(b)) {
-        (Some(a), Some(b)) => return if a == b { Found::Equal } else { Found::Different },
-        (Some(_), None) | (None, Some(_)) => return Found::Different,
+        (Some(a), Some(b)) => {
+            return if a == b { ValueComparison::Equal } else { ValueComparison::Different };
+        }
+        (Some(_), None) | (None, Some(_)) => return ValueComparison::Different,
         (None, None) => {}
     }
-    let mut atoms = Atoms::default();
-    if let Some((form, other)) = atoms.form(a).zip(atoms.form(b)) {
-        match atoms.same(&form, &other) {
-            Sameness::Same => return Found::Equal,
-            Sameness::Different => return Found::Different,
-            Sameness::Open => {}
+    let mut atoms = AtomTable::default();
+    if let Some((form, other)) = atoms.normal_form(a).zip(atoms.normal_form(b)) {
+        match atoms.compare(&form, &other) {
+            FormComparison::Same => return ValueComparison::Equal,
+            FormComparison::Different => return ValueComparison::Different,
+            FormComparison::Open => {}
         }
     }
-    sampled(a, b, domain)
+    compare_at_samples(a, b, domain)
 }
 
 /// Compares two values at sample points only. Tests check the normal form against this function.
-pub fn sampled(a: &Expr, b: &Expr, domain: Domain) -> Found {
+pub fn compare_at_samples(a: &Expr, b: &Expr, domain: Domain) -> ValueComparison {
     let mut names = BTreeSet::new();
-    a.symbols(&mut names);
-    b.symbols(&mut names);
+    a.collect_free_variables(&mut names);
+    b.collect_free_variables(&mut names);
     // Indices of sums and arguments of binomials and factorials are integers, so the sample points are too.
     let discrete = |expr: &Expr| {
-        expr.any(&|part| {
+        expr.any_part(&|part| {
             matches!(
                 part,
-                Expr::Over(..) | Expr::Call(Function::Factorial | Function::Binomial | Function::Gcd, _)
+                Expr::BigOperator(..)
+                    | Expr::Call(Function::Factorial | Function::Binomial | Function::Gcd, _)
             )
         })
     };
     let whole = discrete(a) || discrete(b);
     let mut agreed = 0;
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
-    for number in 0..if names.is_empty() { 1 } else { PLACES } {
-        let place: Place = names.iter().map(|name| (name.clone(), random.place(number, whole))).collect();
-        let (Some(x), Some(y)) = (value(a, &place), value(b, &place)) else { continue };
+    let mut random = SampleRng(0x9e37_79b9_7f4a_7c15);
+    for number in 0..if names.is_empty() { 1 } else { SAMPLE_POINTS } {
+        let place: SamplePoint =
+            names.iter().map(|name| (name.clone(), random.sample_value(number, whole))).collect();
+        let (Some(x), Some(y)) = (evaluate(a, &place), evaluate(b, &place)) else { continue };
         let (wide, apart) = (x.re.hypot(x.im).max(y.re.hypot(y.im)), (x.re - y.re).hypot(x.im - y.im));
         let bound = x.error + y.error;
         if domain == Domain::Real && !names.is_empty() && (x.im.abs() > x.error || y.im.abs() > y.error) {
@@ -94,30 +98,30 @@ pub fn sampled(a: &Expr, b: &Expr, domain: Domain) -> Found {
         // If the rounding error exceeds a millionth of the values, agreement proves nothing.
         if bound > wide * 1e-6 {
             if apart > bound {
-                return Found::Different;
+                return ValueComparison::Different;
             }
             if names.is_empty() && wide <= bound {
-                return Found::EqualAtSamples;
+                return ValueComparison::EqualAtSamples;
             }
             continue;
         }
         if apart > bound * 4.0 && apart > wide * 1e-13 {
-            return Found::Different;
+            return ValueComparison::Different;
         }
-        if apart <= bound * 4.0 + wide * CLOSE {
+        if apart <= bound * 4.0 + wide * RELATIVE_TOLERANCE {
             agreed += 1;
         }
     }
-    let enough = if names.is_empty() { 1 } else { ENOUGH };
-    if agreed >= enough { Found::EqualAtSamples } else { Found::Open }
+    let enough = if names.is_empty() { 1 } else { MIN_AGREEING_POINTS };
+    if agreed >= enough { ValueComparison::EqualAtSamples } else { ValueComparison::Open }
 }
 
 /// Random numbers by xorshift with a fixed seed, so that every run has the same sample points.
-struct Random(u64);
+struct SampleRng(u64);
 
-impl Random {
+impl SampleRng {
     /// Returns the next number in [0, 1).
-    fn next(&mut self) -> f64 {
+    fn next_unit(&mut self) -> f64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -126,10 +130,14 @@ impl Random {
 
     /// Returns the value of a variable at sample point `number`: a positive integer if `whole` is true, else
     /// a real number.
-    fn place(&mut self, number: u32, whole: bool) -> Ball {
-        let draw = self.next();
+    fn sample_value(&mut self, number: u32, whole: bool) -> ComplexInterval {
+        let draw = self.next_unit();
         if whole {
-            return Ball { re: (1.0 + (draw * 11.0).floor()) + f64::from(number % 3), im: 0.0, error: 0.0 };
+            return ComplexInterval {
+                re: (1.0 + (draw * 11.0).floor()) + f64::from(number % 3),
+                im: 0.0,
+                error: 0.0,
+            };
         }
         let re = match number % 4 {
             0 => 0.1 + 0.8 * draw,
@@ -137,6 +145,6 @@ impl Random {
             2 => -0.1 - 2.5 * draw,
             _ => 3.0 + 5.0 * draw,
         };
-        Ball { re, im: 0.0, error: 0.0 }
+        ComplexInterval { re, im: 0.0, error: 0.0 }
     }
 }

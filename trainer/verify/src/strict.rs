@@ -13,18 +13,18 @@ use std::collections::BTreeSet;
 use num_rational::BigRational;
 use num_traits::{Signed, Zero};
 
-use self::relations::relations;
-use crate::effort::{ALLOWED, bounded, spend};
-use crate::exact::{Atoms, replaced};
-use crate::expr::{Constant, End, Expr};
-use crate::numeric::{Place, value};
-use crate::parser::{Letters, parse};
-use crate::scalar::{Domain, Found, compare};
+use self::relations::compare_relations;
+use crate::effort::{WORK_BUDGET_UNITS, spend, with_work_budget};
+use crate::exact::{AtomTable, substitute};
+use crate::expr::{Constant, Expr, IntervalBound};
+use crate::numeric::{SamplePoint, evaluate};
+use crate::parser::{LetterMode, parse};
+use crate::scalar::{Domain, ValueComparison, compare_values};
 use crate::units;
 
 /// Result of comparing two answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verdict {
+pub struct Comparison {
     /// True for equal, false for different, `None` for unverifiable.
     pub equal: Option<bool>,
     /// Rule behind the result.
@@ -32,46 +32,49 @@ pub struct Verdict {
 }
 
 /// Returns a verdict.
-fn verdict(equal: impl Into<Option<bool>>, why: impl Into<String>) -> Verdict {
-    Verdict { equal: equal.into(), why: why.into() }
+fn comparison(equal: impl Into<Option<bool>>, why: impl Into<String>) -> Comparison {
+    Comparison { equal: equal.into(), why: why.into() }
 }
 
 /// Compares two final answers without surrounding text, within the work budget.
 ///
 /// The result does not depend on the order of the two, except for a letter with following text.
-pub fn compare_answers(gold: &str, answer: &str) -> Verdict {
+pub fn compare_answers(gold: &str, answer: &str) -> Comparison {
     let (gold, answer) = (gold.trim(), answer.trim());
     if gold.is_empty() || answer.is_empty() {
-        return verdict(None, "one side is empty");
+        return comparison(None, "one side is empty");
     }
     if gold == answer {
-        return verdict(true, "the same text");
+        return comparison(true, "the same text");
     }
-    if let Some(found) = words(gold, answer) {
+    if let Some(found) = compare_words(gold, answer) {
         return found;
     }
-    bounded(ALLOWED, || formulas(gold, answer))
-        .unwrap_or_else(|| verdict(None, "to compare them takes more work than is done for one answer"))
+    with_work_budget(WORK_BUDGET_UNITS, || compare_formulas(gold, answer))
+        .unwrap_or_else(|| comparison(None, "to compare them takes more work than is done for one answer"))
 }
 
 /// Parses and compares two answers that are not words.
-fn formulas(gold: &str, answer: &str) -> Verdict {
-    let read = |side: &str| parse(&without_gaps(side), Letters::Words).map(prepared);
+fn compare_formulas(gold: &str, answer: &str) -> Comparison {
+    let read = |side: &str| parse(&join_digit_groups(side), LetterMode::Words).map(normalize_answer);
     match (read(gold), read(answer)) {
         (Ok(gold), Ok(answer)) => {
-            let found = exprs(&gold, &answer);
-            if found.equal == Some(false) && exprs(&lowered(&gold), &lowered(&answer)).equal == Some(true) {
-                return verdict(None, "the letters differ in case only");
+            let found = compare_exprs(&gold, &answer);
+            if found.equal == Some(false)
+                && compare_exprs(&lowercase_variables(&gold), &lowercase_variables(&answer)).equal
+                    == Some(true)
+            {
+                return comparison(None, "the letters differ in case only");
             }
             found
         }
-        (Err(problem), _) => verdict(None, format!("the known answer is not understood: {problem}")),
-        (_, Err(problem)) => verdict(None, format!("the answer is not understood: {problem}")),
+        (Err(problem), _) => comparison(None, format!("the known answer is not understood: {problem}")),
+        (_, Err(problem)) => comparison(None, format!("the answer is not understood: {problem}")),
     }
 }
 
 /// Removes the spaces between groups of three digits, as in `1 234 567`.
-fn without_gaps(text: &str) -> String {
+fn join_digit_groups(text: &str) -> String {
     let chars: Vec<char> = text.chars().collect();
     let digits =
         |from: usize| chars[from.min(chars.len())..].iter().take_while(|c| c.is_ascii_digit()).count();
@@ -97,27 +100,27 @@ fn without_gaps(text: &str) -> String {
 }
 
 /// Returns the expression with all variables in lower case.
-fn lowered(expr: &Expr) -> Expr {
+fn lowercase_variables(expr: &Expr) -> Expr {
     let mut names = BTreeSet::new();
-    expr.symbols(&mut names);
-    if spend(names.len() as u64 * expr.size() * 20).is_none() {
+    expr.collect_free_variables(&mut names);
+    if spend(names.len() as u64 * expr.node_count() * 20).is_none() {
         return expr.clone();
     }
     names.iter().fold(expr.clone(), |expr, name| {
-        mapped(expr, &|part| replaced(&part, name, &Expr::Symbol(name.to_lowercase())))
+        map_values(expr, &|part| substitute(&part, name, &Expr::Symbol(name.to_lowercase())))
     })
 }
 
 /// Compares letters of choices, yes and no, and plain words. Returns `None` if a side is none of these.
-fn words(gold: &str, answer: &str) -> Option<Verdict> {
-    let (gold, answer) = (bare_word(gold), bare_word(answer));
+fn compare_words(gold: &str, answer: &str) -> Option<Comparison> {
+    let (gold, answer) = (strip_text_markup(gold), strip_text_markup(answer));
     let letter = |text: &str| {
         let inner: String = text.chars().filter(|c| !"()[]{}.:* ".contains(*c)).collect();
         (inner.len() == 1).then(|| inner.chars().next()).flatten().filter(|c| ('A'..='J').contains(c))
     };
     if let (Some(a), Some(b)) = (letter(&gold), letter(&answer)) {
         let why = if a == b { "the same choice" } else { "another choice" };
-        return Some(verdict(a == b, why));
+        return Some(comparison(a == b, why));
     }
     // `B: 12` and `(B) twelve` begin with the letter of their choice.
     if letter(&gold).is_some() && answer.len() > 1 {
@@ -125,7 +128,7 @@ fn words(gold: &str, answer: &str) -> Option<Verdict> {
         let marked =
             head.starts_with('(') || head.ends_with(['.', ')', ':']) || answer[head.len()..].starts_with(':');
         if let Some(found) = letter(&head).filter(|_| marked) {
-            return Some(verdict(letter(&gold) == Some(found), "the choice that the answer begins with"));
+            return Some(comparison(letter(&gold) == Some(found), "the choice that the answer begins with"));
         }
     }
     let is_word = |text: &str| {
@@ -146,7 +149,7 @@ fn words(gold: &str, answer: &str) -> Option<Verdict> {
     };
     let (gold, answer) = (plain(&gold), plain(&answer));
     if gold == answer {
-        return Some(verdict(true, "the same words"));
+        return Some(comparison(true, "the same words"));
     }
     let decides = |text: &str| match text {
         "yes" | "true" => Some(true),
@@ -154,18 +157,18 @@ fn words(gold: &str, answer: &str) -> Option<Verdict> {
         _ => None,
     };
     if let (Some(a), Some(b)) = (decides(&gold), decides(&answer)) {
-        return Some(verdict(a == b, "yes or no"));
+        return Some(comparison(a == b, "yes or no"));
     }
     let infinite = ["infinity", "pi"];
     if infinite.contains(&gold.as_str()) || infinite.contains(&answer.as_str()) {
         return None;
     }
     // Different words can have the same meaning.
-    Some(verdict(None, "other words"))
+    Some(comparison(None, "other words"))
 }
 
 /// Removes LaTeX text commands, dollar signs, asterisks and a final period around words.
-fn bare_word(text: &str) -> String {
+fn strip_text_markup(text: &str) -> String {
     let mut text = text.trim().trim_matches('$').trim();
     for open in ["\\text{", "\\textbf{", "\\mathrm{", "\\mathbf{", "\\textit{", "\\mbox{", "\\textrm{"] {
         if let Some(inside) = text.strip_prefix(open).and_then(|rest| rest.strip_suffix('}'))
@@ -178,14 +181,14 @@ fn bare_word(text: &str) -> String {
 }
 
 /// Prepares a parsed answer: finite unions are merged, and an unbound `i` becomes the imaginary unit.
-fn prepared(expr: Expr) -> Expr {
-    let bound = expr.any(&|part| matches!(part, Expr::Over(_, index, _) if index == "i"));
-    let expr = flat(expr);
-    if bound { expr } else { mapped(expr, &|part| replaced(&part, "i", &Expr::Constant(Constant::I))) }
+fn normalize_answer(expr: Expr) -> Expr {
+    let bound = expr.any_part(&|part| matches!(part, Expr::BigOperator(_, index, _) if index == "i"));
+    let expr = merge_finite_union(expr);
+    if bound { expr } else { map_values(expr, &|part| substitute(&part, "i", &Expr::Constant(Constant::I))) }
 }
 
 /// Merges a union of finite sets into one set.
-fn flat(expr: Expr) -> Expr {
+fn merge_finite_union(expr: Expr) -> Expr {
     match expr {
         Expr::Union(parts) if parts.iter().all(|part| matches!(part, Expr::Set(_))) => {
             let elements = parts.into_iter().flat_map(|part| match part {
@@ -199,8 +202,8 @@ fn flat(expr: Expr) -> Expr {
 }
 
 /// Applies `change` to every value in containers, relations and quantities.
-fn mapped(expr: Expr, change: &dyn Fn(Expr) -> Expr) -> Expr {
-    let all = |parts: Vec<Expr>| parts.into_iter().map(|part| mapped(part, change)).collect::<Vec<_>>();
+fn map_values(expr: Expr, change: &dyn Fn(Expr) -> Expr) -> Expr {
+    let all = |parts: Vec<Expr>| parts.into_iter().map(|part| map_values(part, change)).collect::<Vec<_>>();
     match expr {
         Expr::Tuple(parts) => Expr::Tuple(all(parts)),
         Expr::Set(parts) => Expr::Set(all(parts)),
@@ -208,49 +211,54 @@ fn mapped(expr: Expr, change: &dyn Fn(Expr) -> Expr) -> Expr {
         Expr::Relation(sides, signs) => Expr::Relation(all(sides), signs),
         Expr::Matrix(rows) => Expr::Matrix(rows.into_iter().map(all).collect()),
         Expr::Interval(low, high) => {
-            let end = |end: End| End { at: Box::new(mapped(*end.at, change)), closed: end.closed };
+            let end = |end: IntervalBound| IntervalBound {
+                at: Box::new(map_values(*end.at, change)),
+                closed: end.closed,
+            };
             Expr::Interval(end(low), end(high))
         }
-        Expr::Quantity(inner, unit) => Expr::Quantity(Box::new(mapped(*inner, change)), unit),
+        Expr::Quantity(inner, unit) => Expr::Quantity(Box::new(map_values(*inner, change)), unit),
         other => change(other),
     }
 }
 
 /// Returns whether an expression has words inside a formula, which means a sentence and not an answer.
-fn is_sentence(expr: &Expr) -> bool {
+fn has_words_in_formula(expr: &Expr) -> bool {
     match expr {
         Expr::Text(_) => false,
-        Expr::Set(parts) | Expr::Tuple(parts) | Expr::Relation(parts, _) => parts.iter().any(is_sentence),
+        Expr::Set(parts) | Expr::Tuple(parts) | Expr::Relation(parts, _) => {
+            parts.iter().any(has_words_in_formula)
+        }
         // `I do not know` parses as letters with a unit.
         Expr::Quantity(inner, unit) => {
-            let letters = inner.any(&|part| matches!(part, Expr::Symbol(_)));
-            is_sentence(inner) || (letters && units::known(unit).is_none())
+            let letters = inner.any_part(&|part| matches!(part, Expr::Symbol(_)));
+            has_words_in_formula(inner) || (letters && units::find_unit(unit).is_none())
         }
-        other => other.any(&|part| matches!(part, Expr::Text(_) | Expr::Quantity(..))),
+        other => other.any_part(&|part| matches!(part, Expr::Text(_) | Expr::Quantity(..))),
     }
 }
 
 /// Compares two expressions by the rules of their kinds.
-fn exprs(gold: &Expr, answer: &Expr) -> Verdict {
+fn compare_exprs(gold: &Expr, answer: &Expr) -> Comparison {
     if spend(200).is_none() {
-        return verdict(None, "");
+        return comparison(None, "");
     }
-    if is_sentence(gold) || is_sentence(answer) {
-        return verdict(None, "words within a formula");
+    if has_words_in_formula(gold) || has_words_in_formula(answer) {
+        return comparison(None, "words within a formula");
     }
     match (gold, answer) {
-        (Expr::Quantity(..), _) | (_, Expr::Quantity(..)) => quantities(gold, answer),
-        (Expr::Text(_), _) | (_, Expr::Text(_)) => verdict(None, "words against a value"),
-        (Expr::Relation(..), _) | (_, Expr::Relation(..)) => relations(gold, answer),
-        (Expr::Matrix(_), _) | (_, Expr::Matrix(_)) => matrices(gold, answer),
-        _ if is_container(gold) || is_container(answer) => containers(gold, answer),
-        (Expr::Ratio(_), _) | (_, Expr::Ratio(_)) => ratios(gold, answer),
-        _ => scalars(gold, answer),
+        (Expr::Quantity(..), _) | (_, Expr::Quantity(..)) => compare_quantities(gold, answer),
+        (Expr::Text(_), _) | (_, Expr::Text(_)) => comparison(None, "words against a value"),
+        (Expr::Relation(..), _) | (_, Expr::Relation(..)) => compare_relations(gold, answer),
+        (Expr::Matrix(_), _) | (_, Expr::Matrix(_)) => compare_matrices(gold, answer),
+        _ if is_container(gold) || is_container(answer) => compare_containers(gold, answer),
+        (Expr::Ratio(_), _) | (_, Expr::Ratio(_)) => compare_ratios(gold, answer),
+        _ => compare_scalars(gold, answer),
     }
 }
 
 /// Compares two values of which at least one has a unit.
-fn quantities(gold: &Expr, answer: &Expr) -> Verdict {
+fn compare_quantities(gold: &Expr, answer: &Expr) -> Comparison {
     let split = |side: &Expr| match side {
         Expr::Quantity(inner, unit) => ((**inner).clone(), Some(unit.clone())),
         other => (other.clone(), None),
@@ -262,85 +270,85 @@ fn quantities(gold: &Expr, answer: &Expr) -> Verdict {
             (Expr::Quantity(_, unit), _) | (_, Expr::Quantity(_, unit)) => unit.as_str(),
             _ => "",
         };
-        if units::multiplies(named) {
-            return verdict(None, format!("`{named}` on one side only"));
+        if units::has_multiplier(named) {
+            return comparison(None, format!("`{named}` on one side only"));
         }
-        let found = exprs(&a, &b);
-        return Verdict { why: format!("{}; only one side names a unit", found.why), ..found };
+        let found = compare_exprs(&a, &b);
+        return Comparison { why: format!("{}; only one side names a unit", found.why), ..found };
     };
-    if units::same_name(&unit, &other) {
-        return exprs(&a, &b);
+    if units::is_same_name(&unit, &other) {
+        return compare_exprs(&a, &b);
     }
-    match (units::known(&unit), units::known(&other)) {
-        (Some(x), Some(y)) if x.kind != y.kind => {
-            verdict(false, format!("`{unit}` and `{other}` measure different things"))
+    match (units::find_unit(&unit), units::find_unit(&other)) {
+        (Some(x), Some(y)) if x.dimension != y.dimension => {
+            comparison(false, format!("`{unit}` and `{other}` measure different things"))
         }
         (Some(x), Some(y)) => {
             let times = |value: Expr, scale: &BigRational| {
                 Expr::Product(vec![value, Expr::Number(crate::expr::Number::exact(scale.clone()))])
             };
-            let found = exprs(&times(a, &x.scale), &times(b, &y.scale));
-            Verdict { why: format!("{} in the same unit", found.why), ..found }
+            let found = compare_exprs(&times(a, &x.scale), &times(b, &y.scale));
+            Comparison { why: format!("{} in the same unit", found.why), ..found }
         }
         _ => {
-            let found = exprs(&a, &b);
+            let found = compare_exprs(&a, &b);
             match found.equal {
                 Some(false) => found,
-                _ => verdict(None, format!("whether `{unit}` is `{other}` is not known")),
+                _ => comparison(None, format!("whether `{unit}` is `{other}` is not known")),
             }
         }
     }
 }
 
 /// Compares numbers and formulas.
-fn scalars(gold: &Expr, answer: &Expr) -> Verdict {
+fn compare_scalars(gold: &Expr, answer: &Expr) -> Comparison {
     if let (Expr::Percent(inner), other) | (other, Expr::Percent(inner)) = (gold, answer)
         && !matches!(other, Expr::Percent(_))
     {
-        let found = scalars(inner, other);
+        let found = compare_scalars(inner, other);
         if found.equal == Some(true) {
-            return verdict(true, "the digits of the percentage");
+            return comparison(true, "the digits of the percentage");
         }
     }
     if let (Expr::Degrees(inner), other) | (other, Expr::Degrees(inner)) = (gold, answer)
         && matches!(other, Expr::Number(_))
     {
-        return scalars(inner, other);
+        return compare_scalars(inner, other);
     }
     if gold.has_decimal() || answer.has_decimal() {
-        return decimals(gold, answer);
+        return compare_decimals(gold, answer);
     }
-    match compare(gold, answer, Domain::Real) {
-        Found::Equal => verdict(true, "exactly equal"),
-        Found::EqualAtSamples => verdict(true, "equal wherever both were evaluated"),
-        Found::Different => verdict(false, "different values"),
-        Found::Open => verdict(None, "neither proven equal nor different"),
+    match compare_values(gold, answer, Domain::Real) {
+        ValueComparison::Equal => comparison(true, "exactly equal"),
+        ValueComparison::EqualAtSamples => comparison(true, "equal wherever both were evaluated"),
+        ValueComparison::Different => comparison(false, "different values"),
+        ValueComparison::Open => comparison(None, "neither proven equal nor different"),
     }
 }
 
 /// Returns the exact value of an expression, if its normal form is a rational number.
-fn exact(expr: &Expr) -> Option<BigRational> {
-    Atoms::default().form(expr)?.value()
+fn exact_value(expr: &Expr) -> Option<BigRational> {
+    AtomTable::default().normal_form(expr)?.as_rational()
 }
 
 /// Compares values of which at least one contains a decimal, with a relative tolerance of one millionth for
 /// rounding.
-fn decimals(gold: &Expr, answer: &Expr) -> Verdict {
+fn compare_decimals(gold: &Expr, answer: &Expr) -> Comparison {
     let mut names = BTreeSet::new();
-    gold.symbols(&mut names);
-    answer.symbols(&mut names);
+    gold.collect_free_variables(&mut names);
+    answer.collect_free_variables(&mut names);
     let within =
         |apart: BigRational, size: BigRational| apart * BigRational::from_integer(1_000_000.into()) <= size;
-    if let (Some(a), Some(b)) = (exact(gold), exact(answer)) {
+    if let (Some(a), Some(b)) = (exact_value(gold), exact_value(answer)) {
         let size = a.abs().max(b.abs());
         if a == b {
-            return verdict(true, "exactly equal");
+            return comparison(true, "exactly equal");
         }
         // Only the explanation depends on whether both sides are decimals.
-        let both =
-            gold.number().is_some_and(|n| n.is_decimal) && answer.number().is_some_and(|n| n.is_decimal);
+        let both = gold.as_number().is_some_and(|n| n.is_decimal)
+            && answer.as_number().is_some_and(|n| n.is_decimal);
         let close = !size.is_zero() && within((a - b).abs(), size * BigRational::new(101.into(), 100.into()));
-        return verdict(
+        return comparison(
             close,
             if close && !both {
                 "equal to a millionth"
@@ -352,48 +360,51 @@ fn decimals(gold: &Expr, answer: &Expr) -> Verdict {
         );
     }
     if names.is_empty() {
-        return match (value(gold, &Place::new()), value(answer, &Place::new())) {
+        return match (evaluate(gold, &SamplePoint::new()), evaluate(answer, &SamplePoint::new())) {
             (Some(a), Some(b)) => {
                 let (apart, size) =
                     ((a.re - b.re).hypot(a.im - b.im), a.re.hypot(a.im).max(b.re.hypot(b.im)));
                 let close = apart <= size * 1.01e-6 + a.error + b.error;
-                verdict(close, if close { "equal to a millionth" } else { "different values" })
+                comparison(close, if close { "equal to a millionth" } else { "different values" })
             }
-            _ => verdict(None, "one side has no value"),
+            _ => comparison(None, "one side has no value"),
         };
     }
-    match compare(gold, answer, Domain::Real) {
-        Found::Equal | Found::EqualAtSamples => verdict(true, "equal as formulas"),
-        Found::Different => verdict(false, "different formulas"),
-        Found::Open => verdict(None, "neither proven equal nor different"),
+    match compare_values(gold, answer, Domain::Real) {
+        ValueComparison::Equal | ValueComparison::EqualAtSamples => comparison(true, "equal as formulas"),
+        ValueComparison::Different => comparison(false, "different formulas"),
+        ValueComparison::Open => comparison(None, "neither proven equal nor different"),
     }
 }
 
 /// Compares two values of which at least one is a ratio.
-fn ratios(gold: &Expr, answer: &Expr) -> Verdict {
+fn compare_ratios(gold: &Expr, answer: &Expr) -> Comparison {
     match (gold, answer) {
         // Ratios with a zero are times of day.
-        (Expr::Ratio(a), Expr::Ratio(b)) if a.iter().chain(b).any(|part| *part == Expr::whole(0)) => {
-            let same = a.len() == b.len() && a.iter().zip(b).all(|(x, y)| scalars(x, y).equal == Some(true));
-            verdict(same, if same { "the same parts" } else { "other parts" })
+        (Expr::Ratio(a), Expr::Ratio(b)) if a.iter().chain(b).any(|part| *part == Expr::integer(0)) => {
+            let same =
+                a.len() == b.len() && a.iter().zip(b).all(|(x, y)| compare_scalars(x, y).equal == Some(true));
+            comparison(same, if same { "the same parts" } else { "other parts" })
         }
         (Expr::Ratio(a), Expr::Ratio(b)) if a.len() == b.len() => {
             // Two ratios are equal if all quotients by their first parts are equal.
             let share = |parts: &[Expr]| -> Vec<Expr> {
-                parts.iter().skip(1).map(|part| part.clone().over(parts[0].clone())).collect()
+                parts.iter().skip(1).map(|part| part.clone().divided_by(parts[0].clone())).collect()
             };
-            all_of(share(a).iter().zip(&share(b)).map(|(x, y)| scalars(x, y)))
+            combine_comparisons(share(a).iter().zip(&share(b)).map(|(x, y)| compare_scalars(x, y)))
         }
-        (Expr::Ratio(a), Expr::Ratio(b)) => verdict(false, format!("{} parts against {}", a.len(), b.len())),
+        (Expr::Ratio(a), Expr::Ratio(b)) => {
+            comparison(false, format!("{} parts against {}", a.len(), b.len()))
+        }
         (Expr::Ratio(parts), other) | (other, Expr::Ratio(parts)) => match parts.as_slice() {
             [a, b] => {
-                let found = scalars(&a.clone().over(b.clone()), other);
+                let found = compare_scalars(&a.clone().divided_by(b.clone()), other);
                 // `12:30` can be a time of day, so a different value proves nothing.
-                if found.equal == Some(true) { found } else { verdict(None, "a ratio against a number") }
+                if found.equal == Some(true) { found } else { comparison(None, "a ratio against a number") }
             }
-            _ => verdict(None, "a ratio against a number"),
+            _ => comparison(None, "a ratio against a number"),
         },
-        _ => scalars(gold, answer),
+        _ => compare_scalars(gold, answer),
     }
 }
 
@@ -403,7 +414,7 @@ fn is_container(expr: &Expr) -> bool {
 }
 
 /// Combines verdicts: the first difference, or else the last unverifiable verdict, or else equality.
-fn all_of(found: impl Iterator<Item = Verdict>) -> Verdict {
+fn combine_comparisons(found: impl Iterator<Item = Comparison>) -> Comparison {
     let mut open = None;
     for verdict in found {
         match verdict.equal {
@@ -412,13 +423,13 @@ fn all_of(found: impl Iterator<Item = Verdict>) -> Verdict {
             Some(true) => {}
         }
     }
-    open.unwrap_or_else(|| verdict(true, "equal part by part"))
+    open.unwrap_or_else(|| comparison(true, "equal part by part"))
 }
 
 /// Returns the elements of a container, and whether their order counts.
 fn elements(expr: &Expr) -> Option<(Vec<Expr>, bool)> {
     match expr {
-        Expr::Set(parts) => Some((distinct(parts), false)),
+        Expr::Set(parts) => Some((deduplicate(parts), false)),
         Expr::Tuple(parts) => Some((parts.clone(), true)),
         Expr::Interval(low, high) if low.closed == high.closed => {
             Some((vec![(*low.at).clone(), (*high.at).clone()], true))
@@ -428,10 +439,10 @@ fn elements(expr: &Expr) -> Option<(Vec<Expr>, bool)> {
 }
 
 /// Removes repeated elements, up to 64 distinct ones.
-fn distinct(parts: &[Expr]) -> Vec<Expr> {
+fn deduplicate(parts: &[Expr]) -> Vec<Expr> {
     let mut all: Vec<Expr> = Vec::new();
     for part in parts {
-        if all.len() < 64 && all.iter().any(|known| exprs(known, part).equal == Some(true)) {
+        if all.len() < 64 && all.iter().any(|known| compare_exprs(known, part).equal == Some(true)) {
             continue;
         }
         all.push(part.clone());
@@ -440,77 +451,88 @@ fn distinct(parts: &[Expr]) -> Vec<Expr> {
 }
 
 /// Compares two collections without order: each element needs its own equal element on the other side.
-fn matched(a: &[Expr], b: &[Expr]) -> Verdict {
+fn compare_unordered(a: &[Expr], b: &[Expr]) -> Comparison {
     if a.len() != b.len() {
-        return verdict(false, format!("{} elements against {}", a.len(), b.len()));
+        return comparison(false, format!("{} elements against {}", a.len(), b.len()));
     }
     let mut free: Vec<&Expr> = b.iter().collect();
     let mut open = false;
     for element in a {
-        let found: Vec<Option<bool>> = free.iter().map(|other| exprs(element, other).equal).collect();
+        let found: Vec<Option<bool>> = free.iter().map(|other| compare_exprs(element, other).equal).collect();
         if let Some(at) = found.iter().position(|equal| *equal == Some(true)) {
             free.swap_remove(at);
         } else if found.contains(&None) {
             open = true;
         } else {
-            return verdict(false, "an element is missing");
+            return comparison(false, "an element is missing");
         }
     }
-    if open { verdict(None, "an element cannot be compared") } else { verdict(true, "the same elements") }
+    if open {
+        comparison(None, "an element cannot be compared")
+    } else {
+        comparison(true, "the same elements")
+    }
 }
 
 /// Compares two values of which at least one is a container.
-fn containers(gold: &Expr, answer: &Expr) -> Verdict {
+fn compare_containers(gold: &Expr, answer: &Expr) -> Comparison {
     match (gold, answer) {
         (Expr::Interval(a, b), Expr::Interval(c, d)) => {
-            let ends = all_of([exprs(&a.at, &c.at), exprs(&b.at, &d.at)].into_iter());
+            let ends =
+                combine_comparisons([compare_exprs(&a.at, &c.at), compare_exprs(&b.at, &d.at)].into_iter());
             if (a.closed, b.closed) == (c.closed, d.closed) || ends.equal != Some(true) {
                 ends
             } else {
-                verdict(false, "the same ends, but not the same ones belong to it")
+                comparison(false, "the same ends, but not the same ones belong to it")
             }
         }
-        (Expr::Union(a), Expr::Union(b)) => matched(a, b),
-        (Expr::Set(a), Expr::Set(b)) => matched(&distinct(a), &distinct(b)),
+        (Expr::Union(a), Expr::Union(b)) => compare_unordered(a, b),
+        (Expr::Set(a), Expr::Set(b)) => compare_unordered(&deduplicate(a), &deduplicate(b)),
         _ => match (elements(gold), elements(answer)) {
             (Some((a, in_order)), Some((b, other_order)))
                 if in_order == other_order && a.len() == b.len() =>
             {
-                all_of(a.iter().zip(&b).map(|(x, y)| exprs(x, y)))
+                combine_comparisons(a.iter().zip(&b).map(|(x, y)| compare_exprs(x, y)))
             }
             // One side is ordered and the other is not, such as `(1,2)` and `1,2`.
             (Some((a, _)), Some((b, _))) if a.len() == b.len() => {
-                let found = all_of(a.iter().zip(&b).map(|(x, y)| exprs(x, y)));
+                let found = combine_comparisons(a.iter().zip(&b).map(|(x, y)| compare_exprs(x, y)));
                 match found.equal {
                     Some(true) => found,
-                    _ if matched(&a, &b).equal == Some(false) => verdict(false, "other elements"),
-                    _ => verdict(None, "whether the order counts is not said"),
+                    _ if compare_unordered(&a, &b).equal == Some(false) => {
+                        comparison(false, "other elements")
+                    }
+                    _ => comparison(None, "whether the order counts is not said"),
                 }
             }
             (Some((a, _)), Some((b, _))) => {
-                verdict(false, format!("{} elements against {}", a.len(), b.len()))
+                comparison(false, format!("{} elements against {}", a.len(), b.len()))
             }
             // A set of one element equals its element.
-            (Some((one, _)), None) if one.len() == 1 && !is_container(answer) => exprs(&one[0], answer),
-            (None, Some((one, _))) if one.len() == 1 && !is_container(gold) => exprs(gold, &one[0]),
+            (Some((one, _)), None) if one.len() == 1 && !is_container(answer) => {
+                compare_exprs(&one[0], answer)
+            }
+            (None, Some((one, _))) if one.len() == 1 && !is_container(gold) => compare_exprs(gold, &one[0]),
             (Some((many, _)), None) | (None, Some((many, _)))
                 if many.iter().any(|one| matches!(one, Expr::Quantity(..) | Expr::Text(_))) =>
             {
-                verdict(None, "several things against one value")
+                comparison(None, "several things against one value")
             }
             (Some((many, _)), None) | (None, Some((many, _)))
                 if !is_container(gold) || !is_container(answer) =>
             {
-                verdict(false, format!("{} elements against one value", many.len()))
+                comparison(false, format!("{} elements against one value", many.len()))
             }
-            _ if gold.is_scalar() || answer.is_scalar() => verdict(false, "a whole range against one value"),
-            _ => verdict(None, "containers of different kinds"),
+            _ if gold.is_scalar() || answer.is_scalar() => {
+                comparison(false, "a whole range against one value")
+            }
+            _ => comparison(None, "containers of different kinds"),
         },
     }
 }
 
 /// Compares two values of which at least one is a matrix; tuples count as vectors.
-fn matrices(gold: &Expr, answer: &Expr) -> Verdict {
+fn compare_matrices(gold: &Expr, answer: &Expr) -> Comparison {
     let rows = |side: &Expr| -> Option<Vec<Vec<Expr>>> {
         match side {
             Expr::Matrix(rows) => Some(rows.clone()),
@@ -531,11 +553,12 @@ fn matrices(gold: &Expr, answer: &Expr) -> Verdict {
         }
     };
     let (Some(mut a), Some(mut b)) = (rows(gold), rows(answer)) else {
-        let is_value = |side: &Expr| side.is_scalar() && !side.any(&|part| matches!(part, Expr::Symbol(_)));
+        let is_value =
+            |side: &Expr| side.is_scalar() && !side.any_part(&|part| matches!(part, Expr::Symbol(_)));
         if is_value(gold) || is_value(answer) {
-            return verdict(false, "a matrix against one value");
+            return comparison(false, "a matrix against one value");
         }
-        return verdict(None, "a matrix against something else");
+        return comparison(None, "a matrix against something else");
     };
     // A row vector equals the column vector of its elements.
     for side in [&mut a, &mut b] {
@@ -544,7 +567,7 @@ fn matrices(gold: &Expr, answer: &Expr) -> Verdict {
         }
     }
     if a.len() != b.len() || a[0].len() != b[0].len() {
-        return verdict(false, "matrices of different shape");
+        return comparison(false, "matrices of different shape");
     }
-    all_of(a.iter().flatten().zip(b.iter().flatten()).map(|(x, y)| exprs(x, y)))
+    combine_comparisons(a.iter().flatten().zip(b.iter().flatten()).map(|(x, y)| compare_exprs(x, y)))
 }

@@ -160,10 +160,14 @@ fn strict_profile_gives_the_labeled_verdicts() {
 
 #[test]
 fn ignores_reasoning_and_prefers_the_last_box() {
-    assert_eq!(check("7", "<think>\\boxed{7}</think> \\boxed{8}").correct, Some(false));
-    assert_eq!(check("7", "<think>x</think>\\boxed{4}, wait: \\boxed{7}").correct, Some(true));
-    assert_eq!(check("7", "<think>\\boxed{7}").correct, None, "thinking that never ended has no answer");
-    assert_eq!(check("#### 7", "The answer is 7.").correct, Some(true));
+    assert_eq!(check_completion("7", "<think>\\boxed{7}</think> \\boxed{8}").correct, Some(false));
+    assert_eq!(check_completion("7", "<think>x</think>\\boxed{4}, wait: \\boxed{7}").correct, Some(true));
+    assert_eq!(
+        check_completion("7", "<think>\\boxed{7}").correct,
+        None,
+        "thinking that never ended has no answer"
+    );
+    assert_eq!(check_completion("#### 7", "The answer is 7.").correct, Some(true));
 }
 
 /// Pair of answers with the verdicts of Math-Verify, in both orders.
@@ -193,7 +197,7 @@ fn pairs() -> Vec<Pair> {
 #[test]
 fn compat_profile_agrees_with_math_verify() {
     let pairs = pairs();
-    let agrees = |gold: &str, answer: &str, equal: bool| compat::equal(gold, answer) == equal;
+    let agrees = |gold: &str, answer: &str, equal: bool| compat::is_equal(gold, answer) == equal;
     let wrong: Vec<_> = pairs
         .iter()
         .filter(|pair| {
@@ -237,8 +241,8 @@ fn hostile_input_terminates() {
     for text in &hostile {
         for profile in [Profile::Strict, Profile::Compat] {
             for other in ["7", "x+1", "\\boxed{\\frac12}", text.as_str()] {
-                verify(other, text, profile);
-                verify(text, other, profile);
+                compare_with_profile(other, text, profile);
+                compare_with_profile(text, other, profile);
             }
         }
     }
@@ -264,7 +268,7 @@ fn work_budget_stops_short_but_expensive_answers() {
         let verdict = strict::compare_answers(&other, &text);
         assert_eq!(verdict.equal.is_some(), decided, "{verdict:?}");
         assert!(decided || verdict.why.contains("more work"), "{verdict:?}");
-        verify(&format!("${other}$"), &format!("${text}$"), Profile::Compat);
+        compare_with_profile(&format!("${other}$"), &format!("${text}$"), Profile::Compat);
     }
     assert_eq!(
         strict::compare_answers("1/2", "0.5").equal,
@@ -292,21 +296,21 @@ proptest! {
     fn equal_formulas_are_equal_and_their_successors_are_not((a, b) in formula()) {
         for profile in [Profile::Strict, Profile::Compat] {
             let (a, b) = (format!("${a}$"), format!("${b}$"));
-            prop_assert_eq!(verify(&a, &b, profile).equal, Some(true), "{} {}", a, b);
+            prop_assert_eq!(compare_with_profile(&a, &b, profile).equal, Some(true), "{} {}", a, b);
             let more = format!("{}+1$", b.trim_end_matches('$'));
-            prop_assert_eq!(verify(&a, &more, profile).equal, Some(false), "{} {}", a, more);
+            prop_assert_eq!(compare_with_profile(&a, &more, profile).equal, Some(false), "{} {}", a, more);
         }
     }
 
     /// Normal forms and samples never contradict each other.
     #[test]
     fn sampling_agrees_with_the_normal_form((a, _) in formula(), (b, _) in formula()) {
-        let read = |text: &str| parser::parse(text, parser::Letters::Single).unwrap();
+        let read = |text: &str| parser::parse(text, parser::LetterMode::Single).unwrap();
         let (a, b) = (read(&a), read(&b));
-        let exact = scalar::compare(&a, &b, scalar::Domain::Real);
-        let sampled = scalar::sampled(&a, &b, scalar::Domain::Real);
-        let equal = |found| matches!(found, scalar::Found::Equal | scalar::Found::EqualAtSamples);
-        if sampled != scalar::Found::Open && exact != scalar::Found::Open {
+        let exact = scalar::compare_values(&a, &b, scalar::Domain::Real);
+        let sampled = scalar::compare_at_samples(&a, &b, scalar::Domain::Real);
+        let equal = |found| matches!(found, scalar::ValueComparison::Equal | scalar::ValueComparison::EqualAtSamples);
+        if sampled != scalar::ValueComparison::Open && exact != scalar::ValueComparison::Open {
             prop_assert_eq!(equal(exact), equal(sampled));
         }
     }
@@ -323,8 +327,8 @@ proptest! {
     #[test]
     fn any_text_is_compared_without_panic(a in "[-+0-9a-z.,/%\\\\{}()^_$ =<>|!&]{0,60}", b in "\\PC{0,60}") {
         for (gold, answer) in [(&a, &b), (&b, &a), (&a, &a)] {
-            verify(gold, answer, Profile::Compat);
-            verify(gold, answer, Profile::Strict);
+            compare_with_profile(gold, answer, Profile::Compat);
+            compare_with_profile(gold, answer, Profile::Strict);
         }
     }
 }

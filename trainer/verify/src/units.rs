@@ -6,7 +6,7 @@ use num_rational::BigRational;
 
 /// Dimension of a unit, with its base unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum Dimension {
     /// Meters.
     Length,
     /// Square meters.
@@ -29,34 +29,34 @@ pub enum Kind {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit {
     /// Dimension.
-    pub kind: Kind,
+    pub dimension: Dimension,
     /// Number of base units in one unit.
     pub scale: BigRational,
 }
 
 /// Returns whether a unit has a word that multiplies the preceding number, such as `dozen` or `million`.
-pub fn multiplies(unit: &str) -> bool {
+pub fn has_multiplier(unit: &str) -> bool {
     const WORDS: [&str; 8] =
         ["dozen", "hundred", "thousand", "million", "billion", "trillion", "half", "score"];
     unit.to_lowercase().split_whitespace().any(|word| WORDS.iter().any(|known| word.starts_with(known)))
 }
 
 /// Returns a name in lower case with single spaces, without periods, dollar signs, braces and backslashes.
-fn normal(unit: &str) -> String {
+fn normalize_name(unit: &str) -> String {
     let unit = unit.to_lowercase().replace(['.', '$', '{', '}', '\\'], "");
     unit.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Returns whether two names are equal without regard to case, punctuation, whitespace and a plural `s`.
-pub fn same_name(a: &str, b: &str) -> bool {
-    let (a, b) = (normal(a), normal(b));
+pub fn is_same_name(a: &str, b: &str) -> bool {
+    let (a, b) = (normalize_name(a), normalize_name(b));
     a == b || a.trim_end_matches('s') == b.trim_end_matches('s')
 }
 
 /// Returns the unit with a name, or `None` for an unknown or ambiguous name.
-pub fn known(name: &str) -> Option<Unit> {
-    use Kind::{Angle, Area, Length, Mass, Money, Speed, Time, Volume};
-    let name = normal(name);
+pub fn find_unit(name: &str) -> Option<Unit> {
+    use Dimension::{Angle, Area, Length, Mass, Money, Speed, Time, Volume};
+    let name = normalize_name(name);
     let length = |name: &str| -> Option<(i64, i64)> {
         Some(match name {
             "m" | "meter" | "meters" | "metre" | "metres" => (1, 1),
@@ -82,8 +82,10 @@ pub fn known(name: &str) -> Option<Unit> {
             _ => return None,
         })
     };
-    let unit =
-        |kind, (top, bottom): (i64, i64)| Unit { kind, scale: BigRational::new(top.into(), bottom.into()) };
+    let unit = |kind, (top, bottom): (i64, i64)| Unit {
+        dimension: kind,
+        scale: BigRational::new(top.into(), bottom.into()),
+    };
     if let Some(scale) = length(&name) {
         return Some(unit(Length, scale));
     }
@@ -93,7 +95,7 @@ pub fn known(name: &str) -> Option<Unit> {
     let powered = |base: &str, power: i32, kind| {
         length(base.trim()).map(|scale| {
             let one = unit(kind, scale);
-            Unit { kind, scale: one.scale.pow(power) }
+            Unit { dimension: kind, scale: one.scale.pow(power) }
         })
     };
     for (suffix, power, kind) in
@@ -139,11 +141,15 @@ mod tests {
 
     #[test]
     fn converts_between_units_of_one_dimension() {
-        let scale = |name: &str| known(name).unwrap().scale;
+        let scale = |name: &str| find_unit(name).unwrap().scale;
         assert_eq!(scale("hours") / scale("minutes"), BigRational::from_integer(60.into()));
         assert_eq!(scale("m^2") / scale("cm^2"), BigRational::from_integer(10_000.into()));
         assert_eq!(scale("square feet"), scale("ft^2"));
-        assert_ne!(known("kg").unwrap().kind, known("litres").unwrap().kind);
-        assert!(same_name("Apples", "apple") && multiplies("million dollars") && known("apples").is_none());
+        assert_ne!(find_unit("kg").unwrap().dimension, find_unit("litres").unwrap().dimension);
+        assert!(
+            is_same_name("Apples", "apple")
+                && has_multiplier("million dollars")
+                && find_unit("apples").is_none()
+        );
     }
 }

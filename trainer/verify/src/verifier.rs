@@ -11,7 +11,7 @@ use crate::extract::final_answer;
 
 /// Reference that a completion is compared with.
 #[derive(Debug, Clone)]
-pub enum Gold {
+pub enum Reference {
     /// Reference answer: value, formula or words.
     Answer(String),
     /// Letter of the correct choice.
@@ -32,7 +32,7 @@ pub enum Gold {
 /// Source of a verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Method {
+pub enum VerdictSource {
     /// Comparison by rules.
     Rule,
     /// Tests in the sandbox.
@@ -49,7 +49,7 @@ pub struct Verdict {
     /// Correct, incorrect, or `None` for unverifiable.
     pub correct: Option<bool>,
     /// Source of the verdict.
-    pub method: Method,
+    pub source: VerdictSource,
     /// Explanation of the verdict.
     pub evidence: String,
     /// Extracted final answer or program, if there is one.
@@ -72,48 +72,55 @@ impl Verifier {
     ///
     /// Fails only if this machine cannot run programs in the sandbox. A missing or oversized program is
     /// incorrect.
-    pub fn verify(&self, gold: &Gold, completion: &str) -> Result<Verdict, SandboxError> {
+    pub fn verify(&self, gold: &Reference, completion: &str) -> Result<Verdict, SandboxError> {
         match gold {
-            Gold::Answer(gold) => Ok(by_rule(gold, completion)),
-            Gold::Choice(letter) => Ok(by_rule(&letter.to_string(), completion)),
-            Gold::Functions { head, tests, entry } => self.tested(completion, |sandbox, code| {
+            Reference::Answer(gold) => Ok(compare_by_rule(gold, completion)),
+            Reference::Choice(letter) => Ok(compare_by_rule(&letter.to_string(), completion)),
+            Reference::Functions { head, tests, entry } => self.run_tests(completion, |sandbox, code| {
                 let name = entry.rsplit('.').next().unwrap_or(entry);
                 // The completion can be the body of the function alone; the signature then comes from the
                 // head.
                 let program = if head.is_empty() || code.contains(&format!("def {name}")) {
-                    format!("{}\n{code}", imports(head))
+                    format!("{}\n{code}", leading_imports(head))
                 } else {
                     format!("{head}{code}")
                 };
-                sandbox.functions(&program, tests, entry)
+                sandbox.check_functions(&program, tests, entry)
             }),
-            Gold::Prints(examples) => self.tested(completion, |sandbox, code| sandbox.prints(code, examples)),
+            Reference::Prints(examples) => {
+                self.run_tests(completion, |sandbox, code| sandbox.check_output(code, examples))
+            }
         }
     }
 
     /// Runs the tests on the program in a completion.
-    fn tested(
+    fn run_tests(
         &self,
         completion: &str,
-        run: impl Fn(&Sandbox, &str) -> Result<potstill_sandbox::Verdict, SandboxError>,
+        run: impl Fn(&Sandbox, &str) -> Result<potstill_sandbox::TestResult, SandboxError>,
     ) -> Result<Verdict, SandboxError> {
         let Some(sandbox) = &self.sandbox else {
             return Err(SandboxError::NoIsolation("no sandbox was set up".to_owned()));
         };
-        let Some(code) = program_in(completion) else {
+        let Some(code) = extract_program(completion) else {
             let evidence = "no program found".to_owned();
-            return Ok(Verdict { correct: Some(false), method: Method::Tests, evidence, answer: None });
+            return Ok(Verdict {
+                correct: Some(false),
+                source: VerdictSource::Tests,
+                evidence,
+                answer: None,
+            });
         };
         match run(sandbox, &code) {
             Ok(verdict) => Ok(Verdict {
                 correct: Some(verdict.passed),
-                method: Method::Tests,
+                source: VerdictSource::Tests,
                 evidence: verdict.why,
                 answer: Some(code),
             }),
             Err(SandboxError::TooLong) => Ok(Verdict {
                 correct: Some(false),
-                method: Method::Tests,
+                source: VerdictSource::Tests,
                 evidence: SandboxError::TooLong.to_string(),
                 answer: None,
             }),
@@ -123,14 +130,19 @@ impl Verifier {
 }
 
 /// Compares a completion with a reference answer by rules.
-fn by_rule(gold: &str, completion: &str) -> Verdict {
-    let finding = crate::check(gold, completion);
-    let method = if finding.correct.is_some() { Method::Rule } else { Method::Undecided };
-    Verdict { correct: finding.correct, method, evidence: finding.evidence, answer: final_answer(completion) }
+fn compare_by_rule(gold: &str, completion: &str) -> Verdict {
+    let finding = crate::check_completion(gold, completion);
+    let method = if finding.correct.is_some() { VerdictSource::Rule } else { VerdictSource::Undecided };
+    Verdict {
+        correct: finding.correct,
+        source: method,
+        evidence: finding.evidence,
+        answer: final_answer(completion),
+    }
 }
 
 /// Returns the part of the head before its last function: imports and helpers.
-fn imports(head: &str) -> &str {
+fn leading_imports(head: &str) -> &str {
     match head.rfind("\ndef ") {
         Some(at) => &head[..=at],
         None if head.starts_with("def ") => "",
@@ -139,7 +151,7 @@ fn imports(head: &str) -> &str {
 }
 
 /// Returns the last code block behind the reasoning, or all text behind the reasoning if there is no block.
-fn program_in(completion: &str) -> Option<String> {
+fn extract_program(completion: &str) -> Option<String> {
     let text = completion.rsplit("</think>").next().unwrap_or_default();
     let blocks = text.split("```").skip(1).step_by(2).filter(|block| !block.trim().is_empty());
     let code = match blocks.last() {
@@ -166,19 +178,19 @@ mod tests {
             ("x = 1", "x = 1"),
             ("```python\nx = 1", "x = 1"),
         ] {
-            assert_eq!(program_in(text).as_deref(), Some(program), "{text}");
+            assert_eq!(extract_program(text).as_deref(), Some(program), "{text}");
         }
-        assert_eq!(program_in("<think>x</think> "), None);
-        assert_eq!(imports("import a\n\ndef f(x):\n    pass\n"), "import a\n\n");
+        assert_eq!(extract_program("<think>x</think> "), None);
+        assert_eq!(leading_imports("import a\n\ndef f(x):\n    pass\n"), "import a\n\n");
     }
 
     #[test]
     fn reports_rule_verdicts_and_unverifiable_answers() {
         let verifier = Verifier::default();
-        let verdict = |gold: Gold, text: &str| verifier.verify(&gold, text).unwrap();
-        assert_eq!(verdict(Gold::Choice('B'), "\\boxed{(B)}").correct, Some(true));
-        assert_eq!(verdict(Gold::Answer("7".into()), "\\boxed{8}").method, Method::Rule);
-        assert_eq!(verdict(Gold::Answer("7".into()), "I do not know.").method, Method::Undecided);
-        assert!(verifier.verify(&Gold::Prints(Vec::new()), "print(1)").is_err());
+        let verdict = |gold: Reference, text: &str| verifier.verify(&gold, text).unwrap();
+        assert_eq!(verdict(Reference::Choice('B'), "\\boxed{(B)}").correct, Some(true));
+        assert_eq!(verdict(Reference::Answer("7".into()), "\\boxed{8}").source, VerdictSource::Rule);
+        assert_eq!(verdict(Reference::Answer("7".into()), "I do not know.").source, VerdictSource::Undecided);
+        assert!(verifier.verify(&Reference::Prints(Vec::new()), "print(1)").is_err());
     }
 }

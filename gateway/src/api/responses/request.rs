@@ -2,8 +2,8 @@
 //! pass as they are.
 
 use bytes::Bytes;
-use potstill_shared::id::unique;
-use potstill_shared::openai::now_seconds;
+use potstill_shared::id::unique_id;
+use potstill_shared::openai::unix_time_s;
 use serde_json::{Map, Value, json};
 
 use crate::error::GatewayError;
@@ -77,7 +77,7 @@ pub fn to_chat(body: &Bytes) -> Result<(Bytes, ResponsesRequest), GatewayError> 
         }
     }
     let model = fields.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
-    let request = ResponsesRequest { id: unique("resp"), created: now_seconds(), model, echo };
+    let request = ResponsesRequest { id: unique_id("resp"), created: unix_time_s(), model, echo };
     let mut messages = Vec::new();
     if let Some(Value::String(instructions)) = fields.remove("instructions") {
         messages.push(json!({"role": "system", "content": instructions}));

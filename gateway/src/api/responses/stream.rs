@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
 use http_body::{Body, Frame};
-use potstill_shared::id::unique;
+use potstill_shared::id::unique_id;
 use serde_json::{Value, json};
 
 use super::request::ResponsesRequest;
@@ -113,7 +113,7 @@ impl Writer {
     fn thinking(&mut self, text: &str) {
         if !matches!(self.open, Some(Open::Reasoning { .. })) {
             self.close();
-            let id = unique("rs");
+            let id = unique_id("rs");
             self.add(reasoning_item(&id, "in_progress", None));
             let part = json!({"type": "reasoning_text", "text": ""});
             self.emit(
@@ -135,7 +135,7 @@ impl Writer {
     fn text(&mut self, text: &str) {
         if !matches!(self.open, Some(Open::Message { .. })) {
             self.close();
-            let id = unique("msg");
+            let id = unique_id("msg");
             self.add(message_item(&id, "in_progress", None));
             self.emit("response.content_part.added", json!({"item_id": id, "output_index": self.output.len(), "content_index": 0, "part": text_part("")}));
             self.open = Some(Open::Message { id, text: String::new() });
@@ -152,7 +152,7 @@ impl Writer {
         if !matches!(&self.open, Some(Open::Call { index, .. }) if *index == number) {
             self.close();
             let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-            let (id, name, call) = (unique("fc"), text(&call["function"]["name"]), text(&call["id"]));
+            let (id, name, call) = (unique_id("fc"), text(&call["function"]["name"]), text(&call["id"]));
             self.add(call_item(&id, "in_progress", &call, &name, ""));
             self.open = Some(Open::Call { id, call, name, arguments: String::new(), index: number });
         }

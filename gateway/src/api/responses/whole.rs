@@ -1,7 +1,7 @@
 //! A whole chat answer becomes a response object.
 
 use bytes::Bytes;
-use potstill_shared::id::unique;
+use potstill_shared::id::unique_id;
 use serde_json::Value;
 
 use super::request::ResponsesRequest;
@@ -16,17 +16,17 @@ pub fn from_chat(body: &Bytes, request: &ResponsesRequest) -> Bytes {
     let mut output = Vec::new();
     let thinking = message["reasoning_content"].as_str().or(message["reasoning"].as_str());
     if let Some(text) = thinking.filter(|text| !text.is_empty()) {
-        output.push(reasoning_item(&unique("rs"), "completed", Some(text)));
+        output.push(reasoning_item(&unique_id("rs"), "completed", Some(text)));
     }
     let calls = message["tool_calls"].as_array().map_or(&[][..], Vec::as_slice);
     let text = message["content"].as_str().unwrap_or_default();
     if !text.is_empty() || calls.is_empty() {
-        output.push(message_item(&unique("msg"), status, Some(text)));
+        output.push(message_item(&unique_id("msg"), status, Some(text)));
     }
     for call in calls {
         let part = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let (name, arguments) = (part(&call["function"]["name"]), part(&call["function"]["arguments"]));
-        output.push(call_item(&unique("fc"), "completed", &part(&call["id"]), &name, &arguments));
+        output.push(call_item(&unique_id("fc"), "completed", &part(&call["id"]), &name, &arguments));
     }
     let model = chat["model"].as_str().unwrap_or(&request.model);
     let response = object(request, model, status, details, &output, usage(&chat["usage"]));

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, header};
-use potstill_shared::redact::Redacted;
+use potstill_shared::redact::Secret;
 use serde::{Deserialize, Serialize};
 
 use crate::autoscale::actuator::{NodeActuator, NodeSupply};
@@ -93,7 +93,7 @@ impl WebhookActuator {
             url.authority().ok_or("webhook: the URL names no host")?
         );
         let key = config.api_key_env.as_ref().and_then(|variable| std::env::var(variable).ok());
-        let key = key.map(Redacted::new);
+        let key = key.map(Secret::new);
         let program = Endpoint::new(&base, key.as_ref(), AddressPolicy::Trusted)
             .map_err(|problem| format!("webhook: {problem}"))?;
         Ok(Self {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use potstill_shared::redact::Redacted;
+use potstill_shared::redact::Secret;
 
 use super::lease::{LeaseCoordinator, PoolReport, PublishedScale};
 use super::pod_node::{Drain, PodNode};
@@ -191,7 +191,7 @@ impl KubernetesActuator {
                 let spec = NodeSpec {
                     state: NodeState::Starting,
                     origin: NodeOrigin::Scaler,
-                    key: key.map(Redacted::new),
+                    key: key.map(Secret::new),
                     ..NodeSpec::new(format!("http://{host}:{}", self.config.port), max_concurrency)
                 };
                 match self.pool.add_node(spec) {

@@ -17,7 +17,7 @@ pub(super) struct DrainMark {
 impl DrainMark {
     /// Begins a drain with a new id.
     pub(super) fn new() -> Self {
-        Self { id: id::unique("d"), evictable: false }
+        Self { id: id::unique_id("d"), evictable: false }
     }
 
     /// Value of the annotation.

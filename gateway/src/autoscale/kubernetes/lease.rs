@@ -142,7 +142,7 @@ impl Default for LeaseCoordinator {
     fn default() -> Self {
         // In a cluster the name of the pod, from the downward API.
         let name =
-            std::env::var("POD_NAME").unwrap_or_else(|_| potstill_shared::id::unique("potstill-gateway"));
+            std::env::var("POD_NAME").unwrap_or_else(|_| potstill_shared::id::unique_id("potstill-gateway"));
         let name = &name[name.len().saturating_sub(MAX_NAME_BYTES)..];
         Self {
             name: name.trim_matches(['-', '.']).to_owned(),

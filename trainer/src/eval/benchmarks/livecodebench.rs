@@ -6,18 +6,18 @@ use std::io::Read;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use potstill_sandbox::Example;
-use potstill_verify::verifier::Gold;
+use potstill_verify::verifier::Reference;
 use serde_json::Value;
 
-use super::{PYTHON, text};
+use super::{PYTHON_INSTRUCTION, text_field};
 
 /// Maximum size of an unpacked list of tests, in bytes.
-const MAX_TESTS: u64 = 512 << 20;
+const MAX_TESTS_BYTES: u64 = 512 << 20;
 
 /// Converts a row to prompt and tests. Public and private tests are JSON lists; private ones may be packed.
-pub(super) fn read(row: &Value) -> Result<(String, Gold), String> {
-    let question = text(row, &["question_content", "problem"])?;
-    let starter = text(row, &["starter_code"]).unwrap_or_default();
+pub(super) fn parse_row(row: &Value) -> Result<(String, Reference), String> {
+    let question = text_field(row, &["question_content", "problem"])?;
+    let starter = text_field(row, &["starter_code"]).unwrap_or_default();
     let mut all: Vec<Value> = Vec::new();
     for name in ["public_test_cases", "private_test_cases"] {
         let cases = match row.get(name) {
@@ -26,7 +26,7 @@ pub(super) fn read(row: &Value) -> Result<(String, Gold), String> {
             Some(Value::String(text)) => match serde_json::from_str(text) {
                 Ok(cases) => cases,
                 Err(_) => {
-                    let cases = unpacked(text).map_err(|problem| format!("`{name}`: {problem}"))?;
+                    let cases = unpack_string(text).map_err(|problem| format!("`{name}`: {problem}"))?;
                     serde_json::from_str(&cases).map_err(|error| format!("`{name}`: {error}"))?
                 }
             },
@@ -45,8 +45,10 @@ pub(super) fn read(row: &Value) -> Result<(String, Gold), String> {
             .iter()
             .map(|case| Example { input: field(case, "input"), output: field(case, "output") })
             .collect();
-        let asked = format!("{question}\n\nRead from standard input and write to standard output. {PYTHON}");
-        return Ok((asked, Gold::Prints(examples)));
+        let asked = format!(
+            "{question}\n\nRead from standard input and write to standard output. {PYTHON_INSTRUCTION}"
+        );
+        return Ok((asked, Reference::Prints(examples)));
     }
     let metadata = match row.get("metadata") {
         Some(Value::String(text)) => serde_json::from_str(text).unwrap_or_default(),
@@ -60,19 +62,24 @@ pub(super) fn read(row: &Value) -> Result<(String, Gold), String> {
     let tests: Vec<String> = all
         .iter()
         .map(|case| {
-            let arguments: Vec<String> = field(case, "input").lines().map(python_of).collect();
-            format!("assert candidate({}) == {}", arguments.join(", "), python_of(&field(case, "output")))
+            let arguments: Vec<String> = field(case, "input").lines().map(python_literal).collect();
+            format!(
+                "assert candidate({}) == {}",
+                arguments.join(", "),
+                python_literal(&field(case, "output"))
+            )
         })
         .collect();
-    let asked = format!("{question}\n\nUse this beginning:\n\n```python\n{starter}\n```\n\n{PYTHON}");
+    let asked =
+        format!("{question}\n\nUse this beginning:\n\n```python\n{starter}\n```\n\n{PYTHON_INSTRUCTION}");
     let head =
         "from typing import *\nimport collections, itertools, functools, math, heapq, bisect, re, string\n"
             .to_owned();
-    Ok((asked, Gold::Functions { head, tests: tests.join("\n"), entry }))
+    Ok((asked, Reference::Functions { head, tests: tests.join("\n"), entry }))
 }
 
 /// Returns a JSON value in Python's notation. Text that is not JSON is returned unchanged.
-fn python_of(json: &str) -> String {
+fn python_literal(json: &str) -> String {
     fn show(value: &Value) -> String {
         match value {
             Value::Null => "None".to_owned(),
@@ -93,16 +100,16 @@ fn python_of(json: &str) -> String {
 }
 
 /// Unpacks a field and returns its string. Only the one pickled string is parsed; no pickle instruction is executed.
-fn unpacked(packed: &str) -> Result<String, String> {
+fn unpack_string(packed: &str) -> Result<String, String> {
     let bytes =
         STANDARD.decode(packed.trim()).map_err(|error| format!("neither JSON nor base64: {error}"))?;
     let mut pickle = Vec::new();
-    let mut limited = flate2::read::ZlibDecoder::new(bytes.as_slice()).take(MAX_TESTS + 1);
+    let mut limited = flate2::read::ZlibDecoder::new(bytes.as_slice()).take(MAX_TESTS_BYTES + 1);
     limited.read_to_end(&mut pickle).map_err(|error| format!("not packed by zlib: {error}"))?;
-    if pickle.len() as u64 > MAX_TESTS {
-        return Err(format!("unpacks to more than {} MiB", MAX_TESTS >> 20));
+    if pickle.len() as u64 > MAX_TESTS_BYTES {
+        return Err(format!("unpacks to more than {} MiB", MAX_TESTS_BYTES >> 20));
     }
-    pickled_string(&pickle)
+    read_pickled_string(&pickle)
         .and_then(|bytes| std::str::from_utf8(bytes).ok())
         .map(str::to_owned)
         .ok_or_else(|| "holds no pickled string".to_owned())
@@ -110,7 +117,7 @@ fn unpacked(packed: &str) -> Result<String, String> {
 
 /// Returns the bytes of a pickled string: the protocol (`\x80 n`), an optional frame (`\x95`), then a string with a
 /// length of one, four or eight bytes (`\x8c`, `X`, `\x8d`).
-fn pickled_string(pickle: &[u8]) -> Option<&[u8]> {
+fn read_pickled_string(pickle: &[u8]) -> Option<&[u8]> {
     let mut rest = pickle.strip_prefix(&[0x80])?.get(1..)?;
     if let Some(framed) = rest.strip_prefix(&[0x95]) {
         rest = framed.get(8..)?;
@@ -144,7 +151,7 @@ mod tests {
     fn unpacks_tests_packed_by_python() {
         for packed in PACKED {
             let row = json!({"question_content": "q", "private_test_cases": packed});
-            let Gold::Prints(examples) = read(&row).unwrap().1 else { panic!() };
+            let Reference::Prints(examples) = parse_row(&row).unwrap().1 else { panic!() };
             assert_eq!(
                 (examples.len(), examples[1].input.as_str(), examples[1].output.as_str()),
                 (2, "3 é\n", "6")
@@ -167,7 +174,7 @@ mod tests {
             (zipped(b"\x80\x04X\x01\0\0\0{."), "private_test_cases"),
         ] {
             let row = json!({"question_content": "q", "private_test_cases": packed});
-            let problem = read(&row).unwrap_err();
+            let problem = parse_row(&row).unwrap_err();
             assert!(problem.contains(word), "{problem}");
         }
     }

@@ -8,12 +8,12 @@
 
 use num_rational::BigRational;
 
-use crate::expr::{Expr, Number, is_whole};
-use crate::lexer::value_of;
-use crate::parser::{Letters, parse};
+use crate::expr::{Expr, Number, is_integer};
+use crate::lexer::decimal_value;
+use crate::parser::{LetterMode, parse};
 
 /// Extracted answer: its text, and its value if the text parses.
-pub(super) struct Reading {
+pub(super) struct ExtractedAnswer {
     /// Value, if the answer parses.
     pub(super) value: Option<Expr>,
     /// Text of the first candidate.
@@ -22,7 +22,7 @@ pub(super) struct Reading {
 
 /// Content of a candidate.
 #[derive(Clone)]
-enum Content {
+enum CandidateContent {
     /// LaTeX snippets joined by `and`, each with a flag for a following percent sign.
     Latex(Vec<(String, bool)>),
     /// Text from the first box to the last brace.
@@ -35,68 +35,68 @@ enum Content {
 
 /// Candidate with its bytes in the text.
 #[derive(Clone)]
-struct Hit {
+struct Candidate {
     start: usize,
     end: usize,
-    content: Content,
+    content: CandidateContent,
 }
 
 /// Largest size of a text in bytes; longer texts lose their beginning.
-const LONGEST: usize = 60_000;
+const MAX_TEXT_BYTES: usize = 60_000;
 /// Largest number of candidates parsed per rank.
-const TRIES: usize = 64;
+const MAX_CANDIDATES_PER_RANK: usize = 64;
 
 /// Largest size of a LaTeX environment in bytes.
-const REACH: usize = 8_000;
+const MAX_FORMULA_BYTES: usize = 8_000;
 
 /// Returns the beginning of a text, at most `most` bytes.
-fn within(text: &str, most: usize) -> &str {
+fn truncate_to_bytes(text: &str, most: usize) -> &str {
     let end = (0..=most.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
     &text[..end]
 }
 
 /// Extracts the answer of a text, or returns `None` if there is no candidate.
-pub(super) fn read(text: &str) -> Option<Reading> {
-    let mut begin = text.len().saturating_sub(LONGEST);
+pub(super) fn extract_answer(text: &str) -> Option<ExtractedAnswer> {
+    let mut begin = text.len().saturating_sub(MAX_TEXT_BYTES);
     while !text.is_char_boundary(begin) {
         begin += 1;
     }
-    let scan = Scan { text: &text[begin..] };
-    let (latex, plain) = (scan.latex(), scan.plain());
+    let scan = Scanner { text: &text[begin..] };
+    let (latex, plain) = (scan.latex_candidates(), scan.plain_candidates());
     let mut spelling: Option<String> = None;
-    for group in scan.groups(&latex, &plain) {
+    for group in scan.rank_candidates(&latex, &plain) {
         let mut hits = group;
         hits.sort_by(|a, b| b.end.cmp(&a.end).then(a.start.cmp(&b.start)));
-        for hit in hits.into_iter().take(TRIES) {
-            let (value, text) = understand(&hit.content);
+        for hit in hits.into_iter().take(MAX_CANDIDATES_PER_RANK) {
+            let (value, text) = parse_candidate(&hit.content);
             if spelling.is_none() && !text.is_empty() {
                 spelling = Some(text.clone());
             }
             if let Some(value) = value {
-                return Some(Reading::of(Some(value), spelling.unwrap_or(text)));
+                return Some(ExtractedAnswer::new(Some(value), spelling.unwrap_or(text)));
             }
         }
     }
-    spelling.map(|text| Reading::of(None, text))
+    spelling.map(|text| ExtractedAnswer::new(None, text))
 }
 
 /// Parses LaTeX; returns `None` for commands that Math-Verify cannot parse.
-fn latex_value(snippet: &str) -> Option<Expr> {
+fn parse_latex(snippet: &str) -> Option<Expr> {
     const UNKNOWN: [&str; 6] = ["\\varnothing", "\\overline{", "\\bmod", "\\pmod", "\\dot{", "\\arctan"];
-    if UNKNOWN.iter().any(|name| snippet.contains(name)) || spaced_digits(snippet) {
+    if UNKNOWN.iter().any(|name| snippet.contains(name)) || has_spaced_digits(snippet) {
         return None;
     }
     let snippet = snippet.trim().trim_end_matches(['.', ',']);
-    parse(snippet, Letters::Single).ok().or_else(|| {
+    parse(snippet, LetterMode::Single).ok().or_else(|| {
         // A chain of equations that does not parse counts as its last side.
         let sides: Vec<&str> = snippet.split('=').collect();
         let fine = sides.len() > 2 && !snippet.contains([',', ';']);
-        fine.then(|| parse(sides[sides.len() - 1], Letters::Single).ok()).flatten()
+        fine.then(|| parse(sides[sides.len() - 1], LetterMode::Single).ok()).flatten()
     })
 }
 
 /// Returns whether a thin space separates two digits, as in `1\,000`.
-fn spaced_digits(snippet: &str) -> bool {
+fn has_spaced_digits(snippet: &str) -> bool {
     snippet.match_indices("\\,").any(|(at, _)| {
         snippet[..at].ends_with(|c: char| c.is_ascii_digit())
             && snippet[at + 2..].starts_with(|c: char| c.is_ascii_digit())
@@ -104,7 +104,7 @@ fn spaced_digits(snippet: &str) -> bool {
 }
 
 /// Normalizes LaTeX for comparison as text.
-fn spelled(snippet: &str) -> String {
+fn normalize_latex(snippet: &str) -> String {
     let mut text = snippet.to_owned();
     for (from, to) in [
         ("\\left", ""),
@@ -126,19 +126,19 @@ fn spelled(snippet: &str) -> String {
 }
 
 /// Returns the text of a candidate, and its value if the text parses.
-fn understand(content: &Content) -> (Option<Expr>, String) {
+fn parse_candidate(content: &CandidateContent) -> (Option<Expr>, String) {
     match content {
-        Content::Latex(snippets) => {
+        CandidateContent::Latex(snippets) => {
             let read: Vec<Option<Expr>> = snippets
                 .iter()
                 .map(|(snippet, percent)| {
-                    let inner = unboxed(snippet, false);
-                    let value = latex_value(&inner)?;
+                    let inner = box_content(snippet, false);
+                    let value = parse_latex(&inner)?;
                     Some(if *percent { Expr::Percent(Box::new(value)) } else { value })
                 })
                 .collect();
             let texts: Vec<String> =
-                snippets.iter().map(|(snippet, _)| spelled(&unboxed(snippet, false))).collect();
+                snippets.iter().map(|(snippet, _)| normalize_latex(&box_content(snippet, false))).collect();
             if read.len() > 1 && read.iter().all(Option::is_some) {
                 let mut all = Vec::new();
                 for value in read.into_iter().flatten() {
@@ -152,18 +152,18 @@ fn understand(content: &Content) -> (Option<Expr>, String) {
             let first = read.into_iter().next().flatten();
             (first, texts.into_iter().next().unwrap_or_default())
         }
-        Content::Boxed(text) => {
-            let inner = unboxed(text, true);
-            (latex_value(&inner), spelled(&inner))
+        CandidateContent::Boxed(text) => {
+            let inner = box_content(text, true);
+            (parse_latex(&inner), normalize_latex(&inner))
         }
-        Content::Expression(text) => (arithmetic(text), text.clone()),
-        Content::Number(whole, decimals, percent) => {
+        CandidateContent::Expression(text) => (parse_arithmetic(text), text.clone()),
+        CandidateContent::Number(whole, decimals, percent) => {
             let digits = whole.trim_start_matches('-').trim_start_matches('0');
             let negative = whole.starts_with('-');
             let digits = if digits.is_empty() { "0" } else { digits };
-            let value = value_of(digits, decimals);
+            let value = decimal_value(digits, decimals);
             let value: BigRational = if negative { -value } else { value };
-            let is_decimal = !decimals.is_empty() && !is_whole(&value);
+            let is_decimal = !decimals.is_empty() && !is_integer(&value);
             let sign = if negative { "-" } else { "" };
             let text = if decimals.is_empty() {
                 format!("{sign}{digits}")
@@ -177,7 +177,7 @@ fn understand(content: &Content) -> (Option<Expr>, String) {
 }
 
 /// Parses arithmetic with the syntax of Python.
-fn arithmetic(text: &str) -> Option<Expr> {
+fn parse_arithmetic(text: &str) -> Option<Expr> {
     if text.contains(['×', '÷']) {
         return None;
     }
@@ -204,11 +204,11 @@ fn arithmetic(text: &str) -> Option<Expr> {
     if !(last.is_ascii_digit() || last == ')' || last == '.') {
         return None;
     }
-    parse(&text, Letters::Single).ok()
+    parse(&text, LetterMode::Single).ok()
 }
 
 /// Returns the content of the last box, joined with the boxes close before.
-fn unboxed(text: &str, from_text: bool) -> String {
+fn box_content(text: &str, from_text: bool) -> String {
     const OPEN: &str = "\\boxed{";
     let mut boxes: Vec<(usize, usize, &str)> = Vec::new();
     let mut at = 0;
@@ -253,7 +253,7 @@ fn unboxed(text: &str, from_text: bool) -> String {
 }
 
 /// Text with the readers.
-struct Scan<'a> {
+struct Scanner<'a> {
     text: &'a str,
 }
 
@@ -262,20 +262,20 @@ const CURRENCY: &str = "$€£¥₹₽₪₩₫฿₡₢₣₤₥₦₧₨₭₮
 /// Operators of plain expressions.
 const OPERATORS: &str = "+-*×/^()÷";
 
-impl Scan<'_> {
+impl Scanner<'_> {
     fn rest(&self, at: usize) -> &str {
         &self.text[at..]
     }
 
-    fn before(&self, at: usize) -> Option<char> {
+    fn char_before(&self, at: usize) -> Option<char> {
         self.text[..at].chars().next_back()
     }
 
     /// Returns the content and the end of the math environment that begins at byte `at`, such as `$…$` or
     /// `\(…\)`.
-    fn environment(&self, at: usize) -> Option<(String, usize)> {
-        let rest = within(self.rest(at), REACH);
-        let escaped = self.before(at) == Some('\\');
+    fn math_environment(&self, at: usize) -> Option<(String, usize)> {
+        let rest = truncate_to_bytes(self.rest(at), MAX_FORMULA_BYTES);
+        let escaped = self.char_before(at) == Some('\\');
         let close = |open: usize, end: &str, one_line: bool| -> Option<(String, usize)> {
             let mut from = open + 1;
             loop {
@@ -302,7 +302,7 @@ impl Scan<'_> {
         if !escaped && rest.starts_with("\\(") {
             return close(2, "\\)", true);
         }
-        if rest.starts_with('$') && !escaped && !self.before(at).is_some_and(|c| c.is_ascii_digit()) {
+        if rest.starts_with('$') && !escaped && !self.char_before(at).is_some_and(|c| c.is_ascii_digit()) {
             return close(1, "$", true);
         }
         if rest.starts_with(|c: char| c.is_whitespace()) {
@@ -331,7 +331,7 @@ impl Scan<'_> {
     }
 
     /// Returns the end of a percent sign or word behind byte `at`, if there is one.
-    fn percent(&self, at: usize) -> Option<usize> {
+    fn percent_end(&self, at: usize) -> Option<usize> {
         let rest = self.rest(at);
         let trimmed = rest.trim_start();
         let space = rest.len() - trimmed.len();
@@ -340,7 +340,7 @@ impl Scan<'_> {
     }
 
     /// Returns the rows of math environments.
-    fn latex(&self) -> Vec<Hit> {
+    fn latex_candidates(&self) -> Vec<Candidate> {
         let mut hits = Vec::new();
         let mut at = 0;
         while at < self.text.len() {
@@ -348,9 +348,9 @@ impl Scan<'_> {
                 at += 1;
                 continue;
             }
-            match self.row(at) {
+            match self.environment_row(at) {
                 Some((snippets, end)) => {
-                    hits.push(Hit { start: at, end, content: Content::Latex(snippets) });
+                    hits.push(Candidate { start: at, end, content: CandidateContent::Latex(snippets) });
                     at = end.max(at + 1);
                 }
                 None => at += 1,
@@ -360,9 +360,9 @@ impl Scan<'_> {
     }
 
     /// Returns up to six environments in a row, joined by commas, `and` or `or`, and their end.
-    fn row(&self, at: usize) -> Option<(Vec<(String, bool)>, usize)> {
-        let (first, mut end) = self.environment(at)?;
-        let percent = self.percent(end);
+    fn environment_row(&self, at: usize) -> Option<(Vec<(String, bool)>, usize)> {
+        let (first, mut end) = self.math_environment(at)?;
+        let percent = self.percent_end(end);
         end = percent.unwrap_or(end);
         let mut snippets = vec![(first, percent.is_some())];
         while snippets.len() < 6 {
@@ -372,10 +372,10 @@ impl Scan<'_> {
             let next = joined.and_then(|after| {
                 let after = after.trim_start();
                 let begin = self.text.len() - after.len();
-                self.environment(begin)
+                self.math_environment(begin)
             });
             let Some((snippet, stop)) = next else { break };
-            let percent = self.percent(stop);
+            let percent = self.percent_end(stop);
             end = percent.unwrap_or(stop);
             snippets.push((snippet, percent.is_some()));
         }
@@ -383,24 +383,24 @@ impl Scan<'_> {
     }
 
     /// Returns the text from the first box to the last brace, if there is a box.
-    fn boxed(&self) -> Option<Hit> {
+    fn box_candidate(&self) -> Option<Candidate> {
         let start = self.text.find("\\boxed{")?;
         let end = self.text.rfind('}')? + 1;
-        let content = Content::Boxed(self.text.get(start..end)?.to_owned());
-        (end > start + "\\boxed{}".len()).then_some(Hit { start, end, content })
+        let content = CandidateContent::Boxed(self.text.get(start..end)?.to_owned());
+        (end > start + "\\boxed{}".len()).then_some(Candidate { start, end, content })
     }
 
     /// Returns the start of a plain candidate at `at`: at the beginning, or behind whitespace or an equals
     /// sign.
-    fn begins(&self, at: usize) -> Option<usize> {
-        let fine = at == 0 || self.before(at).is_some_and(|c| c.is_whitespace() || c == '=');
+    fn plain_start(&self, at: usize) -> Option<usize> {
+        let fine = at == 0 || self.char_before(at).is_some_and(|c| c.is_whitespace() || c == '=');
         let after = if self.rest(at).starts_with("**") { at + 2 } else { at };
         fine.then_some(after)
     }
 
     /// Returns the longest arithmetic expression at byte `at` and its end.
-    fn expression(&self, at: usize) -> Option<(String, usize)> {
-        let rest = within(self.rest(at), 400);
+    fn read_expression(&self, at: usize) -> Option<(String, usize)> {
+        let rest = truncate_to_bytes(self.rest(at), 400);
         let body = rest.strip_prefix('-').unwrap_or(rest);
         let body = body.strip_prefix('(').unwrap_or(body);
         let body = body.strip_prefix('-').unwrap_or(body);
@@ -431,12 +431,12 @@ impl Scan<'_> {
     }
 
     /// Returns the number at byte `at` and its end.
-    fn number(&self, at: usize) -> Option<(Content, usize)> {
+    fn read_number(&self, at: usize) -> Option<(CandidateContent, usize)> {
         let mut begin = at;
         if let Some(c) = self.rest(at).chars().next().filter(|c| CURRENCY.contains(*c)) {
             begin += c.len_utf8();
         }
-        if self.before(begin).is_some_and(|c| c.is_ascii_digit()) {
+        if self.char_before(begin).is_some_and(|c| c.is_ascii_digit()) {
             return None;
         }
         let rest = self.rest(begin);
@@ -484,18 +484,18 @@ impl Scan<'_> {
                 },
             )
         };
-        Some((Content::Number(whole, decimals, percent.is_some()), begin + at))
+        Some((CandidateContent::Number(whole, decimals, percent.is_some()), begin + at))
     }
 
     /// Returns the plain expressions and then the plain numbers; hits of one kind do not overlap.
-    fn plain(&self) -> Vec<Hit> {
+    fn plain_candidates(&self) -> Vec<Candidate> {
         let mut hits = Vec::new();
         let mut at = 0;
         while at < self.text.len() {
             let found = self.text.is_char_boundary(at).then(|| {
-                let begin = self.begins(at)?;
-                let (text, end) = self.expression(begin)?;
-                Some(Hit { start: at, end, content: Content::Expression(text) })
+                let begin = self.plain_start(at)?;
+                let (text, end) = self.read_expression(begin)?;
+                Some(Candidate { start: at, end, content: CandidateContent::Expression(text) })
             });
             match found.flatten() {
                 Some(hit) => {
@@ -508,9 +508,9 @@ impl Scan<'_> {
         let mut at = 0;
         while at < self.text.len() {
             let found = self.text.is_char_boundary(at).then(|| {
-                let begin = self.begins(at)?;
-                let (content, end) = self.number(begin)?;
-                Some(Hit { start: at, end, content })
+                let begin = self.plain_start(at)?;
+                let (content, end) = self.read_number(begin)?;
+                Some(Candidate { start: at, end, content })
             });
             match found.flatten() {
                 Some(hit) => {
@@ -524,7 +524,7 @@ impl Scan<'_> {
     }
 
     /// Returns the hits by rank, best rank first.
-    fn groups(&self, latex: &[Hit], plain: &[Hit]) -> Vec<Vec<Hit>> {
+    fn rank_candidates(&self, latex: &[Candidate], plain: &[Candidate]) -> Vec<Vec<Candidate>> {
         let lower = self.text.to_ascii_lowercase();
         let all = || latex.iter().chain(plain);
         let places =
@@ -538,23 +538,23 @@ impl Scan<'_> {
                     *at <= hit.start && self.text[*at..hit.start].trim_matches([':', ' ', '\n']).is_empty()
                 })
         });
-        let mut first: Vec<Hit> = hoped.cloned().collect();
+        let mut first: Vec<Candidate> = hoped.cloned().collect();
         first.dedup_by(|a, b| a.start == b.start && a.end == b.end);
         // Rank 2: `final answer … is X`, and boxes.
-        let said = |hit: &&Hit| {
+        let said = |hit: &&Candidate| {
             places("final answer").iter().any(|at| {
                 let Some(between) = lower.get(*at..hit.start.max(*at)) else { return false };
                 let between = between.trim_end_matches([':', ' ', '\n']);
                 hit.start >= *at && between.len() <= 104 && between.ends_with(" is")
             })
         };
-        let mut second: Vec<Hit> = all().filter(said).cloned().collect();
-        second.extend(self.boxed());
+        let mut second: Vec<Candidate> = all().filter(said).cloned().collect();
+        second.extend(self.box_candidate());
         second.extend(latex.iter().filter(|hit| self.text[hit.start..hit.end].contains("\\boxed{")).cloned());
         let colons = places("answer:");
         let words = places("answer");
-        let after = |places: &[usize], hits: &[Hit], hop: bool| -> Vec<Hit> {
-            let mut found: Vec<Hit> = Vec::new();
+        let after = |places: &[usize], hits: &[Candidate], hop: bool| -> Vec<Candidate> {
+            let mut found: Vec<Candidate> = Vec::new();
             for at in places {
                 let within = |limit: usize| {
                     hits.iter()
@@ -569,7 +569,7 @@ impl Scan<'_> {
                     let sign = self.text.get(*at..reach).and_then(|part| part.rfind('='));
                     sign.and_then(|sign| {
                         let from = at + sign;
-                        let gap = |hit: &&Hit| {
+                        let gap = |hit: &&Candidate| {
                             hit.start >= from
                                 && self
                                     .text
@@ -588,8 +588,8 @@ impl Scan<'_> {
         let anchored = |places: &[usize]| {
             let mut hits = after(places, latex, false);
             // An expression precedes the number at its beginning.
-            let (expressions, numbers): (Vec<Hit>, Vec<Hit>) =
-                plain.iter().cloned().partition(|hit| matches!(hit.content, Content::Expression(_)));
+            let (expressions, numbers): (Vec<Candidate>, Vec<Candidate>) =
+                plain.iter().cloned().partition(|hit| matches!(hit.content, CandidateContent::Expression(_)));
             hits.extend(after(places, &expressions, true));
             hits.extend(after(places, &numbers, true));
             hits

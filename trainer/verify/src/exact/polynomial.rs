@@ -9,15 +9,18 @@ use num_bigint::BigInt;
 use num_rational::BigRational;
 use num_traits::{One, Zero};
 
-use super::{Atom, Atoms, BITS, EXPONENT, Exponent, Form, Monomial, Polynomial, TERMS};
-use crate::effort::{spend, spend_bits, spend_on};
+use super::{
+    Atom, AtomTable, Exponent, MAX_EXPANDED_EXPONENT, MAX_POWER_BITS, MAX_TERMS, Monomial, NormalForm,
+    Polynomial,
+};
+use crate::effort::{spend, spend_bits, spend_fractions};
 
 /// Returns the product of two monomials. Integer powers of primes and of `i` move into `coefficient`.
-pub(super) fn monomial_product(
+pub(super) fn multiply_monomials(
     a: &Monomial,
     b: &Monomial,
     coefficient: &mut BigRational,
-    atoms: &Atoms,
+    atoms: &AtomTable,
 ) -> Option<Monomial> {
     let mut product: Monomial = Vec::with_capacity(a.len() + b.len());
     let (mut i, mut j) = (0, 0);
@@ -46,7 +49,7 @@ pub(super) fn monomial_product(
             Atom::Prime(prime) => {
                 let whole = power.floor();
                 if !whole.is_zero() {
-                    *coefficient *= big_power(prime, whole.to_integer())?;
+                    *coefficient *= checked_power(prime, whole.to_integer())?;
                 }
                 power - whole
             }
@@ -67,32 +70,32 @@ pub(super) fn monomial_product(
 }
 
 /// Returns the product of two polynomials, or `None` beyond a limit.
-pub(super) fn times(a: &Polynomial, b: &Polynomial, atoms: &Atoms) -> Option<Polynomial> {
-    if a.len().checked_mul(b.len())? > TERMS * 20 {
+pub(super) fn multiply(a: &Polynomial, b: &Polynomial, atoms: &AtomTable) -> Option<Polynomial> {
+    if a.len().checked_mul(b.len())? > MAX_TERMS * 20 {
         return None;
     }
     let mut product = Polynomial::new();
     for (m, x) in a {
         for (n, y) in b {
-            spend_on(x, y)?;
+            spend_fractions(x, y)?;
             spend((m.len() + n.len()) as u64 * 60)?;
             let mut coefficient = x * y;
-            let monomial = monomial_product(m, n, &mut coefficient, atoms)?;
-            add(&mut product, monomial, coefficient)?;
+            let monomial = multiply_monomials(m, n, &mut coefficient, atoms)?;
+            add_term(&mut product, monomial, coefficient)?;
         }
     }
-    (product.len() <= TERMS).then_some(product)
+    (product.len() <= MAX_TERMS).then_some(product)
 }
 
 /// Adds a term to a polynomial; removes the term if its coefficient becomes zero.
-pub(super) fn add(into: &mut Polynomial, monomial: Monomial, coefficient: BigRational) -> Option<()> {
+pub(super) fn add_term(into: &mut Polynomial, monomial: Monomial, coefficient: BigRational) -> Option<()> {
     use std::collections::btree_map::Entry;
     match into.entry(monomial) {
         Entry::Vacant(free) => {
             free.insert(coefficient);
         }
         Entry::Occupied(mut known) => {
-            spend_on(known.get(), &coefficient)?;
+            spend_fractions(known.get(), &coefficient)?;
             *known.get_mut() += coefficient;
             if known.get().is_zero() {
                 known.remove();
@@ -103,7 +106,7 @@ pub(super) fn add(into: &mut Polynomial, monomial: Monomial, coefficient: BigRat
 }
 
 /// Returns the polynomial times the smallest monomial that makes all exponents nonnegative.
-pub(super) fn without_denominators(polynomial: &Polynomial) -> Polynomial {
+pub(super) fn clear_denominators(polynomial: &Polynomial) -> Polynomial {
     let mut least: HashMap<u32, Exponent> = HashMap::new();
     for atom in polynomial.keys().flatten().map(|(atom, _)| *atom) {
         let of = |monomial: &Monomial| {
@@ -124,10 +127,10 @@ pub(super) fn without_denominators(polynomial: &Polynomial) -> Polynomial {
 }
 
 /// Returns `base^exponent`, or `None` beyond `BITS` bits and for a negative power of zero.
-pub(super) fn big_power(base: &BigInt, exponent: i64) -> Option<BigRational> {
+pub(super) fn checked_power(base: &BigInt, exponent: i64) -> Option<BigRational> {
     let size = u32::try_from(exponent.unsigned_abs()).ok()?;
     let bits = base.bits().checked_mul(u64::from(size))?;
-    if bits > BITS {
+    if bits > MAX_POWER_BITS {
         return None;
     }
     spend_bits(bits)?;
@@ -147,31 +150,31 @@ pub(super) fn one() -> Polynomial {
 }
 
 /// Returns an exponent as a fraction of big integers.
-pub(super) fn rational(value: Exponent) -> BigRational {
+pub(super) fn to_big_rational(value: Exponent) -> BigRational {
     BigRational::new((*value.numer()).into(), (*value.denom()).into())
 }
 
 /// Returns the form of a number.
-pub(super) fn constant(value: BigRational) -> Form {
+pub(super) fn constant_form(value: BigRational) -> NormalForm {
     let top = if value.is_zero() { BTreeMap::new() } else { BTreeMap::from([(Vec::new(), value)]) };
-    Form { top, bottom: one() }
+    NormalForm { top, bottom: one() }
 }
 
 /// Multiplication of an exponent by an integer, checked for overflow.
-pub(super) trait CheckedScale: Sized {
+pub(super) trait CheckedMulInt: Sized {
     /// Returns the product, or `None` on overflow.
-    fn checked_mul_i(self, by: i64) -> Option<Self>;
+    fn checked_mul_int(self, by: i64) -> Option<Self>;
 }
 
-impl CheckedScale for Exponent {
-    fn checked_mul_i(self, by: i64) -> Option<Self> {
+impl CheckedMulInt for Exponent {
+    fn checked_mul_int(self, by: i64) -> Option<Self> {
         Some(Self::new(self.numer().checked_mul(by)?, *self.denom()))
     }
 }
 
-impl Form {
+impl NormalForm {
     /// Returns the value if the form is constant.
-    pub fn value(&self) -> Option<BigRational> {
+    pub fn as_rational(&self) -> Option<BigRational> {
         let plain = |polynomial: &Polynomial| match polynomial.len() {
             0 => Some(BigRational::zero()),
             1 => polynomial.get(&Vec::new()).cloned(),
@@ -181,96 +184,96 @@ impl Form {
         if bottom.is_one() {
             return Some(top);
         }
-        spend_on(&top, &bottom)?;
+        spend_fractions(&top, &bottom)?;
         Some(top / bottom)
     }
 
     /// Returns the product of two forms.
-    pub(super) fn times(&self, other: &Self, atoms: &Atoms) -> Option<Self> {
-        let top = times(&self.top, &other.top, atoms)?;
+    pub(super) fn times(&self, other: &Self, atoms: &AtomTable) -> Option<Self> {
+        let top = multiply(&self.top, &other.top, atoms)?;
         let bottom = if self.bottom.len() == 1 && other.bottom.len() == 1 && self.bottom == one() {
             other.bottom.clone()
         } else {
-            times(&self.bottom, &other.bottom, atoms)?
+            multiply(&self.bottom, &other.bottom, atoms)?
         };
-        Some(Self { top, bottom }.reduced(atoms))
+        Some(Self { top, bottom }.reduce(atoms))
     }
 
     /// Returns the sum of two forms.
-    pub(super) fn plus(&self, other: &Self, atoms: &Atoms) -> Option<Self> {
+    pub(super) fn plus(&self, other: &Self, atoms: &AtomTable) -> Option<Self> {
         if self.bottom == other.bottom {
             let mut top = self.top.clone();
             for (monomial, coefficient) in &other.top {
-                add(&mut top, monomial.clone(), coefficient.clone())?;
+                add_term(&mut top, monomial.clone(), coefficient.clone())?;
             }
-            return (top.len() <= TERMS).then(|| Self { top, bottom: self.bottom.clone() });
+            return (top.len() <= MAX_TERMS).then(|| Self { top, bottom: self.bottom.clone() });
         }
-        let mut top = times(&self.top, &other.bottom, atoms)?;
-        for (monomial, coefficient) in times(&other.top, &self.bottom, atoms)? {
-            add(&mut top, monomial, coefficient)?;
+        let mut top = multiply(&self.top, &other.bottom, atoms)?;
+        for (monomial, coefficient) in multiply(&other.top, &self.bottom, atoms)? {
+            add_term(&mut top, monomial, coefficient)?;
         }
-        Some(Self { top, bottom: times(&self.bottom, &other.bottom, atoms)? }.reduced(atoms))
+        Some(Self { top, bottom: multiply(&self.bottom, &other.bottom, atoms)? }.reduce(atoms))
     }
 
     /// Moves a denominator of one term into the numerator.
-    pub(super) fn reduced(self, atoms: &Atoms) -> Self {
+    pub(super) fn reduce(self, atoms: &AtomTable) -> Self {
         if self.bottom.len() != 1 || self.bottom == one() {
             return self;
         }
-        let Some(inverse) = self.inverse_bottom() else { return self };
-        match times(&self.top, &inverse, atoms) {
+        let Some(inverse) = self.denominator_reciprocal() else { return self };
+        match multiply(&self.top, &inverse, atoms) {
             Some(top) => Self { top, bottom: one() },
             None => self,
         }
     }
 
     /// Returns the reciprocal of the denominator, which has one term.
-    pub(super) fn inverse_bottom(&self) -> Option<Polynomial> {
+    pub(super) fn denominator_reciprocal(&self) -> Option<Polynomial> {
         let (monomial, coefficient) = self.bottom.iter().next()?;
         let negative: Monomial = monomial.iter().map(|(atom, power)| (*atom, -*power)).collect();
         Some(BTreeMap::from([(negative, coefficient.recip())]))
     }
 
     /// Returns the reciprocal, or `None` for zero.
-    pub(super) fn inverse(&self) -> Option<Self> {
+    pub(super) fn reciprocal(&self) -> Option<Self> {
         (!self.top.is_empty()).then(|| Self { top: self.bottom.clone(), bottom: self.top.clone() })
     }
 
     /// Returns an integer power, or `None` beyond a limit and for a negative power of zero.
-    pub(super) fn whole_power(&self, exponent: i64, atoms: &Atoms) -> Option<Self> {
-        if let Some(value) = self.value() {
-            let top = big_power(value.numer(), exponent.abs())?;
-            let bottom = big_power(value.denom(), exponent.abs())?;
-            spend_on(&top, &bottom)?;
+    pub(super) fn integer_power(&self, exponent: i64, atoms: &AtomTable) -> Option<Self> {
+        if let Some(value) = self.as_rational() {
+            let top = checked_power(value.numer(), exponent.abs())?;
+            let bottom = checked_power(value.denom(), exponent.abs())?;
+            spend_fractions(&top, &bottom)?;
             let power = top / bottom;
             return if exponent >= 0 {
-                Some(constant(power))
+                Some(constant_form(power))
             } else if power.is_zero() {
                 None
             } else {
-                Some(constant(power.recip()))
+                Some(constant_form(power.recip()))
             };
         }
-        let base = if exponent < 0 { self.inverse()?.reduced(atoms) } else { self.clone() };
+        let base = if exponent < 0 { self.reciprocal()?.reduce(atoms) } else { self.clone() };
         if base.top.len() == 1 && base.bottom == one() {
             // The power of a single term multiplies its exponents.
             let (monomial, coefficient) = base.top.iter().next()?;
             let size = exponent.abs();
             let mut coefficient = {
                 let (top, bottom) =
-                    (big_power(coefficient.numer(), size)?, big_power(coefficient.denom(), size)?);
-                spend_on(&top, &bottom)?;
+                    (checked_power(coefficient.numer(), size)?, checked_power(coefficient.denom(), size)?);
+                spend_fractions(&top, &bottom)?;
                 top / bottom
             };
             let scaled: Option<Monomial> =
-                monomial.iter().map(|(atom, power)| Some((*atom, power.checked_mul_i(size)?))).collect();
-            let monomial = monomial_product(&scaled?, &Vec::new(), &mut coefficient, atoms)?;
+                monomial.iter().map(|(atom, power)| Some((*atom, power.checked_mul_int(size)?))).collect();
+            let monomial = multiply_monomials(&scaled?, &Vec::new(), &mut coefficient, atoms)?;
             return Some(Self { top: BTreeMap::from([(monomial, coefficient)]), bottom: one() });
         }
-        if exponent.abs() > EXPONENT {
+        if exponent.abs() > MAX_EXPANDED_EXPONENT {
             return None;
         }
-        let mut power = constant(BigRational::one());
+        let mut power = constant_form(BigRational::one());
         for _ in 0..exponent.abs() {
             power = power.times(&base, atoms)?;
         }

@@ -2,16 +2,16 @@
 //!
 //! Deliberately absent: limits and derivatives.
 
-use super::factors::multiplied;
-use super::{ParseError, Parsed, Parser, WIDEST};
-use crate::expr::{Constant, End, Expr, Function, Over, Relation};
+use super::factors::product_of_factors;
+use super::{MAX_ELEMENTS, ParseError, ParseResult, Parser};
+use crate::expr::{BigOperator, Constant, Expr, Function, IntervalBound, Relation};
 use crate::lexer::Token;
 
 impl Parser {
     /// Parses the command `name` with its arguments.
-    pub(super) fn command(&mut self, name: &str) -> Parsed {
-        let begin = self.at;
-        self.at += 1;
+    pub(super) fn command(&mut self, name: &str) -> ParseResult {
+        let begin = self.position;
+        self.position += 1;
         let function = match name {
             "sin" => Some(Function::Sin),
             "cos" => Some(Function::Cos),
@@ -33,16 +33,16 @@ impl Parser {
             _ => None,
         };
         if let Some(function) = function {
-            return self.call(function);
+            return self.function_call(function);
         }
         match name {
             "frac" => {
                 let top = self.argument()?;
                 // Derivatives are not supported.
                 if matches!(&top, Expr::Symbol(d) if d == "d") {
-                    return Err(ParseError::At(begin));
+                    return Err(ParseError::Syntax(begin));
                 }
-                Ok(top.over(self.argument()?))
+                Ok(top.divided_by(self.argument()?))
             }
             "binom" => {
                 let top = self.argument()?;
@@ -51,13 +51,13 @@ impl Parser {
             "sqrt" => {
                 let degree = if self.eat('[') {
                     let degree = self.sum()?;
-                    self.need(']')?;
+                    self.require(']')?;
                     degree
                 } else {
-                    Expr::whole(2)
+                    Expr::integer(2)
                 };
                 let inner = self.argument()?;
-                Ok(Expr::Power(Box::new(inner), Box::new(Expr::whole(1).over(degree))))
+                Ok(Expr::Power(Box::new(inner), Box::new(Expr::integer(1).divided_by(degree))))
             }
             "pi" => Ok(Expr::Constant(Constant::Pi)),
             "infty" => Ok(Expr::Constant(Constant::Infinity)),
@@ -71,17 +71,17 @@ impl Parser {
                 Ok(Expr::Power(Box::new(Expr::Constant(Constant::E)), Box::new(argument)))
             }
             "log" | "lg" => {
-                let base = if self.eat('_') { self.argument()? } else { Expr::whole(10) };
+                let base = if self.eat('_') { self.argument()? } else { Expr::integer(10) };
                 let argument = self.function_argument()?;
                 let ln = |of: Expr| Expr::Call(Function::Ln, vec![of]);
-                Ok(ln(argument).over(ln(base)))
+                Ok(ln(argument).divided_by(ln(base)))
             }
             "lfloor" | "lceil" => {
                 let inner = self.sum()?;
                 let (end, function) =
                     if name == "lfloor" { ("rfloor", Function::Floor) } else { ("rceil", Function::Ceil) };
                 if !self.eat_command(end) {
-                    return Err(ParseError::At(self.at));
+                    return Err(ParseError::Syntax(self.position));
                 }
                 Ok(Expr::Call(function, vec![inner]))
             }
@@ -91,7 +91,7 @@ impl Parser {
                 }
                 let inner = self.list()?;
                 if !self.eat_command("}") {
-                    return Err(ParseError::At(self.at));
+                    return Err(ParseError::Syntax(self.position));
                 }
                 Ok(match inner {
                     Expr::Set(items) => Expr::Set(items),
@@ -104,63 +104,63 @@ impl Parser {
                     items.push(self.relation()?);
                 }
                 if !self.eat_command("rangle") {
-                    return Err(ParseError::At(self.at));
+                    return Err(ParseError::Syntax(self.position));
                 }
                 Ok(Expr::Tuple(items))
             }
             "emptyset" => Ok(Expr::Set(Vec::new())),
             "mathbb" | "Bbb" => match self.argument()? {
                 Expr::Symbol(set) if set == "R" => {
-                    let end = |at: Expr| End { at: Box::new(at), closed: false };
+                    let end = |at: Expr| IntervalBound { at: Box::new(at), closed: false };
                     let infinity = Expr::Constant(Constant::Infinity);
-                    Ok(Expr::Interval(end(infinity.clone().negated()), end(infinity)))
+                    Ok(Expr::Interval(end(infinity.clone().negate()), end(infinity)))
                 }
                 Expr::Symbol(set) => Ok(Expr::Symbol(format!("mathbb {set}"))),
-                _ => Err(ParseError::At(begin)),
+                _ => Err(ParseError::Syntax(begin)),
             },
             "begin" => self.matrix(),
             "int" => self.integral(),
-            "sum" => self.over(Over::Sum),
-            "prod" => self.over(Over::Product),
+            "sum" => self.big_operator(BigOperator::Sum),
+            "prod" => self.big_operator(BigOperator::Product),
             "boxed" | "fbox" => self.argument(),
             "overline" | "vec" | "hat" | "bar" | "tilde" | "overrightarrow" | "widehat" | "mathring" => {
                 let inner = self.argument()?;
                 match inner {
                     Expr::Symbol(inner) => Ok(Expr::Symbol(format!("{name} {inner}"))),
                     Expr::Product(_) => Ok(Expr::Symbol(format!("{name} {inner:?}"))),
-                    _ => Err(ParseError::At(begin)),
+                    _ => Err(ParseError::Syntax(begin)),
                 }
             }
             "alpha" | "beta" | "gamma" | "delta" | "epsilon" | "varepsilon" | "zeta" | "eta" | "theta"
             | "vartheta" | "iota" | "kappa" | "lambda" | "mu" | "nu" | "xi" | "rho" | "sigma" | "tau"
             | "upsilon" | "phi" | "varphi" | "chi" | "psi" | "omega" | "Gamma" | "Delta" | "Theta"
             | "Lambda" | "Xi" | "Pi" | "Sigma" | "Upsilon" | "Phi" | "Psi" | "Omega" | "ell" | "hbar"
-            | "angle" | "triangle" => self.subscripted(name.to_owned()),
-            _ => Err(ParseError::At(begin)),
+            | "angle" | "triangle" => self.symbol_with_subscript(name.to_owned()),
+            _ => Err(ParseError::Syntax(begin)),
         }
     }
 
     /// Parses a function call: `\sin x`, `\sin^2 x`, `\sin(2x)` or `\gcd(a, b)`. The exponent -1 means the
     /// inverse function.
-    fn call(&mut self, function: Function) -> Parsed {
+    fn function_call(&mut self, function: Function) -> ParseResult {
         let exponent = if self.eat('^') { Some(self.exponent()?) } else { None };
         let many = matches!(function, Function::Gcd | Function::Lcm | Function::Max | Function::Min);
         let arguments = if many {
             if !(self.eat('(') || self.eat_command("{") || self.eat('{')) {
-                return Err(ParseError::At(self.at));
+                return Err(ParseError::Syntax(self.position));
             }
             let mut arguments = vec![self.sum()?];
             while self.eat(',') {
                 arguments.push(self.sum()?);
             }
             if !(self.eat(')') || self.eat_command("}") || self.eat('}')) {
-                return Err(ParseError::At(self.at));
+                return Err(ParseError::Syntax(self.position));
             }
             arguments
         } else {
             vec![self.function_argument()?]
         };
-        let inverse = exponent.as_ref() == Some(&Expr::whole(-1));
+        let inverse = exponent.as_ref() == Some(&Expr::integer(-1));
         let (function, exponent) = match (function, inverse) {
             (Function::Sin, true) => (Function::Arcsin, None),
             (Function::Cos, true) => (Function::Arccos, None),
@@ -176,19 +176,19 @@ impl Parser {
 
     /// Parses the argument of a function: a group, or the factors up to the next function, number or
     /// parenthesis.
-    fn function_argument(&mut self) -> Parsed {
-        if self.is('(') || self.is('{') || self.is('[') {
+    fn function_argument(&mut self) -> ParseResult {
+        if self.next_is('(') || self.next_is('{') || self.next_is('[') {
             let group = self.primary()?;
-            return self.after(group);
+            return self.postfix_operators(group);
         }
         let mut factors = vec![self.power()?];
-        while self.begins_factor() && !self.begins_function() && !self.is('(') {
+        while self.begins_factor() && !self.begins_function() && !self.next_is('(') {
             if matches!(self.token(), Some(Token::Number(_))) {
                 break;
             }
             factors.push(self.power()?);
         }
-        Ok(multiplied(factors))
+        Ok(product_of_factors(factors))
     }
 
     fn begins_function(&self) -> bool {
@@ -200,38 +200,38 @@ impl Parser {
     }
 
     /// Reads a run of letters.
-    fn letters_group(&mut self) -> Result<String, ParseError> {
+    fn letter_run(&mut self) -> Result<String, ParseError> {
         let mut name = String::new();
         while let Some(Token::Letter(letter)) = self.token() {
             name.push(*letter);
-            self.at += 1;
+            self.position += 1;
         }
         Ok(name)
     }
 
     /// Parses the name and the rows of an environment behind `\begin`.
-    fn matrix(&mut self) -> Parsed {
-        self.need('{')?;
-        let kind = self.letters_group()?;
-        self.need('}')?;
+    fn matrix(&mut self) -> ParseResult {
+        self.require('{')?;
+        let kind = self.letter_run()?;
+        self.require('}')?;
         if kind == "array" && self.eat('{') {
             while !self.eat('}') {
                 if self.token().is_none() {
-                    return Err(ParseError::At(self.at));
+                    return Err(ParseError::Syntax(self.position));
                 }
-                self.at += 1;
+                self.position += 1;
             }
         }
         if kind == "cases" || kind == "aligned" || kind == "align" {
-            return Err(ParseError::At(self.at));
+            return Err(ParseError::Syntax(self.position));
         }
         let mut rows = vec![Vec::new()];
         let mut cells = 0;
         loop {
             if self.eat_command("end") {
-                self.need('{')?;
-                self.letters_group()?;
-                self.need('}')?;
+                self.require('{')?;
+                self.letter_run()?;
+                self.require('}')?;
                 break;
             }
             if self.eat_command("\\") {
@@ -243,8 +243,8 @@ impl Parser {
             }
             let cell = self.relation()?;
             cells += 1;
-            if cells > WIDEST {
-                return Err(ParseError::At(self.at));
+            if cells > MAX_ELEMENTS {
+                return Err(ParseError::Syntax(self.position));
             }
             if let Some(row) = rows.last_mut() {
                 row.push(cell);
@@ -254,7 +254,7 @@ impl Parser {
         rows.retain(|row| !row.is_empty());
         let width = rows.first().map_or(0, Vec::len);
         if width == 0 || rows.iter().any(|row| row.len() != width) {
-            return Err(ParseError::At(self.at));
+            return Err(ParseError::Syntax(self.position));
         }
         Ok(if kind.starts_with('v') && rows.len() == width { determinant(&rows) } else { Expr::Matrix(rows) })
     }
@@ -266,7 +266,7 @@ impl Parser {
             if self.eat('_') {
                 low = Some(if self.eat('{') {
                     let inner = self.relation()?;
-                    self.need('}')?;
+                    self.require('}')?;
                     inner
                 } else {
                     self.argument()?
@@ -274,7 +274,7 @@ impl Parser {
             } else if self.eat('^') {
                 high = Some(if self.eat('{') {
                     let inner = self.sum()?;
-                    self.need('}')?;
+                    self.require('}')?;
                     inner
                 } else {
                     self.argument()?
@@ -286,15 +286,15 @@ impl Parser {
     }
 
     /// Parses the limits and the integrand of `\int_a^b f dx`.
-    fn integral(&mut self) -> Parsed {
-        let (Some(low), Some(high)) = self.limits()? else { return Err(ParseError::At(self.at)) };
+    fn integral(&mut self) -> ParseResult {
+        let (Some(low), Some(high)) = self.limits()? else { return Err(ParseError::Syntax(self.position)) };
         // The integrand ends before a `d` and a letter, outside brackets.
         let mut depth = 0usize;
         let mut end = None;
-        for at in self.at..self.tokens.len() {
+        for at in self.position..self.tokens.len() {
             match &self.tokens[at].token {
-                Token::Sign('(' | '{' | '[') => depth += 1,
-                Token::Sign(')' | '}' | ']') => depth = depth.saturating_sub(1),
+                Token::Char('(' | '{' | '[') => depth += 1,
+                Token::Char(')' | '}' | ']') => depth = depth.saturating_sub(1),
                 Token::Letter('d') if depth == 0 => {
                     if let Some(Token::Letter(variable)) = self.tokens.get(at + 1).map(|next| &next.token) {
                         end = Some((at, variable.to_string()));
@@ -304,31 +304,31 @@ impl Parser {
                 _ => {}
             }
         }
-        let (end, variable) = end.ok_or(ParseError::At(self.at))?;
+        let (end, variable) = end.ok_or(ParseError::Syntax(self.position))?;
         let rest = self.tokens.split_off(end);
-        let body = if self.at == end { Ok(Expr::whole(1)) } else { self.sum() };
-        let stopped = self.at == end;
+        let body = if self.position == end { Ok(Expr::integer(1)) } else { self.sum() };
+        let stopped = self.position == end;
         self.tokens.extend(rest);
         let body = body?;
         if !stopped {
-            return Err(ParseError::At(self.at));
+            return Err(ParseError::Syntax(self.position));
         }
-        self.at = end + 2;
-        Ok(Expr::Over(Over::Integral, variable, Box::new([low, high, body])))
+        self.position = end + 2;
+        Ok(Expr::BigOperator(BigOperator::Integral, variable, Box::new([low, high, body])))
     }
 
     /// Parses the limits and the body of `\sum_{k=1}^n f` or a product.
-    fn over(&mut self, over: Over) -> Parsed {
+    fn big_operator(&mut self, over: BigOperator) -> ParseResult {
         let (Some(Expr::Relation(mut sides, signs)), Some(high)) = self.limits()? else {
-            return Err(ParseError::At(self.at));
+            return Err(ParseError::Syntax(self.position));
         };
         let (Some(low), Some(Expr::Symbol(index)), [Relation::Equal]) =
             (sides.pop(), sides.pop(), signs.as_slice())
         else {
-            return Err(ParseError::At(self.at));
+            return Err(ParseError::Syntax(self.position));
         };
         let body = self.product()?;
-        Ok(Expr::Over(over, index, Box::new([low, high, body])))
+        Ok(Expr::BigOperator(over, index, Box::new([low, high, body])))
     }
 }
 
@@ -348,7 +348,7 @@ fn determinant(rows: &[Vec<Expr>]) -> Expr {
             })
             .collect();
         let term = Expr::Product(vec![cell.clone(), determinant(&minor)]);
-        if column % 2 == 0 { term } else { term.negated() }
+        if column % 2 == 0 { term } else { term.negate() }
     });
     Expr::Sum(terms.collect())
 }

@@ -6,12 +6,12 @@ use std::collections::BTreeSet;
 
 use num_traits::Signed;
 
-use super::{Verdict, exprs, is_container, scalars, verdict};
-use crate::exact::Atoms;
-use crate::expr::{Constant, End, Expr, Relation};
+use super::{Comparison, compare_exprs, compare_scalars, comparison, is_container};
+use crate::exact::AtomTable;
+use crate::expr::{Constant, Expr, IntervalBound, Relation};
 
 /// Returns name and value of an assignment: `x = 5`, `f(x) = 2x` or `a = b = 3`.
-fn assigned(expr: &Expr) -> Option<(&Expr, &Expr)> {
+fn assignment(expr: &Expr) -> Option<(&Expr, &Expr)> {
     let Expr::Relation(sides, signs) = expr else { return None };
     let name = |side: &Expr| match side {
         Expr::Symbol(_) | Expr::Text(_) => true,
@@ -23,50 +23,58 @@ fn assigned(expr: &Expr) -> Option<(&Expr, &Expr)> {
 }
 
 /// Compares two values of which at least one is a relation.
-pub(super) fn relations(gold: &Expr, answer: &Expr) -> Verdict {
+pub(super) fn compare_relations(gold: &Expr, answer: &Expr) -> Comparison {
     match (gold, answer) {
-        (Expr::Relation(..), Expr::Relation(..)) => two_relations(gold, answer),
+        (Expr::Relation(..), Expr::Relation(..)) => compare_two_relations(gold, answer),
         (relation @ Expr::Relation(..), other) | (other, relation @ Expr::Relation(..)) => {
-            if let Some((_, value)) = assigned(relation) {
-                return if std::ptr::eq(relation, gold) { exprs(value, other) } else { exprs(other, value) };
+            if let Some((_, value)) = assignment(relation) {
+                return if std::ptr::eq(relation, gold) {
+                    compare_exprs(value, other)
+                } else {
+                    compare_exprs(other, value)
+                };
             }
             if is_container(other)
-                && let Some(set) = solved(relation)
+                && let Some(set) = solution_set(relation)
             {
-                return if std::ptr::eq(relation, gold) { exprs(&set, other) } else { exprs(other, &set) };
+                return if std::ptr::eq(relation, gold) {
+                    compare_exprs(&set, other)
+                } else {
+                    compare_exprs(other, &set)
+                };
             }
             // An equation that holds, such as `3 * 4 = 12`, counts as its last side.
             if let Expr::Relation(sides, signs) = relation
                 && signs.iter().all(|sign| *sign == Relation::Equal)
-                && sides.windows(2).all(|pair| exprs(&pair[0], &pair[1]).equal == Some(true))
+                && sides.windows(2).all(|pair| compare_exprs(&pair[0], &pair[1]).equal == Some(true))
             {
-                return exprs(&sides[sides.len() - 1], other);
+                return compare_exprs(&sides[sides.len() - 1], other);
             }
-            verdict(None, "a relation against a value")
+            comparison(None, "a relation against a value")
         }
-        _ => scalars(gold, answer),
+        _ => compare_scalars(gold, answer),
     }
 }
 
 /// Returns the solution set of bounds on one variable, such as `x > 0` or `1 < x < 2`.
-fn solved(relation: &Expr) -> Option<Expr> {
+fn solution_set(relation: &Expr) -> Option<Expr> {
     let Expr::Relation(sides, signs) = relation else { return None };
-    let end = |at: Expr, closed| End { at: Box::new(at), closed };
+    let end = |at: Expr, closed| IntervalBound { at: Box::new(at), closed };
     let infinity = || Expr::Constant(Constant::Infinity);
     match (sides.as_slice(), signs.as_slice()) {
         ([Expr::Symbol(_), set], [Relation::In]) => Some(set.clone()),
         ([a, b], [sign]) => {
             let (bound, sign) = match (a, b) {
                 (Expr::Symbol(_), bound) => (bound.clone(), *sign),
-                (bound, Expr::Symbol(_)) => (bound.clone(), sign.flipped()),
+                (bound, Expr::Symbol(_)) => (bound.clone(), sign.reversed()),
                 _ => return None,
             };
-            if bound.any(&|part| matches!(part, Expr::Symbol(_))) {
+            if bound.any_part(&|part| matches!(part, Expr::Symbol(_))) {
                 return None;
             }
             match sign {
                 Relation::Less | Relation::LessEqual => Some(Expr::Interval(
-                    end(infinity().negated(), false),
+                    end(infinity().negate(), false),
                     end(bound, sign == Relation::LessEqual),
                 )),
                 Relation::Greater | Relation::GreaterEqual => {
@@ -95,60 +103,62 @@ fn solved(relation: &Expr) -> Option<Expr> {
 }
 
 /// Compares two relations: as assignments, as solution sets, or by their normal forms.
-fn two_relations(gold: &Expr, answer: &Expr) -> Verdict {
-    if let (Some((name, a)), Some((other, b))) = (assigned(gold), assigned(answer)) {
-        let same_name = name == other || exprs(name, other).equal == Some(true);
+fn compare_two_relations(gold: &Expr, answer: &Expr) -> Comparison {
+    if let (Some((name, a)), Some((other, b))) = (assignment(gold), assignment(answer)) {
+        let same_name = name == other || compare_exprs(name, other).equal == Some(true);
         if same_name {
-            return exprs(a, b);
+            return compare_exprs(a, b);
         }
         let simple = matches!((name, other), (Expr::Symbol(_), Expr::Symbol(_)));
         if simple && a.is_scalar() && b.is_scalar() {
             let mut names = BTreeSet::new();
-            a.symbols(&mut names);
-            b.symbols(&mut names);
+            a.collect_free_variables(&mut names);
+            b.collect_free_variables(&mut names);
             if names.is_empty() {
-                return verdict(false, "another name is given a value");
+                return comparison(false, "another name is given a value");
             }
         }
     }
-    if let (Some(a), Some(b)) = (solved(gold), solved(answer)) {
+    if let (Some(a), Some(b)) = (solution_set(gold), solution_set(answer)) {
         let variable = |relation: &Expr| {
             let mut names = BTreeSet::new();
-            relation.symbols(&mut names);
+            relation.collect_free_variables(&mut names);
             names
         };
         if variable(gold) == variable(answer) {
-            return exprs(&a, &b);
+            return compare_exprs(&a, &b);
         }
     }
     let (Expr::Relation(a, s), Expr::Relation(b, t)) = (gold, answer) else {
-        return verdict(None, "no relations");
+        return comparison(None, "no relations");
     };
     let ([a, b], [c, d], [s], [t]) = (a.as_slice(), b.as_slice(), s.as_slice(), t.as_slice()) else {
-        return verdict(None, "chains of relations");
+        return comparison(None, "chains of relations");
     };
-    let mut atoms = Atoms::default();
-    let left = atoms.form(&a.clone().minus(b.clone()));
-    let right = atoms.form(&c.clone().minus(d.clone()));
+    let mut atoms = AtomTable::default();
+    let left = atoms.normal_form(&a.clone().subtract(b.clone()));
+    let right = atoms.normal_form(&c.clone().subtract(d.clone()));
     let (Some(left), Some(right)) = (left, right) else {
-        return verdict(None, "relations without a normal form");
+        return comparison(None, "relations without a normal form");
     };
     match (s, t) {
         (Relation::Equal, Relation::Equal) | (Relation::NotEqual, Relation::NotEqual) => {
-            if atoms.proportional(&left, &right) {
-                verdict(true, "multiples of the same equation")
-            } else if atoms.shifted(&left, &right) {
-                verdict(false, "the same formula set to another value")
+            if atoms.are_proportional(&left, &right) {
+                comparison(true, "multiples of the same equation")
+            } else if atoms.differ_by_constant(&left, &right) {
+                comparison(false, "the same formula set to another value")
             } else {
-                verdict(None, "equations that are no multiples of each other")
+                comparison(None, "equations that are no multiples of each other")
             }
         }
-        (s, t) => match atoms.ratio(&left, &right) {
-            Some(ratio) if ratio.is_positive() && s == t => verdict(true, "multiples of the same inequality"),
-            Some(ratio) if ratio.is_negative() && s.flipped() == *t => {
-                verdict(true, "the same inequality, turned round")
+        (s, t) => match atoms.constant_ratio(&left, &right) {
+            Some(ratio) if ratio.is_positive() && s == t => {
+                comparison(true, "multiples of the same inequality")
             }
-            _ => verdict(None, "inequalities that are no multiples of each other"),
+            Some(ratio) if ratio.is_negative() && s.reversed() == *t => {
+                comparison(true, "the same inequality, turned round")
+            }
+            _ => comparison(None, "inequalities that are no multiples of each other"),
         },
     }
 }
