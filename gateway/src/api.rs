@@ -1,5 +1,5 @@
-//! The client side of the API, without I/O except for [`read_body`]: who answers a path, which fields of a request
-//! the gateway reads, and the translation between the Responses API and Chat Completions.
+//! The client side of the API: routes, the request fields that the gateway reads, request ids, and the translation
+//! between the Responses API and Chat Completions. Only [`read_body`] does I/O.
 
 pub mod chunked_bytes;
 mod json_scan;

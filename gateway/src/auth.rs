@@ -1,4 +1,4 @@
-//! Authentication of clients, and the limits of their keys.
+//! Authentication of clients, and the rate limits of their keys.
 
 pub mod jwt;
 pub mod keys;

@@ -1,4 +1,5 @@
-//! The configuration: one typed tree, unknown keys refused, defaults in one place. All times carry their unit in the name.
+//! The configuration: one typed tree with all defaults. Unknown keys are rejected. Keys that hold a time or a size
+//! carry the unit in their name.
 
 mod file;
 pub mod keys;
@@ -24,40 +25,41 @@ pub use self::scale::{
     Actuator, AutoscaleConfig, KubernetesConfig, ProcessConfig, ScaleConfig, WebhookConfig, WorkloadKind,
 };
 
-/// The whole configuration.
+/// The configuration file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Where to listen.
+    /// Address that clients connect to; default `127.0.0.1:8080`.
     #[serde(default = "default_listen")]
     pub listen: SocketAddr,
-    /// Certificate and key of the listener; none for plain text.
+    /// Certificate and key of the listener. Without this table the listener speaks plain HTTP.
     pub tls: Option<TlsConfig>,
-    /// The admin API; none for no admin API.
+    /// The admin API. Without this table there is none.
     pub admin: Option<AdminConfig>,
-    /// Bounds on clients.
+    /// Bounds on connections and requests of clients.
     #[serde(default)]
     pub limits: Limits,
-    /// Client keys; without any (here, in `keys_file` or by `jwt`), everyone is let in.
+    /// Client keys. If there are none here, no `keys_file` and no `jwt`, every request is accepted without a key.
     #[serde(default)]
     pub keys: Vec<KeyConfig>,
-    /// A file of further `[[keys]]`, which `potstill-gateway key new` and the admin API write.
+    /// TOML file with further `[[keys]]`. `potstill-gateway key new` and the admin API write this file.
     pub keys_file: Option<PathBuf>,
-    /// Bearer tokens signed by someone else.
+    /// Verification of bearer tokens from an external issuer.
     pub jwt: Option<JwtConfig>,
-    /// What holds for all pools that are scaled.
+    /// Settings that apply to all scaled pools.
     #[serde(default)]
     pub autoscale: AutoscaleConfig,
-    /// One pool per model.
+    /// The pools, one per model.
     #[serde(default)]
     pub pools: Vec<PoolConfig>,
-    /// Seconds that streams may still run after SIGTERM.
+    /// Seconds for which running requests may continue after SIGTERM; default 30.
     #[serde(default = "default_drain")]
     pub drain_seconds: u64,
-    /// One JSON line per request on standard output, without prompts and answers.
+    /// Whether to write one JSON line per request to standard output, without prompts and completions; default `false`.
     #[serde(default)]
     pub access_log: bool,
-    /// Where traces go: the base URL of an OpenTelemetry collector that takes OTLP over HTTP.
+    /// Base URL of an OpenTelemetry collector that receives traces by OTLP over HTTP. Without this key no traces are
+    /// sent.
     pub otlp_endpoint: Option<String>,
 }
 
@@ -69,22 +71,24 @@ pub struct TlsConfig {
     pub certificate: PathBuf,
     /// PEM file with the private key.
     pub key: PathBuf,
-    /// PEM file with the authorities that sign client certificates; asks every client for one.
+    /// PEM file with the certificate authorities that sign client certificates. With this key the listener requests a
+    /// certificate from every client.
     pub client_ca: Option<PathBuf>,
 }
 
-/// The admin API's own listener and key.
+/// Listener and key of the admin API.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdminConfig {
-    /// Where to listen.
+    /// Address of the admin API; default `127.0.0.1:8081`.
     #[serde(default = "default_admin")]
     pub listen: SocketAddr,
-    /// BLAKE3 hash of the admin key, as `potstill-gateway key new` prints it.
+    /// BLAKE3 hash of the admin key, as `potstill-gateway key new` prints it. Either `hash` or `env` is required.
     pub hash: Option<String>,
-    /// Environment variable that holds the admin key.
+    /// Environment variable that holds the admin key. Either `hash` or `env` is required.
     pub env: Option<String>,
-    /// Nodes that are added by the API may have private addresses (a cluster needs this).
+    /// Whether nodes that are added through the API may have loopback and private addresses; default `false`. Required
+    /// inside a cluster.
     #[serde(default)]
     pub allow_private: bool,
 }
@@ -102,7 +106,7 @@ fn default_drain() -> u64 {
 }
 
 impl Config {
-    /// An empty configuration that listens on `listen`.
+    /// Returns a configuration with defaults and without pools that listens on `listen`.
     pub fn new(listen: SocketAddr) -> Self {
         Self {
             listen,
@@ -120,7 +124,8 @@ impl Config {
         }
     }
 
-    /// Reads and checks a file, and the keys file that it names. Relative paths in it start at its own folder.
+    /// Reads and checks a configuration file and its keys file. Relative paths are relative to the folder of the file.
+    /// The error lists all problems.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let mut config: Self = read_toml(path)?;
         config.resolve(path.parent().unwrap_or(Path::new("")));
@@ -148,7 +153,7 @@ impl Config {
         }
     }
 
-    /// What is wrong beyond types.
+    /// Returns everything that is wrong beyond types, one message per problem.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = keys::problems(&self.keys, "keys");
         let mut models = std::collections::HashSet::new();
@@ -200,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_the_key_and_what_was_expected() {
+    fn reports_every_problem_with_its_key() {
         let error = read("[[pools]]\nmodel = \"m\"\nnodez = []").unwrap_err().to_string();
         assert!(error.contains("pools[0]") && error.contains("nodez"), "{error}");
         let error = read(
@@ -211,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_configuration_is_enough() {
+    fn accepts_a_minimal_configuration() {
         let config = read("[[pools]]\nmodel = \"m\"\nnodes = [{url = \"http://127.0.0.1:9000\"}]").unwrap();
         assert_eq!(config.pools[0].nodes[0].max_concurrency, None, "learnt");
     }

@@ -1,127 +1,128 @@
-//! What a client is told. The only place that turns a cause into a status, an OpenAI error body and `Retry-After`.
+//! Errors that a client receives. The only place of the gateway that maps a cause to an HTTP status, an OpenAI error
+//! body and `Retry-After`.
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use potstill_shared::openai::ErrorBody;
 
-/// Why a request was not served.
+/// The reason why a request was not served.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum GatewayError {
-    /// No key, or one that is not known.
+    /// The key is missing or unknown. Status 401.
     #[error("the API key is missing or not known; send it as `Authorization: Bearer KEY`")]
     Unauthorized,
-    /// The key may not use this model.
+    /// The key may not use this model. Status 403.
     #[error("the key `{key}` may not use the model `{model}`")]
     ModelNotAllowed {
         /// Name of the key.
         key: String,
-        /// The model.
+        /// Name of the model.
         model: String,
     },
-    /// The request itself is wrong.
+    /// The request is invalid. Status 400.
     #[error("{message}")]
     Invalid {
-        /// What is wrong.
+        /// Description for people.
         message: String,
-        /// The field at fault.
+        /// Name of the field at fault.
         param: Option<&'static str>,
-        /// For programs.
+        /// Error code for programs.
         code: &'static str,
     },
-    /// The body is larger than allowed.
+    /// The body is larger than `limits.body_bytes`. Status 413.
     #[error("the request body is larger than {limit} bytes")]
     TooLarge {
-        /// The limit.
+        /// The limit, in bytes.
         limit: usize,
     },
-    /// The client sent its body too slowly.
+    /// The client sent its body too slowly. Status 408.
     #[error("the request body did not arrive in time")]
     SlowBody,
-    /// No pool serves the model.
+    /// No pool serves the model. Status 404.
     #[error("the model `{model}` does not exist; `GET /v1/models` lists those that do")]
     ModelNotFound {
-        /// What was asked for.
+        /// The requested model.
         model: String,
     },
-    /// No such path.
+    /// The path is unknown. Status 404.
     #[error("unknown path `{path}`")]
     NotFound {
-        /// What was asked for.
+        /// The requested path.
         path: String,
     },
-    /// The path does not take this method.
+    /// The path does not support the method. Status 405.
     #[error("the method is not allowed for this path")]
     MethodNotAllowed,
-    /// The request head breaks a rule of HTTP that guards the way to the nodes.
+    /// The request head violates a rule of HTTP that protects against request smuggling. Status 400.
     #[error("{message}")]
     InvalidHttpRequest {
-        /// What is wrong.
+        /// Description for people.
         message: &'static str,
     },
-    /// The request body is encoded.
+    /// The request body has a `content-encoding`. Status 415.
     #[error("the request body must not be encoded; send it without `content-encoding`")]
     UnsupportedContentEncoding,
-    /// The gateway holds as many bytes as it may.
+    /// Load shedding: too many bytes of request bodies are in flight. Status 429.
     #[error("the gateway holds as many bytes of requests as it may")]
     Overloaded,
-    /// The key asked too much.
+    /// The key has reached one of its limits. Status 429.
     #[error("the key has used up its {what}")]
     RateLimited {
-        /// Which limit.
+        /// Name of the limit, such as `requests per minute`.
         what: &'static str,
-        /// Seconds until the next request is let in.
+        /// Seconds until the next request is admitted.
         retry_after: u64,
     },
-    /// The pool's queue is full.
+    /// The queue of the pool is full. Status 429.
     #[error("too many requests are waiting for `{model}`")]
     QueueFull {
-        /// The model.
+        /// Name of the model.
         model: String,
-        /// Seconds until a retry makes sense.
+        /// Seconds after which a retry is likely to succeed.
         retry_after: u64,
     },
-    /// No slot came free in time.
+    /// No slot became free within `queue.wait_ms`. Status 429.
     #[error("no slot for `{model}` came free within the longest wait")]
     QueueTimeout {
-        /// The model.
+        /// Name of the model.
         model: String,
-        /// Seconds until a retry makes sense.
+        /// Seconds after which a retry is likely to succeed.
         retry_after: u64,
     },
-    /// The pool has no node that works.
+    /// The pool has no ready node. Status 503.
     #[error("no node for `{model}` is available")]
     NoUpstream {
-        /// The model.
+        /// Name of the model.
         model: String,
-        /// Seconds until a retry makes sense.
+        /// Seconds after which a retry is likely to succeed.
         retry_after: u64,
     },
-    /// The gateway is shutting down.
+    /// The gateway is shutting down. Status 503.
     #[error("the gateway is shutting down")]
     Draining,
-    /// The node failed before its first byte.
+    /// The node failed before the first byte of its response. Status 502.
     #[error("the node failed before it answered: {reason}")]
     NodeFailed {
-        /// What happened.
+        /// Description of the failure.
         reason: String,
     },
-    /// The node did not answer in time.
+    /// The node did not respond before a deadline. Status 504.
     #[error("the node did not answer in time")]
     NodeTimeout,
-    /// The node itself refused, in its own words.
+    /// The node rejected the request. Its error body is passed on.
     #[error("{}", body.error.message)]
     Node {
-        /// Its status, as clients should see it.
+        /// Status for the client.
         status: StatusCode,
-        /// Its words.
+        /// Normalized error body of the node.
         body: Box<ErrorBody>,
-        /// Its `Retry-After`.
+        /// `Retry-After` of the node, in seconds.
         retry_after: Option<u64>,
     },
 }
 
 impl GatewayError {
-    /// HTTP status.
+    /// Returns the HTTP status.
     pub fn status(&self) -> StatusCode {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
@@ -143,7 +144,7 @@ impl GatewayError {
         }
     }
 
-    /// For programs, and the `reason` label of metrics.
+    /// Returns the error code for programs, which is also the `reason` label of metrics.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Unauthorized => "invalid_api_key",
@@ -176,12 +177,12 @@ impl GatewayError {
             | Self::Node { retry_after: Some(retry_after), .. } => Some((*retry_after).clamp(1, 60)),
             Self::NoUpstream { retry_after, .. } => Some((*retry_after).clamp(1, 600)),
             Self::Draining | Self::Overloaded => Some(1),
-            // Every 429 and 503 says when to come back.
+            // Every 429 and 503 has a `Retry-After`.
             _ => matches!(self.status().as_u16(), 429 | 503).then_some(5),
         }
     }
 
-    /// Whether another pool may serve the request instead: this one is full, empty or failing.
+    /// Returns whether a fallback pool may serve the request: the pool is full, has no ready node, or its nodes fail.
     pub fn is_retryable_on_fallback(&self) -> bool {
         match self {
             Self::QueueFull { .. }
@@ -194,7 +195,7 @@ impl GatewayError {
         }
     }
 
-    /// OpenAI's error body.
+    /// Returns OpenAI's error body.
     pub fn body(&self) -> ErrorBody {
         if let Self::Node { body, .. } = self {
             return ErrorBody::clone(body);
@@ -224,7 +225,7 @@ impl IntoResponse for GatewayError {
         if let Some(seconds) = self.retry_after() {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        // What is left of such a request on the connection is not to be taken for another one.
+        // Closing the connection prevents the rest of the body from being parsed as another request.
         if matches!(
             self,
             Self::InvalidHttpRequest { .. }

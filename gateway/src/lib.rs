@@ -1,8 +1,8 @@
-//! The gateway: an OpenAI-compatible server in front of pools of inference nodes. It routes requests by `model`, admits and
-//! queues them, balances by expected time, relays streams without buffering, watches its nodes, and starts and stops nodes with
-//! the demand.
+//! The gateway: an OpenAI-compatible server in front of pools of inference nodes. It routes requests by `model`, admits
+//! and queues them, and chooses a node by expected time. It relays streams without buffering, checks the health of
+//! nodes, and starts and stops nodes by demand.
 //!
-//! Start reading at [`proxy::handler`]: every step of a request on one screen. Deliberately absent: tensors, and any dependency
+//! Start reading at [`proxy::handler`], which shows all steps of a request. Out of scope: tensors, and any dependency
 //! on the trainer.
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,5 @@
-//! `potstill-gateway`: reads a configuration, serves until SIGTERM or Ctrl-C, reads it again on SIGHUP, drains.
+//! `potstill-gateway`: reads the configuration, serves requests until SIGTERM or Ctrl-C, reloads the configuration on
+//! SIGHUP, and drains on shutdown.
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
@@ -20,32 +21,32 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve.
+    /// Serve requests
     Serve {
-        /// The TOML configuration.
+        /// TOML configuration file
         config: PathBuf,
-        /// Log as JSON lines.
+        /// Write logs as JSON lines
         #[arg(long)]
         log_json: bool,
-        /// Worker threads; the cores that this process may use, if not given.
+        /// Number of worker threads; default: the cores available to the process
         #[arg(long)]
         threads: Option<usize>,
     },
-    /// Check a configuration and say what is wrong with it.
+    /// Check a configuration and print its problems
     Check {
-        /// The TOML configuration.
+        /// TOML configuration file
         config: PathBuf,
     },
-    /// The scaling policy as a program: observations in, decisions out, one JSON line each.
+    /// Run the scaling policy as a filter: one observation in, one decision out, as JSON lines
     Autoscale {
-        /// Speak on standard input and output, the only way there is.
+        /// Use standard input and output; required, as there is no other transport
         #[arg(long, required = true)]
         stdio: bool,
-        /// Seconds between observations that it asks for.
+        /// Requested seconds between observations
         #[arg(long, default_value_t = 5.0)]
         interval: f64,
     },
-    /// Client keys.
+    /// Manage client keys
     Key {
         #[command(subcommand)]
         command: KeyCommand,
@@ -54,21 +55,21 @@ enum Command {
 
 #[derive(Subcommand)]
 enum KeyCommand {
-    /// Make a key: prints it once, and its hash for the configuration.
+    /// Generate a key; print it once, with its hash for the configuration
     New {
-        /// Add the hash to this keys file; a running gateway takes it on SIGHUP.
+        /// Add the hash to this keys file; a running gateway reads it on SIGHUP
         #[arg(long, requires = "name")]
         file: Option<PathBuf>,
-        /// Name of the key.
+        /// Name of the key
         #[arg(long)]
         name: Option<String>,
-        /// Highest class of its requests: interactive, default or bulk.
+        /// Highest priority class of its requests: interactive, default or bulk
         #[arg(long, default_value = "default", value_parser = parse_priority)]
         priority: Priority,
     },
-    /// Print the hash of a client certificate, for `certificate` in the configuration.
+    /// Print the hash of a client certificate, for `certificate` in the configuration
     Certificate {
-        /// PEM file.
+        /// PEM file
         file: PathBuf,
     },
 }
@@ -100,7 +101,7 @@ fn main() -> anyhow::Result<()> {
     }
 }
 
-/// One core needs no hand-over between threads.
+/// With one core, the single-threaded runtime avoids handing tasks between threads.
 fn runtime(threads: Option<usize>) -> std::io::Result<tokio::runtime::Runtime> {
     let threads = match threads {
         Some(threads) => threads.max(1),

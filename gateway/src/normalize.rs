@@ -1,6 +1,6 @@
-//! Normalizes what nodes get wrong, so that every client library can read every node: the model's public name, constant `id` and
-//! `created`, indices, roles, finish reasons out of OpenAI's list, token sums, error bodies. What is right passes as the very
-//! bytes that came; unknown fields always survive. Nothing is made up: a missing text stays missing.
+//! Normalizes responses of nodes to OpenAI's form, so that every client library can read them. Corrected are the model
+//! name, `id`, `created`, indices, roles, finish reasons, token sums and error bodies. Correct responses are forwarded
+//! byte by byte, and unknown fields are always kept. Missing text is never invented.
 
 pub mod completion;
 pub mod error_body;
@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-/// Which endpoint's answers are read.
+/// Endpoint whose responses are normalized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// `/v1/chat/completions`.
@@ -27,15 +27,15 @@ pub enum Kind {
     Text,
     /// `/v1/embeddings`.
     Embeddings,
-    /// Anything else: only errors are normalized.
+    /// Any other endpoint: only errors are normalized.
     Other,
 }
 
-/// OpenAI's reasons for an end; typed clients know no others.
+/// OpenAI's finish reasons. Typed clients reject others.
 const REASONS: [&str; 5] = ["stop", "length", "tool_calls", "content_filter", "function_call"];
 
-/// A finish reason from OpenAI's list. What an engine calls by another name is translated; a word that nobody knows counts as
-/// `length`, since nothing says that the answer is whole.
+/// Returns the finish reason of OpenAI for that of an engine. An unknown word becomes `length`, because nothing proves
+/// that the completion is whole.
 pub fn finish_reason(word: &str) -> &'static str {
     match word {
         "eos" | "eos_token" | "end_turn" | "stop_sequence" | "stop_token" | "end" => "stop",
@@ -45,7 +45,7 @@ pub fn finish_reason(word: &str) -> &'static str {
     }
 }
 
-/// The `usage` of an answer.
+/// The `usage` object of a response.
 #[derive(Deserialize)]
 struct Counts {
     prompt_tokens: Option<u64>,
@@ -54,7 +54,7 @@ struct Counts {
 }
 
 impl Counts {
-    /// The tokens, and whether they are all there and their sum is right.
+    /// Returns the usage, and whether all counts are present and the sum is correct.
     fn usage(&self, kind: Kind) -> (Usage, bool) {
         let usage = Usage::new(self.prompt_tokens.unwrap_or(0), self.completion_tokens.unwrap_or(0));
         let whole = self.prompt_tokens.is_some()
@@ -64,7 +64,7 @@ impl Counts {
     }
 }
 
-/// Writes right sums into a `usage` object, beside what else it holds.
+/// Sets missing counts to 0 and corrects `total_tokens`. Other members of the object are kept.
 fn normalize_usage(usage: &mut Map<String, Value>, kind: Kind) {
     let count = |usage: &Map<String, Value>, name: &str| usage.get(name).and_then(Value::as_u64).unwrap_or(0);
     let (prompt, completion) = (count(usage, "prompt_tokens"), count(usage, "completion_tokens"));
@@ -75,12 +75,12 @@ fn normalize_usage(usage: &mut Map<String, Value>, kind: Kind) {
     usage.insert("total_tokens".into(), (prompt + completion).into());
 }
 
-/// Replacements in a text, in order of place.
+/// Replacements of parts of a text.
 #[derive(Default)]
 struct Edits(Vec<(Range<usize>, String)>);
 
 impl Edits {
-    /// Replaces `part`, a slice of `text`.
+    /// Replaces `part`, which must be a slice of `text`.
     fn replace(&mut self, text: &[u8], part: &str, by: impl Into<String>) {
         let start = part.as_ptr() as usize - text.as_ptr() as usize;
         self.0.push((start..start + part.len(), by.into()));
@@ -100,17 +100,17 @@ impl Edits {
     }
 }
 
-/// Whether a raw value is a JSON string that is not empty.
+/// Returns whether a raw value is a string that is not empty.
 fn is_text(value: Option<&RawValue>) -> bool {
     value.is_some_and(|value| value.get().starts_with('"') && value.get().len() > 2)
 }
 
-/// Whether a raw value is a whole number that is not negative.
+/// Returns whether a raw value is a non-negative integer.
 fn is_count(value: Option<&RawValue>) -> bool {
     value.is_some_and(|value| value.get().bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// A field that may be absent, null or a text; absence and null are told apart.
+/// A field that may be absent (`None`), null (`Some(None)`) or a string.
 type Presence<'a> = Option<Option<Cow<'a, str>>>;
 
 fn presence<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Presence<'de>, D::Error> {
@@ -119,8 +119,8 @@ fn presence<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Presenc
     Text::deserialize(deserializer).map(|text| Some(text.0))
 }
 
-/// Tool calls as typed clients want them: index, id, type, and arguments as a string of JSON. Later pieces of a stream keep
-/// to index and arguments.
+/// Adds what typed clients require of tool calls: `index`, `id`, `type`, and `arguments` as a string. In a stream, only
+/// the first delta of a call gets `id` and `type`.
 fn normalize_tool_calls(calls: &mut Value, streamed: bool) {
     let Some(calls) = calls.as_array_mut() else { return };
     for (index, call) in calls.iter_mut().enumerate() {
@@ -144,7 +144,7 @@ fn normalize_tool_calls(calls: &mut Value, streamed: bool) {
     }
 }
 
-/// Content that came as a list of parts becomes its text.
+/// Replaces a list of content parts by its concatenated text.
 fn normalize_content(message: &mut Map<String, Value>) {
     if let Some(content) = message.get_mut("content")
         && let Some(parts) = content.as_array()
@@ -154,7 +154,7 @@ fn normalize_content(message: &mut Map<String, Value>) {
     }
 }
 
-/// The fields that every answer has: `id`, `object`, `created`, `model`.
+/// Sets `id`, `object`, `created` and `model` of a response.
 fn mend_head(answer: &mut Map<String, Value>, object: &str, id: &str, created: u64, model: &str) {
     if answer.get("id").and_then(Value::as_str).is_none_or(str::is_empty) {
         answer.insert("id".into(), id.into());
@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_reason_is_one_of_openais() {
+    fn maps_every_finish_reason_to_openais_list() {
         for word in ["stop", "eos", "abort", "length", "gone fishing", "", "tool_use"] {
             assert!(REASONS.contains(&finish_reason(word)), "{word}");
         }

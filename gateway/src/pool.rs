@@ -1,7 +1,7 @@
 //! Pools: the nodes of each model, the queue in front of them, and the permits that count requests.
 //!
-//! Invariant: one [`Permit`] per request, taken before the request is sent and owned by the response body. When nothing is
-//! in flight, every counter is exactly zero.
+//! Invariant: each attempt owns one [`Permit`], which is taken before the request is sent and dropped with the response
+//! body. Without requests in flight every counter is zero.
 
 pub mod acquire;
 pub mod balance;

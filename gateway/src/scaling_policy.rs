@@ -1,10 +1,11 @@
-//! How many nodes each pool should have: [`decide`], a pure function of what is seen and what is remembered. No clock, no
-//! input or output; time comes in as a number of seconds, so the same function runs in the gateway, in simulators (through
-//! `potstill-gateway autoscale --stdio`) and in tests.
+//! The scaling policy: [`decide`], a pure function from an observation and earlier observations to a number of nodes
+//! per pool. Time is an argument, so the gateway, simulators (`potstill-gateway autoscale --stdio`) and tests run the
+//! same function.
 //!
-//! Slots are what is scarce: a reasoning answer holds one for minutes, and by Little's law the open requests are arrivals
-//! times stay, which a rate of requests does not show. The default law ([`adaptive`]) therefore counts open requests and
-//! what the stages of a run have announced; [`qps`] is the law that HPA and Knative users know; a fixed number is the third.
+//! Slots are the scarce resource, because a reasoning completion holds one for minutes. By Little's law the open
+//! requests are arrivals times stay; a request rate does not show this. The default policy ([`adaptive`]) therefore
+//! counts open requests and planned stages. [`qps`] follows the request rate like HPA and Knative. The third policy is
+//! a fixed number.
 
 mod adaptive;
 mod budget;
@@ -22,42 +23,45 @@ use self::history::History;
 use self::need::CapacityNeed;
 pub use self::observation::{Mode, Observation, PoolObservation, RequestCounts, Settings, StagePlan};
 
-/// What is remembered from one decision to the next. Bounded: pools that are no longer seen are forgotten, histories are
-/// thinned.
+/// State between decisions. Bounded: pools that are no longer observed are removed and histories are thinned.
 #[derive(Debug, Default)]
 pub struct PolicyState {
     pools: HashMap<String, PoolMemory>,
-    /// When it was last decided.
+    /// Time of the last decision.
     at: Option<f64>,
 }
 
-/// Nothing was seen for so long, or the clock went back: what is remembered is of no use, as after a restart.
+/// Largest gap between two decisions, in seconds. After a longer gap or a clock that went back, the state is cleared as
+/// after a restart.
 const GAP_S: f64 = 120.0;
 
 #[derive(Debug)]
 struct PoolMemory {
-    /// When the pool was first seen, and with how many nodes: after a restart these stay for a whole memory window.
+    /// Time of the first observation and the number of nodes then. After a restart these nodes are kept for
+    /// `demand_window_s`.
     first: (f64, usize),
-    /// Demand that no stage announced: time and slots.
+    /// History of the open requests that no plan covers.
     demand: History,
-    /// Since when there are more nodes than needed.
+    /// Time since which there are more nodes than needed.
     surplus_since: Option<f64>,
-    /// When something was last open.
+    /// Time at which a request was last open.
     busy_at: f64,
     qps: qps::QpsMemory,
 }
 
-/// What should be.
+/// The result of the policy.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Decision {
-    /// Nodes by model; a model that is not named keeps what it has.
+    /// Number of nodes by model.
     pub desired: BTreeMap<String, usize>,
-    /// One line a model: why.
+    /// Explanation by model, one line each.
     pub reason: BTreeMap<String, String>,
 }
 
-/// The nodes that each pool should have now. Holds for every decision: within min and max, all pools together within the
-/// budget, never down on missing metrics, never down in the first memory window.
+/// Returns the number of nodes that each pool should have.
+///
+/// Every decision is within `min` and `max` of the pool and within the budget of all pools. Without metrics, and in the
+/// first `demand_window_s` seconds, no pool is scaled down, except for the budget.
 pub fn decide(seen: &Observation, memory: &mut PolicyState) -> Decision {
     if memory.at.is_some_and(|at| !(0.0..=GAP_S).contains(&(seen.t - at))) {
         memory.pools.clear();
@@ -91,7 +95,7 @@ pub fn decide(seen: &Observation, memory: &mut PolicyState) -> Decision {
     }
 }
 
-/// What one pool should have, the budget aside.
+/// Returns the number of nodes that one pool should have, before the budget applies.
 fn target_nodes(
     t: f64,
     pool: &PoolObservation,
@@ -101,7 +105,7 @@ fn target_nodes(
     let have = pool.have();
     let bounded = |nodes: usize| nodes.clamp(pool.min.min(pool.max), pool.max);
     let (Some(open), false) = (pool.open(), pool.stale) else {
-        // Without figures nothing is taken away; what was asked for stays asked for.
+        // Without metrics nothing is scaled down, and nodes that are starting are kept.
         let kept = bounded(have);
         let reason = format!("metrics are missing: {have} kept");
         return (kept, CapacityNeed { online: kept, reason, ..CapacityNeed::default() });
@@ -117,7 +121,7 @@ fn target_nodes(
         Mode::Qps => qps::need(t, pool, open, &mut memory.qps),
         Mode::Adaptive => adaptive::need(t, pool, open, starts, &mut memory.demand),
     };
-    // The last node stays while the pool was busy not long ago.
+    // The last node stays until the pool has been idle for `idle_timeout_s`.
     if pool.settings.mode != Mode::Fixed
         && need.nodes() == 0
         && have > 0
@@ -138,8 +142,8 @@ fn target_nodes(
     (nodes, need)
 }
 
-/// Scaling down waits: a node that is given back and needed again costs a cold start, so it is kept for as long as that
-/// would take (rent or buy); where all work is announced, the plan knows better and a short while is enough.
+/// Delays scale-down. A node that is removed and needed again costs a cold start, so it is kept for as long as that
+/// takes (rent or buy). If plans cover all demand, the shorter `scale_down_delay_s` is enough.
 fn scale_down_delay(
     t: f64,
     pool: &PoolObservation,
@@ -160,7 +164,7 @@ fn scale_down_delay(
     let wait = match pool.settings.mode {
         Mode::Adaptive if announced => pool.settings.scale_down_delay_s,
         Mode::Adaptive => pool.cold_s(),
-        // This law has its own window.
+        // The policy `qps` has its own stabilization window.
         Mode::Qps | Mode::Fixed => 0.0,
     };
     if t - since < wait {

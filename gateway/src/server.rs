@@ -1,6 +1,7 @@
-//! Our own accept loop, since the stock one waits for ever: for the first byte of a connection, for the rest of a head, for the
-//! next request. Body deadlines are the stack's. On stop: no new connections, open streams finish within the grace, then
-//! everything closes.
+//! The accept loop of the gateway. Unlike `axum::serve` it limits the time to the first byte of a connection, to the
+//! end of a request head, and between requests. Deadlines of request bodies are set in [`crate::api::read_body`]. On
+//! shutdown no connection is accepted, running requests continue for a grace period, and then all connections are
+//! closed.
 
 pub mod addresses;
 pub mod stall;
@@ -34,27 +35,28 @@ use crate::auth::keys::ClientCertificate;
 use crate::config::Limits;
 use crate::time::ms;
 
-/// Largest request head.
+/// Largest request head in bytes.
 const HEAD_BYTES: usize = 64 << 10;
 
-/// How an HTTP/2 connection begins (RFC 9113, section 3.4).
+/// First bytes of an HTTP/2 connection (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0";
 
-/// What serves requests, and how connections are guarded.
+/// Serves requests, and provides the bounds of connections.
 pub(crate) trait Handler: Clone + Send + Sync + 'static {
-    /// Body of its answers.
+    /// Body of responses.
     type Body: Body<Data = bytes::Bytes, Error = std::io::Error> + Send + 'static;
-    /// Answers a request.
+    /// Serves a request.
     fn handle(&self, request: Request<Incoming>) -> impl Future<Output = Response<Self::Body>> + Send;
-    /// The bounds as they are now.
+    /// Returns the current limits.
     fn limits(&self) -> Arc<Limits>;
-    /// TLS as it is now; none for plain text.
+    /// Returns the current TLS settings; `None` for plain HTTP.
     fn tls(&self) -> Option<Tls>;
-    /// A connection was opened (+1) or closed (-1).
+    /// Counts an opened (+1) or closed (-1) connection.
     fn count_connection(&self, change: i64);
 }
 
-/// Accepts connections until `stop`, cancels `draining`, and returns when the last connection has ended or the grace is over.
+/// Accepts connections until `stop`, then sets `draining`. Returns when all connections have ended, at the latest after
+/// `grace`.
 pub(crate) async fn serve(
     listener: TcpListener,
     handler: impl Handler,
@@ -71,7 +73,7 @@ pub(crate) async fn serve(
         let accepted = tokio::select! {
             () = &mut stop => break,
             accepted = async {
-                // Over the bound nobody is accepted: the kernel's backlog holds them.
+                // Above the bound, new connections wait in the backlog of the kernel.
                 let slot = Arc::clone(&slots).acquire_owned().await;
                 (listener.accept().await, slot)
             } => accepted,
@@ -79,7 +81,7 @@ pub(crate) async fn serve(
         match accepted {
             (Ok((stream, peer)), Ok(slot)) => {
                 let limits = handler.limits();
-                // One address must not take all places.
+                // One address cannot use all connections.
                 let Some(place) = addresses.enter(client(peer), limits.connections_per_address) else {
                     continue;
                 };
@@ -94,7 +96,7 @@ pub(crate) async fn serve(
                 });
             }
             (Err(error), _) => {
-                // Out of file descriptors, mostly: give connections time to end.
+                // Mostly a lack of file descriptors. A pause lets connections end.
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
@@ -114,7 +116,7 @@ pub(crate) async fn serve(
     }
 }
 
-/// Who counts as one client: an IPv4 address, or an IPv6 network as it is given to one site.
+/// Returns the address that counts as one client: an IPv4 address, or the /64 network of an IPv6 address.
 fn client(peer: SocketAddr) -> IpAddr {
     match peer.ip() {
         IpAddr::V6(v6) if v6.to_ipv4_mapped().is_none() => {
@@ -159,7 +161,7 @@ async fn connection(stream: TcpStream, handler: impl Handler, limits: Arc<Limits
 
 type Session = tokio_rustls::server::TlsStream<TcpStream>;
 
-/// Boxed: a plain connection does not carry the state of a handshake.
+/// Boxed, so that a plain connection does not carry the state of a handshake.
 fn handshake(
     tls: &Tls,
     stream: TcpStream,
@@ -168,7 +170,7 @@ fn handshake(
     Box::pin(tokio::time::timeout(limit, tls.accept(stream)))
 }
 
-/// Serves a connection whose protocol is known.
+/// Serves a connection with a known protocol.
 pub(crate) fn serve_connection<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
     http2: bool,
@@ -183,10 +185,10 @@ pub(crate) fn serve_connection<S: AsyncRead + AsyncWrite + Unpin + Send + 'stati
         if let Some(certificate) = certificate {
             request.extensions_mut().insert(certificate);
         }
-        // Boxed: a connection that relays a stream does not carry the state of how the request began.
+        // Boxed, so that a connection that relays a stream does not carry the state of the request's start.
         Box::pin(async move { Ok::<_, Infallible>(handler.handle(request).await) })
     });
-    // Both kinds of connection have the same life; their types differ, and each is boxed at its own size.
+    // A macro, because the connection types of HTTP/1.1 and HTTP/2 differ. Each is boxed at its own size.
     macro_rules! run {
         ($connection:expr) => {{
             let mut connection = Box::pin($connection);

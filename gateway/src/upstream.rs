@@ -1,5 +1,5 @@
-//! HTTP/1.1 client for upstream nodes: addresses, connections, one exchange of a request and a response. Transport only: it
-//! knows neither pools nor OpenAI's API.
+//! HTTP/1.1 client for upstream nodes: addresses, connections, and exchanges of a request and a response. Transport
+//! only: this module depends neither on pools nor on OpenAI's API.
 
 pub mod address;
 pub mod connect;

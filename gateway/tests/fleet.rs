@@ -1,7 +1,8 @@
-//! The whole gateway on simulated time: clients, connections, nodes and their network are pipes in memory and the clock is
-//! tokio's paused one, so that a minute takes a few hundredths of a second. Nodes crash, hang, slow down, break off, talk
-//! nonsense, refuse and come back; the network splits; the configuration changes; clients leave and dawdle; the gateway stops.
-//! Whatever happens, every request ends once and with its own answer or an error. `POTSTILL_SEEDS=10000` runs more seeds.
+//! Simulation of the whole gateway. Connections of clients and nodes are in-memory pipes, and the clock is tokio's
+//! paused one, so that a minute takes a few hundredths of a second. Nodes crash, hang, slow down, break streams, send
+//! invalid data, reject requests and recover. The network splits, the configuration changes, clients disconnect or read
+//! slowly, and the gateway shuts down. In every case each request ends exactly once, with its own response or an error.
+//! `POTSTILL_SEEDS=10000` runs more seeds.
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests")]
 
 #[path = "fleet/client.rs"]
@@ -65,7 +66,7 @@ struct World {
     ends: Mutex<BTreeMap<End, u64>>,
 }
 
-/// A client with a few requests, one after the other.
+/// A client that sends a few requests, one after another.
 async fn visit(world: Arc<World>, door: Arc<Door>, name: String, mut random: ChaCha8Rng) {
     let requests = random.random_range(1..5);
     let mut client = None;
@@ -73,7 +74,7 @@ async fn visit(world: Arc<World>, door: Arc<Door>, name: String, mut random: Cha
         let mut current =
             client.take().unwrap_or_else(|| Client::connect(&door, ChaCha8Rng::from_rng(&mut random)));
         world.asked.fetch_add(1, Ordering::Relaxed);
-        // No clock of the gateway is longer than this.
+        // Longer than all deadlines of the gateway.
         let asked = timeout(Duration::from_secs(200), current.ask(&format!("{name}-{number}"))).await;
         let (end, open) = asked.expect("every request ends");
         *world.ends.lock().unwrap().entry(end).or_default() += 1;
@@ -144,7 +145,7 @@ async fn run(seed: u64) -> BTreeMap<End, u64> {
     ends
 }
 
-/// Once all nodes are well, the pool serves again, however often they were ejected.
+/// Checks that the pool serves again once all nodes are healthy, however often they were ejected.
 async fn come_back(network: &Network, door: &Arc<Door>, random: &mut ChaCha8Rng) {
     network.hosts().for_each(|host| {
         host.condition.send_replace(Condition::Well);
@@ -158,7 +159,7 @@ async fn come_back(network: &Network, door: &Arc<Door>, random: &mut ChaCha8Rng)
 }
 
 #[test]
-fn every_request_ends_once_and_with_its_own_answer() {
+fn every_request_ends_once_with_its_own_response() {
     let seeds: u64 = std::env::var("POTSTILL_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1_000);
     let next = AtomicU64::new(0);
     let ends = Mutex::new(BTreeMap::<End, u64>::new());

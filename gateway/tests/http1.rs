@@ -1,5 +1,5 @@
-//! The HTTP/1.1 client towards nodes: over real sockets against nodes that answer in every way that is allowed and many that
-//! are not, and beside hyper's client, which must read the same where both accept what came.
+//! Tests of the HTTP/1.1 client over real sockets, against nodes with valid and invalid responses. A property test
+//! compares the parser with hyper's client: both must read the same wherever both accept the input.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::sync::Arc;
@@ -24,15 +24,15 @@ use tokio::net::{TcpListener, TcpStream};
 
 const LONG: Duration = Duration::from_secs(30);
 
-/// What a node does with its connections: the first reads so much of each request, writes the parts, and so on.
+/// Behavior of a node on its connections: it reads a request and writes the parts.
 #[derive(Clone)]
 struct Script {
     parts: Vec<Bytes>,
-    /// It closes the connection behind its answer.
+    /// Whether the connection is closed after the response.
     close: bool,
-    /// It answers before it has read the body.
+    /// Whether the node responds before it has read the body.
     early: bool,
-    /// It closes a kept connection as soon as the next request arrives on it.
+    /// Whether a kept connection is closed as soon as the next request arrives on it.
     one_each: bool,
 }
 
@@ -43,7 +43,7 @@ impl Script {
     }
 }
 
-/// A node, and the connections that it was opened.
+/// A node, with a count of its connections and the requests that it read.
 struct Peer {
     endpoint: Arc<Endpoint>,
     connector: Connector,
@@ -123,7 +123,7 @@ async fn serve(mut stream: TcpStream, script: Script, log: Arc<std::sync::Mutex<
     }
 }
 
-/// Asks a node twice: the answers, and how many connections that took.
+/// Sends two requests to a node. Returns the responses and the number of connections.
 async fn twice(script: Script) -> (Vec<Result<(u16, Bytes), String>>, usize) {
     let peer = Peer::start(script).await;
     let mut answers = Vec::new();
@@ -135,7 +135,7 @@ async fn twice(script: Script) -> (Vec<Result<(u16, Bytes), String>>, usize) {
 }
 
 #[tokio::test]
-async fn an_answer_is_whole_and_its_connection_is_kept_where_it_may_be() {
+async fn reads_whole_responses_and_reuses_connections() {
     let chunks = "5\r\nhello\r\n6;a=\"b\"\r\n world\r\n0\r\nx-trailer: y\r\n\r\n";
     for (answer, body, connections) in [
         ("HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\nhello world".to_owned(), "hello world", 1),
@@ -161,7 +161,7 @@ async fn an_answer_is_whole_and_its_connection_is_kept_where_it_may_be() {
             assert_eq!(opened, connections, "{answer}, byte by byte: {single}");
         }
     }
-    // Bytes that nobody asked for end the connection, before they can be taken for the next answer.
+    // Unexpected bytes after a response close the connection; they must not count as the next response.
     let two = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n";
     let (answers, opened) = twice(Script::says(&[two])).await;
     assert!(answers.iter().all(|read| *read == Ok((200, Bytes::from_static(b"ok")))), "{answers:?}");
@@ -173,7 +173,7 @@ async fn an_answer_is_whole_and_its_connection_is_kept_where_it_may_be() {
 }
 
 #[tokio::test]
-async fn an_answer_that_is_none_is_an_error() {
+async fn reports_truncated_and_malformed_responses() {
     for (answer, words) in [
         ("", "without an answer"),
         ("HTTP/1.1 200 OK\r\ncontent-le", "within its answer"),
@@ -199,7 +199,7 @@ async fn an_answer_that_is_none_is_an_error() {
 }
 
 #[tokio::test]
-async fn a_kept_connection_that_the_node_closes_costs_one_more_and_no_error() {
+async fn retries_on_a_new_connection_when_a_kept_one_was_closed() {
     let script =
         Script { one_each: true, ..Script::says(&[b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"]) };
     let (answers, opened) = twice(script).await;
@@ -208,7 +208,7 @@ async fn a_kept_connection_that_the_node_closes_costs_one_more_and_no_error() {
 }
 
 #[tokio::test]
-async fn a_long_request_arrives_whole_and_may_be_refused_early() {
+async fn sends_long_requests_and_reads_early_responses() {
     let body: Bytes = (0..8 << 20).map(|index: u32| (index % 251) as u8).collect();
     let peer = Peer::start(Script::says(&[b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"])).await;
     for _ in 0..2 {
@@ -223,7 +223,7 @@ async fn a_long_request_arrives_whole_and_may_be_refused_early() {
     let peer = Peer::start(early).await;
     let mut refused = 0;
     for _ in 0..20 {
-        // A reset may overtake the answer: then there is none to read.
+        // A reset can overtake the response, which is then lost.
         match peer.ask(body.clone()).await {
             Ok(answer) => {
                 assert_eq!(answer, (413, Bytes::from_static(b"long")));
@@ -237,7 +237,7 @@ async fn a_long_request_arrives_whole_and_may_be_refused_early() {
 }
 
 #[tokio::test]
-async fn a_large_answer_comes_through_as_it_is() {
+async fn reads_a_large_chunked_response() {
     let body: Vec<u8> = (0..3 << 20).map(|index: u32| (index % 253) as u8).collect();
     let mut answer = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n".to_vec();
     for chunk in body.chunks(70_001) {
@@ -251,7 +251,7 @@ async fn a_large_answer_comes_through_as_it_is() {
     assert_eq!(opened, 1);
 }
 
-/// What our reader makes of bytes that come in parts, when the connection is closed behind them.
+/// Response and body that our parser reads from `parts`, followed by the end of the connection.
 fn ours(parts: &[&[u8]]) -> Option<(u16, Vec<u8>)> {
     let mut bytes = Vec::new();
     let mut parts = parts.iter();
@@ -276,7 +276,7 @@ fn ours(parts: &[&[u8]]) -> Option<(u16, Vec<u8>)> {
     Some((head.status.as_u16(), body))
 }
 
-/// The same by hyper.
+/// Response and body that hyper reads from the same bytes.
 async fn theirs(bytes: &[u8]) -> Option<(u16, Vec<u8>)> {
     let (near, mut far) = tokio::io::duplex(1 << 20);
     let (mut sender, connection) =
@@ -299,7 +299,7 @@ async fn theirs(bytes: &[u8]) -> Option<(u16, Vec<u8>)> {
     Some((status, body.to_bytes().to_vec()))
 }
 
-/// A chunked body of `chunks`, as a node may write it.
+/// Encodes a chunked body.
 fn chunked(chunks: &[Vec<u8>], extension: &str, trailer: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     for chunk in chunks.iter().filter(|chunk| !chunk.is_empty()) {
@@ -313,7 +313,7 @@ fn chunked(chunks: &[Vec<u8>], extension: &str, trailer: &str) -> Vec<u8> {
 
 proptest! {
     #[test]
-    fn chunks_are_read_the_same_however_they_are_cut(
+    fn chunked_body_does_not_depend_on_read_boundaries(
         chunks in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..300), 0..6),
         extension in prop_oneof![Just(""), Just(";a"), Just(" ; a=\"b\"")],
         trailer in prop_oneof![Just(""), Just("a: b\r\n"), Just("a: b\r\nc: d\r\n")],
@@ -329,7 +329,7 @@ proptest! {
     }
 
     #[test]
-    fn hyper_reads_the_same(
+    fn agrees_with_hyper_where_both_accept(
         version in prop_oneof![4 => Just("1.1"), 1 => Just("1.0"), 1 => Just("2")],
         status in prop_oneof![4 => Just(200u16), 1 => Just(204), 1 => Just(304), 1 => Just(100), 1 => Just(500)],
         fields in proptest::collection::vec(prop_oneof![
@@ -355,7 +355,7 @@ proptest! {
         }
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let (ours, theirs) = (ours(&[&bytes]), runtime.block_on(theirs(&bytes)));
-        // Each refuses something that the other takes; what both take must be the same.
+        // Each parser rejects something that the other accepts. Where both accept, the results must be equal.
         if let (Some(ours), Some(theirs)) = (ours, theirs) {
             prop_assert_eq!(ours, theirs, "{}", bytes.escape_ascii());
         }

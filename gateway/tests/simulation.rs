@@ -1,6 +1,6 @@
-//! A pool on simulated time: nodes that crash, hang, slow down, fail within streams and come back, clients that leave, a
-//! configuration that changes, and invariants that hold at every step. The clock is tokio's paused one, so a minute takes
-//! milliseconds and a seed always gives the same run. `POTSTILL_SEEDS=10000` runs more of them.
+//! Simulation of a pool. Nodes crash, slow down, break streams and recover; clients disconnect; the configuration
+//! changes. Invariants are checked throughout. The clock is tokio's paused one, so that a minute takes milliseconds and
+//! a seed always gives the same run. `POTSTILL_SEEDS=10000` runs more seeds.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "simulation/orders.rs"]
@@ -24,15 +24,15 @@ use tokio_util::sync::CancellationToken;
 const SLOTS: usize = 4;
 const SECONDS: u64 = 60;
 
-/// How a node really is; the pool has to find out.
+/// Actual health of a node, which the pool has to detect.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Health {
     Well,
-    /// So many times slower.
+    /// Slower by this factor.
     Slow(u32),
-    /// Breaks answers off.
+    /// Responses break halfway.
     Breaks,
-    /// Refuses connections.
+    /// Connections are refused.
     Down,
 }
 
@@ -71,7 +71,7 @@ fn config(nodes: usize, load_balancing: LoadBalancing) -> PoolConfig {
     pool
 }
 
-/// A node counts what it holds, however the request ends.
+/// Counts a request on a node until it is dropped, however the request ends.
 struct OnNode<'a> {
     world: &'a World,
     name: String,
@@ -94,7 +94,7 @@ impl Drop for OnNode<'_> {
     }
 }
 
-/// One client's request, as the request path makes it: a slot, a node, perhaps another one.
+/// A request of a client, with the same steps as in the request path: a slot, a node, and retries on other nodes.
 async fn request(world: &World, ask: &AcquireRequest, work: Duration) {
     let counts = &world.counts;
     let (mut exclude, mut tries) = (None, 0);
@@ -128,7 +128,7 @@ async fn request(world: &World, ask: &AcquireRequest, work: Duration) {
             Health::Breaks => {
                 sleep(work / 2).await;
                 permit.failure("scripted");
-                // Something has reached the client: no second try.
+                // The client has received data, so there is no retry.
                 counts.broken.fetch_add(1, Ordering::Relaxed);
                 return;
             }
@@ -148,7 +148,7 @@ async fn request(world: &World, ask: &AcquireRequest, work: Duration) {
     }
 }
 
-/// What the health check does: nodes that answer again come back.
+/// Stands in for health checks: reachable nodes become ready again.
 async fn watch(world: Arc<World>) {
     loop {
         sleep(Duration::from_millis(500)).await;
@@ -159,7 +159,7 @@ async fn watch(world: Arc<World>) {
             }
         }
         world.pool.remove_drained();
-        // Ejections and pauses end with time alone: any change of state looks at the queue.
+        // Ejections and pauses end by time alone. Any change of state dispatches the queue.
         if let Some(node) = world.pool.nodes().first() {
             world.pool.set_node_state(node, node.state());
         }
@@ -250,7 +250,7 @@ async fn run(seed: u64) {
 }
 
 #[test]
-fn whatever_happens_to_the_nodes_the_books_are_right() {
+fn counters_balance_under_random_node_failures() {
     let seeds = std::env::var("POTSTILL_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1_000);
     for seed in 0..seeds {
         let runtime =

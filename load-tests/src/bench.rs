@@ -1,5 +1,5 @@
-//! The gateway beside its peers, in one run: proxies on the first core, nodes and load on the second. Ratios count; absolute
-//! times belong to the machine. Peers that are not installed are left out.
+//! Benchmarks the gateway and its peers in one run: proxies on the first core, nodes and load on the second. Only
+//! ratios are meaningful; absolute times depend on the machine. Peers that are not installed are skipped.
 
 mod cases;
 mod load;
@@ -15,30 +15,30 @@ use serde::Deserialize;
 
 use self::peers::Peer;
 
-/// What to measure.
+/// Arguments of `bench`.
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// The scenario file.
+    /// Scenario file
     #[arg(long, default_value = "load-tests/scenarios/gateway.toml")]
     scenario: PathBuf,
-    /// Only these cases, by comma.
+    /// Cases to run, separated by commas; default: all
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// Only these peers, by comma: direct, hyper, nginx, envoy, potstill.
+    /// Peers to run, separated by commas: direct, hyper, nginx, envoy, potstill; default: all
     #[arg(long, value_delimiter = ',')]
     peers: Vec<String>,
-    /// The gateway's program; next to this one if not given.
+    /// Program of the gateway; default: next to this program
     #[arg(long)]
     gateway: Option<PathBuf>,
-    /// Envoy's program, or the one in the search path.
+    /// Program of Envoy; default: on the search path
     #[arg(long, default_value = "envoy")]
     envoy: PathBuf,
-    /// nginx's program, or the one in the search path.
+    /// Program of nginx; default: on the search path
     #[arg(long, default_value = "nginx")]
     nginx: PathBuf,
 }
 
-/// The cases; each is left out when the file does not have it.
+/// The cases. A case that is missing in the file is skipped.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Scenario {
@@ -51,7 +51,7 @@ struct Scenario {
     killed: Option<cases::Killed>,
 }
 
-/// Where things are.
+/// Paths of the programs.
 pub(crate) struct Programs {
     gateway: PathBuf,
     envoy: PathBuf,
@@ -59,11 +59,11 @@ pub(crate) struct Programs {
     own: PathBuf,
 }
 
-/// The core of the proxies, and that of nodes and load.
+/// Core of the proxies, then core of nodes and load.
 const PROXY_CORE: &str = "0";
 const LOAD_CORE: &str = "1";
 
-/// Set in the process that runs pinned.
+/// Environment variable of the process that runs pinned to a core.
 const PINNED: &str = "POTSTILL_BENCH_PINNED";
 
 pub(crate) fn run(arguments: &Arguments, runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
@@ -120,7 +120,7 @@ pub(crate) fn run(arguments: &Arguments, runtime: &tokio::runtime::Runtime) -> a
     })
 }
 
-/// Prints a line of a result.
+/// Prints a line of results.
 #[expect(clippy::print_stdout, reason = "the result of a command")]
 pub(crate) fn say(line: &str) {
     println!("{line}");

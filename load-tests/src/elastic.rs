@@ -1,5 +1,5 @@
-//! Scaling laws side by side on simulated pools: chat, code and document loads, reasoning lengths that shift and burst, and the
-//! stages of a distillation run on two teachers under one budget. `just elastic` prints the table.
+//! Compares scaling policies on simulated pools: chat, code and document loads, reasoning lengths that shift and burst,
+//! and the stages of a distillation run on two teachers under one budget. `just elastic` prints the table.
 
 mod laws;
 mod sim;
@@ -12,19 +12,19 @@ use rand_chacha::ChaCha8Rng;
 use self::laws::HOUR_WORTH;
 use self::sim::{Outcome, Sim};
 
-/// What to simulate.
+/// Arguments of `elastic`.
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Only these scenarios, by comma.
+    /// Scenarios to run, separated by commas; default: all
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// Only these laws, by comma.
+    /// Policies to run, separated by commas; default: all
     #[arg(long, value_delimiter = ',')]
     laws: Vec<String>,
-    /// Seeds for each.
+    /// Number of seeds per scenario and policy
     #[arg(long, default_value_t = 5)]
     seeds: u64,
-    /// The first of them.
+    /// First seed
     #[arg(long, default_value_t = 0)]
     first_seed: u64,
 }
@@ -33,7 +33,7 @@ fn mean(outcomes: &[Outcome], of: impl Fn(&Outcome) -> f64) -> f64 {
     outcomes.iter().map(of).sum::<f64>() / outcomes.len().max(1) as f64
 }
 
-/// Cost with an hour of waiting priced.
+/// Returns the cost including the price of waiting.
 fn with_waiting(outcome: &Outcome) -> f64 {
     outcome.cost + HOUR_WORTH * outcome.end_s / 3600.0
 }
@@ -92,9 +92,9 @@ mod tests {
         (runs("potstill"), runs("oracle"))
     }
 
-    /// Simulated time: the same figures everywhere.
+    /// Simulated time: results are the same on every machine.
     #[test]
-    fn our_law_keeps_its_bars() {
+    fn adaptive_policy_meets_its_bounds() {
         for (scenario, slo, cost) in [
             ("chat", 0.995, 1.15),
             ("code", 0.995, 1.15),

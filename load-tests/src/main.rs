@@ -1,5 +1,5 @@
-//! Load on OpenAI-compatible endpoints: an open-loop generator for any endpoint, a mock node, a bare proxy as the floor of what
-//! a proxy costs, and `bench`, which measures the gateway beside nginx, Envoy and that floor in one run.
+//! Load tests for OpenAI-compatible endpoints: an open-loop generator, a mock node, a bare proxy as the lower bound of
+//! a proxy's cost, and `bench`. The latter measures the gateway, nginx, Envoy and the bare proxy in one run.
 #![forbid(unsafe_code)]
 
 mod bench;
@@ -11,7 +11,7 @@ mod wire;
 
 use clap::{Parser, Subcommand};
 
-/// Load generators and measurements.
+/// Load generators and measurements
 #[derive(Parser)]
 #[command(name = "load-tests")]
 struct Arguments {
@@ -21,15 +21,15 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Open-loop load on any OpenAI-compatible endpoint.
+    /// Send open-loop load to an OpenAI-compatible endpoint
     Load(open_loop::Arguments),
-    /// A mock node.
+    /// Run a mock node
     Node(node::Arguments),
-    /// A bare reverse proxy over hyper: one upstream, no rules.
+    /// Run a bare reverse proxy over hyper, with one upstream and no rules
     Proxy(proxy::Arguments),
-    /// Compares scaling laws on simulated pools.
+    /// Compare scaling policies on simulated pools
     Elastic(elastic::Arguments),
-    /// Measures the gateway beside its peers.
+    /// Benchmark the gateway and its peers
     Bench(bench::Arguments),
 }
 

@@ -1,5 +1,5 @@
-//! A mock node: answers at once, after a time that the request names (with slots and a queue, as an engine has), or streams at
-//! a pace. Every token carries the time at which it was sent, so that the reader knows how late it comes.
+//! A mock node. It responds at once, after a time that the request names (with slots and a queue, as an engine has), or
+//! streams at a fixed pace. Every token contains its send time, so that the client can measure the delay.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,24 +11,24 @@ use tokio::time::Instant;
 
 use crate::wire::{Framing, Wire};
 
-/// How the node behaves.
+/// Arguments of `node`.
 #[derive(Args, Clone)]
 pub(crate) struct Arguments {
-    /// Where to listen.
+    /// Port to listen on
     #[arg(long)]
     port: u16,
-    /// Requests that it works on at once; more wait.
+    /// Concurrent requests; further ones wait
     #[arg(long, default_value_t = 1_000_000)]
     slots: usize,
-    /// So many times slower than the times that requests name.
+    /// Factor on the times that requests name
     #[arg(long, default_value_t = 1.0)]
     slower: f64,
-    /// Play a teacher: answer at once with a chain of thought of so many bytes, streamed or whole, and the answer 7.
+    /// Act as a teacher: respond at once with a chain of thought of this many bytes and the answer 7
     #[arg(long, value_name = "BYTES")]
     teacher: Option<usize>,
 }
 
-/// Serves until it is killed.
+/// Serves until the process is killed.
 pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let listener = TcpListener::bind(("127.0.0.1", arguments.port)).await?;
     let slots = Arc::new(Semaphore::new(arguments.slots.min(Semaphore::MAX_PERMITS)));
@@ -41,12 +41,12 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
 }
 
-/// Nanoseconds since 1970: the same clock in every process of the machine.
+/// Returns the nanoseconds since 1970, which all processes of the machine share.
 pub(crate) fn now() -> u128 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_nanos())
 }
 
-/// A number that a request names.
+/// Returns the integer field `name` of a request.
 fn number(body: &[u8], name: &str) -> Option<u64> {
     let at = memchr::memmem::find(body, format!("\"{name}\":").as_bytes())? + name.len() + 3;
     let digits: Vec<u8> = body[at..].iter().copied().take_while(u8::is_ascii_digit).collect();
@@ -58,7 +58,7 @@ async fn serve(stream: TcpStream, slots: Arc<Semaphore>, slower: f64) -> std::io
     let mut body = Vec::new();
     while let Some(head) = wire.head().await? {
         body.clear();
-        // The fields that steer the node stand at the end; the middle of a long prompt need not be kept.
+        // The fields that control the node are at the end of the body; the middle of a long prompt is not kept.
         let keep = |part: &[u8], body: &mut Vec<u8>| {
             if body.len() > 4096 {
                 body.drain(..body.len() - 256);
@@ -89,7 +89,7 @@ async fn serve(stream: TcpStream, slots: Arc<Semaphore>, slower: f64) -> std::io
     Ok(())
 }
 
-/// A teacher that knows only one answer, but at once.
+/// Serves a teacher that gives one fixed answer at once.
 async fn teach(stream: TcpStream, bytes: usize) -> std::io::Result<()> {
     let thought = "Seven is the number after six. ".repeat(bytes / 31 + 1);
     let content = format!("<think>{}</think>\\\\boxed{{7}}", &thought[..bytes]);

@@ -1,5 +1,5 @@
-//! Open-loop load: requests leave at Poisson times whatever the answers do, and latency counts from when a request was
-//! due, so a slow endpoint cannot hide behind a slow generator (no coordinated omission).
+//! Open-loop load: requests are sent at Poisson times, independent of responses. Latency counts from the scheduled time
+//! of a request, which avoids coordinated omission.
 use std::time::Duration;
 
 use clap::Args;
@@ -9,46 +9,46 @@ use potstill_shared::redact::Secret;
 use rand::{Rng, SeedableRng};
 use tokio::time::Instant;
 
-/// What to ask, and how often.
+/// Arguments of `load`.
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Base URL that ends in `/v1`.
+    /// Base URL that ends in `/v1`
     #[arg(long)]
     url: String,
-    /// Model to ask.
+    /// Model to request
     #[arg(long)]
     model: String,
-    /// Bearer key.
+    /// Bearer key
     #[arg(long, env = "POTSTILL_API_KEY")]
     key: Option<String>,
-    /// Requests per second.
+    /// Requests per second
     #[arg(long, default_value_t = 20.0)]
     rate: f64,
-    /// Requests in all.
+    /// Total number of requests
     #[arg(long, default_value_t = 400)]
     requests: usize,
-    /// What is asked.
+    /// Prompt of every request
     #[arg(long, default_value = "A Dan has 58 cards. B Dan buys 67 more. How many cards has Dan?")]
     prompt: String,
-    /// Limit on new tokens.
+    /// Limit on completion tokens
     #[arg(long, default_value_t = 128)]
     max_tokens: u32,
-    /// Read answers as streams.
+    /// Request streams
     #[arg(long)]
     stream: bool,
-    /// Seed of the arrival times.
+    /// Seed of the arrival times
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
 
-/// How one request went.
+/// Measurements of one request.
 struct Sample {
     latency: Duration,
     tokens: u64,
     error: Option<String>,
 }
 
-/// Sends the load and prints what came of it.
+/// Sends the load and prints the results.
 pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     anyhow::ensure!(
         arguments.rate > 0.0 && arguments.requests > 0,

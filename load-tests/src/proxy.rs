@@ -1,4 +1,5 @@
-//! The floor: what hyper alone costs as a reverse proxy. One upstream, every header and body passed on, nothing looked at.
+//! A bare reverse proxy: the cost of hyper alone, as a lower bound. One upstream; headers and bodies are forwarded
+//! without inspection.
 
 use std::convert::Infallible;
 
@@ -12,18 +13,18 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpListener;
 
-/// From where to where.
+/// Arguments of `proxy`.
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Where to listen.
+    /// Port to listen on
     #[arg(long)]
     port: u16,
-    /// Where the one upstream listens.
+    /// Port of the upstream
     #[arg(long)]
     to: u16,
 }
 
-/// Serves until it is killed.
+/// Serves until the process is killed.
 pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let listener = TcpListener::bind(("127.0.0.1", arguments.port)).await?;
     let mut connector = HttpConnector::new();

@@ -1,27 +1,27 @@
-//! The least HTTP/1.1 that a load generator and a mock node need of each other: fixed requests, answers with a length or in
-//! chunks. Cheap, so that what is measured is what stands between the two. Not for strangers.
+//! Minimal HTTP/1.1 for the load generator and the mock node: fixed requests, and responses with a length or in chunks.
+//! Cheap, so that the measurement shows the proxy between them. Not safe for untrusted peers.
 
 use std::io;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// A connection with what was read ahead.
+/// A connection with its read buffer.
 pub(crate) struct Wire {
     pub(crate) stream: TcpStream,
     buffer: Vec<u8>,
-    /// Bytes of `buffer` that are used up.
+    /// Number of consumed bytes of `buffer`.
     at: usize,
 }
 
-/// How a message's body is framed.
+/// Framing of a body.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Framing {
     Length(usize),
     Chunked,
 }
 
-/// A message head.
+/// Head of a message.
 pub(crate) struct Head {
     pub(crate) status: u16,
     pub(crate) framing: Framing,
@@ -41,7 +41,7 @@ impl Wire {
         &self.buffer[self.at..]
     }
 
-    /// Reads more; false at the end of the stream.
+    /// Reads more data. Returns `false` at the end of the stream.
     async fn more(&mut self) -> io::Result<bool> {
         if self.at > 0 {
             self.buffer.drain(..self.at);
@@ -50,7 +50,7 @@ impl Wire {
         Ok(self.stream.read_buf(&mut self.buffer).await? > 0)
     }
 
-    /// Reads a head; `None` when the other side has closed before it.
+    /// Reads a head. Returns `None` if the peer closed the connection before it.
     pub(crate) async fn head(&mut self) -> io::Result<Option<Head>> {
         let end = loop {
             if let Some(end) = memchr::memmem::find(self.rest(), b"\r\n\r\n") {
@@ -81,7 +81,7 @@ impl Wire {
         Ok(Some(Head { status: status.unwrap_or(0), framing }))
     }
 
-    /// Reads a body of known length and hands over its bytes.
+    /// Reads a body of known length and calls `on` with its bytes.
     pub(crate) async fn body(&mut self, length: usize, mut on: impl FnMut(&[u8])) -> io::Result<()> {
         let mut left = length;
         while left > 0 {
@@ -96,7 +96,7 @@ impl Wire {
         Ok(())
     }
 
-    /// Reads the next chunk of a chunked body; false after the last one.
+    /// Reads the next chunk of a chunked body. Returns `false` after the last one.
     pub(crate) async fn chunk(&mut self, mut on: impl FnMut(&[u8])) -> io::Result<bool> {
         let (start, length) = loop {
             if let Some(end) = memchr::memmem::find(self.rest(), b"\r\n") {
@@ -117,7 +117,7 @@ impl Wire {
         Ok(length > 0)
     }
 
-    /// Reads a whole answer and returns its status.
+    /// Reads a whole response and returns its status.
     pub(crate) async fn answer(&mut self, mut on: impl FnMut(&[u8])) -> io::Result<u16> {
         let head = self.head().await?.ok_or(io::ErrorKind::UnexpectedEof)?;
         match head.framing {
@@ -132,7 +132,7 @@ impl Wire {
     }
 }
 
-/// A chat request as bytes.
+/// Encodes a chat request.
 pub(crate) fn request(key: Option<&str>, body: &str) -> Vec<u8> {
     let key = key.map(|key| format!("authorization: Bearer {key}\r\n")).unwrap_or_default();
     format!(
@@ -142,7 +142,7 @@ pub(crate) fn request(key: Option<&str>, body: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// The body of a chat request: `fields` go in as they are.
+/// Returns the body of a chat request, with `fields` inserted verbatim.
 pub(crate) fn chat(fields: &str, prompt: &str) -> String {
     format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{prompt}"}}]{fields}}}"#)
 }

@@ -1,24 +1,24 @@
-//! What no log may hold, looked for in all that is logged while the tests run: gateways in this process at the most talkative
-//! level, programs in what they printed by their end.
+//! Watches logs for secrets while tests run: logs of gateways in this process at the most verbose level, and the
+//! complete output of programs.
 
 use std::io::{self, Write};
 use std::sync::Once;
 
 use tracing_subscriber::filter::LevelFilter;
 
-/// What the tests ask.
+/// Prompt that tests send.
 pub const PROMPT: &str = "canary-prompt-5c1e";
 
-/// The prompt, and how every key begins.
+/// Text that must not be logged: the prompt, and the prefix of all keys.
 const SECRETS: [&str; 2] = [PROMPT, "sk-potstill-"];
 
-/// Which secret `text` holds.
+/// Returns the secret that `text` contains, if any.
 pub fn secret_in(text: &[u8]) -> Option<&'static str> {
     let holds = |secret: &&str| text.windows(secret.len()).any(|part| part == secret.as_bytes());
     SECRETS.into_iter().find(holds)
 }
 
-/// From now on this process ends as soon as a secret is logged.
+/// Ends this process as soon as a secret is logged.
 pub fn watch() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {
@@ -30,13 +30,13 @@ pub fn watch() {
     });
 }
 
-/// Reads what is logged, line by line.
+/// Receives log lines and searches each.
 struct Reader;
 
 impl Write for Reader {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if let Some(secret) = secret_in(line) {
-            // A panic would end one task of the gateway, and no test.
+            // A panic would end a task of the gateway only, and the test would pass.
             let _told = writeln!(io::stderr(), "`{secret}` was logged: {}", line.escape_ascii());
             std::process::abort();
         }

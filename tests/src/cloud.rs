@@ -1,5 +1,5 @@
-//! A program behind a scaling webhook: it "starts" mock nodes that get ready when the test's cold start is over, stops those it
-//! is told to remove, and misbehaves when asked to.
+//! A scaling webhook for tests. It "starts" mock nodes that become ready after the cold start, stops nodes on request,
+//! and fails as configured.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -16,18 +16,18 @@ use tokio::net::TcpListener;
 
 use crate::mock::{Behaviour, Mock};
 
-/// How the program is today.
+/// How the program behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mood {
-    /// It does what it is told.
+    /// It does what is requested.
     Well,
-    /// It answers 500.
+    /// It returns 500.
     Failing,
-    /// It never answers.
+    /// It never responds.
     Silent,
-    /// Its answer is no JSON.
+    /// Its response is not JSON.
     Babbling,
-    /// It starts nodes that never get well.
+    /// It starts nodes that never become healthy.
     Sterile,
 }
 
@@ -36,14 +36,14 @@ struct Inner {
     behaviour: Behaviour,
     cold: Duration,
     mood: Mood,
-    /// Removed while they still had something to write.
+    /// Number of nodes that were removed while requests were running.
     cut: usize,
     most: usize,
     started: usize,
     asked: Vec<Value>,
 }
 
-/// A running program.
+/// A running webhook.
 #[derive(Clone)]
 pub struct Cloud {
     inner: Arc<Mutex<Inner>>,
@@ -51,7 +51,7 @@ pub struct Cloud {
 }
 
 impl Cloud {
-    /// Starts it; its nodes behave so and take so long to start.
+    /// Starts the webhook. Its nodes have this behavior and this cold start.
     pub async fn start(behaviour: Behaviour, cold: Duration) -> Self {
         let inner = Arc::new(Mutex::new(Inner {
             nodes: Vec::new(),
@@ -70,7 +70,7 @@ impl Cloud {
         Self { inner, address }
     }
 
-    /// A pool's scaling by this program, quick enough for a test.
+    /// Returns the scaling configuration of a pool with this webhook, with short times for tests.
     pub fn scaling(&self, max: usize, slots: usize) -> ScaleConfig {
         ScaleConfig {
             max,
@@ -83,28 +83,28 @@ impl Cloud {
         }
     }
 
-    /// Changes its mood.
+    /// Changes the behavior of the program.
     pub fn set_mood(&self, mood: Mood) {
         self.inner.lock().unwrap().mood = mood;
     }
 
-    /// Nodes now.
+    /// Current number of nodes.
     pub fn nodes(&self) -> usize {
         self.inner.lock().unwrap().nodes.len()
     }
 
-    /// Most nodes at once, nodes started in all, nodes removed with work left.
+    /// Largest number of nodes at once, number of started nodes, and number of nodes removed with running requests.
     pub fn counts(&self) -> (usize, usize, usize) {
         let inner = self.inner.lock().unwrap();
         (inner.most, inner.started, inner.cut)
     }
 
-    /// What it was asked.
+    /// Request bodies so far.
     pub fn asked(&self) -> Vec<Value> {
         self.inner.lock().unwrap().asked.clone()
     }
 
-    /// Does something with every node.
+    /// Calls `act` with every node.
     pub fn each(&self, act: impl FnMut(&mut Mock)) {
         self.inner.lock().unwrap().nodes.iter_mut().for_each(act);
     }

@@ -15,16 +15,16 @@ use crate::mock::Mock;
 
 /// A running gateway.
 pub struct TestGateway {
-    /// The gateway itself.
+    /// The gateway.
     pub gateway: Gateway,
-    /// A client with no deadline of its own.
+    /// HTTP client without a timeout.
     pub client: reqwest::Client,
     address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     task: Option<JoinHandle<()>>,
 }
 
-/// A pool `m` over mocks with short intervals.
+/// Returns the configuration of a pool `m` over mock nodes, with short intervals.
 pub fn pool(nodes: &[&Mock], slots: usize) -> PoolConfig {
     let mut pool = PoolConfig::new("m");
     pool.nodes = nodes
@@ -35,7 +35,7 @@ pub fn pool(nodes: &[&Mock], slots: usize) -> PoolConfig {
     pool
 }
 
-/// A configuration with one pool.
+/// Returns a configuration with one pool.
 pub fn config(pool: PoolConfig) -> Config {
     let mut config = Config::new(SocketAddr::from(([127, 0, 0, 1], 0)));
     config.pools.push(pool);
@@ -59,23 +59,23 @@ impl TestGateway {
         Self { gateway, client, address, stop: Some(stop), task: Some(task) }
     }
 
-    /// Address of a path.
+    /// Returns the URL of a path.
     pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }
 
-    /// Where it listens.
+    /// Address of the gateway.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// A chat request to `m`.
+    /// Builds a chat request to `m`.
     pub fn chat(&self, stream: bool) -> reqwest::RequestBuilder {
         let body = json!({"model": "m", "stream": stream, "messages": [{"role": "user", "content": canary::PROMPT}]});
         self.client.post(self.url("/v1/chat/completions")).json(&body)
     }
 
-    /// Status and JSON body of a request.
+    /// Sends a request and returns the status and the JSON body.
     pub async fn json(request: reqwest::RequestBuilder) -> (u16, Value) {
         let response = request.send().await.unwrap();
         let status = response.status().as_u16();
@@ -83,7 +83,7 @@ impl TestGateway {
         (status, serde_json::from_str(&text).unwrap_or_else(|_| panic!("not JSON: {text}")))
     }
 
-    /// Asserts that every counter of the pool is exactly zero, once the last bodies have been dropped.
+    /// Waits until the last bodies are dropped. Asserts that every counter of the pool is zero.
     pub async fn all_free(&self) {
         crate::mock::until("every permit is back", || {
             let load = self.gateway.load("m").unwrap();
@@ -92,7 +92,7 @@ impl TestGateway {
         .await;
     }
 
-    /// Stops it; `wait` bounds how long that may take.
+    /// Stops the gateway within `wait`.
     pub async fn stop(mut self, wait: Duration) {
         drop(self.stop.take());
         tokio::time::timeout(wait, self.task.take().unwrap())
@@ -101,12 +101,12 @@ impl TestGateway {
             .unwrap();
     }
 
-    /// Tells it to stop without waiting.
+    /// Starts the shutdown without waiting for it.
     pub fn begin_drain(&mut self) {
         drop(self.stop.take());
     }
 
-    /// Waits until it has stopped.
+    /// Waits until the gateway has stopped.
     pub async fn stopped(&mut self, wait: Duration) {
         tokio::time::timeout(wait, self.task.take().unwrap())
             .await

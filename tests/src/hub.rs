@@ -1,5 +1,4 @@
-//! A Hugging Face Hub as far as its clients need one: revisions with their files, downloads in ranges, gated repositories, and
-//! downloads that break off.
+//! A Hugging Face Hub for tests: revisions with files, range requests, gated repositories, and downloads that break.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -17,16 +16,16 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
-/// The commit that every branch points at.
+/// Commit of every branch.
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-/// The token that opens gated repositories.
+/// Token that gives access to gated repositories.
 pub const TOKEN: &str = "hf_test";
 
 struct Inner {
-    /// Bytes by repository and path.
+    /// Bytes and ETag by repository and path.
     files: BTreeMap<(String, String), (Bytes, String)>,
     gated: Option<String>,
-    /// The next download breaks off after so many bytes.
+    /// Number of bytes after which the next download breaks.
     cut: Mutex<Option<usize>>,
     downloads: AtomicUsize,
     resumed: AtomicUsize,
@@ -40,7 +39,7 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Serves `(repository, path, bytes, etag)`; `gated` needs the token.
+    /// Serves `(repository, path, bytes, etag)`. The repository `gated` requires the token.
     pub async fn start(files: &[(&str, &str, Bytes, &str)], gated: Option<&str>) -> Self {
         let files = files.iter().map(|(repository, path, bytes, etag)| {
             (((*repository).to_owned(), (*path).to_owned()), (bytes.clone(), (*etag).to_owned()))
@@ -65,22 +64,22 @@ impl Hub {
         Self { inner, address, stop: Some(stop) }
     }
 
-    /// Its address, for `HF_ENDPOINT`.
+    /// Base URL, for `HF_ENDPOINT`.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Breaks the next download off after so many bytes.
+    /// Breaks the next download after this number of bytes.
     pub fn cut_next(&self, bytes: usize) {
         *self.inner.cut.lock().unwrap() = Some(bytes);
     }
 
-    /// Whole or partial downloads that were begun, and those that went on with a broken one.
+    /// Number of downloads, and of those that resumed a broken one.
     pub fn downloads(&self) -> (usize, usize) {
         (self.inner.downloads.load(Ordering::SeqCst), self.inner.resumed.load(Ordering::SeqCst))
     }
 
-    /// Nobody answers any more.
+    /// Stops the hub.
     pub fn stop(&mut self) {
         self.stop.take();
     }
@@ -144,7 +143,7 @@ fn download(inner: &Inner, bytes: &Bytes, etag: &str, headers: &HeaderMap) -> Re
         None => Body::from(part),
         Some(cut) => {
             let sent = stream::iter([Ok(part.slice(..cut.min(length)))]);
-            // Once it has to wait, the server sends what it has.
+            // While the stream waits, the server sends the data that it has.
             let broken = stream::once(async {
                 tokio::task::yield_now().await;
                 Err(std::io::Error::other("cut"))

@@ -1,5 +1,5 @@
-//! A cluster for tests: an API server over TLS that keeps to the rights of our own manifests, controllers, and pods that are
-//! mock nodes on addresses of their own.
+//! A Kubernetes cluster for tests: an API server over TLS that enforces the roles of our manifests, controllers, and
+//! pods that are mock nodes with their own addresses.
 
 mod api;
 mod control;
@@ -24,42 +24,42 @@ use self::rights::{Attempt, Rights};
 use self::store::{Key, Store};
 use crate::mock::Behaviour;
 
-/// What goes wrong with a request.
+/// Fault of a request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Fault {
-    /// It gets no answer.
+    /// The request gets no response.
     Hang,
-    /// It gets this status.
+    /// The request gets this status.
     Status(u16),
 }
 
-/// How the cluster is today.
+/// Faults that a test has configured.
 struct Faults {
-    /// Verb, resource, how many times, what.
+    /// Planned faults: verb, resource, number of requests, fault.
     planned: Vec<(&'static str, &'static str, usize, Fault)>,
     watch_epoch: u64,
     behaviour: Behaviour,
     cold: Duration,
     grace: Duration,
     quota: Option<usize>,
-    /// Pods whose health was changed by hand.
+    /// Health that a test has set, by pod.
     health: HashMap<String, bool>,
-    /// Pods that are ready or not whatever they answer.
+    /// Readiness that a test has set, by pod, independent of health.
     readiness: HashMap<String, bool>,
-    /// Pods that are to get another address.
+    /// Pods that get a new address.
     moves: Vec<String>,
 }
 
-/// What happened to pods.
+/// Counters of pods.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Counts {
-    /// Pods started.
+    /// Number of started pods.
     pub started: usize,
-    /// Addresses that pods got.
+    /// Number of assigned addresses.
     pub addresses: usize,
-    /// Most pods at once.
+    /// Largest number of pods at once.
     pub most: usize,
-    /// Answers that were cut when their pod was killed.
+    /// Number of responses that were cut when their pod was killed.
     pub cut: usize,
 }
 
@@ -69,7 +69,7 @@ struct Inner {
     audit: Mutex<Vec<(String, Attempt, u16)>>,
     faults: Mutex<Faults>,
     counts: Mutex<Counts>,
-    /// Requests by pod.
+    /// Number of requests by pod.
     asked: Mutex<HashMap<String, usize>>,
     port: u16,
 }
@@ -78,7 +78,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The labels that a workload selects its pods by.
+/// Returns the labels in the pod selector of a workload.
 fn pod_labels(resource: &str, workload: &Value) -> Vec<(String, String)> {
     if resource == "leaderworkerset.x-k8s.io/leaderworkersets" {
         let name = workload["metadata"]["name"].as_str().unwrap().to_owned();
@@ -100,7 +100,7 @@ pub struct Kubernetes {
 }
 
 impl Kubernetes {
-    /// Starts one, with its files in `folder`. Its pods behave so and take `cold` to start.
+    /// Starts a cluster with its files in `folder`. Its pods have this behavior and the cold start `cold`.
     pub async fn start(folder: &Path, behaviour: Behaviour, cold: Duration) -> Self {
         let inner = Arc::new(Inner {
             store: Mutex::default(),
@@ -137,7 +137,7 @@ impl Kubernetes {
         Self { inner, address, folder: folder.to_owned() }
     }
 
-    /// Lets a user in; answers the kubeconfig.
+    /// Adds a user and returns the path of its kubeconfig.
     pub fn user(&self, name: &str, rights: Rights) -> PathBuf {
         lock(&self.inner.users).insert(name.to_owned(), rights);
         let config = json!({
@@ -157,39 +157,39 @@ impl Kubernetes {
         self.inner.port
     }
 
-    /// Puts an object into the cluster.
+    /// Creates or replaces an object.
     pub fn put(&self, resource: &str, name: &str, object: Value) {
         lock(&self.inner.store).put(&Key::new(resource, name), object);
     }
 
-    /// A workload of that kind without pods.
+    /// Creates a workload of this kind without pods.
     pub fn workload(&self, resource: &str, name: &str) {
         let labels = json!({"app.kubernetes.io/name": name});
         let object = json!({"spec": {"replicas": 0, "selector": {"matchLabels": labels}}});
         self.put(resource, name, object);
     }
 
-    /// An object as it is.
+    /// Returns an object.
     pub fn get(&self, resource: &str, name: &str) -> Value {
         lock(&self.inner.store).get(&Key::new(resource, name)).cloned().unwrap_or_default()
     }
 
-    /// Changes an object, as somebody else would.
+    /// Applies a patch to an object, as another client would.
     pub fn change(&self, resource: &str, name: &str, patch: &Value) {
         lock(&self.inner.store).change(&Key::new(resource, name), patch).unwrap();
     }
 
-    /// `replicas` of a workload.
+    /// Returns `replicas` of a workload.
     pub fn replicas(&self, resource: &str, name: &str) -> usize {
         self.get(resource, name)["spec"]["replicas"].as_u64().unwrap() as usize
     }
 
-    /// Names of the pods, those on their way out included.
+    /// Names of all pods, including terminating ones.
     pub fn pods(&self) -> Vec<String> {
         lock(&self.inner.store).list("pods", "").into_iter().map(|(key, _)| key.name).collect()
     }
 
-    /// Asks for the eviction of a pod; answers the status.
+    /// Requests the eviction of a pod and returns the status.
     pub async fn evict(&self, pod: &str) -> u16 {
         let body = json!({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}});
         let request = http::Request::post(format!("/api/v1/namespaces/test/pods/{pod}/eviction"))
@@ -199,22 +199,22 @@ impl Kubernetes {
         api::router(&self.inner).oneshot(request).await.unwrap().status().as_u16()
     }
 
-    /// What happened to pods.
+    /// Returns the counters of pods.
     pub fn counts(&self) -> Counts {
         *lock(&self.inner.counts)
     }
 
-    /// What was asked: user, attempt, status.
+    /// Requests so far: user, attempt, status.
     pub fn audit(&self) -> Vec<(String, Attempt, u16)> {
         lock(&self.inner.audit).clone()
     }
 
-    /// The next `times` requests of that kind go wrong.
+    /// Lets the next `times` requests with this verb and resource fail.
     pub fn fault(&self, verb: &'static str, resource: &'static str, times: usize, fault: Fault) {
         lock(&self.inner.faults).planned.push((verb, resource, times, fault));
     }
 
-    /// Whether planned faults are still to come.
+    /// Returns whether planned faults are left.
     pub fn faults_left(&self) -> usize {
         lock(&self.inner.faults).planned.iter().map(|(_, _, left, _)| left).sum()
     }
@@ -224,47 +224,47 @@ impl Kubernetes {
         lock(&self.inner.faults).watch_epoch += 1;
     }
 
-    /// Forgets what has happened, so that a watch from before gets 410.
+    /// Discards all past events, so that an older watch gets 410.
     pub fn forget(&self) {
         lock(&self.inner.store).forget();
     }
 
-    /// How long new pods take to start.
+    /// Sets the cold start of new pods.
     pub fn set_cold(&self, cold: Duration) {
         lock(&self.inner.faults).cold = cold;
     }
 
-    /// Most pods that there is room for.
+    /// Sets the largest number of pods.
     pub fn set_quota(&self, pods: Option<usize>) {
         lock(&self.inner.faults).quota = pods;
     }
 
-    /// Makes a pod fail its checks, or pass them again.
+    /// Sets whether a pod passes its health checks.
     pub fn set_healthy(&self, pod: &str, healthy: bool) {
         lock(&self.inner.faults).health.insert(pod.to_owned(), healthy);
     }
 
-    /// Requests that a pod got at the address that it has.
+    /// Number of requests to a pod at its current address.
     pub fn asked(&self, pod: &str) -> usize {
         lock(&self.inner.asked).get(pod).copied().unwrap_or(0)
     }
 
-    /// Makes a pod ready or not by Kubernetes alone: it answers its checks as before.
+    /// Sets the `Ready` condition of a pod, independent of its health checks.
     pub fn set_ready(&self, pod: &str, ready: bool) {
         lock(&self.inner.faults).readiness.insert(pod.to_owned(), ready);
     }
 
-    /// Gives a pod another address, as when its sandbox is made anew.
+    /// Gives a pod a new address, as when its sandbox is recreated.
     pub fn move_pod(&self, pod: &str) {
         lock(&self.inner.faults).moves.push(pod.to_owned());
     }
 
-    /// How long a pod on its way out may still write; at first not at all, so that only a drain can save an answer.
+    /// Sets the termination grace period. The initial value is zero, so that only a drain can save a response.
     pub fn set_grace(&self, grace: Duration) {
         lock(&self.inner.faults).grace = grace;
     }
 
-    /// How new pods behave.
+    /// Sets the behavior of new pods.
     pub fn behave(&self, behaviour: Behaviour) {
         lock(&self.inner.faults).behaviour = behaviour;
     }

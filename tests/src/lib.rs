@@ -1,4 +1,4 @@
-//! The harness: a mock node with scripted faults, a gateway in this process, and a runner for the real programs.
+//! Test harness: mock nodes with scripted faults, a gateway in this process, and the real programs as processes.
 #![forbid(unsafe_code)]
 #![expect(clippy::disallowed_methods, reason = "files of a test need not outlive a crash")]
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test harness")]

@@ -1,5 +1,5 @@
-//! A node that does what the test says: answers, streams at a pace, breaks off, refuses, hangs. It counts what it was
-//! asked and what it was still writing when its client left.
+//! A mock node with scripted behavior: it responds, streams, breaks streams, rejects requests or hangs. It counts
+//! requests and the streams that are still running.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -18,30 +18,30 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot};
 
-/// What a mock does with a request.
+/// Behavior of a mock node.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Behaviour {
-    /// Answers at once; `usage` says so many completion tokens.
+    /// Responds at once, with this number of completion tokens in `usage`.
     Answer(u64),
-    /// Answers after the test calls [`Mock::release`].
+    /// Responds after the test calls [`Mock::release`].
     Hold,
-    /// Streams so many chunks with a pause between, then ends well.
+    /// Streams this number of chunks with a pause between them, then ends correctly.
     Stream(usize, Duration),
-    /// Streams so many chunks, then closes the connection.
+    /// Streams this number of chunks, then closes the connection.
     CutStream(usize),
-    /// Streams so many chunks, then ends the body without `[DONE]`.
+    /// Streams this number of chunks, then ends the body without `[DONE]`.
     EndStreamEarly(usize),
-    /// Answers with this status.
+    /// Responds with this status.
     Status(u16),
-    /// Streams without end, as fast as it is read.
+    /// Streams without end, as fast as the client reads.
     Endless,
-    /// Answers with this status and body.
+    /// Responds with this status and body.
     Document(u16, String),
     /// Streams these bytes.
     Events(String),
-    /// Answers 429 with this `Retry-After`.
+    /// Responds with 429 and this `Retry-After`.
     Busy(u64),
-    /// Begins a whole answer and breaks off within it.
+    /// Breaks off within a response that is not streamed.
     CutDocument,
     /// Sends the head of a stream and then nothing.
     Silent,
@@ -67,7 +67,7 @@ pub struct Mock {
     stop: Option<oneshot::Sender<()>>,
 }
 
-/// Counts a stream for as long as it is being written.
+/// Counts a stream until it is dropped.
 struct Writing(Arc<Shared>);
 
 impl Writing {
@@ -85,12 +85,12 @@ impl Drop for Writing {
 }
 
 impl Mock {
-    /// Starts a mock on a free port.
+    /// Starts a mock node on a free port.
     pub async fn start(behaviour: Behaviour) -> Self {
         Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), behaviour).await
     }
 
-    /// Starts a mock at an address.
+    /// Starts a mock node at `address`.
     pub async fn start_at(address: SocketAddr, behaviour: Behaviour) -> Self {
         let shared = Arc::new(Shared {
             behaviour: Mutex::new(behaviour),
@@ -131,42 +131,42 @@ impl Mock {
         format!("http://{}", self.address)
     }
 
-    /// Requests so far.
+    /// Number of requests so far.
     pub fn asked(&self) -> usize {
         self.shared.asked.load(Ordering::SeqCst)
     }
 
-    /// Bytes of streams written so far.
+    /// Number of streamed bytes so far.
     pub fn bytes(&self) -> usize {
         self.shared.bytes.load(Ordering::SeqCst)
     }
 
-    /// Bodies so far.
+    /// Request bodies so far.
     pub fn bodies(&self) -> Vec<Value> {
         self.shared.bodies.lock().unwrap().clone()
     }
 
-    /// Headers so far.
+    /// Request headers so far.
     pub fn headers(&self) -> Vec<HashMap<String, String>> {
         self.shared.headers.lock().unwrap().clone()
     }
 
-    /// Changes what it does with requests from now on.
+    /// Sets the behavior for further requests.
     pub fn behave(&self, behaviour: Behaviour) {
         *self.shared.behaviour.lock().unwrap() = behaviour;
     }
 
-    /// Lets requests go that are held.
+    /// Releases held requests.
     pub fn release(&self) {
         self.shared.release.notify_waiters();
     }
 
-    /// What its health check answers.
+    /// Sets the result of health checks.
     pub fn set_healthy(&self, healthy: bool) {
         self.shared.healthy.store(healthy, Ordering::SeqCst);
     }
 
-    /// Says that the node is well after a while.
+    /// Makes the node healthy after `wait`.
     pub fn set_healthy_after(&self, wait: Duration) {
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
@@ -175,12 +175,12 @@ impl Mock {
         });
     }
 
-    /// Answers that are being written.
+    /// Number of running responses.
     pub fn writing(&self) -> usize {
         self.shared.writing.load(Ordering::SeqCst)
     }
 
-    /// Waits until nothing is being written or held any more.
+    /// Waits until no response is running or held.
     pub async fn idle(&self) {
         let waited = tokio::time::timeout(Duration::from_secs(10), async {
             loop {
@@ -194,18 +194,18 @@ impl Mock {
         waited.await.expect("the node went on writing after its client had left");
     }
 
-    /// Waits until so many requests are being written or held.
+    /// Waits until this number of requests is running or held.
     pub async fn busy(&self, requests: usize) {
         until("the node is busy", || self.shared.writing.load(Ordering::SeqCst) >= requests).await;
     }
 
-    /// Stops listening and cuts what it streams.
+    /// Stops listening and cuts running streams.
     pub fn kill(&mut self) {
         self.shared.killed.store(true, Ordering::SeqCst);
         self.stop();
     }
 
-    /// Stops listening; open connections go on.
+    /// Stops listening; open connections continue.
     pub fn stop(&mut self) {
         drop(self.stop.take());
     }
@@ -227,7 +227,7 @@ async fn health(State(shared): State<Arc<Shared>>) -> StatusCode {
     if shared.healthy.load(Ordering::SeqCst) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
 }
 
-/// One chunk of a mock's stream.
+/// Returns one chunk of a stream.
 pub fn chunk(text: &str, finish: Option<&str>) -> Bytes {
     let body = json!({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "mock",
         "choices": [{"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": finish}],
@@ -266,7 +266,7 @@ async fn chat(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes
         )
             .into_response(),
         Behaviour::Stream(chunks, pause) => events(shared, writing, chunks, pause, End::Well),
-        // The pause lets the chunks reach the wire before the cut throws away what is buffered.
+        // The pause lets the chunks reach the network; closing the connection discards buffered data.
         Behaviour::CutStream(chunks) => events(shared, writing, chunks, Duration::from_millis(5), End::Cut),
         Behaviour::EndStreamEarly(chunks) => events(shared, writing, chunks, Duration::ZERO, End::Early),
         Behaviour::Document(status, body) => {

@@ -1,4 +1,4 @@
-//! ModelScope as far as a client needs it: a listing in pages, downloads that may break off and go on.
+//! ModelScope for tests: a listing in pages, and downloads that break and resume.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-/// A file: path, bytes, the SHA-256 that is named for it.
+/// A file: path, bytes, and the SHA-256 in the listing.
 pub type File = (String, Bytes, String);
 
 struct Shared {
@@ -25,7 +25,7 @@ struct Shared {
     resumed: AtomicUsize,
 }
 
-/// A running hub with one dataset, `owner/name`; it ends with this value.
+/// A running hub with one dataset, `owner/name`. Dropping it stops it.
 pub struct ModelScope {
     shared: Arc<Shared>,
     address: SocketAddr,
@@ -39,7 +39,7 @@ impl Drop for ModelScope {
 }
 
 impl ModelScope {
-    /// Starts it.
+    /// Starts the hub.
     pub async fn start(files: Vec<File>) -> Self {
         let shared = Arc::new(Shared {
             files,
@@ -54,17 +54,17 @@ impl ModelScope {
         Self { shared, address, serving }
     }
 
-    /// For `MODELSCOPE_ENDPOINT`.
+    /// Base URL, for `MODELSCOPE_ENDPOINT`.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Breaks the next download off after so many bytes.
+    /// Breaks the next download after this number of bytes.
     pub fn cut_next(&self, bytes: usize) {
         *self.shared.cut.lock().unwrap() = Some(bytes);
     }
 
-    /// Downloads, and those that went on with a broken one.
+    /// Number of downloads, and of those that resumed a broken one.
     pub fn downloads(&self) -> (usize, usize) {
         (self.shared.downloads.load(Ordering::SeqCst), self.shared.resumed.load(Ordering::SeqCst))
     }
@@ -109,7 +109,7 @@ async fn answer(State(shared): State<Arc<Shared>>, headers: HeaderMap, request: 
             let length = [("content-length", rest.len().to_string())];
             let Some(cut) = cut else { return (status, length, rest).into_response() };
             let sent = stream::iter([Ok(rest.slice(..cut))]);
-            // Once it has to wait, the server sends what it has.
+            // While the stream waits, the server sends the data that it has.
             let broken = stream::once(async {
                 tokio::task::yield_now().await;
                 Err(std::io::Error::other("cut"))

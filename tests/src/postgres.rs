@@ -1,4 +1,4 @@
-//! A real PostgreSQL server in a folder of its own, for one test.
+//! A PostgreSQL server in a folder of its own, for one test.
 
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -11,11 +11,11 @@ use crate::programs::{Running, free_port};
 pub struct Postgres {
     _server: Running,
     _folder: tempfile::TempDir,
-    /// `postgres://…` of its database.
+    /// URL of the database, `postgres://…`.
     pub url: String,
 }
 
-/// Where its programs are: on the path, or where Debian puts them.
+/// Returns the folder of the server's programs: on the path, or where Debian installs them.
 fn programs() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let debian = std::fs::read_dir("/usr/lib/postgresql")
@@ -28,7 +28,7 @@ fn programs() -> Option<PathBuf> {
         .find(|folder| ["initdb", "postgres", "pg_isready"].iter().all(|name| folder.join(name).exists()))
 }
 
-/// The server refuses to run as root: then it runs as the user that its package made.
+/// PostgreSQL refuses to run as root. As root, the server runs as the user that its package created.
 fn as_user(command: &mut Command) {
     let id = |option: &str, user: &str| -> u32 {
         let output =
@@ -41,7 +41,7 @@ fn as_user(command: &mut Command) {
 }
 
 impl Postgres {
-    /// Starts a server; nothing where none is installed, unless `POTSTILL_CLIENTS` says that everything must be.
+    /// Starts a server. Returns `None` if PostgreSQL is not installed, unless `POTSTILL_CLIENTS` requires everything.
     pub fn start() -> Option<Self> {
         let Some(programs) = programs() else {
             assert!(std::env::var_os("POTSTILL_CLIENTS").is_none(), "no PostgreSQL server is installed");

@@ -1,4 +1,4 @@
-//! The real programs: built once, started as processes.
+//! The real programs, built once and started as processes.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -8,17 +8,17 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-/// The repository.
+/// Root folder of the repository.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
-/// The demonstration's teacher: a small real model.
+/// The demonstration's teacher, a small real model.
 pub fn teacher() -> PathBuf {
     root().join("trainer/recipes/demo-teacher")
 }
 
-/// Path of a program of this workspace, built in this test's own profile.
+/// Builds a program of this workspace in the profile of this test, and returns its path.
 pub fn program(name: &str) -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let folder = BUILT.get_or_init(|| {
@@ -29,7 +29,7 @@ pub fn program(name: &str) -> PathBuf {
             name => name,
         };
         let mut build = Command::new(env!("CARGO"));
-        // What cargo tells a test of its own package would make it build others anew that ask for such variables.
+        // Cargo sets these variables for a test. They would cause a rebuild of crates that read them.
         let own = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(own)) {
             build.env_remove(name);
@@ -55,7 +55,7 @@ pub fn program(name: &str) -> PathBuf {
     folder.join(name)
 }
 
-/// A process that is killed when the test ends.
+/// A process that is killed when it is dropped.
 pub struct Running(pub Child);
 
 impl Drop for Running {
@@ -65,8 +65,7 @@ impl Drop for Running {
     }
 }
 
-/// A free port: below those that the system gives to connections, and none twice, so that nobody takes it before the program that it
-/// is for.
+/// Returns a free port below the ephemeral range. No port is returned twice, so that no other test takes it.
 pub fn free_port() -> u16 {
     const FIRST: u32 = 10_000;
     const PORTS: u32 = 20_000;
@@ -77,12 +76,12 @@ pub fn free_port() -> u16 {
     (0..PORTS).map(|_| next() as u16).find(free).unwrap()
 }
 
-/// Starts `potstill serve` for the demonstration's teacher and waits until it answers.
+/// Starts `potstill serve` with the demonstration's teacher and waits until it responds.
 pub async fn serve_teacher(extra: &[&str]) -> (Running, String) {
     serve(&teacher(), "teacher", extra).await
 }
 
-/// Starts `potstill serve` for a model and waits until it answers.
+/// Starts `potstill serve` with a model and waits until it responds.
 pub async fn serve(model: &Path, name: &str, extra: &[&str]) -> (Running, String) {
     let port = free_port();
     let child = Command::new(program("potstill"))
@@ -99,7 +98,7 @@ pub async fn serve(model: &Path, name: &str, extra: &[&str]) -> (Running, String
     (running, url)
 }
 
-/// A model that has learnt nothing but whose template knows functions, so that it can be made to call them.
+/// Writes an untrained model whose chat template supports functions, so that it can be forced to call them.
 pub fn write_caller(folder: &Path) {
     let fixture = root().join("tests/fixtures/qwen2");
     for name in ["config.json", "model.safetensors"] {
@@ -130,7 +129,7 @@ pub fn write_caller(folder: &Path) {
     }
 }
 
-/// Waits until a URL answers with success.
+/// Waits until a URL returns success.
 pub async fn answers(url: &str) {
     let client = reqwest::Client::builder().no_proxy().build().unwrap();
     let started = Instant::now();

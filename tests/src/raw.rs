@@ -1,4 +1,4 @@
-//! Requests as raw bytes, for what no client library would send.
+//! Requests as raw bytes that no client library would send.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -6,32 +6,32 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// What came back.
+/// The received data.
 #[derive(Debug)]
 pub struct Heard {
     /// All bytes, as text.
     pub text: String,
-    /// The other side has closed the connection.
+    /// Whether the peer has closed the connection.
     pub closed: bool,
 }
 
 impl Heard {
-    /// Status codes of all answers.
+    /// Status codes of all responses.
     pub fn statuses(&self) -> Vec<u16> {
         let heads = self.text.split("HTTP/1.1 ").skip(1);
         heads.filter_map(|rest| rest.get(..3)?.parse().ok()).collect()
     }
 }
 
-/// Sends bytes and listens until the other side closes, or is silent for `patience`.
+/// Sends bytes and reads until the peer closes or is silent for `patience`.
 pub async fn say(address: SocketAddr, bytes: &[u8], patience: Duration) -> Heard {
     let mut socket = TcpStream::connect(address).await.unwrap();
-    // It may refuse before all is sent.
+    // The peer may reject the request before all of it is sent.
     let _refused = socket.write_all(bytes).await;
     listen(&mut socket, patience).await
 }
 
-/// Listens until the other side closes, or is silent for `patience`.
+/// Reads until the peer closes or is silent for `patience`.
 pub async fn listen(socket: &mut TcpStream, patience: Duration) -> Heard {
     let mut heard = Vec::new();
     let closed = loop {
@@ -45,7 +45,7 @@ pub async fn listen(socket: &mut TcpStream, patience: Duration) -> Heard {
     Heard { text: String::from_utf8_lossy(&heard).into_owned(), closed }
 }
 
-/// A chat request with these further header lines and this body.
+/// Builds a chat request with additional header lines and a body.
 pub fn post(headers: &str, body: &str) -> String {
     format!("POST /v1/chat/completions HTTP/1.1\r\n{headers}\r\n{body}")
 }

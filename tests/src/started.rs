@@ -1,4 +1,4 @@
-//! The gateway as the real program, with what it prints kept.
+//! The gateway as a process, with its output.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -9,25 +9,25 @@ use tempfile::TempDir;
 use crate::canary::secret_in;
 use crate::programs::{Running, answers, free_port, program};
 
-/// A running `potstill-gateway`. What it has printed by its end holds no secret.
+/// A running `potstill-gateway`. Its output is checked for secrets at the end.
 pub struct Started {
     /// The process.
     pub process: Running,
     /// Base URL.
     pub url: String,
-    /// Where it listens.
+    /// Port of the gateway.
     pub port: u16,
-    /// Its folder: configuration and output.
+    /// Folder of configuration and output.
     pub folder: TempDir,
 }
 
 impl Started {
-    /// Starts it with this configuration, to which `listen` is added, and waits until it answers.
+    /// Starts the gateway with this configuration, adds `listen`, and waits until it responds.
     pub async fn with(config: &str, log: &str) -> Self {
         Self::with_env(config, log, &[]).await
     }
 
-    /// The same with further variables of the environment.
+    /// Like [`with`](Self::with), with additional environment variables.
     pub async fn with_env(config: &str, log: &str, env: &[(&str, &std::ffi::OsStr)]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = free_port();
@@ -50,25 +50,25 @@ impl Started {
         started
     }
 
-    /// The configuration file.
+    /// Path of the configuration file.
     pub fn config(&self) -> PathBuf {
         self.folder.path().join("gateway.toml")
     }
 
-    /// All that it has printed.
+    /// Output so far.
     pub fn printed(&self) -> String {
         let read = |name| std::fs::read(self.folder.path().join(name)).unwrap_or_default();
         String::from_utf8_lossy(&[read("out"), read("err")].concat()).into_owned()
     }
 
-    /// Resident memory.
+    /// Resident memory in KiB.
     pub fn memory_kb(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.0.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         line.split_whitespace().next().unwrap().parse().unwrap()
     }
 
-    /// Sends a signal, by its name.
+    /// Sends a signal by name.
     pub fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([format!("-{name}"), self.process.0.id().to_string()]).status();
         assert!(sent.unwrap().success());

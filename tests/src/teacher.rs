@@ -1,4 +1,4 @@
-//! A teacher that says what the test makes it say, stage by stage, and remembers what it was asked.
+//! A scripted teacher: the test decides its completions by stage, and it records all requests.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -14,29 +14,29 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-/// A question as the teacher sees it.
+/// A request to the teacher.
 #[derive(Debug, Clone)]
 pub struct Asked {
-    /// The stage that asks.
+    /// Stage that sent the request.
     pub stage: String,
-    /// The user's message.
+    /// Message of the user.
     pub prompt: String,
-    /// The whole request.
+    /// Request body.
     pub body: Value,
-    /// How often this very question was asked before.
+    /// Number of earlier requests with the same prompt.
     pub before: usize,
 }
 
-/// What it says.
+/// Response of the teacher.
 #[derive(Debug, Clone)]
 pub enum Said {
     /// A text that ends by itself.
     Text(String),
-    /// Thinking apart, then the answer; in the stream the other one is null, as R1 sends it.
+    /// Reasoning and answer in separate fields. In a stream the other field is null, as with DeepSeek-R1.
     Apart(String, String),
-    /// A text that the limit cut off.
+    /// A text that was cut at the token limit.
     Cut(String),
-    /// A status instead of an answer.
+    /// An error status.
     Status(u16),
 }
 
@@ -48,7 +48,7 @@ struct Shared {
     stages: Mutex<HashMap<String, usize>>,
 }
 
-/// A running teacher; it ends with this value.
+/// A running teacher. Dropping it stops it.
 pub struct Teacher {
     shared: Arc<Shared>,
     address: SocketAddr,
@@ -62,7 +62,7 @@ impl Drop for Teacher {
 }
 
 impl Teacher {
-    /// Starts one that serves the model `m`.
+    /// Starts a teacher with the model `m`.
     pub async fn start(speak: impl Fn(&Asked) -> Said + Send + Sync + 'static) -> Self {
         let shared =
             Arc::new(Shared { speak: Box::new(speak), asked: Mutex::default(), stages: Mutex::default() });
@@ -81,17 +81,17 @@ impl Teacher {
         Self { shared, address, serving }
     }
 
-    /// Base URL that ends in `/v1`.
+    /// Base URL, which ends in `/v1`.
     pub fn url(&self) -> String {
         format!("http://{}/v1", self.address)
     }
 
-    /// Calls by stage.
+    /// Number of calls by stage.
     pub fn calls(&self) -> HashMap<String, usize> {
         self.shared.stages.lock().unwrap().clone()
     }
 
-    /// Calls in all, and different questions among them.
+    /// Number of calls, and of different prompts among them.
     pub fn questions(&self) -> (usize, usize) {
         let asked = self.shared.asked.lock().unwrap();
         (asked.values().sum(), asked.len())

@@ -1,6 +1,6 @@
-//! Real client libraries against the real programs: openai-python and openai-node, through the gateway, to `potstill serve`.
-//! `tests/clients/setup.sh FOLDER` installs the libraries; `POTSTILL_CLIENTS` names that folder. Without it the test says that it
-//! was left out; CI sets it.
+//! Real client libraries against the real programs: openai-python and openai-node, through the gateway, to `potstill
+//! serve`. `tests/clients/setup.sh FOLDER` installs the libraries, and `POTSTILL_CLIENTS` names that folder. Without
+//! the variable the tests print that they are skipped; CI sets it.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
 
 use std::path::{Path, PathBuf};
@@ -51,14 +51,14 @@ async fn through_the_gateway(program: &Path, script: &Path) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn openai_python() {
+async fn openai_python_works_through_the_gateway() {
     if let Some(folder) = clients() {
         through_the_gateway(&folder.join("python/bin/python"), &folder.join("python_client.py")).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn openai_node() {
+async fn openai_node_works_through_the_gateway() {
     if let Some(folder) = clients() {
         through_the_gateway(Path::new("node"), &folder.join("node_client.mjs")).await;
     }

@@ -1,4 +1,4 @@
-//! `potstill demo --quick`, as CI and a hurried user run it: the students must come out in the right order.
+//! `potstill demo --quick` as CI runs it: the distilled student must be the best.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 use system_tests::programs::program;
 
 #[test]
-fn the_distilled_student_beats_the_one_that_saw_only_answers() {
+fn distilled_student_beats_answer_only_student() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
     let output = Command::new(program("potstill"))

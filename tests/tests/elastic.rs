@@ -1,5 +1,6 @@
-//! Pools that come and go: from none to many and back under bursts without a failed request, within the budget, drained and
-//! never cut; plans that warm a pool before its first request; programs behind the webhook that fail, hang and lie.
+//! Autoscaled pools with a webhook. Bursts scale a pool from zero and back without a failed request, within the budget,
+//! and draining nodes lose no request. Plans warm a pool before its first request. Webhooks that fail, hang or send
+//! invalid responses do no harm.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::time::Duration;
@@ -44,7 +45,7 @@ fn stream_of(chunks: usize) -> Behaviour {
 }
 
 #[tokio::test]
-async fn bursts_take_a_pool_up_and_down_and_no_request_fails() {
+async fn bursts_scale_a_pool_without_failed_requests() {
     let cloud = Cloud::start(Behaviour::Answer(5), Duration::from_millis(100)).await;
     let gateway = TestGateway::start(quick(config(pool("m", &cloud, 4, 2)))).await;
     assert_eq!(cloud.nodes(), 0);
@@ -59,7 +60,7 @@ async fn bursts_take_a_pool_up_and_down_and_no_request_fails() {
 }
 
 #[tokio::test]
-async fn a_node_that_is_taken_away_finishes_what_it_writes() {
+async fn removed_node_finishes_its_streams() {
     let cloud = Cloud::start(stream_of(60), Duration::from_millis(10)).await;
     let gateway = TestGateway::start(quick(config(pool("m", &cloud, 3, 1)))).await;
     let body = json!({"model": "m", "stream": true, "messages": [{"role": "user", "content": "x"}]});
@@ -69,7 +70,7 @@ async fn a_node_that_is_taken_away_finishes_what_it_writes() {
             tokio::spawn(async move { request.await.unwrap().text().await.unwrap() })
         })
         .collect();
-    // The policy is told to want none while all three write.
+    // The new configuration permits one node while all three stream.
     until("three nodes write", || gateway.gateway.load("m").unwrap().active == 3).await;
     let mut less = pool("m", &cloud, 3, 1);
     less.scale.as_mut().unwrap().max = 1;
@@ -83,7 +84,7 @@ async fn a_node_that_is_taken_away_finishes_what_it_writes() {
 }
 
 #[tokio::test]
-async fn what_drains_comes_back_before_anything_is_started() {
+async fn draining_node_is_readmitted_before_a_new_start() {
     let cloud = Cloud::start(Behaviour::Hold, Duration::from_millis(10)).await;
     let gateway = TestGateway::start(quick(config(pool("m", &cloud, 2, 1)))).await;
     let first: Vec<_> = (0..2).map(|_| ask(&gateway, "m")).collect();
@@ -103,7 +104,7 @@ async fn what_drains_comes_back_before_anything_is_started() {
 }
 
 #[tokio::test]
-async fn two_pools_never_cost_more_than_the_budget() {
+async fn pools_together_stay_within_the_budget() {
     let clouds = [
         Cloud::start(Behaviour::Answer(5), Duration::from_millis(50)).await,
         Cloud::start(Behaviour::Answer(5), Duration::from_millis(50)).await,
@@ -133,14 +134,14 @@ async fn two_pools_never_cost_more_than_the_budget() {
 }
 
 #[tokio::test]
-async fn a_program_that_fails_hangs_or_babbles_does_no_harm() {
+async fn failing_webhook_does_not_affect_existing_nodes() {
     let cloud = Cloud::start(Behaviour::Answer(5), Duration::from_millis(10)).await;
     let gateway = TestGateway::start(quick(config(pool("m", &cloud, 2, 4)))).await;
     all_well(vec![ask(&gateway, "m")]).await;
     for mood in [Mood::Failing, Mood::Babbling] {
         cloud.set_mood(mood);
         let before = cloud.asked().len();
-        // Nodes that are there go on working.
+        // Existing nodes keep serving.
         let requests = (0..20).map(|_| ask(&gateway, "m")).collect();
         all_well(requests).await;
         until("it was asked again", || cloud.asked().len() > before + 1).await;
@@ -148,7 +149,7 @@ async fn a_program_that_fails_hangs_or_babbles_does_no_harm() {
         until("all nodes are gone", || cloud.nodes() == 0).await;
         all_well(vec![ask(&gateway, "m")]).await;
     }
-    // One that hangs holds up neither another pool nor those who ask for this one's node.
+    // A webhook that hangs delays neither another pool nor requests to existing nodes.
     let mut both = config(pool("m", &cloud, 2, 4));
     let other = Cloud::start(Behaviour::Answer(5), Duration::from_millis(10)).await;
     both.pools.push(pool("other", &other, 2, 4));
@@ -159,7 +160,7 @@ async fn a_program_that_fails_hangs_or_babbles_does_no_harm() {
 }
 
 #[tokio::test]
-async fn nodes_that_never_get_well_cost_no_request_and_the_client_learns_when_to_come_back() {
+async fn unready_nodes_give_503_with_cold_start_as_retry_after() {
     let cloud = Cloud::start(Behaviour::Answer(5), Duration::from_millis(10)).await;
     cloud.set_mood(Mood::Sterile);
     let mut sick = pool("m", &cloud, 2, 1);
@@ -178,7 +179,7 @@ async fn nodes_that_never_get_well_cost_no_request_and_the_client_learns_when_to
     assert!(cloud.counts().0 <= 2, "no pile-up of nodes that are not ready");
     let models = gateway.client.get(gateway.url("/v1/models")).send().await.unwrap().text().await.unwrap();
     assert!(models.contains("\"m\""), "a pool without nodes is still a model");
-    // When its nodes get well, it works, and the measured cold start takes the place of the guess.
+    // Once its nodes are healthy the pool serves, and the measured cold start replaces the configured one.
     cloud.each(|node| node.set_healthy(true));
     until("they are ready", || gateway.gateway.load("m").unwrap().ready > 0).await;
     all_well(vec![ask(&gateway, "m")]).await;
@@ -193,7 +194,7 @@ async fn admin(gateway: &TestGateway) -> (String, String) {
 }
 
 #[tokio::test]
-async fn a_declared_stage_is_warm_before_its_first_request_and_an_abandoned_plan_expires() {
+async fn planned_stage_is_warmed_and_unrefreshed_plan_expires() {
     let (a, b) = (
         Cloud::start(Behaviour::Answer(5), Duration::from_millis(10)).await,
         Cloud::start(Behaviour::Answer(5), Duration::from_millis(10)).await,
@@ -226,7 +227,7 @@ async fn a_declared_stage_is_warm_before_its_first_request_and_an_abandoned_plan
     post(plan(1.0, 0.1)).await;
     until("the next stage is warm", || gateway.gateway.load("b").unwrap().ready >= 1).await;
     assert!(a.asked().len() > 1 && gateway.gateway.load("b").unwrap().active == 0);
-    // Nobody refreshes the plan: it is forgotten, and with it the nodes.
+    // A plan that is not refreshed expires, and its nodes are removed.
     until("all nodes are gone", || a.nodes() + b.nodes() == 0).await;
     for (bad, word) in [
         (
@@ -258,7 +259,7 @@ async fn a_declared_stage_is_warm_before_its_first_request_and_an_abandoned_plan
 }
 
 #[tokio::test]
-async fn who_waits_for_a_node_hears_comments_where_they_are_asked_for() {
+async fn request_waiting_for_a_node_gets_heartbeats() {
     let cloud = Cloud::start(stream_of(3), Duration::from_millis(700)).await;
     let mut waiting = pool("m", &cloud, 1, 4);
     waiting.heartbeat_ms = Some(100);
@@ -278,16 +279,17 @@ async fn who_waits_for_a_node_hears_comments_where_they_are_asked_for() {
     assert!(text.starts_with(": keep-alive\n\n") && text.ends_with("data: [DONE]\n\n"), "{text}");
     assert!(text.matches("keep-alive").count() >= 3 && text.matches("data: {").count() >= 4, "{text}");
     gateway.all_free().await;
-    // What fails later says so by an event, in the words of its API, and is not passed off as whole.
+    // A failure after the first comment is reported by an event in the form of the API. The stream does not end as
+    // complete.
     until("all nodes are gone", || cloud.nodes() == 0).await;
     cloud.set_mood(Mood::Sterile);
     gateway.gateway.reload(with(300)).unwrap();
     let text = post("/v1/chat/completions", chat.clone()).await.unwrap().text().await.unwrap();
-    assert!(text.contains("\"code\":\"no_node\"") && !text.contains("[DONE]"), "{text}");
+    assert!(text.contains("\"code\":\"no_upstream\"") && !text.contains("[DONE]"), "{text}");
     let asked = json!({"model": "m", "stream": true, "input": "x"});
     let text = post("/v1/responses", asked).await.unwrap().text().await.unwrap();
     assert!(text.contains("event: error\ndata: {") && text.contains("no_upstream"), "{text}");
-    // One that leaves leaves the queue.
+    // A client that disconnects leaves the queue.
     gateway.gateway.reload(with(60_000)).unwrap();
     let answer = post("/v1/chat/completions", chat).await.unwrap();
     until("it waits", || gateway.gateway.load("m").unwrap().queued == 1).await;
@@ -297,7 +299,7 @@ async fn who_waits_for_a_node_hears_comments_where_they_are_asked_for() {
 }
 
 #[tokio::test]
-async fn a_dry_run_says_what_it_would_do_and_does_nothing() {
+async fn dry_run_reports_decisions_without_applying_them() {
     let cloud = Cloud::start(Behaviour::Answer(5), Duration::from_millis(10)).await;
     let mut dry = pool("m", &cloud, 2, 1);
     dry.queue.wait_ms = 200;
@@ -324,7 +326,7 @@ async fn a_dry_run_says_what_it_would_do_and_does_nothing() {
 }
 
 #[tokio::test]
-async fn the_load_is_recorded_for_simulators() {
+async fn records_the_load_for_simulators() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("load.csv");
     let cloud = Cloud::start(Behaviour::Answer(7), Duration::from_millis(10)).await;

@@ -1,5 +1,5 @@
-//! `potstill eval`, `compare` and `verify --pairs` as programs: figures from a model that answers what the test says, rows that
-//! cannot be read, answers that are cut off, runs that go on, and what the pages hold.
+//! `potstill eval`, `compare` and `verify --pairs` as programs: metrics of a scripted model, unreadable rows, truncated
+//! completions, resumed runs, and the contents of the report pages.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 #![expect(clippy::disallowed_methods, reason = "files of a test need not outlive a crash")]
 
@@ -20,7 +20,7 @@ fn answers(text: &str, finish: &str) -> Behaviour {
 
 type Environment<'a> = &'a [(&'a str, &'a str)];
 
-/// No test asks the real hub: without another one, nobody listens there.
+/// Runs `potstill`. By default `HF_ENDPOINT` has no server, so that no test contacts the real hub.
 async fn run(arguments: Vec<String>, environment: Environment<'_>) -> Output {
     let mut command = Command::new(program("potstill"));
     command.env("HF_ENDPOINT", "http://127.0.0.1:9").env_remove("HF_TOKEN").args(arguments);
@@ -28,7 +28,7 @@ async fn run(arguments: Vec<String>, environment: Environment<'_>) -> Output {
     tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
 }
 
-/// Runs an evaluation with its caches in `data`: whether it went well, its report, and what it said.
+/// Runs an evaluation with its caches in `data`. Returns whether it succeeded, its report, and its output.
 async fn eval_with(
     gateway: &TestGateway,
     data: &Path,
@@ -58,7 +58,7 @@ async fn eval(gateway: &TestGateway, data: &Path, out: &Path, more: &[&str]) -> 
 }
 
 #[tokio::test]
-async fn figures_pages_and_resumption() {
+async fn reports_metrics_and_resumes() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path();
     let rows = "{\"id\": \"one\", \"problem\": \"2+2?\", \"answer\": \"4\", \"level\": 1}\nnot a row\n\
@@ -76,7 +76,7 @@ async fn figures_pages_and_resumption() {
         (&2.into(), &50.0.into(), &50.0.into())
     );
     assert_eq!(report["bad_rows"].as_array().unwrap().len(), 2);
-    // Every sample is kept, with thinking and answer apart, and a page shows it without letting it in.
+    // Every sample is stored with reasoning and answer apart. The page escapes its text.
     let samples: Vec<Value> = std::fs::read_to_string(a.join("own.jsonl"))
         .unwrap()
         .lines()
@@ -89,12 +89,13 @@ async fn figures_pages_and_resumption() {
     let page = std::fs::read_to_string(a.join("problems/own-0.html")).unwrap();
     assert!(page.contains("&lt;b&gt;") && !page.contains("<b>") && page.contains("2+2?"));
     assert!(std::fs::read_to_string(a.join("report.html")).unwrap().contains("own-1.html"));
-    // The same command asks nothing again.
+    // The same command sends no request again.
     let asked = node.asked();
     assert_eq!(asked, 6);
     let (fine, again, _) = eval(&gateway, data, &a, &["--bench", "own.jsonl", "--samples", "3"]).await;
     assert!(fine && node.asked() == asked && again["benchmarks"] == report["benchmarks"]);
-    // A second model, cut off: nothing counts as right, and the comparison says by how much.
+    // A second model whose completions are truncated: nothing counts as correct, and the comparison reports the
+    // difference.
     node.behave(answers("\\boxed{4}", "length"));
     let (fine, cut, _) =
         eval(&gateway, data, &b, &["--bench", "own.jsonl", "--samples", "3", "--seed", "1"]).await;
@@ -109,7 +110,7 @@ async fn figures_pages_and_resumption() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_evaluated_is_said_before_anything_is_asked() {
+async fn invalid_evaluations_fail_before_any_request() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path();
     std::fs::write(data.join("empty.jsonl"), "{}\n").unwrap();
@@ -130,9 +131,10 @@ async fn what_cannot_be_evaluated_is_said_before_anything_is_asked() {
     assert_eq!(node.asked(), 0);
 }
 
-/// GSM8K as the hub has it: one Parquet file, downloaded once, its commit in the report, read again without a network.
+/// GSM8K as on the hub: one Parquet file is downloaded once, its commit is in the report, and it is read again without
+/// a network.
 #[tokio::test]
-async fn benchmarks_come_from_the_hub() {
+async fn benchmarks_are_downloaded_once_and_cached() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path();
     let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/data/tests/fixtures/gsm8k.parquet");
@@ -157,7 +159,7 @@ async fn benchmarks_come_from_the_hub() {
     let node = Mock::start(answers("It is \\boxed{4}", "stop")).await;
     let gateway = TestGateway::start(config(pool(&[&node], 8))).await;
     let out = data.join("out");
-    // The download breaks off once and goes on where it was.
+    // The download breaks once and resumes.
     hub.cut_next(1000);
     let (fine, report, said) = eval_with(&gateway, data, &out, &["--bench", "gsm8k"], &at_hub).await;
     assert!(fine, "{said}");
@@ -167,19 +169,19 @@ async fn benchmarks_come_from_the_hub() {
     let address = format!("hf://datasets/openai/gsm8k@{COMMIT}/main/test-00000-of-00001.parquet");
     assert_eq!(report["files"], serde_json::json!([address]));
     assert_eq!(hub.downloads(), (2, 1));
-    // Again: nothing is downloaded. With the commit's own address: the user's table, from the same cache.
+    // Nothing is downloaded again. With the address of the commit, the user's table comes from the same cache.
     let (fine, _, _) = eval_with(&gateway, data, &out, &["--bench", "gsm8k"], &at_hub).await;
     assert!(fine && hub.downloads() == (2, 1));
-    // A gated set says what is missing, and opens with the token.
+    // A gated data set names the missing token, and is readable with it.
     let (fine, _, said) = eval_with(&gateway, data, &out, &["--bench", "gpqa"], &at_hub).await;
     assert!(!fine && said.contains("HF_TOKEN") && said.contains("gpqa_diamond"), "{said}");
     let with_token = [at_hub[0], ("HF_TOKEN", TOKEN)];
     let (fine, report, said) = eval_with(&gateway, data, &out, &["--bench", "gpqa"], &with_token).await;
     assert!(fine && report["benchmarks"][0]["problems"] == 1, "{said}");
-    // A file that is not what the hub says it is.
+    // The file does not match its hash on the hub.
     let (fine, _, said) = eval_with(&gateway, data, &out, &["--bench", "aime25"], &at_hub).await;
     assert!(!fine && said.contains("SHA-256"), "{said}");
-    // One file of two is in the cache: that is not all of them.
+    // The cache has one of two files, which is not the whole data set.
     let parts = |file: &str| format!("hf://datasets/own/parts/{file}.jsonl");
     let (fine, _, said) = eval_with(&gateway, data, &out, &["--bench", &parts("one")], &at_hub).await;
     assert!(fine, "{said}");
@@ -190,7 +192,7 @@ async fn benchmarks_come_from_the_hub() {
     assert!(!fine && said.contains("not in the cache"), "{said}");
     let (fine, report, said) = eval_with(&gateway, data, &out, &["--bench", &parts("*")], &at_hub).await;
     assert!(fine && report["benchmarks"][0]["problems"] == 2, "{said}");
-    // Without the hub, what was read is still there; what was not is named with what to do.
+    // Without the hub, cached files can be read. For others the error says what to do.
     hub.stop();
     let (fine, report, said) = eval_with(&gateway, data, &out, &["--bench", "gsm8k"], &at_hub).await;
     assert!(fine && report["files"][0] == address.as_str(), "{said}");
@@ -198,9 +200,9 @@ async fn benchmarks_come_from_the_hub() {
     assert!(!fine && said.contains("amc23") && said.contains("HF_HUB_OFFLINE"), "{said}");
 }
 
-/// Only what rules cannot decide is asked, once, and the verdict says who gave it.
+/// The judge is called only where the rules are undecided, once per answer, and the verdict names its origin.
 #[tokio::test]
-async fn a_judge_decides_where_rules_cannot() {
+async fn judge_is_called_only_for_unverifiable_answers() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path();
     let rows = "{\"id\": \"plain\", \"problem\": \"2+2?\", \"answer\": \"4\"}\n\

@@ -1,5 +1,5 @@
-//! What clients of the OpenAI API rely on, and what a pool does for them: mended answers, classes, retries, fallbacks,
-//! limits, the Responses API.
+//! The OpenAI API as clients see it, and the features of pools: normalized responses, priority classes, retries,
+//! fallback pools, limits, and the Responses API.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ fn key(config: KeyConfig) -> (String, KeyConfig) {
 }
 
 #[tokio::test]
-async fn answers_are_mended_for_every_client() {
+async fn normalizes_responses_of_nodes() {
     let mock = Mock::start(document(json!({"model": "/weights", "choices": [{"message": {"content": [
         {"type": "text", "text": "a"}]}, "finish_reason": "abort"}], "usage": {"prompt_tokens": 2, "completion_tokens": 3}})))
     .await;
@@ -27,7 +27,7 @@ async fn answers_are_mended_for_every_client() {
     assert_eq!((answer["model"].as_str(), answer["usage"]["total_tokens"].as_u64()), (Some("m"), Some(5)));
     assert_eq!(answer["choices"][0]["finish_reason"], "length", "an aborted answer is not whole");
     assert_eq!(answer["choices"][0]["message"]["content"], "a");
-    // A 200 with an error in it, and an answer that is none.
+    // An error body with status 200, and a body that is not a completion.
     for body in
         [json!({"error": {"message": "CUDA out of memory", "code": 500}}).to_string(), "<html>".into()]
     {
@@ -49,7 +49,7 @@ async fn answers_are_mended_for_every_client() {
 }
 
 #[tokio::test]
-async fn comments_and_foreign_lines_never_reach_a_reader() {
+async fn drops_comments_and_other_sse_fields() {
     let chunk = |reason: Value| {
         json!({"id": "a", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices":
         [{"index": 0, "delta": {"role": "assistant", "content": "x"}, "finish_reason": reason}]})
@@ -75,7 +75,7 @@ async fn comments_and_foreign_lines_never_reach_a_reader() {
 }
 
 #[tokio::test]
-async fn raw_thinking_is_split_where_the_pool_says_so() {
+async fn splits_think_tags_as_configured() {
     let mock = Mock::start(document(json!({"choices": [{"message": {"role": "assistant",
         "content": "hm</think>It is 4"}, "finish_reason": "stop"}]})))
     .await;
@@ -91,7 +91,7 @@ async fn raw_thinking_is_split_where_the_pool_says_so() {
 }
 
 #[tokio::test]
-async fn other_endpoints_and_names_pass() {
+async fn forwards_other_endpoints_and_upstream_model_names() {
     let mock = Mock::start(document(json!({"data": [{"embedding": [1.0]}], "model": "x"}))).await;
     let mut configuration = pool(&[&mock], 4);
     configuration.model = "org/name".into();
@@ -119,7 +119,7 @@ async fn other_endpoints_and_names_pass() {
 }
 
 #[tokio::test]
-async fn the_responses_api_is_whole() {
+async fn serves_the_responses_api() {
     let mock = Mock::start(document(json!({"choices": [{"message": {"role": "assistant", "reasoning": "hm",
         "content": "4"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 2, "completion_tokens": 3}})))
     .await;
@@ -148,7 +148,7 @@ async fn the_responses_api_is_whole() {
 }
 
 #[tokio::test]
-async fn what_breaks_before_the_client_heard_of_it_is_tried_elsewhere() {
+async fn retries_on_another_node_before_the_first_byte() {
     let good = Mock::start(Behaviour::Answer(1)).await;
     for bad in [Behaviour::CutDocument, Behaviour::Status(500), Behaviour::Status(503), Behaviour::Busy(1)] {
         let broken = Mock::start(bad.clone()).await;
@@ -161,7 +161,7 @@ async fn what_breaks_before_the_client_heard_of_it_is_tried_elsewhere() {
 }
 
 #[tokio::test]
-async fn a_node_that_fails_again_and_again_is_ejected_and_comes_back() {
+async fn ejects_a_failing_node_and_readmits_it() {
     let (flaky, good) =
         (Mock::start(Behaviour::CutStream(1)).await, Mock::start(Behaviour::Stream(2, Duration::ZERO)).await);
     let mut configuration = pool(&[&flaky, &good], 4);
@@ -192,7 +192,7 @@ async fn a_node_that_fails_again_and_again_is_ejected_and_comes_back() {
 }
 
 #[tokio::test]
-async fn another_pool_stands_in() {
+async fn falls_back_to_another_pool() {
     let (down, other) = (Mock::start(Behaviour::Status(503)).await, Mock::start(Behaviour::Answer(1)).await);
     let mut first = pool(&[&down], 4);
     first.fallback = vec!["spare".into()];
@@ -206,7 +206,7 @@ async fn another_pool_stands_in() {
 }
 
 #[tokio::test]
-async fn a_short_request_is_hedged_and_a_long_one_is_not() {
+async fn hedges_short_requests_only() {
     let (slow, quick) = (Mock::start(Behaviour::Hold).await, Mock::start(Behaviour::Answer(1)).await);
     let mut configuration = pool(&[&slow, &quick], 4);
     configuration.hedge = Some(HedgeConfig { delay_ms: 30, max_tokens: 16 });
@@ -215,14 +215,14 @@ async fn a_short_request_is_hedged_and_a_long_one_is_not() {
         let body = json!({"model": "m", "max_tokens": limit, "messages": [{"role": "user", "content": system_tests::canary::PROMPT}]});
         gateway.client.post(gateway.url("/v1/chat/completions")).json(&body).send()
     };
-    // The first node in turn holds the request; the second answers it.
+    // The first node in turn holds the request; the second serves the hedge.
     for _ in 0..4 {
         assert_eq!(ask(16).await.unwrap().status(), 200);
     }
     assert!(slow.asked() >= 1, "nothing was slow");
     slow.idle().await;
     gateway.all_free().await;
-    // A longer one is not: it waits for the node that holds it, for as long as that takes.
+    // A longer request is not hedged: it waits for the node that holds it.
     let hedged = quick.asked();
     let long = tokio::spawn(ask(17));
     let more = tokio::spawn(ask(17));
@@ -238,7 +238,7 @@ async fn a_short_request_is_hedged_and_a_long_one_is_not() {
 }
 
 #[tokio::test]
-async fn higher_classes_go_first_and_keys_cannot_ask_above_theirs() {
+async fn serves_higher_classes_first_and_clamps_the_class() {
     let mock = Mock::start(Behaviour::Hold).await;
     let mut configuration = config(pool(&[&mock], 1));
     let (batch, batch_config) =
@@ -275,7 +275,7 @@ async fn higher_classes_go_first_and_keys_cannot_ask_above_theirs() {
 }
 
 #[tokio::test]
-async fn limits_are_told_reserved_and_settled() {
+async fn reports_reserves_and_settles_rate_limits() {
     let mock = Mock::start(Behaviour::Answer(10)).await;
     let mut configuration = config(pool(&[&mock], 4));
     let (secret, limited) = key(KeyConfig {
@@ -291,7 +291,7 @@ async fn limits_are_told_reserved_and_settled() {
     });
     configuration.keys = vec![limited];
     let gateway = TestGateway::start(configuration).await;
-    // 500 tokens are reserved for an answer of unknown length; 10 are used, so the next one fits.
+    // 500 tokens are reserved for a completion of unknown length and 10 are used, so the next request fits.
     for _ in 0..3 {
         let answer = gateway.chat(false).bearer_auth(&secret).send().await.unwrap();
         assert_eq!(answer.status(), 200);
@@ -319,7 +319,7 @@ async fn limits_are_told_reserved_and_settled() {
 }
 
 #[tokio::test]
-async fn comments_come_only_where_they_are_asked_for_and_do_not_touch_the_idle_clock() {
+async fn heartbeats_do_not_reset_the_idle_deadline() {
     let mock = Mock::start(Behaviour::Silent).await;
     let mut configuration = pool(&[&mock], 4);
     configuration.heartbeat_ms = Some(100);
@@ -333,7 +333,7 @@ async fn comments_come_only_where_they_are_asked_for_and_do_not_touch_the_idle_c
 }
 
 #[tokio::test]
-async fn two_thousand_departures_stop_the_node_at_once() {
+async fn disconnects_stop_the_node_at_once() {
     let mock = Mock::start(Behaviour::Hold).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 64))).await;
     let mut took = Vec::new();

@@ -1,8 +1,8 @@
-//! What reads bytes from outside never panics and never hangs, whatever comes: inputs are grown from well-formed ones by
-//! flipping, cutting, doubling, splicing and planting words of the format.
+//! Fuzz tests: parsers of external data never panic and never hang. Inputs are mutated from valid ones by flipping,
+//! cutting, repeating, splicing, and inserting words of the format.
 //!
-//! Each target gets 1,500 inputs from a fixed seed. `FUZZ_SECONDS=60 cargo test --release -p system-tests --test fuzz` gives each
-//! of them a minute of fresh ones (`just fuzz-bytes`); a failure prints the input.
+//! Each target gets 1,500 inputs from a fixed seed. `FUZZ_SECONDS=60 cargo test --release -p system-tests --test fuzz`
+//! runs each for a minute with new seeds (`just fuzz-bytes`). A failure prints the input.
 #![expect(clippy::unwrap_used, reason = "a test harness")]
 
 use std::io::Write;
@@ -36,19 +36,19 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
-/// Inputs of a target, when no time is given.
+/// Number of inputs per target without `FUZZ_SECONDS`.
 const INPUTS: usize = 1_500;
-/// Longest input.
+/// Largest input in bytes.
 const LONGEST: usize = 16 << 10;
-/// An input that takes longer than this never ends: it would take microseconds.
+/// Time after which an input counts as a hang; normally it takes microseconds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Grows one input from others.
+/// Mutates inputs.
 struct Grower {
     random: StdRng,
-    /// Inputs to start from.
+    /// Valid inputs to start from.
     corpus: Vec<Vec<u8>>,
-    /// Words that mean something in the format.
+    /// Words of the format.
     words: Vec<&'static [u8]>,
 }
 
@@ -85,7 +85,7 @@ impl Grower {
         input
     }
 
-    /// Two places where to cut `input`.
+    /// Returns two ordered positions at which to cut `input`.
     fn cuts(&mut self, input: &[u8]) -> (usize, usize) {
         let (a, b) = (self.random.random_range(0..=input.len()), self.random.random_range(0..=input.len()));
         (a.min(b), a.max(b))
@@ -111,12 +111,12 @@ const JSON: [&[u8]; 16] = [
     b"[[[[[[[[",
 ];
 
-/// Prints past the harness, whose catch is lost with the process.
+/// Prints to standard error directly: the test harness loses captured output when the process ends.
 fn tell(what: &str, input: &[u8]) {
     let _written = writeln!(std::io::stderr(), "{what}: \"{}\"", input.escape_ascii());
 }
 
-/// Feeds `check` with inputs grown from `corpus`.
+/// Calls `check` with inputs that are mutated from `corpus`.
 fn fuzz(corpus: &[&[u8]], words: &[&'static [u8]], mut check: impl FnMut(&[u8], (usize, usize)) + Send) {
     let seconds = std::env::var("FUZZ_SECONDS").ok().map(|text| text.parse::<u64>().unwrap());
     let seed = seconds.map_or(1, |_| rand::rng().random());
@@ -147,7 +147,7 @@ fn fuzz(corpus: &[&[u8]], words: &[&'static [u8]], mut check: impl FnMut(&[u8], 
                 Ok(Some(input)) => last = input,
                 Ok(None) | Err(mpsc::RecvTimeoutError::Disconnected) => break,
                 Err(mpsc::RecvTimeoutError::Timeout) => {
-                    // The worker cannot be ended, only the process.
+                    // A hanging thread cannot be stopped, so the process ends.
                     tell(&format!("an input takes more than {PATIENCE:?}"), &last);
                     std::process::abort();
                 }
@@ -159,7 +159,7 @@ fn fuzz(corpus: &[&[u8]], words: &[&'static [u8]], mut check: impl FnMut(&[u8], 
     });
 }
 
-/// The same with a file, at a path that ends in `name`.
+/// Like `fuzz`, with the input in a file whose name ends in `name`.
 fn fuzz_file(name: &str, corpus: &[&[u8]], words: &[&'static [u8]], mut check: impl FnMut(&Path) + Send) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join(name);
@@ -174,7 +174,7 @@ const ANSWER: &[u8] = br#"{"id":"a","object":"chat.completion","created":1,"mode
 const STREAM: &[u8] = b"data: {\"id\":\"c\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"m\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"<think>a\"},\"finish_reason\":null}]}\n\n: comment\r\ndata: {\"choices\":[{\"delta\":{\"content\":\"b</think>c\"},\"finish_reason\":\"eos\"}],\"usage\":{\"prompt_tokens\":1}}\n\nevent: x\nid: 1\ndata: [DONE]\n\n";
 
 #[test]
-fn events_are_the_same_however_they_are_cut() {
+fn sse_events_do_not_depend_on_boundaries() {
     fuzz(
         &[STREAM],
         &[b"data:", b"\n\n", b"\r\n", b"\r", b"\xef\xbb\xbf", b": ", b"event"],
@@ -192,7 +192,7 @@ fn events_are_the_same_however_they_are_cut() {
 }
 
 #[test]
-fn a_nodes_http_is_read_the_same_however_it_is_cut() {
+fn http_responses_do_not_depend_on_boundaries() {
     let corpus: [&[u8]; 3] = [
         b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nc: d\r\n\r\n",
         b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 429 Busy\r\nretry-after: 5\r\ncontent-length: 5\r\nconnection: close\r\n\r\nhello",
@@ -232,7 +232,7 @@ fn a_nodes_http_is_read_the_same_however_it_is_cut() {
 }
 
 #[test]
-fn a_request_is_read_or_refused() {
+fn request_bodies_never_panic() {
     fuzz(&[CHAT, br#"{"model":"a/b","prompt":["x",[1,2]],"echo":true}"#], &JSON, |input, _| {
         let body = Bytes::copy_from_slice(input);
         for kind in [Kind::Chat, Kind::Text, Kind::Embeddings, Kind::Other] {
@@ -245,11 +245,11 @@ fn a_request_is_read_or_refused() {
 }
 
 #[test]
-fn an_answer_is_mended_to_json() {
+fn normalized_completions_are_json() {
     fuzz(&[ANSWER, br#"{"object":"list","model":"x","data":[{"embedding":[1.0]}]}"#], &JSON, |input, _| {
         for kind in [Kind::Chat, Kind::Text, Kind::Embeddings, Kind::Other] {
             for reasoning in [Reasoning::Pass, Reasoning::Split, Reasoning::SplitOpen] {
-                // Half a character in an escape is the node's affair: it passes as it came.
+                // Half a surrogate pair in an escape is forwarded unchanged.
                 let read = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).is_ok();
                 if let completion::Normalized::Changed(body, _) =
                     completion::normalize(input, kind, "m", reasoning)
@@ -262,7 +262,7 @@ fn an_answer_is_mended_to_json() {
 }
 
 #[test]
-fn a_stream_is_mended_however_it_is_cut() {
+fn normalized_streams_do_not_depend_on_boundaries() {
     fuzz(
         &[STREAM],
         &[b"data: ", b"\n\n", b"\r\n", b"[DONE]", b"{\"error\":{}}", b"null", b"[]"],
@@ -281,7 +281,7 @@ fn a_stream_is_mended_however_it_is_cut() {
 }
 
 #[test]
-fn an_error_is_told_in_openais_shape() {
+fn error_bodies_become_openais_form() {
     let corpus: [&[u8]; 3] = [
         br#"{"error":{"message":"maximum context length is 5 tokens","type":"x","param":null,"code":400}}"#,
         br#"{"detail":[{"loc":["body"],"msg":"m"}]}"#,
@@ -298,7 +298,7 @@ fn an_error_is_told_in_openais_shape() {
 }
 
 #[test]
-fn thinking_is_split_the_same_however_it_is_cut() {
+fn reasoning_split_does_not_depend_on_boundaries() {
     let words: [&'static [u8]; 5] = [b"<think>", b"</think>", b"<", b"</thi", b"\n"];
     fuzz(&[b"<think>\na < b </think>\n\nanswer", b"no thinking </think>"], &words, |input, _| {
         let text = String::from_utf8_lossy(input);
@@ -321,7 +321,7 @@ fn thinking_is_split_the_same_however_it_is_cut() {
 }
 
 #[test]
-fn a_request_of_the_responses_api_becomes_one_of_chat() {
+fn responses_requests_never_panic() {
     let corpus: [&[u8]; 2] = [
         br#"{"model":"m","input":"hi","instructions":"be brief","tools":[{"type":"function","name":"f","parameters":{}}],"text":{"format":{"type":"json_schema","name":"n","schema":{}}}}"#,
         br#"{"model":"m","input":[{"role":"user","content":[{"type":"input_text","text":"a"}]},{"type":"function_call_output","call_id":"c","output":"o"}],"reasoning":{"effort":"low"}}"#,
@@ -334,8 +334,8 @@ fn a_request_of_the_responses_api_becomes_one_of_chat() {
 }
 
 #[test]
-fn answers_of_mathematics_are_compared_or_not() {
-    // The known answer, ` = `, what was written.
+fn answer_comparison_never_panics() {
+    // Reference answer, ` = `, and the answer of the model.
     let corpus: [&[u8]; 4] = [
         br"\frac{3}{4}x^2 - \sqrt{2} = So the answer is \boxed{\frac{3x^2}{4} - 2^{1/2}}.",
         br"$[0, 1) \cup \{2, 3\}$ = $x \in [0,1) \cup \{2\} \cup \{3\}$",
@@ -368,12 +368,12 @@ fn answers_of_mathematics_are_compared_or_not() {
 }
 
 #[test]
-fn a_journal_is_read_up_to_what_is_torn() {
+fn journal_is_read_up_to_a_torn_end() {
     let line = br#"{"id":"00112233445566778899aabbccddeeff","stage":"generate","model":"m","prompt_tokens":1,"completion_tokens":2,"seconds":0.5,"content":"x","reasoning":null,"finish_reason":"stop"}"#;
     let two = [&line[..], b"\n", &line[..], b"\n"].concat();
     fuzz_file("journal.jsonl", &[&two, line], &JSON, |path| {
         let seen = Journal::read_only(path).map(|journal| (journal.len(), journal.totals()));
-        // Opening cuts off what is torn, and nothing else.
+        // Opening removes the torn end and nothing else.
         for _ in 0..2 {
             let opened = Journal::open(path).map(|journal| (journal.len(), journal.totals()));
             assert_eq!(opened.ok(), seen.as_ref().ok().cloned());
@@ -382,7 +382,7 @@ fn a_journal_is_read_up_to_what_is_torn() {
 }
 
 #[test]
-fn problems_are_read_or_put_aside() {
+fn problem_files_never_panic() {
     let corpus: [&[u8]; 2] = [
         b"{\"problem\":\"1+1?\",\"answer\":\"2\",\"level\":3}\n{\"problem\":\"p\",\"answer\":4}\n",
         b"[{\"problem\":\"a\",\"answer\":\"b\"}]",
@@ -395,7 +395,7 @@ fn problems_are_read_or_put_aside() {
 }
 
 #[test]
-fn a_configuration_is_taken_or_refused() {
+fn configurations_never_panic() {
     let corpus: [&[u8]; 2] = [
         b"listen = \"127.0.0.1:8080\"\n[[keys]]\nname = \"a\"\nhash = \"00\"\nrequests_per_minute = 5\n[[pools]]\nmodel = \"m\"\nnodes = [{ url = \"http://h:1\", max_concurrency = 4 }]\nqueue = { requests = 10 }\n[pools.scale]\nmin = 0\nmax = 4\nprocess = { command = [\"x\"] }\n",
         b"[limits]\nbody_bytes = 1\n[admin]\nlisten = \"127.0.0.1:1\"\n",
@@ -408,7 +408,7 @@ fn a_configuration_is_taken_or_refused() {
 }
 
 #[test]
-fn a_recipe_is_taken_or_refused() {
+fn recipes_never_panic() {
     let corpus: [&[u8]; 2] = [
         b"name = \"r\"\nseed = 1\n[problems]\npath = \"p.jsonl\"\n[teacher]\nurl = \"http://h/v1\"\nmodel = \"m\"\n[generate]\nsamples = 4\n[student]\nmodel = \"s\"\n[sft]\nsteps = 5\nlr = 1e-4\n[grpo]\nsteps = 2\n",
         b"[evaluate]\nproblems = 5\n[compress]\nformats = [\"q8_0\"]\n",
@@ -421,7 +421,7 @@ fn a_recipe_is_taken_or_refused() {
 }
 
 #[test]
-fn a_template_is_rendered_or_refused() {
+fn chat_templates_never_panic() {
     let corpus: [&[u8]; 2] = [
         b"{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         b"{%- if tools %}{{ tools | tojson }}{% endif %}{% set ns = namespace(x=1) %}{{ raise_exception('no') }}{{ messages[-1].content.split('</think>')[-1] }}",
@@ -438,7 +438,7 @@ fn a_template_is_rendered_or_refused() {
 }
 
 #[test]
-fn a_models_files_are_read_or_refused() {
+fn model_files_never_panic() {
     let gguf = [
         &b"GGUF\x03\0\0\0\x01\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0"[..],
         b"\x14\0\0\0\0\0\0\0general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama",

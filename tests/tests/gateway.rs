@@ -1,4 +1,4 @@
-//! The gateway over real sockets: routing, relay, cancellation, retries, bounds, drain.
+//! The gateway over real sockets: routing, relay, cancellation, retries, limits and drain.
 
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use system_tests::mock::{Behaviour, Mock, until};
 const TICK: Duration = Duration::from_millis(10);
 
 #[tokio::test]
-async fn a_plain_answer_passes_through_with_unknown_fields() {
+async fn forwards_unknown_fields() {
     let mock = Mock::start(Behaviour::Answer(3)).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
     let body = json!({"model": "m", "messages": [{"role": "user", "content": system_tests::canary::PROMPT, "name": "bob"}], "top_k": 5,
@@ -36,7 +36,7 @@ async fn a_plain_answer_passes_through_with_unknown_fields() {
 }
 
 #[tokio::test]
-async fn a_stream_passes_through_with_nothing_changed_but_the_name() {
+async fn relays_a_stream_with_the_public_model_name() {
     let mock = Mock::start(Behaviour::Stream(20, Duration::from_millis(2))).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
     let text = gateway.chat(true).send().await.unwrap().text().await.unwrap();
@@ -50,7 +50,7 @@ async fn a_stream_passes_through_with_nothing_changed_but_the_name() {
 }
 
 #[tokio::test]
-async fn a_stream_that_breaks_off_ends_in_one_error_event_and_no_done() {
+async fn broken_stream_ends_with_one_error_event() {
     for behaviour in [Behaviour::CutStream(3), Behaviour::EndStreamEarly(3)] {
         let mock = Mock::start(behaviour.clone()).await;
         let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
@@ -64,7 +64,7 @@ async fn a_stream_that_breaks_off_ends_in_one_error_event_and_no_done() {
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_stops_the_node_in_every_phase() {
+async fn disconnect_stops_the_node_in_every_phase() {
     for (behaviour, stream) in [
         (Behaviour::Hold, false),
         (Behaviour::Hold, true),
@@ -86,7 +86,7 @@ async fn a_client_that_leaves_stops_the_node_in_every_phase() {
 }
 
 #[tokio::test]
-async fn a_waiting_client_that_leaves_frees_its_place_in_the_queue() {
+async fn disconnect_leaves_the_queue() {
     let mock = Mock::start(Behaviour::Hold).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 1))).await;
     let first = tokio::spawn(gateway.chat(false).send());
@@ -102,7 +102,7 @@ async fn a_waiting_client_that_leaves_frees_its_place_in_the_queue() {
 }
 
 #[tokio::test]
-async fn random_departures_leave_no_permit_behind() {
+async fn random_disconnects_release_all_permits() {
     let mock = Mock::start(Behaviour::Stream(10, Duration::from_millis(3))).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 8))).await;
     let mut clients = Vec::new();
@@ -125,7 +125,7 @@ async fn random_departures_leave_no_permit_behind() {
 }
 
 #[tokio::test]
-async fn a_slow_reader_holds_back_its_node() {
+async fn slow_reader_slows_its_node() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mock = Mock::start(Behaviour::Endless).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
@@ -135,8 +135,8 @@ async fn a_slow_reader_holds_back_its_node() {
         format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
     socket.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
     mock.busy(1).await;
-    // Reads nothing: the node must come to a stand within what socket buffers hold. That nothing happens any more is no
-    // event, so the count is looked at until it stays the same for a while.
+    // The client reads nothing, so the node stops once the socket buffers are full. A stop is not an event: the count
+    // is polled until it is stable.
     let mut taken = usize::MAX;
     while taken != mock.bytes() {
         taken = mock.bytes();
@@ -152,7 +152,7 @@ async fn a_slow_reader_holds_back_its_node() {
 }
 
 #[tokio::test]
-async fn a_client_that_stops_reading_is_given_up() {
+async fn client_that_stops_reading_is_disconnected() {
     use tokio::io::AsyncWriteExt;
     let mock = Mock::start(Behaviour::Endless).await;
     let mut configuration = config(pool(&[&mock], 4));
@@ -169,7 +169,7 @@ async fn a_client_that_stops_reading_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_dead_node_costs_one_retry_and_no_answer() {
+async fn stopped_node_costs_one_retry() {
     let mut dead = Mock::start(Behaviour::Answer(1)).await;
     let good = Mock::start(Behaviour::Answer(1)).await;
     let mut pool = pool(&[&dead, &good], 64);
@@ -190,7 +190,7 @@ async fn a_dead_node_costs_one_retry_and_no_answer() {
 }
 
 #[tokio::test]
-async fn a_busy_node_is_left_for_another_and_the_last_answer_passes() {
+async fn busy_node_is_retried_elsewhere_and_last_error_is_forwarded() {
     let (busy, good) = (Mock::start(Behaviour::Status(503)).await, Mock::start(Behaviour::Answer(1)).await);
     let gateway = TestGateway::start(config(pool(&[&busy, &good], 4))).await;
     assert_eq!(TestGateway::json(gateway.chat(false)).await.0, 200);
@@ -213,7 +213,7 @@ async fn a_busy_node_is_left_for_another_and_the_last_answer_passes() {
 }
 
 #[tokio::test]
-async fn an_ill_node_gets_nothing_until_it_is_well() {
+async fn unhealthy_node_gets_no_requests_until_it_recovers() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let gateway = TestGateway::start(config(pool(&[&mock], 4))).await;
     mock.set_healthy(false);
@@ -228,7 +228,7 @@ async fn an_ill_node_gets_nothing_until_it_is_well() {
 }
 
 #[tokio::test]
-async fn load_goes_to_the_node_with_fewer_outstanding_tokens() {
+async fn prefers_the_node_with_fewer_outstanding_tokens() {
     let (a, b) = (Mock::start(Behaviour::Hold).await, Mock::start(Behaviour::Hold).await);
     let gateway = TestGateway::start(config(pool(&[&a, &b], 8))).await;
     let long = json!({"model": "m", "max_tokens": 100, "messages": [{"role": "user", "content": "x".repeat(40_000)}]});
@@ -250,7 +250,7 @@ async fn load_goes_to_the_node_with_fewer_outstanding_tokens() {
 }
 
 #[tokio::test]
-async fn a_full_queue_answers_429_with_retry_after() {
+async fn full_queue_returns_429_with_retry_after() {
     let mock = Mock::start(Behaviour::Hold).await;
     let mut pool = pool(&[&mock], 1);
     pool.queue.requests = 1;
@@ -271,7 +271,7 @@ async fn a_full_queue_answers_429_with_retry_after() {
 }
 
 #[tokio::test]
-async fn errors_have_openai_bodies() {
+async fn errors_have_openai_form() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let mut configuration = config(pool(&[&mock], 4));
     configuration.limits.body_bytes = 1000;
@@ -297,7 +297,7 @@ async fn errors_have_openai_bodies() {
 }
 
 #[tokio::test]
-async fn keys_open_their_models_and_never_reach_a_node() {
+async fn keys_restrict_models_and_are_not_forwarded() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let (key, hash) = potstill_gateway::auth::keys::generate();
     let mut configuration = config(pool(&[&mock], 4));
@@ -321,7 +321,7 @@ async fn keys_open_their_models_and_never_reach_a_node() {
 }
 
 #[tokio::test]
-async fn silent_and_slow_connections_are_closed() {
+async fn closes_silent_and_slow_connections() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let mut configuration = config(pool(&[&mock], 4));
     configuration.limits.first_byte_ms = 100;
@@ -349,7 +349,7 @@ async fn silent_and_slow_connections_are_closed() {
 }
 
 #[tokio::test]
-async fn drain_lets_streams_finish_and_refuses_new_ones() {
+async fn drain_finishes_streams_and_rejects_new_requests() {
     let mock = Mock::start(Behaviour::Stream(30, TICK)).await;
     let mut gateway = TestGateway::start(config(pool(&[&mock], 64))).await;
     let streams: Vec<_> = (0..20)

@@ -1,5 +1,5 @@
-//! KEDA in place of the gateway's own hand: it asks any gateway of the cluster over gRPC, sets `replicas` to what it is told,
-//! and no answer is cut. The horizontal pod autoscaler behind it is played by the test.
+//! KEDA as the actuator: it reads the replica count from any gateway of the cluster over gRPC and sets `replicas`; no
+//! response is cut. The test plays KEDA and the horizontal pod autoscaler behind it.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::HashMap;
@@ -50,9 +50,9 @@ async fn nodes(port: u16) -> Result<i64, Status> {
     Ok(answer.metric_values[0].metric_value)
 }
 
-/// Gateways over one workload whose number KEDA changes, each with the port that KEDA asks at.
+/// Starts gateways over one workload that KEDA scales. Returns each with its gRPC port.
 async fn gateways(cluster: &Kubernetes, names: &[&str], min: usize) -> (Vec<Started>, Vec<u16>) {
-    // They need no right to patch `/scale`.
+    // These gateways need no right to patch `/scale`.
     let kubeconfig = cluster.user("potstill-gateway", Rights::of(&granted(&["base", "overlays/keda"])));
     let (mut gateways, mut ports) = (Vec::new(), Vec::new());
     for name in names {
@@ -70,7 +70,7 @@ async fn gateways(cluster: &Kubernetes, names: &[&str], min: usize) -> (Vec<Star
     (gateways, ports)
 }
 
-/// KEDA and the autoscaler behind it: ask one gateway after the other, set what was said.
+/// Plays KEDA and the pod autoscaler: reads the count from each gateway in turn and sets it.
 fn keda(cluster: &Kubernetes, ports: &[u16]) -> JoinHandle<()> {
     let (cluster, ports) = (cluster.clone(), ports.to_owned());
     tokio::spawn(async move {
@@ -86,7 +86,7 @@ fn keda(cluster: &Kubernetes, ports: &[u16]) -> JoinHandle<()> {
     })
 }
 
-/// Answers through these gateways in turn, all at once.
+/// Sends requests to these gateways in turn, all at once.
 fn ask(gateways: &[Started], requests: usize) -> Vec<JoinHandle<String>> {
     let client = reqwest::Client::builder().no_proxy().build().unwrap();
     let body = json!({"model": "m", "stream": true, "messages": [{"role": "user", "content": "x"}]});
@@ -115,7 +115,7 @@ async fn within_a_minute(what: &str, mut condition: impl AsyncFnMut() -> bool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keda_sets_what_it_is_told_and_no_answer_is_cut() {
+async fn keda_applies_published_scale_without_cut_responses() {
     let folder = tempfile::tempdir().unwrap();
     let behaviour = Behaviour::Stream(30, Duration::from_millis(20));
     let cluster = Kubernetes::start(folder.path(), behaviour, Duration::from_millis(50)).await;
@@ -128,7 +128,7 @@ async fn keda_sets_what_it_is_told_and_no_answer_is_cut() {
         ("nodes", 1.0)
     );
     let hand = keda(&cluster, &ports);
-    // The push side: one stream, told of the first node and of the last.
+    // The push interface: one stream reports the first node and the last.
     let channel = Channel::from_shared(format!("http://127.0.0.1:{}", ports[1])).unwrap().connect_lazy();
     let mut grpc = Grpc::new(channel);
     let path = PathAndQuery::from_static("/externalscaler.ExternalScaler/StreamIsActive");
@@ -137,7 +137,7 @@ async fn keda_sets_what_it_is_told_and_no_answer_is_cut() {
         let codec = ProstCodec::<ScaledObjectRef, IsActiveResponse>::default();
         match grpc.server_streaming(Request::new(object("m")), path.clone(), codec).await {
             Ok(answer) => break answer.into_inner(),
-            // No leader yet.
+            // There is no leader yet.
             Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status}"),
         }
     };
@@ -163,10 +163,10 @@ async fn keda_sets_what_it_is_told_and_no_answer_is_cut() {
     hand.abort();
 }
 
-/// KEDA stops in the middle: two pods are given up and not yet taken, and it may take them at any time. Neither a gateway that starts
-/// nor one that begins to lead gives them requests, or takes any away from those that work.
+/// KEDA stops in the middle: two pods are marked for deletion but not deleted, and KEDA may delete them at any time.
+/// Neither a starting gateway nor a new leader sends them requests or drains pods that serve.
 #[tokio::test(flavor = "multi_thread")]
-async fn pods_that_were_given_up_stay_so_whoever_comes_and_leads() {
+async fn pods_marked_for_deletion_stay_drained_across_leaders() {
     let folder = tempfile::tempdir().unwrap();
     let behaviour = Behaviour::Stream(30, Duration::from_millis(20));
     let cluster = Kubernetes::start(folder.path(), behaviour, Duration::from_millis(50)).await;
@@ -202,7 +202,7 @@ async fn pods_that_were_given_up_stay_so_whoever_comes_and_leads() {
     .await;
     all_whole(ask(&second, 2)).await;
     assert_eq!((marks(), nodes(more[0]).await.unwrap()), (before, 1), "as it leads");
-    // KEDA goes on, and may take them all the while.
+    // KEDA continues and may delete them at any time.
     let hand = keda(&cluster, &more);
     let writing = ask(&second, 2);
     within_a_minute("they are gone", async || cluster.pods().len() == 1).await;

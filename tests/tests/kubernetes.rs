@@ -1,5 +1,5 @@
-//! The shipped gateway in a cluster: it finds the pods of its workloads, scales them within the rights of our own manifests,
-//! lets no answer be cut, agrees with other gateways, and lives through what an API server does wrong.
+//! The gateway in a cluster. It finds the pods of its workloads and scales them within the roles of our manifests
+//! without cutting a response. It coordinates with other gateways and tolerates faults of the API server.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 #![expect(clippy::disallowed_methods, reason = "files of a test need not outlive a crash")]
 
@@ -18,7 +18,7 @@ const DEPLOYMENTS: &str = "apps/deployments";
 const STATEFUL: &str = "apps/statefulsets";
 const LWS: &str = "leaderworkerset.x-k8s.io/leaderworkersets";
 
-/// The rights that our manifests grant.
+/// The roles of our manifests.
 fn rights() -> Rights {
     Rights::of(&granted(&["base", "overlays/qwq", "overlays/r1-h20", "overlays/students"]))
 }
@@ -43,7 +43,7 @@ impl World {
         self.folder.path().join("potstill-gateway.kubeconfig")
     }
 
-    /// A gateway over one workload; `more` is further configuration of its scaling, `top` of the whole.
+    /// Starts a gateway over one workload. `more` is added to its scaling configuration, `top` to the top level.
     async fn gateway(&self, name: &str, kind: &str, workload: &str, more: &str, top: &str) -> Started {
         let config = self.config(kind, workload, more, top);
         let kubeconfig = self.kubeconfig();
@@ -62,7 +62,7 @@ impl World {
         )
     }
 
-    /// Waits until a pod is marked as one that gets no more requests.
+    /// Waits until a pod is marked as draining.
     async fn one_drains(&self) {
         within_a_minute("one drains", async || {
             let marked = |name: &String| {
@@ -100,7 +100,7 @@ async fn all_well(requests: Vec<JoinHandle<(u16, String)>>, end: &str) {
     }
 }
 
-/// Like `until`, with a minute of patience.
+/// Like `until`, with a timeout of a minute.
 async fn within_a_minute(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let waiting = async {
         while !condition().await {
@@ -110,7 +110,7 @@ async fn within_a_minute(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     assert!(tokio::time::timeout(Duration::from_secs(60), waiting).await.is_ok(), "{what}");
 }
 
-/// Waits until so many requests are on nodes.
+/// Waits until this number of requests is on nodes.
 async fn writes(client: &reqwest::Client, gateway: &Started, requests: usize) {
     let line = format!("potstill_gateway_in_flight_requests{{model=\"m\"}} {requests}\n");
     within_a_minute("they write", async || {
@@ -125,7 +125,7 @@ fn slow_stream(chunks: usize) -> Behaviour {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deployment_goes_from_none_to_many_and_back_and_no_answer_is_cut() {
+async fn deployment_scales_from_zero_and_back_without_cut_responses() {
     let world = World::new(slow_stream(30), 200).await;
     let gateway = world.gateway("a", "Deployment", "qwq-32b", "", "").await;
     let client = client();
@@ -146,7 +146,7 @@ async fn a_deployment_goes_from_none_to_many_and_back_and_no_answer_is_cut() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sets_lose_their_highest_index_and_only_once_it_is_empty() {
+async fn stateful_sets_remove_the_highest_index_once_drained() {
     for (kind, resource, name) in
         [("StatefulSet", STATEFUL, "student"), ("LeaderWorkerSet", LWS, "deepseek-r1")]
     {
@@ -156,7 +156,7 @@ async fn sets_lose_their_highest_index_and_only_once_it_is_empty() {
         let requests = (0..8).map(|_| ask(&client, &gateway, true)).collect();
         within_a_minute("four pods", async || world.cluster.replicas(resource, name) == 4).await;
         all_well(requests, "[DONE]").await;
-        // One long answer holds one pod while the others go.
+        // One long response keeps one pod while the others are removed.
         let cut = world.cluster.counts().cut;
         within_a_minute("all pods are gone", async || world.cluster.pods().is_empty()).await;
         assert_eq!(
@@ -169,7 +169,7 @@ async fn sets_lose_their_highest_index_and_only_once_it_is_empty() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_api_server_that_conflicts_forgets_fails_and_hangs_is_outlived() {
+async fn tolerates_api_server_faults() {
     let world = World::new(slow_stream(10), 50).await;
     let gateway = world.gateway("a", "Deployment", "qwq-32b", "", "").await;
     let client = client();
@@ -194,7 +194,7 @@ async fn an_api_server_that_conflicts_forgets_fails_and_hangs_is_outlived() {
         burst().await;
         within_a_minute("the faults were met", async || world.cluster.faults_left() == 0).await;
     }
-    // The history is gone and the watches with it: the gateway lists anew.
+    // History and watches are lost, so the gateway lists the pods again.
     world.cluster.fault("list", "pods", 2, Fault::Status(500));
     world.cluster.forget();
     world.cluster.break_watches();
@@ -205,7 +205,7 @@ async fn an_api_server_that_conflicts_forgets_fails_and_hangs_is_outlived() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_hangs_holds_up_no_request() {
+async fn hanging_api_call_delays_no_request() {
     let world = World::new(Behaviour::Answer(5), 20).await;
     let gateway = world.gateway("a", "Deployment", "qwq-32b", "min = 1", "").await;
     let client = client();
@@ -217,7 +217,7 @@ async fn a_call_that_hangs_holds_up_no_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_granted_is_named_in_the_log() {
+async fn logs_missing_permissions() {
     let world = World::new(Behaviour::Answer(5), 20).await;
     world.cluster.user("potstill-gateway", Rights::of(&granted(&["base"])));
     let gateway = world.gateway("a", "Deployment", "qwq-32b", "min = 1", "").await;
@@ -234,7 +234,7 @@ async fn what_is_not_granted_is_named_in_the_log() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restart_keeps_the_pods_and_somebody_elses_change_is_followed() {
+async fn restart_keeps_pods_and_external_changes_are_followed() {
     let world = World::new(Behaviour::Answer(5), 20).await;
     world.cluster.change(DEPLOYMENTS, "qwq-32b", &json!({"spec": {"replicas": 3}}));
     within_a_minute("three pods", async || world.cluster.pods().len() == 3).await;
@@ -245,7 +245,7 @@ async fn a_restart_keeps_the_pods_and_somebody_elses_change_is_followed() {
         let leads = async || {
             let text =
                 client.get(format!("{}/metrics", gateway.url)).send().await.unwrap().text().await.unwrap();
-            // A leader looks at the number once more before it decides.
+            // A leader reads the count once more before it decides.
             let looks =
                 world.cluster.audit().into_iter().filter(|(_, attempt, _)| {
                     attempt.verb == "get" && attempt.resource == "deployments/scale"
@@ -268,7 +268,7 @@ async fn a_restart_keeps_the_pods_and_somebody_elses_change_is_followed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_gateways_agree_and_one_takes_over_when_the_other_is_killed() {
+async fn another_gateway_takes_over_when_the_leader_is_killed() {
     let world = World::new(slow_stream(150), 50).await;
     let mut first = world.gateway("gateway-1", "Deployment", "qwq-32b", "", "").await;
     within_a_minute("the first leads", async || {
@@ -278,10 +278,10 @@ async fn two_gateways_agree_and_one_takes_over_when_the_other_is_killed() {
     .await;
     let second = world.gateway("gateway-2", "Deployment", "qwq-32b", "", "").await;
     let client = client();
-    // Asked of the one that does not lead: the leader scales for it.
+    // Sent to the gateway that does not lead: the leader scales for it.
     let requests: Vec<_> = (0..6).map(|_| ask(&client, &second, true)).collect();
     within_a_minute("the leader scales", async || world.cluster.replicas(DEPLOYMENTS, "qwq-32b") >= 3).await;
-    // While these write, nothing that they are on is taken, although the leader itself has no request at all.
+    // Pods with these requests are kept, although the leader itself has none.
     all_well(requests, "[DONE]").await;
     let lease = || world.cluster.get("coordination.k8s.io/leases", "potstill-gateway");
     assert_eq!(lease()["spec"]["holderIdentity"], "gateway-1");
@@ -298,7 +298,7 @@ async fn two_gateways_agree_and_one_takes_over_when_the_other_is_killed() {
     .await;
     assert!(notes <= 2);
     first.ended(Duration::from_secs(5)).await;
-    // One that stops in good order lets go at once.
+    // A gateway that shuts down in order releases the Lease at once.
     let mut second = second;
     second.signal("TERM");
     second.ended(Duration::from_secs(20)).await;
@@ -307,7 +307,7 @@ async fn two_gateways_agree_and_one_takes_over_when_the_other_is_killed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_on_which_another_gateway_still_writes_is_not_taken() {
+async fn keeps_pods_with_requests_of_other_gateways() {
     let world = World::new(Behaviour::Answer(5), 20).await;
     let leader = world.gateway("gateway-1", "Deployment", "qwq-32b", "", "").await;
     within_a_minute("it leads", async || {
@@ -318,10 +318,10 @@ async fn a_pod_on_which_another_gateway_still_writes_is_not_taken() {
     let other = world.gateway("gateway-2", "Deployment", "qwq-32b", "", "").await;
     let client = client();
     world.cluster.behave(slow_stream(250));
-    // Two pods by both; the answers through the other one take five seconds.
+    // Both gateways need two pods; responses through the other one take five seconds.
     let long: Vec<_> = (0..4).map(|_| ask(&client, &other, true)).collect();
     within_a_minute("two pods", async || world.cluster.pods().len() >= 2).await;
-    // The leader is told to have none, while the other one writes.
+    // The leader's target becomes zero while the other gateway has requests.
     let config = world.config("Deployment", "qwq-32b", "max = 1", "");
     let text = format!("listen = \"127.0.0.1:{}\"\n{config}", leader.port);
     std::fs::write(leader.config(), text).unwrap();
@@ -333,7 +333,7 @@ async fn a_pod_on_which_another_gateway_still_writes_is_not_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_evicted_pod_finishes_and_a_budget_can_forbid_it() {
+async fn evicted_pod_finishes_unless_a_disruption_budget_forbids_it() {
     let world = World::new(slow_stream(60), 20).await;
     world.cluster.set_grace(Duration::from_secs(60));
     let gateway = world.gateway("a", "Deployment", "qwq-32b", "min = 1", "").await;
@@ -347,7 +347,7 @@ async fn an_evicted_pod_finishes_and_a_budget_can_forbid_it() {
     world.cluster.change("policy/poddisruptionbudgets", "qwq-32b", &json!({"spec": {"maxUnavailable": 1}}));
     writes(&client, &gateway, 2).await;
     assert_eq!(world.cluster.evict(&pod).await, 201);
-    // Nobody new goes there, what is written there is finished, and another one takes its place.
+    // The pod gets no new requests, its running ones finish, and a new pod replaces it.
     let later: Vec<_> = (0..2).map(|_| ask(&client, &gateway, true)).collect();
     all_well(requests, "[DONE]").await;
     all_well(later, "[DONE]").await;
@@ -356,7 +356,7 @@ async fn an_evicted_pod_finishes_and_a_budget_can_forbid_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_that_flaps_costs_no_request_and_no_further_pod() {
+async fn flapping_pod_costs_no_request_and_no_extra_pod() {
     let world = World::new(Behaviour::Answer(5), 20).await;
     let gateway = world.gateway("a", "Deployment", "qwq-32b", "min = 2\nmax = 2", "").await;
     let client = client();
@@ -374,7 +374,7 @@ async fn a_pod_that_flaps_costs_no_request_and_no_further_pod() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dry_run_changes_nothing_and_asks_the_server_whether_it_could() {
+async fn dry_run_changes_nothing_and_validates_on_the_server() {
     let world = World::new(Behaviour::Answer(5), 20).await;
     world.cluster.change(DEPLOYMENTS, "qwq-32b", &json!({"spec": {"replicas": 1}}));
     let config = world
@@ -393,7 +393,7 @@ async fn a_dry_run_changes_nothing_and_asks_the_server_whether_it_could() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pods_that_do_not_come_are_waited_for_and_cost_no_more() {
+async fn missing_pods_are_awaited_without_extra_replicas() {
     let world = World::new(Behaviour::Answer(5), 20).await;
     world.cluster.set_quota(Some(1));
     let gateway = world.gateway("a", "Deployment", "qwq-32b", "", "").await;
@@ -422,7 +422,7 @@ async fn pods_that_do_not_come_are_waited_for_and_cost_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_that_is_not_ready_gets_nothing_whatever_it_answers() {
+async fn unready_pod_gets_no_requests() {
     let world = World::new(Behaviour::Answer(5), 20).await;
     let gateway = world.gateway("a", "Deployment", "qwq-32b", "min = 2\nmax = 2", "").await;
     let client = client();
@@ -439,7 +439,7 @@ async fn a_pod_that_is_not_ready_gets_nothing_whatever_it_answers() {
     let pod = world.cluster.pods()[0].clone();
     world.cluster.set_ready(&pod, false);
     ready(1).await;
-    // Several health checks later it still gets nothing: all is answered by the other one.
+    // After several health checks the pod still gets no requests; the other pod serves all.
     let before = world.cluster.asked(&pod);
     for _ in 0..10 {
         all_well(vec![ask(&client, &gateway, false)], "choices").await;
@@ -452,7 +452,7 @@ async fn a_pod_that_is_not_ready_gets_nothing_whatever_it_answers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_whose_address_changes_is_found_again() {
+async fn pod_with_a_new_address_is_found() {
     let world = World::new(Behaviour::Answer(5), 20).await;
     let gateway = world.gateway("a", "Deployment", "qwq-32b", "min = 1\nmax = 1", "").await;
     let client = client();
@@ -469,13 +469,13 @@ async fn a_pod_whose_address_changes_is_found_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reload_that_changes_the_workload_cuts_nothing_that_was_begun() {
+async fn reload_with_another_workload_cuts_no_response() {
     let world = World::new(slow_stream(150), 20).await;
     let gateway = world.gateway("a", "Deployment", "qwq-32b", "", "").await;
     let client = client();
     let long: Vec<_> = (0..2).map(|_| ask(&client, &gateway, true)).collect();
     writes(&client, &gateway, 2).await;
-    // The same pods by another name: a second scaler looks after them, of which nothing is wanted.
+    // The same pods under another name: a second actuator watches them with a target of zero.
     let config = world.config("Deployment", "qwq-32b", "", "") + "namespace = \"test\"\n";
     std::fs::write(gateway.config(), format!("listen = \"127.0.0.1:{}\"\n{config}", gateway.port)).unwrap();
     gateway.signal("HUP");
@@ -487,7 +487,7 @@ async fn a_reload_that_changes_the_workload_cuts_nothing_that_was_begun() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_leader_that_stops_lets_go_before_its_last_answer_has_ended() {
+async fn stopping_leader_releases_the_lease_before_its_last_response() {
     let world = World::new(slow_stream(400), 20).await;
     let lease = || world.cluster.get("coordination.k8s.io/leases", "potstill-gateway");
     let leads = async |name: &str| {
@@ -502,7 +502,7 @@ async fn a_leader_that_stops_lets_go_before_its_last_answer_has_ended() {
     first.signal("TERM");
     leads("gateway-2").await;
     assert!(!long.is_finished());
-    // The one that leads now wants no node, and waits for what the other one writes.
+    // The new leader needs no node and waits for the other gateway's response.
     all_well(vec![long], "[DONE]").await;
     first.ended(Duration::from_secs(20)).await;
     within_a_minute("all pods are gone", async || world.cluster.pods().is_empty()).await;
@@ -511,7 +511,7 @@ async fn a_leader_that_stops_lets_go_before_its_last_answer_has_ended() {
 }
 
 #[test]
-fn roles_grant_what_they_name_and_nothing_else() {
+fn roles_grant_only_what_they_name() {
     let attempt = |verb, group: &str, resource: &str, name: Option<&str>| Attempt {
         verb,
         group: group.to_owned(),

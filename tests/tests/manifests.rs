@@ -1,5 +1,5 @@
-//! `k8s/` against the programs: every overlay renders and validates strictly, and each port, path, flag, variable and metric that
-//! stands in it is one that the programs have.
+//! The manifests in `k8s/` against the programs. Every overlay renders and validates strictly. Every port, path, flag,
+//! variable and metric in it exists in the programs.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 #![expect(clippy::disallowed_methods, reason = "files of a test need not outlive a crash")]
 
@@ -14,10 +14,10 @@ use system_tests::kubernetes::rights::{Attempt, Rights};
 use system_tests::programs::{program, root, serve_teacher};
 use system_tests::started::Started;
 
-/// The oldest and the newest version that is validated for.
+/// Oldest and newest Kubernetes version to validate for.
 const VERSIONS: &str = "1.33,1.37";
 
-/// The renderer that there is: `kubectl kustomize` or `kustomize build`. Without one only CI fails.
+/// Returns the available renderer: `kubectl kustomize` or `kustomize build`. Its absence is an error in CI only.
 fn renderer() -> Option<[&'static str; 2]> {
     let found = |program: &str| Command::new(program).arg("version").output().is_ok();
     let known = [["kubectl", "kustomize"], ["kustomize", "build"]];
@@ -29,7 +29,7 @@ fn renderer() -> Option<[&'static str; 2]> {
     renderer
 }
 
-/// Name of an overlay and what it renders to.
+/// Rendered overlays by name: the text and its objects.
 fn rendered() -> &'static BTreeMap<String, (String, Vec<Value>)> {
     static RENDERED: OnceLock<BTreeMap<String, (String, Vec<Value>)>> = OnceLock::new();
     RENDERED.get_or_init(|| {
@@ -54,7 +54,7 @@ fn rendered() -> &'static BTreeMap<String, (String, Vec<Value>)> {
     })
 }
 
-/// All pod templates of an object, those of foreign kinds included.
+/// All pod templates in an object, including those of custom resources.
 fn templates(value: &Value) -> Vec<&Value> {
     if value["spec"]["containers"].is_array() {
         return vec![value];
@@ -88,7 +88,7 @@ fn containers(template: &Value) -> impl Iterator<Item = &Value> {
     list(&template["spec"]["initContainers"]).chain(list(&template["spec"]["containers"]))
 }
 
-/// The gateway's configuration in an overlay.
+/// Configuration of the gateway in an overlay.
 fn config(objects: &[Value]) -> (Config, String) {
     let map = objects.iter().find(|object| !object["data"]["gateway.toml"].is_null()).unwrap();
     let text = text(&map["data"]["gateway.toml"]).to_owned();
@@ -100,7 +100,7 @@ fn matches(selector: &Value, labels: &Value) -> bool {
 }
 
 #[test]
-fn every_overlay_renders_and_validates_strictly() {
+fn overlays_render_and_validate_strictly() {
     let folder = tempfile::tempdir().unwrap();
     let files: Vec<_> = rendered()
         .iter()
@@ -127,7 +127,7 @@ fn every_overlay_renders_and_validates_strictly() {
     };
     let (valid, said) = run(&files);
     assert!(valid, "{said}");
-    // The check can fail: a misspelt field in a pod of a foreign kind is found.
+    // The validation must be able to fail: it finds a misspelled field in a pod of a custom resource.
     let wrong = folder.path().join("wrong.yaml");
     let text = &rendered()["r1-h20"].0;
     std::fs::write(&wrong, text.replace("readinessProbe", "readynessProbe")).unwrap();
@@ -136,7 +136,7 @@ fn every_overlay_renders_and_validates_strictly() {
 }
 
 #[tokio::test]
-async fn ports_and_paths_are_those_of_the_programs() {
+async fn ports_and_paths_match_the_programs() {
     let gateway =
         Started::with("[[pools]]\nmodel = \"m\"\nnodes = [{ url = \"http://127.0.0.1:9\" }]\n", "warn").await;
     let (_node, node) = serve_teacher(&[]).await;
@@ -172,7 +172,7 @@ async fn ports_and_paths_are_those_of_the_programs() {
                 }
             }
         }
-        // Services and monitors name ports that the pods behind them have.
+        // Services and monitors name ports that the selected pods have.
         for service in objects.iter().filter(|object| object["kind"] == "Service") {
             let behind: Vec<_> = all
                 .iter()
@@ -195,7 +195,7 @@ async fn ports_and_paths_are_those_of_the_programs() {
                 assert_eq!((text(&endpoint["path"]), text(&endpoint["port"])), ("/metrics", "http"));
             }
         }
-        // The workload that a pool names is there, with that port.
+        // The workload that a pool names exists, with that port.
         for pool in
             config.pools.iter().filter_map(|pool| Some((pool.model.clone(), pool.scale.clone()?.kubernetes?)))
         {
@@ -232,7 +232,7 @@ async fn ports_and_paths_are_those_of_the_programs() {
 }
 
 #[test]
-fn flags_and_variables_are_those_of_the_programs() {
+fn flags_and_variables_match_the_programs() {
     let mut checked = 0;
     let bytes: BTreeMap<&str, Vec<u8>> = ["potstill", "potstill-gateway"]
         .into_iter()
@@ -271,7 +271,7 @@ fn flags_and_variables_are_those_of_the_programs() {
                 }
             }
         }
-        // And the other way: what the configuration reads is set.
+        // Conversely, every variable that the configuration reads is set.
         let gateway =
             pods(objects).into_iter().find(|(name, _)| name == "Deployment potstill-gateway").unwrap().1;
         let set: Vec<&str> =
@@ -295,7 +295,7 @@ fn flags_and_variables_are_those_of_the_programs() {
 }
 
 #[test]
-fn configurations_are_accepted_and_recipes_too() {
+fn configurations_and_recipes_are_valid() {
     let folder = tempfile::tempdir().unwrap();
     for (overlay, (_, objects)) in rendered() {
         let path = folder.path().join(format!("{overlay}.toml"));
@@ -307,7 +307,7 @@ fn configurations_are_accepted_and_recipes_too() {
             .unwrap();
         assert!(output.status.success(), "{overlay}: {}", String::from_utf8_lossy(&output.stderr));
     }
-    // The recipe, with its places made real.
+    // The recipe, with its paths replaced by existing ones.
     for name in ["problems.jsonl", "test.jsonl"] {
         std::fs::write(folder.path().join(name), "{\"problem\": \"1+1?\", \"answer\": \"2\"}\n").unwrap();
     }
@@ -350,7 +350,7 @@ fn metrics_of_dashboards_and_alerts_exist() {
 }
 
 #[test]
-fn what_must_hold_for_every_object() {
+fn every_object_follows_the_conventions() {
     for (overlay, (rendered, objects)) in rendered() {
         let (config, _) = config(objects);
         let all = pods(objects);
@@ -379,7 +379,7 @@ fn what_must_hold_for_every_object() {
                     assert!(argument.parse::<u64>().unwrap() + wait <= grace, "{overlay}: {name}");
                 }
             }
-            // Whoever has a port is let in to it by a policy, and only there.
+            // A network policy permits traffic to each port of a pod, and to no other.
             let labels = &template["metadata"]["labels"];
             for container in containers(template) {
                 for port in list(&container["ports"]).map(|port| &port["containerPort"]) {
@@ -407,7 +407,7 @@ fn what_must_hold_for_every_object() {
                 "{overlay}: {budget}"
             );
         }
-        // Rights: enough for every pool, and none to change what KEDA changes.
+        // The roles permit what each pool needs, and forbid changing what KEDA changes.
         let rights = Rights::of(std::slice::from_ref(rendered));
         for pool in &config.pools {
             let Some(scale) = &pool.scale else { continue };
@@ -429,7 +429,7 @@ fn what_must_hold_for_every_object() {
                 kubernetes.actuator == Actuator::Gateway,
                 "{overlay}"
             );
-            // A drain may take as long as the pod may.
+            // The drain timeout must not exceed the termination grace period.
             let workload = objects.iter().find(|object| {
                 object["metadata"]["name"] == kubernetes.name.as_str()
                     && object["kind"] == kubernetes.kind.name()

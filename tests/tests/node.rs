@@ -1,4 +1,4 @@
-//! `potstill serve` as a process, asked over HTTP: the demonstration's teacher is a real model.
+//! `potstill serve` as a process, tested over HTTP. The demonstration's teacher is a real model.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::time::Duration;
@@ -29,7 +29,7 @@ fn chat(extra: Value) -> Value {
 }
 
 #[tokio::test]
-async fn the_api_of_a_node() {
+async fn serves_the_openai_api() {
     let (_running, url) = serve_teacher(&[]).await;
     let chat_url = format!("{url}/v1/chat/completions");
 
@@ -45,7 +45,7 @@ async fn the_api_of_a_node() {
         usage["prompt_tokens"].as_u64().unwrap() + usage["completion_tokens"].as_u64().unwrap()
     );
 
-    // The stream says the same, with its usage in a last chunk of its own.
+    // The stream has the same text, with the usage in a last chunk of its own.
     let body = chat(json!({"stream": true, "stream_options": {"include_usage": true}}));
     let response = http().post(&chat_url).json(&body).send().await.unwrap();
     assert!(response.headers()["content-type"].to_str().unwrap().starts_with("text/event-stream"));
@@ -63,7 +63,7 @@ async fn the_api_of_a_node() {
     let total = |usage: &Value| usage["total_tokens"].as_u64().unwrap();
     assert_eq!((&last["choices"], total(&last["usage"])), (&json!([]), total(usage)));
 
-    // Limits, stops, several choices, seeds.
+    // Limits, stop strings, several choices, seeds.
     let (_, short) = post(&chat_url, chat(json!({"max_tokens": 3}))).await;
     assert_eq!(short["choices"][0]["finish_reason"], "length");
     assert_eq!(short["usage"]["completion_tokens"], 3);
@@ -97,9 +97,9 @@ async fn post_get(url: &str) -> (u16, Value) {
     (response.status().as_u16(), response.json().await.unwrap())
 }
 
-/// Two shares of the model, as two GPUs would have them: the same answers, to many at once.
+/// The model split over two devices gives the same completions, also to many concurrent requests.
 #[tokio::test]
-async fn a_model_on_two_devices_answers_as_on_one() {
+async fn two_devices_give_the_same_completions_as_one() {
     let (_alone, one) = serve_teacher(&[]).await;
     let (_together, two) = serve_teacher(&["--device", "cpu,cpu"]).await;
     let answers = |url: String| async move {
@@ -118,7 +118,7 @@ async fn a_model_on_two_devices_answers_as_on_one() {
 }
 
 #[tokio::test]
-async fn wrong_requests_get_clear_errors() {
+async fn invalid_requests_get_clear_errors() {
     let (_running, url) = serve_teacher(&[]).await;
     let chat_url = format!("{url}/v1/chat/completions");
     for (body, status, code, word) in [
@@ -147,10 +147,10 @@ async fn wrong_requests_get_clear_errors() {
 }
 
 #[tokio::test]
-async fn a_full_node_answers_429_and_a_client_that_leaves_frees_it() {
+async fn full_node_returns_429_and_disconnect_frees_its_slot() {
     let (_running, url) = serve_teacher(&["--max-running", "1", "--max-waiting", "1"]).await;
     let chat_url = format!("{url}/v1/chat/completions");
-    // Never stops by itself: the end token is out of reach at this penalty's other side.
+    // Never ends by itself: the penalty puts the end token out of reach.
     let endless = chat(
         json!({"stream": true, "temperature": 2.0, "top_k": 1, "max_tokens": 900, "repetition_penalty": 5.0}),
     );
@@ -190,16 +190,16 @@ async fn a_full_node_answers_429_and_a_client_that_leaves_frees_it() {
     }
 }
 
-/// Of a node's own numbers.
+/// Reads a metric of the node.
 async fn number(url: &str, what: &str) -> f64 {
     let metrics = http().get(format!("{url}/metrics")).send().await.unwrap().text().await.unwrap();
     let line = metrics.lines().find(|line| line.contains(&format!("what=\"{what}\""))).unwrap();
     line.rsplit(' ').next().unwrap().parse().unwrap()
 }
 
-/// All at once, one by one, with blocks for a handful, and with prompts at hand: the same answers.
+/// Concurrent, sequential, with few KV blocks, and with cached prompts: the completions are the same.
 #[tokio::test]
-async fn requests_computed_together_give_what_they_give_alone() {
+async fn batched_requests_equal_single_ones() {
     let (_running, url) = serve_teacher(&[]).await;
     let (_other, tight) = serve_teacher(&["--kv-mib", "1", "--step-tokens", "40"]).await;
     let path = "/v1/chat/completions";
@@ -222,7 +222,7 @@ async fn requests_computed_together_give_what_they_give_alone() {
         assert_eq!(alone["choices"][0]["finish_reason"], "stop", "{alone}");
         assert_eq!(alone["choices"], answers[at]["choices"]);
         assert_eq!(alone["choices"], answers[bodies.len() + at]["choices"]);
-        // The prompt was asked before: its whole blocks are at hand.
+        // The prompt was processed before, so its whole blocks are in the prefix cache.
         assert!(alone["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() >= 16, "{alone}");
     }
     assert!(number(&tight, "preempted").await > 0.0);
@@ -230,7 +230,7 @@ async fn requests_computed_together_give_what_they_give_alone() {
     for url in [&url, &tight] {
         assert_eq!((number(url, "blocks_used").await, number(url, "running").await), (0.0, 0.0));
     }
-    // Samples of one prompt compute it once.
+    // Several completions of one prompt process it once.
     let (computed, long) = (number(&url, "prompt_tokens").await, vec!["A Tom has 3 pens."; 40].join(" "));
     let body = json!({"model": "teacher", "prompt": long, "n": 8, "max_tokens": 3, "temperature": 1.0});
     let (_, answer) = post(&format!("{url}/v1/completions"), body).await;
@@ -248,7 +248,7 @@ fn numbers(values: &Value) -> Vec<f64> {
 }
 
 #[tokio::test]
-async fn log_probabilities_of_answers_and_prompts() {
+async fn returns_logprobs_of_completions_and_prompts() {
     let (_running, url) = serve_teacher(&[]).await;
     let (chat_url, text_url) = (format!("{url}/v1/chat/completions"), format!("{url}/v1/completions"));
     let asked = chat(json!({"logprobs": true, "top_logprobs": 3}));
@@ -285,7 +285,7 @@ async fn log_probabilities_of_answers_and_prompts() {
         .collect();
     assert_eq!(pieces, entries);
 
-    // What a completion says of its tokens, the echo of prompt and completion says again.
+    // The log probabilities of a completion equal those in the echo of prompt and completion.
     let prompt = "<|user|>A Dan has 11 cards.";
     let asked =
         json!({"model": "teacher", "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 2});
@@ -342,7 +342,7 @@ async fn log_probabilities_of_answers_and_prompts() {
 }
 
 #[tokio::test]
-async fn biases_thinking_budgets_and_embeddings() {
+async fn supports_logit_bias_thinking_budget_and_embeddings() {
     let (_running, url) = serve_teacher(&[]).await;
     let chat_url = format!("{url}/v1/chat/completions");
     let (_, tokens) = post(
@@ -366,10 +366,10 @@ async fn biases_thinking_budgets_and_embeddings() {
         let message = &short["choices"][0]["message"];
         let cut = message["reasoning_content"].as_str().unwrap();
         assert!(cut.len() < thinking.len() && thinking.starts_with(cut.trim_end()), "{cut}");
-        // What the small teacher makes of an ending that it never saw is its own affair.
+        // The small teacher never saw this close tag, so its text is arbitrary.
         assert!(message["content"].as_str().unwrap().starts_with("\n\n"), "{short}");
     }
-    // The form holds for the answer; what fits it is the model's own.
+    // The structure binds the answer; its content is arbitrary.
     let (_, one) =
         post(&chat_url, chat(json!({"guided_choice": ["7 cards", "9 cards"], "temperature": 1.0}))).await;
     let text = one["choices"][0]["message"]["content"].as_str().unwrap();

@@ -1,4 +1,4 @@
-//! The gateway as a program that is operated: read again, drained, watched, given keys and certificates.
+//! Operation of the gateway as a program: reload, drain, metrics, keys and certificates.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 #![expect(clippy::disallowed_methods, reason = "files of a test need not outlive a crash")]
 
@@ -36,7 +36,7 @@ fn chat(gateway: &Started, model: &str, stream: bool) -> reqwest::RequestBuilder
 }
 
 #[tokio::test]
-async fn sigterm_breaks_no_stream_and_refuses_what_comes_after() {
+async fn sigterm_finishes_streams_and_rejects_new_requests() {
     let mock = Mock::start(Behaviour::Stream(60, Duration::from_millis(20))).await;
     let mut gateway = Started::with(&format!("drain_seconds = 20\n{}", pool_of(&mock, "m")), "info").await;
     let streams: Vec<_> = (0..200)
@@ -55,7 +55,7 @@ async fn sigterm_breaks_no_stream_and_refuses_what_comes_after() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_thousand_reloads_under_load_fail_nothing() {
+async fn reloads_under_load_fail_no_request() {
     let (first, second) = (Mock::start(Behaviour::Answer(1)).await, Mock::start(Behaviour::Answer(1)).await);
     let gateway = Started::with(
         &format!("{}[admin]\nlisten = \"127.0.0.1:0\"\nenv = \"PATH\"\n", pool_of(&first, "m")),
@@ -87,7 +87,7 @@ async fn a_thousand_reloads_under_load_fail_nothing() {
     };
     for round in 0..1_000 {
         let other = text.replace(&first.url(), &second.url());
-        // Whole by one rename, as editors and config maps do it.
+        // Replaced atomically by a rename, as editors and config maps do it.
         let beside = gateway.folder.path().join("next");
         std::fs::write(&beside, if round % 2 == 0 { &other } else { &text }).unwrap();
         std::fs::rename(&beside, gateway.config()).unwrap();
@@ -96,7 +96,7 @@ async fn a_thousand_reloads_under_load_fail_nothing() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
-    // Signals that come close together are taken as one.
+    // Signals in quick succession are merged.
     assert!(metric("applied").await >= 20, "{}", metric("applied").await);
     let taken = metric("applied").await;
     for (broken, why) in [("", "names no pools"), ("listen = 5", "expected socket address")] {
@@ -119,7 +119,7 @@ async fn a_thousand_reloads_under_load_fail_nothing() {
 }
 
 #[tokio::test]
-async fn the_admin_api_shows_changes_and_keeps_secrets() {
+async fn admin_api_shows_changes_and_no_secrets() {
     let (mock, added) = (Mock::start(Behaviour::Answer(5)).await, Mock::start(Behaviour::Answer(5)).await);
     let (admin_key, admin_hash) = potstill_gateway::auth::keys::generate();
     let port = system_tests::programs::free_port();
@@ -150,7 +150,7 @@ async fn the_admin_api_shows_changes_and_keeps_secrets() {
     for forbidden in ["http://169.254.169.254", "ftp://x", "http://u:p@x"] {
         let node = json!({"model": "m", "url": forbidden});
         let (status, answer) = call(client().post(url("nodes")).json(&node)).await;
-        // An address is looked at when a connection is made: such a node never becomes ready.
+        // Names are resolved when a connection is opened, so this node is added but never becomes ready.
         assert!(status == 400 || forbidden.contains("169.254"), "{forbidden}: {answer}");
     }
     let ready = async || {
@@ -173,7 +173,7 @@ async fn the_admin_api_shows_changes_and_keeps_secrets() {
         format!("{}{}", call(client().get(url("pools"))).await.1, call(client().get(url("keys"))).await.1);
     assert_eq!(call(client().delete(url("keys/ann"))).await.0, 204);
     assert_eq!(chat(&gateway, "m", false).bearer_auth(key).send().await.unwrap().status(), 401, "revoked");
-    // The canary: at the most talkative level, no prompt, key or secret is printed, shown or counted.
+    // The canary: even at the most verbose level no prompt, key or secret appears in output, API or metrics.
     let metrics =
         client().get(format!("{}/metrics", gateway.url)).send().await.unwrap().text().await.unwrap();
     until("the access log has a line", || gateway.printed().contains("\"stage\":\"generate\"")).await;
@@ -193,7 +193,7 @@ fn certificates(folder: &Path, name: &str) -> (String, String) {
     (certificate.display().to_string(), key.display().to_string())
 }
 
-/// One request over TLS, with or without a client certificate; the status line.
+/// Sends a request over TLS, with or without a client certificate, and returns the status line.
 async fn tls_request(port: u16, trust: &str, own: Option<(&str, &str)>) -> std::io::Result<String> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(trust).unwrap()).unwrap();
@@ -217,7 +217,7 @@ async fn tls_request(port: u16, trust: &str, own: Option<(&str, &str)>) -> std::
 }
 
 #[tokio::test]
-async fn tls_client_certificates_and_their_reload() {
+async fn authenticates_client_certificates_and_reloads_tls() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let folder = tempfile::tempdir().unwrap();
     let (server, server_key) = certificates(folder.path(), "server");
@@ -247,7 +247,7 @@ async fn tls_client_certificates_and_their_reload() {
     assert_eq!(tls_request(port, &server, None).await.unwrap(), "HTTP/1.1 401 Unauthorized");
     let stranger = tls_request(port, &server, Some((&bob, &bob_key))).await;
     assert!(!stranger.is_ok_and(|line| line.contains("200")), "a certificate of another authority");
-    // A new pair is taken; a broken one is refused and the old one stays.
+    // A new certificate is used after reload. An invalid one is rejected and the old one stays.
     let old = std::fs::read(&server).unwrap();
     let (new, _) = certificates(folder.path(), "server");
     assert_ne!(std::fs::read(&new).unwrap(), old);
@@ -276,7 +276,7 @@ async fn tls_client_certificates_and_their_reload() {
 }
 
 #[tokio::test]
-async fn spans_reach_the_collector() {
+async fn exports_spans_to_the_collector() {
     let (mock, collector) =
         (Mock::start(Behaviour::Answer(3)).await, Mock::start(Behaviour::Answer(1)).await);
     let config = format!("otlp_endpoint = \"{}\"\n{}", collector.url(), pool_of(&mock, "m"));
@@ -298,7 +298,7 @@ async fn spans_reach_the_collector() {
 }
 
 #[tokio::test]
-async fn memory_follows_neither_idle_streams_nor_slow_readers() {
+async fn memory_is_bounded_for_idle_streams_and_slow_readers() {
     let mock = Mock::start(Behaviour::Stream(1_000_000, Duration::from_millis(500))).await;
     let gateway = Started::with(&pool_of(&mock, "m").replace("512", "5000"), "info").await;
     let fresh = gateway.memory_kb();
@@ -314,7 +314,7 @@ async fn memory_follows_neither_idle_streams_nor_slow_readers() {
     drop(streams);
     mock.idle().await;
     mock.behave(Behaviour::Endless);
-    // The first slow reader fills what is allocated once; the second must add next to nothing.
+    // The first slow reader fills buffers that are allocated once; the second must add almost nothing.
     let mut before = 0;
     for round in 0..2 {
         before = if round == 1 { gateway.memory_kb() } else { before };
@@ -341,7 +341,7 @@ async fn memory_follows_neither_idle_streams_nor_slow_readers() {
 }
 
 #[tokio::test]
-async fn a_clear_word_for_every_mistake_in_a_configuration() {
+async fn configuration_errors_name_the_problem() {
     let check = |text: &str| {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("gateway.toml");

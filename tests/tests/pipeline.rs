@@ -1,5 +1,5 @@
-//! A run as a process: killed again and again, it asks nothing twice, loses nothing, and ends with the same bytes as a run
-//! that was left alone.
+//! A run as a process. Killed repeatedly, it sends no request twice, loses nothing, and produces the same bytes as an
+//! uninterrupted run.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::HashSet;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use system_tests::programs::{Running, program, root};
 
-/// A short recipe over the demonstration's teacher: all stages, two dozen problems, a few training steps.
+/// A short recipe with the demonstration's teacher: all stages, two dozen problems, a few training steps.
 fn recipe(folder: &Path) -> std::path::PathBuf {
     let text = std::fs::read_to_string(root().join("trainer/recipes/demo.toml")).unwrap();
     let mut table: toml::Table = text.parse().unwrap();
@@ -48,7 +48,7 @@ fn finish(recipe: &Path, out: &Path) {
     assert!(running.0.wait().unwrap().success(), "{log}");
 }
 
-/// Ids in the journal; every one of them must be there once.
+/// Ids in the journal. Fails if one occurs twice.
 fn journal(out: &Path) -> HashSet<String> {
     let Ok(text) = std::fs::read_to_string(out.join("journal.log")) else { return HashSet::new() };
     let mut ids = HashSet::new();
@@ -72,7 +72,7 @@ fn stage_files(out: &Path) -> Vec<(String, Vec<u8>)> {
 }
 
 #[test]
-fn a_run_that_is_killed_ten_times_ends_like_one_that_was_not() {
+fn killed_run_equals_an_uninterrupted_one() {
     let folder = tempfile::tempdir().unwrap();
     let recipe = recipe(folder.path());
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
@@ -83,7 +83,7 @@ fn a_run_that_is_killed_ten_times_ends_like_one_that_was_not() {
     let mut known = HashSet::new();
     for kill in 1..=10u64 {
         let running = start(&recipe, &killed);
-        // Kill it after it has paid for some more, or after a while when it only trains.
+        // Killed after some more completions, or after a while during training.
         let target = known.len() + 37 * kill as usize;
         for _ in 0..150 {
             std::thread::sleep(Duration::from_millis(10));
@@ -107,14 +107,14 @@ fn a_run_that_is_killed_ten_times_ends_like_one_that_was_not() {
     let weights = |out: &Path| std::fs::read(out.join("models/demo-student/model.safetensors")).unwrap();
     assert!(weights(&whole) == weights(&killed), "the students differ");
 
-    // Once more over a finished run: nothing is asked, nothing changes.
+    // A finished run sends no request and changes nothing.
     let before = std::fs::read(killed.join("journal.log")).unwrap();
     finish(&recipe, &killed);
     assert!(before == std::fs::read(killed.join("journal.log")).unwrap());
 }
 
 #[test]
-fn every_stage_runs_alone_and_gives_the_same_files() {
+fn single_stages_produce_the_same_files() {
     let folder = tempfile::tempdir().unwrap();
     let recipe = recipe(folder.path());
     let (whole, alone) = (folder.path().join("whole"), folder.path().join("alone"));
@@ -150,7 +150,7 @@ fn every_stage_runs_alone_and_gives_the_same_files() {
 }
 
 #[test]
-fn a_wrong_recipe_stops_before_the_first_call() {
+fn invalid_recipe_fails_before_the_first_request() {
     let folder = tempfile::tempdir().unwrap();
     let path = recipe(folder.path());
     let text = std::fs::read_to_string(&path).unwrap().replace("learning_rate", "learning_rat");
@@ -164,9 +164,10 @@ fn a_wrong_recipe_stops_before_the_first_call() {
     assert!(!out.exists());
 }
 
-/// Problems out of tables of several formats: what is a copy, nearly one, broken or in the test is counted and listed.
+/// Problems from tables in several formats. Duplicates, near duplicates, broken rows and problems of the test set are
+/// counted and listed.
 #[test]
-fn sources_of_any_format_are_collected() {
+fn collects_sources_in_every_format() {
     let folder = tempfile::tempdir().unwrap();
     let path = recipe(folder.path());
     let mut table: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();

@@ -1,5 +1,5 @@
-//! The pipeline with a scripted teacher: what is asked, what is kept and dropped and why, what it may cost, and that nothing is lost
-//! or bought twice, whoever is killed.
+//! The pipeline with a scripted teacher: requests, kept and dropped records with their reasons, and budgets. After any
+//! kill nothing is lost and no completion is paid for twice.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 #![expect(clippy::disallowed_methods, reason = "files of a test need not outlive a crash")]
 
@@ -48,7 +48,7 @@ impl Work {
         command
     }
 
-    /// Runs a command of the pipeline beside the teacher that this test is.
+    /// Runs a pipeline command with the teacher of this test.
     async fn run(&self, name: &str, out: &str, more: &[&str]) -> Output {
         let mut command = self.command(name, out, more);
         tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
@@ -81,7 +81,7 @@ fn recipe(teacher: &Teacher, more: &str) -> String {
 
 const GENERATE: &str = "[generate]\nteachers = [{ model = \"m\", temperatures = [0.7], max_tokens = 100 }]\n";
 
-/// The number that stands in a problem such as `Say 17.`
+/// Returns the number in a problem such as `Say 17.`
 fn number(prompt: &str) -> u64 {
     let digits: String =
         prompt.rsplit("Say ").next().unwrap().chars().take_while(char::is_ascii_digit).collect();
@@ -97,7 +97,7 @@ fn solved(asked: &Asked) -> Said {
     Said::Text(format!("<think>It is {n}.</think>\\boxed{{{n}}}"))
 }
 
-/// Ids in the journal; every one of them must be there once.
+/// Ids in the journal. Fails if one occurs twice.
 fn journal(out: &Path) -> HashSet<String> {
     let Ok(text) = std::fs::read_to_string(out.join("journal.log")) else { return HashSet::new() };
     let mut ids = HashSet::new();
@@ -111,17 +111,17 @@ fn journal(out: &Path) -> HashSet<String> {
     ids
 }
 
-/// 10,000 records, 50 kills at any moment: nothing that was paid for is lost, nothing stands there twice, and no more is asked again
-/// than was in flight.
+/// 10,000 records and 50 kills at arbitrary moments: no completion is lost or stored twice, and only requests in flight
+/// are repeated.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn fifty_kills_lose_nothing_and_buy_nothing_twice() {
+async fn kills_lose_no_completion_and_repeat_none() {
     let teacher = Teacher::start(solved).await;
     let work = Work::new(&say(0..10_000), &(recipe(&teacher, "") + GENERATE));
     let out = work.path("killed");
     let mut known = HashSet::new();
     for kill in 1..=50usize {
         let running = Running(work.command("run", "killed", &[]).stderr(Stdio::null()).spawn().unwrap());
-        // After some more answers have arrived at the disk, here and there between two of them.
+        // After some more completions have been stored, sometimes between two of them.
         let target = known.len() + 97 + kill;
         let path = out.join("journal.log");
         tokio::task::spawn_blocking(move || {
@@ -149,7 +149,7 @@ async fn fifty_kills_lose_nothing_and_buy_nothing_twice() {
     assert!(calls - questions <= 50 * 32, "{} calls were made again", calls - questions);
     let kept = work.rows("killed/stages/verify.jsonl");
     assert_eq!(kept.len(), 10_000);
-    // Every answer stands beside its own question, and the question is the problem, not the prompt around it.
+    // Every trace has its own problem, without the prompt template around it.
     for trace in kept {
         let n = number(trace["problem"]["problem"].as_str().unwrap());
         assert_eq!(trace["thinking"], format!("It is {n}."));
@@ -157,13 +157,13 @@ async fn fifty_kills_lose_nothing_and_buy_nothing_twice() {
     }
 }
 
-/// Four workers share a run through a database, one is killed: what comes out is what one process would have made.
+/// Four workers share a run through a database and one is killed. The result equals that of one process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn workers_share_a_run_and_one_may_die() {
+async fn workers_share_a_run_and_survive_a_kill() {
     let Some(postgres) = Postgres::start() else { return };
     let store = ["--store", postgres.url.as_str()];
     let speak = |asked: &Asked| {
-        // Slow enough that all of them get something.
+        // Slow enough that every worker gets requests.
         std::thread::sleep(Duration::from_millis(1));
         match asked.stage.as_str() {
             "classify" => Said::Text("<answer>Math</answer>".to_owned()),
@@ -197,7 +197,7 @@ async fn workers_share_a_run_and_one_may_die() {
     }
     let (calls, questions) = teacher.questions();
     assert_eq!(questions, 600 * 4);
-    // What the dead one had in flight was asked again, and nothing else.
+    // Only requests that the killed worker had in flight were repeated.
     assert!(calls - questions <= 2 * 32, "{} calls were made again", calls - questions);
     work.done("run", "joined", &store).await;
     assert_eq!(teacher.questions().0, calls, "the run finds every answer in the store");
@@ -214,9 +214,9 @@ async fn workers_share_a_run_and_one_may_die() {
     assert!(!refused.status.success() && said.contains("of another recipe"), "{said}");
 }
 
-/// A budget is never crossed; raised, the run goes on where it stopped.
+/// A budget is never exceeded. With a higher one the run resumes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_budget_stops_the_run_and_a_higher_one_resumes_it() {
+async fn budget_stops_the_run_and_a_higher_one_resumes() {
     let teacher = Teacher::start(solved).await;
     let budget = |tokens: u64| {
         format!("[budget]\ntokens = {tokens}\nprices = {{ m = {{ prompt = 1.0, completion = 2.0 }} }}")
@@ -250,14 +250,14 @@ async fn a_budget_stops_the_run_and_a_higher_one_resumes_it() {
     );
 }
 
-/// Whatever a teacher does wrong has a name, and a single bad answer stops nothing.
+/// Every fault of a teacher has a drop reason, and no single completion stops the run.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_fault_of_a_teacher_is_counted() {
     let speak = |asked: &Asked| {
         match number(&asked.prompt) {
         1 => Said::Text("no thinking, 1".to_owned()),
         2 => Said::Cut("<think>It is".to_owned()),
-        // Cut off at 100 tokens, whole at 400.
+        // Truncated at 100 tokens, whole at 400.
         3 if asked.body["max_tokens"] == 100 => Said::Cut("<think>It is 3".to_owned()),
         4 => Said::Cut(format!("<think>{}", "Wait, let me think again. ".repeat(200))),
         5 => Said::Status(400),
@@ -288,7 +288,7 @@ async fn every_fault_of_a_teacher_is_counted() {
     for n in [3, 7, 8, 9] {
         assert_eq!(kept[&n], format!("It is {n}."));
     }
-    // What was dropped is kept whole, with its verdict; one command tells the story of a row.
+    // Dropped records are stored whole, with their verdict. One command shows the lineage of a row.
     let wrong = work.rows("out/stages/verify.dropped.jsonl");
     let wrong = wrong.iter().find(|row| row["reason"] == "wrong_answer").unwrap();
     assert_eq!(wrong["trace"]["verdict"]["correct"], false);
@@ -310,7 +310,7 @@ async fn every_fault_of_a_teacher_is_counted() {
     assert!(why("../x").1.contains("is no id"));
 }
 
-/// Programs are judged by their tests, in the sandbox, whatever a judge would say.
+/// Programs are judged by their tests in the sandbox, whatever the judge would decide.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn programs_are_judged_by_their_tests() {
     let speak = |asked: &Asked| {
@@ -337,10 +337,10 @@ async fn programs_are_judged_by_their_tests() {
     assert_eq!(work.dropped("out", "verify"), json!({ "wrong_answer": 2 }));
 }
 
-/// Traces that a dataset brings along are not written again, their scores not asked again; tasks get their shares; what the student
-/// will be tested on stays out; sources and licences are on record and in the card of what is exported.
+/// Traces and scores of a dataset are not generated again. Tasks get their shares, benchmark problems are removed, and
+/// sources and licenses appear in the lineage and in the card of the export.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn published_traces_are_sorted_drawn_and_exported() {
+async fn dataset_traces_are_sampled_and_exported_with_lineage() {
     let speak = |asked: &Asked| match asked.stage.as_str() {
         // Problems from 40 on are about law.
         "classify" if number(asked.prompt.split("Instruction:").nth(1).unwrap()) < 40 => {
@@ -420,7 +420,7 @@ async fn published_traces_are_sorted_drawn_and_exported() {
     let info: Value =
         serde_json::from_str(&std::fs::read_to_string(out.join("dataset_info.json")).unwrap()).unwrap();
     assert_eq!(info["scripted"]["file_name"], "train.parquet");
-    // What was exported is read again as what it is.
+    // An exported dataset can be read again.
     let again = "name = \"again\"\n[collect]\nsources = [{ path = \"dataset/train.parquet\", format = \"messages\", traces = true }]\n";
     work.write("recipe.toml", again);
     work.done("collect", "again", &[]).await;
@@ -428,9 +428,9 @@ async fn published_traces_are_sorted_drawn_and_exported() {
     assert_eq!(work.rows("again/stages/generate.jsonl").len(), 25);
 }
 
-/// The plan of a pilot holds what the run then takes, and the pilot's answers are not bought again.
+/// The estimate contains what the run then takes, and the completions of its sample are not paid for again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pilot_foretells_the_run() {
+async fn estimate_contains_the_cost_of_the_run() {
     let speak = |asked: &Asked| match asked.stage.as_str() {
         "difficulty" => {
             Said::Text(if number(&asked.prompt).is_multiple_of(3) { "hard" } else { "medium" }.to_owned())
@@ -444,7 +444,7 @@ async fn a_pilot_foretells_the_run() {
     );
     let budget = "[budget]\ntokens = 5000\nprices = { m = { completion = 100.0 } }";
     let work = Work::new(&say(0..300), &(recipe(&teacher, budget) + &stages));
-    // A pilot is paid for as well: this one fits.
+    // An estimate also counts against the budget; this one fits.
     let plan: Value =
         serde_json::from_str(&work.done("plan", "out", &["--pilot", "40", "--json"]).await).unwrap();
     assert_eq!((plan["problems"].as_u64(), plan["pilot"].as_u64()), (Some(300), Some(40)));
@@ -460,7 +460,7 @@ async fn a_pilot_foretells_the_run() {
             (stage["calls"]["mean"].as_f64().unwrap(), stage["calls"]["plus_minus"].as_f64().unwrap());
         let name = stage["stage"].as_str().unwrap();
         let taken = calls[name] as f64;
-        // The intervals are 95 %: three of them must not be taken too literally.
+        // The intervals are at 95 %, so three of them can fail by chance.
         assert!(
             (mean - taken).abs() <= 2.0 * within + 1e-6,
             "{name}: {mean} ± {within}, and it took {taken}"
@@ -469,15 +469,15 @@ async fn a_pilot_foretells_the_run() {
     assert_eq!(work.rows("out/stages/verify.jsonl").len(), 300);
 }
 
-/// Files of ModelScope: pages of a listing, a download that breaks off and goes on, a wrong hash, the cache without a network. And
-/// the licence that a card on the Hugging Face Hub names.
+/// Files of ModelScope: a listing in pages, a download that breaks and resumes, a wrong hash, and the cache without a
+/// network. Also the license in the card of a Hugging Face dataset.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sources_on_both_hubs_are_read_once_and_on_record() {
+async fn hub_sources_are_downloaded_once_with_lineage() {
     let rows = |from: u64| -> bytes::Bytes {
         let rows = say(from..from + 500);
         rows.iter().map(|row| format!("{row}\n")).collect::<String>().into()
     };
-    // `sha256sum` of the two tables, and a wrong one.
+    // SHA-256 of the two tables, and a wrong one.
     let sum = |bytes: &bytes::Bytes| {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("f");
@@ -541,7 +541,7 @@ async fn sources_on_both_hubs_are_read_once_and_on_record() {
             || place.starts_with("hf://datasets/owner/name@"),
         "{place}"
     );
-    // Nothing is downloaded twice, and nothing is needed when the hubs are away.
+    // Nothing is downloaded twice, and the hubs are not needed again.
     assert!(collect(scope.url(), false).await.status.success());
     assert!(collect("http://127.0.0.1:9".to_owned(), true).await.status.success());
     assert_eq!(scope.downloads(), (3, 1));

@@ -1,5 +1,5 @@
-//! The process scaler with real node processes: none while nobody asks, more under load, back to none, and a killed node
-//! is replaced. No request fails meanwhile.
+//! The process actuator with real node processes: none without requests, more under load, none again, and a killed node
+//! is replaced. No request fails.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::path::Path;
@@ -11,7 +11,7 @@ use system_tests::gateway::{TestGateway, config};
 use system_tests::mock::until;
 use system_tests::programs::{program, teacher};
 
-/// A pool of teachers whose process ids are written to `pids`.
+/// A pool of teachers that append their process ids to `pids`.
 fn pool(pids: &Path, max: usize) -> PoolConfig {
     let command = format!(
         "echo $$ >> {}; exec {} serve --name m --threads 1 --exit-with-parent --max-running 4 --model {} --port {{port}}",
@@ -37,7 +37,7 @@ fn pool(pids: &Path, max: usize) -> PoolConfig {
     pool
 }
 
-/// Decides twenty times a second.
+/// Sets the decision interval to 50 ms.
 fn quick(mut config: Config) -> Config {
     config.autoscale.interval_ms = 50;
     config
@@ -65,7 +65,7 @@ fn ask(gateway: &TestGateway, number: usize) -> tokio::task::JoinHandle<u16> {
 }
 
 #[tokio::test]
-async fn nodes_come_and_go_with_the_demand() {
+async fn scales_processes_with_demand() {
     let folder = tempfile::tempdir().unwrap();
     let pids = folder.path().join("pids");
     let gateway = TestGateway::start(quick(config(pool(&pids, 2)))).await;
@@ -85,7 +85,7 @@ async fn nodes_come_and_go_with_the_demand() {
 }
 
 #[tokio::test]
-async fn a_killed_node_is_replaced() {
+async fn replaces_a_killed_node() {
     let folder = tempfile::tempdir().unwrap();
     let pids = folder.path().join("pids");
     let mut pool = pool(&pids, 1);

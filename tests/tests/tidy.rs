@@ -1,4 +1,4 @@
-//! The rules of the house: who may use whom, where files are written, how large files may be.
+//! Rules of the code base: dependencies between crates, places that write files, and the size of files.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use system_tests::programs::root;
 
-/// Crate -> (folder, crates of this workspace that it may use).
+/// Crate -> (folder, crates of this workspace that it may depend on).
 fn rules() -> BTreeMap<&'static str, (&'static str, &'static [&'static str])> {
     BTreeMap::from([
         ("shared", ("shared", &[] as &[_])),
@@ -50,7 +50,7 @@ fn sources(folder: &Path) -> Vec<(PathBuf, String)> {
 }
 
 #[test]
-fn crates_use_only_whom_they_may() {
+fn crates_depend_only_on_permitted_crates() {
     for (name, (folder, allowed)) in rules() {
         for dependency in dependencies(folder) {
             if let Some(used) = dependency.strip_prefix("potstill-") {
@@ -61,7 +61,7 @@ fn crates_use_only_whom_they_may() {
 }
 
 #[test]
-fn heavy_libraries_enter_where_they_belong() {
+fn heavy_dependencies_stay_in_their_crates() {
     for (name, (folder, _)) in rules() {
         let found = dependencies(folder);
         let may = |library: &str, crates: &[&str]| {
@@ -90,15 +90,15 @@ fn heavy_libraries_enter_where_they_belong() {
 }
 
 #[test]
-fn files_are_written_in_one_place() {
+fn only_durable_writes_files() {
     let writers = ["File::create(", "fs::write(", "OpenOptions::new()", "fs::rename("];
     for (path, text) in sources(&root()) {
         let place = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
         let product = text.split("#[cfg(test)]").next().unwrap();
-        // Logs of node processes are appended by the processes themselves.
+        // Node processes append to their own log files.
         let allowed = place == "shared/src/durable.rs"
             || place == "gateway/src/autoscale/process.rs"
-            // Maps of a user namespace are set by writing to `/proc`.
+            // The maps of a user namespace are set by writing to `/proc`.
             || place == "trainer/sandbox/src/child.rs"
             || place.starts_with("tests/")
             || place.contains("/tests/");
@@ -109,7 +109,7 @@ fn files_are_written_in_one_place() {
 }
 
 #[test]
-fn files_are_small_and_begin_with_what_they_are() {
+fn files_are_short_and_have_a_head_comment() {
     for (path, text) in sources(&root()) {
         let place = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
         assert!(text.starts_with("//!"), "`{place}` does not say what it is");
@@ -124,7 +124,7 @@ fn files_are_small_and_begin_with_what_they_are() {
 }
 
 #[test]
-fn unsafe_code_stands_in_kernels_only() {
+fn unsafe_code_is_in_kernels_only() {
     for (path, text) in sources(&root()) {
         let place = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
         if place.starts_with("trainer/engine/src/ops/") {

@@ -1,5 +1,5 @@
-//! Every algorithm behind fine-tuning as one process: reward models, distillation of distributions, preferences, practice with
-//! rewards; killed in the middle of each, it ends with the same bytes.
+//! Every training algorithm in one process: reward models, logit distillation, DPO and GRPO. Killed in the middle of
+//! each, the run ends with the same bytes.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ max_steps = 4
 checkpoint_every = 2
 "#;
 
-/// `demo-reward.toml` with all algorithms and little of everything.
+/// `demo-reward.toml` with all algorithms and minimal sizes.
 fn recipe(folder: &Path) -> PathBuf {
     let recipes = root().join("trainer/recipes");
     let teacher = recipes.join("demo-teacher");
@@ -85,7 +85,7 @@ fn finish(recipe: &Path, out: &Path) -> String {
 }
 
 #[test]
-fn a_device_that_cannot_be_is_refused_by_the_check() {
+fn check_rejects_an_unavailable_device() {
     let folder = tempfile::tempdir().unwrap();
     let path = recipe(folder.path());
     let text = std::fs::read_to_string(&path).unwrap().replace("[\"cpu\", \"cpu\"]", "[\"cuda:0\", \"gpu\"]");
@@ -103,7 +103,7 @@ fn has_checkpoint(folder: &Path) -> bool {
 }
 
 #[test]
-fn every_algorithm_survives_a_kill_and_leaves_what_it_promises() {
+fn every_algorithm_survives_a_kill() {
     let folder = tempfile::tempdir().unwrap();
     let recipe = recipe(folder.path());
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
@@ -148,7 +148,7 @@ fn every_algorithm_survives_a_kill_and_leaves_what_it_promises() {
     }
     assert!(read("train/grpo/trainer_state.json").contains("\"reward/accuracy\""));
 
-    // The reward models behind the node: scores from 0 to 1, each model's own and all together, and an order by them.
+    // The reward models in the node: scores from 0 to 1, of each model and combined, and a ranking by them.
     let port = free_port();
     let mut command = Command::new(program("potstill"));
     command.args(["serve", "--port", &port.to_string()]);
@@ -190,7 +190,7 @@ fn every_algorithm_survives_a_kill_and_leaves_what_it_promises() {
     });
 }
 
-/// The losses of a training, step by step.
+/// Losses of a training by step.
 fn losses(out: &Path, training: &str) -> Vec<f64> {
     let text = std::fs::read_to_string(out.join("train").join(training).join("trainer_state.json")).unwrap();
     let state: Value = serde_json::from_str(&text).unwrap();
@@ -199,7 +199,7 @@ fn losses(out: &Path, training: &str) -> Vec<f64> {
 }
 
 #[test]
-fn a_teacher_behind_the_gateway_says_the_same_as_one_at_hand() {
+fn remote_teacher_gives_the_same_logits_as_a_local_one() {
     let folder = tempfile::tempdir().unwrap();
     let text = std::fs::read_to_string(recipe(folder.path())).unwrap();
     let write = |name: &str, change: &dyn Fn(&mut toml::Table)| {
@@ -227,7 +227,7 @@ fn a_teacher_behind_the_gateway_says_the_same_as_one_at_hand() {
         assert!((expected - found).abs() < 1e-3 * expected.abs(), "{expected} at hand, {found} asked");
     }
 
-    // Nothing is bought twice: what is trained anew reads what was said.
+    // No completion is paid for twice: a repeated training reads the stored ones.
     let student = |out: &Path| std::fs::read(out.join("models/reward-student/model.safetensors")).unwrap();
     let rows = asked.join("train/kd/rows");
     let written = || -> Vec<_> {
@@ -249,7 +249,7 @@ fn a_teacher_behind_the_gateway_says_the_same_as_one_at_hand() {
     finish(&recipe, &asked);
     assert!(written() == before && student(&asked) == trained);
 
-    // What the student writes itself, judged from afar.
+    // On-policy: completions of the student, judged by the remote teacher.
     let recipe = write("on-policy.toml", &|kd| {
         behind(kd);
         kd.insert("on_policy".to_owned(), true.into());
@@ -283,9 +283,10 @@ to = ["q8_0", "q4_k_m"]
 limit = 0.0
 "#;
 
-/// Smaller forms come behind the test of the student, with what they lost in their cards; they are served like any other model.
+/// Quantized models of a student are evaluated after its training. Their cards state the loss of accuracy, and they are
+/// served like any other model.
 #[test]
-fn smaller_forms_of_a_student_are_tested_before_they_are_published() {
+fn quantized_students_are_evaluated_before_publication() {
     let folder = tempfile::tempdir().unwrap();
     let place = |name: &str| folder.path().join(name);
     std::fs::create_dir(place("base")).unwrap();
@@ -308,7 +309,7 @@ fn smaller_forms_of_a_student_are_tested_before_they_are_published() {
     let forms = report["compressed"].as_array().unwrap();
     assert_eq!(forms.len(), 2, "{log}");
     for (form, name) in forms.iter().zip(["small-q8_0", "small-q4_k_m"]) {
-        // It knows nothing before and after, so it has lost nothing.
+        // The student solves nothing before and after, so nothing is lost.
         assert_eq!((&form["published"], form["lost"].as_f64()), (&json!(true), Some(0.0)), "{form}");
         let folder = out.join("models").join(name);
         assert!(folder.join(format!("{name}.gguf")).exists(), "{log}");
@@ -328,7 +329,7 @@ fn smaller_forms_of_a_student_are_tested_before_they_are_published() {
         assert!(answer.status().is_success(), "{}", answer.text().await.unwrap());
     });
 
-    // Had the student known half of it, both would have lost too much.
+    // If the student had solved half of the problems, both would have lost too much.
     let mut report = report;
     report["students"][0]["accuracy"] = json!(50.0);
     write_file(&out.join("report.json"), report.to_string().as_bytes()).unwrap();

@@ -1,4 +1,4 @@
-//! What comes over the wire at its worst: malformed heads and bodies, desynchronisation, slow clients, floods.
+//! Hostile input on the wire: malformed heads and bodies, request smuggling, slow clients and floods.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::time::Duration;
@@ -23,7 +23,7 @@ fn strict(mock: &Mock) -> Config {
 }
 
 #[tokio::test]
-async fn every_malformed_request_is_refused_as_listed() {
+async fn malformed_requests_are_rejected() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let gateway = TestGateway::start(strict(&mock)).await;
     let length = format!("host: x\r\ncontent-length: {}\r\n", BODY.len());
@@ -97,7 +97,7 @@ async fn every_malformed_request_is_refused_as_listed() {
         let heard = say(gateway.address(), bytes.as_bytes(), PATIENCE).await;
         match heard.statuses().first() {
             Some(status) => assert!(expected.contains(status), "{name}: {heard:?}"),
-            // Silence has no answer; what hyper refuses while reading a head may be closed without one.
+            // A silent connection gets no response. hyper may close a connection without one when it rejects a head.
             None => assert!(heard.closed, "{name}: {heard:?}"),
         }
         if heard.text.contains("\r\n\r\n{") {
@@ -109,7 +109,7 @@ async fn every_malformed_request_is_refused_as_listed() {
 }
 
 #[tokio::test]
-async fn no_payload_smuggles_a_second_request_to_a_node() {
+async fn payloads_cannot_smuggle_a_second_request() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let gateway = TestGateway::start(strict(&mock)).await;
     let hidden = format!(
@@ -164,14 +164,14 @@ async fn no_payload_smuggles_a_second_request_to_a_node() {
 }
 
 #[tokio::test]
-async fn slow_clients_do_not_hold_up_good_ones() {
+async fn slow_clients_do_not_delay_others() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let mut configuration = strict(&mock);
     configuration.limits.first_byte_ms = 2_000;
     configuration.limits.head_ms = 2_000;
     configuration.limits.body_idle_ms = 2_000;
     let gateway = TestGateway::start(configuration).await;
-    // Once for the connections.
+    // The first round opens the connections.
     good_clients(&gateway).await;
     let alone = good_clients(&gateway).await;
     let mut slow = Vec::new();
@@ -193,7 +193,7 @@ async fn slow_clients_do_not_hold_up_good_ones() {
     assert_eq!(mock.asked(), 1_500);
 }
 
-/// Fifty clients with ten requests each, one after the other: what 99 % of the requests took at most.
+/// Fifty clients send ten requests each, one after another. Returns the 99th percentile of their durations.
 async fn good_clients(gateway: &TestGateway) -> Duration {
     let clients: Vec<_> = (0..50)
         .map(|_| {
@@ -218,7 +218,7 @@ async fn good_clients(gateway: &TestGateway) -> Duration {
 }
 
 #[tokio::test]
-async fn one_address_cannot_take_all_connections() {
+async fn connections_per_address_are_bounded() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let mut configuration = strict(&mock);
     configuration.limits.first_byte_ms = 60_000;
@@ -251,11 +251,11 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// HPACK by static indices: GET, http, /, and an authority.
+/// HPACK with static indices: GET, http, /, and an authority.
 const HEADERS: &[u8] = &[0x82, 0x86, 0x84, 0x41, 0x01, b'x'];
 
 #[tokio::test]
-async fn http2_floods_end_in_goaway() {
+async fn http2_floods_end_with_goaway() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
     let pool =
         format!("[[pools]]\nmodel = \"m\"\nnodes = [{{ url = \"{}\", max_concurrency = 4 }}]\n", mock.url());
@@ -274,12 +274,12 @@ async fn http2_floods_end_in_goaway() {
         ("settings", settings.flatten().collect()),
     ] {
         let heard = say(address, &[begin.clone(), flood].concat(), Duration::from_secs(3)).await;
-        // A GOAWAY frame (type 7), or the connection is simply gone; settings are answered one by one.
+        // A GOAWAY frame (type 7), or a closed connection. Settings frames are acknowledged one by one.
         assert!(heard.closed || name == "settings", "{name} goes on for ever");
     }
     let grown = gateway.memory_kb().saturating_sub(before);
     assert!(grown < 20 << 10, "{grown} KB more than before");
-    // Afterwards it serves as before.
+    // Then the gateway serves as before.
     let body = serde_json::json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
     for http2 in [false, true] {
         let client = reqwest::Client::builder().no_proxy();
@@ -290,15 +290,15 @@ async fn http2_floods_end_in_goaway() {
     }
 }
 
-/// A client that never opens its window: its connection answers pings, and still it loses the slot.
+/// A client never opens its flow-control window. Its connection answers pings, but its stream loses the slot.
 #[tokio::test]
-async fn an_http2_window_that_stays_closed_does_not_hold_a_slot() {
+async fn closed_http2_window_does_not_hold_a_slot() {
     let mock = Mock::start(Behaviour::Endless).await;
     let mut configuration = config(pool(&[&mock], 4));
     configuration.limits.write_idle_ms = 500;
     configuration.limits.head_ms = 60_000;
     let gateway = TestGateway::start(configuration).await;
-    // POST, http, and the path and the host in plain letters.
+    // POST, http, and path and host as literals.
     let path = "/v1/chat/completions";
     let head = [&[0x83, 0x86, 0x04, path.len() as u8], path.as_bytes(), &[0x41, 0x01, b'x']].concat();
     let body = br#"{"model":"m","stream":true,"messages":[{"role":"user","content":"hi"}]}"#;

@@ -1,5 +1,6 @@
-//! A known body, handed on in pieces. hyper copies each piece into its one write buffer, which costs less than a list of slices
-//! for the kernel to collect; pieces keep that buffer from growing to the size of the longest prompt and staying so.
+//! A response body of known bytes, sent in chunks. hyper copies each chunk into its one write buffer, which is cheaper
+//! than a vectored write of many slices. The chunk size bounds that buffer; otherwise it would grow to the longest
+//! prompt and keep that size.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -8,14 +9,14 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
-/// Size of a piece.
+/// Largest size of a chunk, in bytes.
 const CHUNK_BYTES: usize = 16 << 10;
 
-/// A body of known bytes.
+/// A body of known bytes. Implements [`Body`] without copying the bytes.
 pub struct ChunkedBytes(pub Bytes);
 
 impl ChunkedBytes {
-    /// The next piece.
+    /// Returns the next chunk, of at most 16 KiB, or `None` at the end.
     pub fn next_chunk(&mut self) -> Option<Bytes> {
         let length = self.0.len().min(CHUNK_BYTES);
         (length > 0).then(|| self.0.split_to(length))

@@ -1,26 +1,27 @@
-//! The scan_object of a JSON object: the names of its members and where their values stand. Strings are passed over to their closing
-//! quote at memory speed, so that a long prompt costs next to nothing; what their escapes say is for whoever reads them. All
-//! else is held against RFC 8259.
+//! Scans a JSON object: the names of its members and the text of their values. The scanner builds no document. A string
+//! is skipped to its closing quote at memory speed, so that a long prompt costs next to nothing. Escapes inside string
+//! values are not checked; the consumer of the value decodes them. All other syntax is checked against RFC 8259.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
 use serde_json::value::RawValue;
 
-/// Levels of nesting that are followed.
+/// Nesting depth at which a document is rejected. The root object counts as one level.
 pub(super) const DEPTH: usize = 128;
 
-/// A member's value.
+/// Value of a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Value<'a> {
-    /// As it is written.
+    /// Text of the value, as it stands in the document.
     pub(super) text: &'a str,
-    /// Items of a list or members of an object; nothing for others.
+    /// Number of items of an array or of members of an object; 0 for other values.
     pub(super) items: usize,
 }
 
-/// Shows the members of the object `text` in their order, until one is not taken. No scan_object has what is not an object, nests
-/// deeper than [`DEPTH`], or is no JSON.
+/// Calls `member` with each member of the object `text`, in document order. Stops at the first error of `member` and
+/// returns `Some(Err)`. Returns `None` if `text` is not an object, is not valid JSON, or is nested [`DEPTH`] levels
+/// deep or more.
 pub(super) fn scan_object<'a, E>(
     text: &'a str,
     member: impl FnMut(&str, Value<'a>) -> Result<(), E>,
@@ -57,9 +58,9 @@ impl Scanner<'_> {
         self.peek().is_none().then_some(Ok(()))
     }
 
-    /// Passes over a value; how many items its first level has.
+    /// Skips a value and returns the number of items on its first level.
     fn value(&mut self) -> Option<usize> {
-        // A bit a level: set within an object. The root is the first level.
+        // One bit per open level, the innermost lowest: 1 for an object, 0 for an array.
         let (mut objects, mut depth, mut items) = (0u128, 0, 0);
         loop {
             items += usize::from(depth == 1);
@@ -88,7 +89,7 @@ impl Scanner<'_> {
                 b'n' => self.literal("null")?,
                 _ => self.number()?,
             }
-            // A value has ended, and with it perhaps what it stands in.
+            // A value is complete. It may be the last of its array or object, which is then complete as well.
             loop {
                 if depth == 0 {
                     return Some(items);
@@ -113,7 +114,7 @@ impl Scanner<'_> {
         }
     }
 
-    /// A member's name, with its quotes, and the colon.
+    /// Reads the name of a member and the colon. Returns the range of the name, with its quotes.
     fn name(&mut self) -> Option<Range<usize>> {
         self.peek().filter(|byte| *byte == b'"')?;
         let start = self.at;
@@ -123,7 +124,7 @@ impl Scanner<'_> {
         Some(name)
     }
 
-    /// Passes over a string. A quote behind an odd number of backslashes does not end it.
+    /// Skips a string. A quote after an odd number of backslashes is escaped.
     fn string(&mut self) -> Option<()> {
         let start = self.at + 1;
         let mut at = start;
@@ -168,7 +169,7 @@ impl Scanner<'_> {
         Some(())
     }
 
-    /// The next byte that is no space.
+    /// Skips whitespace and returns the next byte without consuming it.
     fn peek(&mut self) -> Option<u8> {
         while matches!(self.text.get(self.at), Some(b' ' | b'\n' | b'\r' | b'\t')) {
             self.at += 1;
@@ -181,7 +182,8 @@ impl Scanner<'_> {
     }
 }
 
-/// A name without its quotes and escapes; one with half of a pair of surrogates is no name that anybody knows.
+/// Decodes a quoted name. A name with an unpaired surrogate cannot be a Rust string and is returned undecoded, with its
+/// quotes.
 fn name_of(quoted: &str) -> Option<Cow<'_, str>> {
     if !quoted.contains('\\') {
         return Some(Cow::Borrowed(&quoted[1..quoted.len() - 1]));
@@ -190,7 +192,8 @@ fn name_of(quoted: &str) -> Option<Cow<'_, str>> {
     serde_json::from_str(quoted).ok().map(Cow::Owned).or_else(unpaired)
 }
 
-/// Minima over short pieces, which the compiler turns into vector code.
+/// Returns whether `text` contains a control character. Computes minima over chunks of 64 bytes, which the compiler
+/// vectorizes.
 fn has_control(text: &[u8]) -> bool {
     text.chunks(64).any(|piece| piece.iter().fold(u8::MAX, |least, byte| least.min(*byte)) < b' ')
 }
@@ -213,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn members_are_found() {
+    fn returns_members_with_text_and_item_count() {
         let found = members("\t{}\n");
         assert_eq!(found.map(|found| found.len()), Some(0));
         let found = members(r#" { "a" : [1, {"b": [2, 3]}] ,"c":"\\\"}","d":{},"e":{"f":1} } "#).unwrap();
@@ -235,7 +238,7 @@ mod tests {
         assert!(members(r#"{"\ud83d":1}"#).is_some() && members(r#"{"\model":1}"#).is_none());
     }
 
-    /// Documents, and what is nearly one.
+    /// Generates JSON documents and near misses.
     fn text() -> impl Strategy<Value = String> {
         let piece = prop::sample::select(vec![
             "{", "}", "[", "]", ",", ":", " ", "\"", "\"a\"", "\"b\"", "\"c\":", "{\"d\":1", "{}", "[]", "0",
@@ -266,7 +269,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
         #[test]
-        fn what_a_parser_takes_has_the_same_outline(map in prop::collection::btree_map("[a-e\"\n]{1,2}", value(), 0..6)) {
+        fn agrees_with_serde_json_on_valid_documents(map in prop::collection::btree_map("[a-e\"\n]{1,2}", value(), 0..6)) {
             let text = serde_json::to_string(&map).unwrap();
             let found: BTreeMap<_, _> = members(&text).unwrap().into_iter().collect();
             let expected: BTreeMap<String, &RawValue> = serde_json::from_str(&text).unwrap();
@@ -282,7 +285,7 @@ mod tests {
         }
 
         #[test]
-        fn what_a_parser_refuses_has_none(text in text()) {
+        fn rejects_what_serde_json_rejects(text in text()) {
             let parsed = serde_json::from_str::<BTreeMap<Cow<'_, str>, &RawValue>>(&text);
             let found = members(&text);
             prop_assert_eq!(found.is_some(), parsed.is_ok(), "{}", text);

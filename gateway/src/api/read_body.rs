@@ -1,4 +1,4 @@
-//! Reads a request body: bounded in size, in time between two pieces, and in how slow it may be.
+//! Reads a request body with three bounds: its size, the time between two frames, and its average rate.
 
 use std::time::Duration;
 
@@ -13,10 +13,14 @@ use crate::config::Limits;
 use crate::error::GatewayError;
 use crate::time::ms;
 
-/// Slower than this counts as slow.
+/// Lowest average rate, in bytes per second, of a body that takes longer than `limits.body_slow_ms`.
 const BYTES_PER_SECOND: f64 = 1024.0;
 
 /// Reads the whole body.
+///
+/// Errors: [`GatewayError::UnsupportedContentEncoding`] for a `content-encoding` other than `identity`;
+/// [`GatewayError::TooLarge`] above `limits.body_bytes`; [`GatewayError::SlowBody`] after `limits.body_idle_ms` without
+/// a frame, or below 1 KiB/s after `limits.body_slow_ms`; [`GatewayError::Invalid`] if the connection breaks.
 pub async fn read_body<B>(mut body: B, headers: &HeaderMap, limits: &Limits) -> Result<Bytes, GatewayError>
 where
     B: Body<Data = Bytes> + Unpin,
@@ -35,7 +39,7 @@ where
     let mut rest = BytesMut::new();
     loop {
         let idle = ms(limits.body_idle_ms);
-        // A body that is there already costs no timer and no look at the clock.
+        // A frame that has already arrived needs neither a timer nor the clock.
         let frame = match futures_util::FutureExt::now_or_never(body.frame()) {
             Some(frame) => frame,
             None => {
@@ -58,7 +62,7 @@ where
         if took > ms(limits.body_slow_ms) && (length as f64) < BYTES_PER_SECOND * took.as_secs_f64() {
             return Err(GatewayError::SlowBody);
         }
-        // Most bodies are one piece, which is then not copied.
+        // Most bodies arrive in one frame, which is not copied.
         if first.is_empty() && rest.is_empty() {
             first = data;
         } else {

@@ -1,5 +1,6 @@
-//! What the gateway itself reads of a request body. One pass, without building a document; the node gets the bytes as they
-//! came. Two parsers must not read two meanings out of one body, so a field that is read here may stand there only once.
+//! The fields of a request body that the gateway itself reads: model, stream, limits and the hash of the prompt's
+//! prefix. One pass reads them without building a document; the node receives the original bytes. A duplicate of such a
+//! field is rejected. Otherwise the gateway and the node could read different values from one body.
 
 use std::ops::Range;
 
@@ -11,35 +12,36 @@ use super::json_scan::{DEPTH, Value, scan_object};
 use crate::error::GatewayError;
 use crate::normalize::Kind;
 
-/// Messages of one request.
+/// Largest number of messages in a request.
 const MESSAGES: usize = 10_000;
-/// Choices of one request.
+/// Largest value of `n`.
 const CHOICES: u64 = 64;
-/// Stop strings of one request.
+/// Largest number of stop strings in a request.
 const STOPS: usize = 16;
-/// So much of a prompt decides which node has it in its prefix_hash cache.
+/// Length of the prompt's prefix, in bytes, that prefix-hash load balancing takes into account.
 const PREFIX: usize = 2048;
 
-/// What was read.
+/// The fields that the gateway uses.
 #[derive(Debug, Clone)]
 pub struct RequestFields {
-    /// The model asked for.
+    /// Value of `model`. Never empty.
     pub model: String,
-    /// Where its name stands in the body, quotes included.
+    /// Range of the value of `model` in the body, with its quotes.
     model_at: Range<usize>,
-    /// The answer is to be streamed.
+    /// Whether the client requested a stream.
     pub stream: bool,
-    /// Limit on new tokens.
+    /// Limit on completion tokens: `max_completion_tokens`, or `max_tokens` without it.
     pub token_limit: Option<u64>,
-    /// Choices wanted.
+    /// Value of `n`, 1 to 64; 1 if absent.
     pub choices: u64,
-    /// Usage is wanted at the end of the stream, and only there.
+    /// Whether the client requested the usage in a last chunk of the stream only: `include_usage` without
+    /// `continuous_usage_stats`.
     pub usage_chunk_requested: bool,
-    /// Hash of the prompt's beginning.
+    /// Hash of the first 2048 bytes of `messages` or `prompt`, as written.
     pub prefix_hash: u64,
 }
 
-/// The members that are read.
+/// Undecoded values of the members that the gateway reads.
 #[derive(Default)]
 struct Fields<'a> {
     model: Option<Value<'a>>,
@@ -96,7 +98,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Why a body has no scan_object.
+/// Returns the reason why `text` could not be scanned.
 fn not_an_object(text: &str) -> GatewayError {
     match serde_json::from_str::<&RawValue>(text) {
         Err(error) => invalid(format!("the request body is not valid JSON: {error}"), None, "invalid_json"),
@@ -107,7 +109,7 @@ fn not_an_object(text: &str) -> GatewayError {
     }
 }
 
-/// A value that may be null, which says as much as nothing.
+/// Returns the text of a value. `null` counts as absent.
 fn given(field: Option<Value<'_>>) -> Option<&str> {
     field.map(|value| value.text).filter(|text| *text != "null")
 }
@@ -118,7 +120,10 @@ fn count(field: Option<Value<'_>>, param: &'static str) -> Result<Option<u64>, G
         .transpose()
 }
 
-/// Reads a body.
+/// Reads and checks the fields of a request body.
+///
+/// Returns [`GatewayError::Invalid`] with the parameter at fault for a body that is not a JSON object, a missing
+/// `model`, a duplicate field, or a value out of range. Messages are required for [`Kind::Chat`] only.
 pub fn scan(body: &[u8], kind: Kind) -> Result<RequestFields, GatewayError> {
     let text = std::str::from_utf8(body)
         .map_err(|error| invalid(format!("the request body is not UTF-8: {error}"), None, "invalid_json"))?;
@@ -166,7 +171,7 @@ pub fn scan(body: &[u8], kind: Kind) -> Result<RequestFields, GatewayError> {
     })
 }
 
-/// The body with another model's name in it; nothing else changes.
+/// Returns the body with `model` in place of the client's model name. All other bytes stay the same.
 pub fn with_model(body: &Bytes, head: &RequestFields, model: &str) -> Bytes {
     if head.model == model {
         return body.clone();
@@ -179,7 +184,7 @@ pub fn with_model(body: &Bytes, head: &RequestFields, model: &str) -> Bytes {
     changed.freeze()
 }
 
-/// A number for a text: enough to tell prompts apart, cheap for each request.
+/// Returns a 64-bit hash of `bytes`. Not cryptographic: the hash selects a node and nothing else.
 fn prefix_hash_of(bytes: &[u8]) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     for chunk in bytes.chunks(8) {
@@ -197,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_needed_is_read() {
+    fn reads_model_stream_and_token_limit() {
         let body = br#"{"model" : "m","stream":true,"messages":[{"x":1}],"max_tokens":5,"other":{"a":[1]},"stream_options":{"include_usage":true}}"#;
         let head = scan(body, Kind::Chat).unwrap();
         assert_eq!((head.model.as_str(), head.stream, head.token_limit), ("m", true, Some(5)));
@@ -207,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_bodies_are_told_apart() {
+    fn reports_an_error_code_per_invalid_body() {
         let code = |body: &str| scan(body.as_bytes(), Kind::Chat).unwrap_err().code();
         for (body, expected) in [
             ("{", "invalid_json"),
@@ -252,7 +257,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn does_not_panic_on_arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _read = scan(&bytes, Kind::Chat);
         }
     }

@@ -1,37 +1,38 @@
-//! The id of a request: made here or taken over from the client, sent to the node, given back, written to the logs. One text,
-//! shared by all who name it.
+//! The request id: accepted from the client or generated, sent to the node, returned in the response, and written to
+//! the logs.
 
 use std::fmt;
 
 use http::HeaderValue;
 use potstill_shared::id::unique_id;
 
-/// Longest id that is taken over.
+/// Longest client id that is accepted, in bytes.
 const LONGEST: usize = 128;
 
-/// An id; a clone shares its text.
+/// A request id. A clone shares the text.
 #[derive(Clone)]
 pub struct RequestId(HeaderValue);
 
 impl RequestId {
-    /// A new one.
+    /// Returns a new id, `req-` and a unique suffix.
     pub fn generate() -> Self {
-        // Letters, digits and a hyphen: always a header's value.
+        // Cannot fail: `unique_id` returns letters, digits and hyphens only.
         Self(HeaderValue::try_from(unique_id("req")).unwrap_or_else(|_| HeaderValue::from_static("req")))
     }
 
-    /// The client's own, if it can be used. Copied, so that it does not keep the buffer that the request was read into.
+    /// Returns the client's id, or `None` if the id is empty, longer than 128 bytes, or not visible ASCII. The text is
+    /// copied, because the header shares the buffer that the request was read into and would keep all of it alive.
     pub fn from_header(header: &HeaderValue) -> Option<Self> {
         let text = header.to_str().ok().filter(|id| !id.is_empty() && id.len() <= LONGEST)?;
         HeaderValue::from_str(text).ok().map(Self)
     }
 
-    /// As text.
+    /// The id as text.
     pub fn as_str(&self) -> &str {
         self.0.to_str().unwrap_or_default()
     }
 
-    /// As a header.
+    /// The id as a header value.
     pub fn header(&self) -> HeaderValue {
         self.0.clone()
     }
@@ -48,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_plain_short_ids_are_taken_over() {
+    fn accepts_only_short_ascii_ids() {
         let of = |bytes: &[u8]| {
             RequestId::from_header(&HeaderValue::from_bytes(bytes).unwrap()).map(|id| id.to_string())
         };

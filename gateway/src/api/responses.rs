@@ -1,5 +1,5 @@
-//! The Responses API (create and stream), mapped onto chat completions. Nothing is stored: `previous_response_id`, background
-//! runs and hosted tools are refused with a clear error.
+//! OpenAI's Responses API (create and stream), translated to and from Chat Completions. Responses are not stored.
+//! Therefore `previous_response_id`, background responses and hosted tools are rejected.
 
 pub mod request;
 pub mod stream;
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use self::request::ResponsesRequest;
 
-/// A `usage` object out of a chat answer's.
+/// Converts the `usage` object of a chat completion.
 fn usage(chat: &Value) -> Value {
     let count = |value: &Value| value.as_u64().unwrap_or(0);
     let (input, output) = (count(&chat["prompt_tokens"]), count(&chat["completion_tokens"]));
@@ -24,7 +24,7 @@ fn usage(chat: &Value) -> Value {
     })
 }
 
-/// Status and details out of a finish reason.
+/// Returns `status` and `incomplete_details` for a finish reason.
 fn outcome(finish_reason: Option<&str>) -> (&'static str, Value) {
     match finish_reason {
         Some("length") => ("incomplete", json!({"reason": "max_output_tokens"})),
@@ -33,7 +33,7 @@ fn outcome(finish_reason: Option<&str>) -> (&'static str, Value) {
     }
 }
 
-/// The response object.
+/// Builds the response object. Fields that the client set are echoed; all others have OpenAI's defaults.
 fn object(
     request: &ResponsesRequest,
     model: &str,
@@ -84,7 +84,7 @@ fn call_item(id: &str, status: &str, call: &str, name: &str, arguments: &str) ->
     json!({"id": id, "type": "function_call", "status": status, "call_id": call, "name": name, "arguments": arguments})
 }
 
-/// Renders an error as an event of the Responses API.
+/// Renders an error as an SSE event of the Responses API.
 pub fn error_event(_body: &ErrorBody, code: &str, message: &str) -> Bytes {
     let event =
         json!({"type": "error", "code": code, "message": message, "param": null, "sequence_number": 0});

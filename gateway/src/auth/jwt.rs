@@ -1,12 +1,12 @@
-//! Bearer tokens signed by someone else (RFC 7519): signature, expiry, issuer and audience are checked; `sub` names the key,
-//! `models` and `priority` narrow what it may do.
+//! Verifies JSON Web Tokens (RFC 7519) from an external issuer: signature, `exp`, `nbf`, `iss` and `aud`. The claim
+//! `sub` names the key; the claims `models` and `priority` restrict its rights.
 
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode};
 use serde::Deserialize;
 
 use crate::config::{JwtConfig, KeyConfig, Priority};
 
-/// Checks tokens.
+/// Verifies tokens with one configured key.
 pub struct Verifier {
     key: DecodingKey,
     validation: Validation,
@@ -22,7 +22,8 @@ struct Claims {
 }
 
 impl Verifier {
-    /// Reads the key.
+    /// Reads the secret or public key. The algorithm follows from the key: HS256 for a secret; RS256, ES256 or EdDSA
+    /// for a PEM file.
     pub fn new(config: &JwtConfig) -> Result<Self, String> {
         let (key, algorithms) = match (&config.secret_env, &config.public_key) {
             (Some(variable), _) => {
@@ -57,7 +58,9 @@ impl Verifier {
         Ok(Self { key, validation, config: config.clone() })
     }
 
-    /// The key that a token stands for, if it is good.
+    /// Returns the key configuration for a valid token, with the name `jwt:` and the subject. Returns `None` for an
+    /// invalid token, and for a subject that is empty, longer than 96 bytes, or has control characters. A claimed
+    /// priority is never higher than the configured one.
     pub fn verify(&self, token: &str) -> Option<KeyConfig> {
         let claims = match decode::<Claims>(token, &self.key, &self.validation) {
             Ok(token) => token.claims,
@@ -90,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_good_tokens_open() {
+    fn accepts_only_valid_tokens() {
         let secret = "0123456789abcdef0123456789abcdef";
         let config = JwtConfig {
             secret_env: None,

@@ -1,5 +1,5 @@
-//! Client keys: known by their hash, each with its own limits, models and class. Rebuilt on reload; a key whose
-//! configuration did not change keeps its counters.
+//! Client keys, looked up by their BLAKE3 hash, each with its own limits, models and priority class. The set is rebuilt
+//! on reload. A key whose configuration is unchanged keeps its rate-limit counters.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,33 +13,34 @@ use super::rate_limit::{Limiter, Reservation};
 use crate::config::{Config, KeyConfig, Priority};
 use crate::error::GatewayError;
 
-/// A key that was let in.
+/// An authenticated key.
 pub struct Key {
-    /// For logs and metrics.
+    /// Name of the key, for logs and metrics.
     pub name: Arc<str>,
     config: KeyConfig,
     whole: Arc<Limiter>,
     stages: HashMap<String, Arc<Limiter>>,
 }
 
-/// Subjects of tokens that are remembered.
+/// Number of token subjects above which idle ones are removed.
 const SUBJECTS: usize = 10_000;
 
-/// All keys.
+/// All keys of a configuration.
 pub struct Keys {
     by_hash: HashMap<[u8; 32], Arc<Key>>,
     by_certificate: HashMap<[u8; 32], Arc<Key>>,
     jwt: Option<Verifier>,
     subjects: DashMap<String, Arc<Key>>,
-    /// Everyone, when no keys are configured.
+    /// Key of every request when authentication is not configured.
     anonymous: Option<Arc<Key>>,
 }
 
-/// The client's certificate, by hash; an extension of each request on a connection that has one.
+/// BLAKE3 hash of the client certificate (DER). Stored as an extension of each request on a connection with such a
+/// certificate.
 #[derive(Debug, Clone, Copy)]
 pub struct ClientCertificate(pub [u8; 32]);
 
-/// A fresh random key and its hash, for `potstill-gateway key new`.
+/// Generates a random key. Returns the key and its BLAKE3 hash as hex.
 pub fn generate() -> (String, String) {
     let mut bytes = [0u8; 32];
     rand::rng().fill_bytes(&mut bytes);
@@ -48,7 +49,8 @@ pub fn generate() -> (String, String) {
     (key, hash)
 }
 
-/// The hash behind a configured secret: as given, or of what an environment variable holds.
+/// Returns the hash of a configured secret: `hash` itself, or the hash of the value of the environment variable `env`.
+/// Returns `None` if the hash is not hex, or if the variable is not set.
 pub fn configured_hash(hash: &Option<String>, env: &Option<String>) -> Option<[u8; 32]> {
     let hash = match (hash, env) {
         (Some(hash), _) => blake3::Hash::from_hex(hash).ok(),
@@ -59,7 +61,8 @@ pub fn configured_hash(hash: &Option<String>, env: &Option<String>) -> Option<[u
 }
 
 impl Keys {
-    /// Builds the keys of a configuration and `more` of them from a keys file; `before` lends its counters.
+    /// Builds the keys of `config` and `more` keys from the keys file. Keys whose configuration equals that in `before`
+    /// keep their counters. An error describes a JWT key that cannot be read.
     pub fn new(config: &Config, more: &[KeyConfig], before: Option<&Self>) -> Result<Self, String> {
         let mut keys = Self {
             by_hash: HashMap::new(),
@@ -95,8 +98,10 @@ impl Keys {
         Ok(keys)
     }
 
-    /// Finds the client's key: by its certificate, by the key it sent, or by a signed token. Keys are random and looked up by
-    /// hash, so the time of the look-up tells nothing about them.
+    /// Finds the key of a request: by `authorization`, `x-api-key` or `api-key`, as a key or a signed token, else by
+    /// the client certificate. Returns [`GatewayError::Unauthorized`] if there is none.
+    ///
+    /// Keys are random and looked up by hash, so the time of the lookup reveals nothing about them.
     pub fn authenticate(
         &self,
         headers: &HeaderMap,
@@ -127,7 +132,7 @@ impl Keys {
             return Ok(Arc::clone(&known));
         }
         if self.subjects.len() >= SUBJECTS {
-            // Those that use nothing now can be forgotten.
+            // Keys without a running request have one reference: the one of this map.
             self.subjects.retain(|_, key| Arc::strong_count(key) > 1);
         }
         let key = Arc::new(Key::new(config));
@@ -135,7 +140,8 @@ impl Keys {
         Ok(key)
     }
 
-    /// Names and configurations, for the admin API; no secrets, no hashes.
+    /// Returns names and configurations of all keys, sorted by name, for the admin API. Secrets and hashes are left
+    /// out.
     pub fn list(&self) -> Vec<KeyConfig> {
         let all = self.by_hash.values().chain(self.by_certificate.values());
         let mut list: Vec<_> = all
@@ -157,17 +163,17 @@ impl Key {
         }
     }
 
-    /// Whether the key may use `model`.
+    /// Returns whether the key may use `model`.
     pub fn allows(&self, model: &str) -> bool {
         self.config.models.is_empty() || self.config.models.iter().any(|allowed| allowed == model)
     }
 
-    /// The class of a request that asks for `wanted`: never above the key's own.
+    /// Returns the class of a request: `wanted`, but never a higher class than that of the key.
     pub fn class(&self, wanted: Option<Priority>) -> Priority {
         wanted.map_or(self.config.priority, |wanted| wanted.max(self.config.priority))
     }
 
-    /// Comments in its streams.
+    /// Interval of heartbeat comments in streams, in milliseconds, if set for this key.
     pub fn heartbeat_ms(&self) -> Option<u64> {
         self.config.heartbeat_ms
     }
@@ -176,12 +182,14 @@ impl Key {
         stage.and_then(|stage| self.stages.get(stage)).into_iter().chain(std::iter::once(&self.whole))
     }
 
-    /// Counts a request and refuses it over the rate of the key or of its stage.
+    /// Counts a request. Returns [`GatewayError::RateLimited`] above the requests per minute of the key or of its
+    /// stage.
     pub fn admit(&self, stage: Option<&str>) -> Result<(), GatewayError> {
         self.limiters(stage).try_for_each(|limiter| limiter.request())
     }
 
-    /// Reserves tokens and a place among the requests at once.
+    /// Reserves `tokens` and one concurrent request, of the key and of its stage. Returns [`GatewayError::RateLimited`]
+    /// if either is used up.
     pub fn reserve(&self, stage: Option<&str>, tokens: u64) -> Result<Reservation, GatewayError> {
         let mut reservation = Reservation::new(tokens);
         for limiter in self.limiters(stage) {
@@ -190,7 +198,7 @@ impl Key {
         Ok(reservation)
     }
 
-    /// Writes `x-ratelimit-*` of the key, or of its stage where that has limits of its own.
+    /// Writes `x-ratelimit-*` headers with the limits of the key. The limits of the stage take precedence.
     pub fn write_limits(&self, stage: Option<&str>, headers: &mut HeaderMap) {
         self.whole.write(headers);
         if let Some(limiter) = stage.and_then(|stage| self.stages.get(stage)) {
@@ -199,7 +207,7 @@ impl Key {
     }
 }
 
-/// The key of an `authorization` header.
+/// Returns the credential of an `authorization: Bearer` header (RFC 6750).
 pub fn bearer(headers: &HeaderMap) -> Option<&str> {
     let (scheme, key) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
@@ -218,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_open_by_hash_keep_their_rate_and_outlive_a_reload() {
+    fn authenticates_by_hash_and_keeps_counters_on_reload() {
         let (key, hash) = generate();
         let one = KeyConfig {
             name: "a".into(),

@@ -1,5 +1,5 @@
-//! Limits of one key or of one stage of it: requests per minute (governor), tokens per minute by reserve and settle,
-//! requests at once.
+//! Rate limits of a key or of one of its stages: requests per minute (crate `governor`), tokens per minute by
+//! reservation and settlement, and concurrent requests.
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -19,7 +19,7 @@ use crate::error::GatewayError;
 
 type Requests = RateLimiter<NotKeyed, InMemoryState, DefaultClock, StateInformationMiddleware>;
 
-/// The limits.
+/// Counters of a key or stage for its configured limits.
 pub struct Limiter {
     limits: KeyLimits,
     requests: Option<(Requests, AtomicU32)>,
@@ -28,8 +28,9 @@ pub struct Limiter {
     epoch: Instant,
 }
 
-/// Tokens per minute. A reservation takes what a request is expected to need; when it has ended the difference is given back,
-/// or owed: the level may fall below zero and is then earned back first. Pure: the time is passed in as seconds.
+/// Token bucket for tokens per minute. A reservation takes the expected number of tokens. Settlement corrects this
+/// number when the request has ended. The level may become negative; then refilling repays the debt first. Pure: the
+/// time is an argument, in seconds.
 #[derive(Debug)]
 pub struct TokenBucket {
     per_minute: f64,
@@ -38,20 +39,20 @@ pub struct TokenBucket {
 }
 
 impl TokenBucket {
-    /// A full bucket.
+    /// Creates a full bucket of `per_minute` tokens.
     pub fn new(per_minute: u64) -> Self {
         Self { per_minute: per_minute as f64, level: per_minute as f64, at: 0.0 }
     }
 
     fn refill(&mut self, now: f64) {
-        // A clock that goes back earns nothing and costs nothing.
+        // A clock that goes back refills nothing and takes nothing.
         let earned = (now - self.at).max(0.0) * self.per_minute / 60.0;
         self.level = (self.level + earned).min(self.per_minute);
         self.at = now;
     }
 
-    /// Takes `tokens`, or says in how many seconds they will be there. A request larger than the whole bucket passes when the
-    /// bucket is full, and owes the rest.
+    /// Takes `tokens` from the bucket. Returns the seconds until enough tokens are available as an error. A request
+    /// larger than the bucket is admitted when the bucket is full, and leaves a debt.
     pub fn reserve(&mut self, tokens: u64, now: f64) -> Result<(), f64> {
         self.refill(now);
         let needed = (tokens as f64).min(self.per_minute);
@@ -62,12 +63,12 @@ impl TokenBucket {
         Err((needed - self.level) * 60.0 / self.per_minute)
     }
 
-    /// Corrects a reservation to what was used.
+    /// Replaces the `reserved` tokens of a request by the `used` ones.
     pub fn settle(&mut self, reserved: u64, used: u64) {
         self.level = (self.level + reserved as f64 - used as f64).min(self.per_minute);
     }
 
-    /// Tokens left now.
+    /// Returns the tokens that are available at `now`.
     pub fn remaining(&mut self, now: f64) -> u64 {
         self.refill(now);
         self.level.max(0.0) as u64
@@ -75,7 +76,7 @@ impl TokenBucket {
 }
 
 impl Limiter {
-    /// Full buckets.
+    /// Creates counters at their limits: all buckets are full.
     pub fn new(limits: &KeyLimits) -> Self {
         let quota = limits.requests_per_minute.and_then(NonZeroU32::new);
         Self {
@@ -94,7 +95,7 @@ impl Limiter {
         self.epoch.elapsed().as_secs_f64()
     }
 
-    /// Counts a request.
+    /// Counts a request. Returns [`GatewayError::RateLimited`] if no request is left in this minute.
     pub fn request(&self) -> Result<(), GatewayError> {
         let Some((limiter, remaining)) = &self.requests else { return Ok(()) };
         match limiter.check() {
@@ -117,12 +118,12 @@ impl Limiter {
         self.tokens.as_ref().map(|bucket| bucket.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Writes `x-ratelimit-*` headers.
+    /// Writes OpenAI's `x-ratelimit-limit-*`, `x-ratelimit-remaining-*` and `x-ratelimit-reset-*` headers.
     pub fn write(&self, headers: &mut HeaderMap) {
         let mut three = |names: &[HeaderName; 3], limit: u64, left: u64| {
-            // Whole seconds until all of it is there again.
+            // Whole seconds until the limit is fully available again.
             let reset = limit.saturating_sub(left) * 60 / limit.max(1);
-            // The three values are pieces of one buffer.
+            // One allocation for all three values.
             let mut text = BytesMut::with_capacity(64);
             decimal(&mut text, limit);
             let first = text.len();
@@ -149,7 +150,7 @@ impl Limiter {
     }
 }
 
-/// Writes a number.
+/// Appends `number` in decimal.
 fn decimal(text: &mut BytesMut, mut number: u64) {
     let mut digits = [0; 20];
     let mut at = digits.len();
@@ -176,7 +177,8 @@ const TOKENS: [HeaderName; 3] = [
     HeaderName::from_static("x-ratelimit-reset-tokens"),
 ];
 
-/// What a request holds of its key's limits. Dropping it frees the place; tokens that were not settled are given back.
+/// Tokens and concurrent requests that a request holds. Dropping the reservation frees the concurrent requests and
+/// settles the tokens; without [`settle`](Self::settle) all tokens are returned.
 pub struct Reservation {
     tokens: u64,
     used: u64,
@@ -185,12 +187,13 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// Nothing held yet.
+    /// Creates a reservation of `tokens` that holds nothing yet.
     pub fn new(tokens: u64) -> Self {
         Self { tokens, used: 0, buckets: Vec::new(), places: Vec::new() }
     }
 
-    /// Reserves at one limiter; what was reserved at others before is given back when this one refuses.
+    /// Reserves at `limiter`. Returns [`GatewayError::RateLimited`] if the limit is reached; dropping the reservation
+    /// then releases what other limiters granted.
     pub fn add(&mut self, limiter: &Arc<Limiter>) -> Result<(), GatewayError> {
         if let Some(places) = &limiter.concurrency {
             let place = Arc::clone(places).try_acquire_owned();
@@ -210,7 +213,7 @@ impl Reservation {
         Ok(())
     }
 
-    /// What the request has really used.
+    /// Sets the number of tokens that the request used.
     pub fn settle(&mut self, used: u64) {
         self.used = used;
     }
@@ -233,7 +236,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_not_used_comes_back() {
+    fn settling_returns_unused_tokens() {
         let limits =
             KeyLimits { tokens_per_minute: Some(1_000), concurrency: Some(2), ..KeyLimits::default() };
         let limiter = Arc::new(Limiter::new(&limits));
@@ -254,14 +257,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn numbers_are_written_as_the_library_does(number: u64) {
+        fn decimal_equals_to_string(number: u64) {
             let mut text = BytesMut::new();
             decimal(&mut text, number);
             prop_assert_eq!(text, number.to_string());
         }
 
         #[test]
-        fn no_minute_uses_more_than_its_tokens_and_one_request(
+        fn token_use_never_exceeds_the_rate_and_one_bucket(
             requests in prop::collection::vec((1u64..400, 0u64..400, 0.0f64..5.0), 1..200),
         ) {
             let mut bucket = TokenBucket::new(1_000);
@@ -269,7 +272,7 @@ mod tests {
             for (reserved, actual, pause) in requests {
                 now += pause;
                 if bucket.reserve(reserved, now).is_ok() {
-                    // Never more than was reserved: an honest estimate.
+                    // A request that uses at most its reservation: only then does the bound hold.
                     let actual = actual.min(reserved);
                     bucket.settle(reserved, actual);
                     used += actual;
@@ -279,7 +282,7 @@ mod tests {
         }
 
         #[test]
-        fn a_clock_that_jumps_locks_nobody_out(jumps in prop::collection::vec(-3_600.0f64..3_600.0, 1..20)) {
+        fn recovers_after_clock_jumps(jumps in prop::collection::vec(-3_600.0f64..3_600.0, 1..20)) {
             let mut bucket = TokenBucket::new(600);
             let mut now = 10_000.0;
             for jump in jumps {

@@ -1,5 +1,5 @@
-//! What runs announce: their stages, in order, with what is left of each. A plan that nobody refreshes is forgotten. Time is
-//! passed in as seconds.
+//! Plans of runs: stages in order, with the remaining requests of each. A plan that is not refreshed expires. Time is
+//! an argument, in seconds.
 
 use std::collections::BTreeMap;
 
@@ -8,30 +8,30 @@ use serde::{Deserialize, Serialize};
 use crate::config::pools::is_name;
 use crate::scaling_policy::StagePlan;
 
-/// Runs that may have a plan at the same time.
+/// Largest number of runs with a plan.
 const RUNS: usize = 64;
-/// Stages of a plan.
+/// Largest number of stages of a plan.
 const STAGES: usize = 64;
 
-/// A plan as its owner declares it; it takes the place of what the same run declared before.
+/// A plan as a run registers it. Replaces the earlier plan of the same run.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunPlan {
     /// Name of the run.
     pub run: String,
-    /// Seconds after which it is forgotten if it is not declared again.
+    /// Seconds after which the plan expires if it is not registered again; default 120, at most 86,400.
     #[serde(default = "default_ttl")]
     pub ttl_s: f64,
-    /// Its stages.
+    /// Stages of the plan.
     pub stages: Vec<PlannedStage>,
 }
 
-/// One stage on one model.
+/// A stage of a plan, on one model.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 pub struct PlannedStage {
-    /// The model that it asks.
+    /// Model that the stage uses.
     pub model: String,
-    /// What it will ask.
+    /// Expected demand of the stage.
     #[serde(flatten)]
     pub plan: StagePlan,
 }
@@ -40,16 +40,16 @@ fn default_ttl() -> f64 {
     120.0
 }
 
-/// A plan as one gateway tells it to another.
+/// A plan in the exchange between gateways.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 pub struct SharedPlan {
     /// Name of the run.
     pub run: String,
-    /// Seconds since it was declared.
+    /// Seconds since the plan was registered.
     pub age_s: f64,
-    /// Seconds until it is forgotten, counted from its declaration.
+    /// Seconds from the registration to the expiry.
     pub ttl_s: f64,
-    /// Its stages as they were declared.
+    /// Stages as registered.
     pub stages: Vec<PlannedStage>,
 }
 
@@ -58,7 +58,7 @@ struct Declared {
     at: f64,
     until: f64,
     stages: Vec<(PlannedStage, u64)>,
-    /// The gateway that it was declared to, when it was not this one.
+    /// Name of the gateway where the plan was registered; `None` for this one.
     origin: Option<String>,
 }
 
@@ -69,8 +69,8 @@ pub struct Plans {
 }
 
 impl Plans {
-    /// Takes a plan. `finished` tells how many completions of a stage a model has seen so far, so that progress counts
-    /// without a further word from the owner. An error says what is wrong with it.
+    /// Registers a plan. `finished` returns the number of completions so far for a model and a stage, so that progress
+    /// is counted without further messages of the run. An error names the invalid field.
     pub fn register(
         &mut self,
         plan: RunPlan,
@@ -118,7 +118,7 @@ impl Plans {
         Ok(())
     }
 
-    /// The plans that were declared here, for other gateways.
+    /// Returns the plans that were registered here, for other gateways.
     pub fn export(&self, now: f64) -> Vec<SharedPlan> {
         let own = self.runs.iter().filter(|(_, declared)| declared.origin.is_none() && declared.until > now);
         own.map(|(run, declared)| SharedPlan {
@@ -130,8 +130,8 @@ impl Plans {
         .collect()
     }
 
-    /// Takes what other gateways were told: of each run what was declared last, wherever that was. `told` names a gateway, its
-    /// plans, and for how many seconds these words have stood; what it no longer tells is forgotten.
+    /// Imports the plans of other gateways. Each entry of `told` is a gateway, its plans, and their age in seconds. For
+    /// each run the latest registration counts. A plan that its gateway no longer exports is removed.
     pub fn import(
         &mut self,
         now: f64,
@@ -147,7 +147,7 @@ impl Plans {
             for plan in plans {
                 let at = now - since - plan.age_s;
                 let known = self.runs.get(&plan.run);
-                // Ages are as old as the words that carry them: a second more or less is the same declaration.
+                // Ages are inexact by up to the transfer time, so registrations within one second count as the same.
                 if known.is_some_and(|known| known.at + 1.0 >= at)
                     || at + plan.ttl_s <= now
                     || (known.is_none() && self.runs.len() >= RUNS)
@@ -169,12 +169,12 @@ impl Plans {
         }
     }
 
-    /// Forgets a run. False when it has no plan.
+    /// Removes the plan of a run. Returns `false` if there is none.
     pub fn remove(&mut self, run: &str) -> bool {
         self.runs.remove(run).is_some()
     }
 
-    /// Forgets the plans that were not refreshed in time.
+    /// Removes plans that were not refreshed in time.
     pub fn expire(&mut self, now: f64) {
         self.runs.retain(|run, declared| {
             let stays = declared.until > now;
@@ -185,7 +185,7 @@ impl Plans {
         });
     }
 
-    /// What is announced for `model`, with what is left of it.
+    /// Returns the stages planned for `model`, with their remaining requests.
     pub fn of(&self, model: &str, now: f64, finished: impl Fn(&str) -> u64) -> Vec<StagePlan> {
         let mut all = Vec::new();
         for declared in self.runs.values() {
@@ -207,7 +207,7 @@ impl Plans {
         all
     }
 
-    /// The runs that have a plan, with the seconds until it is forgotten.
+    /// Returns the runs with a plan, and the seconds until each expires.
     pub fn runs(&self, now: f64) -> Vec<(String, f64)> {
         self.runs.iter().map(|(run, declared)| (run.clone(), declared.until - now)).collect()
     }
@@ -225,7 +225,7 @@ mod tests {
         "remaining": 100, "est_out_tokens": 50, "concurrency": 8, "deadline_s": 60}]}"#;
 
     #[test]
-    fn progress_counts_and_an_abandoned_plan_expires() {
+    fn subtracts_progress_and_expires_unrefreshed_plans() {
         let mut plans = Plans::default();
         plans.register(plan(PLAN), 0.0, |_, _| 40).unwrap();
         let left = plans.of("m", 5.0, |_| 70);
@@ -238,21 +238,21 @@ mod tests {
     }
 
     #[test]
-    fn gateways_tell_each_other_and_the_last_word_counts() {
+    fn gateways_share_plans_and_the_latest_counts() {
         let (mut a, mut b) = (Plans::default(), Plans::default());
         a.register(plan(PLAN), 0.0, |_, _| 0).unwrap();
         let told = |from: &Plans, now: f64| vec![("a".to_owned(), from.export(now), 0.5)];
         b.import(100.0, &told(&a, 1.0), |_, _| 7);
         assert_eq!(b.of("m", 100.0, |_| 17)[0].remaining, 90, "what b finishes from then on counts");
         assert!(b.export(100.0).is_empty(), "what was told is not told on");
-        // Declared again to b: that is the last word, and a takes it over.
+        // Registered again at b: the later registration counts, and a imports it.
         b.register(plan(&PLAN.replace("100", "30")), 104.0, |_, _| 0).unwrap();
         b.import(104.0, &told(&a, 5.0), |_, _| 0);
         assert_eq!(b.of("m", 104.0, |_| 0)[0].remaining, 30);
         a.import(5.0, &[("b".to_owned(), b.export(104.0), 0.0)], |_, _| 0);
         assert_eq!(a.of("m", 5.0, |_| 0)[0].remaining, 30);
         assert!(a.export(5.0).is_empty());
-        // Withdrawn where it was declared, it is gone everywhere; it expires as it would there.
+        // The plan keeps its expiry, and is removed everywhere when its gateway removes it.
         assert_eq!(a.runs(5.0)[0].1, 10.0);
         b.remove("r");
         a.import(6.0, &[("b".to_owned(), b.export(105.0), 0.0)], |_, _| 0);
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_that_makes_no_sense_is_refused_and_names_the_field() {
+    fn rejects_invalid_plans_by_field() {
         let mut plans = Plans::default();
         for (from, to, word) in [
             ("\"r\"", "\"../r\"", "`run`"),

@@ -1,4 +1,4 @@
-//! Client keys: who they are, what they may use, how much.
+//! Configuration of client keys and of signed tokens: credentials, permitted models, priority class and limits.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,24 +7,24 @@ use serde::{Deserialize, Serialize};
 
 use super::file::{ConfigError, read_toml};
 
-/// Priority class of a request; the first is served first.
+/// Priority class of a request. Waiting requests of the first class are served first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Priority {
-    /// Someone waits for the answer.
+    /// A person waits for the response.
     Interactive,
-    /// Neither.
+    /// The class between interactive and bulk.
     #[default]
     Default,
-    /// A distillation stage: fills what the others leave.
+    /// Batch work, such as a distillation stage. Uses the capacity that the other classes leave.
     Bulk,
 }
 
 impl Priority {
-    /// All classes, first to last.
+    /// All classes, from the first to the last served.
     pub const ALL: [Self; 3] = [Self::Interactive, Self::Default, Self::Bulk];
 
-    /// As configured and sent.
+    /// Returns the name in the configuration and in the header.
     pub fn name(self) -> &'static str {
         match self {
             Self::Interactive => "interactive",
@@ -33,29 +33,30 @@ impl Priority {
         }
     }
 
-    /// From its name.
+    /// Returns the class with this name.
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|class| class.name() == name)
     }
 }
 
-/// How much a key, or one stage of it, may use.
+/// Limits of a key, or of one of its stages. At least 1 each.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct KeyLimits {
-    /// Requests per minute; none for no limit.
+    /// Largest number of requests per minute. Without this key there is no limit.
     pub requests_per_minute: Option<u32>,
-    /// Tokens per minute, prompt and completion; none for no limit.
+    /// Largest number of tokens per minute, prompt and completion together. Without this key there is no limit.
     pub tokens_per_minute: Option<u64>,
-    /// Requests at once; none for no limit.
+    /// Largest number of concurrent requests. Without this key there is no limit.
     pub concurrency: Option<usize>,
 }
 
-/// A client key. The key itself is never stored: its hash stands here, or it is read from the environment.
+/// A client key. The configuration holds the hash of the key or names an environment variable, never the key itself.
+/// Exactly one of `hash`, `env` and `certificate` is required.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct KeyConfig {
-    /// For logs and metrics.
+    /// Name of the key in logs and metrics: 1 to 96 printable characters, unique.
     pub name: String,
     /// BLAKE3 hash of the key, as `potstill-gateway key new` prints it.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -66,30 +67,34 @@ pub struct KeyConfig {
     /// BLAKE3 hash of a client certificate (DER), as `potstill-gateway key certificate` prints it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub certificate: Option<String>,
-    /// Models that it may use; empty for all.
+    /// Models that the key may use. An empty list permits all models.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub models: Vec<String>,
-    /// The highest class that its requests may ask for, and the class of those that ask for none.
+    /// Highest priority class that requests of the key may request, and the class of requests that request none;
+    /// default `default`.
     pub priority: Priority,
-    /// Requests per minute of the key as a whole; none for no limit.
+    /// Largest number of requests per minute of the whole key. Without this key there is no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub requests_per_minute: Option<u32>,
-    /// Tokens per minute of the key as a whole, prompt and completion; none for no limit.
+    /// Largest number of tokens per minute of the whole key, prompt and completion together. Without this key there is
+    /// no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens_per_minute: Option<u64>,
-    /// Requests at once of the key as a whole; none for no limit.
+    /// Largest number of concurrent requests of the whole key. Without this key there is no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub concurrency: Option<usize>,
-    /// Bounds on single stages (the `x-potstill-stage` header), besides those of the key.
+    /// Limits of single stages, by the value of the header `x-potstill-stage`. The limits of the whole key apply as
+    /// well.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub stages: BTreeMap<String, KeyLimits>,
-    /// Comments in its streams after so much silence; none for no comments.
+    /// Milliseconds without an event after which a stream of this key gets an SSE comment. Applies to pools without
+    /// their own `heartbeat_ms`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heartbeat_ms: Option<u64>,
 }
 
 impl KeyConfig {
-    /// Bounds on the key as a whole.
+    /// Returns the limits of the whole key.
     pub fn limits(&self) -> KeyLimits {
         KeyLimits {
             requests_per_minute: self.requests_per_minute,
@@ -99,22 +104,23 @@ impl KeyConfig {
     }
 }
 
-/// Bearer tokens in the form of JSON Web Tokens. `sub` names the key; the claims `models` and `priority` narrow it.
+/// JSON Web Tokens as bearer tokens (RFC 7519). The claim `sub` names the key; the claims `models` and `priority`
+/// restrict its rights. Exactly one of `secret_env` and `public_key` is required.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JwtConfig {
-    /// Environment variable with the shared secret (HS256).
+    /// Environment variable with the shared secret for HS256, at least 32 bytes.
     pub secret_env: Option<String>,
-    /// PEM file with the public key (RS256, ES256 or EdDSA).
+    /// PEM file with the public key for RS256, ES256 or EdDSA.
     pub public_key: Option<PathBuf>,
-    /// `iss` that a token must have.
+    /// Required value of the claim `iss`. Without this key the issuer is not checked.
     pub issuer: Option<String>,
-    /// `aud` that a token must have.
+    /// Required value of the claim `aud`. Without this key the audience is not checked.
     pub audience: Option<String>,
-    /// Bounds on every subject.
+    /// Limits of each subject.
     #[serde(default)]
     pub limits: KeyLimits,
-    /// The highest class of any subject.
+    /// Highest priority class of any subject; default `default`.
     #[serde(default)]
     pub priority: Priority,
 }
@@ -135,7 +141,7 @@ impl JwtConfig {
     }
 }
 
-/// Keys in a file of their own.
+/// A file of keys, `keys_file`.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct KeysFile {
@@ -143,7 +149,7 @@ struct KeysFile {
     keys: Vec<KeyConfig>,
 }
 
-/// Reads a keys file; one that does not exist holds no keys.
+/// Reads a keys file. A file that does not exist holds no keys.
 pub fn read_file(path: &Path) -> Result<Vec<KeyConfig>, ConfigError> {
     if !path.exists() {
         return Ok(Vec::new());
@@ -151,7 +157,7 @@ pub fn read_file(path: &Path) -> Result<Vec<KeyConfig>, ConfigError> {
     read_toml::<KeysFile>(path).map(|file| file.keys)
 }
 
-/// Writes a keys file, whole or not at all.
+/// Writes a keys file atomically.
 pub fn write_file(path: &Path, keys: &[KeyConfig]) -> std::io::Result<()> {
     let text = toml::to_string_pretty(&KeysFile { keys: keys.to_vec() }).map_err(std::io::Error::other)?;
     potstill_shared::durable::write_file(path, text.as_bytes()).map_err(std::io::Error::other)
@@ -176,7 +182,7 @@ fn is_hash(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// What is wrong with keys; `place` is the list that holds them.
+/// Returns what is wrong with `keys`, one message per problem. `place` names the list in the messages.
 pub fn problems(keys: &[KeyConfig], place: &str) -> Vec<String> {
     let mut problems = Vec::new();
     let mut names = std::collections::HashSet::new();

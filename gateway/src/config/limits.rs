@@ -1,28 +1,30 @@
-//! Bounds on clients: connections, heads, bodies, bytes in flight.
+//! Bounds on clients: connections, request heads, request bodies and bytes in flight.
 
 use serde::{Deserialize, Serialize};
 
-/// Bounds on connections and requests.
+/// Bounds on connections and requests of clients.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Open connections.
+    /// Largest number of open connections; default 20,000.
     pub connections: usize,
-    /// Open connections of one address.
+    /// Largest number of open connections per client address; default 1,000,000.
     pub connections_per_address: usize,
-    /// Until the first byte of a connection.
+    /// Milliseconds from the start of a connection to its first byte; default 60,000.
     pub first_byte_ms: u64,
-    /// Until a request head is whole once its first byte came, and between requests of a connection.
+    /// Milliseconds from the first byte of a request head to its end, and between two requests of a connection; default
+    /// 65,000.
     pub head_ms: u64,
-    /// Between two pieces of a request body.
+    /// Milliseconds between two frames of a request body; default 30,000.
     pub body_idle_ms: u64,
-    /// A body slower than 1 KiB/s is given up after so long.
+    /// Milliseconds after which a request body with an average rate below 1 KiB/s is rejected; default 30,000.
     pub body_slow_ms: u64,
-    /// A client that takes nothing of its answer for so long is given up.
+    /// Milliseconds without progress in writing to a client after which the connection is closed; default 120,000.
     pub write_idle_ms: u64,
-    /// Largest request body.
+    /// Largest request body in bytes; default 32 MiB.
     pub body_bytes: usize,
-    /// Bytes of request and answer bodies held at once: above 80 % bulk requests are refused, above 95 % all are.
+    /// Bytes of request bodies in flight at which load shedding begins; default 1 GiB. Bulk requests are rejected above
+    /// 80 % of this value, all others above 95 %.
     pub in_flight_bytes: usize,
 }
 

@@ -1,94 +1,97 @@
-//! The pools: nodes, waiting, clocks, health, balancing, retries, price.
+//! Configuration of pools: nodes, load balancing, queue, deadlines, health checks, outlier detection, retries and
+//! prices.
 
 use serde::{Deserialize, Serialize};
 
 use super::scale::ScaleConfig;
 
-/// The nodes of one model.
+/// The nodes that serve one model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PoolConfig {
-    /// Name that clients use.
+    /// Name of the model in requests of clients.
     pub model: String,
-    /// Name that the nodes use, when it is another one: it takes the place of `model` in the request.
+    /// Name of the model on the nodes. Replaces `model` in the request. Without this key the nodes use the same name.
     pub upstream_model: Option<String>,
-    /// Nodes that run elsewhere.
+    /// Nodes that are started elsewhere. Required without `scale`.
     #[serde(default)]
     pub nodes: Vec<NodeConfig>,
-    /// Nodes that come and go with the demand.
+    /// Autoscaling of nodes. Without this table the pool has the nodes of `nodes` only.
     pub scale: Option<ScaleConfig>,
-    /// How a node is chosen.
+    /// Rule by which a node is chosen; default `least_tokens`.
     #[serde(default)]
     pub load_balancing: LoadBalancing,
-    /// What is done with raw `<think>` text.
+    /// Handling of `<think>` text in completions; default `pass`.
     #[serde(default)]
     pub reasoning: Reasoning,
-    /// Pools that serve when this one cannot, in order.
+    /// Models whose pools serve a request when this pool cannot, in order.
     #[serde(default)]
     pub fallback: Vec<String>,
-    /// Bounds on waiting.
+    /// Bounds on waiting requests.
     #[serde(default)]
     pub queue: QueueConfig,
-    /// Deadlines towards nodes.
+    /// Deadlines of requests to nodes.
     #[serde(default)]
     pub deadlines: Deadlines,
-    /// How nodes are watched.
+    /// Active health checks.
     #[serde(default)]
     pub health: HealthConfig,
-    /// When a node is taken out for its answers, and how it comes back.
+    /// Ejection of nodes after failed responses.
     #[serde(default)]
     pub outlier: OutlierConfig,
-    /// Further tries before the first byte.
+    /// Retries before the first byte of the response.
     #[serde(default)]
     pub retry: RetryConfig,
-    /// A second try beside the first for short requests; none for none.
+    /// Hedging of short requests. Without this table there is none.
     pub hedge: Option<HedgeConfig>,
-    /// Comments in streams after so much silence; none for no comments (some readers count no tokens on any comment).
+    /// Milliseconds without an event after which a stream gets an SSE comment; values below 100 count as 100. Without
+    /// this key only streams of keys with `heartbeat_ms` get comments, because some clients mishandle them.
     pub heartbeat_ms: Option<u64>,
-    /// What tokens cost.
+    /// Price of tokens, for usage reports.
     #[serde(default)]
     pub price: Price,
 }
 
-/// One node.
+/// A node that is started elsewhere.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NodeConfig {
-    /// Base URL without `/v1`, `http://host:port` or `https://host`.
+    /// Base URL without `/v1`: `http://host:port` or `https://host`.
     pub url: String,
-    /// Requests that it works on at once; none to learn it from its answers.
+    /// Largest number of concurrent requests on the node, at least 1. Without this key the number is learned from the
+    /// responses of the node.
     pub max_concurrency: Option<usize>,
-    /// Environment variable with the node's own key.
+    /// Environment variable with the API key of the node. Without this key no key is sent.
     pub api_key_env: Option<String>,
 }
 
-/// How a node is chosen among those with a free slot.
+/// Rule by which a node with a free slot is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LoadBalancing {
-    /// Least expected time: outstanding tokens per slot, weighed by the measured speed of the node.
+    /// The node with the least expected time: outstanding tokens per slot, times the measured seconds per token.
     #[default]
     LeastTokens,
-    /// The better of two random nodes by peak-sensitive latency times requests.
+    /// The better of two random nodes by measured seconds per token times requests.
     PeakEwma,
-    /// The same beginning of a prompt goes to the same node (its prefix cache), unless that is overloaded.
+    /// Requests with the same prompt prefix go to the same node, for its prefix cache, unless that node is overloaded.
     PrefixHash,
-    /// The same `x-session-id` goes to the same node, unless that is overloaded.
+    /// Requests with the same `x-session-id` go to the same node, unless that node is overloaded.
     Session,
-    /// In turn.
+    /// Each node in turn.
     RoundRobin,
 }
 
-/// What is done with the thinking of models that write it into their answer.
+/// Handling of reasoning that a model writes into its completion as `<think>` text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reasoning {
-    /// Nothing: the node's answer passes as it is.
+    /// The completion is not changed.
     #[default]
     Pass,
-    /// `<think>…</think>` at the beginning becomes `reasoning_content`.
+    /// A leading `<think>…</think>` block becomes `reasoning_content`.
     Split,
-    /// The same for templates that open the tag in the prompt, so that the answer begins inside the thinking.
+    /// Like `split`, for chat templates that open the tag in the prompt: the completion begins inside the reasoning.
     SplitOpen,
 }
 
@@ -96,13 +99,13 @@ pub enum Reasoning {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QueueConfig {
-    /// Most requests.
+    /// Largest number of waiting requests; default 4096.
     pub requests: usize,
-    /// Most bytes of request bodies.
+    /// Largest number of bytes of waiting request bodies; default 256 MiB.
     pub bytes: usize,
-    /// Longest wait.
+    /// Longest wait for a slot in milliseconds; default 600,000.
     pub wait_ms: u64,
-    /// A request of a lower class that has waited so long is served as if it had the highest.
+    /// Milliseconds of waiting after which a request of a lower class is served before all others; default 60,000.
     pub starvation_ms: u64,
 }
 
@@ -112,22 +115,22 @@ impl Default for QueueConfig {
     }
 }
 
-/// The four clocks of a request to a node.
+/// The four deadlines of a request to a node, in milliseconds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Deadlines {
-    /// Until the connection stands.
+    /// Time to open a connection; default 2,000.
     pub connect_ms: u64,
-    /// Until the response head.
+    /// Time to the response head; default 1,800,000.
     pub first_byte_ms: u64,
-    /// Between two pieces of the response.
+    /// Time between two chunks of the response; default 120,000.
     pub idle_ms: u64,
-    /// For the whole response.
+    /// Time for the whole response; default 3,600,000.
     pub total_ms: u64,
 }
 
 impl Default for Deadlines {
-    /// Fit for half an hour of thinking.
+    /// The default allows half an hour of reasoning before the first byte.
     fn default() -> Self {
         Self { connect_ms: 2_000, first_byte_ms: 1_800_000, idle_ms: 120_000, total_ms: 3_600_000 }
     }
@@ -137,13 +140,13 @@ impl Default for Deadlines {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HealthConfig {
-    /// Path that answers 200 when the node can work.
+    /// Path that returns 200 when the node is ready; default `/health`.
     pub path: String,
-    /// Time between checks.
+    /// Milliseconds between two checks; default 2,000.
     pub interval_ms: u64,
-    /// Time for one check.
+    /// Milliseconds after which a check counts as failed; default 2,000.
     pub timeout_ms: u64,
-    /// Failures in a row that take a node out.
+    /// Number of consecutive failed checks after which the node becomes unhealthy; default 2.
     pub failures: u32,
 }
 
@@ -153,17 +156,19 @@ impl Default for HealthConfig {
     }
 }
 
-/// Passive health: a node is ejected after failed answers in a row, mid-stream failures included.
+/// Ejection after consecutive failed responses, including streams that break (Envoy: outlier detection).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OutlierConfig {
-    /// Failures in a row.
+    /// Number of consecutive failures after which a node is ejected; default 3.
     pub failures: u32,
-    /// First time out; doubles each time, up to `max_eject_ms`.
+    /// Duration of the first ejection in milliseconds; default 5,000. Each further ejection takes twice as long, up to
+    /// `max_eject_ms`.
     pub eject_ms: u64,
-    /// Longest time out.
+    /// Longest ejection in milliseconds; default 300,000.
     pub max_eject_ms: u64,
-    /// After it came back its share grows over this time.
+    /// Milliseconds after an ejection in which the usable slots of the node rise from one to all; default 10,000
+    /// (Envoy: slow start).
     pub slow_start_ms: u64,
 }
 
@@ -173,13 +178,14 @@ impl Default for OutlierConfig {
     }
 }
 
-/// Retries, always on another node where there is one, always before the client got a byte.
+/// Retries. A retry goes to another node if there is one, and only before the client has received a byte.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RetryConfig {
-    /// Tries in all, the first included.
+    /// Largest number of attempts per request, including the first; default 3.
     pub attempts: u32,
-    /// Retries per hundred requests, in the long run; ten are always in hand.
+    /// Largest long-term share of retries in percent of all requests; default 20. Ten retries are always permitted in
+    /// addition.
     pub budget_percent: u32,
 }
 
@@ -189,35 +195,36 @@ impl Default for RetryConfig {
     }
 }
 
-/// Hedging: a whole (not streamed) request with a small limit gets a second try on another node when the first is slow.
+/// Hedging: a short request that is not streamed is sent to a second node if the first is slow. The first response
+/// wins.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HedgeConfig {
-    /// When the second try starts.
+    /// Milliseconds after which the second attempt starts.
     pub delay_ms: u64,
-    /// Only for requests whose `max_tokens` is at most this.
+    /// Largest `max_tokens` of a request that is hedged. Requests without `max_tokens` are not hedged.
     pub max_tokens: u64,
 }
 
-/// Price of tokens, in any currency, per million.
+/// Price of tokens, in any currency.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Price {
-    /// Per million prompt tokens.
+    /// Price of a million prompt tokens; default 0.
     pub prompt: f64,
-    /// Per million completion tokens.
+    /// Price of a million completion tokens; default 0.
     pub completion: f64,
 }
 
 impl Price {
-    /// What so many tokens cost.
+    /// Returns the price of a request.
     pub fn cost(&self, prompt: u64, completion: u64) -> f64 {
         (prompt as f64 * self.prompt + completion as f64 * self.completion) / 1e6
     }
 }
 
-/// Whether a name may stand in paths, metrics and URLs: `[A-Za-z0-9][A-Za-z0-9._:-]{0,95}`, with one `/` between the parts
-/// of `organisation/name`. No part can climb out of a folder.
+/// Returns whether `name` is a valid model name: `[A-Za-z0-9][A-Za-z0-9._:-]{0,95}`, optionally preceded by an
+/// organization of the same form and a `/`. These names are safe in paths, metrics and URLs.
 pub fn is_name(name: &str) -> bool {
     let part = |part: &str| {
         part.len() <= 96
@@ -231,7 +238,7 @@ pub fn is_name(name: &str) -> bool {
 }
 
 impl PoolConfig {
-    /// A pool without nodes.
+    /// Returns a pool with defaults and without nodes.
     pub fn new(model: impl Into<String>) -> Self {
         Self {
             model: model.into(),
@@ -252,7 +259,7 @@ impl PoolConfig {
         }
     }
 
-    /// What is wrong beyond types.
+    /// Returns everything that is wrong beyond types, one message per problem.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if !is_name(&self.model) {
@@ -308,7 +315,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_cannot_leave_a_folder() {
+    fn rejects_model_names_that_escape_a_folder() {
         for good in ["m", "deepseek-r1", "Qwen/QwQ-32B", "qwen2.5:7b", "a/b.c-d_e"] {
             assert!(is_name(good) || good.contains('_'), "{good}");
         }

@@ -1,4 +1,4 @@
-//! How a pool grows and shrinks: the law, its bounds, and the actuator that starts and stops nodes.
+//! Configuration of autoscaling: the scaling policy, its bounds, and the actuator that starts and stops nodes.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -7,23 +7,27 @@ use serde::{Deserialize, Serialize};
 
 use crate::scaling_policy::{Mode, Settings};
 
-/// What holds for all pools together.
+/// Settings that apply to all scaled pools.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AutoscaleConfig {
-    /// Most cost per hour of all nodes that are held at once, those that start and drain included; none for no limit.
+    /// Largest cost per hour of all nodes together, including starting and draining ones, in the unit of
+    /// `cost_per_hour`. Without this key there is no limit.
     pub budget: Option<f64>,
-    /// How often the number of nodes is decided; a request that finds no node asks for a decision at once.
+    /// Milliseconds between two scaling decisions; default 5,000. A request that finds no node triggers a decision at
+    /// once.
     pub interval_ms: u64,
-    /// Decide and log, but leave every pool at its `min`.
+    /// Whether to log decisions without applying them; default `false`. Pools of processes and webhooks stay at `min`.
+    /// Kubernetes workloads stay unchanged, and every change is sent as a server-side dry run.
     pub dry_run: bool,
-    /// A CSV file that gets one row per finished request, for simulators: `t_s,in_tokens,out_tokens,wait_s,stay_s,model`.
+    /// CSV file that gets one row per finished request, for simulators: `t_s,in_tokens,out_tokens,wait_s,stay_s,model`.
+    /// Without this key nothing is recorded.
     pub load_trace_file: Option<PathBuf>,
-    /// Name of the Lease by which the gateways of a cluster agree on who leads, where pools are workloads of Kubernetes.
+    /// Name of the Kubernetes Lease by which the gateways of a cluster elect a leader; default `potstill-gateway`.
     pub lease_name: String,
-    /// A leader that was not heard of for so many seconds is replaced.
+    /// Seconds without a renewal of the Lease after which another gateway takes the lead; default 15.
     pub lease_duration_s: u64,
-    /// Where KEDA finds the external scaler (gRPC); none for no external scaler.
+    /// Address of the external scaler (gRPC) for KEDA. Without this key there is none.
     pub keda_listen: Option<SocketAddr>,
 }
 
@@ -41,45 +45,48 @@ impl Default for AutoscaleConfig {
     }
 }
 
-/// How one pool is scaled.
+/// Autoscaling of one pool. Exactly one of `process`, `webhook` and `kubernetes` is required.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ScaleConfig {
-    /// The law: `adaptive`, `qps` or `fixed`.
+    /// The scaling policy: `adaptive` (default), `qps` or `fixed`.
     pub mode: Mode,
-    /// Fewest nodes.
+    /// Smallest number of nodes; default 0.
     pub min: usize,
-    /// Most nodes.
+    /// Largest number of nodes; default 1.
     pub max: usize,
-    /// Requests that a node works on at once.
+    /// Largest number of concurrent requests on a node; default 8.
     pub max_concurrency: usize,
-    /// What a node costs per hour, in the unit of the budget.
+    /// Cost of a node per hour, in the unit of `autoscale.budget`; default 1.
     pub cost_per_hour: f64,
-    /// Nodes of a `fixed` pool; `min` if not given.
+    /// Number of nodes in mode `fixed`; default `min`.
     pub nodes: Option<usize>,
-    /// Requests per second that a node of a `qps` pool should get.
+    /// Requests per second that a node can serve, for mode `qps`; default 1.
     pub target_qps: f64,
-    /// Cold start before one was seen, in seconds.
+    /// Seconds of a cold start, until one has been measured; default 240.
     pub cold_start_s: f64,
-    /// A pool that may go to zero does so after so many seconds without requests, at the earliest.
+    /// Seconds without requests after which a pool may scale to zero; default 0.
     pub idle_timeout_s: f64,
-    /// Demand of so many seconds is remembered.
+    /// Seconds of past demand that the policy `adaptive` takes into account; default 780. After a start of the gateway,
+    /// existing nodes are kept for this time.
     pub demand_window_s: f64,
-    /// Nodes that announced work no longer needs go after so many seconds.
+    /// Scale-down delay in seconds for nodes that planned stages no longer need; default 30.
     pub scale_down_delay_s: f64,
-    /// What an hour of waiting for a stage is worth, in cost of nodes per hour.
+    /// Value of finishing a stage one hour earlier, in the unit of `cost_per_hour`; default 8. A higher value starts
+    /// more nodes.
     pub delay_cost_per_hour: f64,
-    /// Milliseconds per token of one request, alone and for each further one on the node, before any were measured.
+    /// Milliseconds per token of one request: `itl_ms[0] + itl_ms[1] * b` with `b` requests on the node. Used until the
+    /// values have been measured; default `[30.0, 0.5]`.
     pub itl_ms: [f64; 2],
-    /// A node that drains is stopped after so many seconds even if it still writes.
+    /// Seconds after which a draining node is stopped even if requests are still running; default 3,600.
     pub drain_timeout_s: u64,
-    /// A process that is not ready after so many seconds is stopped.
+    /// Seconds after which a process that has not become ready is stopped; default 3,600.
     pub startup_timeout_s: u64,
-    /// Nodes as processes of this machine.
+    /// Nodes as local processes.
     pub process: Option<ProcessConfig>,
-    /// Nodes that a program of yours starts and stops.
+    /// Nodes that an external program starts and stops.
     pub webhook: Option<WebhookConfig>,
-    /// Nodes as pods of a workload of Kubernetes.
+    /// Nodes as pods of a Kubernetes workload.
     pub kubernetes: Option<KubernetesConfig>,
 }
 
@@ -109,70 +116,71 @@ impl Default for ScaleConfig {
     }
 }
 
-/// Local node processes.
+/// Nodes as local processes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProcessConfig {
-    /// Program and arguments; `{port}` stands for the port it must listen on (127.0.0.1), `{gpus}` for its share of `gpus`.
+    /// Program and arguments. `{port}` is replaced by the port to listen on (on 127.0.0.1), `{gpus}` by the node's
+    /// entry of `gpus`.
     pub command: Vec<String>,
-    /// Folder for one log file per node; none discards what nodes print.
+    /// Folder for one log file per node. Without this key the output of nodes is discarded.
     pub log_folder: Option<PathBuf>,
-    /// GPU ids of one node each, such as `["0,1", "2,3"]`; a node gets the first free entry as `CUDA_VISIBLE_DEVICES`. No more
-    /// nodes are started than there are entries.
+    /// GPU ids, one entry per node, such as `["0,1", "2,3"]`. A node gets the first free entry as
+    /// `CUDA_VISIBLE_DEVICES`. The number of entries bounds the number of nodes.
     #[serde(default)]
     pub gpus: Vec<String>,
 }
 
-/// A program that is told how many nodes there should be.
+/// An external program that receives the target number of nodes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WebhookConfig {
-    /// Where it listens: `http://host:port/path` or `https://…`.
+    /// URL of the program: `http://host:port/path` or `https://…`.
     pub url: String,
-    /// Environment variable with the key that it wants as bearer token.
+    /// Environment variable with the key that is sent to the program as bearer token. Without this key none is sent.
     pub api_key_env: Option<String>,
 }
 
-/// A workload of Kubernetes whose pods are the nodes.
+/// A Kubernetes workload whose pods are the nodes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KubernetesConfig {
-    /// What it is.
+    /// Kind of the workload: `Deployment`, `StatefulSet` or `LeaderWorkerSet`.
     pub kind: WorkloadKind,
-    /// Its name.
+    /// Name of the workload.
     pub name: String,
-    /// Its namespace; the gateway's own if not given.
+    /// Namespace of the workload; default: the namespace of the gateway.
     pub namespace: Option<String>,
-    /// Port on which its pods speak HTTP.
+    /// Port on which the pods serve HTTP.
     pub port: u16,
-    /// Who changes its `replicas`.
+    /// Component that changes `replicas`: `gateway` (default) or `keda`.
     #[serde(default)]
     pub actuator: Actuator,
-    /// Environment variable with the key that its pods want as bearer token.
+    /// Environment variable with the key that is sent to the pods as bearer token. Without this key none is sent.
     pub api_key_env: Option<String>,
 }
 
 impl KubernetesConfig {
-    /// The workload by kind, namespace where one is given, and name.
+    /// Returns kind, namespace (if set) and name, for messages.
     pub fn workload(&self) -> String {
         let namespace = self.namespace.as_ref().map(|namespace| format!("{namespace}/")).unwrap_or_default();
         format!("{} {namespace}{}", self.kind.name(), self.name)
     }
 }
 
-/// Kinds of workloads.
+/// Kind of a workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WorkloadKind {
-    /// The pods are alike, and any of them can go.
+    /// All pods are alike; any of them can be removed first.
     Deployment,
-    /// The pod with the highest index goes first.
+    /// The pod with the highest index is removed first.
     StatefulSet,
-    /// A node is a group of pods; the group with the highest index goes first.
+    /// A node is a group of pods; the group with the highest index is removed first.
     LeaderWorkerSet,
 }
 
 impl WorkloadKind {
-    /// As Kubernetes writes it.
+    /// Returns the kind as Kubernetes spells it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Deployment => "Deployment",
@@ -182,19 +190,19 @@ impl WorkloadKind {
     }
 }
 
-/// Who changes `replicas`.
+/// Component that changes `replicas` of a workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Actuator {
-    /// The gateway, through `/scale`.
+    /// The gateway, through the `/scale` subresource.
     #[default]
     Gateway,
-    /// KEDA, which asks the gateway for the number (`autoscale.keda_listen`).
+    /// KEDA, which reads the number from the gateway (`autoscale.keda_listen`).
     Keda,
 }
 
 impl ScaleConfig {
-    /// For the policy.
+    /// Returns the settings of the scaling policy.
     pub fn settings(&self) -> Settings {
         Settings {
             mode: self.mode,
@@ -208,7 +216,7 @@ impl ScaleConfig {
         }
     }
 
-    /// What is wrong beyond types.
+    /// Returns everything that is wrong beyond types, one message per problem.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if self.min > self.max || self.max == 0 || self.max_concurrency == 0 {
@@ -279,7 +287,7 @@ impl ScaleConfig {
     }
 }
 
-/// A variable that should hold a key and does not exist.
+/// Returns a problem if `variable` is configured but not set in the environment.
 fn unset(place: &str, variable: &Option<String>) -> Option<String> {
     let variable = variable.as_ref().filter(|variable| std::env::var(variable).is_err())?;
     Some(format!("`{place}`: environment variable `{variable}` is not set"))

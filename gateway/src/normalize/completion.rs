@@ -1,4 +1,4 @@
-//! A whole answer.
+//! Normalizes responses that are not streamed.
 
 use potstill_shared::openai::{Usage, unix_time_s};
 use serde::Deserialize;
@@ -12,20 +12,20 @@ use super::{
 };
 use crate::config::Reasoning;
 
-/// A normalized answer.
+/// Result of normalizing a response.
 #[derive(Debug)]
 pub enum Normalized {
-    /// It passes as it came.
+    /// The response is correct; with its usage, if any.
     Unchanged(Option<Usage>),
-    /// This takes its place.
+    /// Corrected response, with its usage, if any.
     Changed(Vec<u8>, Option<Usage>),
-    /// A node's error under a good status.
+    /// The node returned an error body with a success status.
     Error,
-    /// It is no JSON object.
+    /// The body is not a JSON object of the endpoint's form.
     Invalid,
 }
 
-/// An answer as it should be: what does not fit in here is normalized.
+/// A correct response. A body that does not deserialize to this type is rebuilt.
 #[derive(Deserialize)]
 struct Completion<'a> {
     id: Option<&'a str>,
@@ -58,12 +58,12 @@ struct Message<'a> {
     tool_calls: Option<&'a RawValue>,
 }
 
-/// Normalizes the body of a good answer.
+/// Normalizes the body of a response with a success status.
 pub fn normalize(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Normalized {
     if kind == Kind::Other {
         return Normalized::Unchanged(None);
     }
-    // Told to be UTF-8 once, its strings are not looked at again.
+    // serde_json does not check strings of a `&str` for valid UTF-8 again.
     let whole = match std::str::from_utf8(body) {
         Ok(text) => serde_json::from_str::<Completion<'_>>(text),
         Err(_) => serde_json::from_slice(body),
@@ -136,7 +136,7 @@ fn rebuild(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Normal
     let mut answer = match serde_json::from_slice::<Value>(body) {
         Ok(Value::Object(answer)) => answer,
         Ok(_) => return Normalized::Invalid,
-        // Lone surrogates and the like.
+        // The body has unpaired surrogates or similar, which `Value` cannot hold.
         Err(_) => return Normalized::Unchanged(None),
     };
     if answer.get("error").is_some_and(|error| !error.is_null()) {
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_right_passes() {
+    fn forwards_correct_responses_unchanged() {
         let body = br#"{"id":"a","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"x","reasoning":"y"},"finish_reason":"stop"}],"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3,"d":{}}}"#;
         assert!(
             matches!(normalize(body, Kind::Chat, "m", Reasoning::Pass), Normalized::Unchanged(Some(u)) if u == Usage::new(1, 2))
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_mended() {
+    fn corrects_missing_and_wrong_fields() {
         let answer = changed(
             r#"{"model":"x","choices":[{"message":{"content":[{"type":"text","text":"a"},{"type":"text","text":"b"}],"tool_calls":[{"function":{"name":"f","arguments":{}}}]},"finish_reason":"abort"}],"usage":{"prompt_tokens":1,"completion_tokens":2},"own":7}"#,
             Kind::Chat,
@@ -242,7 +242,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn whatever_json_comes_what_passes_is_json(text in "[\\[\\]{}\",:a-z0-9 ]{0,80}", head: bool) {
+        fn changed_bodies_are_valid_json(text in "[\\[\\]{}\",:a-z0-9 ]{0,80}", head: bool) {
             let text = if head { format!("{{\"choices\":[{{\"message\":{{{text}}}}}]}}") } else { text };
             for kind in [Kind::Chat, Kind::Text, Kind::Embeddings] {
                 if let Normalized::Changed(body, _) = normalize(text.as_bytes(), kind, "m", Reasoning::Split) {
@@ -253,10 +253,10 @@ mod tests {
     }
 
     #[test]
-    fn an_error_or_no_json_is_no_answer() {
+    fn detects_error_bodies_and_invalid_json() {
         let kind = |body: &str| normalize(body.as_bytes(), Kind::Chat, "m", Reasoning::Pass);
         assert!(matches!(kind(r#"{"error":{"message":"x"}}"#), Normalized::Error));
-        // Also beside fields that fit nothing.
+        // An error counts even if other fields have wrong types.
         assert!(matches!(kind(r#"{"error":"x","id":5,"choices":"none"}"#), Normalized::Error));
         assert!(matches!(kind(r#"{"error":null,"id":5,"choices":"none"}"#), Normalized::Invalid));
         assert!(matches!(kind("<html>"), Normalized::Invalid));

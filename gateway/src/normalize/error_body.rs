@@ -1,11 +1,11 @@
-//! Error answers of nodes, in all their shapes, become OpenAI's one: `{"error": {message, type, param, code}}`, with a status
-//! that clients treat rightly.
+//! Normalizes error bodies of nodes to OpenAI's form: `{"error": {message, type, param, code}}`, with a status that
+//! clients handle correctly.
 
 use http::StatusCode;
 use potstill_shared::openai::ErrorBody;
 use serde_json::Value;
 
-/// Longest message that passes.
+/// Longest message that is forwarded, in bytes.
 const MESSAGE_BYTES: usize = 8 << 10;
 
 /// Returns the status and the error body that the client receives.
@@ -19,7 +19,7 @@ pub fn normalize(status: StatusCode, body: &[u8]) -> (StatusCode, ErrorBody) {
     let text = |name: &str| detail.get(name).and_then(Value::as_str).filter(|text| !text.is_empty());
     let message = match detail {
         Value::String(text) => text.clone(),
-        // FastAPI's list of what is wrong where.
+        // FastAPI reports validation errors as a list.
         Value::Array(problems) => problems.iter().map(problem).collect::<Vec<_>>().join("; "),
         _ => text("message").or(text("msg")).map(str::to_owned).unwrap_or_else(|| plain(status, body)),
     };
@@ -34,11 +34,11 @@ pub fn normalize(status: StatusCode, body: &[u8]) -> (StatusCode, ErrorBody) {
         return (StatusCode::BAD_REQUEST, body);
     }
     let status = match status.as_u16() {
-        // Clients give up on these, though another try may succeed.
+        // Clients do not retry these, though a retry can succeed.
         425 | 408 => StatusCode::SERVICE_UNAVAILABLE,
-        // The gateway's own key for the node is wrong: nothing that the client could normalize.
+        // The gateway's own key for the node is wrong, which the client cannot fix.
         401 | 403 | 407 => StatusCode::BAD_GATEWAY,
-        // What validators call it; OpenAI says 400.
+        // FastAPI's status for invalid requests; OpenAI returns 400.
         422 => StatusCode::BAD_REQUEST,
         300..=399 => StatusCode::BAD_GATEWAY,
         _ => status,
@@ -52,14 +52,14 @@ pub fn normalize(status: StatusCode, body: &[u8]) -> (StatusCode, ErrorBody) {
     let kind = text("type").unwrap_or(usual);
     let code = match detail.get("code") {
         Some(Value::String(code)) => Some(code.as_str()),
-        // Numbers break typed clients; they only repeat the status.
+        // Typed clients reject numeric codes, and the number only repeats the status.
         _ if status == StatusCode::NOT_FOUND => Some("model_not_found"),
         _ => None,
     };
     (status, ErrorBody::new(message, kind, text("param"), code))
 }
 
-/// An error event of a stream, as one line of JSON.
+/// Normalizes an error event of a stream to one line of JSON.
 pub fn normalize_event(data: &[u8]) -> Vec<u8> {
     let (_, body) = normalize(StatusCode::INTERNAL_SERVER_ERROR, data);
     body.to_json().into_bytes()
@@ -98,7 +98,8 @@ fn clip(mut message: String) -> String {
     message
 }
 
-/// Engines say in many ways that a prompt is too long; clients look for OpenAI's words.
+/// Detects a prompt that exceeds the context length, in the wording of several engines. Returns a message with OpenAI's
+/// wording, which clients search for.
 fn overflow(message: &str, detail: &Value) -> Option<String> {
     const WORDS: &str = "maximum context length is ";
     let lower = message.to_ascii_lowercase();
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn every_shape_becomes_openais() {
+    fn converts_known_error_shapes() {
         for (status, text, expected, message) in [
             (400, r#"{"error":{"message":"a","type":"t","param":"p","code":"c"}}"#, 400, "a"),
             (
@@ -176,7 +177,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn any_bytes_become_an_error_of_openais_shape(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300), status in 300u16..600) {
+        fn arbitrary_bytes_become_an_openai_error(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300), status in 300u16..600) {
             let (status, error) = normalize(StatusCode::from_u16(status).unwrap(), &bytes);
             proptest::prop_assert!(status.as_u16() >= 400);
             let error = serde_json::to_value(error).unwrap();
@@ -186,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prompt_that_is_too_long_is_said_in_openais_words() {
+    fn reports_context_overflow_in_openais_wording() {
         for text in [
             r#"{"error":{"message":"This model's maximum context length is 4096 tokens. However, you requested 5000 tokens","code":400}}"#,
             r#"{"error":{"code":400,"message":"the request exceeds the available context size, try increasing it","type":"exceed_context_size_error","n_prompt_tokens":5000,"n_ctx":4096}}"#,

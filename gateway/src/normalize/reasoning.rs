@@ -1,12 +1,12 @@
-//! Thinking that a model writes into its answer (`<think> … </think>`) becomes `reasoning_content`, in whole answers and in
-//! streams, for pools that ask for it.
+//! Moves reasoning that a model writes into its completion (`<think> … </think>`) to `reasoning_content`. Applies to
+//! streams and whole responses of pools with `reasoning = "split"` or `"split_open"`.
 
 use std::collections::BTreeMap;
 
 use potstill_shared::reasoning::{Piece, ReasoningSplitter, split_reasoning};
 use serde_json::{Map, Value};
 
-/// Splitters of one stream, one per choice.
+/// Splits one stream, with one splitter per choice.
 #[derive(Debug)]
 pub struct StreamSplit {
     open: bool,
@@ -14,12 +14,13 @@ pub struct StreamSplit {
 }
 
 impl StreamSplit {
-    /// `open`: the prompt has opened the thinking already.
+    /// Creates a splitter. `open`: the prompt has already opened the tag, so the completion begins inside the
+    /// reasoning.
     pub fn new(open: bool) -> Self {
         Self { open, choices: BTreeMap::new() }
     }
 
-    /// Chunks that take the place of a chunk with these choices.
+    /// Splits the choices of a chunk. Returns the choices of each chunk that replaces it.
     pub fn choices(&mut self, choices: Vec<Value>) -> Vec<Vec<Value>> {
         if choices.is_empty() {
             return vec![choices];
@@ -31,7 +32,7 @@ impl StreamSplit {
         let index = choice.get("index").and_then(Value::as_u64).unwrap_or(0);
         let ends = choice.get("finish_reason").is_some_and(Value::is_string);
         let text = match choice.get_mut("delta").and_then(Value::as_object_mut) {
-            // Thinking that the node has split itself passes.
+            // A node that separates the reasoning itself is left alone.
             Some(delta) if !delta.contains_key("reasoning_content") && !delta.contains_key("reasoning") => {
                 match delta.get("content") {
                     Some(Value::String(text)) => text.clone(),
@@ -74,7 +75,7 @@ impl StreamSplit {
             out.push(part);
         }
         if out.is_empty() {
-            // Held back, or empty: the rest of the chunk passes (role, finish reason).
+            // The text is empty or held back; role and finish reason are forwarded.
             place(&mut choice, None);
             out.push(choice);
         }
@@ -82,7 +83,7 @@ impl StreamSplit {
     }
 }
 
-/// Splits the message of a whole answer. Thinking that was never closed is thinking all the same: the answer is empty then.
+/// Splits the message of a whole response. If the tag is never closed, all text is reasoning and the content is empty.
 pub fn message(message: &mut Map<String, Value>, open: bool) {
     if message.contains_key("reasoning_content") || message.contains_key("reasoning") {
         return;
@@ -108,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_is_split_at_the_tag() {
+    fn splits_a_stream_at_a_tag_across_chunks() {
         let mut split = StreamSplit::new(true);
         let mut thinking = String::new();
         let mut answer = String::new();
@@ -126,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_messages() {
+    fn splits_whole_messages() {
         let split = |text: &str, open| {
             let mut message_ = Map::from_iter([("content".to_owned(), Value::from(text))]);
             message(&mut message_, open);

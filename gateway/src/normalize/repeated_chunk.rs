@@ -1,22 +1,22 @@
-//! Streams repeat themselves: from one event to the next only a token's text differs. An event that was read whole is remembered
-//! as the bytes before and behind its text, and what has the same bytes there is known without a parser.
+//! A cache for stream events that differ from the previous one in a token's text only. The bytes before and after the
+//! text of one parsed event are kept. An event with the same bytes around its text needs no parser.
 
 use std::ops::Range;
 
 use super::Edits;
 use super::verdict::Verdict;
 
-/// The last event of the usual kind.
+/// The last parsed event with a single token.
 #[derive(Debug, Default)]
 pub(super) struct ChunkTemplateCache {
-    /// What stands before and behind its text.
+    /// Bytes before and after the text.
     seen: [Vec<u8>; 2],
-    /// What takes the place of these, where they are changed.
+    /// Replacements of these bytes, if the event was changed.
     given: Option<[Vec<u8>; 2]>,
 }
 
 impl ChunkTemplateCache {
-    /// Remembers an event with one token, whose text stands at `text` between its quotes.
+    /// Stores an event with one token, whose text is at `text`, without quotes.
     pub(super) fn remember(&mut self, data: &[u8], text: &Range<usize>, edits: &Edits) {
         let [before, behind] = &mut self.seen;
         for (part, now) in [(before, &data[..text.start]), (behind, &data[text.end..])] {
@@ -35,11 +35,11 @@ impl ChunkTemplateCache {
         });
     }
 
-    /// What becomes of an event that differs from the remembered one in its text only.
+    /// Returns the result for an event that differs from the stored one in its text only.
     pub(super) fn find(&self, data: &[u8]) -> Option<Verdict> {
         let [before, behind] = &self.seen;
         let text = data.strip_prefix(&before[..])?.strip_suffix(&behind[..])?;
-        // An empty text may be no token.
+        // An empty text may not be a token.
         if before.is_empty() || text.is_empty() || !is_text(text) {
             return None;
         }
@@ -50,7 +50,7 @@ impl ChunkTemplateCache {
     }
 }
 
-/// The text of a delta as it stands between its quotes, if that is all it holds.
+/// Returns the raw text of a delta that has no other member.
 pub(super) fn only_text(delta: &str) -> Option<&str> {
     let inside = delta.strip_prefix('{')?.strip_suffix('}')?;
     let (name, value) = inside.split_once(':')?;
@@ -60,12 +60,12 @@ pub(super) fn only_text(delta: &str) -> Option<&str> {
     quoted(value.trim_ascii())
 }
 
-/// What stands between the quotes of a JSON string.
+/// Returns the raw text between the quotes of a JSON string.
 pub(super) fn quoted(value: &str) -> Option<&str> {
     value.strip_prefix('"')?.strip_suffix('"').filter(|text| is_text(text.as_bytes()))
 }
 
-/// Whether these bytes may stand between the quotes of a JSON string (RFC 8259, section 7).
+/// Returns whether `bytes` may stand between the quotes of a JSON string (RFC 8259, section 7).
 fn is_text(bytes: &[u8]) -> bool {
     let mut at = 0;
     while let Some(byte) = bytes.get(at) {
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_text_is_known_with_what_stands_around_it() {
+    fn matches_events_that_differ_in_text_only() {
         let mut repeat = ChunkTemplateCache::default();
         assert_eq!(repeat.find(b""), None, "nothing was seen");
         let event = br#"{"model":"x","delta":{"content": "a"},"n":1}"#;
@@ -126,7 +126,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
         #[test]
-        fn a_text_is_what_a_parser_takes(text in "([ -~\"]|\\\\[\"\\\\nu]|\\\\u[0-9a-g]{3,4}|ü|\n){0,8}") {
+        fn is_text_agrees_with_serde_json(text in "([ -~\"]|\\\\[\"\\\\nu]|\\\\u[0-9a-g]{3,4}|ü|\n){0,8}") {
             let quoted = format!("\"{text}\"");
             let parsed = serde_json::from_str::<&serde_json::value::RawValue>(&quoted);
             prop_assert_eq!(is_text(text.as_bytes()), parsed.is_ok());

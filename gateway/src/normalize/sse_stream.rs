@@ -1,5 +1,6 @@
-//! The events of a stream on their way through: found in the bytes, looked at one by one, written again as `data: <json>` and a
-//! blank line. Comments, `event:`, `id:` and `retry:` lines go; a frame that is right as it came passes without a copy.
+//! Normalizes an SSE stream: finds events in the received bytes, normalizes each, and writes `data: <json>` and a blank
+//! line. Comments and `event:`, `id:` and `retry:` lines are dropped. Bytes whose events are all correct are forwarded
+//! without a copy.
 
 use bytes::{Bytes, BytesMut};
 use memchr::memmem;
@@ -8,45 +9,45 @@ use potstill_shared::sse::{self, SseDecoder};
 use super::stream_chunk::ChunkNormalizer;
 use super::verdict::Verdict;
 
-/// No event may grow beyond this.
+/// Largest size of an event in bytes.
 const MAX_EVENT: usize = sse::MAX_EVENT_BYTES;
 
-/// What a piece of a stream comes to.
+/// Result of processing received bytes.
 #[derive(Debug, PartialEq)]
 pub enum StreamStep {
-    /// Completion events for the client; none yet when it is empty.
+    /// Events for the client; empty if no event is complete yet.
     Forward(Bytes),
-    /// The same, and the stream is whole with them.
+    /// Last events for the client; the stream is complete.
     Done(Bytes),
-    /// The same, and the node has ended its stream with an error event.
+    /// Last events for the client; the node ended the stream with an error event.
     Error(Bytes),
-    /// The same, and then something that no stream should hold.
+    /// Events before a violation of the protocol, and its description.
     Invalid(Bytes, &'static str),
 }
 
-/// The reader of one stream.
+/// Normalizer of one stream.
 pub struct SseStream {
     normalizer: ChunkNormalizer,
-    /// Bytes of an event that is not whole yet.
+    /// Beginning of an event that is not complete.
     tail: BytesMut,
-    /// Once a carriage return was seen, lines are told apart by the full rules.
+    /// Decoder for all line ends of SSE. Used from the first carriage return on.
     decoder: Option<SseDecoder>,
-    /// An end needs a finish reason before it.
+    /// Whether `[DONE]` is valid only after a finish reason.
     strict: bool,
 }
 
 impl SseStream {
-    /// For a stream; `strict`: it is whole only with a finish reason.
+    /// Creates a normalizer. `strict`: the stream is complete only with a finish reason.
     pub fn new(normalizer: ChunkNormalizer, strict: bool) -> Self {
         Self { normalizer, tail: BytesMut::new(), decoder: None, strict }
     }
 
-    /// What was seen so far.
+    /// Returns the state of the events so far.
     pub fn seen(&self) -> &ChunkNormalizer {
         &self.normalizer
     }
 
-    /// Takes the next bytes.
+    /// Processes received bytes.
     pub fn push(&mut self, bytes: Bytes) -> StreamStep {
         if self.decoder.is_none() && memchr::memchr(b'\r', &bytes).is_some() {
             self.decoder = Some(SseDecoder::default());
@@ -68,9 +69,9 @@ impl SseStream {
         self.scan(whole)
     }
 
-    /// Finds events that end in a line feed, twice.
+    /// Processes events that end with two line feeds.
     fn scan(&mut self, bytes: Bytes) -> StreamStep {
-        // Written only when something changes; until then the frame itself is what passes.
+        // Allocated when an event changes. Until then a slice of the received bytes is the output.
         let mut out: Option<BytesMut> = None;
         let mut at = 0;
         while let Some(length) = memmem::find(&bytes[at..], b"\n\n") {
@@ -84,7 +85,7 @@ impl SseStream {
                 owned = joined(line);
                 match &owned {
                     Some(data) => data.as_slice(),
-                    // Comments and the like.
+                    // The block has no data, such as a comment.
                     None => {
                         out.get_or_insert_with(|| BytesMut::from(&bytes[..at]));
                         at += length + 2;
@@ -138,7 +139,7 @@ impl SseStream {
         StreamStep::Forward(out.freeze())
     }
 
-    /// Writes what becomes of an event; `Err` ends the stream.
+    /// Writes the normalized event. `Err` ends the stream.
     fn write(&mut self, out: &mut BytesMut, verdict: Verdict, data: &[u8]) -> Result<(), StreamStep> {
         match verdict {
             Verdict::Unchanged => frame(out, data),
@@ -163,7 +164,8 @@ impl SseStream {
     }
 }
 
-/// One event on one line. A line break in `data` is white space between JSON tokens: within strings JSON has none.
+/// Writes an event on one line. A line break in `data` can only be whitespace between JSON tokens, because JSON strings
+/// cannot contain one.
 fn frame(out: &mut BytesMut, data: &[u8]) {
     out.reserve(data.len() + 8);
     out.extend_from_slice(b"data: ");
@@ -177,7 +179,7 @@ fn frame(out: &mut BytesMut, data: &[u8]) {
     out.extend_from_slice(b"\n\n");
 }
 
-/// The data of an event of several lines, or of a line without the usual space.
+/// Joins the `data` lines of an event (HTML standard, server-sent events). Returns `None` without data.
 fn joined(block: &[u8]) -> Option<Vec<u8>> {
     let mut data: Option<Vec<u8>> = None;
     let block = block.strip_prefix(b"\xef\xbb\xbf").unwrap_or(block);
@@ -234,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_is_right_passes_without_a_copy() {
+    fn forwards_correct_bytes_without_a_copy() {
         let text = format!("data: {}\n\n", chunk("a", "null"));
         let bytes = Bytes::from(text);
         let StreamStep::Forward(out) = events("x").push(bytes.clone()) else { panic!() };
@@ -242,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_but_data_lines_passes_and_nothing_after_the_end() {
+    fn drops_other_fields_and_events_after_done() {
         let text = format!(
             ": ping\n\nevent: x\nid: 3\ndata: {}\n\nretry: 5\n\ndata:{}\n\ndata: [DONE]\n\ndata: more\n\n",
             chunk("a", "null"),
@@ -255,14 +257,14 @@ mod tests {
     }
 
     #[test]
-    fn an_end_without_a_reason_is_no_end() {
+    fn rejects_done_without_a_finish_reason() {
         let text = format!("data: {}\n\ndata: [DONE]\n\n", chunk("a", "null"));
         let (out, end) = run(&mut events("x"), text.as_bytes(), &[]);
         assert!(end == "broken" && !String::from_utf8(out).unwrap().contains("[DONE]"));
     }
 
     #[test]
-    fn a_line_break_inside_an_event_makes_no_second_event() {
+    fn line_break_in_data_does_not_start_an_event() {
         for text in [
             "data: {\"a\":\ndata: 1}\n\n",
             "data: {\"a\":\r\ndata: 1}\r\n\r\n",
@@ -276,7 +278,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn cutting_does_not_matter(
+        fn output_does_not_depend_on_chunk_boundaries(
             parts in prop::collection::vec(0usize..6, 0..12),
             cuts in prop::collection::vec(0usize..200, 0..10),
             ends in prop::sample::select(vec!["\n", "\r\n", "\r"]),
@@ -303,7 +305,7 @@ mod tests {
         }
 
         #[test]
-        fn bytes_of_any_kind_do_no_harm(bytes in prop::collection::vec(any::<u8>(), 0..400), cut in 0usize..400) {
+        fn does_not_panic_on_arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..400), cut in 0usize..400) {
             let _any = run(&mut events("x"), &bytes, &[cut]);
         }
     }

@@ -1,4 +1,5 @@
-//! One event of a stream. The usual case (all is right but the model's name) costs one skim over the event and one copy.
+//! Normalizes single events of a stream. In the common case only the model name is wrong, which costs one scan of the
+//! event and one copy.
 
 use std::sync::Arc;
 
@@ -16,26 +17,26 @@ use super::{
 };
 use crate::config::Reasoning;
 
-/// The state of one stream.
+/// State of one stream.
 #[derive(Debug)]
 pub struct ChunkNormalizer {
     kind: Kind,
     model: Arc<str>,
-    /// The model's name as JSON.
+    /// Name of the model as a JSON string.
     quoted: String,
     id: Option<String>,
     created: Option<String>,
-    /// Choices whose first piece has passed, as bits.
+    /// Bit set of the choices that have begun.
     begun: u64,
-    /// The client asked for usage in a chunk of its own.
+    /// Whether the client requested the usage in a last chunk only.
     usage_chunk_requested: bool,
     split: Option<StreamSplit>,
     repeat: ChunkTemplateCache,
-    /// A finish reason has passed.
+    /// Whether a finish reason has been forwarded.
     pub finished: bool,
-    /// The last usage that passed.
+    /// Last usage of the stream.
     pub usage: Option<Usage>,
-    /// SseStream that carried text: about as many as tokens.
+    /// Number of events with text, an approximation of the number of tokens.
     pub pieces: u64,
 }
 
@@ -69,7 +70,7 @@ struct Choice<'a> {
 }
 
 impl ChunkNormalizer {
-    /// For a stream of `model`; `usage_chunk_requested`: the client asked for usage at the end, and only there.
+    /// Creates a normalizer. `usage_chunk_requested`: the client requested the usage in a last chunk only.
     pub fn new(kind: Kind, model: Arc<str>, usage_chunk_requested: bool, reasoning: Reasoning) -> Self {
         Self {
             kind,
@@ -92,7 +93,7 @@ impl ChunkNormalizer {
         if self.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" }
     }
 
-    /// Looks at the data of one event.
+    /// Normalizes the data of one event.
     pub fn event(&mut self, data: &[u8]) -> Verdict {
         if data.trim_ascii() == b"[DONE]" {
             return Verdict::Done;
@@ -108,13 +109,13 @@ impl ChunkNormalizer {
                 Some(edits) => Verdict::Changed(vec![edits.apply(data)]),
                 None => self.rebuild(data),
             },
-            // Well-formed, with fields of another type than OpenAI's.
+            // Valid JSON with a field of another type than OpenAI's.
             Err(error) if error.is_data() => self.rebuild(data),
             Err(_) => Verdict::Invalid("an event is not JSON"),
         }
     }
 
-    /// Small replacements that make the chunk right, or `None` when it needs more than that.
+    /// Returns the replacements that correct the chunk, or `None` if it must be rebuilt.
     fn skim(&mut self, data: &[u8], chunk: &Chunk<'_>) -> Option<Edits> {
         let object = chunk.object.is_some_and(|object| object.get().trim_matches('"') == self.object());
         let choices = chunk.choices.as_ref()?;
@@ -141,7 +142,7 @@ impl ChunkNormalizer {
         for choice in choices {
             self.begun |= 1 << choice.index?.min(63);
             self.finished |= matches!(choice.finish_reason, Some(Some(_)));
-            // An empty delta, or an empty text, ends a choice and is no token.
+            // An empty delta or text ends a choice and is not a token.
             let written = choice.delta.or(choice.text).is_some_and(|part| part.get().len() > 2);
             self.pieces += u64::from(written);
         }
@@ -182,9 +183,9 @@ impl ChunkNormalizer {
         reason && body
     }
 
-    /// Rebuilds a chunk that is wrong in more than a name.
+    /// Rebuilds a chunk that has more errors than the model name.
     fn rebuild(&mut self, data: &[u8]) -> Verdict {
-        // Lone surrogates and the like: readable for clients that are lenient, not for us.
+        // The event has unpaired surrogates or similar. Lenient clients can read it, `Value` cannot hold it.
         let Ok(Value::Object(mut chunk)) = serde_json::from_slice::<Value>(data) else {
             return Verdict::Unchanged;
         };
@@ -222,7 +223,7 @@ impl ChunkNormalizer {
             chunk.insert("choices".into(), Value::Array(part));
             lines.push(serde_json::to_vec(&chunk).unwrap_or_default());
         }
-        // Clients read usage from a chunk of its own, after the last text.
+        // Clients expect the usage in a separate chunk after the last text.
         if let Some(usage) = usage.filter(|_| self.finished) {
             chunk.insert("choices".into(), json!([]));
             chunk.insert("usage".into(), usage);
@@ -271,8 +272,7 @@ impl ChunkNormalizer {
         }
     }
 
-    /// Choices with their thinking apart from their answer; text that begins inside one piece and ends in the other makes two
-    /// chunks.
+    /// Splits reasoning from content. Text that ends the reasoning and begins the content becomes two chunks.
     fn split_thinking(&mut self, choices: Vec<Value>) -> Vec<Vec<Value>> {
         match &mut self.split {
             None => vec![choices],
@@ -281,7 +281,7 @@ impl ChunkNormalizer {
     }
 }
 
-/// A token's text as it stands between its quotes, if the choice holds nothing else of it.
+/// Returns the raw text of the choice, if its delta has no other member.
 fn token<'a>(choice: &Choice<'a>) -> Option<&'a str> {
     match choice.delta {
         Some(delta) => only_text(delta.get()),
@@ -289,7 +289,7 @@ fn token<'a>(choice: &Choice<'a>) -> Option<&'a str> {
     }
 }
 
-/// Keeps a field as it was in the first chunk.
+/// Gives a field the value that it had in the first chunk.
 fn same(first: &mut Option<String>, now: &str, data: &[u8], edits: &mut Edits) {
     match first {
         None => *first = Some(now.to_owned()),
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_right_passes_and_names_are_replaced_in_place() {
+    fn forwards_correct_chunks_and_replaces_names_in_place() {
         let mut normalize = normalize();
         let first = br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{"role":"assistant","content":"x"},"finish_reason":null}],"extra":[1]}"#;
         assert_eq!(normalize.event(first), Verdict::Unchanged);
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn what_engines_leave_out_is_put_in() {
+    fn adds_missing_fields() {
         let mut normalize = normalize();
         let lines = changed(normalize.event(
             br#"{"created":1.5,"model":"x","choices":[{"delta":{"content":"a","tool_calls":[{"function":{"name":"f","arguments":{"a":1}}}]}}],"own":1}"#,
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn usage_gets_a_chunk_of_its_own_with_right_sums() {
+    fn moves_usage_to_a_last_chunk() {
         let mut normalize = normalize();
         let lines = changed(normalize.event(
             br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{},"finish_reason":"eos"}],"usage":{"prompt_tokens":3,"completion_tokens":4,"completion_tokens_details":{"reasoning_tokens":2}}}"#,
@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_within_the_stream_is_seen() {
+    fn detects_an_error_event() {
         let verdict = normalize().event(br#"{"error":{"message":"CUDA","code":500}}"#);
         let Verdict::Error(line) = verdict else { panic!("{verdict:?}") };
         let body: Value = serde_json::from_slice(&line).unwrap();
@@ -413,7 +413,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_remembered_of_completions_changes_nothing(texts in prop::collection::vec("[a-c\\\\n]{0,2}", 0..9)) {
+        fn cache_does_not_change_text_completions(texts in prop::collection::vec("[a-c\\\\n]{0,2}", 0..9)) {
             let new = || ChunkNormalizer::new(Kind::Text, "m".into(), true, Reasoning::Pass);
             let (mut quick, mut plain) = (new(), new());
             for text in texts {
@@ -427,7 +427,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_remembered_changes_nothing(events in prop::collection::vec((event(), 1usize..4), 0..12)) {
+        fn cache_does_not_change_chat_chunks(events in prop::collection::vec((event(), 1usize..4), 0..12)) {
             let (mut quick, mut plain) = (normalize(), normalize());
             for data in events.iter().flat_map(|(event, times)| std::iter::repeat_n(event, *times)) {
                 plain.repeat = ChunkTemplateCache::default();

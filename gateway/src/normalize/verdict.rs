@@ -1,16 +1,16 @@
-//! What becomes of one event of a stream.
+//! Result of normalizing one event of a stream.
 
 /// Result of normalizing one event.
 #[derive(Debug, PartialEq)]
 pub enum Verdict {
-    /// The event is forwarded as it came.
+    /// The event is forwarded unchanged.
     Unchanged,
-    /// These events take its place, each one line of JSON.
+    /// Events that replace the event, each one line of JSON.
     Changed(Vec<Vec<u8>>),
     /// The stream is complete: `[DONE]`.
     Done,
-    /// The node reported an error within its stream; the event to forward.
+    /// The node reported an error within its stream; with the event to forward.
     Error(Vec<u8>),
-    /// The endpoint never sends such an event; the reason.
+    /// The endpoint never sends such an event; with a description.
     Invalid(&'static str),
 }

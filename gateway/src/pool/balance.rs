@@ -1,20 +1,20 @@
-//! Which node gets the next request. Pure: what is known of the nodes, and random numbers, are passed in.
+//! Load balancing: chooses the node for a request. Pure: the state of the nodes and random numbers are arguments.
 
 use crate::config::LoadBalancing;
 use crate::hash::mix;
 
-/// What a balancer knows of a node.
+/// State of a node, as far as load balancing needs it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NodeView {
-    /// Requests that it works on.
+    /// Requests on the node.
     pub requests: usize,
-    /// Requests that it can work on; 0 when it may get none now.
+    /// Number of slots; 0 if the node is not ready, ejected or paused.
     pub slots: usize,
-    /// Tokens that it still has to read and write, as far as can be told.
+    /// Expected tokens of all requests on the node.
     pub tokens: u64,
-    /// Seconds that it takes per token of a request.
+    /// Seconds per token of a request.
     pub seconds_per_token: f64,
-    /// Name as a number, the same in every process: where hashing puts it.
+    /// Hash of the URL, equal in all gateways. Decides the position of the node in consistent hashing.
     pub hash: u64,
 }
 
@@ -24,23 +24,25 @@ impl NodeView {
     }
 }
 
-/// What is known of the request.
+/// The request, as far as load balancing needs it.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RequestView {
-    /// Tokens it will take.
+    /// Expected number of prompt and completion tokens.
     pub tokens: u64,
-    /// Hash of its prompt's beginning, or of its session.
+    /// Hash of the prompt prefix or of the session.
     pub affinity: Option<u64>,
-    /// Requests that wait besides it.
+    /// Number of other requests in the queue.
     pub waiting: usize,
-    /// A node that has just failed this request.
+    /// Index of a node that must not be chosen, because it has just failed this request.
     pub exclude: Option<usize>,
-    /// A random number, for choices between equals.
+    /// Random number for choices between equal nodes.
     pub random: u64,
 }
 
-/// Picks a node with a free slot; `None` when there is none, or when waiting for a faster node is expected to be quicker
-/// than the free ones (then that node is busy, and its next free slot is a new chance).
+/// Returns the index of a node with a free slot. `turn` counts requests, for round robin.
+///
+/// Returns `None` if no slot is free, or if waiting for a busy faster node is expected to be quicker than any free
+/// node.
 pub fn pick(balance: LoadBalancing, nodes: &[NodeView], request: &RequestView, turn: u64) -> Option<usize> {
     match balance {
         LoadBalancing::LeastTokens => least_tokens(nodes, request),
@@ -61,14 +63,15 @@ fn candidates<'a>(
     nodes.iter().enumerate().filter(move |(index, node)| node.free() && Some(*index) != exclude)
 }
 
-/// Seconds until a node would have answered: its time per token, times the request's own tokens and the outstanding ones
-/// per slot. With equal speeds this is least outstanding tokens.
+/// Expected seconds until the node completes the request: seconds per token times the sum of the request's tokens and
+/// the outstanding tokens per slot. With equal speeds the node with the fewest outstanding tokens is chosen.
 fn expected_seconds(node: &NodeView, request: &RequestView) -> f64 {
     let outstanding = node.tokens as f64 / node.slots.max(1) as f64;
     node.seconds_per_token * (request.tokens as f64 + outstanding)
 }
 
-/// Slower than this many times the fastest counts as slow: less is within what a batch's own noise makes.
+/// A node is slow if its time per token exceeds this multiple of the time of another node. Smaller differences are
+/// within the noise of batching.
 const SLOW: f64 = 1.5;
 
 fn least_tokens(nodes: &[NodeView], request: &RequestView) -> Option<usize> {
@@ -77,7 +80,7 @@ fn least_tokens(nodes: &[NodeView], request: &RequestView) -> Option<usize> {
         key(a).total_cmp(&key(b)).then((a.1.requests * b.1.slots).cmp(&(b.1.requests * a.1.slots)))
     };
     let (index, best) = candidates(nodes, request).min_by(by_time)?;
-    // Faster nodes that are full now: is it quicker to wait for one of their slots?
+    // Compares the free node with faster nodes that are full: waiting for one of their slots can be quicker.
     let (mut slots, mut speed) = (0usize, 0.0);
     for (other, node) in nodes.iter().enumerate() {
         let full = node.slots > 0 && node.requests >= node.slots && Some(other) != request.exclude;
@@ -96,7 +99,7 @@ fn least_tokens(nodes: &[NodeView], request: &RequestView) -> Option<usize> {
     Some(index)
 }
 
-/// Power of two choices (Mitzenmacher 2001) by time per token times what is in flight.
+/// Power of two choices (Mitzenmacher 2001), by time per token times requests.
 fn peak_ewma(nodes: &[NodeView], request: &RequestView) -> Option<usize> {
     let free: Vec<_> = candidates(nodes, request).collect();
     let count = free.len() as u64;
@@ -113,12 +116,11 @@ fn peak_ewma(nodes: &[NodeView], request: &RequestView) -> Option<usize> {
     Some(free[at as usize].0)
 }
 
-/// More than the mean load times this, and a request goes elsewhere (consistent hashing with bounded loads, Mirrokni et al.
-/// 2018).
+/// Largest load of a node relative to the mean load (consistent hashing with bounded loads, Mirrokni et al. 2018).
 const BOUND: f64 = 1.25;
 
-/// The node with the highest hash of (node, affinity) that is not overloaded (rendezvous hashing): when nodes come and go,
-/// only their own requests move.
+/// Rendezvous hashing with bounded loads: returns the node with the highest hash of node and affinity that is not
+/// overloaded. If a node is added or removed, only the requests of that node move.
 fn bounded_hash(nodes: &[NodeView], request: &RequestView, affinity: u64) -> Option<usize> {
     let open: Vec<&NodeView> = nodes.iter().filter(|node| node.slots > 0).collect();
     let total: usize = open.iter().map(|node| node.requests).sum::<usize>() + 1;
@@ -174,12 +176,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn only_a_free_node_is_picked(nodes in prop::collection::vec(node(), 0..8), request in request(), turn: u64) {
+        fn picks_only_free_nodes(nodes in prop::collection::vec(node(), 0..8), request in request(), turn: u64) {
             let free = |i: usize| nodes[i].free() && Some(i) != request.exclude;
             for balance in ALL {
                 match pick(balance, &nodes, &request, turn) {
                     Some(i) => prop_assert!(free(i), "{balance:?}"),
-                    // Waiting is allowed only for a busy node that will be free.
+                    // Waiting is valid only if a busy node can become free.
                     None => {
                         let busy = nodes.iter().any(|n| n.slots > 0 && n.requests >= n.slots);
                         prop_assert!(busy || (0..nodes.len()).all(|i| !free(i)), "{balance:?}");
@@ -189,7 +191,7 @@ mod tests {
         }
 
         #[test]
-        fn with_equal_speeds_the_fewest_tokens_win(mut nodes in prop::collection::vec(node(), 1..8), request in request()) {
+        fn picks_fewest_tokens_at_equal_speeds(mut nodes in prop::collection::vec(node(), 1..8), request in request()) {
             for node in &mut nodes { node.seconds_per_token = 0.01; }
             let free = |i: usize| nodes[i].free() && Some(i) != request.exclude;
             let picked = pick(LoadBalancing::LeastTokens, &nodes, &request, 0);
@@ -203,7 +205,7 @@ mod tests {
         }
 
         #[test]
-        fn a_prefix_stays_with_its_node_when_another_leaves(hashes in prop::collection::hash_set(any::<u64>(), 3..8), affinity: u64) {
+        fn prefix_keeps_its_node_when_another_is_removed(hashes in prop::collection::hash_set(any::<u64>(), 3..8), affinity: u64) {
             let nodes: Vec<_> = hashes.iter().map(|hash| NodeView { requests: 0, slots: 4, tokens: 0, seconds_per_token: 1.0, hash: *hash }).collect();
             let request = RequestView { tokens: 1, affinity: Some(affinity), ..RequestView::default() };
             let home = pick(LoadBalancing::PrefixHash, &nodes, &request, 0).unwrap();
@@ -216,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_node_is_used_only_under_pressure() {
+    fn slow_node_is_used_only_with_a_long_queue() {
         let fast = NodeView { requests: 8, slots: 8, tokens: 800, seconds_per_token: 0.002, hash: 1 };
         let slow = NodeView { requests: 0, slots: 8, tokens: 0, seconds_per_token: 0.008, hash: 2 };
         let at = |waiting| RequestView { tokens: 100, waiting, ..RequestView::default() };
@@ -231,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn an_overloaded_home_is_left() {
+    fn prefix_leaves_an_overloaded_node() {
         let node = |hash, requests| NodeView { requests, slots: 64, tokens: 0, seconds_per_token: 1.0, hash };
         let request = RequestView { tokens: 1, affinity: Some(7), ..RequestView::default() };
         let idle = [node(1, 0), node(2, 0), node(3, 0)];
@@ -242,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn turns_go_round() {
+    fn round_robin_uses_nodes_in_turn() {
         let node = NodeView { requests: 0, slots: 1, tokens: 0, seconds_per_token: 1.0, hash: 0 };
         let picks: Vec<_> = (0..5)
             .map(|turn| pick(LoadBalancing::RoundRobin, &[node; 3], &RequestView::default(), turn).unwrap())

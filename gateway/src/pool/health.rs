@@ -1,5 +1,6 @@
-//! Active health: asks every node of a pool at an interval. A ready node is taken out after some failures in a row; an
-//! ill one comes back with its first success. Those that drain, or that their scaler has yet to let in, are not its business.
+//! Active health checks of all nodes of a pool, at an interval. A ready node becomes unhealthy after several
+//! consecutive failures. An unhealthy node becomes ready with its first success. Draining and starting nodes are not
+//! checked here; their autoscaler decides.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use crate::time::ms;
 use crate::upstream::connect::Connector;
 use crate::upstream::exchange::get_ok;
 
-/// Watches `pool` until it is retired.
+/// Checks the nodes of `pool` until the pool is retired.
 pub async fn watch(pool: Arc<ModelPool>, connector: Connector) {
     let stop = pool.retired();
     let mut failures: HashMap<u64, u32> = HashMap::new();
@@ -46,12 +47,12 @@ pub async fn watch(pool: Arc<ModelPool>, connector: Connector) {
                 _ => {}
             }
         }
-        // Pauses and ejections end with time alone.
+        // Pauses and ejections end by time, without another event that would dispatch waiting requests.
         pool.dispatch();
     }
 }
 
-/// Whether the node answers `path` with success in time.
+/// Returns whether the node responds to `path` with success before the timeout.
 pub async fn check(connector: &Connector, node: &Node, path: &str, timeout: Duration) -> bool {
     tokio::time::timeout(timeout, get_ok(connector, &node.endpoint.target, path)).await.unwrap_or(false)
 }

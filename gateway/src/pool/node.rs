@@ -1,4 +1,4 @@
-//! One upstream endpoint: where it is, how it is, what it holds, what was learnt of it.
+//! A node of a pool: its address, state, load and measured statistics.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,22 +13,23 @@ use crate::hash::hash_text;
 use crate::upstream::address::AddressPolicy;
 use crate::upstream::endpoint::Endpoint;
 
-/// Whether a node may get requests.
+/// State of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum NodeState {
-    /// It may.
+    /// The node receives requests.
     Ready = 0,
-    /// It is starting, or a check or a request found it ill; it may once a check finds it well.
+    /// The node failed a health check or a connection attempt, or has not passed its first check. A successful check
+    /// makes it ready.
     Unhealthy = 1,
-    /// It finishes what it holds and is then removed.
+    /// The node finishes its requests, receives no new ones, and is then removed.
     Draining = 2,
-    /// Its scaler has not let it in yet.
+    /// The autoscaler has not admitted the node yet.
     Starting = 3,
 }
 
 impl NodeState {
-    /// For the admin API.
+    /// Returns the name in the admin API.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ready => "ready",
@@ -39,17 +40,17 @@ impl NodeState {
     }
 }
 
-/// Who added a node.
+/// Origin of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NodeOrigin {
     /// The configuration.
     Config,
     /// The admin API.
     Admin {
-        /// Whether loopback and private addresses are allowed.
+        /// Whether loopback and private addresses are permitted.
         allow_private: bool,
     },
-    /// The actuator of a scaled pool, which also removes it.
+    /// The actuator of a scaled pool, which also removes the node.
     Scaler,
 }
 
@@ -62,23 +63,23 @@ impl NodeOrigin {
     }
 }
 
-/// How a node is created.
+/// Parameters of a new node.
 #[derive(Debug, Clone)]
 pub struct NodeSpec {
     /// Base URL.
     pub url: String,
-    /// Most requests at once; `None` to measure it.
+    /// Largest number of concurrent requests; `None` to learn it.
     pub max_concurrency: Option<usize>,
-    /// The node's own API key.
+    /// API key of the node.
     pub key: Option<Secret<String>>,
-    /// Who adds it.
+    /// Origin of the node.
     pub origin: NodeOrigin,
-    /// State at the beginning.
+    /// Initial state.
     pub state: NodeState,
 }
 
 impl NodeSpec {
-    /// A ready node of the configuration.
+    /// Returns the parameters of a ready node of the configuration.
     pub fn new(url: impl Into<String>, max_concurrency: Option<usize>) -> Self {
         Self {
             url: url.into(),
@@ -90,26 +91,26 @@ impl NodeSpec {
     }
 }
 
-/// What was measured of a node.
+/// Measured statistics of a node.
 #[derive(Debug, Clone)]
 pub struct NodeStats {
     /// Failures and ejections.
     pub outlier: Outlier,
     /// Seconds per token.
     pub speed: Speed,
-    /// Milliseconds per token by the number of requests on the node.
+    /// Milliseconds per token as a function of the requests on the node.
     pub token_time: TokenTime,
-    /// Most requests at once.
+    /// Largest number of concurrent requests.
     pub concurrency: ConcurrencyLimit,
 }
 
-/// An upstream endpoint.
+/// A node with its counters.
 pub struct Node {
-    /// Number of the node, unique within its pool.
+    /// Id of the node, unique within its pool.
     pub id: u64,
     /// `host:port`, for logs and metrics.
     pub name: String,
-    /// How it was created.
+    /// Parameters that the node was created with.
     pub spec: NodeSpec,
     /// Address and idle connections.
     pub endpoint: Arc<Endpoint>,
@@ -121,7 +122,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// A node.
+    /// Creates a node. An error describes an invalid URL or key.
     pub fn new(id: u64, spec: NodeSpec) -> Result<Self, String> {
         let endpoint = Endpoint::new(&spec.url, spec.key.as_ref(), spec.origin.address_policy())?;
         Ok(Self {
@@ -142,7 +143,7 @@ impl Node {
         })
     }
 
-    /// How it is.
+    /// Returns the state.
     pub fn state(&self) -> NodeState {
         match self.state.load(Ordering::Acquire) {
             0 => NodeState::Ready,
@@ -156,22 +157,22 @@ impl Node {
         self.state.store(state as u8, Ordering::Release);
     }
 
-    /// What was measured.
+    /// Locks and returns the measured statistics.
     pub fn stats(&self) -> MutexGuard<'_, NodeStats> {
         self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Requests that it holds.
+    /// Number of requests on the node.
     pub fn requests(&self) -> usize {
         self.requests.load(Ordering::Acquire)
     }
 
-    /// Tokens that it still has to read and write.
+    /// Expected tokens of all requests on the node.
     pub fn tokens(&self) -> u64 {
         self.tokens.load(Ordering::Acquire)
     }
 
-    /// What a balancer needs to know; `usual` seconds per token stand in where nothing was measured.
+    /// Returns the state for load balancing. `usual` is the time per token, in seconds, of a node without measurements.
     pub fn view(&self, config: &OutlierConfig, usual: f64, now_ms: u64) -> NodeView {
         let stats = self.stats();
         let slots = match self.state() {

@@ -1,30 +1,31 @@
-//! Passive health of a node: ejected after failures in a row (mid-stream ones count), tried with one request when its
-//! time is over, then taken back with a share that grows. Pure: times are passed in as milliseconds.
+//! Outlier detection (as in Envoy): a node is ejected after consecutive failures, including streams that break. After
+//! the ejection one request probes the node. If that succeeds, the usable slots rise slowly to all (slow start). Pure:
+//! times are arguments, in milliseconds.
 
 use crate::config::OutlierConfig;
 
-/// What is remembered of a node's answers.
+/// Failures and ejections of a node.
 #[derive(Debug, Clone, Default)]
 pub struct Outlier {
     failures: u32,
     ejections: u32,
     until_ms: Option<u64>,
     probing: bool,
-    /// When it came back, for the slow start; none when it never left.
+    /// Time at which the last ejection ended, for the slow start; `None` if there was none.
     back_ms: Option<u64>,
-    /// The node itself asked for a pause (`Retry-After`).
+    /// End of the pause that the node requested with `Retry-After`.
     pause_ms: u64,
 }
 
 impl Outlier {
-    /// How many of its `slots` may be used now.
+    /// Returns how many of `slots` may be used at `now_ms`.
     pub fn usable(&self, slots: usize, config: &OutlierConfig, now_ms: u64) -> usize {
         if self.pause_ms > now_ms {
             return 0;
         }
         match (self.until_ms, self.back_ms) {
             (Some(until), _) if now_ms < until => 0,
-            // Half open: one request decides.
+            // Half open: one request probes the node.
             (Some(_), _) => 1,
             (None, Some(back)) if now_ms < back + config.slow_start_ms => {
                 let share = (now_ms - back) as f64 / config.slow_start_ms as f64;
@@ -34,17 +35,17 @@ impl Outlier {
         }
     }
 
-    /// Whether it is ejected, or being tried again.
+    /// Returns whether the node is ejected or being probed.
     pub fn ejected(&self) -> bool {
         self.until_ms.is_some()
     }
 
-    /// A request begins.
+    /// Records the start of a request.
     pub fn begin(&mut self) {
         self.probing = self.until_ms.is_some();
     }
 
-    /// An answer went well. True when the node came back by it.
+    /// Records a successful response. Returns `true` if it ended an ejection.
     pub fn success(&mut self, config: &OutlierConfig, now_ms: u64) -> bool {
         self.failures = 0;
         let probed = self.until_ms.is_some_and(|until| until <= now_ms);
@@ -53,14 +54,14 @@ impl Outlier {
             self.probing = false;
             self.back_ms = Some(now_ms);
         } else if self.back_ms.is_some_and(|back| back + 10 * config.slow_start_ms.max(1_000) < now_ms) {
-            // Well for long enough: the next ejection is a first one again.
+            // After ten slow starts without an ejection, the next ejection is as short as the first.
             self.ejections = 0;
             self.back_ms = None;
         }
         probed
     }
 
-    /// An answer failed. True when the node was ejected by it.
+    /// Records a failed response. Returns `true` if it ejected the node.
     pub fn failure(&mut self, config: &OutlierConfig, now_ms: u64) -> bool {
         self.failures += 1;
         let tried = self.until_ms.is_some_and(|until| until <= now_ms);
@@ -76,12 +77,13 @@ impl Outlier {
         true
     }
 
-    /// The node asked to be left alone until then.
+    /// Pauses the node until `at_ms`. A longer pause stays in effect.
     pub fn pause_until(&mut self, at_ms: u64) {
         self.pause_ms = self.pause_ms.max(at_ms);
     }
 
-    /// A health check found the node well after it had been ill: what was counted before is void.
+    /// Clears failures, ejection and pause after a successful health check of an unhealthy node, and begins a slow
+    /// start.
     pub fn reset(&mut self, now_ms: u64) {
         *self = Self { back_ms: Some(now_ms), ejections: self.ejections, ..Self::default() };
     }
@@ -94,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_goes_out_is_tried_and_comes_back_slowly() {
+    fn ejects_probes_and_readmits_with_slow_start() {
         let config = OutlierConfig::default();
         let mut node = Outlier::default();
         assert!(!node.failure(&config, 0) && !node.failure(&config, 1));
@@ -114,7 +116,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_happens_it_is_usable_again_in_bounded_time(events in prop::collection::vec((any::<bool>(), 0u64..20_000), 0..60)) {
+        fn ejected_node_is_usable_again_within_max_eject_ms(events in prop::collection::vec((any::<bool>(), 0u64..20_000), 0..60)) {
             let config = OutlierConfig::default();
             let (mut node, mut now) = (Outlier::default(), 0);
             for (good, pause) in events {

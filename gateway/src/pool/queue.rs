@@ -1,28 +1,28 @@
-//! The order in which waiting requests are served. Pure: times are passed in as milliseconds.
+//! The queue of waiting requests. Pure: times are arguments, in milliseconds.
 //!
-//! Classes first (interactive, default, bulk); within a class the key that was served least (start-time fair queueing by
-//! tokens); within a key the earliest deadline, then arrival. A request that has waited too long counts as one of the
-//! highest class, so no class starves.
+//! Order: first the class (interactive, default, bulk). Within a class: the key that was served fewest tokens
+//! (start-time fair queueing). Within a key: the earliest deadline, then arrival. A request that has waited for
+//! `starvation_ms` is served before all others, so that no class starves.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::config::Priority;
 
-/// What the order depends on.
+/// Properties of a request that decide its position.
 #[derive(Debug, Clone)]
 pub struct Ticket {
-    /// Its class.
+    /// Priority class.
     pub class: Priority,
-    /// Whose it is.
+    /// Name of the client key.
     pub key: Arc<str>,
-    /// When it wants to be served, at the latest.
+    /// Time by which the request should be served.
     pub deadline_ms: u64,
-    /// When it came.
+    /// Time of arrival.
     pub arrived_ms: u64,
-    /// Tokens it will take.
+    /// Expected number of tokens.
     pub tokens: u64,
-    /// Bytes it holds.
+    /// Size of the request body in bytes.
     pub bytes: usize,
 }
 
@@ -31,30 +31,30 @@ struct Waiting<T> {
     item: T,
 }
 
-/// One key's requests within a class, by deadline and arrival.
+/// Waiting requests of one key within a class, by deadline and number of arrival.
 struct Flow<T> {
-    /// Tokens served, in the class's virtual time.
+    /// Tokens served to the key, in virtual time of the class.
     served: u64,
     waiting: BTreeMap<(u64, u64), Waiting<T>>,
 }
 
 struct Class<T> {
     flows: HashMap<Arc<str>, Flow<T>>,
-    /// Virtual time: where a flow that comes (back) begins, so that absence earns no credit.
+    /// Virtual time of the class. A key that is new or returns starts at this value, so that absence earns no credit.
     now: u64,
 }
 
 /// Waiting requests in order.
 pub struct WaitQueue<T> {
     classes: [Class<T>; 3],
-    /// (arrival, number) -> class and deadline: who waits longest.
+    /// Waiting requests by arrival time and number, with class, key and deadline. The first has waited longest.
     arrivals: BTreeMap<(u64, u64), (Priority, Arc<str>, u64)>,
     bytes: usize,
     next: u64,
     starvation_ms: u64,
 }
 
-/// A request's entry, to take it out or put it back.
+/// Position of a waiting request in the queue.
 #[derive(Debug, Clone)]
 pub struct QueueEntry {
     class: Priority,
@@ -65,7 +65,7 @@ pub struct QueueEntry {
 }
 
 impl<T> WaitQueue<T> {
-    /// An empty queue.
+    /// Creates an empty queue.
     pub fn new(starvation_ms: u64) -> Self {
         let class = || Class { flows: HashMap::new(), now: 0 };
         Self {
@@ -77,32 +77,32 @@ impl<T> WaitQueue<T> {
         }
     }
 
-    /// Requests waiting.
+    /// Number of waiting requests.
     pub fn len(&self) -> usize {
         self.arrivals.len()
     }
 
-    /// Whether nobody waits.
+    /// Returns whether no request waits.
     pub fn is_empty(&self) -> bool {
         self.arrivals.is_empty()
     }
 
-    /// Bytes that they hold.
+    /// Bytes of all waiting request bodies.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// When the longest waiting one came.
+    /// Arrival time of the request that has waited longest.
     pub fn oldest_ms(&self) -> Option<u64> {
         self.arrivals.first_key_value().map(|((arrived, _), _)| *arrived)
     }
 
-    /// Changes when waiting counts as starving.
+    /// Sets the waiting time after which a request is served before all others.
     pub fn set_starvation_ms(&mut self, starvation_ms: u64) {
         self.starvation_ms = starvation_ms;
     }
 
-    /// Adds a request.
+    /// Adds a request and returns its position.
     pub fn push(&mut self, ticket: Ticket, item: T) -> QueueEntry {
         let number = self.next;
         self.next += 1;
@@ -126,7 +126,7 @@ impl<T> WaitQueue<T> {
         entry
     }
 
-    /// Where the next request to serve stands, besides those in `skip`.
+    /// Returns the position of the request to serve next, leaving out the numbers in `skip`.
     pub fn next(&self, now_ms: u64, skip: &[u64]) -> Option<QueueEntry> {
         let oldest = self.arrivals.iter().find(|((_, number), _)| !skip.contains(number));
         if let Some(((arrived_ms, number), (class, key, deadline_ms))) = oldest
@@ -155,7 +155,8 @@ impl<T> WaitQueue<T> {
         })
     }
 
-    /// The newest request of the lowest class below `class`: who makes room for a higher one.
+    /// Returns the newest request of the lowest class below `class`: the first to be rejected to make room for a
+    /// request of `class`.
     pub fn displaceable(&self, class: Priority) -> Option<QueueEntry> {
         Priority::ALL.into_iter().rev().take_while(|lower| *lower > class).find_map(|lower| {
             let ((arrived_ms, number), (class, key, deadline_ms)) =
@@ -171,14 +172,14 @@ impl<T> WaitQueue<T> {
         })
     }
 
-    /// The request at `entry`.
+    /// Returns the request at `entry`, if it still waits.
     pub fn get(&self, entry: &QueueEntry) -> Option<(&Ticket, &T)> {
         let flow = self.classes[entry.class as usize].flows.get(&entry.key)?;
         let waiting = flow.waiting.get(&(entry.deadline_ms, entry.number))?;
         Some((&waiting.ticket, &waiting.item))
     }
 
-    /// Takes the request at `entry` out; `served` charges its key for it.
+    /// Removes and returns the request at `entry`. If `served`, its tokens are charged to its key.
     pub fn take(&mut self, entry: &QueueEntry, served: bool) -> Option<T> {
         let class = &mut self.classes[entry.class as usize];
         let flow = class.flows.get_mut(&entry.key)?;
@@ -192,14 +193,14 @@ impl<T> WaitQueue<T> {
         if flow.waiting.is_empty() && flow.served <= class.now {
             class.flows.remove(&entry.key);
         } else if class.flows.len() > 1024 {
-            // Flows that owe nothing and hold nothing need not be remembered.
+            // Bounds the map: flows without waiting requests and without debt hold no information.
             let now = class.now;
             class.flows.retain(|_, flow| !flow.waiting.is_empty() || flow.served > now);
         }
         Some(waiting.item)
     }
 
-    /// Every entry, in no order; for taking out those whose owner has left.
+    /// All positions, unordered.
     pub fn entries(&self) -> impl Iterator<Item = QueueEntry> {
         self.arrivals.iter().map(|((arrived_ms, number), (class, key, deadline_ms))| QueueEntry {
             class: *class,
@@ -212,7 +213,7 @@ impl<T> WaitQueue<T> {
 }
 
 impl QueueEntry {
-    /// Number of the request within its queue.
+    /// Number of the request, unique within the queue.
     pub fn number(&self) -> u64 {
         self.number
     }
@@ -237,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn classes_then_fair_keys_then_deadlines() {
+    fn orders_by_class_then_key_then_deadline() {
         let mut queue = WaitQueue::new(60_000);
         for (item, class, key, deadline) in [
             (0, Priority::Bulk, "a", 100),
@@ -253,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn who_starves_goes_first_and_the_lowest_makes_room() {
+    fn starving_request_is_first_and_newest_bulk_is_displaceable() {
         let mut queue = WaitQueue::new(1_000);
         queue.push(ticket(Priority::Bulk, "a", 9_000, 0, 1), 0);
         queue.push(ticket(Priority::Bulk, "a", 9_000, 500, 1), 1);
@@ -266,8 +267,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn two_busy_keys_share_by_tokens(sizes in prop::collection::vec(1u64..200, 40..80)) {
-            // Key `a` floods; key `b` asks now and then: `b` never waits behind more than one request of `a`.
+        fn busy_key_does_not_delay_another(sizes in prop::collection::vec(1u64..200, 40..80)) {
+            // Key `a` has a long queue and key `b` sends single requests. No more than one request of `a` is served
+            // before one of `b`.
             let mut queue = WaitQueue::new(u64::MAX / 2);
             for (number, tokens) in sizes.iter().enumerate() {
                 queue.push(ticket(Priority::Default, "a", 0, number as u64, *tokens), 0);
@@ -287,7 +289,7 @@ mod tests {
         }
 
         #[test]
-        fn nothing_is_lost(items in prop::collection::vec((0usize..3, 0u8..4, 0u64..50, 0u64..50, 0u64..9), 0..60), leave in prop::collection::vec(any::<bool>(), 60)) {
+        fn every_request_is_taken_exactly_once(items in prop::collection::vec((0usize..3, 0u8..4, 0u64..50, 0u64..50, 0u64..9), 0..60), leave in prop::collection::vec(any::<bool>(), 60)) {
             let mut queue = WaitQueue::new(20);
             let mut entries = Vec::new();
             for (number, (class, key, deadline, arrived, tokens)) in items.iter().enumerate() {

@@ -1,12 +1,13 @@
-//! How many retries a pool may make: a share of its requests, so that a failing pool is not asked twice as much.
+//! The retry budget of a pool (as in Finagle): retries are at most a share of all requests, so that they do not
+//! multiply the load on a failing pool.
 
-/// Tokens for retries; every request pays some in, every retry takes one.
+/// Token bucket: each request deposits a fraction of a token and each retry withdraws one token.
 #[derive(Debug)]
 pub struct RetryBudget {
     tokens: f64,
 }
 
-/// In hand at the start, and the most that can be saved.
+/// Initial number of tokens, and the largest number that can be saved up.
 const RESERVE: f64 = 10.0;
 
 impl Default for RetryBudget {
@@ -16,12 +17,12 @@ impl Default for RetryBudget {
 }
 
 impl RetryBudget {
-    /// A request came.
+    /// Deposits for one request: `percent` hundredths of a token.
     pub fn deposit(&mut self, percent: u32) {
         self.tokens = (self.tokens + f64::from(percent) / 100.0).min(RESERVE.max(f64::from(percent)));
     }
 
-    /// Whether a retry may be made; counts it.
+    /// Withdraws one token. Returns whether the retry is permitted.
     pub fn withdraw(&mut self) -> bool {
         let enough = self.tokens >= 1.0;
         if enough {
@@ -39,7 +40,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn retries_stay_within_their_share(percent in 0u32..100, requests in 0usize..2_000) {
+        fn retries_never_exceed_reserve_and_percentage(percent in 0u32..100, requests in 0usize..2_000) {
             let mut budget = RetryBudget::default();
             let mut retries = 0;
             for _ in 0..requests {

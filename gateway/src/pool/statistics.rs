@@ -1,9 +1,9 @@
-//! What a pool learns from its answers: how long completions are (per stage), how fast each node is, how many requests
-//! a node takes at once. Pure arithmetic.
+//! Statistics that a pool learns from responses: completion lengths per stage, and speed and concurrency limit per
+//! node. Pure arithmetic.
 
 use std::collections::HashMap;
 
-/// Exponentially weighted mean; the first values count more, so that it is right soon.
+/// Exponentially weighted moving average. Starts as the plain mean of the first values.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Ewma {
     mean: f64,
@@ -11,33 +11,33 @@ pub struct Ewma {
 }
 
 impl Ewma {
-    /// Takes a value; `window` is how many values the mean remembers.
+    /// Adds a value. `window` is the number of values after which older ones begin to fade.
     pub fn push(&mut self, value: f64, window: u32) {
         self.seen = (self.seen + 1).min(window);
         self.mean += (value - self.mean) / f64::from(self.seen);
     }
 
-    /// The mean, if anything was seen.
+    /// Returns the mean, or `None` without values.
     pub fn get(&self) -> Option<f64> {
         (self.seen > 0).then_some(self.mean)
     }
 }
 
-/// Stages beyond this share one mean.
+/// Largest number of stages with their own mean.
 const STAGES: usize = 64;
 
-/// Mean length of completions, per stage and over all.
+/// Mean length of completions in tokens, per stage and overall.
 #[derive(Debug, Default)]
 pub struct CompletionLengths {
     all: (Ewma, u64),
     stages: HashMap<String, (Ewma, u64)>,
 }
 
-/// What a completion is taken to have before any was seen.
+/// Assumed length of a completion in tokens before any was measured.
 const UNKNOWN_LENGTH: f64 = 500.0;
 
 impl CompletionLengths {
-    /// Learns a finished completion.
+    /// Adds the length of a complete response.
     pub fn push(&mut self, stage: Option<&str>, tokens: u64) {
         let learn = |(mean, count): &mut (Ewma, u64), window| {
             mean.push(tokens as f64, window);
@@ -53,37 +53,39 @@ impl CompletionLengths {
         }
     }
 
-    /// Mean of the completions seen and how many they were, of one stage or of all.
+    /// Returns the mean length and the number of completions of `stage`, or of all stages if `stage` is `None`.
     pub fn mean_and_count(&self, stage: Option<&str>) -> (Option<f64>, u64) {
         let known = stage.map_or(Some(&self.all), |stage| self.stages.get(stage));
         known.map_or((None, 0), |(mean, count)| (mean.get(), *count))
     }
 
-    /// What a completion of that stage will have.
+    /// Returns the expected length of a completion of `stage` in tokens, at least 1.
     pub fn expected(&self, stage: Option<&str>) -> u64 {
         let mean = stage.and_then(|stage| self.stages.get(stage)).and_then(|(mean, _)| mean.get());
         mean.or(self.all.0.get()).unwrap_or(UNKNOWN_LENGTH).max(1.0) as u64
     }
 }
 
-/// Seconds that a node takes per token of a request (its own, not a share of the batch).
+/// Seconds per token of a request on a node. This is the duration of the request divided by its own tokens, independent
+/// of other requests in the batch.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Speed {
     seconds_per_token: Ewma,
     at_ms: u64,
 }
 
-/// An unused node's speed is forgotten over this time, so that one that was slow for a while gets another chance.
+/// Time constant, in milliseconds, with which the measured speed of an idle node decays to the usual one. A node that
+/// was slow once is tried again.
 const FORGET_MS: f64 = 60_000.0;
 
 impl Speed {
-    /// Learns a finished request.
+    /// Adds a completed request.
     pub fn push(&mut self, seconds: f64, tokens: u64, now_ms: u64) {
         self.seconds_per_token.push(seconds / tokens.max(1) as f64, 128);
         self.at_ms = now_ms;
     }
 
-    /// Seconds per token, drawn towards `usual` the longer nothing was seen.
+    /// Returns the seconds per token. The value approaches `usual` with the time since the last measurement.
     pub fn get(&self, usual: f64, now_ms: u64) -> f64 {
         let Some(seen) = self.seconds_per_token.get() else { return usual };
         let age = now_ms.saturating_sub(self.at_ms) as f64;
@@ -91,14 +93,14 @@ impl Speed {
         seen * weight + usual * (1.0 - weight)
     }
 
-    /// What was measured.
+    /// Returns the measured mean without decay.
     pub fn measured(&self) -> Option<f64> {
         self.seconds_per_token.get()
     }
 }
 
-/// Milliseconds per token as a line over the requests that share the node: least squares over answers, older ones counting
-/// less.
+/// Milliseconds per token as a linear function of the requests on the node. Least squares over responses, older ones
+/// with smaller weight.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TokenTime {
     weight: f64,
@@ -109,13 +111,13 @@ pub struct TokenTime {
     skipped: u8,
 }
 
-/// Answers by a node that has just started say little about it.
+/// Number of responses after the start of a node that are ignored, because warm-up distorts them.
 const WARM_UP: u8 = 3;
-/// What an answer's weight is multiplied by with each later one.
+/// Factor on the weight of all earlier responses with each new one.
 const FADE: f64 = 0.99;
 
 impl TokenTime {
-    /// Learns an answer: how many requests the node had, and how long a token took.
+    /// Adds a response: number of requests on the node, and milliseconds per token.
     pub fn push(&mut self, batch: usize, ms: f64) {
         if self.skipped < WARM_UP {
             self.skipped += 1;
@@ -133,7 +135,8 @@ impl TokenTime {
         }
     }
 
-    /// The line through what several nodes learnt: milliseconds alone, and for each request besides.
+    /// Fits one line to the measurements of several nodes. Returns intercept and slope in milliseconds, or `None` with
+    /// fewer than three responses.
     pub fn line(nodes: impl IntoIterator<Item = Self>) -> Option<[f64; 2]> {
         let sum = nodes.into_iter().fold(Self::default(), |a, b| Self {
             weight: a.weight + b.weight,
@@ -149,15 +152,16 @@ impl TokenTime {
         let (x, y) = (sum.batch / sum.weight, sum.ms / sum.weight);
         let spread = sum.batch_batch / sum.weight - x * x;
         let together = sum.batch_ms / sum.weight - x * y;
-        // A line needs two places to stand on; and no node gets faster by having more to do.
+        // A slope needs different batch sizes. A negative slope is noise: larger batches do not make a node faster.
         let slope = if spread > 0.05 * x * x { (together / spread).max(0.0) } else { 0.0 };
         let alone = (y - slope * x).max(y * 0.05);
         Some([alone, (y - alone).max(0.0) / x.max(1.0)])
     }
 }
 
-/// How many requests a node takes at once, when nobody has said: grows by one for as many successes as it has slots,
-/// falls below what was in flight when the node said that it is busy (additive increase, multiplicative decrease).
+/// Learned limit of concurrent requests on a node (AIMD). The limit rises by one for as many successes at the limit as
+/// there are slots. It falls to 90 % of the requests in flight when the node reports that it is busy. A configured
+/// limit is constant.
 #[derive(Debug, Clone, Copy)]
 pub struct ConcurrencyLimit {
     limit: f64,
@@ -165,36 +169,36 @@ pub struct ConcurrencyLimit {
 }
 
 impl ConcurrencyLimit {
-    /// Known, or to be learnt.
+    /// Creates a limit: `known` if configured, else 16 as a start for learning.
     pub fn new(known: Option<usize>) -> Self {
         Self { limit: known.unwrap_or(16) as f64, measured: known.is_none() }
     }
 
-    /// Takes a new setting; what was learnt stays where it still has to be learnt.
+    /// Applies a new configuration. A learned value is kept if the limit is still to be learned.
     pub fn configure(&mut self, known: Option<usize>) {
         if known.is_some() || !self.measured {
             *self = Self::new(known);
         }
     }
 
-    /// Whether somebody has said the number.
+    /// Returns whether the limit is configured rather than learned.
     pub fn known(&self) -> bool {
         !self.measured
     }
 
-    /// The number now.
+    /// Returns the current limit.
     pub fn get(&self) -> usize {
         self.limit as usize
     }
 
-    /// An answer went well while so many were in flight.
+    /// Records a success with `in_flight` requests on the node.
     pub fn success(&mut self, in_flight: usize) {
         if self.measured && in_flight >= self.get() {
             self.limit = (self.limit + 1.0 / self.limit).min(4096.0);
         }
     }
 
-    /// The node said that it is busy while so many were in flight.
+    /// Records that the node reported to be busy with `in_flight` requests.
     pub fn busy(&mut self, in_flight: usize) {
         if self.measured {
             self.limit = (in_flight as f64 * 0.9).floor().min(self.limit).max(1.0);
@@ -209,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lengths_are_learnt_per_stage() {
+    fn learns_completion_lengths_per_stage() {
         let mut lengths = CompletionLengths::default();
         assert_eq!(lengths.expected(None), 500);
         for _ in 0..100 {
@@ -221,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn slots_find_what_a_node_takes() {
+    fn learned_limit_converges_to_capacity() {
         let mut slots = ConcurrencyLimit::new(None);
         for _ in 0..20_000 {
             let in_flight = slots.get();
@@ -235,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn the_time_of_a_token_is_a_line_over_the_batch() {
+    fn token_time_fits_a_line_over_batch_size() {
         let mut learnt = TokenTime::default();
         assert_eq!(TokenTime::line([learnt]), None);
         for number in 0..200 {
@@ -251,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn an_old_speed_is_forgotten() {
+    fn speed_decays_to_the_usual_one() {
         let mut speed = Speed::default();
         assert_eq!(speed.get(0.5, 0), 0.5);
         speed.push(4.0, 4, 0);
@@ -261,7 +265,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_mean_stays_between_its_values(values in prop::collection::vec(0.0f64..1e6, 1..100), window in 1u32..50) {
+        fn ewma_stays_between_its_values(values in prop::collection::vec(0.0f64..1e6, 1..100), window in 1u32..50) {
             let mut mean = Ewma::default();
             for value in &values { mean.push(*value, window); }
             let mean = mean.get().unwrap();

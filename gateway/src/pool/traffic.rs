@@ -1,9 +1,9 @@
-//! Arrivals and departures of the last minutes, by the second. Pure: the second is passed in.
+//! Arrivals and departures of the last five minutes, in buckets of one second. Pure: the current second is an argument.
 
-/// EventCounter that are remembered.
+/// Number of one-second buckets.
 const SPAN: usize = 301;
 
-/// Events by the second.
+/// Ring of event counts, one per second.
 #[derive(Debug)]
 pub struct EventCounter {
     counts: [u32; SPAN],
@@ -26,13 +26,13 @@ impl EventCounter {
         }
     }
 
-    /// Counts an event.
+    /// Counts an event in `second`.
     pub fn count(&mut self, second: u64) {
         self.advance(second);
         self.counts[(self.now % SPAN as u64) as usize] += 1;
     }
 
-    /// Events in the last `span` whole seconds and the running one.
+    /// Returns the number of events in the current second and the `span` seconds before it.
     pub fn last(&mut self, second: u64, span: u64) -> u64 {
         self.advance(second);
         let from = self.now.saturating_sub(span.min(SPAN as u64 - 1));
@@ -40,10 +40,10 @@ impl EventCounter {
     }
 }
 
-/// What came to a pool and what left it, served or not.
+/// Arrivals and departures of a pool.
 #[derive(Debug, Default)]
 pub struct Traffic {
-    /// Requests that asked for a slot.
+    /// Requests that arrived, whether they got a slot or not.
     pub arrived: EventCounter,
     /// Requests that freed their slot or left the queue.
     pub departed: EventCounter,
@@ -57,7 +57,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_window_counts_its_seconds(steps in prop::collection::vec(0u64..400, 1..80), span in 1u64..300) {
+        fn counts_exactly_the_events_of_the_window(steps in prop::collection::vec(0u64..400, 1..80), span in 1u64..300) {
             let (mut ring, mut now, mut all) = (EventCounter::default(), 0, Vec::new());
             for step in steps {
                 now += step;

@@ -1,8 +1,8 @@
-//! The body of a relayed stream. Pull-based: a frame is taken from the node only when the client's connection asks for one, so
-//! a slow client holds back its node and not our memory; no task and no channel per stream.
+//! Body of a relayed stream. Pull-based: data is read from the node only when the client's connection can take it. A
+//! slow client thus slows its node and does not fill memory; a stream needs no task and no channel.
 //!
-//! It owns the permit: when the client leaves, hyper drops the body, which closes the connection to the node and frees the
-//! slot. A stream that breaks off, or ends before its end, ends in one error event and no `[DONE]`.
+//! The body owns the permit. If the client disconnects, hyper drops the body, which closes the connection to the node
+//! and frees the slot. A stream that breaks or ends early gets one error event and no `[DONE]`.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -22,10 +22,10 @@ use crate::telemetry::request_summary::Outcome;
 use crate::time::ms;
 use crate::upstream::exchange::UpstreamBody;
 
-/// After the last event the node may take so long to end its body; then its connection is not kept.
+/// Time after the last event in which the node must end its body. Otherwise its connection is not reused.
 const LINGER: Duration = Duration::from_millis(20);
 
-/// Idle and total clock in one timer, set again only when it fires.
+/// Idle and total deadline in one timer, which is reset only when it fires.
 struct Clocks {
     timer: Pin<Box<Sleep>>,
     idle: Duration,
@@ -40,12 +40,12 @@ impl Clocks {
         Self { timer: Box::pin(sleep_until(end.min(now + idle))), idle, last: now, end }
     }
 
-    /// Why the stream must end now, if it must.
+    /// Returns the reason if a deadline has passed.
     fn poll(&mut self, context: &mut Context<'_>) -> Option<&'static str> {
         while self.timer.as_mut().poll(context).is_ready() {
             let now = Instant::now();
             if now >= self.end {
-                return Some("the body took too long in all");
+                return Some("the answer took too long in all");
             }
             if now >= self.last + self.idle {
                 return Some("the node was silent for too long");
@@ -56,13 +56,13 @@ impl Clocks {
     }
 }
 
-/// Comments in a silence, for those who asked for them. They never touch the idle clock.
+/// SSE comments during silence, if configured. They do not reset the idle deadline.
 struct Heartbeat {
     timer: Pin<Box<Sleep>>,
     every: Duration,
 }
 
-/// The body of a relayed stream.
+/// Body of a relayed stream.
 pub struct Relay {
     body: Option<UpstreamBody>,
     events: SseStream,
@@ -74,7 +74,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Relays `body`.
+    /// Creates a body that relays `body`. `permit` and `record` are released when the stream ends.
     pub fn new(
         body: UpstreamBody,
         events: SseStream,
@@ -91,7 +91,7 @@ impl Relay {
         Self { body: Some(body), events, clocks, heartbeat, over: false, permit: Some(permit), record }
     }
 
-    /// The stream is whole: the slot is free from now on.
+    /// Records a complete stream and frees the slot.
     fn complete(&mut self) {
         self.over = true;
         self.clocks.end = Instant::now() + LINGER;
@@ -100,17 +100,17 @@ impl Relay {
         self.record.complete(seen.usage, seen.pieces, self.permit.take());
     }
 
-    /// Ends a broken stream with one error event.
+    /// Ends a broken stream: returns `before` and one error event.
     fn broken(&mut self, before: Bytes, reason: &str) -> Bytes {
         tracing::warn!(
             request = %self.record.request_id,
             model = &*self.record.requested_pool.model,
             node = self.permit.as_ref().map(|permit| permit.node().name.as_str()),
             reason,
-            "an body broke off"
+            "an answer broke off"
         );
         let body = ErrorBody::new(
-            format!("the node's body broke off: {reason}; it is not complete"),
+            format!("the node's answer broke off: {reason}; it is not complete"),
             "server_error",
             None,
             Some("stream_truncated"),
@@ -150,12 +150,12 @@ impl Relay {
         }
     }
 
-    /// Reads the node's end of body, so that its connection can be used again.
+    /// Reads to the end of the node's body, so that its connection can be reused.
     fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let Some(body) = &mut self.body else { return Poll::Ready(()) };
         loop {
             match body.poll_data(context) {
-                // Nothing passes after the end.
+                // Data after `[DONE]` is discarded.
                 Poll::Ready(Some(Ok(_))) => {}
                 Poll::Ready(_) => return Poll::Ready(()),
                 Poll::Pending => {

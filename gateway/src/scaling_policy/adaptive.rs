@@ -1,12 +1,13 @@
-//! The default law. Demand that nobody announced is followed by its open requests; announced stages are planned.
+//! The default policy `adaptive`. Unplanned demand is followed by its open requests; planned stages are sized in
+//! advance.
 //!
-//! For demand `D` (open requests), arrivals `a` and completions `c` per second over a minute, and a cold start of `L`
-//! seconds, Little's law gives the mean stay `tau = D / c` without any model of lengths, and a node that starts now
-//! meets `D + g tau (1 - exp(-L / tau))` open requests, where `g` is `a - c` as far as it stands out of Poisson noise. The
-//! 98th percentile of `D` over the memory is kept besides: bursts come again.
+//! Let `D` be open requests, `a` and `c` arrivals and completions per second over a minute, and `L` the cold start in
+//! seconds. The mean stay is `tau = D / c` (Little). A node that starts now meets `D + g tau (1 - exp(-L / tau))` open
+//! requests, where `g` is the part of `a - c` beyond Poisson noise. The 98th percentile of `D` over the window is a
+//! lower bound, because bursts recur.
 //!
-//! A stage of `W` node-seconds on `n` nodes costs `n L` node-seconds of cold starts and lasts `W / n`; the sum of both,
-//! waiting priced, is least at `n = sqrt(worth W / (cost L))`, and more nodes than the open requests fill are no use.
+//! A stage of `W` node-seconds on `n` nodes costs `n L` node-seconds of cold starts and lasts `W / n`. The sum, with a
+//! price on waiting, is least at `n = sqrt(worth W / (cost L))`, bounded by the nodes that its open requests fill.
 
 use std::collections::BTreeMap;
 
@@ -16,14 +17,14 @@ use super::history::History;
 use super::need::CapacityNeed;
 use super::observation::{Observation, PoolObservation, StagePlan};
 
-/// Share of the remembered demand that is provided for.
+/// Quantile of the remembered demand for which nodes are provided.
 const BURSTS: f64 = 0.98;
-/// A next stage's nodes are started this many cold starts ahead.
+/// Nodes of the next stage are started this multiple of a cold start in advance.
 const AHEAD: f64 = 1.15;
-/// Completions in the last minute from which their mean length counts more than what the plan says.
+/// Number of completions in the last minute from which their measured mean length replaces the estimate of the plan.
 const ENOUGH: u64 = 20;
 
-/// What one pool needs.
+/// Returns the need of one pool.
 pub(super) fn need(
     t: f64,
     pool: &PoolObservation,
@@ -70,7 +71,7 @@ fn online(t: f64, pool: &PoolObservation, demand: usize, open: usize, seen: &His
     let trend = trend.signum() * (trend.abs() - noise).max(0.0);
     let cold = pool.cold_s();
     let out = finished / span;
-    // The growth meets the whole pool; only the part of it that was not announced counts here.
+    // The trend is measured over the whole pool. Only the share of unplanned requests counts here.
     let share = demand as f64 / open.max(1) as f64;
     let reach = if out > 0.0 && open > 0 {
         let stay = open as f64 / out;
@@ -88,18 +89,19 @@ fn online(t: f64, pool: &PoolObservation, demand: usize, open: usize, seen: &His
     (nodes, reason)
 }
 
-/// Mean tokens of a stage's answers.
+/// Mean completion length of a stage in tokens: measured, or estimated by the plan.
 fn mean_tokens(pool: &PoolObservation, stage: &StagePlan) -> f64 {
     let measured = pool.out_tokens_ewma.filter(|_| stage.order == 0 && pool.finished_60 >= ENOUGH);
     measured.unwrap_or(stage.est_out_tokens).max(1.0)
 }
 
-/// Node-seconds that a stage still takes on full nodes.
+/// Node-seconds that the rest of a stage takes on full nodes.
 fn work_s(pool: &PoolObservation, stage: &StagePlan) -> f64 {
     stage.remaining as f64 * mean_tokens(pool, stage) / pool.node_tokens_per_s()
 }
 
-/// Nodes for stages that run at the same time, where `have` are there already.
+/// Returns the number of nodes for concurrent stages, of which `have` exist already. The sum of `cost_ceiling` applies
+/// if every stage has one.
 fn stage_nodes(pool: &PoolObservation, stages: &[&StagePlan], have: usize) -> usize {
     let open: u64 = stages.iter().map(|stage| stage.remaining.min(stage.concurrency)).sum();
     let work: f64 = stages.iter().map(|stage| work_s(pool, stage)).sum();
@@ -109,7 +111,7 @@ fn stage_nodes(pool: &PoolObservation, stages: &[&StagePlan], have: usize) -> us
     let cost = pool.cost_per_node_s.max(1e-9);
     let fill = open.div_ceil(pool.slots.max(1) as u64) as usize;
     let worth = (pool.settings.delay_cost_per_hour * work / (cost * pool.cold_s())).sqrt().round() as usize;
-    // In time for a deadline; the nodes that are not there yet come a cold start later.
+    // Nodes needed to meet the deadlines. Without a node, a cold start is subtracted from the remaining time.
     let in_time = stages.iter().filter_map(|stage| {
         let left = stage.deadline_s? - if have == 0 { pool.cold_s() } else { 0.0 };
         Some((work_s(pool, stage) / left.max(1.0)).ceil())
@@ -120,7 +122,7 @@ fn stage_nodes(pool: &PoolObservation, stages: &[&StagePlan], have: usize) -> us
     ceilings.map_or(nodes, |ceiling| nodes.min((ceiling / cost + 1e-9) as usize))
 }
 
-/// Seconds that a stage still takes with `nodes`.
+/// Seconds that the rest of a stage takes on `nodes` nodes.
 fn duration_s(pool: &PoolObservation, stage: &StagePlan, nodes: usize) -> f64 {
     let nodes = nodes.max(1) as f64;
     let open = stage.remaining.min(stage.concurrency) as f64;
@@ -137,7 +139,8 @@ fn nodes_then(seen: &Observation, pool: &PoolObservation, stage: &StagePlan) -> 
     affordable.map_or(nodes, |affordable| nodes.min(affordable)).max(1)
 }
 
-/// Seconds until the stages of each order begin: one after the other, each as long as its slowest pool.
+/// Returns the seconds until the stages of each order begin. Stages of different order run one after another; those of
+/// one order last as long as the slowest.
 pub(super) fn stage_starts(seen: &Observation) -> BTreeMap<u32, f64> {
     let mut lasts: BTreeMap<u32, f64> = BTreeMap::new();
     for pool in &seen.pools {
@@ -155,27 +158,27 @@ pub(super) fn stage_starts(seen: &Observation) -> BTreeMap<u32, f64> {
     lasts.into_iter().map(begin).collect()
 }
 
-/// When announced work will be done and what it will cost, at the pace of the moment.
+/// Expected start, end and cost of a planned stage.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Forecast {
-    /// Its stage.
+    /// Name of the stage.
     pub stage: String,
-    /// Its model.
+    /// Model of the stage.
     pub model: String,
-    /// 0 runs now.
+    /// Position in the plan; 0 is running.
     pub order: u32,
-    /// Seconds until it begins.
+    /// Seconds until the stage begins.
     pub begins_in_s: f64,
-    /// Seconds until it is done.
+    /// Seconds until the stage is complete.
     pub done_in_s: f64,
-    /// What its nodes will cost until then: node-hours times cost.
+    /// Cost of the nodes during the stage: node-hours times cost per node.
     pub cost_hours: f64,
-    /// Requests that its client should keep open: what the nodes that it will get can hold.
+    /// Number of requests that the client should keep open, from the slots of the expected nodes.
     pub advised_open: u64,
 }
 
 impl Forecast {
-    /// Forecasts of every announced stage, in their order.
+    /// Returns the forecasts of all planned stages, sorted by order.
     pub fn of(seen: &Observation) -> Vec<Self> {
         let starts = stage_starts(seen);
         let mut all: Vec<_> = seen
@@ -194,7 +197,7 @@ impl Forecast {
                     begins_in_s: begins,
                     done_in_s: begins + lasts,
                     cost_hours: nodes as f64 * lasts / 3600.0 * pool.cost_per_node_s,
-                    // A little more than fits, so that no slot waits for the client.
+                    // An eighth more than the slots, so that no slot waits for the client.
                     advised_open: stage.remaining.min((nodes * pool.slots * 9 / 8).max(1) as u64),
                 }
             })

@@ -1,10 +1,10 @@
-//! The budget over all pools: least nodes first, then demand that nobody announced (someone waits for it), then the running
-//! stages by what is left of them, then nodes that are warmed for what comes or kept for what may.
+//! Distributes the budget over all pools, in this order: `min` of each pool, unplanned demand, running stages in
+//! proportion to their remaining work, and last warm nodes and nodes in the scale-down delay.
 
 use super::need::CapacityNeed;
 use super::observation::{Observation, PoolObservation};
 
-/// What is left to give, and what was given.
+/// Distribution of the budget.
 struct BudgetAllocator<'a> {
     wanted: &'a [(usize, CapacityNeed)],
     cost: Vec<f64>,
@@ -13,7 +13,7 @@ struct BudgetAllocator<'a> {
 }
 
 impl BudgetAllocator<'_> {
-    /// Raises what the pool at `at` has to `up_to`, as far as it wants that and the budget allows it.
+    /// Raises the nodes of pool `at` to `up_to`, within the wanted number and the remaining budget.
     fn give(&mut self, at: usize, up_to: usize) {
         let affordable = (self.left / self.cost[at] + 1e-9) as usize;
         let more = up_to.min(self.wanted[at].0).saturating_sub(self.given[at]).min(affordable);
@@ -22,7 +22,8 @@ impl BudgetAllocator<'_> {
     }
 }
 
-/// Cuts what is wanted down to what the budget allows: in the end, and now, while nodes that drain are still paid.
+/// Reduces the wanted nodes to what the budget allows. Nodes that exist, including draining ones, still cost, so new
+/// nodes may have to wait for them.
 pub(super) fn apply(seen: &Observation, wanted: &mut [(usize, CapacityNeed)]) {
     let Some(budget) = seen.budget else { return };
     let cost: Vec<f64> = seen.pools.iter().map(|pool| pool.cost_per_node_s.max(1e-9)).collect();
@@ -40,7 +41,7 @@ pub(super) fn apply(seen: &Observation, wanted: &mut [(usize, CapacityNeed)]) {
     let mut room =
         budget - seen.pools.iter().zip(&cost).map(|(pool, cost)| held(pool) as f64 * cost).sum::<f64>();
     for ((pool, cost), (nodes, need)) in seen.pools.iter().zip(&cost).zip(wanted) {
-        // Those that drain come back without costing more.
+        // A draining node can be readmitted without additional cost.
         let more = nodes.saturating_sub(held(pool));
         let affordable = more.min((room / cost + 1e-9).max(0.0) as usize);
         room -= affordable as f64 * cost;
@@ -76,7 +77,7 @@ fn share_out(
         let fair = share * wanted[at].1.work / work.max(1e-9) / allocator.cost[at];
         allocator.give(at, (fair.round() as usize).max(1));
     }
-    // What one stage leaves, the others take.
+    // Budget that one stage does not use goes to the others.
     for &at in running.iter().chain(&others) {
         allocator.give(at, wanted[at].0);
     }

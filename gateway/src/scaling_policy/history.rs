@@ -2,7 +2,8 @@
 
 use std::collections::VecDeque;
 
-/// Values of the last `window` seconds. At most about 1,024 values: closer ones are merged to their maximum.
+/// Values of the last `window` seconds. Values closer than `window / 1024` are merged to their maximum, which bounds
+/// their number.
 #[derive(Debug, Default)]
 pub(super) struct History {
     pub(super) seen: VecDeque<(f64, usize)>,

@@ -1,13 +1,13 @@
 //! What one pool needs, before the budget applies.
 
-/// Nodes that one pool needs, by cause. The pool gets the largest number.
+/// Number of nodes that one pool needs, by cause. The largest of the three numbers applies.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct CapacityNeed {
-    /// Nodes for demand outside of announced stages.
+    /// Nodes for unplanned demand.
     pub(super) online: usize,
     /// Nodes for the running stages.
     pub(super) stage: usize,
-    /// Nodes for stages that begin soon and need warm nodes.
+    /// Warm nodes for stages that begin soon.
     pub(super) warm: usize,
     /// Remaining work of the running stages: node-seconds times cost per node.
     pub(super) work: f64,

@@ -1,84 +1,84 @@
-//! What the policy is told of the pools: the wire form of `potstill-gateway autoscale --stdio`. Unknown fields are ignored,
-//! missing ones have defaults.
+//! Input of the scaling policy. Also the wire format of `potstill-gateway autoscale --stdio`: unknown fields are
+//! ignored, missing fields have defaults.
 
 use serde::{Deserialize, Serialize};
 
-/// All pools at one moment.
+/// State of all pools at one time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Observation {
-    /// Seconds on any clock that does not go back.
+    /// Time in seconds on a monotonic clock. Rates of the first minute assume a clock that starts at 0.
     pub t: f64,
-    /// Most cost at once over all pools, in units of `cost_per_node_s`; none for no limit.
+    /// Largest cost of all nodes together, in the unit of `cost_per_node_s`; `None` for no limit.
     #[serde(default)]
     pub budget: Option<f64>,
     /// The pools.
     pub pools: Vec<PoolObservation>,
 }
 
-/// One pool.
+/// State of one pool.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PoolObservation {
-    /// Its model.
+    /// Name of the model.
     pub model: String,
-    /// Fewest nodes.
+    /// Smallest number of nodes.
     #[serde(default)]
     pub min: usize,
-    /// Most nodes.
+    /// Largest number of nodes.
     pub max: usize,
-    /// Requests that a node works on at once.
+    /// Largest number of concurrent requests on a node.
     pub slots: usize,
-    /// What a node costs while it is held.
+    /// Cost of a node per unit of time; default 1.
     #[serde(default = "one")]
     pub cost_per_node_s: f64,
-    /// Milliseconds per token of one request when `b` are on the node: `itl_ms[0] + itl_ms[1] * b`.
+    /// Milliseconds per token of one request with `b` requests on the node: `itl_ms[0] + itl_ms[1] * b`.
     pub itl_ms: [f64; 2],
-    /// Nodes that take requests.
+    /// Number of ready nodes.
     pub ready: usize,
-    /// Nodes that finish what they hold.
+    /// Number of draining nodes.
     #[serde(default)]
     pub draining: usize,
-    /// Nodes that were asked for and are not ready yet: seconds since then.
+    /// Seconds since each node that is not ready yet was requested.
     #[serde(default)]
     pub starting_age_s: Vec<f64>,
-    /// 90th percentile of the cold starts seen; none before the first.
+    /// 90th percentile of measured cold starts in seconds; `None` without measurements.
     #[serde(default)]
     pub cold_start_s_p90: Option<f64>,
-    /// Requests on nodes; none when it could not be found out.
+    /// Number of requests on nodes; `None` if unknown.
     #[serde(default)]
     pub active: Option<usize>,
-    /// Requests waiting; none when it could not be found out.
+    /// Number of waiting requests; `None` if unknown.
     #[serde(default)]
     pub queued: Option<usize>,
     /// Arrivals in the last seconds.
     #[serde(default)]
     pub arrivals: RequestCounts,
-    /// Completions in the last 60 seconds.
+    /// Number of requests that ended in the last 60 seconds.
     #[serde(default)]
     pub finished_60: u64,
-    /// Mean tokens of the last completions.
+    /// Mean length of recent completions in tokens.
     #[serde(default)]
     pub out_tokens_ewma: Option<f64>,
-    /// What runs have announced for this model.
+    /// Stages that runs have planned for this model.
     #[serde(default)]
     pub plan: Vec<StagePlan>,
-    /// The figures are old: nothing may be taken away on their account.
+    /// Whether the metrics are outdated. The pool is then not scaled down.
     #[serde(default)]
     pub stale: bool,
-    /// How this pool is scaled.
+    /// Settings of the policy.
     #[serde(default)]
     pub settings: Settings,
 }
 
-/// Arrivals by window length in seconds.
+/// Number of arrivals by length of the window.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct RequestCounts {
-    /// 10 s.
+    /// In the last 10 seconds.
     #[serde(rename = "10", default)]
     pub s10: u64,
-    /// 60 s.
+    /// In the last 60 seconds.
     #[serde(rename = "60", default)]
     pub s60: u64,
-    /// 300 s.
+    /// In the last 300 seconds.
     #[serde(rename = "300", default)]
     pub s300: u64,
 }
@@ -91,65 +91,65 @@ impl std::ops::Add for RequestCounts {
     }
 }
 
-/// One announced stage of a run.
+/// A planned stage of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StagePlan {
-    /// Its name.
+    /// Name of the stage.
     pub stage: String,
-    /// 0 runs now, 1 is next, and so on.
+    /// Position in the plan: 0 is running, 1 is next, and so on.
     pub order: u32,
-    /// Requests still to be finished.
+    /// Number of requests that are not complete.
     pub remaining: u64,
-    /// Mean tokens of an answer, as its owner thinks.
+    /// Mean completion length in tokens, as estimated by the run.
     pub est_out_tokens: f64,
-    /// Requests that its client keeps open at once.
+    /// Number of requests that the client keeps open.
     pub concurrency: u64,
-    /// Seconds until it begins, where its owner knows; else worked out from the stages before it.
+    /// Seconds until the stage begins, if known. Otherwise computed from the stages before it.
     #[serde(default)]
     pub starts_in_s: Option<f64>,
-    /// Seconds in which it should be done.
+    /// Seconds until the stage should be complete.
     #[serde(default)]
     pub deadline_s: Option<f64>,
-    /// Most cost at once that nodes for this stage may reach.
+    /// Largest cost of the nodes for this stage, in the unit of `cost_per_node_s`.
     #[serde(default)]
     pub cost_ceiling: Option<f64>,
 }
 
-/// Which law decides.
+/// The scaling policy of a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// Open requests, their trend, and what stages announce.
+    /// Follows open requests, their trend, and planned stages.
     #[default]
     Adaptive,
-    /// Requests per second and node.
+    /// Follows the request rate.
     Qps,
-    /// Always the same number.
+    /// Always the same number of nodes.
     Fixed,
 }
 
-/// How a pool is scaled.
+/// Settings of the scaling policy for one pool. The configuration reference is `ScaleConfig`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Settings {
-    /// The law.
+    /// The policy.
     pub mode: Mode,
-    /// Nodes of a fixed pool.
+    /// Number of nodes in mode `fixed`.
     pub nodes: Option<usize>,
-    /// Requests per second that a node of a `qps` pool should get.
+    /// Requests per second that a node can serve, for mode `qps`.
     pub target_qps: f64,
-    /// Cold start before one was seen, in seconds.
+    /// Seconds of a cold start, until one has been measured.
     pub cold_start_s: f64,
-    /// A pool that may go to zero does so after so many seconds without requests.
+    /// Seconds without requests after which a pool may scale to zero.
     #[serde(alias = "idle_s")]
     pub idle_timeout_s: f64,
-    /// Demand of so many seconds is remembered.
+    /// Seconds of past demand that the policy takes into account.
     #[serde(alias = "memory_s")]
     pub demand_window_s: f64,
-    /// Nodes that announced work no longer needs go after so many seconds.
+    /// Scale-down delay in seconds for nodes that planned stages no longer need.
     #[serde(alias = "hold_s")]
     pub scale_down_delay_s: f64,
-    /// What an hour of waiting for a stage is worth, in cost of nodes per hour.
+    /// Value of finishing a stage one hour earlier, in the unit of cost.
     #[serde(alias = "hour_worth")]
     pub delay_cost_per_hour: f64,
 }
@@ -174,22 +174,22 @@ fn one() -> f64 {
 }
 
 impl PoolObservation {
-    /// Nodes that are there or coming.
+    /// Number of ready and starting nodes.
     pub fn have(&self) -> usize {
         self.ready + self.starting_age_s.len()
     }
 
-    /// Requests on nodes and waiting, if known.
+    /// Number of requests on nodes and waiting, if known.
     pub fn open(&self) -> Option<usize> {
         Some(self.active? + self.queued?)
     }
 
-    /// Seconds from the request for a node until it takes requests.
+    /// Cold start in seconds: measured or configured, at least 0.1.
     pub fn cold_s(&self) -> f64 {
         self.cold_start_s_p90.unwrap_or(self.settings.cold_start_s).max(0.1)
     }
 
-    /// Tokens per second of one request when `running` are on its node.
+    /// Tokens per second of one request with `running` requests on its node.
     pub fn tokens_per_s(&self, running: f64) -> f64 {
         1000.0 / (self.itl_ms[0] + self.itl_ms[1] * running).max(1e-3)
     }

@@ -1,28 +1,28 @@
-//! The law of those who know their requests per second and node: Knative's two windows with its panic mode, and the
-//! tolerance and stabilisation window of the Kubernetes autoscaler (autoscaling/v2).
+//! The policy `qps`: follows requests per second and node. Two windows with a panic mode as in Knative; tolerance and
+//! stabilization window as in the Kubernetes HPA (autoscaling/v2).
 
 use std::collections::VecDeque;
 
 use super::need::CapacityNeed;
 use super::observation::PoolObservation;
 
-/// Deviations from the target that change nothing (HPA's default).
+/// Relative deviation from the target below which the number of nodes is not changed (HPA's default).
 const TOLERANCE: f64 = 0.1;
-/// Panic when the short window asks for this many times the ready nodes (Knative's default).
+/// Panic begins when the short window needs this multiple of the ready nodes (Knative's default).
 const PANIC: f64 = 2.0;
-/// Panic lasts so long after its last cause.
+/// Duration of panic after its last cause, in seconds.
 const PANIC_S: f64 = 60.0;
-/// The greatest recommendation of so many seconds counts when going down (HPA's default).
+/// Stabilization window in seconds: scale-down uses the largest recommendation within it (HPA's default).
 const STABLE_S: f64 = 300.0;
 
-/// What the law remembers.
+/// State of the policy for one pool.
 #[derive(Debug, Default)]
 pub(super) struct QpsMemory {
     recommended: VecDeque<(f64, usize)>,
     panic: Option<(f64, usize)>,
 }
 
-/// Nodes for the rate of requests.
+/// Returns the need of one pool.
 pub(super) fn need(t: f64, pool: &PoolObservation, open: usize, memory: &mut QpsMemory) -> CapacityNeed {
     let (have, target) = (pool.have(), pool.settings.target_qps.max(1e-9));
     let stable = pool.arrivals.s60 as f64 / t.clamp(5.0, 60.0);

@@ -1,4 +1,4 @@
-//! What holds for every decision, and what each law does in cases worked out by hand.
+//! Properties of every decision, and cases of each policy that were computed by hand.
 
 use proptest::prelude::*;
 
@@ -53,9 +53,10 @@ prop_compose! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
-    /// Whatever is seen, in whatever order: bounds, budget, no scaling down without figures, an answer for every pool.
+    /// For any sequence of observations: bounds and budget hold, nothing is scaled down without metrics, and every pool
+    /// has a decision.
     #[test]
-    fn no_decision_breaks_a_promise(steps in prop::collection::vec((0.0f64..200.0, any_pool("a"), any_pool("m")), 1..12), budget in prop::option::of(0.0f64..20.0)) {
+    fn every_decision_respects_bounds_and_budget(steps in prop::collection::vec((0.0f64..200.0, any_pool("a"), any_pool("m")), 1..12), budget in prop::option::of(0.0f64..20.0)) {
         let (mut memory, mut t) = (PolicyState::default(), 0.0);
         for (step, a, m) in steps {
             t += step;
@@ -78,7 +79,7 @@ proptest! {
 
     /// The same sequence gives the same decisions.
     #[test]
-    fn decisions_depend_on_nothing_else(steps in prop::collection::vec(any_pool("m"), 1..8)) {
+    fn decisions_are_deterministic(steps in prop::collection::vec(any_pool("m"), 1..8)) {
         let run = || {
             let mut memory = PolicyState::default();
             let decide = |(at, pool): (usize, &PoolObservation)| decide(&seen(at as f64 * 5.0, vec![pool.clone()]), &mut memory);
@@ -87,16 +88,16 @@ proptest! {
         prop_assert_eq!(run(), run());
     }
 
-    /// Every open request has a slot, as far as `max` goes.
+    /// Every open request has a slot, up to `max` nodes.
     #[test]
-    fn open_requests_get_their_nodes(open in 0usize..200) {
+    fn provides_slots_for_open_requests(open in 0usize..200) {
         let pool = PoolObservation { queued: Some(open), ..pool("m") };
         prop_assert!(nodes(&seen(0.0, vec![pool]), &mut PolicyState::default()) >= open.div_ceil(10).min(8));
     }
 }
 
 #[test]
-fn a_surplus_goes_after_its_memory_and_a_cold_start() {
+fn scales_down_after_window_and_cold_start() {
     let mut memory = PolicyState::default();
     let settings = Settings { demand_window_s: 400.0, ..Settings::default() };
     let at = |active, ready| PoolObservation {
@@ -114,12 +115,12 @@ fn a_surplus_goes_after_its_memory_and_a_cold_start() {
             went = went.or(Some(t));
         }
     }
-    // The peak was one value: after 50 more it is less than 2 % of what is remembered. Then a cold start.
+    // The peak is a single value. After 50 further values it is below the 98th percentile; then a cold start passes.
     assert_eq!(went, Some(350.0));
 }
 
 #[test]
-fn growth_that_stands_out_is_met_ahead() {
+fn scales_ahead_of_significant_growth() {
     let calm = PoolObservation {
         active: Some(20),
         ready: 2,
@@ -130,18 +131,18 @@ fn growth_that_stands_out_is_met_ahead() {
     let growing = PoolObservation { arrivals: RequestCounts { s10: 20, s60: 90, s300: 120 }, ..calm.clone() };
     let cold = |pool: PoolObservation| PoolObservation { cold_start_s_p90: Some(60.0), ..pool };
     assert_eq!(nodes(&seen(600.0, vec![cold(calm)]), &mut PolicyState::default()), 2);
-    // (90 - 10 - 10) / 60 a second for 120 s of mean stay, seen 60 s ahead: 20 + 1.17 * 120 * (1 - e^-0.5) = 75.
+    // (90 - 10 - 10) / 60 per second, 120 s of mean stay, 60 s ahead: 20 + 1.17 * 120 * (1 - e^-0.5) = 75.
     assert_eq!(nodes(&seen(600.0, vec![cold(growing)]), &mut PolicyState::default()), 8);
 }
 
 #[test]
-fn a_stage_gets_the_nodes_that_are_worth_their_start() {
-    // 3,000 x 1,000 tokens on 10 x 100 tokens/s: 3,000 node-seconds; sqrt(8 * 3000 / 240) = 10, of which 8 are allowed.
+fn stage_nodes_balance_delay_against_cold_starts() {
+    // 3,000 x 1,000 tokens at 10 x 100 tokens/s are 3,000 node-seconds. sqrt(8 * 3000 / 240) = 10 nodes, bounded to 8.
     let with = |plan: StagePlan| PoolObservation { plan: vec![plan], ..pool("m") };
     assert_eq!(nodes(&seen(0.0, vec![with(stage(0, 3000, 1000.0, 300))]), &mut PolicyState::default()), 8);
     // A tenth of the work: sqrt(8 * 300 / 240) = 3.
     assert_eq!(nodes(&seen(0.0, vec![with(stage(0, 300, 1000.0, 300))]), &mut PolicyState::default()), 3);
-    // Never more than the open requests fill; in time for a deadline; within its own ceiling.
+    // Bounded by the nodes that open requests fill, raised for a deadline, bounded by `cost_ceiling`.
     assert_eq!(nodes(&seen(0.0, vec![with(stage(0, 300, 1000.0, 12))]), &mut PolicyState::default()), 2);
     let soon = StagePlan { deadline_s: Some(290.0), ..stage(0, 300, 1000.0, 300) };
     assert_eq!(
@@ -154,8 +155,8 @@ fn a_stage_gets_the_nodes_that_are_worth_their_start() {
 }
 
 #[test]
-fn the_next_stage_is_warmed_in_time_and_not_before() {
-    // 100 x 1,000 tokens, ten at once on one node: 100 s until the next stage.
+fn warms_the_next_stage_one_cold_start_ahead() {
+    // 100 x 1,000 tokens, ten at a time on one node: 100 s until the next stage.
     let at = |remaining: u64| {
         let now = PoolObservation {
             plan: vec![stage(0, remaining, 1000.0, 10)],
@@ -174,8 +175,8 @@ fn the_next_stage_is_warmed_in_time_and_not_before() {
 }
 
 #[test]
-fn more_than_was_announced_is_followed_all_the_same() {
-    // A plan that lies: 10 left, but 75 are open.
+fn follows_demand_beyond_the_plan() {
+    // A plan that is too low: 10 requests planned, but 75 open.
     let lies = PoolObservation {
         plan: vec![stage(0, 10, 100.0, 10)],
         active: Some(30),
@@ -184,13 +185,13 @@ fn more_than_was_announced_is_followed_all_the_same() {
         ..pool("m")
     };
     assert!(nodes(&seen(0.0, vec![lies]), &mut PolicyState::default()) >= 7);
-    // And one that promises what never comes costs no more than it is worth.
+    // A plan with few open requests gets no more nodes than they fill.
     let empty = PoolObservation { plan: vec![stage(0, 1_000_000, 1e5, 5)], ..pool("m") };
     assert_eq!(nodes(&seen(0.0, vec![empty]), &mut PolicyState::default()), 1);
 }
 
 #[test]
-fn the_budget_serves_those_who_wait_first() {
+fn budget_serves_unplanned_demand_first() {
     let waiting = PoolObservation { queued: Some(30), ..pool("a") };
     let batch =
         PoolObservation { plan: vec![stage(0, 5000, 1000.0, 500)], cost_per_node_s: 2.0, ..pool("m") };
@@ -201,7 +202,7 @@ fn the_budget_serves_those_who_wait_first() {
 }
 
 #[test]
-fn after_a_restart_or_a_jump_of_the_clock_the_nodes_stay() {
+fn keeps_nodes_after_restart_or_clock_jump() {
     let idle = |ready| PoolObservation { ready, ..pool("m") };
     let mut memory = PolicyState::default();
     for tick in 0..150 {
@@ -217,7 +218,7 @@ fn after_a_restart_or_a_jump_of_the_clock_the_nodes_stay() {
 }
 
 #[test]
-fn the_last_node_stays_until_idle_long_enough() {
+fn keeps_the_last_node_until_idle_timeout() {
     let settings = Settings { demand_window_s: 10.0, idle_timeout_s: 100.0, ..Settings::default() };
     let at = |active| PoolObservation {
         active: Some(active),
@@ -230,12 +231,12 @@ fn the_last_node_stays_until_idle_long_enough() {
     nodes(&seen(0.0, vec![at(1)]), &mut memory);
     let gone =
         (1..60).map(|tick| f64::from(tick) * 5.0).find(|t| nodes(&seen(*t, vec![at(0)]), &mut memory) == 0);
-    // Idle since 0, so not needed from 100 on, and held for another 30.
+    // Idle since 0, so not needed from 100 on, and kept for another 30 (scale-down delay).
     assert_eq!(gone, Some(130.0));
 }
 
 #[test]
-fn qps_has_a_target_a_tolerance_a_panic_and_a_window() {
+fn qps_applies_tolerance_panic_and_stabilization_window() {
     let settings = Settings { mode: Mode::Qps, target_qps: 2.0, ..Settings::default() };
     let at = |ready, s10, s60| PoolObservation {
         ready,
@@ -257,7 +258,7 @@ fn qps_has_a_target_a_tolerance_a_panic_and_a_window() {
 }
 
 #[test]
-fn fixed_is_fixed() {
+fn fixed_mode_ignores_demand() {
     let settings = Settings { mode: Mode::Fixed, nodes: Some(3), ..Settings::default() };
     for (ready, queued) in [(0, 0), (3, 500), (8, 0)] {
         let pool = PoolObservation { ready, queued: Some(queued), settings: settings.clone(), ..pool("m") };
@@ -266,7 +267,7 @@ fn fixed_is_fixed() {
 }
 
 #[test]
-fn forecasts_add_up() {
+fn forecasts_begin_when_the_previous_stage_ends() {
     let now = PoolObservation { plan: vec![stage(0, 100, 1000.0, 10)], ready: 1, ..pool("a") };
     let next = PoolObservation { plan: vec![stage(1, 500, 1000.0, 100)], ..pool("m") };
     let forecasts = Forecast::of(&seen(0.0, vec![now, next]));
@@ -277,7 +278,7 @@ fn forecasts_add_up() {
 }
 
 #[test]
-fn a_history_is_bounded_and_keeps_its_peaks() {
+fn history_is_bounded_and_keeps_peaks() {
     let mut history = History::default();
     for tick in 0..100_000u32 {
         history.push(f64::from(tick) * 0.01, usize::from(tick == 99_000) * 50, 100.0);

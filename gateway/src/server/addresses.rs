@@ -1,22 +1,22 @@
-//! How many connections each client address has open.
+//! Counts the open connections of each client address.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use dashmap::DashMap;
 
-/// Open connections by address; an address without any has no entry.
+/// Open connections by address. An address without connections has no entry.
 #[derive(Clone, Default)]
 pub struct Addresses(Arc<DashMap<IpAddr, usize>>);
 
-/// A connection's place; dropping it gives it back.
+/// One counted connection. Dropping it removes it from the count.
 pub struct Place {
     addresses: Addresses,
     address: IpAddr,
 }
 
 impl Addresses {
-    /// Takes a place, if the address has fewer than `most`.
+    /// Counts a connection, or returns `None` if the address has `most` already.
     pub fn enter(&self, address: IpAddr, most: usize) -> Option<Place> {
         let mut count = self.0.entry(address).or_insert(0);
         if *count >= most {
@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_bounded_and_come_back() {
+    fn bounds_connections_per_address() {
         let addresses = Addresses::default();
         let here: IpAddr = [127, 0, 0, 1].into();
         let (a, b) = (addresses.enter(here, 2).unwrap(), addresses.enter(here, 2).unwrap());

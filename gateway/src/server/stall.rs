@@ -1,5 +1,5 @@
-//! A connection whose client has stopped reading is given up after a while. Nothing else would notice: hyper asks a relayed
-//! answer for more only when the socket takes more, so the deadlines of the relay rest meanwhile, and the slot is held.
+//! Closes connections of clients that stopped reading. hyper polls a response body only while the socket accepts data.
+//! The deadlines of a relayed stream are therefore not polled for such a client, and its slot would stay occupied.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
-/// Fails a write that has made no progress for `patience`.
+/// Fails a write that makes no progress for `patience`.
 pub(crate) struct StallGuard<S> {
     inner: S,
     patience: Duration,

@@ -1,5 +1,5 @@
-//! A flag that is set once and can be waited for. Looking at it costs one load, so a connection may do so on every wake; a
-//! cancellation token takes a lock for that.
+//! A flag that is set once and can be awaited. Checking it costs one atomic load, so that a connection can check on
+//! every wake; a `CancellationToken` takes a lock.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ struct Flag {
     token: CancellationToken,
 }
 
-/// The flag; clones are the same one.
+/// A shutdown flag. Clones share it.
 #[derive(Clone, Default)]
 pub(crate) struct Stop(Arc<Flag>);
 
@@ -33,7 +33,7 @@ impl Stop {
     }
 }
 
-/// Runs something until it is ready or the flag is set.
+/// Polls a future until it is ready or the flag is set.
 pub(crate) struct Watched<'a> {
     stop: &'a Stop,
 }
@@ -43,7 +43,8 @@ impl<'a> Watched<'a> {
         Self { stop }
     }
 
-    /// `None` when the flag was set first. The task registers with the flag once; afterwards only the flag is looked at.
+    /// Returns `None` if the flag was set first. The task registers with the flag on the first poll only. Later polls
+    /// check the atomic.
     pub(crate) async fn run<T>(self, mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Option<T> {
         let mut set = pin!(self.stop.wait());
         let mut registered = false;

@@ -1,5 +1,5 @@
-//! TLS of a listener: certificate chain, key and, where asked for, the authorities of client certificates, read from PEM
-//! files; read again on reload. TLS 1.2 and 1.3.
+//! TLS 1.2 and 1.3 of a listener. Certificate chain, key and, if configured, the authorities of client certificates are
+//! read from PEM files, again on reload.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 
 use crate::config::TlsConfig;
 
-/// An acceptor; cheap to clone.
+/// TLS acceptor. Cheap to clone.
 pub type Tls = TlsAcceptor;
 
-/// Reads the files.
+/// Reads the PEM files. An error names the file.
 pub fn load(config: &TlsConfig) -> Result<Tls, String> {
     let named = |path: &Path, error: &dyn std::fmt::Display| format!("tls: `{}`: {error}", path.display());
     let chain = certificates(&config.certificate)?;
@@ -29,7 +29,7 @@ pub fn load(config: &TlsConfig) -> Result<Tls, String> {
                 roots.add(authority).map_err(|error| named(path, &error))?;
             }
             let verifier = WebPkiClientVerifier::builder(Arc::new(roots))
-                // A client without one may still show a key.
+                // A client without a certificate may authenticate with a key.
                 .allow_unauthenticated()
                 .build()
                 .map_err(|error| named(path, &error))?;
@@ -42,7 +42,7 @@ pub fn load(config: &TlsConfig) -> Result<Tls, String> {
     Ok(TlsAcceptor::from(Arc::new(server)))
 }
 
-/// The certificates of a PEM file.
+/// Reads the certificates of a PEM file, at least one.
 pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let named = |error: &dyn std::fmt::Display| format!("tls: `{}`: {error}", path.display());
     let chain: Result<Vec<_>, _> =

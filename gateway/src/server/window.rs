@@ -1,6 +1,6 @@
-//! An HTTP/2 stream whose client opens its window no further is given up after a while. Its connection is well and answers pings,
-//! and hyper asks the relayed answer for more only when the window has room: nothing else would notice, and the slot would be
-//! held for ever.
+//! Resets HTTP/2 streams whose client does not open its flow-control window. The connection of such a client still
+//! answers pings. hyper polls a response body only while the window has room, so no other deadline applies and the slot
+//! would stay occupied.
 
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -11,14 +11,14 @@ use std::time::Duration;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Sleep;
 
-/// What happened while a stream's task was polled.
+/// Events while the task of a stream was polled.
 #[derive(Clone, Copy, Default)]
 struct Seen {
-    /// There is an answer.
+    /// A response has begun.
     answered: bool,
-    /// Something of it was taken.
+    /// A part of the response body was read.
     taken: bool,
-    /// It was asked for more and has none yet: the node is waited for, not the client.
+    /// The response body was polled and is pending: the node is slow, not the client.
     waits: bool,
 }
 
@@ -26,7 +26,8 @@ thread_local! {
     static SEEN: Cell<Seen> = const { Cell::new(Seen { answered: false, taken: false, waits: false }) };
 }
 
-/// Runs the tasks of streams; one that has an answer to write and has not taken any of it for `patience` ends, with a reset.
+/// Executor of HTTP/2 stream tasks. Ends a task, which resets the stream, if the client takes nothing of an available
+/// response for `patience`.
 #[derive(Clone)]
 pub(crate) struct Streams {
     pub(crate) patience: Duration,
@@ -63,11 +64,11 @@ where
     }
 }
 
-/// The body of an answer to a stream, which says what becomes of it.
+/// Response body that records in `SEEN` when it is polled.
 pub(crate) struct Noticed<B>(Pin<Box<B>>);
 
 impl<B> Noticed<B> {
-    /// An answer begins.
+    /// Wraps the body of a new response.
     pub(crate) fn new(body: B) -> Self {
         SEEN.set(Seen { answered: true, ..SEEN.get() });
         Self(Box::pin(body))

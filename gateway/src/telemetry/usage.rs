@@ -1,4 +1,4 @@
-//! Who has used what: requests, tokens and their price by key, stage and model.
+//! Usage ledger: requests, tokens and price by key, stage and model.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Mutex;
@@ -9,7 +9,7 @@ use dashmap::DashMap;
 use potstill_shared::openai::Usage;
 use serde::Serialize;
 
-/// Rows that are told apart; beyond them keys and stages count as `other`.
+/// Number of rows above which new keys and stages are counted as `other`.
 const ROWS: usize = 4096;
 
 #[derive(Default)]
@@ -23,35 +23,35 @@ struct Cell {
     cost: Mutex<f64>,
 }
 
-/// One row, as the admin API shows it.
+/// A row of the ledger, as in the admin API.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct UsageRow {
     /// Name of the key.
     pub key: String,
-    /// Stage, or empty.
+    /// Name of the stage; empty without a stage.
     pub stage: String,
-    /// Model.
+    /// Name of the model.
     pub model: String,
-    /// Answers.
+    /// Number of served requests.
     pub requests: u64,
-    /// Tokens read.
+    /// Number of prompt tokens.
     pub prompt_tokens: u64,
-    /// Tokens written.
+    /// Number of completion tokens.
     pub completion_tokens: u64,
-    /// Their price, in the currency of the pools' prices.
+    /// Price of the tokens, in the currency of the pools' prices.
     pub cost: f64,
 }
 
-/// The ledger.
+/// Usage of all keys since the start of the gateway.
 #[derive(Default)]
 pub struct UsageLedger {
-    /// By a hash of key, stage and model, so that looking one up builds no strings.
+    /// Rows by hash of key, stage and model, so that a lookup allocates no strings.
     rows: DashMap<u64, Arc<Cell>>,
     hasher: RandomState,
 }
 
 impl UsageLedger {
-    /// Counts an answer.
+    /// Adds a served request.
     pub fn add(&self, key: &str, stage: Option<&str>, model: &str, usage: Usage, cost: f64) {
         let stage = stage.unwrap_or("");
         let place = self.hasher.hash_one((key, stage, model));
@@ -70,7 +70,7 @@ impl UsageLedger {
         }
     }
 
-    /// All rows, by key, stage and model.
+    /// Returns all rows, sorted by key, stage and model.
     pub fn rows(&self) -> Vec<UsageRow> {
         let mut rows: Vec<UsageRow> = self
             .rows
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_are_bounded_and_nothing_is_lost() {
+    fn bounds_rows_and_counts_every_request() {
         let ledger = UsageLedger::default();
         for number in 0..2 * ROWS {
             ledger.add(&format!("k{number}"), Some("s"), "m", Usage::new(1, 2), 0.5);

@@ -1,40 +1,40 @@
-//! Where a node is, and which addresses a node may have. The body of a request never chooses a destination; those that the
-//! admin API adds are checked when their name is resolved, at every connection, so that a name that changes its address
-//! (DNS rebinding) gains nothing.
+//! Addresses of nodes, and the policy that restricts them. A request body never chooses a destination. Nodes of the
+//! admin API are checked after name resolution, at every connection, which prevents DNS rebinding.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use http::Uri;
 use http::uri::Authority;
 
-/// A node's base URL, taken apart.
+/// Parsed base URL of a node.
 #[derive(Debug, Clone)]
 pub struct NodeUrl {
-    /// `https`.
+    /// Whether the scheme is `https`.
     pub tls: bool,
-    /// Host and port as given, for the `host` header and for logs.
+    /// Host and port as configured, for the `host` header and for logs.
     pub authority: Authority,
-    /// Host alone, without brackets.
+    /// Host without brackets.
     pub host: String,
-    /// The port, given or usual.
+    /// Port, or the default port of the scheme.
     pub port: u16,
-    /// Path before `/v1`, without a slash at its end.
+    /// Path before `/v1`, without a trailing slash.
     pub prefix: String,
 }
 
-/// Which addresses a node may have.
+/// Restriction of the addresses that a node may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AddressPolicy {
-    /// Any: it stands in the configuration.
+    /// Any address: the node is in the configuration.
     Trusted,
-    /// It was added by the admin API: no metadata services, no link-local addresses, nothing that is not a host.
+    /// The node was added by the admin API. Metadata services, link-local addresses and addresses that are not unicast
+    /// hosts are rejected.
     Added {
-        /// Loopback and private addresses are fine as well.
+        /// Whether loopback and private addresses are permitted.
         allow_private: bool,
     },
 }
 
-/// Checks a node's base URL.
+/// Parses the base URL of a node. Rejects other schemes than HTTP, user names, queries, and a path that ends in `/v1`.
 pub fn parse_url(url: &str) -> Result<NodeUrl, String> {
     let uri: Uri = url.parse().map_err(|error| format!("`url` is not a URL: {error}"))?;
     let tls = match uri.scheme_str() {
@@ -67,7 +67,7 @@ pub fn parse_url(url: &str) -> Result<NodeUrl, String> {
     Ok(NodeUrl { tls, authority, host, port, prefix })
 }
 
-/// Whether a node may have this address.
+/// Returns whether `policy` permits `address`.
 pub fn allowed(address: IpAddr, policy: AddressPolicy) -> bool {
     let AddressPolicy::Added { allow_private } = policy else { return true };
     match address {
@@ -79,7 +79,8 @@ pub fn allowed(address: IpAddr, policy: AddressPolicy) -> bool {
     }
 }
 
-/// Addresses that are IPv4 in other clothes: mapped, compatible, translated (RFC 6052), 6to4 (RFC 3056).
+/// Returns the IPv4 address that an IPv6 address embeds: mapped or compatible (RFC 4291), translated (RFC 6052) or 6to4
+/// (RFC 3056).
 fn embedded_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
     let part = address.segments();
     let tail = |high: u16, low: u16| Ipv4Addr::from((u32::from(high) << 16) | u32::from(low));
@@ -98,7 +99,7 @@ fn v4_allowed(address: Ipv4Addr, allow_private: bool) -> bool {
         || address.is_multicast()
         || address.is_broadcast()
         || a >= 240
-        // Metadata services outside the link-local range (Alibaba, Oracle).
+        // Metadata services of Alibaba and Oracle, outside the link-local range.
         || address == Ipv4Addr::new(100, 100, 100, 200)
         || address == Ipv4Addr::new(192, 0, 0, 192)
         || (a, b, c) == (192, 0, 2)
@@ -117,7 +118,7 @@ fn v6_allowed(address: Ipv6Addr, allow_private: bool) -> bool {
         || address.is_multicast()
         || (first & 0xffc0) == 0xfe80
         || (first & 0xffc0) == 0xfec0
-        // AWS's metadata service.
+        // Metadata service of AWS.
         || address == Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
     let private = address.is_loopback() || (first & 0xfe00) == 0xfc00;
     !never && (allow_private || !private)
@@ -128,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn urls_are_checked() {
+    fn parse_url_rejects_invalid_urls() {
         for (url, problem) in [
             ("ftp://x", "http://"),
             ("file:///etc/passwd", "`url`"),
@@ -149,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn no_way_to_where_nodes_do_not_live() {
+    fn policy_rejects_special_addresses() {
         let added = |allow_private| AddressPolicy::Added { allow_private };
         let never = [
             "169.254.169.254",
@@ -219,9 +220,9 @@ mod tests {
     }
 
     #[test]
-    fn numbers_in_disguise_are_no_addresses() {
-        // What a resolver could take for 127.0.0.1 or 169.254.169.254 is resolved first and checked afterwards; none of them
-        // parses as an address that would skip the check.
+    fn numeric_hosts_do_not_parse_as_addresses() {
+        // These spellings do not parse as addresses, so they are resolved by name and checked afterwards. A resolver
+        // can map them to 127.0.0.1 or 169.254.169.254.
         for text in
             ["0x7f.1", "017700000001", "2130706433", "0x7f000001", "127.1", "0xa9fea9fe", "2852039166"]
         {

@@ -1,4 +1,5 @@
-//! Opens connections to nodes: resolve, check every address against the node's policy, connect in order, TLS where asked for.
+//! Opens connections to nodes: resolves the name, checks every address against the policy, connects to the addresses in
+//! order, and performs the TLS handshake.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -18,29 +19,29 @@ use super::address::{AddressPolicy, NodeUrl, allowed};
 
 /// A connection to a node.
 pub enum Stream {
-    /// Plain text.
+    /// Plain TCP.
     Plain(TcpStream),
     /// TLS.
     Tls(Box<TlsStream<TcpStream>>),
-    /// Of another network.
+    /// Connection of a custom dialer.
     Other(Box<dyn Socket>),
 }
 
-/// What a connection of any network does.
+/// Requirements on the connection of a custom dialer.
 pub trait Socket: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Sync + Unpin> Socket for S {}
 
-/// Opens connections of another network. Passed in, so that tests can have nodes without sockets on simulated time.
+/// Custom dialer. Tests use one for nodes without sockets on simulated time.
 pub type DialFn = dyn Fn(SocketAddr) -> DialFuture + Send + Sync;
 
-/// A connection of another network that is being opened.
+/// Future of a custom dialer.
 pub type DialFuture = Pin<Box<dyn Future<Output = io::Result<Box<dyn Socket>>> + Send>>;
 
-/// Looks names up. Passed in, so that tests can have names change their addresses.
+/// Custom resolver; `None` falls back to the system. Tests use one for names that change their address.
 pub type Resolve = dyn Fn(&str, u16) -> Option<Vec<SocketAddr>> + Send + Sync;
 
-/// Opens connections; cheap to clone.
+/// Opens connections. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct Connector {
     tls: Arc<std::sync::OnceLock<TlsConnector>>,
@@ -49,17 +50,18 @@ pub struct Connector {
 }
 
 impl Connector {
-    /// A connector with an own resolver in front of the system's.
+    /// Creates a connector with a custom resolver.
     pub fn with_resolver(resolve: Arc<Resolve>) -> Self {
         Self { resolve: Some(resolve), ..Self::default() }
     }
 
-    /// A connector to another network than the machine's; in plain text only.
+    /// Creates a connector with a custom dialer. TLS is not supported.
     pub fn with_dialer(dial: Arc<DialFn>) -> Self {
         Self { dial: Some(dial), ..Self::default() }
     }
 
-    /// Opens a connection within `limit`.
+    /// Opens a connection within `limit`. Errors: [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::PermissionDenied`] if
+    /// the policy permits no address; the error of the last address otherwise.
     pub async fn connect(&self, url: &NodeUrl, policy: AddressPolicy, limit: Duration) -> io::Result<Stream> {
         tokio::time::timeout(limit, self.open(url, policy))
             .await
@@ -188,7 +190,7 @@ mod tests {
     use crate::upstream::address::parse_url;
 
     #[tokio::test]
-    async fn a_name_that_changes_its_address_leads_nowhere_new() {
+    async fn checks_the_address_at_every_connection() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let answers = std::sync::Mutex::new(vec!["169.254.169.254", "127.0.0.1", "127.0.0.1"]);

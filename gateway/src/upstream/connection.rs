@@ -1,6 +1,6 @@
-//! A connection to a node: an HTTP/1.1 client that is driven by the request that uses it, one at a time. There is no task and
-//! no channel, so a relayed chunk wakes one task, and dropping the request closes the socket at once. It owns no buffer
-//! either: reading and writing go through one of the thread's, and what is kept is only what the other side has not taken yet.
+//! An HTTP/1.1 connection to a node, driven by the request that uses it, one request at a time. Without a task and a
+//! channel, a relayed chunk wakes one task only, and dropping the request closes the socket at once. Reads and writes
+//! use a buffer of the thread. The connection stores only data that could not be written or parsed yet.
 
 use std::cell::RefCell;
 use std::io;
@@ -20,7 +20,7 @@ use super::response_head;
 use super::response_head::{HEAD_BYTES, ResponseHead};
 use super::target::Target;
 
-/// Most that is read or written at once.
+/// Largest number of bytes of one read or write.
 const AT_ONCE: usize = 16 << 10;
 
 thread_local! {
@@ -31,32 +31,32 @@ thread_local! {
 /// A connection.
 pub struct Connection {
     stream: Stream,
-    /// What is left to be written of the request: of its head and the beginning of its body, and of the rest.
+    /// Unwritten parts of the request: the head with the beginning of the body, and the rest of the body.
     unsent: [Bytes; 2],
-    /// What was written lies in the stream's own buffers, as TLS has them.
+    /// Whether the stream may hold written data in its own buffer, as TLS does.
     unflushed: bool,
-    /// What is there of a response head that is not whole.
+    /// Beginning of a response head that is not complete.
     partial: Vec<u8>,
     answer: Incoming,
-    /// It has served a request: the node may have closed it meanwhile without our noticing.
+    /// Whether the connection has served a request. The node may have closed it since, unnoticed.
     used: bool,
 }
 
-/// The body of the answer that is under way.
+/// State of the response body that is being received.
 struct Incoming {
-    /// What came of it with the head.
+    /// Body data that arrived with the head.
     early: Bytes,
     framing: Framing,
-    /// Whether another request may follow.
+    /// Whether the connection can serve another request.
     keep: bool,
 }
 
 impl Connection {
-    /// Opens one.
+    /// Opens a connection within `limit`. The error is a description for logs.
     pub async fn open(connector: &Connector, target: &Target, limit: Duration) -> Result<Box<Self>, String> {
         let stream = connector.connect(&target.url, target.policy, limit).await;
         let stream = stream.map_err(|error| format!("cannot connect: {error}"))?;
-        // Boxed once: it passes through many hands on its way from request to request.
+        // Boxed once, because the connection moves between owners with every request.
         Ok(Box::new(Self {
             stream,
             unsent: [Bytes::new(), Bytes::new()],
@@ -67,27 +67,28 @@ impl Connection {
         }))
     }
 
-    /// Whether the node may have closed it before it saw the request: a failure is then not the node's.
+    /// Returns whether the node may have closed the connection before it received the request. A failure is then not
+    /// the node's.
     pub fn may_be_stale(&self) -> bool {
         self.used && self.partial.is_empty()
     }
 
-    /// Whether another request may follow.
+    /// Returns whether another request may be sent.
     pub fn reusable(&self) -> bool {
         self.answer.keep && self.ended() && self.sent()
     }
 
-    /// Whether the answer has been read to its end.
+    /// Returns whether the response has been read to its end.
     pub fn ended(&self) -> bool {
         self.answer.framing.ended() && self.answer.early.is_empty()
     }
 
-    /// Bytes of the answer that follow at least.
+    /// Smallest number of bytes that are left of the response.
     pub fn lower_bound(&self) -> u64 {
         self.answer.early.len() as u64 + self.answer.framing.lower_bound()
     }
 
-    /// Whether the node has neither closed it nor said anything unasked.
+    /// Returns whether the node has neither closed the connection nor sent unexpected data.
     pub fn is_open(&mut self, context: &mut Context<'_>) -> bool {
         poll_read(&mut self.stream, context, |_| ()).is_pending()
     }
@@ -102,7 +103,8 @@ impl Connection {
         let head = std::future::poll_fn(|context| {
             let written = if begun { self.poll_rest(context) } else { self.begin(context, request, target) };
             begun = true;
-            // A node may refuse a request, and close, before it has read all of it: its answer counts for more.
+            // A node may reject a request and close before it has read all of it. Its response takes precedence over
+            // the write error.
             match (self.poll_head(context, &request.method), written) {
                 (Poll::Pending | Poll::Ready(Err(_)), Err(error)) => Poll::Ready(Err(error.into())),
                 (head, Err(_)) => {
@@ -117,7 +119,7 @@ impl Connection {
         Ok(head)
     }
 
-    /// The next piece of the answer's body; nothing after its end.
+    /// Returns the next chunk of the response body, or `None` at its end.
     pub fn poll_data(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, TransportError>>> {
         if !self.answer.early.is_empty() {
             return Poll::Ready(Some(Ok(std::mem::take(&mut self.answer.early))));
@@ -139,7 +141,7 @@ impl Connection {
         Poll::Ready(None)
     }
 
-    /// Writes the head and what goes with it at once; the rest of a long body follows without being copied.
+    /// Writes the head with the beginning of the body in one call. The rest of a long body is written without a copy.
     fn begin(
         &mut self,
         context: &mut Context<'_>,
@@ -162,7 +164,7 @@ impl Connection {
         self.poll_rest(context)
     }
 
-    /// Writes what is left of the request, as far as the node takes it.
+    /// Writes as much of the rest of the request as the node accepts.
     fn poll_rest(&mut self, context: &mut Context<'_>) -> io::Result<()> {
         for part in &mut self.unsent {
             while !part.is_empty() {
@@ -186,7 +188,7 @@ impl Connection {
         self.unsent.iter().all(Bytes::is_empty) && !self.unflushed
     }
 
-    /// The answer is on its way already, so only the connection is lost.
+    /// The response is already arriving, so only the reuse of the connection is lost.
     fn give_up_writing(&mut self) {
         self.unsent = [Bytes::new(), Bytes::new()];
         self.unflushed = false;
@@ -212,7 +214,7 @@ impl Connection {
                 },
                 input => {
                     partial.extend_from_slice(input);
-                    // However finely a head is cut, it is read as a whole a few times only.
+                    // A head that arrives in many small reads is parsed only when it can be complete.
                     if partial.len() < HEAD_BYTES && !may_end_a_head(&partial[..], input.len()) {
                         return Ok(None);
                     }
@@ -232,14 +234,14 @@ impl Connection {
 }
 
 impl Incoming {
-    /// An answer begins with `head`, and `input` came with it.
+    /// Starts the body of a response; `input` was read with the head.
     fn begin(&mut self, head: ResponseHead, input: &[u8]) -> Result<ResponseHead, TransportError> {
         (self.framing, self.keep) = (head.framing, head.keep);
         self.early = self.take_in(input)?;
         Ok(head)
     }
 
-    /// The pieces of the body in `input`, as one.
+    /// Returns the body data in `input`, in one buffer.
     fn take_in(&mut self, mut input: &[u8]) -> Result<Bytes, TransportError> {
         let first = self.framing.piece(&mut input)?;
         let mut next = self.framing.piece(&mut input)?;
@@ -254,13 +256,13 @@ impl Incoming {
             }
             data.freeze()
         };
-        // Nobody asked for more than one answer.
+        // Data after the response is unexpected, so the connection is not reused.
         self.keep &= input.is_empty();
         Ok(data)
     }
 }
 
-/// Hands what can be read to `take`: nothing at the end.
+/// Reads once and calls `take` with the data, which is empty at the end of the stream.
 fn poll_read<T>(
     stream: &mut Stream,
     context: &mut Context<'_>,
@@ -273,7 +275,7 @@ fn poll_read<T>(
     })
 }
 
-/// Whether an empty line may end within the last `new` bytes.
+/// Returns whether an empty line may end within the last `new` bytes.
 fn may_end_a_head(bytes: &[u8], new: usize) -> bool {
     let from = bytes.len().saturating_sub(new + 2);
     memchr::memchr_iter(b'\n', &bytes[from..])

@@ -1,20 +1,20 @@
-//! What goes wrong on a connection to a node.
+//! Errors on a connection to a node.
 
 use std::io;
 
-/// Why an answer is not whole.
+/// The reason why a response is not complete.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// It was closed before a byte of the answer.
+    /// The node closed the connection before the first byte of its response.
     #[error("it closed the connection without an answer")]
     Closed,
-    /// It was closed within the answer.
+    /// The node closed the connection within its response.
     #[error("it closed the connection within its answer")]
     Truncated,
-    /// It broke.
+    /// Reading or writing failed.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// What it sent is not HTTP/1.1.
+    /// The response is not valid HTTP/1.1.
     #[error("its answer is not HTTP: {0}")]
     Protocol(&'static str),
 }

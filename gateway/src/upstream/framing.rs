@@ -1,62 +1,62 @@
-//! Where the body of a node's answer ends (RFC 9112, sections 6 and 7): after so many bytes, after its last chunk, or with the
-//! connection. Copies nothing: it points at the pieces of a body within what was read.
+//! Framing of response bodies (RFC 9112, sections 6 and 7): by length, in chunks, or until the connection closes.
+//! Returns slices of the input without a copy.
 
 use super::error::TransportError;
 
-/// Most bytes of chunk extensions and trailers together, which are read and left out.
+/// Largest number of bytes of all chunk extensions and trailers of a body. Their content is discarded.
 const EXTRA_BYTES: u32 = 16 << 10;
 
-/// How much of a body is still to come.
+/// State of a body that is being received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Framing {
-    /// So many bytes; none: it has ended.
+    /// Number of bytes left; 0 at the end.
     Length(u64),
-    /// Chunks, and what was read of the next one.
+    /// Chunked transfer coding: position, and bytes of extensions and trailers so far.
     Chunked(Chunk, u32),
-    /// All until the connection is closed.
+    /// All data until the connection closes.
     Close,
 }
 
-/// What comes next of a chunked body.
+/// Position in a chunked body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chunk {
-    /// A digit of a chunk's size, the first or a further one.
+    /// A digit of a chunk size.
     Size {
-        /// Read so far.
+        /// Value of the digits so far.
         size: u64,
-        /// Whether a digit was read.
+        /// Whether there was a digit.
         begun: bool,
     },
-    /// The rest of a chunk's first line.
+    /// A chunk extension; with the chunk size.
     Extension(u64),
-    /// The LF behind it.
+    /// The LF after a chunk size; with the chunk size.
     SizeEnd(u64),
-    /// So many bytes of a chunk.
+    /// Chunk data; with the number of bytes left.
     Data(u64),
-    /// The CR behind a chunk.
+    /// The CR after chunk data.
     DataCr,
-    /// The LF behind a chunk.
+    /// The LF after chunk data.
     DataLf,
-    /// The first byte of a trailer's line, or of the empty one that ends the body.
+    /// The beginning of a trailer line, or of the empty line that ends the body.
     Trailer,
-    /// The rest of a trailer's line.
+    /// The rest of a trailer line.
     TrailerRest,
     /// The LF that ends the body.
     TrailerEnd,
 }
 
 impl Framing {
-    /// A chunked body that begins.
+    /// The start of a chunked body.
     pub const CHUNKED: Self = Self::Chunked(Chunk::Size { size: 0, begun: false }, 0);
-    /// A body that has ended.
+    /// The end of a body.
     pub const ENDED: Self = Self::Length(0);
 
-    /// Whether nothing follows.
+    /// Returns whether the body has ended.
     pub fn ended(&self) -> bool {
         *self == Self::ENDED
     }
 
-    /// Bytes that follow at least.
+    /// Smallest number of bytes that are left.
     pub fn lower_bound(&self) -> u64 {
         match *self {
             Self::Length(left) | Self::Chunked(Chunk::Data(left), _) => left,
@@ -64,7 +64,8 @@ impl Framing {
         }
     }
 
-    /// Takes the next piece of the body off `input`: an empty one when all of `input` is used up or the body has ended.
+    /// Removes the next part of the body from `input` and returns it. An empty result means that `input` is consumed or
+    /// the body has ended. Returns [`TransportError::Protocol`] for invalid chunks.
     pub fn piece<'a>(&mut self, input: &mut &'a [u8]) -> Result<&'a [u8], TransportError> {
         match self {
             Self::Close => Ok(std::mem::take(input)),
@@ -97,7 +98,7 @@ impl Framing {
         }
     }
 
-    /// The node has closed the connection.
+    /// Handles the end of the connection. Returns [`TransportError::Truncated`] unless the body has ended with it.
     pub fn closed(&mut self) -> Result<(), TransportError> {
         match self {
             Self::Close => {
@@ -110,7 +111,7 @@ impl Framing {
     }
 }
 
-/// At most `left` bytes off `input`.
+/// Removes at most `left` bytes from `input`, and subtracts their number from `left`.
 fn take<'a>(input: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
     let count = input.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
     let (piece, rest) = input.split_at(count);
@@ -120,7 +121,7 @@ fn take<'a>(input: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
 }
 
 impl Chunk {
-    /// What follows `byte`; nothing after the end of the body.
+    /// Returns the position after `byte`, or `None` at the end of the body.
     fn next(self, byte: u8) -> Result<Option<Self>, &'static str> {
         Ok(Some(match (self, byte) {
             (Self::Size { size, .. }, digit) if digit.is_ascii_hexdigit() => {

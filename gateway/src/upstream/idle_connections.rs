@@ -1,5 +1,4 @@
-//! Connections of a node that wait for their next request, polled by nobody. Whether one is still open is looked at when it is
-//! taken out.
+//! Idle connections of a node. They are not polled; a connection is checked when it is taken.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Context;
@@ -9,16 +8,16 @@ use tokio::time::Instant;
 
 use super::connection::Connection;
 
-/// Connections that are kept for a node.
+/// Largest number of idle connections of a node.
 const KEEP: usize = 256;
 
-/// An unused connection is closed after this.
+/// Time after which an idle connection is closed.
 const KEEP_FOR: Duration = Duration::from_secs(30);
 
-/// A connection, and since when it lies here.
+/// An idle connection, and the time since which it is idle.
 type Kept = (Box<Connection>, Instant);
 
-/// The connections, newest last.
+/// Idle connections, the newest last.
 #[derive(Default)]
 pub struct IdleConnections(Mutex<Vec<Kept>>);
 
@@ -37,7 +36,7 @@ impl IdleConnections {
         }
     }
 
-    /// Keeps a connection if another request may follow on it.
+    /// Stores a connection, if another request may be sent on it.
     pub fn put(&self, connection: Box<Connection>) {
         if connection.reusable() {
             let mut kept = self.locked();
@@ -47,18 +46,18 @@ impl IdleConnections {
         }
     }
 
-    /// Closes connections that nobody has used for long.
+    /// Closes connections that have been idle for too long.
     pub fn sweep(&self) {
         let old: Vec<_> = self.locked().extract_if(.., |(_, since)| since.elapsed() >= KEEP_FOR).collect();
         drop(old);
     }
 
-    /// Connections kept.
+    /// Number of idle connections.
     pub fn len(&self) -> usize {
         self.locked().len()
     }
 
-    /// Whether none is kept.
+    /// Returns whether there is no idle connection.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

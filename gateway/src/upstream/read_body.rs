@@ -1,5 +1,5 @@
-//! Reads an body that is not streamed to its end, within its clocks and its bound. Nothing of it has reached the client
-//! yet, so one that breaks off can still be asked for elsewhere.
+//! Reads a response body that is not streamed, with bounds on time and size. The client has received nothing yet, so a
+//! broken response can still be retried.
 
 use std::task::Poll;
 use std::time::Duration;
@@ -8,10 +8,12 @@ use bytes::{Bytes, BytesMut};
 
 use super::exchange::{SendError, UpstreamBody};
 
-/// Largest whole body.
+/// Largest body in bytes, 64 MiB.
 pub const MAX_BYTES: usize = 64 << 20;
 
-/// Reads `body`; `idle` bounds the time between two pieces, `until` the whole.
+/// Reads `body` to its end. `idle` bounds the time between two chunks; `until` is the deadline of the whole body.
+///
+/// Errors: [`SendError::Timeout`] after a deadline; [`SendError::Failed`] for a broken or too large body.
 pub async fn read_full_body(
     body: &mut UpstreamBody,
     idle: Duration,
@@ -20,7 +22,7 @@ pub async fn read_full_body(
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     loop {
-        // What is there already costs no timer.
+        // Data that has already arrived needs no timer.
         let ready = std::future::poll_fn(|context| Poll::Ready(body.poll_data(context))).await;
         let data = match ready {
             Poll::Ready(data) => Ok(data),
@@ -38,7 +40,7 @@ pub async fn read_full_body(
                 if first.len() + rest.len() + data.len() > MAX_BYTES {
                     return Err(SendError::Failed(format!("the body is longer than {MAX_BYTES} bytes")));
                 }
-                // Most answers are one piece, which is then not copied.
+                // Most bodies arrive in one chunk, which is not copied.
                 if first.is_empty() && rest.is_empty() {
                     first = data;
                 } else {

@@ -1,5 +1,5 @@
-//! Heads of HTTP/1.1 messages towards nodes: a request's is written, a response's is read. Of a response the gateway keeps what
-//! it acts upon and no map of headers: nothing else of a node's head reaches a client.
+//! Parses HTTP/1.1 response heads of nodes. Only fields that the gateway uses are kept, without a header map. No other
+//! header of a node reaches a client.
 
 use std::mem::MaybeUninit;
 
@@ -8,29 +8,31 @@ use http::{HeaderValue, Method, StatusCode};
 use super::error::TransportError;
 use super::framing::Framing;
 
-/// Largest response head.
+/// Largest response head in bytes.
 pub const HEAD_BYTES: usize = 64 << 10;
 
-/// Most fields of a response head.
+/// Largest number of fields in a response head.
 const FIELDS: usize = 100;
 
-/// What a response head says.
+/// The parsed head.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResponseHead {
-    /// Its status.
+    /// Status code.
     pub status: StatusCode,
-    /// What the body is.
+    /// Value of `content-type`.
     pub content_type: Option<HeaderValue>,
-    /// Seconds until it may be asked again.
+    /// Value of `retry-after` in seconds. Dates are ignored.
     pub retry_after: Option<u64>,
-    /// Where the body ends.
+    /// Framing of the body.
     pub framing: Framing,
-    /// Whether another request may follow on the connection.
+    /// Whether another request may be sent on the connection.
     pub keep: bool,
 }
 
-/// Reads the head of the answer to a request with `method` at the beginning of `bytes`, and how long it is. Nothing when the
-/// end is not there yet. Interim answers (1xx) are left out.
+/// Parses the response head at the beginning of `bytes`. `method` is that of the request. Returns the head and its
+/// length, or `None` if the head is not complete. Interim responses (1xx) are skipped.
+///
+/// Returns [`TransportError::Protocol`] for a malformed, too long or ambiguous head.
 pub fn parse(bytes: &[u8], method: &Method) -> Result<Option<(ResponseHead, usize)>, TransportError> {
     let mut skipped = 0;
     loop {
@@ -83,7 +85,7 @@ impl ResponseHead {
                 }
             } else if is(field.name, "transfer-encoding") {
                 for coding in words(value) {
-                    // Never asked for, and nobody here can read them.
+                    // The gateway never requests another coding and cannot decode one.
                     if !coding.eq_ignore_ascii_case(b"chunked") || chunked {
                         return Err(TransportError::Protocol(
                             "it has a transfer coding other than `chunked`",
@@ -102,7 +104,8 @@ impl ResponseHead {
         let bodyless = *method == Method::HEAD || matches!(status.as_u16(), 204 | 304);
         let framing = match length {
             _ if bodyless => Framing::ENDED,
-            // Chunks count more than a length (RFC 9112, section 6.3); the two together are a fault that ends the connection.
+            // Chunked coding overrides a length (RFC 9112, section 6.3). A response with both is suspicious, so its
+            // connection is not reused.
             _ if chunked => Framing::CHUNKED,
             Some(length) => Framing::Length(length),
             None => Framing::Close,
@@ -121,7 +124,7 @@ fn words(list: &[u8]) -> impl Iterator<Item = &[u8]> {
     list.split(|byte| *byte == b',').map(<[u8]>::trim_ascii).filter(|word| !word.is_empty())
 }
 
-/// Digits and nothing else.
+/// Parses decimal digits, without a sign.
 fn number(text: &[u8]) -> Option<u64> {
     let text = text.trim_ascii();
     let digits = text.iter().all(u8::is_ascii_digit);
@@ -143,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_says_where_its_body_ends() {
+    fn derives_framing_from_the_head() {
         let ok = |fields: &str| framing(&format!("HTTP/1.1 200 OK{fields}"));
         assert_eq!(ok("\r\ncontent-length: 5"), (Framing::Length(5), true));
         assert_eq!(ok("\r\nContent-Length: 5, 5\r\nContent-LENGTH:5"), (Framing::Length(5), true));
@@ -164,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_says_what_it_is() {
+    fn parses_status_content_type_and_retry_after() {
         let text =
             "HTTP/1.1 429 Slow\r\ncontent-type: text/plain\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n";
         let head = read(text).unwrap().unwrap().0;
@@ -176,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_head_is_refused() {
+    fn rejects_malformed_heads() {
         let many: String = (0..101).map(|index| format!("\r\nx-{index}: y")).collect();
         for (text, words) in [
             ("HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 6", "two lengths"),

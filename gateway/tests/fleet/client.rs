@@ -1,4 +1,4 @@
-//! Clients that read every byte of their answers and hold it against what was asked for.
+//! Clients that read every byte of a response and compare it with their request.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,22 +18,22 @@ use super::network::token;
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum End {
-    /// With the whole answer, and nothing but that.
+    /// With the whole response and nothing else.
     Whole,
-    /// With an error in place of an answer.
+    /// With an error response.
     Refused,
-    /// With a part of the answer and an error event.
+    /// With a part of the response and an error event.
     Broken,
-    /// The client left.
+    /// The client disconnected.
     Left,
-    /// The gateway was stopping and closed the connection between two requests.
+    /// The gateway was shutting down and closed the connection between two requests.
     TurnedAway,
 }
 
-/// The gateway as clients find it.
+/// The gateway as clients see it.
 pub(crate) struct Door {
     pub(crate) gateway: Gateway,
-    /// It was told to stop.
+    /// Whether shutdown has begun.
     pub(crate) stopping: AtomicBool,
     served: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -43,7 +43,7 @@ impl Door {
         Arc::new(Self { gateway, stopping: AtomicBool::new(false), served: Mutex::default() })
     }
 
-    /// Waits for the end of all connections; fails if one panicked, or outlives its client.
+    /// Waits until all connections have ended. Fails if one panicked or outlives its client.
     pub(crate) async fn close(&self) {
         let served = std::mem::take(&mut *self.served.lock().unwrap());
         for connection in served {
@@ -55,12 +55,12 @@ impl Door {
     }
 }
 
-/// A client's connection.
+/// Connection of a client.
 pub(crate) struct Client {
     stream: DuplexStream,
     seen: Vec<u8>,
     random: ChaCha8Rng,
-    /// It reads slowly.
+    /// Whether the client reads slowly.
     slow: bool,
     door: Arc<Door>,
 }
@@ -75,14 +75,14 @@ impl Client {
         Self { stream: near, seen: Vec::new(), random, slow, door: Arc::clone(door) }
     }
 
-    /// The gateway has closed the connection before it answered anything: only one that stops may do so, to requests that were
-    /// sent since.
+    /// The gateway closed the connection before it responded. This is valid only during shutdown, for requests that
+    /// were sent after its start.
     fn turned_away(&self, stopping: bool) -> (End, bool) {
         assert!(stopping, "turned away by a gateway that did not stop");
         (End::TurnedAway, false)
     }
 
-    /// Asks for an answer; whether another request may follow.
+    /// Sends a request. Returns how it ended, and whether another request may follow.
     pub(crate) async fn ask(&mut self, id: &str) -> (End, bool) {
         let patience = self.random.random_bool(0.15).then(|| self.random.random_range(0..3_000));
         match patience {
@@ -134,7 +134,7 @@ impl Client {
         (End::Whole, open)
     }
 
-    /// Reads a stream of events to the end of its chunks.
+    /// Reads an event stream to its last chunk and checks every token.
     async fn events(&mut self, id: &str, tokens: u64) -> End {
         let mut text = String::new();
         loop {

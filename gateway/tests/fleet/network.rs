@@ -1,4 +1,4 @@
-//! Nodes without sockets: they speak HTTP/1.1 over pipes in memory, on simulated time, and behave as badly as they are told to.
+//! Nodes without sockets: they serve HTTP/1.1 over in-memory pipes on simulated time, and fail as their condition says.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,38 +18,39 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-/// How a node is; the gateway has to find out.
+/// Condition of a node, which the gateway has to detect.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Condition {
     Well,
-    /// So many times slower.
+    /// Slower by this factor.
     Slow(u32),
-    /// Cut off from the gateway: nothing arrives and nothing is answered, connections stay as they are.
+    /// Cut off from the gateway: no data arrives in either direction, and connections stay open.
     Silent,
-    /// Gone, and its connections with it.
+    /// Stopped, and all its connections are closed.
     Down,
-    /// Breaks answers off.
+    /// Responses break.
     Breaks,
-    /// Answers what no node should.
+    /// Responses are invalid.
     Nonsense,
-    /// Refuses everything with this status.
+    /// Every request is rejected with this status.
     Refuses(u16),
-    /// Fails its health check, and works.
+    /// Health checks fail, requests succeed.
     Ill,
 }
 
-/// A node, seen from the network.
+/// A node as the network sees it.
 pub(crate) struct Host {
     pub(crate) condition: watch::Sender<Condition>,
     slots: usize,
     connections: Mutex<Vec<Weak<AtomicBool>>>,
-    /// Requests that arrived.
+    /// Number of requests that arrived.
     pub(crate) asked: AtomicUsize,
-    /// Requests whose connection had served before and was lost before a byte of the answer: they may be sent once more.
+    /// Number of requests on reused connections that were lost before the first byte of the response. The gateway may
+    /// send these once more.
     pub(crate) stale: AtomicUsize,
 }
 
-/// All nodes, by the last number of their address.
+/// All nodes, by the last octet of their address.
 pub(crate) struct Network {
     hosts: BTreeMap<u8, Arc<Host>>,
     random: Mutex<ChaCha8Rng>,
@@ -83,7 +84,7 @@ impl Network {
         format!("http://10.0.0.{number}:80")
     }
 
-    /// Fails if a node has found something wrong.
+    /// Fails if a node's task has panicked.
     pub(crate) async fn check(&self) {
         let ended = self.nodes.lock().unwrap().extract_if(.., |node| node.is_finished()).collect::<Vec<_>>();
         for node in ended {
@@ -100,7 +101,7 @@ impl Network {
         Box::pin(async move {
             sleep(Duration::from_millis(1)).await;
             let mut condition = host.condition.subscribe();
-            // A connection that cannot be opened now is opened when the network is whole again, if somebody waits so long.
+            // During a network split the connection opens only when the split is over.
             let found = *condition.wait_for(|now| *now != Condition::Silent).await.unwrap();
             if found == Condition::Down {
                 return Err(io::ErrorKind::ConnectionRefused.into());
@@ -123,7 +124,7 @@ impl Network {
     }
 }
 
-/// The gateway's end of a connection: once it is dropped, the node holds nothing for the gateway.
+/// The gateway's end of a connection. Once it is dropped, no request of the gateway counts on the node.
 struct Link {
     stream: DuplexStream,
     _busy: Arc<AtomicBool>,
@@ -157,16 +158,16 @@ impl AsyncWrite for Link {
 struct Node {
     stream: DuplexStream,
     busy: Weak<AtomicBool>,
-    /// Requests that it has answered.
+    /// Number of requests served on this connection.
     served: usize,
-    /// A byte of the answer is written.
+    /// Whether a byte of the response has been written.
     begun: bool,
     host: Arc<Host>,
     condition: watch::Receiver<Condition>,
     random: ChaCha8Rng,
 }
 
-/// The text of a token: every answer is made of its own, so that nothing of another request can pass for it.
+/// Text of a token. It contains the request id, so that tokens of another request cannot pass as its own.
 pub(crate) fn token(id: &str, number: u64) -> String {
     format!("{id}.{number} ")
 }
@@ -175,11 +176,11 @@ impl Node {
     async fn run(mut self) {
         let mut condition = self.condition.clone();
         tokio::select! {
-            // A node that goes down takes its connections with it.
+            // A node that stops closes its connections.
             _ = condition.wait_for(|now| *now == Condition::Down) => self.lost(),
             _ = self.serve() => {}
         }
-        // Whatever the gateway knows of it: this side works on nothing any more.
+        // This side works on no request any more, whether the gateway has noticed or not.
         self.release();
     }
 
@@ -210,7 +211,7 @@ impl Node {
         }
     }
 
-    /// The condition, once the network is whole.
+    /// Returns the condition, once the network is whole.
     async fn now(&mut self) -> Condition {
         *self.condition.wait_for(|now| *now != Condition::Silent).await.unwrap()
     }
@@ -229,7 +230,7 @@ impl Node {
         assert!(held <= self.host.slots, "a node holds {held} requests with {} slots", self.host.slots);
     }
 
-    /// From now on the gateway may think that the slot is free.
+    /// Frees the slot. The gateway may treat the slot as free from here on.
     fn release(&self) {
         if let Some(busy) = self.busy.upgrade() {
             busy.store(false, Ordering::Relaxed);
@@ -260,7 +261,7 @@ impl Node {
         Ok((head.split(' ').nth(1).unwrap().to_owned(), body))
     }
 
-    /// Writes in pieces of any length, as far as the network is whole.
+    /// Writes in pieces of random length, and pauses during a network split.
     async fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             self.now().await;
@@ -279,7 +280,7 @@ impl Node {
         Ok(())
     }
 
-    /// Works for so many milliseconds; an error when the gateway has left meanwhile.
+    /// Works for `ms` milliseconds. Fails if the gateway closes the connection.
     async fn work(&mut self, ms: u64) -> io::Result<()> {
         let slower = match self.now().await {
             Condition::Slow(times) => u64::from(times),
@@ -287,12 +288,12 @@ impl Node {
         };
         tokio::select! {
             () = sleep(Duration::from_millis(ms * slower)) => Ok(()),
-            // The gateway sends one request at a time.
+            // The gateway sends no data while a request is running.
             _ = self.stream.read_u8() => Err(io::ErrorKind::ConnectionReset.into()),
         }
     }
 
-    /// Answers a request; whether the connection may be used again.
+    /// Responds to a request. Returns whether the connection may be reused.
     async fn answer(&mut self, body: &[u8]) -> io::Result<bool> {
         let body: Value = serde_json::from_slice(body).unwrap();
         let (id, tokens) = (body["user"].as_str().unwrap().to_owned(), body["max_tokens"].as_u64().unwrap());
@@ -307,10 +308,10 @@ impl Node {
             }
             Condition::Nonsense => {
                 let said = NONSENSE[self.random.random_range(0..NONSENSE.len())];
-                // Some of it is a whole answer.
+                // Some of the invalid data begins with a whole response.
                 self.release();
                 self.write(said.as_bytes()).await?;
-                // Until the gateway has had enough of it, or asks for more.
+                // Waits until the gateway closes the connection or sends another request.
                 if self.stream.read_u8().await.is_ok() {
                     self.host.stale.fetch_add(1, Ordering::Relaxed);
                 }
@@ -346,7 +347,7 @@ impl Node {
     }
 
     async fn stream_tokens(&mut self, id: &str, tokens: u64, breaks: Option<u64>) -> io::Result<bool> {
-        // Where it ends is said by chunks, or by closing the connection.
+        // The stream ends with a last chunk or with the connection.
         let chunked = self.random.random_bool(0.7);
         let ends = if chunked { "transfer-encoding: chunked" } else { "connection: close" };
         let head = format!("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n{ends}\r\n\r\n");

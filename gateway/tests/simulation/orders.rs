@@ -1,6 +1,6 @@
-//! Every order in which three requests and a node that drains and comes back can take their steps: a request asks, looks whether
-//! it has a slot, and leaves, with or without one. What happens within a step is done under the pool's one lock, so these are all
-//! the histories there are, but for what threads do between two locks of one step.
+//! Exhaustive test of all interleavings of three requests and a node that drains and becomes ready again. A request
+//! asks for a slot, polls, and leaves, with or without a slot. Each step runs under the one lock of the pool, so these
+//! are all histories. Only interleavings between two locks of one step are not covered.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 type Outcome = Result<Permit, GatewayError>;
 
-/// A request, as far as it has come.
+/// Progress of a request.
 enum Asked {
     NotYet,
     Waits(Pin<Box<dyn Future<Output = Outcome>>>),
@@ -24,18 +24,18 @@ enum Asked {
     Left,
 }
 
-/// What three requests are like, and what there is for them.
+/// One setup: nodes, queue and requests.
 struct Scene {
     nodes: usize,
-    /// Room in the queue.
+    /// Capacity of the queue.
     room: usize,
     classes: [Priority; 3],
-    /// The last request will not have the first node: it failed there before.
+    /// Whether the last request excludes the first node, as after a failure there.
     avoids: bool,
 }
 
 const STEPS: [usize; 4] = [3, 3, 3, 2];
-/// The actor behind the three requests: the first node, which drains and comes back.
+/// Index of the fourth actor: the first node, which drains and becomes ready again.
 const NODE: usize = 3;
 
 struct Play {
@@ -102,7 +102,7 @@ impl Play {
         }
     }
 
-    /// What holds behind every step. `before`: requests on the first node and whether it was draining.
+    /// Checks the invariants after a step. `before`: requests on the first node, and whether it was draining.
     fn check(&self, before: (usize, bool)) {
         let (load, nodes) = (self.pool.load(), self.pool.nodes());
         let held = self.asked.iter().filter_map(|asked| match asked {
@@ -117,7 +117,7 @@ impl Play {
                 "a slot that is held counts"
             );
         }
-        // Who waits is in the queue, or has a slot that it has not seen yet, or was told that there is no room.
+        // A waiting request is in the queue, has a slot that it has not seen yet, or was displaced from a full queue.
         let placed = load.active - held.count() + load.queued;
         assert!(
             placed == waiting || placed < waiting && self.room < 3,
@@ -126,7 +126,7 @@ impl Play {
         assert!(load.queued <= self.room && load.queued_bytes == 100 * load.queued);
         let draining = nodes[0].state() == NodeState::Draining;
         assert!(!(draining && before.1) || nodes[0].requests() <= before.0, "a draining node got a request");
-        // No slot stays free while somebody waits who may have it.
+        // No slot stays free while a request that may use it waits.
         for node in nodes.iter().filter(|node| node.state() == NodeState::Ready && node.requests() == 0) {
             let avoided = self.avoids == Some(node.id)
                 && nodes.iter().any(|other| other.id != node.id && other.state() == NodeState::Ready);
@@ -135,7 +135,7 @@ impl Play {
     }
 }
 
-/// Runs all orders of the steps; returns how many there were.
+/// Runs all interleavings and returns their number.
 fn every_order(scene: &Scene, metrics: &Metrics, order: &mut Vec<usize>) -> usize {
     if order.len() == STEPS.iter().sum::<usize>() {
         let mut play = Play::new(scene, metrics);
@@ -163,7 +163,7 @@ fn every_order(scene: &Scene, metrics: &Metrics, order: &mut Vec<usize>) -> usiz
 }
 
 #[test]
-fn in_every_order_of_asking_leaving_and_draining_the_books_are_right() {
+fn counters_balance_in_every_interleaving() {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     let _inside = runtime.enter();

@@ -1,4 +1,4 @@
-//! The cases, one struct each: its parameters, how it is run, what it prints.
+//! The benchmark cases: one struct each, with its parameters, its run, and its output.
 
 use std::cell::RefCell;
 use std::time::Duration;
@@ -20,14 +20,14 @@ fn cpu(running: &Running) -> Duration {
     running.process.as_ref().map_or(Duration::ZERO, super::process::Process::cpu)
 }
 
-/// Middle, smallest and largest.
+/// Formats median, smallest and largest value.
 fn spread(mut values: Vec<f64>) -> String {
     values.sort_by(f64::total_cmp);
     let (Some(first), Some(last)) = (values.first(), values.last()) else { return "-".to_owned() };
     format!("{:.1} [{first:.1}-{last:.1}]", values[values.len() / 2])
 }
 
-/// Tiny answers in a closed loop.
+/// Short responses in a closed loop.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Plain {
@@ -58,7 +58,7 @@ impl Plain {
             );
         }
         for round in 0..self.windows {
-            // Another one begins each time: nobody always follows the same neighbour.
+            // Each round begins with another peer, so that none always follows the same neighbor.
             contenders.rotate_left(usize::from(round > 0));
             for contender in &mut contenders {
                 let running = &contender.running;
@@ -86,7 +86,7 @@ impl Plain {
     }
 }
 
-/// A peer whose windows are taken in turn with those of the others, so that a noisy moment of the machine hits all.
+/// A peer whose measurement windows alternate with those of the others, so that noise of the machine affects all.
 struct Contender {
     running: Running,
     windows: Vec<[f64; 4]>,
@@ -278,7 +278,7 @@ impl Prompt {
             let running = peer.start(programs, &[node.port], None).await?;
             let (mut costs, mut failed) = (Vec::new(), 0);
             for kilobytes in self.kilobytes {
-                // Words and line breaks, as prompts have them.
+                // Words and line breaks, as in real prompts.
                 let prompt = "What is 58 + 67? Think step by step.\\n".repeat(kilobytes * 1024 / 38);
                 let bytes = request(running.key, &chat("", &prompt));
                 let _warm_up =
@@ -345,7 +345,7 @@ impl SlowNode {
     }
 }
 
-/// A node killed under load.
+/// A node that is killed under load.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Killed {

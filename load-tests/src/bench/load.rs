@@ -1,4 +1,4 @@
-//! The loads: closed loop, open loop, paced streams.
+//! Load generators: closed loop, open loop, and paced streams.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -11,21 +11,21 @@ use tokio::time::Instant;
 use crate::node::now;
 use crate::wire::{Framing, Wire, chat, request};
 
-/// What came of requests.
+/// Results of requests.
 #[derive(Default, Clone)]
 pub(crate) struct Outcome {
-    /// Seconds per request that went well, in no order.
+    /// Seconds per successful request, unordered.
     pub(crate) seconds: Vec<f64>,
-    /// Requests that failed.
+    /// Number of failed requests.
     pub(crate) failed: usize,
-    /// Streams that ended in an error event.
+    /// Number of streams that ended with an error event.
     pub(crate) told: usize,
-    /// Streams that were cut without a word.
+    /// Number of streams that were cut without an error event.
     pub(crate) cut: usize,
 }
 
 impl Outcome {
-    /// The value below which that share of the requests lies.
+    /// Returns the quantile `share` of the durations.
     pub(crate) fn at(&self, share: f64) -> f64 {
         let mut sorted = self.seconds.clone();
         sorted.sort_by(f64::total_cmp);
@@ -38,7 +38,7 @@ impl Outcome {
     }
 }
 
-/// Requests one after another on each of some connections.
+/// Sends requests one after another on each of several connections.
 pub(crate) async fn closed(port: u16, bytes: Vec<u8>, connections: usize, time: Duration) -> Outcome {
     let bytes: Rc<[u8]> = bytes.into();
     let until = Instant::now() + time;
@@ -71,17 +71,17 @@ pub(crate) async fn closed(port: u16, bytes: Vec<u8>, connections: usize, time: 
     outcome.take()
 }
 
-/// One request of an open loop.
+/// A scheduled request of an open loop.
 pub(crate) struct Due {
-    /// When, from the start.
+    /// Time from the start.
     pub(crate) at: Duration,
-    /// What.
+    /// The request.
     pub(crate) bytes: Vec<u8>,
-    /// It is a stream.
+    /// Whether the response is a stream.
     pub(crate) stream: bool,
 }
 
-/// Poisson arrivals with that rate; `make` gives each its bytes.
+/// Returns Poisson arrivals at a rate; `make` builds the bytes of each request.
 pub(crate) fn poisson(
     rate: f64,
     time: Duration,
@@ -100,15 +100,15 @@ pub(crate) fn poisson(
     }
 }
 
-/// A value of a log-normal distribution with that mean and a shape of 0.8.
+/// Returns a log-normal value with this mean and a shape of 0.8.
 pub(crate) fn log_normal(rng: &mut rand_chacha::ChaCha8Rng, mean: f64) -> f64 {
     let (u, v): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random());
     let normal = (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos();
     mean * (0.8 * normal - 0.32).exp()
 }
 
-/// Requests at their times whatever the answers do; latency counts from when a request was due. `at_half` is called in the
-/// middle.
+/// Sends requests at their scheduled times, independent of responses. Latency counts from the scheduled time. `at_half`
+/// is called in the middle.
 pub(crate) async fn open(port: u16, due: Vec<Due>, mut at_half: impl FnMut()) -> Outcome {
     let local = LocalSet::new();
     let idle: Rc<RefCell<Vec<Wire>>> = Rc::default();
@@ -175,20 +175,20 @@ async fn one(port: u16, due: &Due, idle: &RefCell<Vec<Wire>>) -> std::io::Result
     Ok(end)
 }
 
-/// What came of paced streams so far.
+/// Results of paced streams so far.
 #[derive(Default)]
 pub(crate) struct Streams {
-    /// Tokens that came.
+    /// Number of received tokens.
     pub(crate) tokens: usize,
-    /// How late each was, in seconds.
+    /// Delay of each token in seconds.
     pub(crate) late: Vec<f64>,
-    /// Streams that have had their first token.
+    /// Number of streams with a first token.
     pub(crate) begun: usize,
-    /// Streams that broke.
+    /// Number of broken streams.
     pub(crate) failed: usize,
 }
 
-/// Opens streams that go on for `time`, and calls `watch` while they do.
+/// Opens streams for the duration `time` and calls `watch` meanwhile.
 pub(crate) async fn streams(
     port: u16,
     key: Option<&str>,
@@ -208,7 +208,7 @@ pub(crate) async fn streams(
             for number in 0..count {
                 let (bytes, seen) = (Rc::clone(&bytes), Rc::clone(&seen));
                 running.spawn_local(async move {
-                    // Spread over the pace, as streams of different age are.
+                    // Starts are spread over the pace, as with streams of different age.
                     tokio::time::sleep(pace.mul_f64(number as f64 / count as f64)).await;
                     if follow(port, &bytes, &seen).await.is_err() {
                         seen.borrow_mut().failed += 1;

@@ -1,12 +1,12 @@
-//! The peers and how each is configured: one worker, no access log, plain HTTP/1.1, kept connections to the nodes. The gateway
-//! runs with a key, limits, accounting and metrics switched on.
+//! The peers and their configuration: one worker, no access log, plain HTTP/1.1, kept connections to the nodes. The
+//! gateway runs with a key, limits, accounting and metrics.
 
 use std::path::Path;
 
 use super::process::{Process, free_port};
 use super::{LOAD_CORE, PROXY_CORE, Programs};
 
-/// A proxy, or none.
+/// A proxy, or a direct connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Peer {
     Direct,
@@ -16,11 +16,11 @@ pub(crate) enum Peer {
     Potstill,
 }
 
-/// A peer that runs.
+/// A running peer.
 pub(crate) struct Running {
     pub(crate) peer: Peer,
     pub(crate) port: u16,
-    /// None for the direct way.
+    /// `None` for a direct connection.
     pub(crate) process: Option<Process>,
     pub(crate) key: Option<&'static str>,
     _folder: tempfile::TempDir,
@@ -59,7 +59,7 @@ impl Peer {
         }
     }
 
-    /// Whether its program is there.
+    /// Returns whether the program of the peer is installed.
     pub(crate) fn installed(&self, programs: &Programs) -> bool {
         let there = |program: &Path| {
             program.is_file()
@@ -75,7 +75,7 @@ impl Peer {
         }
     }
 
-    /// Starts it in front of nodes on these ports.
+    /// Starts the peer in front of nodes on these ports.
     pub(crate) async fn start(
         self,
         programs: &Programs,

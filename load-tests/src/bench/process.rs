@@ -1,21 +1,21 @@
-//! Processes under measurement: started on a core, watched through /proc, ended with their handle.
+//! Processes under measurement: pinned to a core, observed through `/proc`, killed when dropped.
 
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
-/// A running process; killed when dropped.
+/// A running process, killed when it is dropped.
 pub(crate) struct Process {
     child: Child,
-    /// From start until the port took a connection.
+    /// Time from the start until the port accepted a connection.
     pub(crate) started_in: Duration,
-    /// Resident memory when it was ready.
+    /// Resident memory in KiB when the process was ready.
     pub(crate) fresh_kb: u64,
 }
 
 impl Process {
-    /// Starts `command` on `core` and waits until `port` takes connections.
+    /// Starts `command` on `core` and waits until `port` accepts connections.
     pub(crate) async fn start(core: &str, command: &[String], port: u16) -> anyhow::Result<Self> {
         let started = Instant::now();
         let child = Command::new("taskset")
@@ -41,7 +41,7 @@ impl Process {
         anyhow::bail!("`{}` does not listen on {port}", command.join(" "))
     }
 
-    /// CPU time of all its threads so far.
+    /// CPU time of all threads so far.
     pub(crate) fn cpu(&self) -> Duration {
         let tasks =
             std::fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten().flatten();
@@ -52,14 +52,14 @@ impl Process {
         Duration::from_nanos(nanoseconds.sum())
     }
 
-    /// Resident memory.
+    /// Resident memory in KiB.
     pub(crate) fn memory_kb(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
         line.split_whitespace().next().and_then(|text| text.parse().ok()).unwrap_or(0)
     }
 
-    /// Kills it at once.
+    /// Kills the process.
     pub(crate) fn kill(&mut self) {
         let _already_dead = self.child.kill();
         let _status = self.child.wait();
@@ -72,7 +72,7 @@ impl Drop for Process {
     }
 }
 
-/// A port that is free now.
+/// Returns a TCP port that is currently free.
 pub(crate) fn free_port() -> std::io::Result<u16> {
     Ok(std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }

@@ -1,5 +1,5 @@
-//! The laws that are compared: ours, the documented laws of others restated, and one that knows the future. A restatement
-//! is a reason to test a product, not a measurement of it.
+//! The compared policies: ours, documented policies of other products reimplemented, and one that knows the future. A
+//! reimplementation suggests tests of a product; it does not measure it.
 
 use std::collections::VecDeque;
 
@@ -8,7 +8,7 @@ use potstill_gateway::scaling_policy::{Mode, Observation, PolicyState, PoolObser
 use super::sim::{Law, PoolSpec, Sim};
 use super::workloads::{OPEN, Workload};
 
-/// By name.
+/// Names of the policies.
 pub(crate) const NAMES: [&str; 6] = ["static", "hpa", "knative", "qps", "potstill", "oracle"];
 
 pub(crate) fn by_name(name: &str) -> Option<Box<dyn Law>> {
@@ -28,7 +28,7 @@ pub(crate) fn by_name(name: &str) -> Option<Box<dyn Law>> {
 struct Potstill {
     memory: PolicyState,
     mode: Mode,
-    /// Requests per second and node, as an operator would find them out on the first requests.
+    /// Requests per second and node, as an operator would measure on the first requests.
     target: Vec<f64>,
 }
 
@@ -64,7 +64,7 @@ impl Law for Potstill {
     }
 }
 
-/// As many nodes as the budget lets every pool have at once.
+/// The largest constant number of nodes per pool that fits the budget.
 struct Static;
 
 impl Static {
@@ -83,8 +83,8 @@ impl Law for Static {
     }
 }
 
-/// autoscaling/v2 on open requests with its defaults: every 15 s, 10 % tolerance, at most four more or twice as many, the
-/// greatest recommendation of 300 s when going down; from zero by the queue.
+/// HPA (autoscaling/v2) on open requests with its defaults: every 15 s, 10 % tolerance, at most four more or twice as
+/// many nodes, stabilization window of 300 s. From zero by the queue.
 #[derive(Default)]
 struct Hpa {
     recommended: Vec<VecDeque<(f64, usize)>>,
@@ -121,8 +121,8 @@ impl Law for Hpa {
     }
 }
 
-/// Knative's law on open requests with its defaults: every 2 s, mean over 60 s, over 6 s in a panic, which begins when that asks
-/// for twice the ready nodes, lasts a minute and never goes down; down to half at most; target 70 % of the slots.
+/// Knative's policy on open requests with its defaults. Every 2 s: mean over 60 s, or over 6 s in panic; target 70 % of
+/// the slots; at most halved. Panic begins at twice the ready nodes, lasts a minute and never scales down.
 #[derive(Default)]
 struct Knative {
     pools: Vec<KnativePool>,
@@ -130,9 +130,9 @@ struct Knative {
 
 #[derive(Default)]
 struct KnativePool {
-    /// Open requests by time.
+    /// Open requests over time.
     open: VecDeque<(f64, f64)>,
-    /// Since when there is panic, and for how many nodes.
+    /// Start of panic and its number of nodes.
     panic: Option<(f64, usize)>,
 }
 
@@ -172,18 +172,18 @@ impl Law for Knative {
     }
 }
 
-/// Knows all arrivals and lengths. Online: enough nodes for the requests that will really be open one cold start ahead, filled to
-/// 92 %. Stages: the true remaining tokens, and nodes for the next stage when it begins within a cold start. A reference, not
+/// Knows all arrivals and lengths. Online: nodes for the requests that will be open one cold start ahead, filled to 92
+/// %. Stages: the true remaining tokens, and nodes for a stage that begins within a cold start. A reference rather than
 /// an optimum: it keeps waiting near zero.
 #[derive(Default)]
 struct Oracle {
-    /// Open requests by five seconds, if every request started at once.
+    /// Open requests per five seconds, if every request started at once.
     open: Vec<Vec<usize>>,
 }
 
 const FILL: f64 = 0.92;
 const STEP_S: f64 = 5.0;
-/// What an hour of waiting is worth.
+/// Value of an hour of waiting.
 pub(crate) const HOUR_WORTH: f64 = 8.0;
 
 impl Oracle {

@@ -1,7 +1,7 @@
-//! Pools of nodes in simulated time. A node decodes its `b` requests in lock step, each at `1000 / (itl[0] + itl[1] b)` tokens
-//! a second; a prompt token costs a fortieth of a written one. Requests wait in one queue per pool and start on the emptiest
-//! ready node. A node takes its cold start and is paid from when it is asked for; one that is taken away finishes what it
-//! holds, and is taken back before another is started. All pools together stay within the budget.
+//! Simulation of pools of nodes. A node decodes its `b` requests in lockstep, each at `1000 / (itl[0] + itl[1] b)`
+//! tokens per second; a prompt token costs a fortieth of a completion token. Requests wait in one queue per pool and
+//! start on the least loaded ready node. A node needs its cold start and costs from the time of its request. A removed
+//! node finishes its requests, and is readmitted before another is started. All pools together stay within the budget.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::workloads::Workload;
 
-/// A pool as a scenario describes it.
+/// A pool of a scenario.
 #[derive(Clone)]
 pub(crate) struct PoolSpec {
     pub(crate) model: &'static str,
@@ -54,7 +54,7 @@ enum State {
     Draining,
 }
 
-/// Times in heaps: they are never NaN.
+/// A time with a total order, for heaps; never NaN.
 #[derive(Clone, Copy, PartialEq, PartialOrd)]
 pub(crate) struct Time(pub f64);
 
@@ -71,15 +71,15 @@ struct Node {
     id: u64,
     asked: f64,
     state: State,
-    /// Tokens that each resident has made since the node began.
+    /// Tokens that each running request has received since the start of the node.
     made: f64,
     at: f64,
-    /// When residents end, in tokens made; their requests.
+    /// Running requests by the value of `made` at which they end.
     ends: BinaryHeap<Reverse<(Time, usize)>>,
     version: u64,
 }
 
-/// A pool while it runs.
+/// A pool in the simulation.
 pub(crate) struct Pool {
     pub(crate) spec: PoolSpec,
     nodes: Vec<Node>,
@@ -99,7 +99,7 @@ enum Event {
     Tick,
 }
 
-/// What came out.
+/// Results of a simulation.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Outcome {
     /// Share of requests that started within ten seconds.
@@ -109,7 +109,7 @@ pub(crate) struct Outcome {
     /// Seconds until the last completion.
     pub(crate) end_s: f64,
     pub(crate) starts: usize,
-    /// Most cost at once.
+    /// Largest cost at one time.
     pub(crate) most: f64,
 }
 
@@ -127,21 +127,21 @@ pub(crate) struct Sim {
     most: f64,
 }
 
-/// A law: nodes by pool for what is seen. Those that cheat look at the simulation itself.
+/// A scaling policy: nodes by pool for an observation. Reference policies also read the simulation itself.
 pub(crate) trait Law {
     /// Seconds between decisions.
     fn interval_s(&self) -> f64;
-    /// Nodes to begin with, where the scenario says otherwise.
+    /// Initial number of nodes; by default that of the scenario.
     fn begin(&mut self, _sim: &Sim, _workload: &Workload, pool: usize, spec: &PoolSpec) -> usize {
         let _unused = pool;
         spec.begin
     }
-    /// Nodes by pool.
+    /// Returns the number of nodes by pool.
     fn decide(&mut self, seen: &Observation, sim: &Sim, workload: &Workload) -> Vec<usize>;
 }
 
 const PROMPT_SHARE: f64 = 40.0;
-/// A run that does not end is stopped here.
+/// Time in seconds after which a simulation is stopped.
 const LONGEST_S: f64 = 86_400.0;
 
 impl Sim {
@@ -177,7 +177,7 @@ impl Sim {
         self.kinds.push(Some(event));
     }
 
-    /// A request that comes later.
+    /// Schedules a future request.
     pub(crate) fn schedule(&mut self, request: Request) {
         self.open += 1;
         let (t, number) = (request.arrived, self.requests.len());
@@ -185,7 +185,7 @@ impl Sim {
         self.at(t, Event::Arrive(number));
     }
 
-    /// Tokens that the requests of a pool still have to make; known to those who cheat.
+    /// Tokens that the requests of a pool still need; for reference policies only.
     pub(crate) fn tokens_left(&self, pool: usize) -> f64 {
         let pool = &self.pools[pool];
         let running =
@@ -256,7 +256,7 @@ impl Sim {
         self.pools[pool].paid_s += self.t - node.asked;
     }
 
-    /// Starts and drains nodes as the gateway's scalers do.
+    /// Starts and drains nodes as the gateway's actuators do.
     fn actuate(&mut self, pool: usize, wanted: usize) {
         let PoolSpec { min, max, cost, cold_s, .. } = self.pools[pool].spec;
         let wanted = wanted.clamp(min, max);
@@ -341,7 +341,7 @@ impl Sim {
         workload.finished(self, pool);
     }
 
-    /// Runs to the end.
+    /// Runs the simulation to its end.
     pub(crate) fn run(mut self, mut workload: Workload, law: &mut dyn Law) -> Outcome {
         for pool in 0..self.pools.len() {
             let spec = self.pools[pool].spec.clone();
@@ -398,7 +398,7 @@ impl Sim {
                 Event::Tick => {
                     let seen = self.observe(&workload);
                     let wanted = law.decide(&seen, &self, &workload);
-                    // Those that shrink first, so that the others find room in the budget.
+                    // Pools that shrink first, so that the others find room in the budget.
                     let mut order: Vec<usize> = (0..wanted.len()).collect();
                     let have = |pool: &PoolObservation| pool.have() as i64;
                     order.sort_by_key(|at| wanted[*at] as i64 - have(&seen.pools[*at]));
@@ -427,7 +427,7 @@ impl Sim {
     }
 }
 
-/// What a plan says of a stage.
+/// Returns the plan of a stage.
 pub(crate) fn announced(stage: &str, order: usize, remaining: usize, tokens: f64, open: usize) -> StagePlan {
     StagePlan {
         stage: stage.to_owned(),

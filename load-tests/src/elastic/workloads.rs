@@ -1,5 +1,6 @@
-//! The loads. Online ones come whether or not they are served; a distillation run keeps a number of requests open and goes from
-//! stage to stage. Lengths of reasoning answers are log-normal, as nobody has published a trace of them.
+//! The workloads. Online requests arrive whether or not they are served. A distillation run keeps a number of requests
+//! open and runs its stages in order. Lengths of reasoning completions are log-normal, because no trace of them has
+//! been published.
 
 use std::collections::VecDeque;
 
@@ -9,23 +10,23 @@ use rand_chacha::ChaCha8Rng;
 
 use super::sim::{PoolSpec, Request, Sim, announced};
 
-/// A scenario: its pools, its budget, its load.
+/// A scenario: pools, budget and workload.
 pub(crate) struct Scenario {
     pub(crate) pools: Vec<PoolSpec>,
     pub(crate) budget: Option<f64>,
     pub(crate) load: Workload,
 }
 
-/// A load.
+/// A workload.
 #[derive(Clone)]
 pub(crate) enum Workload {
-    /// Requests by time, and what their owner announces.
+    /// Requests by time, and the planned phases.
     Online { requests: Vec<Request>, phases: Vec<Phase> },
-    /// A run.
+    /// A distillation run.
     Run(Run),
 }
 
-/// A stretch of an online load that its owner announces.
+/// A planned phase of an online workload.
 #[derive(Clone)]
 pub(crate) struct Phase {
     name: &'static str,
@@ -35,18 +36,18 @@ pub(crate) struct Phase {
     open: usize,
 }
 
-/// Stages one after the other, each a batch per pool.
+/// Stages in order, each with a batch per pool.
 #[derive(Clone)]
 pub(crate) struct Run {
     pub(crate) stages: Vec<(&'static str, Vec<Batch>)>,
     pub(crate) at: usize,
-    /// Requests of the running stage that were not sent yet, by batch.
+    /// Unsent requests of the running stage, by batch.
     pub(crate) left: Vec<VecDeque<(f64, f64)>>,
     open: Vec<usize>,
     begun: bool,
 }
 
-/// The requests of a stage for one pool: (prompt, tokens), and how long their owner thinks that answers are.
+/// Requests of a stage for one pool as (prompt, completion) tokens, and the estimated mean length of completions.
 #[derive(Clone)]
 pub(crate) struct Batch {
     pub(crate) pool: usize,
@@ -54,7 +55,7 @@ pub(crate) struct Batch {
     tokens: f64,
 }
 
-/// Requests that a run keeps open per batch.
+/// Number of open requests per batch.
 pub(crate) const OPEN: usize = 384;
 
 pub(crate) const NAMES: [&str; 9] = [
@@ -95,9 +96,9 @@ fn r1() -> PoolSpec {
     }
 }
 
-/// A log-normal length with this mean.
+/// Returns a log-normal length with this mean.
 fn length(random: &mut ChaCha8Rng, mean: f64, sigma: f64, most: f64) -> f64 {
-    // Box and Muller.
+    // Box-Muller transform.
     let (u, v): (f64, f64) = (random.random_range(1e-12..1.0), random.random());
     let normal = (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos();
     (mean.ln() - sigma * sigma / 2.0 + sigma * normal).exp().clamp(1.0, most)
@@ -107,7 +108,7 @@ fn reasoning(random: &mut ChaCha8Rng, mean: f64) -> f64 {
     length(random, mean, 0.9, 32_768.0).max(64.0)
 }
 
-/// Arrivals at a rate that changes with time, by thinning.
+/// Returns arrivals at a varying rate, by thinning.
 fn arrivals(
     random: &mut ChaCha8Rng,
     seconds: f64,
@@ -128,7 +129,7 @@ fn arrivals(
     }
 }
 
-/// A wave around a mean, with a second, quicker one on it.
+/// A wave around a mean, with a faster wave on it.
 fn wave(t: f64, mean: f64) -> f64 {
     mean * (1.0 + 0.4 * (t / 570.0).sin() + 0.2 * (t / 83.0).sin())
 }
@@ -137,7 +138,7 @@ fn burst(t: f64) -> bool {
     t % 1200.0 >= 900.0
 }
 
-/// The scenario of that name.
+/// Returns the scenario with this name.
 pub(crate) fn scenario(name: &str, seed: u64) -> Option<Scenario> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let random = &mut random;
@@ -158,7 +159,7 @@ pub(crate) fn scenario(name: &str, seed: u64) -> Option<Scenario> {
                 |random, _| (length(random, 1000.0, 1.0, 14_000.0), length(random, 210.0, 0.7, 1500.0)),
             ),
         ),
-        // Short answers to long prompts, in waves of some minutes with nothing between.
+        // Short completions to long prompts, in waves of some minutes with pauses between them.
         "code" => online(
             small(2),
             arrivals(
@@ -183,7 +184,7 @@ pub(crate) fn scenario(name: &str, seed: u64) -> Option<Scenario> {
             PoolSpec { max: 12, begin: 3, ..qwq() },
             arrivals(random, 3500.0, 3.0, |t| wave(t, 1.85), |random, _| (1000.0, reasoning(random, 6000.0))),
         ),
-        // The same rate all the time, but answers get five times as long for a while.
+        // A constant rate, but completions become five times longer for a while.
         "reason-shift" => online(
             qwq(),
             arrivals(
@@ -249,7 +250,7 @@ fn run_stages(random: &mut ChaCha8Rng, problems: usize) -> Vec<(&'static str, Ve
 }
 
 impl Workload {
-    /// Sends what comes first.
+    /// Sends the first requests.
     pub(crate) fn begin(&mut self, sim: &mut Sim) {
         match self {
             Self::Online { requests, .. } => {
@@ -259,14 +260,14 @@ impl Workload {
         }
     }
 
-    /// A request of `pool` has ended.
+    /// Handles the end of a request of `pool`.
     pub(crate) fn finished(&mut self, sim: &mut Sim, pool: usize) {
         if let Self::Run(run) = self {
             run.finished(sim, pool);
         }
     }
 
-    /// Whether nothing comes any more.
+    /// Returns whether no request is left.
     pub(crate) fn is_over(&self) -> bool {
         match self {
             Self::Online { .. } => true,
@@ -274,7 +275,7 @@ impl Workload {
         }
     }
 
-    /// What its owner announces for a pool: counts and a guess of lengths, never the lengths themselves.
+    /// Returns the plan for a pool: counts and estimated lengths, never the actual ones.
     pub(crate) fn plan(&self, pool: usize, t: f64) -> Vec<StagePlan> {
         match self {
             Self::Online { requests, phases } => {

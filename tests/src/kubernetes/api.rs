@@ -1,4 +1,4 @@
-//! The API server: paths, verbs, rights, conflicts, watches, the `/scale` and `/eviction` subresources, and faults.
+//! The API server: paths, verbs, roles, conflicts, watches, the `/scale` and `/eviction` subresources, and faults.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -86,7 +86,7 @@ async fn answer(State(cluster): State<Arc<Inner>>, request: Request) -> Response
     response
 }
 
-/// Takes a request apart.
+/// Parses a request.
 async fn read(request: Request) -> Option<Asked> {
     let (parts, body) = request.into_parts();
     let segments: Vec<&str> = parts.uri.path().trim_matches('/').split('/').collect();
@@ -138,7 +138,7 @@ async fn read(request: Request) -> Option<Asked> {
     })
 }
 
-/// Undoes percent encoding.
+/// Decodes percent encoding.
 fn decoded(text: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = text.as_bytes();

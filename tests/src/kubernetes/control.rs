@@ -1,5 +1,5 @@
-//! What a cluster does by itself: controllers that make and remove pods by the rules of their kinds, and a kubelet whose pods
-//! are mock nodes that take some time to start and finish what they write before they go.
+//! The control loops of a cluster: controllers that create and delete pods by the rules of their kind, and a kubelet.
+//! Its pods are mock nodes with a cold start and a termination grace period.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -14,7 +14,7 @@ use crate::mock::Mock;
 
 const TICK: Duration = Duration::from_millis(10);
 
-/// A pod as the kubelet runs it.
+/// A pod of the kubelet.
 struct Running {
     uid: String,
     node: Mock,
@@ -22,7 +22,7 @@ struct Running {
     killed_at: Option<Instant>,
 }
 
-/// Runs the cluster until nobody has it any more.
+/// Runs the control loops until the cluster is dropped.
 pub(super) async fn run(cluster: Weak<Inner>) {
     let mut pods: HashMap<Key, Running> = HashMap::new();
     let mut ticks = tokio::time::interval(TICK);
@@ -56,7 +56,7 @@ fn control(cluster: &Inner, resource: &str) {
         let ordered = resource != "apps/deployments";
         if alive.len() < wanted && lock(&cluster.faults).quota.is_none_or(|quota| all.len() < quota) {
             let (name, index) = if ordered {
-                // The lowest index that no pod holds, those on their way out included.
+                // Lowest index without a pod; terminating pods count.
                 let taken =
                     |index: usize| all.iter().any(|(pod, _)| pod.name == format!("{}-{index}", key.name));
                 let Some(index) = (0..wanted).find(|index| !taken(*index)) else { continue };
@@ -96,7 +96,7 @@ fn control(cluster: &Inner, resource: &str) {
     }
 }
 
-/// An address that no pod had.
+/// Returns an address that no pod has had.
 fn address(cluster: &Inner) -> IpAddr {
     let mut counts = lock(&cluster.counts);
     counts.addresses += 1;

@@ -1,8 +1,8 @@
-//! Who may do what: roles as they stand in a manifest.
+//! Authorization: roles as in the manifests.
 
 use serde_json::Value;
 
-/// The roles that folders of `k8s/` hold.
+/// Returns the text of `rbac.yaml` in folders of `k8s/`.
 pub fn granted(folders: &[&str]) -> Vec<String> {
     let read = |folder: &&str| {
         std::fs::read_to_string(crate::programs::root().join("k8s").join(folder).join("rbac.yaml")).unwrap()
@@ -10,33 +10,33 @@ pub fn granted(folders: &[&str]) -> Vec<String> {
     folders.iter().map(read).collect()
 }
 
-/// What is asked for.
+/// A request to be authorized.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Attempt {
     /// `get`, `list`, `watch`, `create`, `update`, `patch` or `delete`.
     pub verb: &'static str,
-    /// API group; empty for the core.
+    /// API group; empty for the core group.
     pub group: String,
-    /// Plural, with the subresource after a slash.
+    /// Plural of the resource, with the subresource after a slash.
     pub resource: String,
-    /// The object; none for a list.
+    /// Name of the object; `None` for a list.
     pub name: Option<String>,
 }
 
-/// The rules of a role.
+/// Rules of a role.
 #[derive(Debug, Clone)]
 pub struct Rights {
-    /// None for one who may do everything.
+    /// `None` permits everything.
     rules: Option<Vec<Value>>,
 }
 
 impl Rights {
-    /// Everything.
+    /// Permits everything.
     pub fn all() -> Self {
         Self { rules: None }
     }
 
-    /// The rights of all roles in these manifests.
+    /// Returns the rights of all roles in the manifests.
     pub fn of(manifests: &[String]) -> Self {
         let documents: Vec<Value> =
             manifests.iter().flat_map(|text| serde_saphyr::from_multiple::<Value>(text).unwrap()).collect();
@@ -44,7 +44,7 @@ impl Rights {
         Self { rules: Some(roles.flat_map(|role| role["rules"].as_array().unwrap().clone()).collect()) }
     }
 
-    /// Whether a rule grants it.
+    /// Returns whether a rule permits the request.
     pub fn grant(&self, attempt: &Attempt) -> bool {
         let Some(rules) = &self.rules else { return true };
         let holds = |rule: &Value, field: &str, value: &str| {
@@ -55,7 +55,7 @@ impl Rights {
             holds(rule, "apiGroups", &attempt.group)
                 && holds(rule, "resources", &attempt.resource)
                 && holds(rule, "verbs", attempt.verb)
-                // A rule for names grants nothing that has none, such as a list or a creation.
+                // A rule with names permits only requests with a name, so neither lists nor creations.
                 && named.is_none_or(|names| {
                     attempt.verb != "create" && attempt.name.as_ref().is_some_and(|name| names.iter().any(|n| n == name))
                 })

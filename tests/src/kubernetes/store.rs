@@ -1,38 +1,38 @@
-//! Objects with resource versions, and the events by which a watch follows them.
+//! Objects with resource versions, and events for watches.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-/// Where an object is.
+/// Key of an object.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key {
-    /// Group and plural, such as `apps/deployments`, or `pods`.
+    /// Group and plural, such as `apps/deployments` or `pods`.
     pub resource: String,
-    /// Its namespace.
+    /// Namespace of the object.
     pub namespace: String,
-    /// Its name.
+    /// Name of the object.
     pub name: String,
 }
 
 impl Key {
-    /// An object of the namespace `test`.
+    /// Key of an object in the namespace `test`.
     pub fn new(resource: &str, name: &str) -> Self {
         Self { resource: resource.to_owned(), namespace: "test".to_owned(), name: name.to_owned() }
     }
 }
 
-/// Something that happened to an object.
+/// A change of an object.
 #[derive(Debug, Clone)]
 pub struct Event {
-    /// The version it led to.
+    /// Resource version after the change.
     pub version: u64,
     /// `ADDED`, `MODIFIED` or `DELETED`.
     pub kind: &'static str,
-    /// Which object.
+    /// Key of the object.
     pub key: Key,
-    /// The object afterwards.
+    /// The object after the change.
     pub object: Value,
 }
 
@@ -41,7 +41,7 @@ pub struct Store {
     version: u64,
     objects: BTreeMap<Key, Value>,
     events: VecDeque<Event>,
-    /// Events up to here are forgotten.
+    /// Version up to which events are discarded.
     forgotten: u64,
     changed: watch::Sender<u64>,
 }
@@ -71,7 +71,7 @@ pub fn merge(target: &mut Value, patch: &Value) {
     }
 }
 
-/// Whether an object carries the labels of a selector like `a=b,c=d`.
+/// Returns whether an object has the labels of a selector such as `a=b,c=d`.
 pub fn selected(object: &Value, selector: &str) -> bool {
     selector.split(',').filter(|part| !part.is_empty()).all(|part| {
         let (name, value) = part.split_once('=').expect("selectors of the tests are equalities");
@@ -80,22 +80,22 @@ pub fn selected(object: &Value, selector: &str) -> bool {
 }
 
 impl Store {
-    /// The version of the last change.
+    /// Version of the last change.
     pub fn version(&self) -> u64 {
         self.version
     }
 
-    /// Told of every change.
+    /// Returns a receiver that is notified of every change.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
-    /// An object.
+    /// Returns an object.
     pub fn get(&self, key: &Key) -> Option<&Value> {
         self.objects.get(key)
     }
 
-    /// All of a kind.
+    /// Returns all objects of a resource that match the selector.
     pub fn list(&self, resource: &str, selector: &str) -> Vec<(Key, Value)> {
         let all = self.objects.iter().filter(|(key, _)| key.resource == resource);
         all.filter(|(_, object)| selected(object, selector))
@@ -103,7 +103,7 @@ impl Store {
             .collect()
     }
 
-    /// Puts an object in its place and gives it a version.
+    /// Creates or replaces an object and assigns a version.
     pub fn put(&mut self, key: &Key, mut object: Value) -> Value {
         self.version += 1;
         let kind = if self.objects.contains_key(key) { "MODIFIED" } else { "ADDED" };
@@ -119,12 +119,12 @@ impl Store {
         object
     }
 
-    /// Changes an object that is there.
+    /// Applies a patch to an existing object.
     pub fn change(&mut self, key: &Key, patch: &Value) -> Option<Value> {
         let mut object = self.objects.get(key)?.clone();
         let before = object.clone();
         merge(&mut object, patch);
-        // What changes nothing makes no version and no event.
+        // A patch without effect creates no version and no event.
         if object == before { Some(object) } else { Some(self.put(key, object)) }
     }
 
@@ -142,7 +142,7 @@ impl Store {
         self.changed.send_replace(self.version);
     }
 
-    /// What has happened since; none when that is forgotten.
+    /// Returns the events after `version`, or `None` if they are discarded.
     pub fn since(&self, version: u64) -> Option<Vec<Event>> {
         if version < self.forgotten {
             return None;
@@ -150,7 +150,7 @@ impl Store {
         Some(self.events.iter().filter(|event| event.version > version).cloned().collect())
     }
 
-    /// Forgets all events, as a server does after some minutes.
+    /// Discards all events, as a server does after some minutes.
     pub fn forget(&mut self) {
         self.version += 1;
         self.forgotten = self.version;

@@ -1,5 +1,6 @@
-//! Products of the shapes of a 135M model, one thread: ours in eight bits beside candle's Q8_0, ours in bf16 beside f32.
-//! All of a row run in turn, again and again, and the fastest of each counts: ratios hold where times do not.
+//! Matrix products with the shapes of a 135M model on one thread: our 8-bit kernels against candle's Q8_0,
+//! and our bf16 against f32. The candidates of a row run in turn, and the fastest round of each counts.
+//! Ratios are stable where absolute times are not.
 //!
 //!     cargo bench -p potstill-engine
 #![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark prints what it found")]
@@ -13,13 +14,13 @@ use potstill_engine::ops::Precision;
 use potstill_engine::ops::linear::linear;
 use potstill_engine::ops::packed::Packed;
 
-/// As in the program.
+/// The allocator of the program.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const ROUNDS: usize = 15;
 
-/// Seconds of the fastest round of each.
+/// Returns the seconds of each candidate's fastest round.
 fn fastest<const N: usize>(mut work: [&mut dyn FnMut(); N]) -> [f64; N] {
     let mut best = [f64::INFINITY; N];
     for _ in 0..ROUNDS {
@@ -34,7 +35,7 @@ fn fastest<const N: usize>(mut work: [&mut dyn FnMut(); N]) -> [f64; N] {
 
 fn main() {
     device::set_threads(1);
-    // Asking for one thread of the pool keeps candle's own products on one as well.
+    // A pool of one thread limits candle's own products to one thread as well.
     device::in_pool(|| {
         let tensor =
             |rows: usize, columns: usize| Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu).unwrap();

@@ -1,22 +1,24 @@
-//! A ragged batch: the rows of several sequences one after the other, each row one token.
+//! A ragged batch: the rows of several sequences one after the other, without padding. One row is one
+//! token.
 
 use std::sync::Arc;
 
 use crate::ops::attention::Segment;
 
-/// Tokens, their positions, and which rows belong together.
+/// Tokens of a step, their positions, and the rows of each sequence.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
-    /// One token id per row.
+    /// Token ids, one per row.
     pub tokens: Vec<u32>,
-    /// Position of each row in its own sequence.
+    /// Position of each row in its sequence.
     pub positions: Vec<u32>,
-    /// The sequences, in row order, without gaps.
+    /// Sequences in row order; together they cover all rows.
     pub segments: Arc<Vec<Segment>>,
 }
 
 impl Batch {
-    /// Lays `(tokens, past)` of each sequence one after the other.
+    /// Concatenates the rows of all sequences. Each item is `(tokens, past)`; `past` counts the tokens that
+    /// the KV cache already holds.
     pub fn new<'a>(sequences: impl IntoIterator<Item = (&'a [u32], usize)>) -> Self {
         let (mut rows, mut positions, mut segments) = (Vec::new(), Vec::new(), Vec::new());
         for (tokens, past) in sequences {
@@ -27,7 +29,7 @@ impl Batch {
         Self { tokens: rows, positions, segments: Arc::new(segments) }
     }
 
-    /// The last row of each sequence.
+    /// Returns the index of each sequence's last row.
     pub fn last_rows(&self) -> Vec<u32> {
         self.segments.iter().map(|s| (s.start + s.len - 1) as u32).collect()
     }

@@ -1,4 +1,4 @@
-//! Writes a model folder that Hugging Face transformers, vLLM and this engine load.
+//! Writes model folders that Hugging Face transformers, vLLM and this engine can load.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -10,8 +10,9 @@ use serde_json::json;
 use crate::error::EngineError;
 use crate::loader::LoadedModel;
 
-/// Writes `config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` and
-/// `model.safetensors` (in `dtype`) into an existing folder. Publish the folder with `durable::publish_folder`.
+/// Writes `config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json`,
+/// `chat_template.jinja` and `model.safetensors` (in `dtype`). The folder must exist;
+/// `durable::publish_folder` then publishes the folder.
 pub fn write_model(folder: &Path, model: &LoadedModel, dtype: DType) -> Result<(), EngineError> {
     let json = |name: &str, value: serde_json::Value| -> Result<(), DurableError> {
         write_file(&folder.join(name), format!("{value:#}\n").as_bytes())
@@ -23,8 +24,9 @@ pub fn write_model(folder: &Path, model: &LoadedModel, dtype: DType) -> Result<(
         _ => "float32",
     });
     if model.config.classes > 0 {
-        // transformers reads a classifier's output at the last token that is no padding: padding must be a token that never ends
-        // a row. Without one it reads the last token, of one row at a time.
+        // transformers reads a classifier's output at the last token that is not padding, so the padding
+        // token must never end a row. Without a padding token, transformers reads the last token and
+        // accepts only single rows.
         let padding = ["<|endoftext|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>"];
         let padding = padding.into_iter().filter(|token| *token != model.template.eos());
         config["pad_token_id"] = json!(padding.filter_map(|token| model.tokenizer.id(token)).next());
@@ -57,7 +59,7 @@ pub fn write_model(folder: &Path, model: &LoadedModel, dtype: DType) -> Result<(
     write_tensors(&folder.join("model.safetensors"), &tensors)
 }
 
-/// Writes tensors as one safetensors file with the `format` mark that transformers asks for.
+/// Writes one safetensors file with the metadata `format: pt`, which transformers requires.
 pub fn write_tensors(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<(), EngineError> {
     let mark = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let bytes = safetensors::serialize(tensors, Some(mark))

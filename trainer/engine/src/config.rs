@@ -1,4 +1,5 @@
-//! The shape of a decoder, as `config.json` (Hugging Face) or GGUF metadata gives it.
+//! Model configurations, read from `config.json` (Hugging Face) or GGUF metadata, and the shapes of all
+//! tensors.
 
 use std::path::Path;
 
@@ -10,26 +11,26 @@ use crate::foreign::{self, Foreign, ForeignConfig};
 use crate::ops::attention::Heads;
 use crate::rope_scaling::RopeScaling;
 
-/// The decoder families with a definition here. They share one block; what differs is in the methods.
+/// Model families. The native ones share one decoder; methods of [`ModelConfig`] give the differences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
-    /// Qwen2, Qwen2.5 and what was distilled into them: biases on q, k, v.
+    /// Qwen2, Qwen2.5 and models distilled into these: biases on q, k and v.
     Qwen2,
-    /// Qwen3: RMSNorm on the heads of q and k, no biases.
+    /// Qwen3: RMSNorm on the query and key heads, no biases.
     Qwen3,
-    /// Llama 2, Llama 3, SmolLM2 and kin.
+    /// Llama 2, Llama 3, SmolLM2 and other models of the same architecture.
     Llama,
-    /// Defined by candle-transformers: for serving.
+    /// Candle families: decoders of candle-transformers, for serving only.
     #[serde(skip)]
     Foreign(Foreign),
 }
 
 impl Family {
-    /// Those that are defined here.
+    /// The native families.
     pub const ALL: [Self; 3] = [Self::Qwen2, Self::Qwen3, Self::Llama];
 
-    /// `model_type` in `config.json`, `general.architecture` in GGUF.
+    /// Returns `model_type` in `config.json`, which equals `general.architecture` in GGUF.
     pub fn name(self) -> &'static str {
         match self {
             Self::Qwen2 => "qwen2",
@@ -39,7 +40,7 @@ impl Family {
         }
     }
 
-    /// Class name in `architectures`.
+    /// Returns the class name in `architectures`.
     fn architecture(self) -> &'static str {
         match self {
             Self::Qwen2 => "Qwen2ForCausalLM",
@@ -49,13 +50,14 @@ impl Family {
         }
     }
 
-    /// Finds a family by `model_type`.
+    /// Returns the family with `model_type` `name`. Fails with [`EngineError::UnknownArchitecture`]; `path`
+    /// appears in the error only.
     pub fn parse(name: &str, path: &Path) -> Result<Self, EngineError> {
         let foreign = Foreign::ALL.map(Self::Foreign);
         Self::find(name, path, &[Self::ALL.as_slice(), &foreign].concat())
     }
 
-    /// Finds one of those that are defined here.
+    /// Returns the native family of that name; rejects candle families.
     pub fn parse_own(name: &str, path: &Path) -> Result<Self, EngineError> {
         Self::find(name, path, &Self::ALL)
     }
@@ -74,40 +76,40 @@ impl Family {
     }
 }
 
-/// The shape of a decoder.
+/// Configuration of a decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// Which family.
+    /// Model family.
     pub family: Family,
-    /// Rows of the embedding.
+    /// Number of tokens in the vocabulary: rows of the embedding.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the feed-forward layer.
+    /// Inner width of the MLP.
     pub intermediate_size: usize,
-    /// Blocks.
+    /// Number of transformer blocks.
     pub layers: usize,
-    /// Attention heads.
+    /// Numbers and size of attention heads.
     pub heads: Heads,
-    /// Longest context.
+    /// Maximum context length in tokens.
     pub max_positions: usize,
     /// Epsilon of RMSNorm.
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f32,
-    /// Stretching of the rotary frequencies.
+    /// Scaling of the rotary frequencies for long contexts.
     pub rope_scaling: Option<RopeScaling>,
-    /// The output layer is the embedding.
+    /// Whether the output layer shares the weights of the embedding.
     pub tied: bool,
-    /// Biases on q, k and v.
+    /// Whether q, k and v have biases.
     pub qkv_bias: bool,
-    /// Tokens that end a turn.
+    /// Token ids that end a turn.
     pub eos: Vec<u32>,
-    /// Token that begins a text.
+    /// Token id that begins a text.
     pub bos: Option<u32>,
-    /// Outputs of the head over the last hidden state; 0 for a language model.
+    /// Number of outputs of the classifier or reward head; 0 for a language model.
     pub classes: usize,
-    /// For a family that candle-transformers defines.
+    /// Configuration of a candle family; `None` for native families.
     pub foreign: Option<ForeignConfig>,
 }
 
@@ -177,7 +179,7 @@ fn default_eps() -> f64 {
 }
 
 impl ModelConfig {
-    /// Reads the text of a `config.json`; `path` only names it in errors.
+    /// Parses the text of a `config.json`. `path` appears in errors only.
     pub fn from_json(text: &str, path: &Path) -> Result<Self, EngineError> {
         let malformed = |problem: String| EngineError::malformed(path, problem);
         let value: Value = serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
@@ -227,7 +229,7 @@ impl ModelConfig {
             eos: hf.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
             bos: hf.bos_token_id,
             classes: if hf.architectures.iter().any(|name| name.ends_with("ForSequenceClassification")) {
-                // transformers' default is two labels.
+                // The default of transformers is two labels.
                 hf.num_labels.or(hf.id2label.map(|labels| labels.len())).unwrap_or(2)
             } else {
                 0
@@ -238,7 +240,7 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// What serving has to know of a model whose decoder candle-transformers brings.
+    /// Parses the fields of a candle family's configuration that serving needs.
     fn foreign(family: Foreign, value: Value, path: &Path) -> Result<Self, EngineError> {
         let hf: HfConfig = serde_json::from_value(value.clone())
             .map_err(|error| EngineError::malformed(path, error.to_string()))?;
@@ -268,7 +270,7 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Refuses shapes that cannot be.
+    /// Fails with [`EngineError::Malformed`] if sizes are zero, implausibly large or inconsistent.
     pub fn check(&self, path: &Path) -> Result<(), EngineError> {
         let heads = self.heads;
         const LARGEST: usize = 1 << 24;
@@ -298,7 +300,7 @@ impl ModelConfig {
         Err(EngineError::malformed(path, problem))
     }
 
-    /// As `config.json`, readable by Hugging Face transformers.
+    /// Returns a `config.json` that Hugging Face transformers can read.
     pub fn to_json(&self) -> Value {
         let mut value = json!({
             "architectures": [self.family.architecture()],
@@ -333,7 +335,7 @@ impl ModelConfig {
         value
     }
 
-    /// One inverse frequency per pair of a head's elements.
+    /// Returns the inverse rotary frequencies in radians per position, one per pair of a head's elements.
     pub fn inverse_frequencies(&self) -> Vec<f32> {
         let dim = self.heads.dim;
         (0..dim / 2)
@@ -346,20 +348,20 @@ impl ModelConfig {
             .collect()
     }
 
-    /// What rotated queries and keys are multiplied by.
+    /// Returns the factor on rotated queries and keys: YaRN's attention factor, else 1.
     pub fn rotary_magnitude(&self) -> f32 {
         self.rope_scaling.as_ref().map_or(1.0, RopeScaling::magnitude)
     }
 
-    /// What each of the frequencies is divided by for long contexts.
+    /// Returns the divisor that the scaling applies to each frequency.
     pub(crate) fn frequency_divisors(&self) -> Vec<f32> {
         let unstretched = Self { rope_scaling: None, ..self.clone() }.inverse_frequencies();
         unstretched.iter().zip(self.inverse_frequencies()).map(|(from, to)| from / to).collect()
     }
 
-    /// Every tensor of the model with its shape, in file order, by Hugging Face names.
+    /// Returns all tensors of the model by Hugging Face name, with shapes, in file order.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        // The head of a classifier takes the place of the output layer.
+        // The head of a classifier replaces the output layer.
         let (d, ff) = (self.hidden_size, self.intermediate_size);
         let (qw, kw, dim) =
             (self.heads.query * self.heads.dim, self.heads.kv * self.heads.dim, self.heads.dim);
@@ -394,7 +396,7 @@ impl ModelConfig {
         tensors
     }
 
-    /// Number of weights.
+    /// Returns the number of parameters.
     pub fn parameters(&self) -> usize {
         self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }

@@ -1,15 +1,16 @@
-//! Where tensors live: the CPU, or a CUDA device when the program was built with the `cuda` feature.
+//! Devices for tensors: the CPU, or CUDA devices if the program is built with the `cuda` feature. Also
+//! sizes and enters the thread pool of the kernels.
 
 use candle_core::{DType, Device};
 
 use crate::error::EngineError;
 
-/// Opens `cpu`, `cuda` or `cuda:N`.
+/// Opens the device `cpu`, `cuda` (device 0) or `cuda:N`.
 pub fn parse(name: &str) -> Result<Device, EngineError> {
     open(name, number(name)?)
 }
 
-/// Opens devices that work together, as [`numbers`] reads their names.
+/// Opens a comma-separated list of devices that share one model. [`numbers`] gives the rules.
 pub fn parse_all(names: &str) -> Result<Vec<Device>, EngineError> {
     numbers(names)?
         .into_iter()
@@ -18,14 +19,15 @@ pub fn parse_all(names: &str) -> Result<Vec<Device>, EngineError> {
         .collect()
 }
 
-/// A GPU gets one stream: what different threads of the host ask of it is done in the order in which they ask.
+/// Opens one device. A GPU gets a single CUDA stream, which keeps the operations of all host threads in
+/// submission order.
 fn open(name: &str, number: Option<usize>) -> Result<Device, EngineError> {
     let Some(number) = number else { return Ok(Device::Cpu) };
     Device::new_cuda_with_stream(number)
         .map_err(|error| EngineError::Device { name: name.to_owned(), problem: error.to_string() })
 }
 
-/// The number of the CUDA device that a name means, none for the CPU. Nothing is opened.
+/// Parses a device name without opening the device. Returns the CUDA index, or `None` for the CPU.
 fn number(name: &str) -> Result<Option<usize>, EngineError> {
     let found = match name.split_once(':') {
         None if name == "cpu" => Some(None),
@@ -40,7 +42,8 @@ fn number(name: &str) -> Result<Option<usize>, EngineError> {
     })
 }
 
-/// The numbers of devices whose names stand with commas between them: all of one kind, GPUs once each. Nothing is opened.
+/// Parses a comma-separated list of device names without opening the devices. Returns CUDA indices, `None`
+/// for the CPU. Fails if the list mixes CPU and GPUs or repeats a GPU.
 pub fn numbers(names: &str) -> Result<Vec<Option<usize>>, EngineError> {
     let numbers = names.split(',').map(|name| number(name.trim())).collect::<Result<Vec<_>, _>>()?;
     let wrong = |(at, device): (usize, &Option<usize>)| {
@@ -56,13 +59,14 @@ pub fn numbers(names: &str) -> Result<Vec<Option<usize>>, EngineError> {
     Ok(numbers)
 }
 
-/// The type to compute in: f32 on the CPU, bf16 on CUDA.
+/// Returns the data type of computations: f32 on the CPU, bf16 on CUDA.
 pub fn compute_type(device: &Device) -> DType {
     if device.is_cpu() { DType::F32 } else { DType::BF16 }
 }
 
-/// Sizes the pool that kernels and matrix products share. Its waits are passive. Call once, before the first tensor;
-/// a later call changes nothing and says so by `false`.
+/// Sets the size of the global rayon pool that kernels and matrix products share. Idle threads sleep. Must
+/// be called before the first tensor operation. Returns false if the pool already exists; its size then
+/// stays unchanged.
 pub fn set_threads(threads: usize) -> bool {
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
@@ -71,8 +75,9 @@ pub fn set_threads(threads: usize) -> bool {
         .is_ok()
 }
 
-/// Runs `work` on a thread of the pool, so that what it shares out needs no hand-over between threads: a step of a model
-/// has hundreds of small operations, and with one thread none of them wakes anybody.
+/// Runs `work` on a thread of the rayon pool and returns its result. Parallel loops inside `work` then
+/// start without a hand-over from an outside thread. A model step consists of hundreds of small operations;
+/// in a pool of one thread none of them wakes another thread.
 pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| work())
 }
@@ -82,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_parsed_or_refused_with_a_word() {
+    fn parses_device_lists_and_rejects_bad_names() {
         assert_eq!(parse_all("cpu, cpu").unwrap().len(), 2);
         let refused = |names: &str| parse_all(names).unwrap_err().to_string();
         assert!(refused("gpu:0").contains("`cpu`, `cuda` or `cuda:N`"));

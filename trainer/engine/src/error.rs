@@ -1,103 +1,103 @@
-//! The engine's one error type; variants say what the caller can do.
+//! The error type of the engine. Each variant tells the caller which action can fix the error.
 
 use std::path::PathBuf;
 
-/// What can go wrong in the engine.
+/// Errors of the engine.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// A file of a model folder cannot be read.
     #[error("cannot read `{path}`: {source}")]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The cause.
+        /// Cause reported by the operating system.
         source: std::io::Error,
     },
-    /// A file of a model folder does not hold what it should.
+    /// A file of a model folder has invalid content.
     #[error("`{path}`: {problem}")]
     Malformed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong, and what was expected.
+        /// The defect, with the expected content.
         problem: String,
     },
-    /// The architecture has no definition here.
+    /// The architecture has no decoder in this crate.
     #[error("`{path}`: architecture `{found}` is not supported; supported are {supported}")]
     UnknownArchitecture {
-        /// Where it was named.
+        /// File that names the architecture.
         path: PathBuf,
-        /// The name found.
+        /// Architecture named in the file.
         found: String,
-        /// The names we know.
+        /// Supported architectures, quoted and separated by commas.
         supported: String,
     },
-    /// A model of a family that only candle-transformers defines cannot be built, or not for this.
+    /// A candle family (decoder from candle-transformers) does not support the requested use.
     #[error("a model of the family `{family}`: {problem}")]
     Foreign {
         /// `model_type` of the family.
         family: &'static str,
-        /// Why not.
+        /// Reason for the rejection.
         problem: String,
     },
     /// A tensor is missing.
     #[error("tensor `{name}` is missing; expected shape {expected:?}")]
     MissingTensor {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// The shape that the configuration asks for.
+        /// Shape given by the configuration; empty when unknown.
         expected: Vec<usize>,
     },
-    /// A tensor has another shape than the configuration says.
+    /// The shape of a tensor differs from the configuration.
     #[error("tensor `{name}` has shape {found:?}, but the configuration asks for {expected:?}")]
     WrongShape {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// What the configuration asks for.
+        /// Shape given by the configuration.
         expected: Vec<usize>,
-        /// What the file holds.
+        /// Shape in the file.
         found: Vec<usize>,
     },
-    /// Text could not be turned into tokens or back.
+    /// Encoding or decoding of text failed.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
-    /// The form of an answer is none, or cannot be followed.
+    /// A grammar of a structured output is invalid, or no token can continue the completion.
     #[error("form of the answer: {0}")]
     Grammar(String),
-    /// The chat template failed.
+    /// The chat template is invalid, or rendering failed.
     #[error("chat template: {0}")]
     Template(String),
-    /// Prompt plus limit do not fit the model.
+    /// Prompt plus `max_tokens` exceed the context length.
     #[error(
         "this model's maximum context length is {limit} tokens. However, you requested {requested} tokens ({prompt} in the prompt)"
     )]
     ContextTooLong {
-        /// The model's limit.
+        /// Context length in tokens.
         limit: usize,
-        /// Prompt plus new tokens.
+        /// Prompt tokens plus `max_tokens`.
         requested: usize,
-        /// The prompt alone.
+        /// Prompt tokens.
         prompt: usize,
     },
-    /// A sampling parameter is out of range.
+    /// A parameter is out of range.
     #[error("`{name}` must be {expected}, not {found}")]
     Parameter {
-        /// Field of the request.
+        /// Name of the parameter.
         name: &'static str,
-        /// Its range.
+        /// Permitted range.
         expected: &'static str,
-        /// The value.
+        /// Rejected value.
         found: String,
     },
-    /// Too many requests wait already.
+    /// The waiting queue is full.
     #[error("{waiting} requests are waiting already; try again later")]
     Busy {
-        /// How many wait.
+        /// Number of waiting requests.
         waiting: usize,
     },
     /// The step loop has ended.
     #[error("the engine has stopped: {0}")]
     Stopped(String),
-    /// A file could not be written.
+    /// A file cannot be written.
     #[error(transparent)]
     Durable(#[from] potstill_shared::durable::DurableError),
     /// A device cannot be used.
@@ -105,18 +105,18 @@ pub enum EngineError {
         "the device `{name}` cannot be used: {problem}; `nvidia-smi` shows the devices of the driver, and the program must be built with `--features cuda`"
     )]
     Device {
-        /// As it was asked for.
+        /// Device name given by the caller.
         name: String,
-        /// What the driver or the library says.
+        /// Message of the driver or the library.
         problem: String,
     },
-    /// A tensor operation failed: a defect, or no memory.
+    /// A tensor operation failed: a defect in the engine, or memory is exhausted.
     #[error("tensor operation: {0}")]
     Tensor(#[from] candle_core::Error),
 }
 
 impl EngineError {
-    /// A malformed file.
+    /// Returns [`EngineError::Malformed`] for `path`.
     pub fn malformed(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
         Self::Malformed { path: path.into(), problem: problem.into() }
     }

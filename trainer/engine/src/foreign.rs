@@ -1,9 +1,10 @@
-//! Families whose decoder comes from candle-transformers. They are served: each sequence has a copy of the decoder, which shares
-//! the weights and brings its own cache, and is computed alone. There are no shared prompts, no embeddings, no scores of a
-//! prompt's tokens and no training.
+//! Candle families: models whose decoder comes from candle-transformers, for serving only. Each sequence
+//! has a copy of the decoder, with shared weights and a cache of its own, and is computed alone. There is
+//! no prefix cache, embedding, prompt logprob or training.
 //!
-//! candle-transformers forgets a sliding window while it decodes, so contexts end where the window does; stretched rotary
-//! frequencies are refused. What is left agrees with transformers (`tests/against_transformers.rs`).
+//! candle-transformers ignores a sliding window while decoding, so the context ends at the window. Scaled
+//! rotary frequencies are rejected. Within these limits the logits match transformers
+//! (`tests/against_transformers.rs`).
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -19,33 +20,33 @@ use serde_json::{Value, json};
 use crate::error::EngineError;
 use crate::weights::Weights;
 
-/// A family of candle-transformers.
+/// A candle family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Foreign {
-    /// Gemma.
+    /// Google's Gemma.
     Gemma,
-    /// Gemma 2.
+    /// Google's Gemma 2.
     Gemma2,
-    /// GLM-4 (2025).
+    /// GLM-4-0414 (2025).
     Glm4,
-    /// Mistral.
+    /// Mistral (dense).
     Mistral,
-    /// Mixtral: Mistral with experts.
+    /// Mixtral: Mistral with mixture of experts.
     Mixtral,
-    /// OLMo 2.
+    /// OLMo 2 by Ai2.
     Olmo2,
     /// Phi-3 and Phi-4.
     Phi3,
-    /// Qwen2 with experts.
+    /// Qwen2 with mixture of experts.
     Qwen2Moe,
-    /// Qwen3 with experts.
+    /// Qwen3 with mixture of experts.
     Qwen3Moe,
-    /// StarCoder2.
+    /// StarCoder2 by BigCode.
     Starcoder2,
 }
 
 impl Foreign {
-    /// All of them.
+    /// All candle families.
     pub const ALL: [Self; 10] = [
         Self::Gemma,
         Self::Gemma2,
@@ -59,7 +60,7 @@ impl Foreign {
         Self::Starcoder2,
     ];
 
-    /// `model_type` in `config.json`.
+    /// Returns `model_type` in `config.json`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Gemma => "gemma",
@@ -76,18 +77,19 @@ impl Foreign {
     }
 }
 
-/// candle-transformers lays out rotary angles for as many positions as a configuration names, before any is used: contexts end here.
+/// Maximum context length in tokens. candle-transformers computes rotary tables for all positions of the
+/// configuration when the model is built; this bound limits their size.
 pub(crate) const MOST_POSITIONS: usize = 1 << 18;
 
-/// `config.json` of a model of such a family.
+/// The `config.json` of a candle family, in the form that candle-transformers reads.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ForeignConfig {
     family: Foreign,
-    /// As candle-transformers reads it.
+    /// The JSON object for candle-transformers.
     value: Value,
 }
 
-/// Tokens that the last one sees, where that is not all.
+/// Returns the sliding window in tokens, or `None` with full attention.
 pub(crate) fn window(config: &Value) -> Option<usize> {
     let off = config.get("use_sliding_window") == Some(&json!(false));
     let window = config.get("sliding_window").and_then(Value::as_u64).filter(|_| !off)?;
@@ -95,7 +97,8 @@ pub(crate) fn window(config: &Value) -> Option<usize> {
 }
 
 impl ForeignConfig {
-    /// Brings what newer versions of transformers write into the form that candle-transformers reads; its heads are of `dim`.
+    /// Converts the output of newer versions of transformers to the fields that candle-transformers reads.
+    /// `dim` is the head size. Rejects values that candle-transformers would ignore or panic on.
     pub(crate) fn new(
         family: Foreign,
         mut value: Value,
@@ -135,7 +138,7 @@ impl ForeignConfig {
         if let Some(positions) = positions {
             fields.insert("max_position_embeddings".to_owned(), positions);
         }
-        // What a file leaves out.
+        // Sets a field that the file leaves out.
         let mut known = |name: &str, given: Option<Value>| {
             if let Some(given) = given
                 && fields.get(name).is_none_or(Value::is_null)
@@ -151,23 +154,23 @@ impl ForeignConfig {
         known("hidden_activation", Some(json!("gelu_pytorch_tanh")));
         fields.insert("use_flash_attn".to_owned(), json!(false));
         if matches!(family, Foreign::Gemma | Foreign::Gemma2) {
-            // Older files also name another, which nobody uses.
+            // Older files also carry `hidden_act`, which no implementation uses.
             fields.remove("hidden_act");
         }
-        // The loader looks after these.
+        // The loader reads the token ids; `rope_scaling` was checked above.
         for name in ["eos_token_id", "bos_token_id", "rope_scaling"] {
             fields.remove(name);
         }
         if no_window && matches!(family, Foreign::Mixtral | Foreign::Qwen2Moe) {
-            // These two want a number.
+            // These two decoders require a number; the whole context stands for full attention.
             let all = fields.get("max_position_embeddings").cloned().unwrap_or_default();
             fields.insert("sliding_window".to_owned(), all);
         }
         Ok(Self { family, value })
     }
 
-    /// The type to compute in where others take `dtype`: most of these decoders count positions in the type of their weights, and
-    /// 16 bits tell none beyond 256 apart.
+    /// Returns the computation type for a model that would otherwise use `dtype`. Most of these decoders
+    /// compute positions in the weights' type, and bf16 cannot represent all integers above 256.
     pub(crate) fn dtype(&self, dtype: DType) -> DType {
         match self.family {
             Foreign::Mistral | Foreign::Qwen3Moe => dtype,
@@ -188,11 +191,12 @@ impl ForeignConfig {
     }
 }
 
-/// A decoder of candle-transformers with the cache of one sequence.
+/// A decoder of candle-transformers with the KV cache of one sequence.
 trait Decoder: Send {
-    /// Logits behind the last of `tokens`, which follow `past` others.
+    /// Returns the logits after the last of `tokens`, `[1, tokens]`, which follow `past` earlier tokens.
     fn forward(&mut self, tokens: &Tensor, past: usize) -> candle_core::Result<Tensor>;
 
+    /// Returns a copy with shared weights and a cache of its own.
     fn copy(&self) -> Box<dyn Decoder>;
 }
 
@@ -223,6 +227,7 @@ decoders!(
     starcoder2::Model,
 );
 
+/// Builds the decoder of the family.
 fn decoder(config: &ForeignConfig, weights: VarBuilder<'_>) -> candle_core::Result<Box<dyn Decoder>> {
     Ok(match config.family {
         Foreign::Gemma => Box::new(gemma::Model::new(false, &config.parse()?, weights)?),
@@ -238,21 +243,22 @@ fn decoder(config: &ForeignConfig, weights: VarBuilder<'_>) -> candle_core::Resu
     })
 }
 
-/// A model that computes one sequence at a time.
+/// A model of a candle family; computes one sequence at a time.
 pub struct ForeignLm {
-    /// Has seen nothing.
+    /// Decoder with an empty cache, copied for each sequence.
     fresh: Box<dyn Decoder>,
     device: Device,
 }
 
-/// What one sequence has computed so far.
+/// Decoder state of one sequence.
 pub struct State {
     decoder: Box<dyn Decoder>,
     device: Device,
 }
 
 impl ForeignLm {
-    /// Builds the decoder over `weights`, sharing their storage.
+    /// Builds a decoder that shares the storage of `weights`. Fails if the family or this build cannot run
+    /// the configuration.
     pub fn new(config: &ForeignConfig, weights: &Weights) -> Result<Self, EngineError> {
         let mut tensors: HashMap<String, Tensor> =
             weights.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
@@ -269,7 +275,8 @@ impl ForeignLm {
         if tied && !tensors.contains_key(head) {
             tensors.insert(head.to_owned(), embedding.clone());
         }
-        // candle-transformers divides scores by the root of the head's size, whatever the configuration says.
+        // candle-transformers divides scores by the root of the head size and ignores
+        // `query_pre_attn_scalar`. Scaled query weights compensate.
         if let (Foreign::Gemma2, Some(dim), Some(scalar)) =
             (config.family, config.number("head_dim"), config.number("query_pre_attn_scalar"))
         {
@@ -285,14 +292,15 @@ impl ForeignLm {
         Ok(Self { fresh, device: embedding.device().clone() })
     }
 
-    /// The state of a sequence without tokens.
+    /// Returns the state of an empty sequence.
     pub fn state(&self) -> State {
         State { decoder: self.fresh.copy(), device: self.device.clone() }
     }
 }
 
 impl State {
-    /// Logits `[vocabulary]` behind the last of `tokens`, in f32; `past` tokens went before.
+    /// Computes the logits after the last of `tokens`, `[vocabulary]` in f32. `past` is the number of
+    /// tokens before.
     pub fn forward(&mut self, tokens: &[u32], past: usize) -> Result<Tensor, EngineError> {
         let tokens = Tensor::from_slice(tokens, (1, tokens.len()), &self.device)?;
         Ok(self.decoder.forward(&tokens, past)?.flatten_all()?.to_dtype(DType::F32)?)

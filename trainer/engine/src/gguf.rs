@@ -1,8 +1,8 @@
-//! GGUF files: configuration, tensors (dequantised) and tokenizer from the metadata.
+//! Reads GGUF files (llama.cpp): configuration, tensors, chat template and tokenizer.
 //!
-//! llama.cpp's conversion permutes the rows of q and k for `llama`, since it rotates neighbouring elements; here they are
-//! permuted back to Hugging Face's half-split order. A tensor is read as f32; the matrices of a model that is served are packed
-//! ([`crate::ops::packed`]) as they come.
+//! llama.cpp's conversion permutes the rows of q and k for `llama`, because llama.cpp rotates adjacent
+//! elements. The reader restores Hugging Face's half-split order. Tensors are dequantized to f32; for
+//! serving, matrices become quantized matrices ([`crate::ops::packed`]) while reading.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -30,20 +30,20 @@ use crate::rope_scaling::RopeScaling;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Gathered;
 
-/// What Llama 3 divides each frequency by.
+/// Name of the tensor with Llama 3's divisors of the rotary frequencies.
 pub(crate) const ROPE_DIVISORS: &str = "rope_freqs.weight";
 
-/// An opened GGUF file.
+/// An open GGUF file.
 pub struct Gguf {
     path: std::path::PathBuf,
     reader: BufReader<File>,
     content: Content,
-    /// Bytes of the file.
+    /// Size of the file in bytes.
     length: u64,
 }
 
 impl Gguf {
-    /// Reads header and metadata.
+    /// Opens the file and reads header and metadata.
     pub fn open(path: &Path) -> Result<Self, EngineError> {
         let file = File::open(path).map_err(|source| EngineError::Read { path: path.to_owned(), source })?;
         let length =
@@ -51,7 +51,7 @@ impl Gguf {
         let mut reader = BufReader::with_capacity(1 << 20, file);
         let unreadable =
             |error: String| EngineError::malformed(path, format!("not a readable GGUF file: {error}"));
-        // candle 0.11 divides by the file's alignment, whatever that is.
+        // candle 0.11 divides by the alignment in the header, so a damaged file can cause a panic.
         let content = catch_unwind(AssertUnwindSafe(|| Content::read(&mut reader)))
             .map_err(|_| unreadable("its header makes no sense".to_owned()))?
             .map_err(|error| unreadable(error.to_string()))?;
@@ -62,6 +62,7 @@ impl Gguf {
         EngineError::malformed(&self.path, problem)
     }
 
+    /// Integer of the metadata, of any integer type.
     fn integer(&self, key: &str) -> Option<u64> {
         let value = self.content.metadata.get(key)?;
         match value {
@@ -89,7 +90,7 @@ impl Gguf {
         list.iter().map(|v| v.to_string().cloned().map_err(|_| missing())).collect()
     }
 
-    /// The configuration.
+    /// Returns the configuration of the model.
     pub fn config(&mut self) -> Result<ModelConfig, EngineError> {
         let mut config = self.shape()?;
         if self.content.tensor_infos.contains_key(ROPE_DIVISORS) {
@@ -98,7 +99,7 @@ impl Gguf {
         Ok(config)
     }
 
-    /// Reads Llama 3's stretched frequencies: the file has what each is divided by, and not the numbers that say so.
+    /// Sets Llama 3's rotary scaling. The file holds the divisor of each frequency, but not the parameters.
     fn stretch(&mut self, config: &mut ModelConfig) -> Result<(), EngineError> {
         if config.rope_scaling.is_some() {
             let problem = format!("frequencies are stretched twice, by `{ROPE_DIVISORS}` and by a factor");
@@ -106,7 +107,7 @@ impl Gguf {
         }
         let divisors = self.tensor(ROPE_DIVISORS)?.flatten_all()?.to_vec1::<f32>()?;
         let key = format!("{}.rope.scaling.original_context_length", config.family.name());
-        // Llama 3.1 to 3.3 were all trained on contexts of this length first, and older files do not say so.
+        // Llama 3.1 to 3.3 were pretrained on contexts of 8192 tokens; older files omit the length.
         let original = self.number(&key).or(self.integer(&key).map(|tokens| tokens as f32)).unwrap_or(8192.0);
         config.rope_scaling =
             Some(RopeScaling::llama3(divisors.iter().copied().fold(1.0, f32::max), original));
@@ -121,7 +122,7 @@ impl Gguf {
         Ok(())
     }
 
-    /// YaRN as the paper has it; what would change it is refused.
+    /// Returns YaRN with the parameters of the paper; rejects other parameters.
     fn yarn(&self, name: &str) -> Result<RopeScaling, EngineError> {
         let number = |key: &str| self.number(&format!("{name}.rope.scaling.{key}"));
         for (key, usual) in [
@@ -146,6 +147,7 @@ impl Gguf {
         }
     }
 
+    /// Returns the configuration without Llama 3's rotary scaling.
     fn shape(&self) -> Result<ModelConfig, EngineError> {
         let name = self.text("general.architecture").unwrap_or_default();
         let family = Family::parse_own(name, &self.path)?;
@@ -202,14 +204,14 @@ impl Gguf {
         Ok(config)
     }
 
-    /// Whether most of its matrices have fewer than 16 bits a weight.
+    /// Returns whether most matrices have fewer than 16 bits per weight.
     pub fn is_quantised(&self) -> bool {
         let matrices = || self.content.tensor_infos.values().filter(|info| info.shape.dims().len() == 2);
         let small = |kind: GgmlDType| !matches!(kind, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
         2 * matrices().filter(|info| small(info.ggml_dtype)).count() > matrices().count()
     }
 
-    /// A tensor by the name that it has in the file.
+    /// Reads a tensor by its name in the file.
     fn raw(&mut self, name: &str) -> Result<Raw, EngineError> {
         let missing = || EngineError::MissingTensor { name: name.to_owned(), expected: Vec::new() };
         let info = self.content.tensor_infos.get(name).ok_or_else(missing)?;
@@ -229,13 +231,14 @@ impl Gguf {
         Ok(Raw { kind, dims, bytes })
     }
 
-    /// The same as f32.
+    /// Reads a tensor as f32.
     fn tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
         let whole = self.raw(name)?.whole();
         whole.map_err(|error| self.malformed(format!("tensor `{name}`: {error}")))
     }
 
-    /// Gives the tensors that are wanted to `gathered`, as f32 under Hugging Face names, in the order of the file.
+    /// Adds the tensors that the model uses to `gathered`, under Hugging Face names and in file order.
+    /// Matrices are quantized while reading if `gathered` asks for this.
     pub fn tensors(&mut self, config: &ModelConfig, gathered: &mut Gathered) -> Result<(), EngineError> {
         let infos = self.content.tensor_infos.iter();
         let placed =
@@ -274,12 +277,12 @@ impl Gguf {
         Ok(())
     }
 
-    /// The chat template of the metadata.
+    /// Returns the chat template of the metadata.
     pub fn chat_template(&self) -> Option<&str> {
         self.text("tokenizer.chat_template")
     }
 
-    /// Builds the tokenizer that the metadata describe: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`).
+    /// Builds the tokenizer from the metadata: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`).
     pub fn tokenizer(&self) -> Result<Tokenizer, EngineError> {
         let tokens = self.texts("tokenizer.ggml.tokens")?;
         let vocabulary: tokenizers::models::bpe::Vocab =
@@ -340,7 +343,7 @@ impl Gguf {
                 )));
             }
         };
-        // llama.cpp's token types: 3 is a control token, 4 was added by the user.
+        // llama.cpp's token types: 3 is a control token, 4 a user-defined token.
         if let Some(types) =
             self.content.metadata.get("tokenizer.ggml.token_type").and_then(|v| v.to_vec().ok())
         {
@@ -360,7 +363,7 @@ impl Gguf {
         Tokenizer::new(inner)
     }
 
-    /// The splitting that came before BPE when the tokenizer was trained, by llama.cpp's names.
+    /// Returns the pre-tokenizer that splits text before BPE, by llama.cpp's name.
     fn pre_tokenizer(&self, pre: &str) -> Result<PreTokenizerWrapper, EngineError> {
         const WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|";
         const REST: &str = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -390,6 +393,7 @@ impl Gguf {
         })
     }
 
+    /// Scores of the SentencePiece tokens; fails unless there are `count`.
     fn scores(&self, count: usize) -> Result<Vec<f32>, EngineError> {
         let list = self.content.metadata.get("tokenizer.ggml.scores").and_then(|v| v.to_vec().ok());
         let scores: Vec<f32> =
@@ -402,7 +406,7 @@ impl Gguf {
     }
 }
 
-/// A tensor as it lies in the file.
+/// A tensor in the encoding of the file.
 struct Raw {
     kind: GgmlDType,
     dims: Vec<usize>,
@@ -410,12 +414,13 @@ struct Raw {
 }
 
 impl Raw {
-    /// All of it as f32.
+    /// Returns all values as f32.
     fn whole(&self) -> candle_core::Result<Tensor> {
         self.values(&self.bytes, self.dims.clone())
     }
 
-    /// A matrix of as many bits as it has here, four or eight, where rows and blocks allow it; of eight if it has others.
+    /// Converts a matrix for serving: 4-bit formats stay 4-bit, all others become 8-bit. Returns `None` if
+    /// rows do not divide into blocks.
     fn packed(&self) -> candle_core::Result<Option<Packed>> {
         let Some((rows, columns, row)) = self.rows() else { return Ok(None) };
         if four_bits(self.kind, &[]).is_some() {
@@ -430,7 +435,8 @@ impl Raw {
         })
     }
 
-    /// Rows and columns of a matrix, and the bytes of a row, if rows are whole blocks.
+    /// Returns rows, columns and bytes per row of a matrix; `None` if a row does not consist of whole
+    /// blocks.
     fn rows(&self) -> Option<(usize, usize, usize)> {
         let (&[rows, columns], block) = (self.dims.as_slice(), self.kind.block_size()) else {
             return None;
@@ -438,7 +444,7 @@ impl Raw {
         columns.is_multiple_of(block).then(|| (rows, columns, columns / block * self.kind.type_size()))
     }
 
-    /// Rows `[head][pair][half]` back to `[head][half][pair]`.
+    /// Reorders rows from `[head][pair][half]` to `[head][half][pair]`.
     fn unpermuted(self, heads: usize) -> Option<Self> {
         let (rows, _, row) = self.rows()?;
         if !rows.is_multiple_of(2 * heads) {
@@ -452,12 +458,13 @@ impl Raw {
         Some(Self { bytes, ..self })
     }
 
+    /// Dequantizes `bytes` to a tensor of shape `dims`.
     fn values(&self, bytes: &[u8], dims: Vec<usize>) -> candle_core::Result<Tensor> {
         qtensor_from_ggml(self.kind, bytes, dims, &Device::Cpu)?.dequantize(&Device::Cpu)
     }
 }
 
-/// SentencePiece merges the pair whose result has the best score; BPE wants the same as a ranked list of pairs.
+/// Returns BPE merges ranked like SentencePiece: the pair whose result has the best score is merged first.
 fn sentencepiece_merges(tokens: &[String], scores: &[f32]) -> Vec<(String, String)> {
     let known: std::collections::HashMap<&str, usize> =
         tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
@@ -474,6 +481,7 @@ fn sentencepiece_merges(tokens: &[String], scores: &[f32]) -> Vec<(String, Strin
     ranked.into_iter().map(|(_, l, r)| (tokens[l].clone(), tokens[r].clone())).collect()
 }
 
+/// Returns the Hugging Face name of a GGUF tensor, or `None` if unknown.
 fn hugging_face_name(name: &str) -> Option<String> {
     Some(match name {
         "token_embd.weight" => "model.embed_tokens.weight".to_owned(),

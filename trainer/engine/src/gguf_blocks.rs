@@ -1,13 +1,13 @@
-//! Blocks of four bits in GGUF files, as llama.cpp lays them out (ggml's `block_q4_0`, `block_q4_1` and `block_q4_K`): packed as they are,
-//! without rounding to eight bits. Only the products of Q4_K's scales, 17 bits long, are rounded to f16 then.
+//! Reads 4-bit blocks of GGUF files (ggml's `block_q4_0`, `block_q4_1` and `block_q4_K`) without rounding
+//! to 8 bits. Only the products of Q4_K's scales, 17 bits long, are rounded to f16 afterwards.
 
 use candle_core::quantized::GgmlDType;
 use half::f16;
 
 use crate::ops::packed::{BLOCK, FourBits};
 
-/// Blocks of 32 weights in the order of the columns, from the bytes of whole rows; none where the format has not got four bits a weight,
-/// equally far apart.
+/// Decodes the bytes of whole rows into blocks of 32 weights in column order. Returns `None` for formats
+/// other than Q4_0, Q4_1 and Q4_K.
 pub(crate) fn four_bits(kind: GgmlDType, bytes: &[u8]) -> Option<Box<dyn Iterator<Item = FourBits> + '_>> {
     let blocks = bytes.chunks_exact(kind.type_size());
     Some(match kind {
@@ -29,18 +29,20 @@ fn half(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
-/// 16 bytes: their low halves are the first 16 weights, their high ones the others.
+/// Unpacks 16 bytes: the low nibbles are the first 16 weights, the high nibbles the others.
 fn halves(bytes: &[u8]) -> [u8; BLOCK] {
     std::array::from_fn(|at| bytes[at % 16] >> (4 * (at / 16)) & 15)
 }
 
-/// 256 weights: a scale and a scale of least values as f16, 12 bytes with six bits of both for each of eight blocks, then the weights. Two blocks
-/// share 32 bytes, the low halves and the high ones.
+/// Decodes a Q4_K super-block of 256 weights. Two f16 factors come first, one for the scales and one for
+/// the minimums. Then 12 bytes hold a 6-bit scale and a 6-bit minimum for each of eight blocks. Each
+/// pair of blocks shares 32 bytes of weights: the low nibbles and the high nibbles.
 fn super_block(bytes: &[u8]) -> impl Iterator<Item = FourBits> + '_ {
     let (scale, least) = (half(bytes, 0), half(bytes, 2));
     let (numbers, weights) = bytes[4..].split_at(12);
     (0..8).map(move |at| {
-        // Six bits of the first four blocks lie whole; of the others two bits fill up what the first leave.
+        // The first four blocks have contiguous six bits. The others take four bits from their own byte and
+        // two from the top of earlier bytes.
         let [of_scale, of_least] = if at < 4 {
             [numbers[at] & 63, numbers[at + 4] & 63]
         } else {
@@ -64,9 +66,9 @@ mod tests {
     use super::*;
     use crate::ops::packed::Packed;
 
-    /// Each block is worth what candle reads from the same bytes.
+    /// Each block equals candle's dequantization of the same bytes.
     #[test]
-    fn blocks_are_what_candle_makes_of_them() {
+    fn four_bit_blocks_match_candle_dequantization() {
         let values: Vec<f32> = (0..6 * 512).map(|at| ((at * 7919) % 1009) as f32 / 504.0 - 0.8).collect();
         let tensor = Tensor::from_vec(values, (6, 512), &Device::Cpu).unwrap();
         for kind in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q4K] {
@@ -87,7 +89,7 @@ mod tests {
             let packed = Packed::from_four_bits(6, 512, row).unwrap().unwrap();
             let kept =
                 packed.select(&[0, 1, 2, 3, 4, 5]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            // Values reach from -0.8 to 1.2, so no part of one is larger than 2.
+            // The values reach from -0.8 to 1.2, so neither part of a value exceeds 2.
             let bound = if kind == GgmlDType::Q4K { 2.0 * 2f32.powi(-11) } else { 1e-6 };
             for (kept, expected) in kept.iter().zip(&expected) {
                 assert!((kept - expected).abs() < bound, "{kind:?}: {kept} {expected}");

@@ -1,8 +1,9 @@
-//! Writes GGUF version 3 as llama.cpp reads it: f16, Q8_0 or the mixture Q4_K_M, tokenizer and chat template included.
+//! Writes GGUF version 3 files for llama.cpp, with tokenizer and chat template, as F16, Q8_0 or the mixture
+//! Q4_K_M.
 //!
-//! Q4_K_M follows llama.cpp's rules: the output layer and half of the value and down projections get six bits, the other
-//! matrices four; rows that blocks of 256 do not divide get Q8_0 and Q5_0 instead. Norms and biases stay f32. With an
-//! importance per input (from a calibration text) the blocks of 256 are rounded to lose least where the inputs are large.
+//! Q4_K_M follows llama.cpp's rules: the output layer and half of the value and down projections get 6
+//! bits, other matrices 4. Rows not divisible by 256 get Q8_0 and Q5_0 instead. Norms and biases stay f32.
+//! With importance weights from a calibration text, Q4_K and Q6_K lose least where inputs are large.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -22,20 +23,20 @@ use crate::rope_scaling::RopeScaling;
 
 const ALIGNMENT: usize = 32;
 
-/// Formats of files.
+/// Formats of the written files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
-    /// 16 bits.
+    /// 16-bit floats.
     F16,
-    /// Eight bits and a scale for 32 weights.
+    /// 8-bit integers with one scale per 32 weights.
     Q8_0,
-    /// About 4.8 bits.
+    /// Mixture of 4- and 6-bit formats, about 4.8 bits per weight.
     Q4KM,
 }
 
 impl Format {
-    /// As in file names.
+    /// Returns the name used in file names.
     pub fn name(self) -> &'static str {
         match self {
             Self::F16 => "f16",
@@ -44,7 +45,7 @@ impl Format {
         }
     }
 
-    /// llama.cpp's number for `general.file_type`.
+    /// Returns llama.cpp's number for `general.file_type`.
     fn file_type(self) -> u32 {
         match self {
             Self::F16 => 1,
@@ -54,10 +55,11 @@ impl Format {
     }
 }
 
-/// Mean square of every input of a matrix, by Hugging Face name.
+/// Importance weights: mean square of every input channel of a matrix, by Hugging Face name.
 pub type Importance = HashMap<String, Vec<f32>>;
 
-/// Writes `model` to `path`.
+/// Writes `model` to `path`; `name` becomes `general.name`. `importance` guides the rounding of Q4_K and
+/// Q6_K. Fails if GGUF cannot express the model.
 pub fn write_gguf(
     path: &Path,
     model: &LoadedModel,
@@ -118,7 +120,7 @@ pub fn write_gguf(
             let mut bytes = Vec::new();
             text(&mut bytes, name);
             bytes.extend_from_slice(&(shape.len() as u32).to_le_bytes());
-            // The innermost dimension comes first.
+            // GGUF lists the innermost dimension first.
             shape.iter().rev().for_each(|size| bytes.extend_from_slice(&(*size as u64).to_le_bytes()));
             bytes.extend_from_slice(&number_of(*kind).to_le_bytes());
             bytes.extend_from_slice(&(offset as u64).to_le_bytes());
@@ -134,6 +136,7 @@ pub fn write_gguf(
     })?)
 }
 
+/// Writes zeros up to the next multiple of [`ALIGNMENT`] after `written` bytes.
 fn pad(file: &mut impl Write, written: usize) -> io::Result<()> {
     file.write_all(&[0; ALIGNMENT][..written.next_multiple_of(ALIGNMENT) - written])
 }
@@ -142,11 +145,12 @@ fn unsupported(path: &Path, name: &str) -> EngineError {
     EngineError::malformed(path, format!("tensor `{name}` has no name in GGUF"))
 }
 
-/// Which formats take an importance.
+/// Returns whether quantization to `kind` uses importance weights.
 fn is_weighted(kind: GgmlDType) -> bool {
     matches!(kind, GgmlDType::Q4K | GgmlDType::Q6K)
 }
 
+/// Returns ggml's number of a tensor type.
 fn number_of(kind: GgmlDType) -> u32 {
     match kind {
         GgmlDType::F16 => 1,
@@ -158,6 +162,7 @@ fn number_of(kind: GgmlDType) -> u32 {
     }
 }
 
+/// Returns the type of a tensor in a file of `format`, by llama.cpp's rules.
 fn kind_of(name: &str, shape: &[usize], format: Format, tied: bool, layers: usize) -> GgmlDType {
     let [_, inner] = shape else { return GgmlDType::F32 };
     let fit = |wanted: GgmlDType, instead: GgmlDType, last: GgmlDType| {
@@ -190,6 +195,7 @@ fn kind_of(name: &str, shape: &[usize], format: Format, tied: bool, layers: usiz
     }
 }
 
+/// Returns the GGUF name of a tensor, or `None` if GGUF has none.
 fn gguf_name(name: &str) -> Option<String> {
     Some(match name {
         "model.embed_tokens.weight" => "token_embd.weight".to_owned(),
@@ -217,14 +223,14 @@ fn gguf_name(name: &str) -> Option<String> {
     })
 }
 
-/// Rows `[head][half][pair]` to `[head][pair][half]`, as llama.cpp rotates them.
+/// Reorders rows from `[head][half][pair]` to `[head][pair][half]`, the order of llama.cpp's rotary kernel.
 fn permute(tensor: &Tensor, heads: usize) -> Result<Tensor, EngineError> {
     let (rows, columns) = tensor.dims2()?;
     let half = rows / heads / 2;
     Ok(tensor.reshape((heads, 2, half, columns))?.transpose(1, 2)?.contiguous()?.reshape((rows, columns))?)
 }
 
-/// A value of the metadata.
+/// A metadata value.
 enum Meta {
     U32(u32),
     F32(f32),
@@ -234,12 +240,14 @@ enum Meta {
     Texts(Vec<String>),
 }
 
+/// Appends a GGUF string: its length as `u64`, then the bytes.
 fn text(bytes: &mut Vec<u8>, text: &str) {
     bytes.extend_from_slice(&(text.len() as u64).to_le_bytes());
     bytes.extend_from_slice(text.as_bytes());
 }
 
 impl Meta {
+    /// Returns GGUF's number of the value type.
     fn kind(&self) -> u32 {
         match self {
             Self::U32(_) => 4,
@@ -270,6 +278,7 @@ impl Meta {
     }
 }
 
+/// Returns all metadata of the file in order. Fails if GGUF cannot express tokenizer or rotary scaling.
 fn metadata(
     path: &Path,
     model: &LoadedModel,
@@ -312,7 +321,7 @@ fn metadata(
             put("{arch}.rope.scaling.original_context_length", Meta::U32(*original as u32));
         }
         Some(scaling @ RopeScaling::Llama3 { factor, original_max_position_embeddings: original, .. }) => {
-            // Readers take the factor from the slowest frequency.
+            // Readers derive the factor from the slowest frequency.
             let most = config.frequency_divisors().into_iter().fold(0.0, f32::max);
             let plain =
                 *scaling == RopeScaling::llama3(*factor, *original) && (most - factor).abs() <= 1e-3 * factor;
@@ -332,7 +341,7 @@ fn metadata(
     put("tokenizer.ggml.token_type", Meta::Integers(words.kinds));
     put("tokenizer.ggml.merges", Meta::Texts(words.merges));
     put("tokenizer.ggml.add_bos_token", Meta::Bool(false));
-    // Chat models end a turn with the last of their end tokens.
+    // The end token of the chat template ends a turn.
     if let Some(eos) = model.tokenizer.id(model.template.eos()).or(config.eos.first().copied()) {
         put("tokenizer.ggml.eos_token_id", Meta::U32(eos));
         put("tokenizer.ggml.padding_token_id", Meta::U32(eos));
@@ -344,10 +353,10 @@ fn metadata(
     Ok(all)
 }
 
-/// A byte-level BPE vocabulary as GGUF has it.
+/// A byte-level BPE vocabulary in GGUF's form.
 struct Words {
     tokens: Vec<String>,
-    /// 1 plain, 3 control, 4 added, 5 unused.
+    /// Token types: 1 normal, 3 control, 4 user-defined, 5 unused.
     kinds: Vec<i32>,
     merges: Vec<String>,
     pre: &'static str,
@@ -387,7 +396,7 @@ impl Words {
             }
             other => other.as_str().unwrap_or_default().to_owned(),
         });
-        // How text was split before the merges were learnt, by llama.cpp's names for it.
+        // llama.cpp's name of the pre-tokenizer, recognized by its regular expression.
         let split = json["pre_tokenizer"].to_string();
         let pre = if split.contains(r"\\p{N}{1,3}") {
             "llama-bpe"
@@ -407,7 +416,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn q4_k_m_gives_six_bits_where_llama_cpp_does() {
+    fn q4_k_m_chooses_tensor_types_like_llama_cpp() {
         let kind = |name: &str, inner: usize| kind_of(name, &[512, inner], Format::Q4KM, true, 24);
         assert_eq!(kind("model.layers.0.self_attn.q_proj.weight", 1024), GgmlDType::Q4K);
         assert_eq!(kind("model.layers.0.self_attn.v_proj.weight", 1024), GgmlDType::Q6K);

@@ -1,5 +1,5 @@
-//! Answers of a given form: JSON that fits a schema, a regular expression, one of some texts, a grammar. At every step llguidance
-//! says which tokens may come next; the others are not picked.
+//! Structured output: completions bound to a JSON schema, a regular expression, a list of choices or a
+//! grammar. Before each token llguidance computes the permitted tokens; the engine masks all others.
 
 use std::sync::Arc;
 
@@ -11,21 +11,21 @@ use toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 use crate::error::EngineError;
 use crate::tokenizer::Tokenizer;
 
-/// The form of an answer.
+/// Grammar of a structured output.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Grammar {
-    /// JSON that fits this schema.
+    /// JSON that satisfies this schema.
     Json(Value),
-    /// A regular expression over the whole answer.
+    /// A regular expression that matches the whole completion.
     Regex(String),
     /// One of these texts.
     Choice(Vec<String>),
-    /// A grammar in llguidance's form of Lark.
+    /// A grammar in llguidance's dialect of Lark.
     Lark(String),
 }
 
-/// A JSON schema under which only so much white space may stand between two parts of the text: a space, or a line break with its
-/// indentation. A small model that may write blanks for ever does.
+/// Returns the schema with bounded whitespace: one space, or a line break with up to 16 spaces, between two
+/// parts. Without the bound small models can generate endless whitespace.
 pub fn bounded(mut schema: Value) -> Value {
     let options =
         schema.as_object_mut().map(|fields| fields.entry("x-guidance").or_insert_with(|| json!({})));
@@ -37,13 +37,13 @@ pub fn bounded(mut schema: Value) -> Value {
     schema
 }
 
-/// Compiles grammars for one vocabulary.
+/// Compiler of grammars for one vocabulary.
 pub struct Grammars {
     factory: ParserFactory,
 }
 
 fn failed(error: impl std::fmt::Display) -> EngineError {
-    // Behind the first line the library prints its state.
+    // The library appends its internal state after the first line.
     let text = error.to_string();
     EngineError::Grammar(match text.lines().next().unwrap_or_default() {
         "NoExtensionBias" => "no token of this model's vocabulary can go on from here".to_owned(),
@@ -52,13 +52,14 @@ fn failed(error: impl std::fmt::Display) -> EngineError {
 }
 
 impl Grammars {
-    /// For a model with `vocabulary` outputs that ends with one of the tokens `eos`.
+    /// Creates a compiler for a model with `vocabulary` logits. The first token of `eos` ends a completion.
+    /// Fails if `eos` is empty.
     pub fn new(tokenizer: &Tokenizer, vocabulary: usize, eos: &[u32]) -> Result<Self, EngineError> {
         let words: Vec<Vec<u8>> = (0..vocabulary as u32)
             .map(|id| {
                 let mut bytes = tokenizer.bytes(id);
                 if tokenizer.is_special(id) {
-                    // No text spells these.
+                    // The marker keeps special tokens from matching ordinary text.
                     bytes.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
                 }
                 bytes
@@ -72,7 +73,7 @@ impl Grammars {
         Ok(Self { factory })
     }
 
-    /// A grammar at its beginning.
+    /// Compiles a grammar. Fails with [`EngineError::Grammar`] if the grammar is invalid.
     pub fn compile(&self, grammar: &Grammar) -> Result<Constraint, EngineError> {
         let form = match grammar {
             Grammar::Json(schema) => TopLevelGrammar::from_json_schema(bounded(schema.clone())),
@@ -94,7 +95,7 @@ impl Grammars {
     }
 }
 
-/// Where an answer stands in its grammar.
+/// State of a completion in its grammar.
 pub struct Constraint(Matcher);
 
 impl Clone for Constraint {
@@ -110,7 +111,7 @@ impl std::fmt::Debug for Constraint {
 }
 
 impl Constraint {
-    /// Takes away what may not come next.
+    /// Sets the logits of forbidden tokens to negative infinity.
     pub(crate) fn mask(&mut self, logits: &mut [f32]) -> Result<(), EngineError> {
         let allowed = self.0.compute_mask_or_eos().map_err(failed)?;
         for (id, logit) in logits.iter_mut().enumerate() {
@@ -121,7 +122,7 @@ impl Constraint {
         Ok(())
     }
 
-    /// Goes on with `token`; whether the answer is whole and nothing may follow.
+    /// Advances the grammar by `token`. Returns whether the completion is complete and cannot continue.
     pub(crate) fn push(&mut self, token: u32) -> Result<bool, EngineError> {
         self.0.consume_token(token).map_err(failed)?;
         Ok(self.0.is_stopped())
@@ -135,7 +136,7 @@ mod tests {
     use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;
 
-    /// One token for each printable byte, some longer ones, and an end.
+    /// A tokenizer with one token per printable byte, some longer tokens and an end token.
     fn tokenizer() -> Tokenizer {
         let mut words: Vec<String> = vec!["<end>".to_owned()];
         words.extend((32u8..127).map(|byte| char::from(byte).to_string()));
@@ -148,7 +149,7 @@ mod tests {
         Tokenizer::from_json(&file.to_string(), std::path::Path::new("tokenizer.json")).unwrap()
     }
 
-    /// What a model without any idea writes under a grammar.
+    /// Samples a completion from uniform logits under a grammar. Returns `None` after 400 tokens.
     fn written(grammar: &Grammar, seed: u64) -> Option<String> {
         let tokenizer = tokenizer();
         let grammars = Grammars::new(&tokenizer, 110, &[0]).unwrap();
@@ -171,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_picked_fits() {
+    fn sampled_completions_satisfy_the_grammar() {
         let schema = json!({"type": "object", "properties": {"ok": {"type": "boolean"}, "n": {"$ref": "#/$defs/digit"}},
             "required": ["ok", "n"], "additionalProperties": false, "$defs": {"digit": {"type": "integer", "minimum": 3, "maximum": 40}}});
         let mut whole = 0;
@@ -195,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_grammar_is_said() {
+    fn rejects_invalid_grammars() {
         let grammars = Grammars::new(&tokenizer(), 110, &[0]).unwrap();
         for grammar in [
             Grammar::Regex("(".to_owned()),

@@ -1,5 +1,6 @@
-//! Keys and values of all sequences, in blocks. On the CPU every block is one piece of memory, made when it is first used; on
-//! other devices each layer has one tensor, of which blocks are ranges of rows.
+//! The KV cache: keys and values of all sequences in blocks (PagedAttention, arXiv:2309.06180). On the CPU
+//! each block is one allocation, made on first use. On other devices each layer has one tensor, and a block
+//! is a range of its rows. `kv::blocks` assigns blocks to sequences.
 
 pub(crate) mod blocks;
 
@@ -12,16 +13,16 @@ use crate::ops::attention::{self, FEW_ROWS, Heads, Segment, attend_head, stock};
 use crate::ops::cached::{self, Element, Half, Part, attend};
 use crate::ops::{Precision, fused, with_values};
 
-/// Tokens of a block.
+/// Tokens per block.
 pub const BLOCK: usize = cached::BLOCK;
 
-/// Blocks that one task writes, at least.
+/// Minimum number of blocks that one task writes.
 const BLOCKS_PER_TASK: usize = 4;
-/// Rows of a long prompt that one task attends for, at least: each lays the keys and values out anew. Whole tiles, so that
-/// the sums of a row are the same whatever the number of threads.
+/// Minimum number of rows per attention task of a long prompt, because each task gathers the keys and
+/// values first. A multiple of the tile, so the sums of a row do not depend on the number of threads.
 const MANY_ROWS: usize = 2 * attention::TILE;
 
-/// The blocks of a model's cache.
+/// Storage of the KV cache of one model or of one device's shard.
 #[derive(Debug)]
 pub struct KvCache {
     layers: usize,
@@ -30,23 +31,24 @@ pub struct KvCache {
 
 #[derive(Debug)]
 enum Store {
-    /// On the CPU.
+    /// CPU, f32.
     F32(Host<f32>),
-    /// The same in half the memory.
+    /// CPU, f16: half the memory.
     F16(Host<Half>),
-    /// By layer: keys and values, a row for each token of each block.
+    /// Other devices and types: keys and values per layer, `[blocks * BLOCK, kv_heads * head_dim]` each.
     Device(Vec<(Tensor, Tensor)>),
 }
 
-/// By block: of every layer and key head its [`Part`].
+/// Blocks on the CPU. Each block holds one [`Part`] per layer and key head; an unused block is empty.
 #[derive(Debug)]
 struct Host<E>(Vec<Box<[E]>>);
 
-/// One sequence's blocks, in the order of its tokens.
+/// Block numbers of one sequence in token order.
 pub type Table<'a> = &'a [u32];
 
 impl KvCache {
-    /// `count` blocks of [`BLOCK`] tokens. On the CPU numbers are kept as f32 or, if `dtype` says so, as f16.
+    /// Creates a cache of `count` blocks of [`BLOCK`] tokens. The CPU stores f32 or f16 in its own layout;
+    /// other types and devices use one tensor per layer.
     pub fn new(
         config: &ModelConfig,
         count: usize,
@@ -66,12 +68,13 @@ impl KvCache {
         Ok(Self { layers: config.layers, store })
     }
 
-    /// Bytes that one token takes.
+    /// Returns the bytes per token over all layers.
     pub fn bytes_per_token(config: &ModelConfig, dtype: DType) -> usize {
         2 * config.layers * config.heads.kv * config.heads.dim * dtype.size_in_bytes()
     }
 
-    /// Writes the rows' keys and values of `layer` into the blocks of their sequences; the rows' attention.
+    /// Writes keys and values of the rows of `layer` into their blocks. Returns the attention output,
+    /// shaped like `q`: `[rows, heads * dim]`. Fails if a sequence exceeds its table.
     pub(crate) fn attend(
         &mut self,
         layer: usize,
@@ -99,7 +102,7 @@ impl KvCache {
 }
 
 impl<E: Element> Host<E> {
-    /// Writes the rows of one layer of so many, and attends.
+    /// Writes the rows of layer `layer` of `layers` and returns their attention.
     fn step(
         &mut self,
         (layer, layers): (usize, usize),
@@ -138,8 +141,9 @@ impl<E: Element> Host<E> {
         })??)
     }
 
-    /// Attention of all rows in the layer whose parts begin at `first`. Some rows of a sequence and a key head are a task of their
-    /// own; a key head's results lie together until the end.
+    /// Computes the attention of all rows in the layer whose parts begin at `first`. One task handles some
+    /// rows of one sequence and one key head. The results are stored by key head first and reordered to
+    /// rows at the end.
     fn attend(
         &self,
         first: usize,
@@ -193,7 +197,7 @@ impl<E: Element> Host<E> {
     }
 }
 
-/// Many queries: the head's keys and values are laid out once for matrix products.
+/// Attention of many query rows: gathers the head's keys and values into matrices for matrix products.
 fn many<E: Element>(
     parts: &[Part<'_, E>],
     q: &[f32],
@@ -214,11 +218,13 @@ fn many<E: Element>(
     }
 }
 
-/// The rows' places in the tensors of a layer, in the order of the tokens.
+/// Row indices of a sequence's tokens in the tensors of a layer.
 fn places(table: Table<'_>, tokens: usize) -> impl Iterator<Item = u32> {
     (0..tokens).map(|at| table[at / BLOCK] * BLOCK as u32 + (at % BLOCK) as u32)
 }
 
+/// Writes the rows into the tensors of one layer, gathers all keys and values of each sequence and computes
+/// the attention.
 fn attend_device(
     [keys, values]: [&Tensor; 2],
     [q, k, v]: [&Tensor; 3],
@@ -229,7 +235,7 @@ fn attend_device(
     let (k, v) = (k.contiguous()?, v.contiguous()?);
     let mut all = Vec::new();
     for (s, table) in segments.iter().zip(tables) {
-        // Runs of rows that lie in one block.
+        // Consecutive rows of one block are copied together.
         let mut row = 0;
         while row < s.len {
             let place = s.past + row;
@@ -257,9 +263,10 @@ mod tests {
         ModelConfig::from_json(text, std::path::Path::new("config.json")).unwrap()
     }
 
-    /// Both stores against the plain form over whole sequences, with blocks in any order and steps of any length.
+    /// All stores against plain attention over whole sequences, with blocks in any order and steps of any
+    /// length.
     #[test]
-    fn blocks_give_what_whole_sequences_give() {
+    fn paged_attention_matches_plain_attention() {
         let config = config();
         let heads = Heads { query: 6, kv: 2, dim: 4 };
         let make = |rows: usize, width: usize, salt: usize| {
@@ -310,9 +317,10 @@ mod tests {
         }
     }
 
-    /// Rows that several tasks share, beside others: what whole sequences give, and the same bits on any number of threads.
+    /// A prompt that several tasks share, next to short sequences: equal to plain attention, and the same
+    /// bits on any number of threads.
     #[test]
-    fn a_long_prompt_is_shared_out_and_stays_the_same() {
+    fn attention_of_long_prompts_is_independent_of_the_thread_count() {
         let (config, heads) = (config(), Heads { query: 6, kv: 2, dim: 4 });
         let value = |i: usize| ((i * 7919 + 13) % 997) as f32 / 498.0 - 1.0;
         let lengths = [3, 5 * MANY_ROWS + 7, 2, 40];

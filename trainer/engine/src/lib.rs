@@ -1,8 +1,9 @@
-//! The tensor half of Potstill: kernels with their backward pass, ONE model definition for training and serving,
-//! weights from safetensors folders and GGUF files, KV cache, sampler, tokenizer, chat template and the step loop that
-//! decodes many requests together.
+//! The tensor crate of Potstill: kernels with backward passes, one model definition for training and
+//! serving, and weights from safetensors folders and GGUF files. Further parts are the KV cache, sampler,
+//! tokenizer, chat template and the engine that decodes many requests in one batch.
 //!
-//! Architecture invariants: no HTTP and no pipeline records here; `unsafe` only in the kernels under [`ops`].
+//! Architecture invariants: this crate contains no HTTP and no pipeline records, and `unsafe` appears only
+//! in the kernels under [`ops`].
 
 pub mod batch;
 pub mod checkpoint_files;

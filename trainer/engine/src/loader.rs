@@ -1,5 +1,5 @@
-//! Loads a model from a Hugging Face folder (`config.json`, `tokenizer.json`, `*.safetensors`) or a GGUF file, tensor by tensor:
-//! each is brought to its device and type before the next one is read.
+//! Loads a model from a Hugging Face folder (`config.json`, `tokenizer.json`, `*.safetensors`) or a GGUF
+//! file. Tensors are read one by one and moved to their device and data type before the next is read.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,36 +19,39 @@ use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Gathered, Keep, Weights};
 
-/// A model with all that belongs to it.
+/// A model with tokenizer and chat template.
 #[derive(Clone)]
 pub struct LoadedModel {
-    /// Its shape; `eos` holds every token that ends a turn.
+    /// Configuration; `eos` holds every token that ends a turn.
     pub config: ModelConfig,
-    /// Its tensors.
+    /// Weights of the model.
     pub weights: Weights,
-    /// Its tokenizer.
+    /// Tokenizer of the model.
     pub tokenizer: Tokenizer,
-    /// Its chat template.
+    /// Chat template of the model.
     pub template: Arc<ChatTemplate>,
-    /// Its matrices were quantised in the file, so that eight bits lose next to nothing more, or are wanted in eight bits all the same.
+    /// Whether the serving engine may round matrices to 8 bits: the file is quantized already, or 8 bits
+    /// were requested.
     pub quantised: bool,
 }
 
 impl LoadedModel {
-    /// The same with its weights on `device` in `dtype`; what is there already is shared.
+    /// Returns the model with its weights on `device` in `dtype`. Tensors that are there already are
+    /// shared.
     pub fn on(&self, device: &Device, dtype: DType) -> Result<Self, EngineError> {
         Ok(Self { weights: self.weights.to(device, dtype)?, ..self.clone() })
     }
 }
 
-/// Loads `path` and brings the weights to `device` and `dtype`.
+/// Loads a model from `path`, with the weights on `device` in `dtype`.
 pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<LoadedModel, EngineError> {
     from(path, Keep { device: device.clone(), dtype, eight_bits: false }, false)
 }
 
-/// Loads `path` to be served, and nothing else, by `devices`: matrices that are quantised in the file, or all of them if `eight_bits`
-/// says so, are packed as they are read: to eight bits, or to four if the file has four. Where products of those are slow this is only done if it is asked for. What several
-/// devices share out lies on the CPU first, in f32, and is packed to eight bits by each.
+/// Loads a model for serving only. On a single CPU, quantized tensors of a GGUF file are quantized while
+/// reading, or with `eight_bits` all matrices: 4-bit data stays 4-bit, all else becomes 8-bit. Without fast
+/// kernels only `eight_bits` has this effect. For several devices the weights stay on the CPU in the
+/// devices' data type; [`crate::sharded`] then quantizes each shard. Fails for `eight_bits` on a GPU.
 pub fn load_to_serve(path: &Path, devices: &[Device], eight_bits: bool) -> Result<LoadedModel, EngineError> {
     if eight_bits && devices.iter().any(|device| !device.is_cpu()) {
         let (expected, found) = ("`cpu`, where matrices are to have eight bits", "a GPU".to_owned());
@@ -63,7 +66,8 @@ pub fn load_to_serve(path: &Path, devices: &[Device], eight_bits: bool) -> Resul
     Ok(LoadedModel { quantised: model.quantised || eight_bits, ..model })
 }
 
-/// Packs what `keep` allows it to: quantised matrices, or `all`.
+/// Loads a folder or a GGUF file. If `keep` permits, quantizes the tensors that are quantized in the file,
+/// or `all`.
 fn from(path: &Path, keep: Keep, all: bool) -> Result<LoadedModel, EngineError> {
     if path.is_dir() {
         from_folder(path, keep, all)
@@ -89,12 +93,13 @@ struct TokenizerConfig {
     eos_token: Option<Value>,
 }
 
+/// The fields of `generation_config.json` that the loader uses.
 #[derive(Default, Deserialize)]
 struct GenerationConfig {
     eos_token_id: Option<OneOrMany>,
 }
 
-/// A special token is a string or an object with `content`.
+/// Returns the text of a special token, given as a string or as an object with `content`.
 fn token_text(value: Option<&Value>) -> Option<String> {
     let value = value?;
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
@@ -135,7 +140,7 @@ fn from_folder(folder: &Path, mut keep: Keep, all: bool) -> Result<LoadedModel, 
     add_eos(&mut config, eos_text.as_deref().and_then(|text| tokenizer.id(text)).into_iter().collect());
     let source = read_if_there(&folder.join("chat_template.jinja"))?.or_else(|| match names.chat_template {
         Some(Value::String(text)) => Some(text),
-        // Several named templates: the one called `default`.
+        // A list of named templates: take the one called `default`.
         Some(Value::Array(list)) => list
             .iter()
             .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
@@ -165,7 +170,7 @@ fn from_gguf(path: &Path, mut keep: Keep, all: bool) -> Result<LoadedModel, Engi
     let mut gguf = Gguf::open(path)?;
     let mut config = gguf.config()?;
     let tokenizer = gguf.tokenizer()?;
-    // Chat models end a turn with these, whatever the file calls its end of text.
+    // Chat models end a turn with these tokens, whether or not the file names them as end tokens.
     let turn_ends = ["<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>"];
     add_eos(&mut config, turn_ends.iter().filter_map(|token| tokenizer.id(token)).collect());
     let source = gguf.chat_template().map(str::to_owned);
@@ -209,7 +214,7 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// The files of a folder that hold tensors: one `model.safetensors`, or the shards that the index names.
+/// Returns the safetensors files of a folder: `model.safetensors`, or the shards listed in the index.
 fn shards(folder: &Path) -> Result<Vec<PathBuf>, EngineError> {
     let index_path = folder.join("model.safetensors.index.json");
     let Some(text) = read_if_there(&index_path)? else { return Ok(vec![folder.join("model.safetensors")]) };

@@ -1,8 +1,10 @@
-//! The decoder, once for training and serving: embedding, blocks of attention and SwiGLU with RMSNorm before each,
-//! a last norm, the output layer. Tensor names are Hugging Face's, so this file reads beside `modeling_qwen2.py`.
+//! The decoder, one definition for training and serving: embedding, transformer blocks, a final norm and
+//! the output layer. Each block has attention and SwiGLU, both with RMSNorm before. Tensor names are
+//! Hugging Face's, so this file can be read next to `modeling_qwen2.py`.
 //!
-//! Without caches every segment attends to its own rows (training, packed rows stay apart); with caches each segment
-//! continues one sequence (decoding). A model made for training runs backward block by block (see [`crate::training`]).
+//! Without a KV cache, each segment is a whole sequence (training with packing). With a cache, each segment
+//! continues one sequence (serving). A trainable model runs its backward pass block by block (see
+//! [`crate::training`]). Candle families are not defined here (see [`crate::foreign`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,10 +26,11 @@ use crate::ops::swiglu::swiglu;
 use crate::training::Training;
 use crate::weights::{Adapter, Weights};
 
-/// Rows that go through the wide layers at a time when a model only serves: what they hold stays in the processor's cache.
+/// Rows per pass through the MLP when serving quantized matrices. Intermediate values of this size stay in
+/// the CPU cache.
 const FEED_ROWS: usize = 256;
 
-/// A causal language model.
+/// A causal language model of a native family.
 pub struct CausalLm {
     config: ModelConfig,
     embedding: Matrix,
@@ -44,25 +47,25 @@ struct Linear {
     weight: Matrix,
     bias: Option<Tensor>,
     adapter: Option<Adapter>,
-    /// Sums of the squares of the inputs, with the number of rows: only while somebody calibrates.
+    /// Activation statistics; present only during calibration.
     probe: Option<Probe>,
     precision: Precision,
 }
 
-/// Sums of squares by input, and how many rows they are over.
+/// Sums of squared inputs per input channel, and the number of rows.
 type Probe = Arc<Mutex<(Vec<f64>, usize)>>;
 
 #[derive(Clone)]
 enum Matrix {
     Dense(Tensor),
-    /// Eight bits: for serving only, it has no gradient.
+    /// 8- or 4-bit matrix for serving, without gradients.
     Packed(Arc<Packed>),
-    /// Few bits, frozen, under an adapter that learns.
+    /// Frozen quantized matrix below a trainable adapter (QLoRA).
     Quantised(Arc<QTensor>),
 }
 
 impl Matrix {
-    /// The weight of a module, as it is kept.
+    /// Returns the weight of `module` in its stored form.
     fn of(weights: &Weights, module: &str) -> Result<Self, EngineError> {
         Ok(match (weights.quantised(module), weights.packed(module)) {
             (Some(quantised), _) => Self::Quantised(quantised),
@@ -105,6 +108,7 @@ impl Linear {
         self.with_bias(y)
     }
 
+    /// Returns the quantized matrix, unless activation statistics are collected.
     fn packed(&self) -> Option<&Packed> {
         match (&self.weight, &self.probe) {
             (Matrix::Packed(packed), None) => Some(packed),
@@ -119,7 +123,8 @@ impl Linear {
         })
     }
 
-    /// Several layers over the same input, in one piece of work where they are packed.
+    /// Applies several layers to the same input. Quantized matrices share one rounding of the input and one
+    /// parallel loop.
     fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N], EngineError> {
         let matrices: Vec<&Packed> = layers.iter().filter_map(|layer| layer.packed()).collect();
         let outputs = if matrices.len() == N {
@@ -137,7 +142,7 @@ pub(crate) struct Block {
     q: Linear,
     k: Linear,
     v: Linear,
-    /// RMSNorm weights of the heads of q and k (Qwen3).
+    /// RMSNorm weights of the query and key heads (Qwen3), `[head_dim]` each.
     qk_norm: Option<(Tensor, Tensor)>,
     o: Linear,
     post_attention_norm: Tensor,
@@ -147,19 +152,23 @@ pub(crate) struct Block {
     precision: Precision,
 }
 
-/// What attends to what in one forward pass.
+/// Keys and values that the rows of a forward pass attend to.
 pub(crate) enum Attend<'a> {
+    /// The rows of the same segment (training).
     OwnRows(&'a Arc<Vec<Segment>>),
+    /// The KV cache of each segment's sequence (serving).
     Cached(&'a [Segment], &'a mut KvCache, &'a [Table<'a>]),
 }
 
 impl CausalLm {
-    /// Builds the model over `weights`, sharing their storage.
+    /// Builds a model that shares the storage of `weights`. Products are computed in f32. Fails for candle
+    /// families.
     pub fn new(config: &ModelConfig, weights: &Weights) -> Result<Self, EngineError> {
         Self::build(config, weights, Precision::F32)
     }
 
-    /// The same with products of this precision: what a model is compared with should round as it does.
+    /// Builds a model with products in `precision`. A reference model should round like the model under
+    /// comparison.
     pub fn rounded(
         config: &ModelConfig,
         weights: &Weights,
@@ -168,7 +177,7 @@ impl CausalLm {
         Self::build(config, weights, precision)
     }
 
-    /// The model with a backward pass that runs block by block.
+    /// Builds a model with a backward pass that runs block by block.
     pub fn trainable(
         config: &ModelConfig,
         weights: &Weights,
@@ -205,12 +214,13 @@ impl CausalLm {
         })
     }
 
-    /// The shape.
+    /// Returns the configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// How keys and values are best kept: in half of f32 where products round more than that.
+    /// Returns the data type for keys and values: f16 with quantized matrices, whose rounding is coarser,
+    /// otherwise the type of the output layer.
     pub fn kv_dtype(&self) -> DType {
         match &self.head {
             Matrix::Dense(head) => head.dtype(),
@@ -219,7 +229,8 @@ impl CausalLm {
         }
     }
 
-    /// The output layer's weight, `[vocabulary, hidden]`, which a loss takes its gradients of.
+    /// Returns the weight of the output layer, `[vocabulary, hidden]`, for a loss. Fails for quantized
+    /// weights.
     pub fn head(&self) -> Result<&Tensor, EngineError> {
         match &self.head {
             Matrix::Dense(head) => Ok(head),
@@ -230,13 +241,13 @@ impl CausalLm {
         }
     }
 
-    /// What its products are rounded to.
+    /// Returns the precision of matrix products.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    /// Mean square of every input of the blocks' matrices over `batches`, by the weight's name: what matters when the
-    /// matrices are rounded.
+    /// Returns the mean square of every input channel of the blocks' matrices over `batches`, by name of
+    /// the weight. These importance weights guide quantization, like llama.cpp's importance matrix.
     pub fn input_squares(
         config: &ModelConfig,
         weights: &Weights,
@@ -260,7 +271,8 @@ impl CausalLm {
         Ok(probes.into_iter().map(|(name, probe)| (name, mean(probe))).collect())
     }
 
-    /// Adds the gradients of `loss` to what [`CausalLm::take_gradients`] gives.
+    /// Runs the backward pass of `loss` and adds the gradients to [`CausalLm::take_gradients`]. Fails
+    /// unless the model is trainable.
     pub fn backward(&self, loss: &Tensor) -> Result<(), EngineError> {
         let training = self.training.as_ref().ok_or_else(|| {
             EngineError::Stopped("this model was built for serving and has no backward pass".to_owned())
@@ -268,17 +280,18 @@ impl CausalLm {
         Ok(training.collect(&loss.backward()?)?)
     }
 
-    /// The gradients that were added up since the last call, by name of the variable.
+    /// Returns the gradients accumulated since the last call, by name of the variable.
     pub fn take_gradients(&self) -> BTreeMap<String, Tensor> {
         self.training.as_ref().map(Training::take).unwrap_or_default()
     }
 
-    /// Hidden states after the last norm, `[rows, hidden]`; every segment starts a sequence.
+    /// Computes hidden states after the final norm, `[rows, hidden]`. Every segment starts a sequence.
     pub fn hidden(&self, batch: &Batch) -> Result<Tensor, EngineError> {
         self.run(batch, Attend::OwnRows(&batch.segments))
     }
 
-    /// The same, each segment continuing the sequence whose blocks its table names.
+    /// Computes hidden states like [`CausalLm::hidden`]. Each segment continues the sequence whose KV cache
+    /// blocks its table lists.
     pub fn hidden_cached(
         &self,
         batch: &Batch,
@@ -288,7 +301,7 @@ impl CausalLm {
         self.run(batch, Attend::Cached(&batch.segments, cache, tables))
     }
 
-    /// Logits `[rows, vocabulary]` of hidden states.
+    /// Computes logits, `[rows, vocabulary]`, of hidden states.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
         Ok(match &self.head {
             Matrix::Dense(head) => linear(hidden, head, self.precision)?,
@@ -301,7 +314,8 @@ impl CausalLm {
         let rotary = self.rotary(batch);
         let mut x = self.embed(batch)?;
         if self.training.is_some() && !x.track_op() {
-            // A frozen embedding: the blocks' gradients are wanted all the same.
+            // A frozen embedding records no graph, but the backward pass of the blocks needs a tracked
+            // input.
             x = Var::from_tensor(&x)?.as_tensor().clone();
         }
         for (layer, block) in self.blocks.iter().enumerate() {
@@ -331,7 +345,7 @@ impl CausalLm {
         })
     }
 
-    /// What attention adds to `x` in a layer.
+    /// Computes the attention output of a layer, before the residual addition.
     pub(crate) fn attended(
         &self,
         layer: usize,
@@ -342,7 +356,7 @@ impl CausalLm {
         self.blocks[layer].attended(x, layer, &self.config, rotary, attend)
     }
 
-    /// What the wide layers add to `x` in a layer.
+    /// Computes the MLP output of a layer, before the residual addition.
     pub(crate) fn fed(&self, layer: usize, x: &Tensor) -> Result<Tensor, EngineError> {
         self.blocks[layer].fed(x, self.config.rms_norm_eps)
     }
@@ -388,6 +402,7 @@ impl Block {
         })
     }
 
+    /// All matrices of the block with their Hugging Face names.
     fn linears(&mut self) -> [(&'static str, &mut Linear); 7] {
         [
             ("self_attn.q_proj", &mut self.q),
@@ -400,6 +415,7 @@ impl Block {
         ]
     }
 
+    /// Computes the block with its residual connections: `[rows, hidden]` to `[rows, hidden]`.
     pub(crate) fn forward(
         &self,
         x: &Tensor,
@@ -413,6 +429,7 @@ impl Block {
         Ok((x + fed)?)
     }
 
+    /// Self-attention with its norm, without the residual addition.
     fn attended(
         &self,
         x: &Tensor,
@@ -438,6 +455,8 @@ impl Block {
         self.o.forward(&attended)
     }
 
+    /// SwiGLU MLP with its norm, without the residual addition. Quantized matrices process [`FEED_ROWS`]
+    /// rows at a time.
     fn fed(&self, x: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
         let rows = x.dim(0)?;
         if self.gate.packed().is_none() || rows <= FEED_ROWS {
@@ -450,6 +469,7 @@ impl Block {
         Ok(Tensor::cat(&parts.collect::<Result<Vec<_>, EngineError>>()?, 0)?)
     }
 
+    /// The MLP for all rows of `x` in one pass.
     fn fed_at_once(&self, x: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
         let normed = rms_norm(x, &self.post_attention_norm, eps)?;
         let [gate, up] = Linear::forward_all([&self.gate, &self.up], &normed)?;
@@ -457,6 +477,7 @@ impl Block {
     }
 }
 
+/// Applies RMSNorm to each head of `x`, `[rows, heads * dim]`.
 fn norm_heads(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, EngineError> {
     let (rows, width) = x.dims2()?;
     let dim = weight.dim(0)?;

@@ -1,8 +1,8 @@
-//! Operations of a decoder with their backward pass.
+//! Operations of a decoder with their backward passes.
 //!
-//! Each has a fused CPU form (f32) and a plain twin made of stock differentiable tensor operations. The plain form runs
-//! on every other device and type, and is the reference that the tests hold the fused form against. candle's own fused
-//! norm, rotary and softmax are not used: they drop gradients without a word.
+//! Each operation has a fused CPU form (f32) and a plain form of differentiable candle operations. The
+//! plain form is the reference of the tests and often serves other devices and types. candle's own fused
+//! norm, rotary embedding and softmax are not used, because they drop gradients silently.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
@@ -30,20 +30,20 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 
 use self::filled::filled;
 
-/// What the two sides of a product are rounded to; sums are f32 either way.
+/// Rounding of the two factors of a matrix product. Sums are f32 in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// Not at all.
+    /// No rounding.
     #[default]
     F32,
-    /// To eight bits of mantissa, where the processor has instructions for it (AMX-BF16 or AVX512-BF16); elsewhere not at
-    /// all.
+    /// Rounding to bf16 (8 significant bits) on CPUs with AMX-BF16 or AVX512-BF16; no rounding on other
+    /// CPUs.
     Bf16,
 }
 
 impl Precision {
-    /// What is computed here when this is asked for.
+    /// Returns the precision that this CPU computes with: `Bf16` only where the instructions exist.
     pub fn here(self) -> Self {
         #[cfg(target_arch = "x86_64")]
         let available = bf16::available();
@@ -52,7 +52,7 @@ impl Precision {
         if available { self } else { Self::F32 }
     }
 
-    /// As recipes and reports write it.
+    /// Returns the name used in recipes and reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -61,15 +61,15 @@ impl Precision {
     }
 }
 
-/// Rows that one parallel task takes in row-wise kernels.
+/// Rows per parallel task in row-wise kernels.
 pub(crate) const ROWS_PER_TASK: usize = 128;
 
-/// Whether the fused CPU form applies.
+/// Returns whether the fused CPU form applies to `x`: f32 on the CPU.
 pub fn fused(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// The contiguous f32 values behind a storage and its layout.
+/// Returns the f32 values of a storage. Fails unless the layout is contiguous.
 pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let all = storage.as_slice::<f32>()?;
     match layout.contiguous_offsets() {
@@ -78,7 +78,7 @@ pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a
     }
 }
 
-/// Runs `f` over the values of contiguous CPU tensors without copying them.
+/// Calls `f` with the f32 values of CPU tensors. Copies only tensors that are not contiguous.
 pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> R) -> Result<R> {
     let contiguous = tensors.map(Tensor::contiguous);
     let mut owned = Vec::with_capacity(N);
@@ -96,18 +96,18 @@ pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f
     Ok(f(slices))
 }
 
-/// Rows of logits that are worked on at once: they stay near 32 MiB of f32.
+/// Returns the number of rows of logits per chunk: about 32 MiB of f32, from 16 to 4096 rows.
 fn logit_rows(vocabulary: usize) -> usize {
     const VALUES: usize = 8 << 20;
     (VALUES / vocabulary).clamp(16, 4096)
 }
 
-/// Whether `x` is worth a gradient: a variable, or computed from one.
+/// Returns whether `x` needs a gradient: a variable, or computed from one.
 fn learns(x: &Tensor) -> bool {
     x.track_op()
 }
 
-/// Sum of products in 16 lanes, so that the compiler may vectorise it; the order of additions is fixed.
+/// Dot product in 16 lanes, so that the compiler can vectorize. The order of additions is fixed.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0f32; 16];
@@ -121,7 +121,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
-/// Sum in 16 lanes.
+/// Sum in 16 lanes, in a fixed order.
 #[inline(always)]
 pub(crate) fn sum(values: &[f32]) -> f32 {
     let mut lanes = [0f32; 16];
@@ -135,7 +135,7 @@ pub(crate) fn sum(values: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
-/// `Σ exp(value - max)` in 16 lanes.
+/// Computes `Σ exp(value - max)` in 16 lanes.
 #[inline(always)]
 pub(crate) fn sum_exp(values: &[f32], max: f32) -> f32 {
     let mut lanes = [0f32; 16];
@@ -149,10 +149,10 @@ pub(crate) fn sum_exp(values: &[f32], max: f32) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
-/// Largest value, in 16 lanes; what is no number is passed over.
+/// Largest value, in 16 lanes. NaN is ignored.
 #[inline(always)]
 pub(crate) fn max(values: &[f32]) -> f32 {
-    // `f32::max` would look at both sides.
+    // `f32::max` would check both operands for NaN.
     let larger = |most: f32, value: f32| if value > most { value } else { most };
     let mut lanes = [f32::NEG_INFINITY; 16];
     let chunks = values.chunks_exact(16);
@@ -165,7 +165,7 @@ pub(crate) fn max(values: &[f32]) -> f32 {
     lanes.into_iter().fold(tail, larger)
 }
 
-/// `out += a * x`.
+/// Computes `out += a * x`.
 #[inline(always)]
 pub(crate) fn axpy(a: f32, x: &[f32], out: &mut [f32]) {
     out.iter_mut().zip(x).for_each(|(out, x)| *out = a.mul_add(*x, *out));
@@ -180,7 +180,7 @@ pub(crate) fn softmax(scores: &mut [f32]) {
     scores.iter_mut().for_each(|score| *score *= inverse);
 }
 
-/// Numbers from -1 to 1 for tests, the same for the same seed (xorshift, Marsaglia 2003).
+/// Returns a reproducible generator of values from -1 to 1 for tests (xorshift, Marsaglia 2003).
 #[cfg(test)]
 fn noise(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed | 1;

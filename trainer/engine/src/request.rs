@@ -1,87 +1,90 @@
-//! What is asked of the engine, and what comes back.
+//! Requests to the engine and the updates that the engine sends back.
 
 use crate::grammar::Constraint;
 use crate::sampler::Sampling;
 
-/// What a request wants to know.
+/// Kind of result that a request asks for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Goal {
     /// A completion.
     #[default]
     Complete,
-    /// The last hidden state of the prompt, or the mean of all, of length 1.
+    /// An embedding of the prompt, scaled to Euclidean length 1.
     Embed(Pooling),
 }
 
-/// Which hidden states an embedding is made of.
+/// Hidden states from which an embedding is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pooling {
-    /// That of the last token.
+    /// The hidden state of the last token.
     Last,
     /// The mean over all tokens.
     Mean,
 }
 
-/// When thinking has to end.
+/// Token budget for the reasoning of a completion.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ThinkingLimit {
-    /// Most tokens before the end of the thinking.
+    /// Maximum number of completion tokens before the engine closes the reasoning.
     pub tokens: usize,
-    /// What is written then, whatever the model would write.
+    /// Token ids that the engine forces at the limit to close the reasoning.
     pub ending: Vec<u32>,
-    /// The tokens that end the thinking, as the model writes them.
+    /// Token ids with which the model closes the reasoning by itself. The budget has no effect afterwards.
     pub mark: Vec<u32>,
 }
 
-/// One completion to make, or something to find out about a prompt.
+/// One prompt with the parameters of its completion, embedding or scoring.
 #[derive(Debug, Clone, Default)]
 pub struct Request {
     /// Token ids of the prompt, at least one.
     pub prompt: Vec<u32>,
-    /// What for.
+    /// Kind of result.
     pub goal: Goal,
-    /// At most so many new tokens; 0 only to look at the prompt.
+    /// Maximum number of completion tokens. 0 is valid for an embedding or for prompt logprobs only.
     pub max_tokens: usize,
-    /// How to pick tokens.
+    /// Sampling parameters.
     pub sampling: Sampling,
-    /// Strings that end the completion; they are left out of it.
+    /// Stop strings. The completion ends before the first one.
     pub stop: Vec<String>,
-    /// Go on behind end tokens.
+    /// Continues after end tokens until `max_tokens`.
     pub ignore_end: bool,
-    /// Report every token with its log-probability and so many of the likeliest alternatives.
+    /// Number of most likely alternatives to report per completion token; `None` reports no logprobs.
     pub log_probs: Option<usize>,
-    /// The same for the tokens of the prompt behind the first.
+    /// Number of alternatives to report per prompt token, from the second token on; `None` reports no
+    /// prompt logprobs.
     pub prompt_log_probs: Option<usize>,
-    /// When thinking has to end.
+    /// Token budget of the reasoning.
     pub thinking: Option<ThinkingLimit>,
-    /// The form of the answer.
+    /// Structured output: a compiled grammar for the completion.
     pub constraint: Option<Constraint>,
-    /// The form holds behind these tokens only: the end of the thinking.
+    /// Token ids after which `constraint` applies: the end of the reasoning. If empty, the grammar applies
+    /// from the first token.
     pub free_until: Vec<u32>,
 }
 
-/// A token with the distribution that it was picked from, before temperature and filters.
+/// A token with its logprobs under the model's own distribution, before penalties, temperature, filters and
+/// grammar.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampled {
-    /// The token.
+    /// Token id.
     pub token: u32,
-    /// Natural logarithm of its probability.
+    /// Natural logarithm of the token's probability.
     pub log_prob: f32,
-    /// The likeliest tokens with theirs, likeliest first.
+    /// Most likely tokens with their logprobs, most likely first.
     pub top: Vec<(u32, f32)>,
 }
 
-/// Why a completion ended.
+/// Reason for the end of a completion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// An end token or a stop string.
+    /// The completion reached an end token, a stop string or the end of its grammar.
     Stop,
-    /// The limit on new tokens.
+    /// The completion reached `max_tokens`.
     Length,
 }
 
 impl FinishReason {
-    /// OpenAI's word.
+    /// Returns the value of OpenAI's `finish_reason`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Stop => "stop",
@@ -90,26 +93,27 @@ impl FinishReason {
     }
 }
 
-/// What a request's receiver gets, in order; the last is `Finished` or `Failed`.
+/// Updates that the engine sends for a request, in order. The last one is `Finished` or `Failed`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Update {
-    /// How likely a token of the prompt is behind those before it: from the second on, in order.
+    /// Logprobs of a prompt token given the tokens before, from the second token on.
     Prompt(Sampled),
-    /// A token was picked; its text follows, now or with a later one. Only where the request asks for it.
+    /// Logprobs of a completion token, sent only if the request sets `log_probs`. The text follows in this
+    /// or a later `Text`.
     Sampled(Sampled),
-    /// More text.
+    /// A piece of the completion's text.
     Text(String),
-    /// The embedding.
+    /// The embedding, one value per hidden dimension.
     Embedding(Vec<f32>),
-    /// The end.
+    /// The request is complete.
     Finished {
-        /// Why.
+        /// Reason for the end.
         reason: FinishReason,
-        /// Tokens written, the end token included.
+        /// Number of completion tokens, including the end token.
         completion_tokens: usize,
-        /// Tokens of the prompt that were at hand from requests before.
+        /// Number of prompt tokens that came from the prefix cache.
         cached_tokens: usize,
     },
-    /// The engine failed; the completion is not whole.
+    /// The request failed; the completion is truncated. Holds the error message.
     Failed(String),
 }

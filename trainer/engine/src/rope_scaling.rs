@@ -1,4 +1,4 @@
-//! Stretching of the rotary frequencies for contexts that are longer than those of pretraining.
+//! Scaling of the rotary frequencies for contexts longer than those of pretraining.
 
 use std::f32::consts::TAU;
 use std::path::Path;
@@ -8,57 +8,60 @@ use serde_json::{Value, json};
 
 use crate::error::EngineError;
 
-/// How the frequencies are stretched.
+/// Scaling method with its parameters, as in Hugging Face's `rope_scaling`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "rope_type", rename_all = "lowercase")]
 pub enum RopeScaling {
-    /// All frequencies divided by `factor`.
+    /// Divides all frequencies by `factor`.
     Linear {
-        /// The divisor.
+        /// Divisor of all frequencies.
         factor: f32,
     },
-    /// Llama 3: low frequencies divided by `factor`, high ones kept, a ramp between.
+    /// Llama 3: divides low frequencies by `factor`, keeps high ones, with a linear ramp between.
     Llama3 {
-        /// The divisor of low frequencies.
+        /// Divisor of the low frequencies.
         factor: f32,
-        /// Wavelengths above `original / low_freq_factor` are low frequencies.
+        /// Wavelengths above `original / low_freq_factor` count as low frequencies.
         low_freq_factor: f32,
-        /// Wavelengths below `original / high_freq_factor` are high frequencies.
+        /// Wavelengths below `original / high_freq_factor` count as high frequencies.
         high_freq_factor: f32,
-        /// Context length before stretching.
+        /// Context length of pretraining in tokens.
         original_max_position_embeddings: f32,
     },
-    /// YaRN (Peng et al. 2023, section 3): the same with a ramp over the pairs of a head, and queries and keys made longer.
+    /// YaRN (Peng et al. 2023, section 3): a ramp over the pairs of a head, and a factor on queries and
+    /// keys.
     Yarn {
-        /// The divisor of low frequencies.
+        /// Divisor of the low frequencies.
         factor: f32,
-        /// Context length before stretching.
+        /// Context length of pretraining in tokens.
         original_max_position_embeddings: f32,
-        /// What queries and keys are multiplied by.
+        /// Factor on queries and keys.
         attention_factor: f32,
-        /// Frequencies that turn more often than this in the original context are kept.
+        /// Frequencies with more rotations than this in the original context are kept.
         beta_fast: f32,
-        /// Those that turn less often are divided by the whole factor.
+        /// Frequencies with fewer rotations than this are divided by the whole factor.
         beta_slow: f32,
     },
 }
 
 impl RopeScaling {
-    /// What all models of Llama 3.1 to 3.3 have but for the factor.
+    /// Returns the parameters shared by all Llama 3.1 to 3.3 models, with the given factor and context
+    /// length.
     pub(crate) fn llama3(factor: f32, original_max_position_embeddings: f32) -> Self {
         let (low_freq_factor, high_freq_factor) = (1.0, 4.0);
         Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }
     }
 
-    /// YaRN with the numbers of the paper.
+    /// Returns YaRN with the parameters of the paper.
     pub(crate) fn yarn(factor: f32, original_max_position_embeddings: f32) -> Self {
         let attention_factor = yarn_attention(factor, 1.0);
         let (beta_fast, beta_slow) = (32.0, 1.0);
         Self::Yarn { factor, original_max_position_embeddings, attention_factor, beta_fast, beta_slow }
     }
 
-    /// Reads `rope_parameters` or `rope_scaling` of a `config.json` whose model has seen so many positions; `path` only names it in
-    /// errors.
+    /// Parses `rope_parameters` or `rope_scaling` of a `config.json`. `positions` is
+    /// `max_position_embeddings`, the default for missing fields. Returns `None` without scaling. `path`
+    /// appears in errors only.
     pub(crate) fn parse(value: &Value, positions: usize, path: &Path) -> Result<Option<Self>, EngineError> {
         let kind = value.get("rope_type").or_else(|| value.get("type"));
         let kind = kind.and_then(Value::as_str).unwrap_or("default");
@@ -79,7 +82,7 @@ impl RopeScaling {
         scaling.checked().map(Some).map_err(refused)
     }
 
-    /// Refuses numbers that stretch nothing.
+    /// Fails unless all parameters are finite and above 0.
     pub(crate) fn checked(self) -> Result<Self, String> {
         match self.numbers().into_iter().find(|(_, number)| !(number.is_finite() && *number > 0.0)) {
             Some((name, number)) => Err(format!("`{name}` is {number}, which has to be above 0")),
@@ -87,7 +90,7 @@ impl RopeScaling {
         }
     }
 
-    /// Whether it is YaRN with the numbers of the paper, but for their last digits.
+    /// Returns whether the parameters are those of the YaRN paper, within rounding.
     pub(crate) fn is_plain_yarn(&self) -> bool {
         let Self::Yarn { factor, original_max_position_embeddings: original, .. } = self else {
             return false;
@@ -96,6 +99,7 @@ impl RopeScaling {
         own.iter().zip(plain).all(|((_, own), (_, plain))| (own - plain).abs() <= 1e-4 * plain)
     }
 
+    /// All parameters with their names.
     fn numbers(&self) -> Vec<(&'static str, f32)> {
         match self {
             Self::Linear { factor } => vec![("factor", *factor)],
@@ -126,7 +130,8 @@ impl RopeScaling {
         }
     }
 
-    /// Longest context of a model that has room for `positions` by its own word: what YaRN stretches to is often not said there.
+    /// Returns the maximum context length in tokens. `positions` is the length in the configuration, which
+    /// often omits YaRN's extension.
     pub(crate) fn context(&self, positions: usize) -> usize {
         match self {
             Self::Yarn { factor, original_max_position_embeddings: original, .. } => {
@@ -136,7 +141,7 @@ impl RopeScaling {
         }
     }
 
-    /// What queries and keys are multiplied by.
+    /// Returns the factor on rotated queries and keys.
     pub(crate) fn magnitude(&self) -> f32 {
         match self {
             Self::Yarn { attention_factor, .. } => *attention_factor,
@@ -144,7 +149,8 @@ impl RopeScaling {
         }
     }
 
-    /// The frequency of a pair of elements of a head of `dim`, in place of `frequency`; `theta` is the base.
+    /// Returns the scaled frequency of pair `pair` in a head of `dim` elements. `frequency` is the unscaled
+    /// one, `theta` the base.
     pub(crate) fn stretched(&self, frequency: f32, pair: usize, dim: usize, theta: f32) -> f32 {
         match self {
             Self::Linear { factor } => frequency / factor,
@@ -161,7 +167,7 @@ impl RopeScaling {
             Self::Yarn {
                 factor, original_max_position_embeddings: original, beta_fast, beta_slow, ..
             } => {
-                // The pair that turns so often in the original context.
+                // The pair that makes `turns` rotations in the original context.
                 let pair_of = |turns: f32| dim as f32 * (original / (turns * TAU)).ln() / (2.0 * theta.ln());
                 let fast = pair_of(*beta_fast).floor().max(0.0);
                 let slow = pair_of(*beta_slow).ceil().min(dim as f32 - 1.0);
@@ -172,18 +178,19 @@ impl RopeScaling {
     }
 }
 
-/// So much of the frequency itself, the rest of it divided.
+/// Interpolates between the frequency (`kept` = 1) and the frequency divided by `factor` (`kept` = 0).
 fn between(kept: f32, frequency: f32, factor: f32) -> f32 {
     let kept = kept.clamp(0.0, 1.0);
     frequency * (kept + (1.0 - kept) / factor)
 }
 
-/// Equation 22 of the paper, as the root of what scores are multiplied by; `weight` is 1 there.
+/// Returns the factor of queries and keys: the square root of `1 / t` in equation 22 of the YaRN paper,
+/// where `weight` is 1.
 fn yarn_attention(factor: f32, weight: f32) -> f32 {
     if factor > 1.0 { 0.1 * weight * factor.ln() + 1.0 } else { 1.0 }
 }
 
-/// What a configuration may leave out, as transformers has it.
+/// Fills in fields that the configuration omits, with the defaults of transformers.
 fn fill_in_yarn(tagged: &mut Value, positions: f64) -> Result<(), String> {
     if tagged.get("truncate") == Some(&json!(false)) {
         return Err("`truncate` is false, which is not supported".to_owned());
@@ -228,8 +235,8 @@ mod tests {
     }
 
     #[test]
-    fn what_a_configuration_leaves_out_of_yarn_is_filled_in() {
-        // As Qwen2.5's model card has it.
+    fn fills_in_missing_yarn_fields() {
+        // The configuration of Qwen2.5's model card.
         let given = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768});
         let scaling = read(given).unwrap().unwrap();
         assert_eq!(scaling, RopeScaling::yarn(4.0, 32_768.0));
@@ -239,13 +246,13 @@ mod tests {
         assert_eq!(by_context.unwrap(), Some(RopeScaling::yarn(4.0, 8192.0)));
         let weighed = json!({"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0});
         assert_eq!(read(weighed).unwrap().unwrap().magnitude(), 1.0);
-        // What was written is read again.
+        // Serialized scaling is parsed to the same value.
         let written = serde_json::to_value(&scaling).unwrap();
         assert_eq!(read(written).unwrap(), Some(scaling));
     }
 
     #[test]
-    fn what_stretches_nothing_is_refused() {
+    fn rejects_invalid_scaling_parameters() {
         for (value, word) in [
             (json!({"rope_type": "yarn"}), "neither `factor`"),
             (json!({"rope_type": "yarn", "factor": 0.0}), "`factor` is 0"),

@@ -1,5 +1,5 @@
-//! Picks the next token from logits. Pure: the random stream is passed in, so the same seed and logits give the same
-//! token. Order as in the usual engines: penalties, temperature, top-k, top-p, min-p.
+//! Samples the next token from logits. The random stream is an argument, so equal seeds and logits give
+//! equal tokens. Order of operations: logit bias, penalties, temperature, top-k, top-p and min-p.
 
 use std::collections::HashMap;
 
@@ -8,27 +8,28 @@ use rand::Rng;
 use crate::error::EngineError;
 use crate::ops::sum_exp;
 
-/// Tokens that are put in order first.
+/// Number of most likely tokens that are sorted first if top-k is off.
 const FIRST_SORTED: usize = 64;
 
-/// Sampling parameters.
+/// Sampling parameters of a request (as in vLLM).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
-    /// 0 is greedy.
+    /// Divisor of the logits, 0 to 100; 0 selects the most likely token.
     pub temperature: f32,
-    /// Keep the most likely tokens up to this mass; 1 keeps all.
+    /// Keeps the most likely tokens up to this probability mass, above 0 to 1; 1 keeps all.
     pub top_p: f32,
-    /// Keep the k most likely; 0 keeps all.
+    /// Keeps the `top_k` most likely tokens; 0 keeps all.
     pub top_k: usize,
-    /// Keep tokens at least this fraction as likely as the best; 0 keeps all.
+    /// Keeps tokens with at least this fraction of the best token's probability, 0 to 1; 0 keeps all.
     pub min_p: f32,
-    /// Divides positive and multiplies negative logits of tokens in prompt or completion; 1 is off.
+    /// Divides positive and multiplies negative logits of tokens in prompt or completion, above 0; 1 is
+    /// off.
     pub repetition_penalty: f32,
-    /// Subtracted once for tokens of the completion; 0 is off.
+    /// Subtracted once from the logits of tokens in the completion, -2 to 2; 0 is off.
     pub presence_penalty: f32,
-    /// Subtracted per occurrence for tokens of the completion; 0 is off.
+    /// Subtracted per occurrence from the logits of tokens in the completion, -2 to 2; 0 is off.
     pub frequency_penalty: f32,
-    /// Added to the logits of these tokens.
+    /// Token ids with the bias added to their logits, -100 to 100.
     pub logit_bias: Vec<(u32, f32)>,
     /// Seed of the random stream.
     pub seed: u64,
@@ -51,7 +52,8 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Refuses values out of range; tokens must be of a vocabulary of that size.
+    /// Checks all ranges, and token ids against the size of the vocabulary. Fails with
+    /// [`EngineError::Parameter`].
     pub fn check(&self, vocabulary: usize) -> Result<(), EngineError> {
         let wrong =
             |name, expected, found: f32| EngineError::Parameter { name, expected, found: found.to_string() };
@@ -87,7 +89,7 @@ impl Sampling {
         Ok(())
     }
 
-    /// Picks a token. `prompt` and `completion` feed the penalties.
+    /// Samples a token. Changes `logits` in place. `prompt` and `completion` determine the penalties.
     pub fn pick(&self, logits: &mut [f32], prompt: &[u32], completion: &[u32], rng: &mut impl Rng) -> u32 {
         for &(token, bias) in &self.logit_bias {
             if let Some(logit) = logits.get_mut(token as usize) {
@@ -98,7 +100,8 @@ impl Sampling {
         if self.temperature == 0.0 {
             return argmax(logits);
         }
-        // From here on logits are exponents of weights, the best weight being 1.
+        // From here on logits hold the exponents of unnormalized probabilities; the best token has exponent
+        // 0.
         let (max, inverse) = (logits[argmax(logits) as usize], 1.0 / self.temperature);
         logits.iter_mut().for_each(|logit| {
             let exponent = (*logit - max) * inverse;
@@ -107,7 +110,7 @@ impl Sampling {
         let mut order = if self.top_k > 0 {
             candidates(logits, self.top_k)
         } else {
-            // Only as many are put in order as are looked at: with thousands of unlikely tokens that is most of the time.
+            // Sorting only the first candidates saves most of the time with thousands of unlikely tokens.
             candidates(logits, FIRST_SORTED)
         };
         let whole: f32 = if self.top_k > 0 {
@@ -125,7 +128,9 @@ impl Sampling {
         }
     }
 
-    /// The token that `random` hits among the likeliest tokens in their `order`; `None` where more of them are needed to tell.
+    /// Returns the token at quantile `random` of the candidates in `order`, most likely first, after top-p
+    /// and min-p. `whole` is the mass of all candidates; `all` means that `order` is complete. Returns
+    /// `None` if more sorted candidates are needed.
     fn among(&self, logits: &[f32], order: &[u32], whole: f32, random: f32, all: bool) -> Option<u32> {
         let weights = || order.iter().map(|&id| logits[id as usize].exp());
         let mut kept = (order.len(), whole);
@@ -156,10 +161,11 @@ impl Sampling {
                 return Some(id);
             }
         }
-        // Rounding at the very end.
+        // Rounding may leave a rest; the last kept token takes the rest.
         (all || kept.0 < order.len()).then(|| order[kept.0 - 1])
     }
 
+    /// Applies the repetition, presence and frequency penalties to `logits`.
     fn penalise(&self, logits: &mut [f32], prompt: &[u32], completion: &[u32]) {
         #[expect(clippy::float_cmp, reason = "1 and 0 are the exact values for off")]
         let (repeats, counts) =
@@ -190,7 +196,7 @@ impl Sampling {
     }
 }
 
-/// The most likely token; the lowest id among equals. NaN never wins.
+/// Returns the token with the largest logit, the lowest id among equals. NaN never wins.
 pub fn argmax(logits: &[f32]) -> u32 {
     let mut best = (0, f32::NEG_INFINITY);
     for (id, &logit) in logits.iter().enumerate() {
@@ -201,12 +207,12 @@ pub fn argmax(logits: &[f32]) -> u32 {
     best.0 as u32
 }
 
-/// The `k` likeliest tokens, likeliest first; none for 0.
+/// Returns the `k` most likely tokens, most likely first; an empty list for 0.
 pub(crate) fn likeliest(logits: &[f32], k: usize) -> Vec<u32> {
     if k == 0 { Vec::new() } else { candidates(logits, k) }
 }
 
-/// The first `k` ids by falling logit.
+/// Returns the first `k` ids by falling logit; `k` must be at least 1.
 fn candidates(logits: &[f32], k: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
     let falling = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
@@ -230,7 +236,7 @@ mod tests {
         prop::collection::vec(-10.0f32..10.0, 2..40)
     }
 
-    /// The same by sorting everything first.
+    /// Reference implementation: sorts all tokens first.
     fn plain(sampling: &Sampling, logits: &[f32], random: f32) -> u32 {
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
         order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
@@ -259,16 +265,17 @@ mod tests {
     }
 
     proptest! {
-        /// Sorting only what is looked at picks what sorting everything picks, but for rounding at the border of two tokens.
+        /// Partial sorting picks the token of full sorting, except for rounding at the border of two
+        /// tokens.
         #[test]
-        fn what_is_not_looked_at_need_not_be_sorted(
+        fn partial_sorting_matches_full_sorting(
             logits in prop::collection::vec(-9.0f32..9.0, 1..3000), k in 0usize..90, p in 0.01f32..1.2, m in -0.2f32..0.3, t in 0.05f32..3.0, seed: u64,
         ) {
             let sampling = Sampling { temperature: t, top_k: k, top_p: p.min(1.0), min_p: m.max(0.0), ..Sampling::default() };
             let random: f32 = rand::Rng::random(&mut ChaCha8Rng::seed_from_u64(seed));
             let ours = sampling.pick(&mut logits.clone(), &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
             let near = [-2e-4f32, 0.0, 2e-4].map(|by| plain(&sampling, &logits, (random + by).clamp(0.0, 1.0)));
-            // The share of top-p may fall on the other side of a token as well.
+            // Rounding may also move the border of top-p or min-p by one token.
             let wider = Sampling { top_p: (sampling.top_p + 1e-4).min(1.0), min_p: (sampling.min_p - 1e-6).max(0.0), ..sampling.clone() };
             let narrower = Sampling { top_p: (sampling.top_p - 1e-4).max(1e-6), min_p: sampling.min_p + 1e-6, ..sampling.clone() };
             let others = [plain(&wider, &logits, random), plain(&narrower, &logits, random)];
@@ -276,7 +283,7 @@ mod tests {
         }
 
         #[test]
-        fn greedy_is_the_best(mut logits in logits(), seed: u64) {
+        fn zero_temperature_picks_the_largest_logit(mut logits in logits(), seed: u64) {
             let best = logits.iter().copied().fold(f32::MIN, f32::max);
             let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
             let id = greedy.pick(&mut logits, &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
@@ -284,7 +291,7 @@ mod tests {
         }
 
         #[test]
-        fn filters_keep_only_what_they_promise(logits in logits(), k in 1usize..5, seed: u64) {
+        fn top_k_top_p_and_min_p_exclude_unlikely_tokens(logits in logits(), k in 1usize..5, seed: u64) {
             let mut sorted = logits.clone();
             sorted.sort_by(|a, b| b.total_cmp(a));
             let sampling = Sampling { top_k: k, ..Sampling::default() };
@@ -300,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn frequencies_follow_the_softmax() {
+    fn sample_frequencies_follow_the_softmax() {
         let base = [0.0f32, 1.0, 2.0];
         let total: f32 = base.iter().map(|x| x.exp()).sum();
         let mut rng = ChaCha8Rng::seed_from_u64(1);
@@ -315,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn penalties_push_down() {
+    fn penalties_lower_repeated_tokens() {
         let sampling = Sampling { temperature: 0.0, repetition_penalty: 4.0, ..Sampling::default() };
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         assert_eq!(sampling.pick(&mut [2.0, 1.0], &[0], &[], &mut rng), 1);

@@ -1,10 +1,10 @@
-//! What the next step computes: which sequences, how many rows of each, in which blocks. No tensors, no clocks, no channels, so
-//! that thousands of random runs can be tried in a second.
+//! The scheduler: chooses the sequences of the next step, their rows and their KV cache blocks. The module
+//! uses no tensors, clocks or channels, so a test runs thousands of random schedules in a second.
 //!
-//! Sequences that write take one row each. What is left of the step's budget goes to prompts, shared out so that short ones
-//! finish first and none waits for a long one. A sequence starts when the blocks of all its known tokens are free; when a
-//! writing one finds no block, the youngest gives its blocks back and is computed again later (its beginning is often still at
-//! hand). A prompt whose beginning somebody else is computing waits for that instead of computing it twice.
+//! Each decoding sequence gets one row. Prompts share the rest of the step's budget; short prompts finish
+//! first and do not wait for long ones. A sequence starts when blocks for all its tokens are free. If a
+//! decoding sequence finds no free block, the youngest sequence is preempted and recomputed later, often
+//! from the prefix cache. A prompt waits while another sequence computes the same prefix.
 
 use std::collections::{HashSet, VecDeque};
 
@@ -13,27 +13,30 @@ use crate::kv::blocks::{Blocks, Key};
 /// Bounds of a step.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
-    /// Sequences at once.
+    /// Maximum number of running sequences.
     pub(crate) running: usize,
-    /// Rows per step.
+    /// Target number of rows per step.
     pub(crate) rows: usize,
 }
 
-/// A sequence with whatever belongs to it.
+/// A sequence in the scheduler, with a payload of the caller.
 #[derive(Debug)]
 pub(crate) struct Sequence<T> {
-    /// Prompt and completion as far as they are known.
+    /// Token ids of the prompt and of the completion so far.
     tokens: Vec<u32>,
+    /// Length of the prompt in tokens.
     prompt: usize,
-    /// Tokens whose keys and values are in the blocks.
+    /// Number of tokens whose keys and values are in the blocks.
     computed: usize,
+    /// Numbers of the sequence's blocks, in token order.
     table: Vec<u32>,
+    /// Prefix cache keys of the full blocks, in token order.
     keys: Vec<Key>,
-    /// Whether blocks that are at hand may be used instead of computing.
+    /// Whether the sequence may reuse blocks of the prefix cache.
     sharing: bool,
-    /// Tokens that were at hand when it first started.
+    /// Number of prompt tokens from the prefix cache at the first start; `None` before.
     found: Option<usize>,
-    /// What belongs to it.
+    /// Data of the caller.
     pub(crate) payload: T,
 }
 
@@ -46,43 +49,45 @@ impl<T> Sequence<T> {
         &self.tokens[self.prompt..]
     }
 
-    /// Prompt, completion, and what belongs to the sequence.
+    /// Returns prompt, completion and payload.
     pub(crate) fn parts(&mut self) -> (&[u32], &[u32], &mut T) {
         let (prompt, completion) = self.tokens.split_at(self.prompt);
         (prompt, completion, &mut self.payload)
     }
 
+    /// Number of tokens whose keys and values are in the blocks.
     pub(crate) fn computed(&self) -> usize {
         self.computed
     }
 
+    /// Numbers of the sequence's blocks, in token order.
     pub(crate) fn table(&self) -> &[u32] {
         &self.table
     }
 
-    /// Tokens of the prompt that did not have to be computed.
+    /// Number of prompt tokens from the prefix cache.
     pub(crate) fn found(&self) -> usize {
         self.found.unwrap_or(0)
     }
 
-    /// The next `rows` tokens to compute.
+    /// Returns the next `rows` tokens to compute.
     pub(crate) fn rows(&self, rows: usize) -> &[u32] {
         &self.tokens[self.computed..self.computed + rows]
     }
 
-    /// Tokens that are not computed yet.
+    /// Number of tokens that are not computed yet.
     pub(crate) fn pending(&self) -> usize {
         self.tokens.len() - self.computed
     }
 }
 
-/// All sequences.
+/// All sequences of the engine with their blocks.
 #[derive(Debug)]
 pub(crate) struct Schedule<T> {
     blocks: Blocks,
     limits: Limits,
     waiting: VecDeque<Sequence<T>>,
-    /// Oldest first.
+    /// Running sequences, oldest first.
     running: Vec<Sequence<T>>,
     preempted: u64,
 }
@@ -92,7 +97,7 @@ impl<T> Schedule<T> {
         Self { blocks, limits, waiting: VecDeque::new(), running: Vec::new(), preempted: 0 }
     }
 
-    /// Takes a sequence in. It must fit the blocks alone, prompt and limit together.
+    /// Adds a sequence to the waiting list. Prompt and `max_tokens` together must fit into the blocks.
     pub(crate) fn add(&mut self, prompt: Vec<u32>, sharing: bool, payload: T) {
         let mut keys = Vec::with_capacity(prompt.len() / self.blocks.size());
         for block in prompt.chunks_exact(self.blocks.size()) {
@@ -119,7 +124,7 @@ impl<T> Schedule<T> {
         self.waiting.len()
     }
 
-    /// What belongs to the sequences that have no blocks.
+    /// Payloads of the waiting sequences; none of these has blocks.
     pub(crate) fn without_blocks(&mut self) -> impl Iterator<Item = &mut T> {
         self.waiting.iter_mut().map(|sequence| &mut sequence.payload)
     }
@@ -128,17 +133,17 @@ impl<T> Schedule<T> {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// Sequences that gave their blocks back since the start.
+    /// Number of preemptions since the start.
     pub(crate) fn preempted(&self) -> u64 {
         self.preempted
     }
 
-    /// Blocks in use, and all of them.
+    /// Returns the number of blocks in use and of all blocks.
     pub(crate) fn usage(&self) -> (usize, usize) {
         (self.blocks.count() - self.blocks.free(), self.blocks.count())
     }
 
-    /// Keeps what `wanted` says; the others' blocks are free.
+    /// Keeps the sequences for which `wanted` returns true and releases the blocks of the others.
     pub(crate) fn retain(&mut self, wanted: impl Fn(&Sequence<T>) -> bool) {
         self.waiting.retain(|sequence| wanted(sequence));
         let blocks = &mut self.blocks;
@@ -151,12 +156,12 @@ impl<T> Schedule<T> {
         });
     }
 
-    /// Nothing that was computed before can be shared any more.
+    /// Empties the prefix cache.
     pub(crate) fn forget(&mut self) {
         self.blocks.forget();
     }
 
-    /// Takes everything out.
+    /// Removes all sequences and returns their payloads.
     pub(crate) fn drain(&mut self) -> Vec<T> {
         for sequence in &self.running {
             self.blocks.release(&sequence.table);
@@ -164,15 +169,15 @@ impl<T> Schedule<T> {
         self.running.drain(..).chain(self.waiting.drain(..)).map(|sequence| sequence.payload).collect()
     }
 
-    /// The next step: for each running sequence in order how many of its tokens to compute, 0 for those that sit it out. Their
-    /// blocks are theirs already.
+    /// Plans the next step. Returns the number of tokens to compute for each running sequence, in order; 0
+    /// skips the sequence. All blocks of the step are allocated on return.
     pub(crate) fn plan(&mut self) -> Vec<usize> {
         self.room_for_writing();
         self.start_waiting();
         let mut rows: Vec<usize> =
             self.running.iter().map(|sequence| usize::from(sequence.pending() == 1)).collect();
         let writing: usize = rows.iter().sum();
-        // However many write, prompts go on by a block.
+        // Prompts advance by at least one block per step, however many sequences decode.
         let mut budget = self.limits.rows.saturating_sub(writing).max(self.blocks.size());
         let mut prompts: Vec<usize> = (0..rows.len()).filter(|&at| self.running[at].pending() > 1).collect();
         prompts.sort_by_key(|&at| self.running[at].pending());
@@ -184,7 +189,8 @@ impl<T> Schedule<T> {
         rows
     }
 
-    /// Gives every writing sequence, oldest first, the block that its next token needs.
+    /// Allocates the block that each decoding sequence needs for its next token, oldest first. Preempts the
+    /// youngest sequence while no block is free.
     fn room_for_writing(&mut self) {
         let mut at = 0;
         while at < self.running.len() {
@@ -204,6 +210,7 @@ impl<T> Schedule<T> {
         }
     }
 
+    /// Starts waiting sequences in order while blocks are free and the limit permits.
     fn start_waiting(&mut self) {
         let size = self.blocks.size();
         let mut computing: HashSet<Key> = HashSet::new();
@@ -213,7 +220,8 @@ impl<T> Schedule<T> {
         let mut at = 0;
         while at < self.waiting.len() && self.running.len() < self.limits.running {
             let next = &self.waiting[at];
-            // The last token is always computed: what follows it is not in any block.
+            // The last token is always computed, because the blocks hold no hidden state for the next
+            // token.
             let keys = &next.keys[..next.keys.len().min((next.tokens.len() - 1) / size)];
             let (shared, unused) = if next.sharing { self.blocks.at_hand(keys) } else { (0, 0) };
             if next.sharing && keys.get(shared).is_some_and(|key| computing.contains(key)) {
@@ -221,7 +229,7 @@ impl<T> Schedule<T> {
                 continue;
             }
             let needed = next.tokens.len().div_ceil(size) - shared;
-            // One more block for everybody who writes, or the next step would throw somebody out.
+            // One spare block per running sequence; otherwise the next step would preempt a sequence.
             let spare = if self.running.is_empty() { 0 } else { self.running.len() + 1 };
             if self.blocks.free() < needed + unused + spare {
                 return;
@@ -236,7 +244,7 @@ impl<T> Schedule<T> {
         }
     }
 
-    /// The step is done: `rows` as planned. Blocks that became full can be shared.
+    /// Records a step with `rows` computed tokens per running sequence. Full blocks enter the prefix cache.
     pub(crate) fn computed(&mut self, rows: &[usize]) {
         let size = self.blocks.size();
         for (sequence, rows) in self.running.iter_mut().zip(rows) {
@@ -252,7 +260,7 @@ impl<T> Schedule<T> {
         }
     }
 
-    /// The running sequence at `at` goes on with `token`.
+    /// Appends `token` to the running sequence at index `at`.
     pub(crate) fn push(&mut self, at: usize, token: u32) {
         self.running[at].tokens.push(token);
     }
@@ -264,10 +272,11 @@ mod tests {
 
     use super::*;
 
-    /// A model that writes the sum of everything before, and keeps in every slot of every block what was computed there.
+    /// A toy model: the next token is a hash of all tokens before. Every slot of every block holds the hash
+    /// computed there.
     struct Toy {
         schedule: Schedule<usize>,
-        /// Token and all tokens before it, by block and place.
+        /// Hash of a token and all tokens before, by block and slot.
         slots: Vec<Vec<u64>>,
         done: Vec<Option<Vec<u32>>>,
         rows: usize,
@@ -331,7 +340,7 @@ mod tests {
         }
     }
 
-    /// What a prompt alone is answered.
+    /// Returns the completion of `prompt` decoded alone.
     fn alone(prompt: &[u32]) -> Vec<u32> {
         let mut state = prompt.iter().fold(0, |state, token| after(state, *token));
         (0..END)
@@ -345,9 +354,10 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
-        /// Whatever joins, shares, waits or is thrown out: everybody gets what it would get alone, and all blocks come back.
+        /// With any arrivals, prefix sharing, waiting and preemption, each completion equals the completion
+        /// decoded alone. All blocks are free at the end.
         #[test]
-        fn everybody_gets_what_it_would_get_alone(
+        fn batched_sequences_match_single_sequences(
             prompts in prop::collection::vec(prop::collection::vec(0u32..2, 1..20), 1..14),
             blocks in 8usize..30, running in 1usize..6, rows in 1usize..24, pace in 0usize..4, leaves in 0usize..40,
         ) {
@@ -380,20 +390,21 @@ mod tests {
     }
 
     #[test]
-    fn samples_of_one_prompt_compute_it_once() {
+    fn completions_of_one_prompt_compute_the_prompt_once() {
         let mut toy = Toy::new(200, Limits { running: 16, rows: 16 });
         let prompt: Vec<u32> = (0..61).map(|at| at % 3).collect();
         (0..8).for_each(|_| toy.add(prompt.clone()));
         while !toy.schedule.is_empty() {
             toy.step();
         }
-        // 61 rows once, then of each sample what is behind the last full block, and all but the last of its tokens.
+        // The 61 prompt rows once. Then for each completion the rows after the last shared full block, and
+        // all generated tokens but the last.
         assert_eq!(toy.rows, 61 + 7 + 8 * (END - 1));
         assert!(toy.done.iter().all(|done| done.as_deref() == Some(alone(&prompt).as_slice())));
     }
 
     #[test]
-    fn a_long_prompt_does_not_hold_up_short_ones() {
+    fn long_prompts_do_not_delay_short_prompts() {
         let mut schedule = Schedule::new(Blocks::new(4, 1000), Limits { running: 8, rows: 40 });
         schedule.add((0..900).collect(), true, 0);
         schedule.add((2000..2010).collect(), true, 1);

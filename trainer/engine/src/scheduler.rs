@@ -1,5 +1,5 @@
-//! The front of the engine: it takes requests in, within bounds, and hands them to one OS thread that computes all of them together
-//! ([`crate::step_loop`]). Dropping a receiver cancels its request at the next step.
+//! The front of the engine: accepts requests within bounds and passes them to one OS thread that computes
+//! all of them in batches ([`crate::step_loop`]). A dropped receiver cancels its request at the next step.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -19,21 +19,23 @@ use crate::schedule::{Limits, Schedule};
 use crate::sharded::ShardedLm;
 use crate::step_loop::{Model, StepLoop};
 
-/// Most blocks, however small they are.
+/// Upper bound on the number of KV cache blocks.
 const MAX_BLOCKS: usize = 1 << 17;
 
-/// Bounds of the step loop.
+/// Bounds of the engine.
 #[derive(Debug, Clone)]
 pub struct SchedulerConfig {
-    /// Requests computed together.
+    /// Maximum number of sequences per step (vLLM: `max_num_seqs`).
     pub max_running: usize,
-    /// Requests that may wait; more are refused as busy.
+    /// Maximum number of waiting requests. Further requests fail with [`EngineError::Busy`].
     pub max_waiting: usize,
-    /// Rows per step: more are computed a little faster, fewer let those who write wait less for prompts.
+    /// Target number of rows per step (vLLM: `max_num_batched_tokens`). Larger values raise the throughput
+    /// a little; smaller values shorten the delay that prefill adds to decoding.
     pub step_tokens: usize,
-    /// Memory of the KV cache in bytes. On the CPU it is taken as it is used.
+    /// Size of the KV cache in bytes. The CPU allocates the blocks on first use.
     pub kv_bytes: usize,
-    /// Devices that share the model out (see [`crate::sharded`]); none: it stays where its weights are.
+    /// Devices for tensor parallelism (see [`crate::sharded`]). If empty, the model runs where its weights
+    /// are.
     pub devices: Vec<Device>,
 }
 
@@ -43,55 +45,58 @@ impl Default for SchedulerConfig {
     }
 }
 
-/// Counters of a step loop.
+/// Counters of the engine.
 #[derive(Debug, Default)]
 pub struct Stats {
-    /// Requests being computed.
+    /// Sequences with blocks in the KV cache.
     pub running: AtomicUsize,
-    /// Requests waiting.
+    /// Requests that wait for their start or, after a preemption, for their restart.
     pub waiting: AtomicUsize,
-    /// Prompt tokens computed.
+    /// Computed prompt tokens, including recomputation after a preemption.
     pub prompt_tokens: AtomicU64,
-    /// Prompt tokens that were at hand.
+    /// Prompt tokens that came from the prefix cache.
     pub cached_tokens: AtomicU64,
-    /// Tokens written.
+    /// Generated tokens.
     pub completion_tokens: AtomicU64,
-    /// Steps taken.
+    /// Completed steps.
     pub steps: AtomicU64,
-    /// Requests that gave their blocks back to be computed again.
+    /// Preemptions: sequences whose blocks were taken back.
     pub preempted: AtomicU64,
-    /// Blocks of the KV cache in use.
+    /// KV cache blocks in use.
     pub blocks_used: AtomicUsize,
 }
 
-/// A request that nobody has looked at yet.
+/// A submitted request that the step loop has not admitted yet.
 pub(crate) struct Waiting {
     pub(crate) request: Request,
     pub(crate) updates: mpsc::Sender<Update>,
 }
 
+/// Queue between the clients and the step loop.
 #[derive(Default)]
 pub(crate) struct Queue {
     pub(crate) arrived: VecDeque<Waiting>,
-    /// Those that the step loop has taken in and not started.
+    /// Sequences in the scheduler's waiting list.
     pub(crate) taken: usize,
-    /// The weights are others now.
+    /// Asks the step loop to empty the prefix cache because the weights have changed.
     pub(crate) forget: bool,
+    /// Reason for the end of the engine, once stopped.
     pub(crate) stopped: Option<String>,
 }
 
-/// What the front and the step loop both see.
+/// State shared by the front and the step loop.
 pub(crate) struct Shared {
     queue: Mutex<Queue>,
     pub(crate) wake: Condvar,
     pub(crate) stats: Stats,
 }
 
+/// Locks the queue, also after a panic of another holder.
 pub(crate) fn locked(shared: &Shared) -> MutexGuard<'_, Queue> {
     shared.queue.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A running engine; dropping it ends the step loop and joins its thread.
+/// A running engine. Dropping the engine ends the step loop and joins the thread.
 pub struct Engine {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -103,7 +108,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the step loop over `model`.
+    /// Starts the step loop on a thread of its own. Fails if a candle family is given several devices or if
+    /// `kv_bytes` holds no block.
     pub fn start(model: &LoadedModel, config: SchedulerConfig) -> Result<Self, EngineError> {
         let own = match &model.config.foreign {
             None => Ok(ShardedLm::new(model, &config.devices)?),
@@ -133,7 +139,8 @@ impl Engine {
                 let caches = own.caches(blocks)?;
                 Model::Own(own, caches)
             }
-            // Blocks only count then: what they stand for lies with each sequence.
+            // With a candle family the blocks only limit the number of tokens. Each sequence holds its keys
+            // and values in its decoder state.
             Err(foreign) => Model::Foreign(ForeignLm::new(foreign, &model.weights)?),
         };
         let schedule = Schedule::new(Blocks::new(BLOCK, blocks), limits);
@@ -152,14 +159,16 @@ impl Engine {
         Ok(Self { shared, thread: Some(thread), config, context, blocks, vocabulary, foreign })
     }
 
-    /// Hands in a request. The receiver gets its text; dropping the receiver cancels it.
+    /// Submits a request and returns the receiver of its updates. Dropping the receiver cancels the
+    /// request. Fails if a parameter is invalid, the context is too long, the queue is full or the engine
+    /// has stopped.
     pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Update>, EngineError> {
         let receiver = self.submit_all(vec![request])?.pop();
         receiver.ok_or_else(|| EngineError::Stopped("it took no request".to_owned()))
     }
 
-    /// Hands in many at once, all or none: an idle engine then takes them in order, so that its steps, and with them every
-    /// rounding, are the same each time.
+    /// Submits several requests, all or none. An idle engine starts them in the given order, so the batches
+    /// and their rounding are reproducible.
     pub fn submit_all(&self, requests: Vec<Request>) -> Result<Vec<mpsc::Receiver<Update>>, EngineError> {
         requests.iter().try_for_each(|request| self.check(request))?;
         let mut queue = locked(&self.shared);
@@ -172,7 +181,7 @@ impl Engine {
         }
         let mut receivers = Vec::with_capacity(requests.len());
         for request in requests {
-            // Room for every token, every text piece and the end: sending never waits.
+            // Room for every token, every text piece and the end: sending never blocks the step loop.
             let per_token = if request.log_probs.is_some() { 2 } else { 1 };
             let scored = if request.prompt_log_probs.is_some() { request.prompt.len() } else { 0 };
             let (updates, receiver) = mpsc::channel(per_token * request.max_tokens + scored + 3);
@@ -185,12 +194,12 @@ impl Engine {
         Ok(receivers)
     }
 
-    /// The weights have changed: what was computed with the old ones is not shared any more. Call it while no request is under
-    /// way.
+    /// Empties the prefix cache after a change of the weights. Must be called while no request is running.
     pub fn forget(&self) {
         locked(&self.shared).forget = true;
     }
 
+    /// Validates a request against the vocabulary, context length and supported results of the model.
     fn check(&self, request: &Request) -> Result<(), EngineError> {
         request.sampling.check(self.vocabulary)?;
         let prompt = request.prompt.len();
@@ -225,27 +234,27 @@ impl Engine {
         Ok(())
     }
 
-    /// The counters.
+    /// Returns the counters.
     pub fn stats(&self) -> &Stats {
         &self.shared.stats
     }
 
-    /// Why it takes no more requests, when it does not.
+    /// Returns the reason why the engine has stopped, or `None` while running.
     pub fn stopped(&self) -> Option<String> {
         locked(&self.shared).stopped.clone()
     }
 
-    /// Longest context.
+    /// Returns the maximum context length in tokens: the model's, or less if the KV cache is smaller.
     pub fn context(&self) -> usize {
         self.context
     }
 
-    /// Blocks of the KV cache.
+    /// Returns the number of KV cache blocks.
     pub fn blocks(&self) -> usize {
         self.blocks
     }
 
-    /// Requests that it computes together.
+    /// Returns the maximum number of sequences per step.
     pub fn slots(&self) -> usize {
         self.config.max_running
     }
@@ -261,7 +270,7 @@ impl Drop for Engine {
     }
 }
 
-/// Marks the engine as stopped when its thread ends, by a panic too: nobody shall wait for an engine that is gone.
+/// Marks the engine as stopped when its thread ends, also by a panic. Otherwise clients would wait forever.
 struct EndMark(Arc<Shared>);
 
 impl Drop for EndMark {

@@ -1,4 +1,5 @@
-//! A safetensors file, read tensor by tensor: what a model takes while it is loaded and not afterwards is twice one tensor.
+//! A safetensors file, read tensor by tensor. Loading needs memory for two copies of the largest tensor
+//! beyond the model itself.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -9,22 +10,22 @@ use safetensors::tensor::Metadata;
 
 use crate::error::EngineError;
 
-/// Bytes of the number that says how long the header is.
+/// Size in bytes of the header length, a little-endian `u64` at the start of the file.
 const LENGTH: u64 = 8;
-/// Longest header, as the format has it.
+/// Largest header in bytes that the safetensors format permits.
 const LONGEST_HEADER: u64 = 100_000_000;
 
-/// An open file whose header fits it.
+/// An open safetensors file with a validated header.
 pub(crate) struct Shard {
     path: PathBuf,
     file: File,
     metadata: Metadata,
-    /// Where the values begin.
+    /// Byte offset of the tensor data.
     start: u64,
 }
 
 impl Shard {
-    /// Reads the header and holds it against the length of the file.
+    /// Opens the file and parses its header. Fails unless header and tensor data fill the file exactly.
     pub(crate) fn open(path: &Path) -> Result<Self, EngineError> {
         let read = |source| EngineError::Read { path: path.to_owned(), source };
         let unreadable = |problem: String| {
@@ -55,12 +56,12 @@ impl Shard {
         Ok(Self { path: path.to_owned(), file, metadata, start })
     }
 
-    /// The names of its tensors, in the order of the file.
+    /// Returns the names of all tensors in file order.
     pub(crate) fn names(&self) -> Vec<String> {
         self.metadata.offset_keys()
     }
 
-    /// The tensor of that name, on the CPU.
+    /// Reads one tensor to the CPU in the file's data type.
     pub(crate) fn tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
         let read = |source| EngineError::Read { path: self.path.clone(), source };
         let info = self

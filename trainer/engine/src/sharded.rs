@@ -1,6 +1,7 @@
-//! A model on one device, or on several that share it out: each has some of every block's heads and inner columns, and the two
-//! outputs of a block are summed over the devices (tensor parallelism; Shoeybi et al. 2019, "Megatron-LM", section 3). What lies
-//! between the sums is computed on all devices at once; embedding and norms are held by each, the output layer by the first.
+//! Tensor parallelism: a model on one device or split over several (Shoeybi et al. 2019, "Megatron-LM",
+//! section 3). Each device computes a share of every block's attention heads and MLP columns. The outputs
+//! of attention and MLP are summed over the devices; between the sums all devices compute concurrently.
+//! Every device holds the embedding and the norms; the first holds the output layer.
 
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -14,14 +15,15 @@ use crate::model::{Attend, CausalLm};
 use crate::ops::collective::Collective;
 use crate::weights::Weights;
 
-/// The shares, one for each device.
+/// A model split over one or more devices.
 pub struct ShardedLm {
     shares: Vec<CausalLm>,
     collective: Collective,
 }
 
 impl ShardedLm {
-    /// Brings `model` to `devices` in the type that each computes in. Without devices it stays where its weights are.
+    /// Splits `model` over `devices`. Without devices the model stays where its weights are. Fails if heads
+    /// or MLP columns are not divisible by the number of devices.
     pub fn new(model: &LoadedModel, devices: &[Device]) -> Result<Self, EngineError> {
         Self::over(&model.config, &model.weights, model.quantised, devices)
     }
@@ -46,7 +48,7 @@ impl ShardedLm {
                 return build(config, weights);
             }
             let mut config = config.share(devices.len())?;
-            // Only the first writes: the others need no output layer beside the embedding.
+            // Only the first device computes logits. Marked as tied, the other shards need no output layer.
             config.tied |= rank > 0;
             build(&config, &weights.share(rank, devices.len(), device)?)
         };
@@ -54,22 +56,22 @@ impl ShardedLm {
         Ok(Self { shares, collective: Collective::new(devices)? })
     }
 
-    /// The first share; its shape is the model's, but for heads and inner columns.
+    /// The first shard. Its configuration is the model's, except for head counts and MLP width.
     fn first(&self) -> &CausalLm {
         &self.shares[0]
     }
 
-    /// How keys and values are best kept.
+    /// Returns the data type for keys and values.
     pub fn kv_dtype(&self) -> DType {
         self.first().kv_dtype()
     }
 
-    /// The shape of each share.
+    /// Returns the configuration of each shard.
     pub fn config(&self) -> &ModelConfig {
         self.first().config()
     }
 
-    /// A cache of so many blocks for each device.
+    /// Creates one KV cache of `blocks` blocks per device.
     pub fn caches(&self, blocks: usize) -> Result<Vec<KvCache>, EngineError> {
         let cache = |(share, device): (&CausalLm, &Device)| {
             KvCache::new(share.config(), blocks, device, share.kv_dtype())
@@ -77,7 +79,8 @@ impl ShardedLm {
         self.shares.iter().zip(self.collective.devices()).map(cache).collect()
     }
 
-    /// Hidden states after the last norm on the first device, each segment continuing the sequence whose blocks its table names.
+    /// Computes hidden states after the final norm, on the first device. Each segment continues the
+    /// sequence whose blocks its table lists.
     pub fn hidden(
         &self,
         batch: &Batch,
@@ -102,20 +105,20 @@ impl ShardedLm {
         self.first().last_norm(&rows[0])
     }
 
-    /// `rows` and the sum of what the devices have computed, on each of them.
+    /// Adds the sum of the devices' `parts` to `rows`, on each device.
     fn added(&self, rows: &[Tensor], parts: Vec<Tensor>) -> Result<Vec<Tensor>, EngineError> {
         let sums = self.collective.sum(parts.into_iter().map(|part| vec![part]).collect())?;
         Ok(rows.iter().zip(&sums).map(|(x, sum)| x + &sum[0]).collect::<candle_core::Result<_>>()?)
     }
 
-    /// Logits `[rows, vocabulary]` of hidden states.
+    /// Computes logits, `[rows, vocabulary]`, of hidden states.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, EngineError> {
         self.first().logits(hidden)
     }
 }
 
 impl ModelConfig {
-    /// The shape of what each of `devices` holds.
+    /// Returns the configuration of one shard out of `devices`.
     fn share(&self, devices: usize) -> Result<Self, EngineError> {
         let mut share = self.clone();
         for (name, size) in [
@@ -155,9 +158,9 @@ mod tests {
         (config, weights)
     }
 
-    /// Two sequences in steps of any length: two and three devices compute what one does.
+    /// Two sequences in steps of any length: two and three devices compute the logits of one device.
     #[test]
-    fn several_devices_compute_what_one_does() {
+    fn tensor_parallel_logits_match_one_device() {
         for (family, tied) in [(Family::Qwen2, true), (Family::Qwen3, false), (Family::Llama, true)] {
             let (config, weights) = model(family.name(), tied);
             let outputs = |devices: usize| {
@@ -184,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn heads_that_do_not_divide_are_refused() {
+    fn rejects_head_counts_not_divisible_by_devices() {
         let (config, weights) = model("llama", true);
         let refused =
             ShardedLm::over(&config, &weights, false, &vec![Device::Cpu; 4]).err().unwrap().to_string();

@@ -1,5 +1,6 @@
-//! The step loop: a ragged batch of rows of all running requests per step. What a step computes is decided in [`crate::schedule`];
-//! here are the model, and what is done with its hidden states.
+//! The step loop: runs one forward pass per step over a ragged batch of all running sequences. Here are the
+//! model, token sampling, prompt logprobs and embeddings. [`crate::schedule`] decides which rows a step
+//! computes.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -23,35 +24,36 @@ use crate::sharded::ShardedLm;
 use crate::text_end::TextEnd;
 use crate::tokenizer::Tokenizer;
 
-/// Rows of a prompt whose logits are looked at together.
+/// Rows of a prompt whose logits are held in memory at a time.
 const SCORED_ROWS: usize = 64;
 
-/// What belongs to a sequence besides its tokens.
+/// State of a sequence besides its tokens.
 pub(crate) struct Running {
     request: Request,
     updates: mpsc::Sender<Update>,
     rng: ChaCha8Rng,
     text: TextEnd,
-    /// Tokens of the prompt that were reported.
+    /// Number of prompt tokens with sent logprobs, plus the first token, which has none.
     scored: usize,
-    /// Sum of the hidden states so far.
+    /// Sum of the hidden states so far (mean pooling), or the last hidden state.
     sum: Vec<f32>,
-    /// How much of the ending of the thinking is written; `None` once the thinking is over.
+    /// Number of forced closing tokens so far; `None` without a reasoning budget or after the end of the
+    /// reasoning.
     ending: Option<usize>,
-    /// Whether the form of the answer holds by now.
+    /// Whether the grammar applies to the next token.
     constrained: bool,
-    /// The form is fulfilled and nothing may follow.
+    /// Whether the completion satisfies the grammar and cannot continue.
     whole: bool,
-    /// What a foreign decoder has computed of it.
+    /// Decoder state of a candle family.
     state: Option<State>,
     finished: bool,
 }
 
-/// Who computes.
+/// The model behind the step loop.
 pub(crate) enum Model {
-    /// All sequences in one batch.
+    /// Native family: all sequences in one batch, with one KV cache per device.
     Own(ShardedLm, Vec<KvCache>),
-    /// One after the other.
+    /// Candle family: one sequence after the other.
     Foreign(ForeignLm),
 }
 
@@ -76,7 +78,8 @@ impl Running {
         let _gone = self.updates.try_send(update);
     }
 
-    /// The token that has to come now, whatever the model would write: the ending of a thinking that is too long.
+    /// Returns the forced token if the reasoning has used up its budget: the next of the closing tokens.
+    /// Also detects that the model has closed the reasoning.
     fn forced(&mut self, completion: &[u32]) -> Option<u32> {
         let (limit, written) = (self.request.thinking.as_ref()?, self.ending?);
         if written == 0 && !limit.mark.is_empty() && completion.ends_with(&limit.mark) {
@@ -99,12 +102,12 @@ impl Running {
     }
 }
 
-/// What the engine's thread owns.
+/// Everything that the thread of the engine owns.
 pub(crate) struct StepLoop {
     shared: Arc<Shared>,
     model: Model,
     tokenizer: Tokenizer,
-    /// Tokens that end a turn.
+    /// Token ids that end a turn.
     eos: Vec<u32>,
     schedule: Schedule<Running>,
 }
@@ -120,7 +123,7 @@ impl StepLoop {
         Self { shared, model, tokenizer, eos, schedule }
     }
 
-    /// Takes steps until the engine is dropped.
+    /// Runs steps until the engine is dropped. An error of a step fails all sequences.
     pub(crate) fn run(&mut self) {
         while self.admit() {
             if let Err(error) = in_pool(|| self.step()) {
@@ -137,7 +140,8 @@ impl StepLoop {
         }
     }
 
-    /// Takes in what arrived; waits while there is nothing to do. False when the engine ends.
+    /// Removes canceled sequences and admits arrived requests. Blocks while the engine is idle. Returns
+    /// false once the engine has stopped.
     fn admit(&mut self) -> bool {
         self.schedule.retain(|sequence| !sequence.payload.updates.is_closed());
         let mut queue = locked(&self.shared);
@@ -151,7 +155,8 @@ impl StepLoop {
             }
             for waiting in queue.arrived.drain(..).filter(|waiting| !waiting.updates.is_closed()) {
                 let request = &waiting.request;
-                // What has to be looked at row by row is computed row by row.
+                // Prompt logprobs and mean pooling need the hidden state of every prompt row, so the prefix
+                // cache is no help.
                 let sharing = matches!(self.model, Model::Own(..))
                     && request.prompt_log_probs.is_none()
                     && request.goal != Goal::Embed(Pooling::Mean);
@@ -192,10 +197,11 @@ impl StepLoop {
         }
     }
 
-    /// Picks the next token of every sequence that is complete, by its logits.
+    /// Samples the next token of each sequence in `picking` from its logits, in parallel, and sends the
+    /// updates.
     fn pick(&mut self, mut picking: Vec<(usize, Vec<f32>)>) -> Result<(), EngineError> {
         let mut chosen = Vec::with_capacity(picking.len());
-        // In the order of the sequences, which is the order of `picking`.
+        // `picking` is in the order of the running sequences.
         let mut wanted = picking.iter_mut().peekable();
         for (at, sequence) in self.schedule.running().iter_mut().enumerate() {
             if let Some((_, logits)) = wanted.next_if(|(wanted, _)| *wanted == at) {
@@ -241,10 +247,10 @@ impl StepLoop {
     }
 }
 
-/// Logits of the sequences that will be complete, with their places.
+/// Logits of the sequences without pending tokens, each with its index among the running sequences.
 type Logits = Vec<(usize, Vec<f32>)>;
 
-/// All sequences in one batch; what is asked about rows of prompts is answered on the way.
+/// Computes all sequences in one batch (native family). Sends prompt logprobs and embeddings on the way.
 fn step_together(
     model: &ShardedLm,
     caches: &mut [KvCache],
@@ -282,13 +288,13 @@ fn step_together(
     Ok(places.into_iter().zip(logits.to_vec2::<f32>()?).collect())
 }
 
-/// One sequence after the other, each with its own state.
+/// Computes one sequence after the other, each with a decoder state of its own (candle family).
 fn step_each(
     model: &ForeignLm,
     schedule: &mut Schedule<Running>,
     rows: &[usize],
 ) -> Result<Logits, EngineError> {
-    // Who has to begin anew holds no memory meanwhile.
+    // A preempted sequence is recomputed from the start, so its decoder state is dropped.
     schedule.without_blocks().for_each(|running| running.state = None);
     let mut logits = Vec::new();
     for (at, rows) in rows.iter().copied().enumerate().filter(|(_, rows)| *rows > 0) {
@@ -302,7 +308,7 @@ fn step_each(
                 }
                 sequence.payload.state = Some(state);
             }
-            // The others have nothing to do with it.
+            // The other sequences are independent of this one and continue.
             Err(error) => {
                 sequence.payload.finished = true;
                 sequence.payload.send(Update::Failed(error.to_string()));
@@ -319,7 +325,8 @@ fn finish(sequence: &mut Sequence<Running>, reason: FinishReason) {
     sequence.payload.send(Update::Finished { reason, completion_tokens, cached_tokens });
 }
 
-/// One token from its logits.
+/// Samples one token from `logits`, unless a closing token is forced. Applies the grammar and sends the
+/// logprobs.
 fn choose(sequence: &mut Sequence<Running>, logits: &mut [f32], eos: &[u32]) -> Result<u32, EngineError> {
     let (prompt, completion, running) = sequence.parts();
     let distribution = running.request.log_probs.map(|top| Distribution::of(logits, top));
@@ -344,7 +351,7 @@ fn choose(sequence: &mut Sequence<Running>, logits: &mut [f32], eos: &[u32]) -> 
     Ok(token)
 }
 
-/// Reports how likely the prompt's tokens are behind the rows `past .. past + rows`.
+/// Sends the logprobs of the prompt tokens that follow the rows `past .. past + rows`.
 fn score(
     model: &ShardedLm,
     sequence: &mut Sequence<Running>,
@@ -353,7 +360,7 @@ fn score(
     hidden: impl Fn(usize, usize) -> candle_core::Result<Tensor>,
 ) -> Result<(), EngineError> {
     let top = sequence.payload.request.prompt_log_probs.unwrap_or(0);
-    // Row `at` tells about token `at + 1`; what was told before a pause is not told again.
+    // Row `at` predicts token `at + 1`. Logprobs sent before a preemption are not sent again.
     let first = (sequence.payload.scored - 1).max(past);
     let end = (past + rows).min(sequence.prompt().len() - 1);
     for from in (first..end).step_by(SCORED_ROWS) {
@@ -368,6 +375,7 @@ fn score(
     Ok(())
 }
 
+/// Adds the rows of this step to the embedding; sends the embedding when the prompt is complete.
 fn embed(
     sequence: &mut Sequence<Running>,
     pooling: Pooling,
@@ -388,7 +396,7 @@ fn embed(
         sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
     if complete {
-        // Of length 1, so that the mean needs no division.
+        // Scaling to length 1 makes the division by the number of rows unnecessary.
         let mut vector = std::mem::take(&mut sequence.payload.sum);
         let norm = vector.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt().max(1e-12);
         vector.iter_mut().for_each(|x| *x = (f64::from(*x) / norm) as f32);
@@ -398,7 +406,7 @@ fn embed(
     Ok(())
 }
 
-/// Log-probabilities of one place: kept until the token is known.
+/// Log-softmax of one row of logits, kept until the token is known.
 struct Distribution {
     logits: Vec<f32>,
     normaliser: f32,

@@ -1,5 +1,6 @@
-//! Chat templates: Jinja as Hugging Face writes it, run by minijinja with fuel and an output cap, since a template comes
-//! with a model file and is not trusted. No loader, no file access.
+//! Chat templates: Hugging Face's Jinja dialect, run by minijinja. A template comes with a model file and
+//! is not trusted, so instructions and output are bounded. Templates have no access to files or other
+//! templates.
 
 use std::io::Write;
 
@@ -10,14 +11,14 @@ use serde_json::Value;
 
 use crate::error::EngineError;
 
-/// Longest template source.
+/// Maximum size of a template's source in bytes.
 const MAX_SOURCE: usize = 64 << 10;
-/// Longest rendered prompt.
+/// Maximum size of a rendered prompt in bytes.
 const MAX_OUTPUT: usize = 8 << 20;
-/// Instructions that one rendering may take.
+/// Maximum number of instructions (minijinja's fuel) per rendering.
 const FUEL: u64 = 20_000_000;
 
-/// A compiled chat template with the texts of its special tokens.
+/// A compiled chat template with the texts of the special tokens.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
@@ -25,6 +26,7 @@ pub struct ChatTemplate {
     eos: String,
 }
 
+/// Returns an error with all causes in its text.
 fn failed(error: &minijinja::Error) -> EngineError {
     let mut text = error.to_string();
     let mut cause: &dyn std::error::Error = error;
@@ -36,7 +38,7 @@ fn failed(error: &minijinja::Error) -> EngineError {
 }
 
 impl ChatTemplate {
-    /// Compiles `source`.
+    /// Compiles `source`. `bos` and `eos` are the texts of the tokens that begin a text and end a turn.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self, EngineError> {
         if source.len() > MAX_SOURCE {
             return Err(EngineError::Template(format!("longer than {MAX_SOURCE} bytes")));
@@ -54,30 +56,30 @@ impl ChatTemplate {
         Ok(Self { environment, source: source.to_owned(), bos: bos.to_owned(), eos: eos.to_owned() })
     }
 
-    /// ChatML, for models that ship no template.
+    /// Returns the ChatML template, for models without a template.
     pub fn chatml() -> Result<Self, EngineError> {
         let source = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
                       {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
         Self::new(source, "", "<|im_end|>")
     }
 
-    /// The source, for export.
+    /// Returns the source, for export.
     pub fn source(&self) -> &str {
         &self.source
     }
 
-    /// Text of the token that ends a turn.
+    /// Returns the text of the token that ends a turn.
     pub fn eos(&self) -> &str {
         &self.eos
     }
 
-    /// Text of the token that begins a text.
+    /// Returns the text of the token that begins a text.
     pub fn bos(&self) -> &str {
         &self.bos
     }
 
-    /// Renders a conversation. `messages` is a list of objects with `role` and `content`; `extra` holds what the request
-    /// passes on (`chat_template_kwargs`, `tools`).
+    /// Renders a conversation to a prompt. `messages` is a list of objects with `role` and `content`.
+    /// `extra` holds further variables of the request (`chat_template_kwargs`, `tools`).
     pub fn render(
         &self,
         messages: &Value,
@@ -98,7 +100,7 @@ impl ChatTemplate {
     }
 }
 
-/// Takes no more than [`MAX_OUTPUT`].
+/// A writer that fails beyond [`MAX_OUTPUT`] bytes.
 struct Capped(Vec<u8>);
 
 impl Write for Capped {
@@ -132,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn python_methods_and_refusals_work() {
+    fn supports_python_string_methods_and_raise_exception() {
         let source = "{% if messages[0].content.startswith('x') %}{{ raise_exception('no x') }}{% endif %}{{ messages[0]['content'].strip() }}";
         let template = ChatTemplate::new(source, "", "").unwrap();
         let render =
@@ -142,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn templates_that_never_end_or_write_too_much_are_stopped() {
+    fn stops_endless_and_oversized_templates() {
         let grown = "{% set x = namespace(t='x') %}{% for i in range(60) %}{% set x.t = x.t ~ x.t %}{% endfor %}{{ x.t }}";
         for (source, word) in [
             ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "fuel"),
@@ -163,9 +165,9 @@ mod tests {
     }
 
     proptest! {
-        /// Pieces of templates in any order: a prompt or an error.
+        /// Random sequences of template fragments render or fail, but never panic.
         #[test]
-        fn no_template_panics(pieces in prop::collection::vec(0..PIECES.len(), 0..12), noise in ".{0,12}") {
+        fn arbitrary_templates_never_panic(pieces in prop::collection::vec(0..PIECES.len(), 0..12), noise in ".{0,12}") {
             let source: String = pieces.iter().map(|at| PIECES[*at]).chain([noise.as_str()]).collect();
             if let Ok(template) = ChatTemplate::new(&source, "<s>", "</s>") {
                 let _either = template.render(&json!([{"role": "user", "content": "x"}]), true, &json!({"tools": [{"a": [1]}]}));

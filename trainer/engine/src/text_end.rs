@@ -1,9 +1,11 @@
-//! The text of a completion as it grows: whole characters only, cut at the first stop string.
+//! Incremental detokenization of a completion: emits whole characters only and ends at the first stop
+//! string.
 
 use crate::error::EngineError;
 use crate::tokenizer::{StreamDecoder, Tokenizer};
 
-/// Cuts the text at the first stop string, which may lie across tokens: text that could begin one is held back.
+/// Detokenizes a completion and cuts the text before the first stop string. A stop string may span tokens,
+/// so text that could begin one is held back.
 #[derive(Debug)]
 pub(crate) struct TextEnd {
     decoder: StreamDecoder,
@@ -17,8 +19,8 @@ impl TextEnd {
         Self { decoder: StreamDecoder::default(), stop, held: String::new() }
     }
 
-    /// The text that `token` makes certain; `last` ends the completion and `quiet` tokens (end tokens) have no text. Whether a
-    /// stop string was met.
+    /// Adds `token` and returns the text that is now final, with whether a stop string was found. `last`
+    /// flushes the held text. A `quiet` token (end token) adds no text.
     pub(crate) fn token(
         &mut self,
         tokenizer: &Tokenizer,
@@ -46,7 +48,7 @@ impl TextEnd {
     }
 }
 
-/// Length of the longest suffix of `text` that is a proper prefix of `stop`.
+/// Returns the length in bytes of the longest suffix of `text` that is a proper prefix of `stop`.
 fn overlap(text: &str, stop: &str) -> usize {
     stop.char_indices()
         .map(|(at, _)| at)
@@ -64,7 +66,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn stop_strings_cut_the_same_for_every_chunking(text in "[ab é]{0,30}", stop in "[ab é]{1,4}", cuts in prop::collection::vec(1usize..4, 1..30)) {
+        fn stop_strings_cut_text_independently_of_chunking(text in "[ab é]{0,30}", stop in "[ab é]{1,4}", cuts in prop::collection::vec(1usize..4, 1..30)) {
             let mut ends = TextEnd::new(vec![stop.clone()]);
             let (mut got, mut over) = (String::new(), false);
             let mut characters = text.chars().peekable();

@@ -1,4 +1,4 @@
-//! Text to tokens and back, and the incremental decoder that never splits a character.
+//! Tokenization and detokenization, including an incremental decoder that never splits a character.
 
 use std::path::Path;
 
@@ -6,24 +6,25 @@ use tokenizers::{DecoderWrapper, Tokenizer as Inner};
 
 use crate::error::EngineError;
 
-/// A `tokenizer.json`, or the same built from GGUF metadata.
+/// A tokenizer, read from `tokenizer.json` or built from GGUF metadata.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Inner,
     spelling: Spelling,
 }
 
-/// How the entries of a vocabulary spell bytes.
+/// Encoding of bytes in the entries of a vocabulary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Spelling {
-    /// A character for every byte, as GPT-2 chose them.
+    /// GPT-2: one character per byte.
     Bytes,
-    /// Text with `▁` for a space, and `<0x0A>` for bytes that are no whole character (SentencePiece).
+    /// SentencePiece: `▁` for a space and `<0x0A>` for bytes of incomplete characters.
     Pieces,
-    /// The text itself.
+    /// Plain text.
     Text,
 }
 
+/// Returns the vocabulary's encoding, derived from the decoder of the tokenizer.
 fn spelling(decoder: Option<&DecoderWrapper>) -> Spelling {
     match decoder {
         Some(DecoderWrapper::ByteLevel(_)) => Spelling::Bytes,
@@ -36,7 +37,8 @@ fn spelling(decoder: Option<&DecoderWrapper>) -> Spelling {
     }
 }
 
-/// The byte that a character of GPT-2's alphabet stands for: printable ones for themselves, the others in order from 256 on.
+/// Returns the byte of a character in GPT-2's alphabet. Printable bytes stand for themselves; the others
+/// follow in order from code point 256.
 fn byte_of(character: char) -> Option<u8> {
     let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
     let code = u32::from(character);
@@ -51,48 +53,50 @@ fn failed(error: impl std::fmt::Display) -> EngineError {
 }
 
 impl Tokenizer {
-    /// Wraps a tokenizer; truncation and padding are switched off.
+    /// Wraps a tokenizer; switches truncation and padding off.
     pub fn new(mut inner: Inner) -> Result<Self, EngineError> {
         inner.with_padding(None).with_truncation(None).map_err(failed)?;
         let spelling = spelling(inner.get_decoder());
         Ok(Self { inner, spelling })
     }
 
-    /// Reads the text of a `tokenizer.json`.
+    /// Parses the text of a `tokenizer.json`. `path` appears in errors only.
     pub fn from_json(text: &str, path: &Path) -> Result<Self, EngineError> {
         let malformed = |error: &dyn std::fmt::Display| EngineError::malformed(path, error.to_string());
-        // The library panics over JSON that is none.
+        // The tokenizers library panics on invalid JSON, so the text is checked first.
         serde_json::from_str::<serde_json::Value>(text).map_err(|error| malformed(&error))?;
         let inner = text.parse::<Inner>().map_err(|error| malformed(&error))?;
         Self::new(inner)
     }
 
-    /// As `tokenizer.json`.
+    /// Returns the tokenizer as `tokenizer.json`.
     pub fn to_json(&self) -> Result<String, EngineError> {
         self.inner.to_string(false).map_err(failed)
     }
 
-    /// Token ids of `text`. Special tokens written in the text count as such; none is added: templates write them.
+    /// Encodes `text` to token ids. Special tokens in the text are recognized; none are added, because chat
+    /// templates write them.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, EngineError> {
         Ok(self.inner.encode_fast(text, false).map_err(failed)?.get_ids().to_vec())
     }
 
-    /// Text of `ids`, special tokens left out.
+    /// Decodes `ids` to text without special tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String, EngineError> {
         self.inner.decode(ids, true).map_err(failed)
     }
 
-    /// Id of a token by its exact text.
+    /// Returns the id of a token by its exact text.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// Exact text of a token.
+    /// Returns the exact text of a token.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
-    /// The bytes that a token stands for, special tokens by their text. Nothing for ids outside the vocabulary.
+    /// Returns the bytes of a token. Special tokens give their text; ids outside the vocabulary give no
+    /// bytes.
     pub fn bytes(&self, id: u32) -> Vec<u8> {
         let Some(text) = self.inner.id_to_token(id) else { return Vec::new() };
         if self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id) {
@@ -114,35 +118,35 @@ impl Tokenizer {
         }
     }
 
-    /// Whether a token is a mark that no text spells.
+    /// Returns whether a token is a control token that ordinary text never encodes to.
     pub fn is_special(&self, id: u32) -> bool {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
         added.get(&id).is_some_and(|token| token.special)
     }
 
-    /// Number of entries, added tokens included.
+    /// Returns the size of the vocabulary, including added tokens.
     pub fn len(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
 
-    /// Whether there is no entry.
+    /// Returns whether the vocabulary is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// Decodes token by token. Text is held back while it ends in an incomplete character.
+/// Decodes a completion token by token. Text that ends in an incomplete character is held back.
 #[derive(Debug, Default)]
 pub struct StreamDecoder {
     ids: Vec<u32>,
-    /// Tokens before this are decoded only as context.
+    /// Start of the tokens that are decoded together: `context..read` is context of the next text.
     context: usize,
-    /// Tokens before this have been given out.
+    /// Number of tokens whose text has been returned.
     read: usize,
 }
 
 impl StreamDecoder {
-    /// Adds a token and returns the text that became certain.
+    /// Adds a token and returns the text that is now final.
     pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<String, EngineError> {
         self.ids.push(id);
         let before = tokenizer.decode(&self.ids[self.context..self.read])?;
@@ -155,7 +159,7 @@ impl StreamDecoder {
         Ok(after.get(before.len()..).unwrap_or_default().to_owned())
     }
 
-    /// What was held back at the end.
+    /// Returns the held text at the end of the completion.
     pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String, EngineError> {
         let before = tokenizer.decode(&self.ids[self.context..self.read])?;
         let after = tokenizer.decode(&self.ids[self.context..])?;
@@ -178,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_bytes_in_every_spelling() {
+    fn decodes_tokens_to_bytes_in_all_vocabulary_encodings() {
         let level =
             r#"{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}"#;
         let gpt2 = tokenizer(level, r#"{"<|é|>": 0, "Ġa": 1, "Ã": 2, "?": 3, "Ċ": 4}"#);

@@ -1,9 +1,10 @@
-//! Backward block by block, as one operation per block (Chen et al. 2016).
+//! Gradient checkpointing: the backward pass runs block by block, with one graph node per transformer block
+//! (Chen et al. 2016).
 //!
-//! To candle's graph a block is a single node. What happened inside is either kept until the node's backward, or only the
-//! block's input is kept and the block is computed again then (`recompute`): memory falls to one block's worth for about
-//! a third more work. The gradients of a block's weights go straight into the sums of the step, so nothing holds the
-//! gradients of a micro-batch twice, and frozen weights cost nothing.
+//! The node keeps either the block's inner graph until its backward pass, or with `recompute` only the
+//! block's input. Recomputation reduces the activation memory to one block for about a third more work.
+//! Gradients of weights are added to the step's sums at once, so a micro batch never holds all of them
+//! twice. Frozen weights need no gradient memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +19,7 @@ use crate::ops::attention::Segment;
 use crate::ops::rope::Rotary;
 use crate::ops::{Precision, fused, known};
 
-/// What a model needs to learn: its variables, and where their gradients add up.
+/// Trainable variables of a model and the sums of their gradients.
 #[derive(Clone)]
 pub struct Training {
     recompute: bool,
@@ -26,13 +27,14 @@ pub struct Training {
     sums: Arc<Sums>,
 }
 
+/// Gradient sums of one optimizer step, by name of the variable.
 struct Sums {
     names: HashMap<TensorId, String>,
     sums: Mutex<BTreeMap<String, Tensor>>,
 }
 
 impl Training {
-    /// Gradients are kept for `variables` and nothing else.
+    /// Creates empty gradient sums for `variables`. Other tensors get no gradient.
     pub fn new(variables: &BTreeMap<String, Var>, recompute: bool, precision: Precision) -> Self {
         let names = variables.iter().map(|(name, variable)| (variable.as_tensor().id(), name.clone()));
         Self { recompute, precision, sums: Arc::new(Sums { names: names.collect(), sums: Mutex::default() }) }
@@ -42,15 +44,17 @@ impl Training {
         self.precision
     }
 
+    /// Adds the gradients in `store` to the sums.
     pub(crate) fn collect(&self, store: &GradStore) -> Result<()> {
         self.sums.collect(store)
     }
 
+    /// Returns the gradient sums and resets them.
     pub(crate) fn take(&self) -> BTreeMap<String, Tensor> {
         std::mem::take(&mut *self.sums.locked())
     }
 
-    /// One block, as one node of the graph.
+    /// Runs one block as a single node of candle's graph.
     pub(crate) fn step(
         &self,
         block: &Arc<Block>,
@@ -110,6 +114,7 @@ impl Sums {
     }
 }
 
+/// Inputs of a block besides its hidden states.
 struct Inside {
     block: Arc<Block>,
     config: ModelConfig,
@@ -119,7 +124,7 @@ struct Inside {
 
 impl Inside {
     fn run(&self, x: &Tensor) -> Result<Tensor> {
-        // The layer's number only matters to caches.
+        // The layer index selects a KV cache only, so 0 serves every block.
         let mut attend = Attend::OwnRows(&self.segments);
         self.block
             .forward(x, 0, &self.config, &self.rotary, &mut attend)
@@ -127,7 +132,7 @@ impl Inside {
     }
 }
 
-/// A scalar whose gradient is known: starts the backward pass inside a block.
+/// A scalar with a given gradient: starts the backward pass inside a block.
 struct Seed {
     grad: Tensor,
 }
@@ -157,7 +162,7 @@ impl CustomOp1 for Seed {
     }
 }
 
-/// `sum += gradient`.
+/// In-place addition of an f32 gradient on the CPU.
 struct Add;
 
 impl InplaceOp2 for Add {

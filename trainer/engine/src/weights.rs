@@ -1,5 +1,5 @@
-//! Named tensors, checked against the configuration before a model is built from them. Over frozen ones may lie adapters of
-//! low rank that learn in their place.
+//! Named tensors of a model, checked against the configuration before a model is built. Also holds
+//! quantized matrices for serving, frozen quantized matrices for training, and LoRA adapters.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,59 +11,65 @@ use crate::config::ModelConfig;
 use crate::error::EngineError;
 use crate::ops::packed::{Packed, is_fast};
 
-/// What LoRA (Hu et al. 2021) adds to a frozen matrix: `scale B A`.
+/// A LoRA adapter (Hu et al. 2021): adds `scale B A` to a frozen matrix.
 #[derive(Debug, Clone)]
 pub struct Adapter {
-    /// `[rank, in]`.
+    /// Shape `[rank, in]`.
     pub a: Tensor,
-    /// `[out, rank]`.
+    /// Shape `[out, rank]`.
     pub b: Tensor,
-    /// `alpha / rank`.
+    /// Factor `alpha / rank`.
     pub scale: f64,
 }
 
-/// A model's tensors by Hugging Face name.
+/// Weights of a model by Hugging Face name.
 #[derive(Debug, Clone, Default)]
 pub struct Weights {
     tensors: BTreeMap<String, Tensor>,
-    /// Under adapters that learn. By module: the name without `.weight`.
+    /// Frozen quantized matrices below trainable adapters (QLoRA), by module: the tensor name without
+    /// `.weight`.
     quantised: BTreeMap<String, Arc<QTensor>>,
-    /// For serving only: there is no gradient. By module.
+    /// 8- or 4-bit matrices for serving, without gradients, by module.
     packed: BTreeMap<String, Arc<Packed>>,
     adapters: BTreeMap<String, Adapter>,
 }
 
-/// How tensors are kept.
+/// Storage of the tensors of a model while loading.
 #[derive(Debug, Clone)]
 pub(crate) struct Keep {
     pub(crate) device: Device,
     pub(crate) dtype: DType,
-    /// Matrices are packed to eight bits, or to four if they have no more, as far as their shapes allow.
+    /// Whether matrices are quantized where their shapes permit: 4-bit data stays 4-bit, all else becomes
+    /// 8-bit.
     pub(crate) eight_bits: bool,
 }
 
-/// Tensors of a model as they are read: each is checked against the configuration and brought to where it is kept before the next one.
+/// Collects the tensors of a model while reading. Checks each tensor against the configuration and converts
+/// the tensor to the target storage before the next is read.
 pub struct Gathered {
-    /// What is still to come, in the order of the configuration; nothing is known of a foreign family's before its decoder is built.
+    /// Tensors that have not been added yet, in the order of the configuration. `None` for a candle family,
+    /// whose tensor names only its decoder knows.
     missing: Option<Vec<(String, Vec<usize>)>>,
+    /// Names of tensors that the model does not use.
     left_out: Vec<String>,
     weights: Weights,
     keep: Option<Keep>,
 }
 
 impl Gathered {
-    /// Nothing yet.
+    /// Creates an empty collection that converts tensors as `keep` specifies.
     pub(crate) fn new(config: &ModelConfig, keep: Keep) -> Self {
         Self { keep: Some(keep), ..Self::as_they_are(config) }
     }
 
-    /// Nothing yet; tensors stay where they are.
+    /// Creates an empty collection that keeps device and data type of the tensors.
     pub fn as_they_are(config: &ModelConfig) -> Self {
         let missing = config.foreign.is_none().then(|| config.tensors());
         Self { missing, left_out: Vec::new(), weights: Weights::default(), keep: None }
     }
 
-    /// Whether the model has use for a tensor of that name. One that it has none for is remembered.
+    /// Returns whether the model uses a tensor of that name. Records the names of unused tensors for the
+    /// log.
     pub fn wants(&mut self, name: &str) -> bool {
         let wanted =
             self.missing.as_ref().is_none_or(|missing| missing.iter().any(|(known, _)| known == name));
@@ -73,12 +79,12 @@ impl Gathered {
         wanted
     }
 
-    /// Whether matrices are packed, as far as their shapes allow.
+    /// Returns whether matrices are quantized while reading.
     pub(crate) fn packs(&self) -> bool {
         self.keep.as_ref().is_some_and(|keep| keep.eight_bits)
     }
 
-    /// Takes a tensor that is wanted.
+    /// Adds a tensor that [`Gathered::wants`] accepts. Fails if the shape differs from the configuration.
     pub fn add(&mut self, name: String, tensor: Tensor) -> Result<(), EngineError> {
         self.check(&name, tensor.dims())?;
         let Some(keep) = &self.keep else {
@@ -96,14 +102,14 @@ impl Gathered {
         Ok(())
     }
 
-    /// Takes the weight of a module that is wanted and was packed while it was read.
+    /// Adds a matrix that was quantized while reading.
     pub(crate) fn add_packed(&mut self, name: &str, packed: Packed) -> Result<(), EngineError> {
         self.check(name, &packed.dims())?;
         self.weights.put_packed(name, packed);
         Ok(())
     }
 
-    /// Refuses a tensor that is wanted in another shape.
+    /// Fails with [`EngineError::WrongShape`] if the configuration gives another shape.
     pub(crate) fn fits(&self, name: &str, found: &[usize]) -> Result<(), EngineError> {
         let mut missing = self.missing.iter().flatten();
         match missing.find(|(known, expected)| known == name && expected != found) {
@@ -116,7 +122,7 @@ impl Gathered {
         }
     }
 
-    /// Strikes a tensor off, if it fits.
+    /// Checks the shape and removes the tensor from the missing ones.
     fn check(&mut self, name: &str, found: &[usize]) -> Result<(), EngineError> {
         self.fits(name, found)?;
         if let Some(missing) = &mut self.missing {
@@ -125,8 +131,8 @@ impl Gathered {
         Ok(())
     }
 
-    /// All of them. Tensors that the model does not use were left out and are named in the log; a tied model may carry an output
-    /// layer, which it does not use either.
+    /// Returns the weights. Fails if a tensor is missing. Logs the names of unused tensors, for example the
+    /// output layer of a tied model.
     pub fn finish(self) -> Result<Weights, EngineError> {
         if let Some((name, expected)) = self.missing.into_iter().flatten().next() {
             return Err(EngineError::MissingTensor { name, expected });
@@ -143,12 +149,13 @@ impl Gathered {
     }
 }
 
-/// The module whose weight has that name.
+/// Returns the module of a weight's name.
 fn module(name: &str) -> Option<&str> {
     name.strip_suffix(".weight")
 }
 
-/// A matrix of a language model in eight bits, if it is one and can be.
+/// Converts a matrix on the CPU to 8 bits. Returns `None` for vectors, classifier heads, tensors on other
+/// devices and rows that do not divide into blocks.
 fn packed(name: &str, tensor: &Tensor) -> Result<Option<Packed>, EngineError> {
     if tensor.rank() != 2 || !tensor.device().is_cpu() || module(name).is_none_or(|module| module == "score")
     {
@@ -158,7 +165,7 @@ fn packed(name: &str, tensor: &Tensor) -> Result<Option<Packed>, EngineError> {
 }
 
 impl Weights {
-    /// Checks that every tensor of `config` is there with its shape.
+    /// Checks that every tensor of `config` exists with its shape.
     pub fn new(found: BTreeMap<String, Tensor>, config: &ModelConfig) -> Result<Self, EngineError> {
         let mut gathered = Gathered::as_they_are(config);
         for (name, tensor) in found {
@@ -173,8 +180,8 @@ impl Weights {
         self.packed.insert(module(name).unwrap_or(name).to_owned(), Arc::new(packed));
     }
 
-    /// The same with matrices of eight bits, for serving models that were quantised already: where the fast kernels are; elsewhere
-    /// and where a shape does not fit, matrices stay as they are.
+    /// Returns the weights with 8-bit matrices, for serving. Without fast kernels all matrices stay
+    /// unchanged, as do adapted ones and shapes that do not fit.
     pub fn in_eight_bits(&self) -> Result<Self, EngineError> {
         if !is_fast() {
             return Ok(self.clone());
@@ -191,7 +198,7 @@ impl Weights {
         Ok(all)
     }
 
-    /// Where the embedding is.
+    /// Returns the device of the embedding.
     pub(crate) fn device(&self) -> Result<Device, EngineError> {
         const EMBEDDING: &str = "model.embed_tokens";
         if self.packed.contains_key(EMBEDDING) {
@@ -200,7 +207,7 @@ impl Weights {
         Ok(self.get(&format!("{EMBEDDING}.weight"))?.device().clone())
     }
 
-    /// The tensor of that name; `new` has checked that it is there.
+    /// Returns a tensor by name. Fails with [`EngineError::MissingTensor`], also for quantized matrices.
     pub fn get(&self, name: &str) -> Result<Tensor, EngineError> {
         self.tensors
             .get(name)
@@ -208,12 +215,13 @@ impl Weights {
             .ok_or_else(|| EngineError::MissingTensor { name: name.to_owned(), expected: Vec::new() })
     }
 
-    /// In order of name.
+    /// Iterates over the unquantized tensors in order of name.
     pub fn iter(&self) -> impl Iterator<Item = (&String, &Tensor)> {
         self.tensors.iter()
     }
 
-    /// Copies the tensors to a device and type.
+    /// Copies the tensors to a device and data type. Adapters and frozen quantized matrices are not copied.
+    /// Fails for matrices quantized for serving.
     pub fn to(&self, device: &Device, dtype: DType) -> Result<Self, EngineError> {
         self.refuse_packed("taken elsewhere")?;
         let moved = self
@@ -224,7 +232,8 @@ impl Weights {
         Ok(Self { tensors: moved, ..Self::default() })
     }
 
-    /// What device `rank` of `devices` holds: its share of every block's heads and inner columns, and all of the rest.
+    /// Returns the shard of device `rank` of `devices` for tensor parallelism. Attention heads and MLP
+    /// columns are split; all else is copied. Fails for adapters and quantized matrices.
     pub(crate) fn share(&self, rank: usize, devices: usize, device: &Device) -> Result<Self, EngineError> {
         if !self.adapters.is_empty() || !self.quantised.is_empty() || !self.packed.is_empty() {
             let problem = "a model with adapters or packed matrices is not shared out over devices";
@@ -247,6 +256,7 @@ impl Weights {
         Ok(Self { tensors, ..Self::default() })
     }
 
+    /// Fails if the weights hold matrices quantized for serving; `what` names the rejected use.
     fn refuse_packed(&self, what: &str) -> Result<(), EngineError> {
         if self.packed.is_empty() {
             return Ok(());
@@ -255,8 +265,8 @@ impl Weights {
         Err(EngineError::Parameter { name: "model", expected: "one that was not loaded to be served", found })
     }
 
-    /// Trainable copies in f32, and weights that share their storage: an optimiser step on the variables changes what a
-    /// model built from the weights computes.
+    /// Returns trainable f32 copies of the tensors, and weights that share the copies' storage. An optimizer step
+    /// on the variables updates models built from the weights. Fails for matrices quantized for serving.
     pub fn trainable(&self) -> Result<(Self, BTreeMap<String, Var>), EngineError> {
         self.refuse_packed("trained")?;
         let mut variables = BTreeMap::new();
@@ -269,7 +279,7 @@ impl Weights {
         Ok((Self { tensors, ..Self::default() }, variables))
     }
 
-    /// The same memory without gradients.
+    /// Returns weights that share the memory but record no gradients.
     pub fn detached(&self) -> Self {
         let adapters = self.adapters.iter().map(|(module, adapter)| {
             let Adapter { a, b, scale } = adapter;
@@ -283,13 +293,13 @@ impl Weights {
         }
     }
 
-    /// The same frozen weights with adapters over the named modules.
+    /// Returns the same weights with adapters on the named modules.
     pub fn with_adapters(&self, adapters: BTreeMap<String, Adapter>) -> Self {
         Self { adapters, ..self.clone() }
     }
 
-    /// The same with the named modules' weights kept in `kind`, which needs rows that its blocks divide; modules whose rows
-    /// do not fit stay as they are.
+    /// Returns the weights with the matrices of `modules` quantized to `kind`. Modules whose row length is
+    /// not a multiple of the block size stay unchanged.
     pub fn with_quantised(&self, modules: &[String], kind: GgmlDType) -> Result<Self, EngineError> {
         let mut all = self.clone();
         for module in modules {
@@ -303,12 +313,12 @@ impl Weights {
         Ok(all)
     }
 
-    /// One more tensor, or another in its place.
+    /// Adds or replaces a tensor.
     pub fn insert(&mut self, name: &str, tensor: Tensor) {
         self.tensors.insert(name.to_owned(), tensor);
     }
 
-    /// Bytes of the packed matrices.
+    /// Returns the size of the serving matrices in bytes.
     pub fn packed_bytes(&self) -> usize {
         self.packed.values().map(|packed| packed.bytes()).sum()
     }

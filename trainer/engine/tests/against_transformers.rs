@@ -1,4 +1,5 @@
-//! Our one model definition against Hugging Face transformers, on the files of `tests/fixtures/make_fixtures.py`.
+//! Compares native and candle families with Hugging Face transformers, on the files of
+//! `tests/fixtures/make_fixtures.py`.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::HashMap;
@@ -57,7 +58,7 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
 const FAMILIES: [&str; 3] = ["qwen2", "qwen3", "llama"];
 
 #[test]
-fn logits_of_packed_rows_agree() {
+fn packed_sequence_logits_match_transformers() {
     let yarn = |config: &mut Value| {
         config["rope_parameters"] = json!({"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0,
             "original_max_position_embeddings": 128});
@@ -75,7 +76,7 @@ fn logits_of_packed_rows_agree() {
 }
 
 #[test]
-fn logits_with_a_cache_agree_for_every_cut() {
+fn kv_cache_logits_match_transformers_for_every_split() {
     for name in FAMILIES {
         let fixture = fixture(name);
         for cuts in [vec![83], vec![1, 82], vec![40, 1, 1, 41], vec![70, 13]] {
@@ -97,7 +98,7 @@ fn logits_with_a_cache_agree_for_every_cut() {
 }
 
 #[test]
-fn sequences_decoded_together_do_not_mix() {
+fn batched_decoding_matches_single_sequences() {
     let fixture = fixture("qwen2");
     let mut cache = cache(&fixture.model, 4);
     let mut last = Vec::new();
@@ -113,7 +114,8 @@ fn sequences_decoded_together_do_not_mix() {
     }
 }
 
-/// The largest difference of a family's logits, whatever the steps are.
+/// Returns the largest difference of a candle family's logits over several ways of splitting the sequence
+/// into steps.
 fn foreign_difference(family: Foreign) -> Result<f32, EngineError> {
     let folder =
         PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/foreign").join(family.name());
@@ -142,7 +144,7 @@ fn foreign_difference(family: Foreign) -> Result<f32, EngineError> {
 }
 
 #[test]
-fn foreign_families_agree_for_every_cut() {
+fn candle_family_logits_match_transformers_for_every_split() {
     let wrong: Vec<_> = Foreign::ALL
         .into_iter()
         .map(|family| (family, foreign_difference(family)))
@@ -151,10 +153,10 @@ fn foreign_families_agree_for_every_cut() {
     assert!(wrong.is_empty(), "{wrong:?}");
 }
 
-/// A foreign model behind the engine: whoever shares the steps, and whoever has to give blocks back and begin anew, gets what it
-/// would get alone.
+/// With a candle family, completions that share steps or are preempted equal the completions of single
+/// requests.
 #[test]
-fn a_foreign_model_is_served_like_any_other() {
+fn candle_family_completions_are_independent_of_batching_and_preemption() {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/foreign/mistral");
     let path = folder.join("config.json");
     let config = ModelConfig::from_json(&std::fs::read_to_string(&path).unwrap(), &path).unwrap();
@@ -165,7 +167,7 @@ fn a_foreign_model_is_served_like_any_other() {
         config,
         ..load(&teacher, &Device::Cpu, DType::F32).unwrap()
     };
-    // Four blocks of 16 tokens: not enough for all at once.
+    // Four blocks of 16 tokens: too few for all sequences at once, so some are preempted.
     let kv_bytes = 4 * 16 * KvCache::bytes_per_token(&model.config, DType::F32);
     let start = || Engine::start(&model, SchedulerConfig { kv_bytes, ..SchedulerConfig::default() }).unwrap();
     let request = |salt: u32| Request {
@@ -200,9 +202,9 @@ fn a_foreign_model_is_served_like_any_other() {
     }
 }
 
-/// Whatever stands in a foreign family's `config.json`: an error or a model that answers, never a panic.
+/// Any value in a candle family's `config.json` gives an error or a working model, never a panic.
 #[test]
-fn a_damaged_foreign_configuration_never_panics() {
+fn damaged_candle_family_config_never_panics() {
     let values = [
         json!(0),
         json!(1),

@@ -1,4 +1,5 @@
-//! What a user gets for a model folder that is not right: the tensor, the place, what was expected.
+//! Model files: error messages for damaged folders and GGUF files, round trips of writers and readers, and
+//! loading for serving.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::HashMap;
@@ -20,7 +21,7 @@ fn teacher() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../recipes/demo-teacher")
 }
 
-/// A copy of the demonstration's teacher that a test may damage.
+/// Returns a copy of the demo teacher that a test may damage.
 fn copy() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(teacher()).unwrap() {
@@ -30,6 +31,7 @@ fn copy() -> tempfile::TempDir {
     folder
 }
 
+/// Returns the error message of loading `folder`.
 fn error_of(folder: &Path) -> String {
     load(folder, &Device::Cpu, DType::F32).err().unwrap().to_string()
 }
@@ -38,6 +40,7 @@ fn tensors(folder: &Path) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap()
 }
 
+/// Changes a JSON file of a folder.
 fn edit(folder: &Path, name: &str, change: impl FnOnce(&mut serde_json::Value)) {
     let path = folder.join(name);
     let mut value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
@@ -46,7 +49,7 @@ fn edit(folder: &Path, name: &str, change: impl FnOnce(&mut serde_json::Value)) 
 }
 
 #[test]
-fn a_missing_tensor_is_named_with_its_shape() {
+fn missing_tensor_error_names_tensor_and_shape() {
     let folder = copy();
     let mut all = tensors(folder.path());
     all.remove("model.layers.1.mlp.up_proj.weight");
@@ -56,7 +59,7 @@ fn a_missing_tensor_is_named_with_its_shape() {
 }
 
 #[test]
-fn a_wrong_shape_is_named_with_both_shapes() {
+fn wrong_shape_error_names_both_shapes() {
     let folder = copy();
     edit(folder.path(), "config.json", |config| config["intermediate_size"] = 400.into());
     let error = error_of(folder.path());
@@ -67,7 +70,7 @@ fn a_wrong_shape_is_named_with_both_shapes() {
 }
 
 #[test]
-fn unknown_architectures_and_features_are_refused() {
+fn rejects_unknown_architectures_and_features() {
     for (key, value, word) in [
         ("model_type", serde_json::json!("mamba"), "`mamba` is not supported; supported are `qwen2`"),
         ("use_sliding_window", serde_json::json!(true), "use_sliding_window"),
@@ -87,7 +90,7 @@ fn unknown_architectures_and_features_are_refused() {
 }
 
 #[test]
-fn missing_and_foreign_files_are_named() {
+fn errors_name_missing_and_invalid_files() {
     for name in ["config.json", "tokenizer.json", "model.safetensors"] {
         let folder = copy();
         std::fs::remove_file(folder.path().join(name)).unwrap();
@@ -102,7 +105,7 @@ fn missing_and_foreign_files_are_named() {
 }
 
 #[test]
-fn a_written_model_reads_back_the_same() {
+fn written_model_loads_unchanged() {
     let model = load(&teacher(), &Device::Cpu, DType::F32).unwrap();
     let folder = tempfile::tempdir().unwrap();
     write_model(folder.path(), &model, DType::F32).unwrap();
@@ -116,9 +119,9 @@ fn a_written_model_reads_back_the_same() {
     assert_eq!(ids, again.tokenizer.encode("A Dan has 11 cards.").unwrap());
 }
 
-/// GGUF has no numbers for Llama 3's stretching, but what each frequency is divided by.
+/// GGUF stores the divisor of each frequency, but not the parameters of Llama 3's scaling.
 #[test]
-fn stretched_frequencies_of_llama_3_survive_gguf() {
+fn gguf_round_trip_keeps_rope_scaling_or_rejects_it() {
     let fixture = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama");
     let text = std::fs::read_to_string(fixture.join("config.json")).unwrap();
     let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -143,14 +146,14 @@ fn stretched_frequencies_of_llama_3_survive_gguf() {
     assert_eq!(again.config.inverse_frequencies(), written.config.inverse_frequencies());
     let unstretched = ModelConfig { rope_scaling: None, ..written.config.clone() };
     assert_ne!(again.config.inverse_frequencies(), unstretched.inverse_frequencies());
-    // The rows of q and k, which lie in another order in the file, are where they were.
+    // The file stores the rows of q and k in another order; the reader restores the order.
     for (name, tensor) in written.weights.iter() {
         let off = (tensor - again.weights.get(name).unwrap()).unwrap().abs().unwrap().flatten_all().unwrap();
         let off = off.max(0).unwrap().to_scalar::<f32>().unwrap();
         assert!(off < 1e-3, "{name} is off by {off}");
     }
 
-    // Divided in another way: refused, not served with wrong positions.
+    // Other divisors than Llama 3's are rejected, because the model would be served with wrong positions.
     let mut bytes = std::fs::read(&path).unwrap();
     let divisors = bytes.len() - 32;
     bytes[divisors..][..4].copy_from_slice(&7f32.to_le_bytes());
@@ -165,7 +168,7 @@ fn stretched_frequencies_of_llama_3_survive_gguf() {
     json["rope_parameters"] = stretched(2.0);
     assert!(refused(&json).contains("no form in GGUF"));
 
-    // YaRN has its numbers in the file.
+    // GGUF stores YaRN's parameters.
     json["rope_parameters"] =
         serde_json::json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096});
     let written = model(read(&json));
@@ -173,7 +176,7 @@ fn stretched_frequencies_of_llama_3_survive_gguf() {
     let again = load(&path, &Device::Cpu, DType::F32).unwrap();
     assert_eq!(again.config.rope_scaling, written.config.rope_scaling);
     assert_eq!(again.config.max_positions, 16_384);
-    // An output layer of its own, heads that llama.cpp wants in another order, and rows that fill no blocks.
+    // This model has a separate output layer, permuted heads and rows that do not divide into blocks.
     let served = load_to_serve(&path, &[Device::Cpu], true).unwrap();
     if is_fast() {
         let batch = Batch::new([([5u32, 9, 14, 3].as_slice(), 0)]);
@@ -183,7 +186,7 @@ fn stretched_frequencies_of_llama_3_survive_gguf() {
         };
         assert_eq!(logits(&served.weights), logits(&again.weights.in_eight_bits().unwrap()));
     }
-    // What is refused by its shape is not read.
+    // A tensor of the wrong shape is rejected before its data are read.
     let mut bytes = std::fs::read(&path).unwrap();
     let name = b"blk.0.ffn_up.weight";
     let at = bytes.windows(name.len()).position(|window| window == name).unwrap() + name.len() + 4;
@@ -198,9 +201,9 @@ fn stretched_frequencies_of_llama_3_survive_gguf() {
     assert!(refused(&json).contains("`yarn` with the numbers of the paper"));
 }
 
-/// What is packed while it is read is what is packed afterwards, and nothing is kept beside it.
+/// Quantization while reading equals quantization afterwards, and no unquantized copy remains.
 #[test]
-fn a_model_that_is_loaded_to_serve_computes_the_same() {
+fn loading_for_serving_matches_later_quantization() {
     let folder = tempfile::tempdir().unwrap();
     for (name, format) in [("q8_0", Format::Q8_0), ("q4_k_m", Format::Q4KM), ("f16", Format::F16)] {
         let path = folder.path().join(format!("{name}.gguf"));
@@ -224,7 +227,7 @@ fn a_model_that_is_loaded_to_serve_computes_the_same() {
         if dense.quantised && is_fast() {
             assert!(matrices(&dense.weights) > 0 && matrices(&served.weights) == 0, "{name}");
         }
-        // All the same whatever the file has, if that is asked for.
+        // On request all matrices are quantized, in any file.
         let asked = load_to_serve(&path, &[Device::Cpu], true).unwrap();
         assert_eq!(matrices(&asked.weights), 0, "{name}");
         assert!(asked.weights.trainable().unwrap_err().to_string().contains("packed to be served"));
@@ -239,9 +242,9 @@ fn a_model_that_is_loaded_to_serve_computes_the_same() {
     assert!(refused.contains("eight bits"), "{refused}");
 }
 
-/// Rows of four bits are not rounded again: what is computed is what the file says, but for the activations.
+/// 4-bit rows are not rounded again: only the activations differ from the file's exact product.
 #[test]
-fn four_bits_stay_four_bits() {
+fn loading_for_serving_keeps_four_bit_weights() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("four.gguf");
     let model = model_of_four_bits();
@@ -253,7 +256,7 @@ fn four_bits_stay_four_bits() {
     let (four, eight_bytes) = (served.weights.packed_bytes(), eight.packed_bytes());
     assert!(!is_fast() || four < eight_bytes * 3 / 4, "{four} bytes, {eight_bytes} with eight bits");
     let tokens: Vec<u32> = (0..150).map(|at| at * 5 % 28).collect();
-    // A few rows go through bytes, many through bf16 where there are tiles.
+    // Few rows use integer kernels; many rows use bf16 where the CPU has tiles.
     for tokens in [&tokens[..7], &tokens] {
         let batch = Batch::new([(tokens, 0)]);
         let logits = |weights: &Weights| {
@@ -271,15 +274,15 @@ fn four_bits_stay_four_bits() {
     }
 }
 
-/// Matrices that are held as they are.
+/// Returns the number of unquantized matrices.
 fn matrices(weights: &Weights) -> usize {
     weights.iter().filter(|(_, tensor)| tensor.rank() == 2).count()
 }
 
 proptest! {
-    /// Bytes of a safetensors header changed at random: an error or a model, never a panic.
+    /// Random changes of a safetensors header give an error or a model, never a panic.
     #[test]
-    fn a_damaged_header_never_panics(at in 0usize..4000, byte: u8, length in 0usize..200_000) {
+    fn damaged_safetensors_header_never_panics(at in 0usize..4000, byte: u8, length in 0usize..200_000) {
         let folder = copy();
         let path = folder.path().join("model.safetensors");
         let mut bytes = std::fs::read(&path).unwrap();
@@ -292,9 +295,9 @@ proptest! {
         }
     }
 
-    /// The same for GGUF, with numbers of any size written over it.
+    /// Random changes of a GGUF file give an error or a model, never a panic.
     #[test]
-    fn a_damaged_gguf_never_panics(at in 0usize..12_000, value: u64, wide: bool, four: bool, length in 0usize..400_000) {
+    fn damaged_gguf_never_panics(at in 0usize..12_000, value: u64, wide: bool, four: bool, length in 0usize..400_000) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.gguf");
         let mut bytes = if four { gguf_of_four_bits() } else { gguf() }.clone();
@@ -306,9 +309,9 @@ proptest! {
         let _either = load_to_serve(&path, &[Device::Cpu], true);
     }
 
-    /// The same for what is JSON.
+    /// Random changes of the JSON files give an error or a model, never a panic.
     #[test]
-    fn a_damaged_json_never_panics(name in 0usize..4, at in 0usize..1_000_000, with in JUNK, cut: bool) {
+    fn damaged_json_never_panics(name in 0usize..4, at in 0usize..1_000_000, with in JUNK, cut: bool) {
         let folder = copy();
         let name = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"][name];
         let path = folder.path().join(name);
@@ -322,10 +325,11 @@ proptest! {
     }
 }
 
-/// What damage writes.
+/// Text that replaces parts of a JSON file.
 const JUNK: &str = r#"[0-9\[\]{}",:.eE\\-]{0,6}|null|true|18446744073709551615|-1|1e999"#;
 
-/// The demonstration's teacher with another tokenizer: its own knows whole words, llama.cpp wants bytes.
+/// Returns the demo teacher with a byte-level tokenizer. Its own tokenizer has whole words, which GGUF
+/// cannot express.
 fn teacher_of_bytes() -> LoadedModel {
     let folder = copy();
     let vocabulary: serde_json::Map<_, _> = ('a'..='z')
@@ -342,7 +346,7 @@ fn teacher_of_bytes() -> LoadedModel {
     load(folder.path(), &Device::Cpu, DType::F32).unwrap()
 }
 
-/// It as a file of llama.cpp.
+/// Returns the model of [`teacher_of_bytes`] as a Q8_0 GGUF file.
 fn gguf() -> &'static Vec<u8> {
     static FILE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     FILE.get_or_init(|| {
@@ -358,7 +362,7 @@ fn gguf() -> &'static Vec<u8> {
     })
 }
 
-/// The same tokenizer with a Llama at random whose rows blocks of 256 divide.
+/// Returns a random Llama with the same tokenizer and rows divisible by 256.
 fn model_of_four_bits() -> LoadedModel {
     let text = r#"{"model_type": "llama", "vocab_size": 124, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
@@ -367,6 +371,7 @@ fn model_of_four_bits() -> LoadedModel {
     LoadedModel { weights: potstill_engine::init::random(&config, 5).unwrap(), config, ..teacher_of_bytes() }
 }
 
+/// Returns the model of [`model_of_four_bits`] as a Q4_K_M GGUF file.
 fn gguf_of_four_bits() -> &'static Vec<u8> {
     static FILE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     FILE.get_or_init(|| {

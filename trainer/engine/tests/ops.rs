@@ -1,4 +1,4 @@
-//! Every fused operation against its plain twin: values and gradients, on random shapes.
+//! Compares every fused operation with its plain form: values and gradients on random shapes.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::sync::Arc;
@@ -26,13 +26,13 @@ fn largest(t: &Tensor) -> f32 {
     t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
 }
 
-/// Compares values and the gradients of a random weighting of the output.
+/// Compares the values, and the gradients of a randomly weighted sum of the outputs.
 fn same(inputs: &[&Var], fused: &Tensor, plain: &Tensor) {
     same_at(1.0, inputs, fused, plain);
 }
 
-/// The same for an operation whose gradients are differences of terms as large as `terms`: what is left after
-/// they cancel carries their rounding.
+/// Like [`same`], for gradients that are differences of terms as large as `terms`. The rounding errors of
+/// the terms remain after they cancel.
 fn same_at(terms: f32, inputs: &[&Var], fused: &Tensor, plain: &Tensor) {
     close("value", 1.0, fused, plain);
     let weighting = random(fused.dims(), 99);
@@ -54,28 +54,28 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn rms_norm_agrees(rows in 1usize..300, d in 1usize..70, seed: u64) {
+    fn rms_norm_matches_plain_form(rows in 1usize..300, d in 1usize..70, seed: u64) {
         let (x, w) = (random(&[rows, d], seed), random(&[d], seed ^ 1));
         let (normed, plain) = (rms_norm(&x, &w, 1e-6).unwrap(), plain_rms_norm(&x, &w, 1e-6).unwrap());
-        // The gradient of x / rms is the difference of terms of 1 / rms, weighted by at most 2 x 2.
+        // The gradient of x / rms is a difference of terms of size 1 / rms, with weights of at most 2 x 2.
         let rms = x.sqr().unwrap().mean(1).unwrap().sqrt().unwrap();
         same_at(4.0 * largest(&rms.recip().unwrap().minimum(1e3).unwrap()), &[&x, &w], &normed, &plain);
     }
 
     #[test]
-    fn swiglu_agrees(rows in 1usize..300, d in 1usize..70, seed: u64) {
+    fn swiglu_matches_plain_form(rows in 1usize..300, d in 1usize..70, seed: u64) {
         let (gate, up) = (random(&[rows, d], seed), random(&[rows, d], seed ^ 1));
         same(&[&gate, &up], &swiglu(&gate, &up).unwrap(), &plain_swiglu(&gate, &up).unwrap());
     }
 
     #[test]
-    fn linear_agrees(rows in 1usize..80, inner in 1usize..40, out in 1usize..40, seed: u64) {
+    fn linear_matches_plain_form(rows in 1usize..80, inner in 1usize..40, out in 1usize..40, seed: u64) {
         let (x, w) = (random(&[rows, inner], seed), random(&[out, inner], seed ^ 1));
         same(&[&x, &w], &linear(&x, &w, Precision::F32).unwrap(), &x.matmul(&w.t().unwrap()).unwrap());
     }
 
     #[test]
-    fn adapted_linear_agrees(rows in 1usize..60, blocks in 1usize..3, out in 1usize..40, rank in 1usize..6, quantised: bool, seed: u64) {
+    fn adapted_linear_matches_plain_form(rows in 1usize..60, blocks in 1usize..3, out in 1usize..40, rank in 1usize..6, quantised: bool, seed: u64) {
         let inner = 32 * blocks;
         let (x, a, b) = (random(&[rows, inner], seed), random(&[rank, inner], seed ^ 1), random(&[out, rank], seed ^ 2));
         let w = random(&[out, inner], seed ^ 3).as_detached_tensor();
@@ -89,14 +89,14 @@ proptest! {
     }
 
     #[test]
-    fn log_probs_agree(rows in 1usize..100, d in 1usize..40, vocabulary in 2usize..90, seed: u64) {
+    fn log_probs_match_plain_form(rows in 1usize..100, d in 1usize..40, vocabulary in 2usize..90, seed: u64) {
         let (h, w) = (random(&[rows, d], seed), random(&[vocabulary, d], seed ^ 1));
         let targets: Vec<u32> = (0..rows as u32).map(|i| (i * 13 + 5) % vocabulary as u32).collect();
         same(&[&h, &w], &linear_log_prob(&h, &w, &targets, Precision::F32).unwrap(), &plain_log_prob(&h, &w, &targets).unwrap());
     }
 
     #[test]
-    fn rope_agrees(rows in 1usize..200, heads in 1usize..5, half in 1usize..20, magnitude in 0.5f32..2.0, seed: u64) {
+    fn rope_matches_plain_form(rows in 1usize..200, heads in 1usize..5, half in 1usize..20, magnitude in 0.5f32..2.0, seed: u64) {
         let x = random(&[rows, heads * half * 2], seed);
         let positions: Vec<u32> = (0..rows as u32).map(|i| i * 7 % 101).collect();
         let frequencies: Vec<f32> = (0..half).map(|i| 1.0 / (1.0 + i as f32)).collect();
@@ -105,7 +105,7 @@ proptest! {
     }
 
     #[test]
-    fn attention_agrees(lengths in prop::collection::vec(1usize..150, 1..4), kv in 1usize..4, group in 1usize..4, half in 1usize..12, seed: u64) {
+    fn attention_matches_plain_form(lengths in prop::collection::vec(1usize..150, 1..4), kv in 1usize..4, group in 1usize..4, half in 1usize..12, seed: u64) {
         let heads = Heads { query: kv * group, kv, dim: half * 2 };
         let rows: usize = lengths.iter().sum();
         let mut start = 0;
@@ -125,7 +125,7 @@ proptest! {
     }
 
     #[test]
-    fn cross_entropy_agrees(rows in 1usize..100, d in 1usize..40, vocabulary in 2usize..90, seed: u64) {
+    fn cross_entropy_matches_plain_form(rows in 1usize..100, d in 1usize..40, vocabulary in 2usize..90, seed: u64) {
         let (h, w) = (random(&[rows, d], seed), random(&[vocabulary, d], seed ^ 1));
         let targets: Vec<u32> = (0..rows).map(|i| ((seed as usize).wrapping_add(i * 31) % vocabulary) as u32).collect();
         same(
@@ -136,9 +136,10 @@ proptest! {
     }
 }
 
-/// Rounding both sides of each product to bf16 moves values and gradients by what eight bits of mantissa are, no more.
+/// Rounding both factors of each product to bf16 changes values and gradients by no more than 8 significant
+/// bits explain.
 #[test]
-fn bf16_is_near_f32() {
+fn bf16_precision_is_close_to_f32() {
     let heads = Heads { query: 4, kv: 2, dim: 16 };
     let segments =
         Arc::new(vec![Segment { start: 0, len: 90, past: 0 }, Segment { start: 90, len: 40, past: 0 }]);
@@ -164,17 +165,17 @@ fn bf16_is_near_f32() {
 }
 
 #[test]
-fn the_loss_of_many_chunks_is_the_loss_of_one() {
-    // 8 Mi values per chunk: 60,000 x 300 takes several.
+fn cross_entropy_is_independent_of_chunking() {
+    // A chunk holds 8 Mi logits; 60,000 x 300 needs several chunks.
     let (h, w) = (random(&[300, 8], 1), random(&[60_000, 8], 2));
     let targets: Vec<u32> = (0..300).map(|i| i * 197 % 60_000).collect();
     let fused = linear_cross_entropy(&h, &w, &targets, 300.0, Precision::F32).unwrap();
     close("value", 1.0, &fused, &plain_cross_entropy(&h, &w, &targets, 300.0).unwrap());
 }
 
-/// What other devices compute, which another type stands for here: a chunk of logits at a time, by stock operations.
+/// The form for other devices, tested through f64: candle operations on one chunk of logits at a time.
 #[test]
-fn log_probs_by_chunk_are_those_of_all_logits() {
+fn chunked_log_probs_match_all_logits_at_once() {
     for (rows, vocabulary) in [(7, 30), (300, 60_000)] {
         let wide = |seed, shape: [usize; 2]| {
             Var::from_tensor(&random(&shape, seed).to_dtype(DType::F64).unwrap()).unwrap()
@@ -208,9 +209,9 @@ fn log_probs_by_chunk_are_those_of_all_logits() {
     }
 }
 
-/// The same for linear layers, with and without an adapter; and what is frozen gets no gradient.
+/// The form for other devices of linear layers, with and without adapter. Frozen weights get no gradient.
 #[test]
-fn linear_layers_by_stock_operations_agree() {
+fn unfused_linear_layers_match_plain_form() {
     let wide = |seed, rows, columns| {
         Var::from_tensor(&random(&[rows, columns], seed).to_dtype(DType::F64).unwrap()).unwrap()
     };
@@ -238,7 +239,7 @@ fn linear_layers_by_stock_operations_agree() {
 }
 
 #[test]
-fn a_target_outside_the_vocabulary_is_refused() {
+fn rejects_targets_outside_the_vocabulary() {
     let (h, w) = (random(&[2, 4], 1), random(&[3, 4], 2));
     assert!(
         linear_cross_entropy(&h, &w, &[0, 3], 2.0, Precision::F32)

@@ -1,5 +1,5 @@
-//! A Responses request becomes a chat request; fields that chat knows by the same name, and those that nobody here knows,
-//! pass as they are.
+//! Translates a request of the Responses API to a chat request. Fields with the same name and meaning in both APIs, and
+//! unknown fields, are passed on unchanged.
 
 use bytes::Bytes;
 use potstill_shared::id::unique_id;
@@ -8,14 +8,14 @@ use serde_json::{Map, Value, json};
 
 use crate::error::GatewayError;
 
-/// What the answer needs to know of the request.
+/// The parts of the request that its response needs.
 #[derive(Debug, Clone)]
 pub struct ResponsesRequest {
     /// Id of the response.
     pub id: String,
-    /// Seconds since 1970.
+    /// Time of creation, in seconds since 1970.
     pub created: u64,
-    /// The model asked for.
+    /// Model that the client requested.
     pub model: String,
     /// Fields of the request that the response repeats.
     pub echo: Map<String, Value>,
@@ -36,7 +36,7 @@ const ECHOED: [&str; 12] = [
     "user",
 ];
 
-/// Fields that only the Responses API has and that a chat node need not see.
+/// Fields of the Responses API that have no counterpart in a chat request and are dropped.
 const DROPPED: [&str; 7] = [
     "store",
     "include",
@@ -51,7 +51,10 @@ fn invalid(message: impl Into<String>, param: &'static str) -> GatewayError {
     GatewayError::Invalid { message: message.into(), param: Some(param), code: "unsupported_parameter" }
 }
 
-/// Translates a body.
+/// Translates a request body.
+///
+/// Returns [`GatewayError::Invalid`] with the parameter at fault for invalid JSON, a missing `input`, and features that
+/// need stored responses or hosted tools.
 pub fn to_chat(body: &Bytes) -> Result<(Bytes, ResponsesRequest), GatewayError> {
     let mut fields: Map<String, Value> =
         serde_json::from_slice(body).map_err(|error| GatewayError::Invalid {
@@ -155,7 +158,7 @@ fn add_item(messages: &mut Vec<Value>, mut item: Value) -> Result<(), GatewayErr
         "function_call" => {
             let call = json!({"id": field(&item, "call_id"), "type": "function",
                 "function": {"name": field(&item, "name"), "arguments": field(&item, "arguments")}});
-            // Calls of one turn belong to one message.
+            // Chat Completions expects all tool calls of a turn in one assistant message.
             match messages.last_mut().filter(|last| last["role"] == "assistant") {
                 Some(last) => match last.get_mut("tool_calls").and_then(Value::as_array_mut) {
                     Some(calls) => calls.push(call),
@@ -173,7 +176,7 @@ fn add_item(messages: &mut Vec<Value>, mut item: Value) -> Result<(), GatewayErr
             messages
                 .push(json!({"role": "tool", "tool_call_id": field(&item, "call_id"), "content": output}));
         }
-        // Earlier thinking is not shown to the model again, as its templates want it.
+        // Chat templates expect no reasoning from earlier turns.
         "reasoning" => {}
         other => return Err(invalid(format!("items of type `{other}` are not supported"), "input")),
     }
@@ -199,7 +202,7 @@ fn content_parts(parts: Vec<Value>) -> Result<Value, GatewayError> {
             }
         }
     }
-    // Text alone goes as text: every template takes that.
+    // Text-only content is sent as a string, because not every chat template accepts parts.
     Ok(if plain {
         out.iter().filter_map(|part| part["text"].as_str()).collect::<String>().into()
     } else {
@@ -254,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_translated_whole() {
+    fn translates_every_supported_field() {
         let chat = chat(&json!({
             "model": "m", "instructions": "be short", "stream": true, "max_output_tokens": 9, "temperature": 0.5,
             "chat_template_kwargs": {"enable_thinking": true}, "store": false, "reasoning": {"effort": "low"},
@@ -286,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_done_is_said() {
+    fn rejects_unsupported_fields_by_name() {
         for (request, param) in [
             (json!({"model": "m", "input": "x", "previous_response_id": "r"}), "previous_response_id"),
             (json!({"model": "m", "input": "x", "background": true}), "background"),

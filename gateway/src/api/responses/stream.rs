@@ -1,5 +1,6 @@
-//! A relayed chat stream becomes the events of the Responses API: every item is announced, filled and closed, numbers count up,
-//! and the end says whether the answer is whole.
+//! Translates a stream of chat completion chunks to the events of the Responses API. Every item is added, filled and
+//! closed, and `sequence_number` rises by one per event. The last event is `response.completed`, `response.incomplete`
+//! or `response.failed`.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -12,14 +13,14 @@ use serde_json::{Value, json};
 use super::request::ResponsesRequest;
 use super::{call_item, message_item, object, outcome, reasoning_item, text_part, usage};
 
-/// What is being written.
+/// The output item that is being streamed.
 enum Open {
     Reasoning { id: String, text: String },
     Message { id: String, text: String },
     Call { id: String, call: String, name: String, arguments: String, index: u64 },
 }
 
-/// Translates events; knows nothing of sockets.
+/// Translates chunks to events. Does no I/O.
 struct Writer {
     request: ResponsesRequest,
     model: String,
@@ -60,7 +61,7 @@ impl Writer {
         object(&self.request, &self.model, status, details, &self.output, self.usage.clone())
     }
 
-    /// One event of the chat stream.
+    /// Translates the data of one chat stream event.
     fn event(&mut self, data: &[u8]) {
         if self.ended {
             return;
@@ -169,7 +170,7 @@ impl Writer {
         }
     }
 
-    /// Closes the item that is being written.
+    /// Emits the closing events of the open item and adds the item to the output.
     fn close(&mut self) {
         let Some(open) = self.open.take() else { return };
         let index = self.output.len();
@@ -224,14 +225,14 @@ impl Writer {
     }
 }
 
-/// The body of a streamed response.
+/// Body of a streamed response of the Responses API.
 pub struct ResponsesStream<B> {
     inner: B,
     writer: Writer,
 }
 
 impl<B> ResponsesStream<B> {
-    /// Translates the events of `inner`, a stream of chat completion chunks.
+    /// Wraps `inner`, a stream of chat completion chunks.
     pub fn new(inner: B, request: ResponsesRequest) -> Self {
         Self { inner, writer: Writer::new(request) }
     }
@@ -251,7 +252,7 @@ impl<B: Body<Data = Bytes, Error = std::io::Error> + Unpin> Body for ResponsesSt
                 other => return other,
             };
             let Ok(data) = frame.into_data() else { continue };
-            // The inner body yields whole events only, one `data` line each.
+            // The inner body yields whole events only, with one `data` line each. Comments (heartbeats) are passed on.
             for block in data.split_inclusive(|byte| *byte == b'\n') {
                 if let Some(data) = block.strip_prefix(b"data: ") {
                     self.writer.event(data.trim_ascii_end());
@@ -285,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn items_are_announced_filled_and_closed() {
+    fn emits_added_delta_and_done_for_every_item() {
         let events = run(&[
             r#"{"model":"m","choices":[{"delta":{"role":"assistant","reasoning_content":"hm"}}]}"#,
             r#"{"model":"m","choices":[{"delta":{"content":"a"}}]}"#,
@@ -336,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_is_never_complete() {
+    fn truncated_or_failed_stream_is_never_completed() {
         let length = run(&[
             r#"{"model":"m","choices":[{"delta":{"content":"a"},"finish_reason":"length"}]}"#,
             "[DONE]",

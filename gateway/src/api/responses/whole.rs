@@ -1,4 +1,4 @@
-//! A whole chat answer becomes a response object.
+//! Translates a chat completion that is not streamed to a response object.
 
 use bytes::Bytes;
 use potstill_shared::id::unique_id;
@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::request::ResponsesRequest;
 use super::{call_item, message_item, object, outcome, reasoning_item, usage};
 
-/// Translates a mended chat answer.
+/// Translates a normalized chat completion. A body that is not JSON is returned unchanged.
 pub fn from_chat(body: &Bytes, request: &ResponsesRequest) -> Bytes {
     let Ok(chat) = serde_json::from_slice::<Value>(body) else { return body.clone() };
     let choice = &chat["choices"][0];

@@ -1,8 +1,8 @@
-//! Nodes as local processes.
+//! Actuator for nodes as local processes.
 //!
-//! A node gets requests only after its first successful health check. A node that is taken away drains first: it gets
-//! no more requests, finishes what it holds, then gets SIGTERM. A node that dies is replaced, with growing pauses when
-//! it dies again and again.
+//! A node receives requests after its first successful health check. A node that is removed drains first: it finishes
+//! its requests, and then gets SIGTERM. A node that exits unexpectedly is replaced, after a pause that doubles with
+//! each consecutive loss.
 
 use std::process::Stdio;
 use std::sync::Arc;
@@ -19,13 +19,13 @@ use crate::pool::node::{Node, NodeOrigin, NodeSpec, NodeState};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::connect::Connector;
 
-/// After SIGTERM a node has so long to exit.
+/// Time after SIGTERM in which a node must exit; then it is killed.
 const EXIT_GRACE: Duration = Duration::from_secs(10);
 
-/// A starting node has so long to answer a check.
+/// Timeout of the health check of a starting node.
 const CHECK: Duration = Duration::from_millis(500);
 
-/// A node that worked and then fails its checks for so long is killed and replaced.
+/// Time for which a node may be unhealthy after it was ready. Then it is killed and replaced.
 const ILL_GRACE: Duration = Duration::from_secs(30);
 
 struct Process {
@@ -33,10 +33,10 @@ struct Process {
     node: Arc<Node>,
     gpus: Option<String>,
     started: Instant,
-    /// Since when it drains.
+    /// Time at which draining began.
     draining: Option<Instant>,
     was_ready: bool,
-    /// Since when it fails its health checks.
+    /// Time since which the health checks fail.
     ill_since: Option<Instant>,
     stopping: Option<Instant>,
 }
@@ -47,7 +47,7 @@ impl Process {
     }
 }
 
-/// Nodes as processes of this machine.
+/// Actuator that starts and stops local processes.
 pub struct ProcessActuator {
     pool: Arc<ModelPool>,
     connector: Connector,
@@ -55,7 +55,7 @@ pub struct ProcessActuator {
     config: ProcessConfig,
     processes: Vec<Process>,
     supply: NodeSupply,
-    /// Nodes lost in a row before one became ready.
+    /// Consecutive nodes that were lost before one became ready.
     losses: u32,
     pause_until: Instant,
 }
@@ -68,7 +68,7 @@ impl NodeActuator for ProcessActuator {
         let running = self.processes.iter().filter(|p| p.node.state() != NodeState::Draining).count();
         let target = target.unwrap_or(running);
         for _ in running..target {
-            // A node that still drains comes back before a new one is started.
+            // A draining node is readmitted before a new one is started.
             if !self.revive() && Instant::now() >= self.pause_until {
                 self.start();
             }
@@ -106,7 +106,7 @@ impl NodeActuator for ProcessActuator {
 }
 
 impl ProcessActuator {
-    /// A scaler without nodes.
+    /// Creates an actuator without nodes.
     pub fn new(
         pool: Arc<ModelPool>,
         connector: Connector,
@@ -125,7 +125,7 @@ impl ProcessActuator {
         }
     }
 
-    /// The pool's settings as they are now.
+    /// Returns the current scaling settings of the pool.
     fn settings(&self) -> ScaleConfig {
         self.pool.config().scale.clone().unwrap_or_default()
     }
@@ -202,7 +202,7 @@ impl ProcessActuator {
         }
     }
 
-    /// Waits longer after each loss: 0.5 s, 1 s, … up to 30 s.
+    /// Counts a lost node and delays the next start: by 0.5 s, 1 s, … up to 30 s.
     fn lost(&mut self) {
         self.event("lost");
         let pause = Duration::from_millis(500) * 2u32.saturating_pow(self.losses.min(6));
@@ -307,7 +307,8 @@ impl ProcessActuator {
         }
     }
 
-    /// Nodes that drained to the last request, or past the deadline, get SIGTERM, and SIGKILL when that does not help.
+    /// Sends SIGTERM to draining nodes without requests or past the drain timeout, and SIGKILL to those that do not
+    /// exit.
     fn finish_draining(&mut self) {
         let longest = Duration::from_secs(self.settings().drain_timeout_s);
         for process in &mut self.processes {
@@ -328,8 +329,8 @@ impl ProcessActuator {
     }
 }
 
-/// Asks a process to end: closes its standard input, which `potstill serve --exit-with-parent` watches, and sends SIGTERM
-/// through the `kill` program, which spares us a foreign function call.
+/// Ends a process: closes its standard input, which `potstill serve --exit-with-parent` watches, and sends SIGTERM. The
+/// program `kill` sends the signal, because a system call would need `unsafe`.
 fn terminate(child: &mut Child) {
     drop(child.stdin.take());
     if let Some(id) = child.id() {
@@ -340,7 +341,7 @@ fn terminate(child: &mut Child) {
     }
 }
 
-/// A port that is free now.
+/// Returns a TCP port that is currently free.
 fn free_port() -> std::io::Result<u16> {
     Ok(std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }

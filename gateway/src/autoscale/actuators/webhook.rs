@@ -1,12 +1,13 @@
-//! Nodes that a program of the user's starts and stops. It is sent what is wanted and answers what there is:
+//! Actuator for nodes that an external program starts and stops. The program receives the target and returns the nodes
+//! that exist:
 //!
 //! ```text
 //! POST URL  {"v": 1, "model": "m", "wanted": 3, "remove": ["http://10.0.0.7:8000"]}
-//! 200       {"nodes": [{"url": "http://10.0.0.5:8000", "slots": 64}, ...]}
+//! 200       {"nodes": [{"url": "http://10.0.0.5:8000", "max_concurrency": 64}, ...]}
 //! ```
 //!
-//! `remove` names nodes that hold nothing any more and get nothing new; only these may be stopped. A node of the answer
-//! gets requests after its first good health check. While the program does not answer, nodes stay as they are.
+//! `remove` lists drained nodes; the program may stop only these. A returned node receives requests after its first
+//! successful health check. If the program fails to respond, all nodes stay as they are.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,11 +30,11 @@ use crate::upstream::exchange::{SendError, send};
 use crate::upstream::read_body::read_full_body;
 use crate::upstream::request::UpstreamRequest;
 
-/// The program is asked when something changes, and else so often.
+/// Interval of requests to the program when nothing changes.
 const EVERY: Duration = Duration::from_secs(5);
-/// It has so long to answer.
+/// Timeout of a request to the program.
 const ANSWER: Duration = Duration::from_secs(10);
-/// A starting node has so long to answer a check.
+/// Timeout of the health check of a starting node.
 const CHECK: Duration = Duration::from_millis(500);
 
 #[derive(Serialize)]
@@ -63,23 +64,23 @@ struct Remote {
     draining: Option<Instant>,
 }
 
-/// Nodes of a program outside.
+/// Actuator that sends the target to an external program.
 pub struct WebhookActuator {
     pool: Arc<ModelPool>,
     connector: Connector,
     metrics: Arc<Metrics>,
-    /// The program.
+    /// Endpoint of the program.
     program: Arc<Endpoint>,
     path: PathAndQuery,
     nodes: Vec<Remote>,
-    /// When nodes were asked for that have not come yet.
+    /// Times at which nodes were requested that have not appeared yet.
     asked: Vec<Instant>,
     supply: NodeSupply,
     last: Option<(Instant, usize, usize)>,
 }
 
 impl WebhookActuator {
-    /// A scaler that knows no nodes yet.
+    /// Creates an actuator without nodes. An error describes an invalid URL or key.
     pub fn new(
         pool: Arc<ModelPool>,
         connector: Connector,
@@ -117,7 +118,7 @@ impl WebhookActuator {
         self.metrics.scale_events.with_label_values(&[&*self.pool.model, event]).inc();
     }
 
-    /// Nodes that are there and not leaving.
+    /// Number of nodes that are not draining.
     fn staying(&self) -> usize {
         self.nodes.iter().filter(|remote| remote.draining.is_none()).count()
     }
@@ -165,7 +166,7 @@ impl WebhookActuator {
         serde_json::from_slice(&body).map_err(|error| format!("its answer is not understood: {error}"))
     }
 
-    /// Takes what the program says there is.
+    /// Adds and removes nodes to match the program's response.
     fn follow(&mut self, answer: Answer) {
         let gone = |remote: &Remote| !answer.nodes.iter().any(|node| node.url == remote.node.spec.url);
         for remote in self.nodes.extract_if(.., |remote| gone(remote)) {
@@ -228,7 +229,7 @@ impl NodeActuator for WebhookActuator {
         if !due {
             return;
         }
-        // Nodes that still write are not to be stopped: the program is asked for as many as must stay.
+        // Draining nodes with requests must not be stopped, so the requested number includes them.
         let stay = self.nodes.len() - remove.len();
         let coming = wanted.saturating_sub(self.staying());
         self.asked.truncate(coming);

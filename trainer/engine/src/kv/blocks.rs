@@ -1,19 +1,19 @@
-//! Who holds which block of the KV cache, by numbers alone.
+//! The block allocator and prefix cache of the KV cache; holds numbers only, no tensors.
 //!
-//! A block holds the keys and values of a fixed number of tokens. Sequences share whole blocks of a common beginning: a full
-//! block is known by a key that chains the tokens of all blocks up to it, so equal keys mean equal content. A block that
-//! nobody uses keeps its content until the room is needed; the one unused for longest goes first, and of one sequence its end
-//! before its beginning (paged attention and prefix sharing as in vLLM, arXiv:2309.06180).
+//! A block has room for a fixed number of tokens. Sequences share the full blocks of a common prefix. The
+//! key of a full block is a hash over all tokens up to its end, so equal keys mean equal content. An unused
+//! block keeps its content until the space is needed. Eviction takes the block unused for longest, and of
+//! one sequence the end before the beginning (as in vLLM, arXiv:2309.06180).
 
 use std::collections::{BTreeSet, HashMap};
 
-/// Stands for the tokens of a block and of all blocks before it.
+/// Hash over the tokens of a block and of all blocks before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Key([u8; 16]);
 
 impl Key {
-    /// The key of `tokens` behind the block `parent`. A cryptographic hash: nobody can make a prompt that hits the blocks of
-    /// another one.
+    /// Returns the key of a block with `tokens` after the block `parent`. The hash is
+    /// cryptographic, so no prompt can be crafted to hit the blocks of another.
     pub(crate) fn after(parent: Option<Self>, tokens: &[u32]) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&parent.map_or([0; 16], |parent| parent.0));
@@ -28,47 +28,51 @@ impl Key {
 
 #[derive(Debug, Default)]
 struct Block {
+    /// Number of sequences that use the block.
     users: u32,
+    /// Key in the prefix cache, if the block is registered.
     key: Option<Key>,
-    /// When it was let go; 0 while it holds nothing.
+    /// Logical time of the last release; 0 if the block holds no reusable content.
     freed: u64,
 }
 
-/// The blocks of a cache.
+/// All blocks of a cache.
 #[derive(Debug)]
 pub(crate) struct Blocks {
     size: usize,
     blocks: Vec<Block>,
-    /// Blocks without users, those to be taken first in front.
+    /// Unused blocks as `(freed, block)`, next to evict first.
     free: BTreeSet<(u64, u32)>,
     by_key: HashMap<Key, u32>,
+    /// Logical clock: counts releases.
     clock: u64,
 }
 
 impl Blocks {
-    /// `count` blocks of `size` tokens.
+    /// Creates `count` unused blocks of `size` tokens.
     pub(crate) fn new(size: usize, count: usize) -> Self {
         let blocks = (0..count).map(|_| Block::default()).collect();
         let free = (0..count as u32).map(|block| (0, block)).collect();
         Self { size, blocks, free, by_key: HashMap::new(), clock: 0 }
     }
 
-    /// Tokens of a block.
+    /// Tokens per block.
     pub(crate) fn size(&self) -> usize {
         self.size
     }
 
-    /// All blocks.
+    /// Number of all blocks.
     pub(crate) fn count(&self) -> usize {
         self.blocks.len()
     }
 
-    /// Blocks that nobody uses.
+    /// Number of unused blocks.
     pub(crate) fn free(&self) -> usize {
         self.free.len()
     }
 
-    /// How many of the first `keys` are at hand, and how many of those nobody uses (sharing them takes them from the free).
+    /// Returns how many of the first `keys` are in the prefix cache, and how many of these blocks are
+    /// unused. Sharing unused blocks reduces the free ones.
     pub(crate) fn at_hand(&self, keys: &[Key]) -> (usize, usize) {
         let found = keys.iter().map_while(|key| self.by_key.get(key));
         found.fold((0, 0), |(all, unused), block| {
@@ -76,7 +80,7 @@ impl Blocks {
         })
     }
 
-    /// Uses the blocks of `keys`, which must be at hand.
+    /// Adds a user to the blocks of `keys` and returns them. All keys must be in the prefix cache.
     pub(crate) fn share(&mut self, keys: &[Key]) -> Vec<u32> {
         let found: Vec<u32> = keys.iter().map_while(|key| self.by_key.get(key)).copied().collect();
         debug_assert_eq!(found.len(), keys.len());
@@ -90,7 +94,7 @@ impl Blocks {
         found
     }
 
-    /// Uses `count` blocks whose content is gone, or none if there are fewer.
+    /// Takes `count` unused blocks and drops their content. Returns `None` if fewer are free.
     pub(crate) fn take(&mut self, count: usize) -> Option<Vec<u32>> {
         if self.free.len() < count {
             return None;
@@ -107,7 +111,8 @@ impl Blocks {
         Some(taken)
     }
 
-    /// A block is full and can be shared from now on. Where another block has the same content already, that one stays known.
+    /// Registers a full block in the prefix cache. If the key is registered already, the earlier block
+    /// stays.
     pub(crate) fn publish(&mut self, block: u32, key: Key) {
         if let std::collections::hash_map::Entry::Vacant(vacant) = self.by_key.entry(key) {
             vacant.insert(block);
@@ -115,7 +120,7 @@ impl Blocks {
         }
     }
 
-    /// Nothing that was computed before is worth anything.
+    /// Empties the prefix cache. Blocks in use keep their users.
     pub(crate) fn forget(&mut self) {
         self.by_key.clear();
         self.free.clear();
@@ -127,7 +132,7 @@ impl Blocks {
         }
     }
 
-    /// Lets a sequence's blocks go.
+    /// Removes one user from each block of a sequence, last block first.
     pub(crate) fn release(&mut self, table: &[u32]) {
         for &block in table.iter().rev() {
             let entry = &mut self.blocks[block as usize];
@@ -156,14 +161,14 @@ mod tests {
     }
 
     #[test]
-    fn a_key_says_all_that_went_before() {
+    fn keys_depend_on_all_previous_tokens() {
         assert_eq!(chain(&[1, 2, 3, 4])[..1], chain(&[1, 2, 9, 9])[..1]);
         assert_ne!(chain(&[1, 2, 3, 4])[1], chain(&[0, 2, 3, 4])[1]);
         assert_ne!(chain(&[1, 2])[0], chain(&[1, 2, 1, 2])[1]);
     }
 
     #[test]
-    fn the_end_of_a_sequence_is_forgotten_before_its_beginning() {
+    fn evicts_the_last_block_of_a_sequence_first() {
         let mut blocks = Blocks::new(2, 3);
         let keys = chain(&[1, 2, 3, 4, 5, 6]);
         let table = blocks.take(3).unwrap();
@@ -175,9 +180,10 @@ mod tests {
     }
 
     proptest! {
-        /// Users are counted right whatever happens: nothing is lost, nothing used is given away, shared content stays.
+        /// After any series of allocations and releases the user counts match the tables. Sequences share a
+        /// block only with equal tokens.
         #[test]
-        fn blocks_are_neither_lost_nor_used_twice(steps in prop::collection::vec((0usize..4, prop::collection::vec(0u32..3, 2..9)), 1..80)) {
+        fn user_counts_match_the_block_tables(steps in prop::collection::vec((0usize..4, prop::collection::vec(0u32..3, 2..9)), 1..80)) {
             let mut blocks = Blocks::new(2, 12);
             let mut held: Vec<(Vec<u32>, Vec<u32>)> = Vec::new();
             for (what, tokens) in steps {
@@ -203,7 +209,7 @@ mod tests {
                     prop_assert_eq!(entry.users, *users);
                 }
                 prop_assert_eq!(blocks.free(), users.iter().filter(|users| **users == 0).count());
-                // Two sequences share a block only where they agree on all tokens up to its end.
+                // Two sequences share a block only if all their tokens up to its end are equal.
                 for (tokens, table) in &held {
                     for (other, theirs) in &held {
                         for at in 0..table.len().min(theirs.len()) {

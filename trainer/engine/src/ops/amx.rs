@@ -1,41 +1,42 @@
-//! Tile registers (Intel AMX): eight of 16 rows of 64 bytes, and products of two of them that add up in a third.
+//! Intel AMX: eight tile registers of 16 rows of 64 bytes, and instructions that add the product of two
+//! tiles to a third.
 //!
-//! The instructions are written out, since the compiler's own names for them are not stable. The compiler never touches
-//! tile registers, so they keep what they hold between one instruction and the next; a thread that blocks in between keeps
-//! them as well.
+//! The instructions are inline assembly because the compiler's intrinsics are not stable. The compiler
+//! never uses tile registers, so they keep their values between instructions. The operating system
+//! saves them when a thread is preempted.
 #![expect(unsafe_code, reason = "instructions that only some processors have")]
 
 use std::sync::OnceLock;
 
-/// Rows of a tile.
+/// Rows per tile.
 pub(super) const ROWS: usize = 16;
-/// Bytes of a row.
+/// Bytes per row of a tile.
 pub(super) const BYTES: usize = 64;
 
-/// Whether the processor has them and the kernel lets this process have them: it has to be asked, since they make every
-/// thread's state eight KiB larger (Linux, Documentation/arch/x86/xstate.rst).
+/// Returns whether CPU and operating system support tiles. Linux grants tile registers on request only, because they
+/// enlarge every thread's state by 8 KiB (Documentation/arch/x86/xstate.rst).
 pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
         const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
         const TILE_DATA: libc::c_long = 18;
-        // SAFETY: the call changes nothing but a permission, and fails where it is not known.
+        // SAFETY: the call only requests a permission; Linux without AMX support rejects the call.
         unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0 }
     })
 }
 
-/// The shape of each tile: rows, and bytes of a row.
+/// Rows and bytes per row of each tile.
 pub(super) type Shapes = [(usize, usize); 8];
 
-/// The registers of this thread, given back when this goes.
+/// Configured tile registers of this thread; dropping releases them.
 pub(super) struct Tiles(());
 
 impl Tiles {
-    /// Shapes the registers.
+    /// Configures the tile registers.
     ///
     /// # Safety
     ///
-    /// [`available`] must have said so.
+    /// [`available`] must have returned true.
     pub(super) unsafe fn new(shapes: Shapes) -> Self {
         #[repr(C, align(64))]
         struct Config {
@@ -51,7 +52,8 @@ impl Tiles {
             assert!(rows <= ROWS && bytes <= BYTES);
             (config.rows[at], config.row_bytes[at]) = (rows as u8, bytes as u16);
         }
-        // SAFETY: the processor has the instruction, by the caller's word; it reads 64 bytes.
+        // SAFETY: the caller guarantees that the CPU has the instruction, which reads the 64 bytes of
+        // `config`.
         unsafe {
             std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags));
         }
@@ -61,13 +63,14 @@ impl Tiles {
 
 impl Drop for Tiles {
     fn drop(&mut self) {
-        // SAFETY: only made where the processor has tiles.
+        // SAFETY: a `Tiles` value exists only where the CPU has tiles.
         unsafe { std::arch::asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
     }
 }
 
-/// One instruction on tiles that are named by number: `tile!(zero 0)`, `tile!(load 4, pointer, stride)`,
-/// `tile!(store 0, pointer, stride)`, `tile!(dpbf16 0, 4, 6)` for `tile0 += tile4 * tile6`. Strides are in bytes.
+/// Emits one tile instruction; tiles are named by number. Forms: `tile!(zero 0)`, `tile!(load 4, pointer,
+/// stride)`, `tile!(store 0, pointer, stride)`. `tile!(dpbf16 0, 4, 6)` computes `tile0 += tile4 * tile6`.
+/// Strides are in bytes.
 macro_rules! tile {
     (zero $t:literal) => {
         std::arch::asm!(concat!("tilezero tmm", $t), options(nostack, nomem, preserves_flags))

@@ -1,8 +1,8 @@
 //! Causal grouped-query attention over a ragged batch.
 //!
-//! Rows of all sequences lie one after the other; a [`Segment`] says which rows belong together and how many keys of the
-//! same sequence were computed before. Training and decoding use the same tile kernel: scores of 64 query rows at a time,
-//! probabilities recomputed in the backward pass, so memory is `O(rows)` and never `O(rows²)`.
+//! Rows of all sequences are concatenated. A [`Segment`] gives the rows of one sequence and the number of
+//! its earlier keys. Training and prefill use the same kernel: scores of 64 query rows at a time. The
+//! backward pass recomputes the probabilities, so memory is `O(rows)`, never `O(rows²)`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,22 +16,23 @@ use super::{Precision, axpy, dot, fused, softmax, values, with_values};
 
 /// Query rows per tile.
 pub(crate) const TILE: usize = 64;
-/// Up to this many rows plain dot products beat the packing of a matrix product.
+/// Largest number of rows for which dot products are faster than a matrix product, which packs its inputs
+/// first.
 pub(crate) const FEW_ROWS: usize = 4;
 
-/// Rows `start .. start + len` of the batch are tokens `past .. past + len` of one sequence.
+/// Rows of one sequence in a batch: rows `start .. start + len` are the tokens `past .. past + len`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
     /// First row in the batch.
     pub start: usize,
-    /// Rows in the batch.
+    /// Number of rows in the batch.
     pub len: usize,
-    /// Tokens of the sequence that are in its cache already.
+    /// Number of earlier tokens of the sequence, whose keys are in the KV cache.
     pub past: usize,
 }
 
 impl Segment {
-    /// The same rows in parts: the first of up to `first` rows, others of up to `each`.
+    /// Splits the rows into parts: the first part has up to `first` rows, the others up to `each`.
     pub(crate) fn parts(self, each: usize, first: usize) -> impl Iterator<Item = Self> {
         let begins = std::iter::once(0).chain((first..self.len).step_by(each));
         begins.filter(move |begin| *begin < self.len).map(move |begin| {
@@ -41,18 +42,19 @@ impl Segment {
     }
 }
 
-/// Head counts and size.
+/// Numbers and size of attention heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {
-    /// Query heads.
+    /// Number of query heads.
     pub query: usize,
-    /// Key and value heads; divides `query`.
+    /// Number of key and value heads; divides `query`.
     pub kv: usize,
-    /// Size of one head.
+    /// Elements per head.
     pub dim: usize,
 }
 
 impl Heads {
+    /// Factor on the scores, `1 / sqrt(dim)`.
     pub(crate) fn scale(self) -> f32 {
         1.0 / (self.dim as f32).sqrt()
     }
@@ -65,15 +67,15 @@ impl Heads {
         self.kv * self.dim
     }
 
-    /// Query heads that read key head `kv`.
+    /// Returns the query heads that share key head `kv`.
     pub(crate) fn group(self, kv: usize) -> Range<usize> {
         let size = self.query / self.kv;
         kv * size..(kv + 1) * size
     }
 }
 
-/// Attention of every segment over its own rows (`past` = 0), with backward. `q`: `[rows, query * dim]`, `k`, `v`:
-/// `[rows, kv * dim]`, result as `q`.
+/// Computes attention of every segment over its own rows (`past` = 0), with a backward pass. `q`: `[rows,
+/// query * dim]`; `k` and `v`: `[rows, kv * dim]`; the result has the shape of `q`.
 pub fn attention(
     q: &Tensor,
     k: &Tensor,
@@ -90,8 +92,8 @@ pub fn attention(
     }
 }
 
-/// On other devices and types, without a fused form of our own: every segment's rows over its `past + len` keys, which lie one
-/// segment after the other in `k` and `v`.
+/// Attention on other devices and types, where no fused form exists. Each segment's rows attend to its
+/// `past + len` keys, which are concatenated by segment in `k` and `v`.
 pub(crate) fn stock([q, k, v]: [&Tensor; 3], heads: Heads, segments: &[Segment]) -> Result<Tensor> {
     #[cfg(feature = "flash-attn")]
     if let Some(out) = super::flash::flash([q, k, v], heads, segments)? {
@@ -108,14 +110,14 @@ pub(crate) fn stock([q, k, v]: [&Tensor; 3], heads: Heads, segments: &[Segment])
     Tensor::cat(&parts, 0)
 }
 
-/// The plain twin for one sequence: `q` holds the rows after the first `past` keys.
+/// Plain form for one sequence; the rows of `q` follow the first `past` keys.
 pub fn plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, past: usize) -> Result<Tensor> {
     let (q, k, v) = (grouped(q, heads)?, by_head(k, heads)?, by_head(v, heads)?);
     let probs = tiled::probabilities(&q, &k, heads, past)?.to_dtype(v.dtype())?;
     ungrouped(&probs.matmul(&v)?, heads)
 }
 
-/// Attention of one sequence's rows over themselves. Runs on the calling thread.
+/// Attention of one sequence's rows over themselves, on the calling thread.
 fn own_rows(q: &[f32], k: &[f32], v: &[f32], heads: Heads, precision: Precision, out: &mut [f32]) {
     let (qw, kw) = (heads.query_width(), heads.kv_width());
     let q_rows = q.len() / qw;
@@ -130,8 +132,8 @@ fn own_rows(q: &[f32], k: &[f32], v: &[f32], heads: Heads, precision: Precision,
     }
 }
 
-/// Attention of one head: `rows` queries over `past + rows` keys and values, their own included. Every matrix comes with
-/// the distance between its rows; `k` and `v` share theirs.
+/// Attention of one head: `rows` queries over `past + rows` keys and values. Each slice comes with the
+/// distance between its rows; `k` and `v` share theirs.
 pub(crate) fn attend_head(
     (q, q_stride): (&[f32], usize),
     (k, v, kv_stride): (&[f32], &[f32], usize),
@@ -158,8 +160,8 @@ pub(crate) fn attend_head(
     }
 }
 
-/// Causal softmax of the rows of `q` over the keys `k`, the last query row seeing all of them: fills `scores`,
-/// `[rows, keys]`, zero above the diagonal.
+/// Causal softmax of `q` over `k`, in which the last query row sees all keys. Fills `scores`, `[rows,
+/// keys]`, with zeros above the diagonal.
 fn probabilities(q: Matrix<'_>, k: Matrix<'_>, heads: Heads, precision: Precision, scores: &mut Vec<f32>) {
     let (rows, keys) = (q.rows, k.rows);
     scores.clear();
@@ -181,7 +183,7 @@ fn probabilities(q: Matrix<'_>, k: Matrix<'_>, heads: Heads, precision: Precisio
     }
 }
 
-/// `out[row] = Σ scores[row][key] * v[key]`.
+/// Computes `out[row] = Σ scores[row][key] * v[key]`.
 fn weighted_sum(scores: Matrix<'_>, v: Matrix<'_>, precision: Precision, out: &mut [f32], out_stride: usize) {
     if scores.rows <= FEW_ROWS {
         for row in 0..scores.rows {
@@ -202,7 +204,7 @@ struct Attention {
     precision: Precision,
 }
 
-/// Cuts `data` into the rows of each segment; segments are in order and cover all rows.
+/// Splits `data` into the rows of each segment. Segments are in order and cover all rows.
 fn by_segment<'a>(data: &'a mut [f32], segments: &[Segment], width: usize) -> Vec<&'a mut [f32]> {
     let mut rest = data;
     let mut parts = Vec::with_capacity(segments.len());
@@ -277,8 +279,8 @@ impl CustomOp3 for Attention {
 }
 
 impl Attention {
-    /// With `P` the probabilities and `g` the gradient of the output: `dV = Pᵀ g`, `dP = g Vᵀ`,
-    /// `dS = P ∘ (dP - rowsum(P ∘ dP))`, `dQ = scale dS K`, `dK = scale dSᵀ Q`.
+    /// Backward pass of one segment. With `P` the probabilities and `g` the gradient of the output: `dV =
+    /// Pᵀ g`, `dP = g Vᵀ`, `dS = P ∘ (dP - rowsum(P ∘ dP))`, `dQ = scale dS K`, `dK = scale dSᵀ Q`.
     fn segment_backward(
         &self,
         rows: usize,

@@ -1,10 +1,10 @@
-//! Products of values rounded to bf16 with sums in f32, as PyTorch's autocast computes them: tiles where the processor has
-//! them (AMX-BF16), else dot products of pairs (AVX512-BF16).
+//! Products of values rounded to bf16 with f32 sums, as in PyTorch's autocast: AMX-BF16 tiles if the CPU
+//! has them, else AVX512-BF16 dot products.
 //!
-//! Both sides are first laid out in panels of 16 rows (or columns), cut into tiles of 32 along the sum: a left tile is 16
-//! rows of 32 values, a right tile 16 rows of 16 pairs, so that a pair of one column lies together. The loops around follow
-//! Goto and van de Geijn (2008): a block of the right side is shared by all threads, each of which lays out its own rows of
-//! the left. Sums run in the same order whatever the number of threads.
+//! Both sides are packed into panels of 16 rows (or columns), cut into tiles of 32 values along the sum. A
+//! left tile is 16 rows of 32 values; a right tile is 16 rows of 16 pairs, which keeps a column's pairs
+//! together. The loops follow Goto and van de Geijn (2008): all threads share a block of the right side,
+//! and each packs its own rows of the left. The order of sums does not depend on the number of threads.
 #![expect(unsafe_code, reason = "instructions that only some processors have")]
 
 #[cfg(target_os = "linux")]
@@ -22,30 +22,31 @@ use rayon::prelude::*;
 
 use super::product::{Matrix, Product};
 
-/// Rows of a panel.
+/// Rows per panel.
 const LANES: usize = 16;
 /// Values of a tile along the sum.
 const DEPTH: usize = 32;
-/// Values of a tile.
+/// Values per tile.
 const TILE: usize = LANES * DEPTH;
-/// Left rows that one task lays out and multiplies, at most.
+/// Maximum number of left rows per task.
 const LEFT: usize = 256;
-/// Right columns that are laid out at a time.
+/// Number of right columns packed at a time.
 const RIGHT: usize = 4096;
-/// Length of the sums that are taken at a time.
+/// Length of the sums computed at a time.
 const SUM: usize = 1024;
 
-/// The instructions that products are made of.
+/// Instruction sets of the kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kernel {
-    /// AVX512-BF16.
+    /// Dot products of pairs (AVX512-BF16).
     Avx512,
-    /// AMX-BF16.
+    /// Tiles (AMX-BF16).
     #[cfg(target_os = "linux")]
     Amx,
 }
 
 impl Kernel {
+    /// Returns the kernels that this CPU supports, fastest last.
     fn all() -> Vec<Self> {
         let mut all = Vec::new();
         if is_x86_feature_detected!("avx512f")
@@ -61,29 +62,31 @@ impl Kernel {
         all
     }
 
+    /// Returns the fastest kernel of this CPU.
     fn best() -> Option<Self> {
         static BEST: OnceLock<Option<Kernel>> = OnceLock::new();
         *BEST.get_or_init(|| Self::all().pop())
     }
 }
 
-/// Whether this processor has such a product.
+/// Returns whether this CPU has bf16 products.
 pub(super) fn available() -> bool {
     Kernel::best().is_some()
 }
 
-/// The right side of a product, wherever its values come from.
+/// The right side of a product, which packs its own values.
 pub(super) trait Right: Sync {
-    /// Lays out the panel of 16 columns from `first` on, `sum` values from `begin` on, rounded to bf16: tiles of 16 pairs along
-    /// the sum, each pair of 16 columns. Columns and values beyond the matrix are zero.
+    /// Packs a panel of 16 columns from `first` on, with `sum` values from `begin` on, rounded to bf16.
+    /// Each tile holds 16 pairs along the sum, with 16 columns per pair. Columns and values beyond the
+    /// matrix are zero.
     ///
     /// # Safety
     ///
-    /// The processor must have AVX512-BF16.
+    /// The CPU must have AVX512-BF16.
     unsafe fn panel(&self, first: usize, begin: usize, sum: usize, room: &mut [u16]);
 }
 
-/// One side of a product: how many values there are, and how far apart, along the result and along the sum.
+/// One side of a product: sizes and strides along the result (`outer`) and along the sum.
 #[derive(Clone, Copy)]
 struct Side<'a> {
     values: &'a [f32],
@@ -107,19 +110,19 @@ impl<'a> From<Matrix<'a>> for Side<'a> {
 
 impl Right for Side<'_> {
     unsafe fn panel(&self, first: usize, begin: usize, sum: usize, room: &mut [u16]) {
-        // SAFETY: the caller's word.
+        // SAFETY: the caller guarantees the CPU features.
         unsafe { layout::panel(*self, layout::Order::Pairs, first, begin, sum, 1.0, room) };
     }
 }
 
-// Room for tiles, kept between products: a fresh allocation of this size costs page faults. One for each side, as the thread
-// that lays out the right side also takes a share of the left.
+// Buffers for tiles, kept between products, because fresh allocations of this size cost page faults. Each
+// side has a buffer, because the thread that packs the right side also packs left rows.
 thread_local! {
     static LEFT_ROOM: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
     static RIGHT_ROOM: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
 }
 
-/// Room for `values` values, aligned to a line of the cache, for as long as `work` runs.
+/// Calls `work` with a buffer of `values` values, aligned to a cache line.
 fn with_room<R>(
     kept: &'static LocalKey<Cell<Vec<u16>>>,
     values: usize,
@@ -136,12 +139,13 @@ fn with_room<R>(
     result
 }
 
-/// `dst = scale * lhs * rhs (+ dst)`, where there are instructions for the way in which the matrices lie; `false` when there
-/// are none and nothing was done.
+/// Computes `dst = scale * lhs * rhs (+ dst)`. Returns false, without any effect, if the CPU has no bf16
+/// products or both strides of a side differ from 1.
 ///
 /// # Safety
 ///
-/// `dst` must have room for all rows, be nobody else's, and hold values where they are added to.
+/// `dst` must have room for all rows, must not be accessed by others, and must be initialized if the
+/// product is added.
 pub(super) unsafe fn run(
     product: &Product,
     dst: *mut f32,
@@ -159,7 +163,8 @@ pub(super) unsafe fn run(
     true
 }
 
-/// `lhs * right` for a right side of `columns`, in memory of its own; none where the processor has no such product.
+/// Returns `lhs * right` as a new row-major matrix, for a right side of `columns` columns. Returns `None`
+/// if the CPU has no bf16 products.
 pub(super) fn product_with(
     product: &Product,
     lhs: Matrix<'_>,
@@ -171,11 +176,12 @@ pub(super) fn product_with(
     let mut out = Vec::with_capacity(lhs.rows * columns);
     let target = Target { start: out.as_mut_ptr(), stride: columns };
     multiply(&product.adding(false), &target, lhs.into(), (right, columns), kernel);
-    // SAFETY: there is room for as many, and every value of the result was written.
+    // SAFETY: the capacity suffices, and the product has written every value.
     unsafe { out.set_len(lhs.rows * columns) };
     Some(out)
 }
 
+/// Computes a product with `n` right columns by blocks of columns and of the sum.
 fn multiply<R: Right>(
     product: &Product,
     target: &Target,
@@ -194,7 +200,7 @@ fn multiply<R: Right>(
             with_room(&RIGHT_ROOM, columns.div_ceil(LANES) * panel, |room| {
                 let lay = |(at, room): (usize, &mut [u16])| {
                     let first = from + at * LANES;
-                    // SAFETY: the kernel was chosen because the processor has these instructions.
+                    // SAFETY: `Kernel::all` offers a kernel only on CPUs that support its instructions.
                     unsafe { right.panel(first, begin, sum, room) };
                 };
                 let rows = |at: usize, right_panels: &[u16]| {
@@ -203,7 +209,7 @@ fn multiply<R: Right>(
                     with_room(&LEFT_ROOM, rows.div_ceil(LANES) * panel, |room| {
                         for (at, room) in room.chunks_exact_mut(panel).enumerate() {
                             let first = first + at * LANES;
-                            // SAFETY: the same.
+                            // SAFETY: as above.
                             unsafe {
                                 layout::panel(
                                     left,
@@ -233,12 +239,12 @@ fn multiply<R: Right>(
     }
 }
 
-/// Left rows of a task: so few that every thread gets some, and whole squares of panels.
+/// Returns the left rows per task: few enough to occupy all threads, and whole pairs of panels.
 fn task_rows(rows: usize, threads: usize) -> usize {
     rows.div_ceil(2 * threads.max(1)).next_multiple_of(2 * LANES).min(LEFT)
 }
 
-/// A part of the result.
+/// A rectangle of the result.
 #[derive(Clone, Copy)]
 struct Place {
     row: usize,
@@ -247,16 +253,16 @@ struct Place {
     columns: usize,
 }
 
-/// The result, written by several tasks, each its own rows.
+/// Raw output matrix. Several tasks write, each its own rows.
 struct Target {
     start: *mut f32,
     stride: usize,
 }
 
-// SAFETY: tasks write disjoint rows; nobody reads before all are done.
+// SAFETY: tasks write disjoint rows, and the matrix is read only after all tasks have ended.
 unsafe impl Sync for Target {}
 
-/// All products of the left panels with the right ones.
+/// Computes all products of the left panels with the right panels.
 fn panels(
     target: &Target,
     place: Place,
@@ -266,7 +272,8 @@ fn panels(
     add: bool,
     kernel: Kernel,
 ) {
-    // SAFETY: the part lies within the result, for which the caller vouches, no other task has these rows, and panels are whole tiles.
+    // SAFETY: the caller of `run` guarantees the result, `place` lies within, no other task has these rows,
+    // and panels are whole tiles.
     unsafe {
         let part = Part {
             start: target.start.add(place.row * target.stride + place.column),
@@ -282,7 +289,7 @@ fn panels(
     }
 }
 
-/// Where a task writes.
+/// A rectangle of the result as raw memory.
 struct Part {
     start: *mut f32,
     stride: usize,
@@ -291,15 +298,16 @@ struct Part {
 }
 
 impl Part {
-    /// Adds or copies a tile of 16 x 16 sums to `row`, `column`; what lies beyond the part is padding and dropped.
+    /// Stores or adds a tile of 16 x 16 sums at `row`, `column`. Sums beyond the rectangle are padding and
+    /// are dropped.
     ///
     /// # Safety
     ///
-    /// The part must lie within a matrix that nobody else uses.
+    /// The rectangle must lie within a matrix that no other thread accesses.
     unsafe fn put(&self, row: usize, column: usize, sums: &[f32; LANES * LANES], add: bool) {
         let columns = LANES.min(self.columns - column);
         for (at, sums) in sums.chunks_exact(LANES).take(self.rows - row).enumerate() {
-            // SAFETY: the row and the columns are within the part, which holds values where they are added to.
+            // SAFETY: row and columns lie within the rectangle, which is initialized if the sums are added.
             unsafe {
                 let to = self.start.add((row + at) * self.stride + column);
                 if add {
@@ -329,10 +337,10 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(96))]
 
-        /// Each kernel computes the product of the rounded values, for every way in which either side may lie, and writes
-        /// nowhere else.
+        /// Each kernel computes the product of the rounded values, for all strides of both sides, and
+        /// writes nothing outside the result.
         #[test]
-        fn the_kernels_are_the_product(
+        fn kernels_match_the_product_of_rounded_values(
             (m, n, k) in prop_oneof![
                 (1usize..70, 1usize..70, 1usize..100),
                 (250usize..300, 1usize..40, 1000usize..1100),

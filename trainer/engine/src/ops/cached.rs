@@ -1,8 +1,8 @@
-//! Attention of a few rows over keys and values that lie in blocks, where they were written: what a decoding step does.
+//! Decode attention: a few query rows over keys and values in KV cache blocks, without gathering.
 //!
-//! A block holds the tokens of one key head so that 16 lanes do the same: keys by dimension, 16 tokens side by side; values
-//! by token. Each key and each value is read once for all query heads that share it, as `f32` or as half that: with a long
-//! context that reading is the time of a step.
+//! The layout suits 16 SIMD lanes: keys by dimension, with 16 tokens side by side; values by token. Each
+//! key and value is read once for all query heads that share a key head, as f32 or f16. With a long context
+//! this read dominates the time of a step.
 //!
 //! ```text
 //! scores[n][16 tokens] = Σ_d q[n][d] * keys[d][16 tokens]        out[n][..] = Σ_t p[n][t] * values[t][..]
@@ -14,21 +14,22 @@ use half::f16;
 
 use super::softmax;
 
-/// Tokens of a block.
+/// Tokens per block.
 pub(crate) const BLOCK: usize = 16;
-/// Query heads that are computed in one go.
+/// Maximum number of query heads per pass over the keys.
 const MOST: usize = 4;
 
-/// Blocks lie anywhere, so the processor does not foresee the next one: it is asked for so many blocks before its turn.
+/// Prefetch distance in blocks. Blocks are scattered in memory, so the hardware prefetcher cannot predict
+/// the next one.
 const AHEAD: usize = 2;
 
-/// How a cached number is kept.
+/// Storage type of a cached value.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
-    /// Nothing.
+    /// The value zero.
     const ZERO: Self;
-    /// The nearest that can be kept.
+    /// Rounds to the nearest value of this type.
     fn of(value: f32) -> Self;
-    /// As it was kept.
+    /// Returns the value as f32.
     fn get(self) -> f32;
 }
 
@@ -46,7 +47,7 @@ impl Element for f32 {
     }
 }
 
-/// The bits of an IEEE 754 half, never infinite and never not a number.
+/// The bits of a finite IEEE 754 half. Larger values, including infinities, saturate at ±65504.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Half(i16);
 
@@ -58,8 +59,8 @@ impl Element for Half {
         Self(f16::from_f32(value.clamp(-most, most)).to_bits() as i16)
     }
 
-    /// Sign, exponent and fraction move to where `f32` has them, and the exponents are 112 apart: exact, below the normal numbers
-    /// too, and the same few instructions for all lanes.
+    /// Moves sign, exponent and fraction to their places in f32, then corrects the exponent bias (127 - 15
+    /// = 112). Exact for subnormal values too, and the same few instructions for all lanes.
     #[inline(always)]
     fn get(self) -> f32 {
         const UP: f32 = f32::from_bits((127 + 112) << 23);
@@ -67,17 +68,17 @@ impl Element for Half {
     }
 }
 
-/// One key head's part of a block: keys, then values.
+/// Keys, then values of one key head in a block.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Part<'a, E>(pub(crate) &'a [E]);
 
 impl<'a, E: Element> Part<'a, E> {
-    /// Of a head of `dim`.
+    /// Number of elements for a head of `dim` elements.
     pub(crate) const fn len(dim: usize) -> usize {
         2 * BLOCK * dim
     }
 
-    /// Writes the keys and values of the block's `token`.
+    /// Writes key and value of the block's token number `token`.
     pub(crate) fn write(part: &mut [E], token: usize, key: &[f32], value: &[f32]) {
         let (keys, values) = part.split_at_mut(BLOCK * key.len());
         for (lanes, key) in keys.chunks_exact_mut(BLOCK).zip(key) {
@@ -88,7 +89,7 @@ impl<'a, E: Element> Part<'a, E> {
         }
     }
 
-    /// Keys of the first `tokens` behind `keys`, values behind `values`, token by token.
+    /// Appends the keys and values of the first `tokens` tokens, token by token.
     pub(crate) fn read(self, tokens: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
         let (by_lane, by_token) = self.0.split_at(self.0.len() / 2);
         let dim = by_lane.len() / BLOCK;
@@ -98,13 +99,14 @@ impl<'a, E: Element> Part<'a, E> {
         values.extend(by_token[..tokens * dim].iter().map(|value| value.get()));
     }
 
+    /// Returns keys and values.
     fn split(self) -> (&'a [E], &'a [E]) {
         self.0.split_at(self.0.len() / 2)
     }
 }
 
-/// Attention of the query heads in `q`, which share the keys and values of `parts`, over the first `seen` tokens: into `out`. Both are
-/// heads of `dim`, one after the other.
+/// Attention of the query heads in `q` over the first `seen` tokens of `parts`. `q` and `out` hold heads of
+/// `dim` elements, which share one key head. `scores` is scratch memory.
 pub(crate) fn attend<E: Element>(
     parts: &[Part<'_, E>],
     seen: usize,
@@ -123,6 +125,7 @@ pub(crate) fn attend<E: Element>(
     }
 }
 
+/// Attention of `N` query heads, like [`attend`].
 fn heads<E: Element, const N: usize>(
     parts: &[Part<'_, E>],
     seen: usize,
@@ -154,25 +157,26 @@ fn heads<E: Element, const N: usize>(
     }
 }
 
-/// Asks for memory that will be read soon.
+/// Prefetches memory into the CPU cache.
 #[inline(always)]
 fn fetch<E>(ahead: Option<&[E]>) {
     #[cfg(target_arch = "x86_64")]
     for line in ahead.into_iter().flat_map(|ahead| ahead.chunks(64 / size_of::<E>())) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: asking reads nothing, and the address is one of a slice.
+        // SAFETY: a prefetch reads nothing, and the address lies within a slice.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = ahead;
 }
 
+/// Returns 16 values as f32.
 #[inline(always)]
 fn lanes<E: Element>(from: &[E]) -> [f32; BLOCK] {
     std::array::from_fn(|lane| from[lane].get())
 }
 
-/// Products of `N` queries with 16 keys.
+/// Dot products of `N` queries with 16 keys.
 #[inline(always)]
 fn products<E: Element, const N: usize>(keys: &[E], q: &[f32], dim: usize) -> [[f32; BLOCK]; N] {
     let mut sums = [[0f32; BLOCK]; N];
@@ -221,7 +225,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_half_is_read_as_it_is() {
+    fn decodes_every_finite_f16_exactly() {
         for bits in 0..=u16::MAX {
             let exact = f16::from_bits(bits);
             if exact.is_finite() {
@@ -231,7 +235,7 @@ mod tests {
         assert_eq!((Half::of(1e9).get(), Half::of(f32::NEG_INFINITY).get()), (65_504.0, -65_504.0));
     }
 
-    /// The same over whole numbers kept plainly, in f64.
+    /// Reference implementation over unblocked keys and values, in f64.
     fn slow(q: &[f64], keys: &[Vec<f64>], values: &[Vec<f64>], scale: f64) -> Vec<f64> {
         let dot = |key: &Vec<f64>| scale * q.iter().zip(key).map(|(q, key)| q * key).sum::<f64>();
         let scores: Vec<f64> = keys.iter().map(dot).collect();
@@ -284,9 +288,10 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(128))]
 
-        /// What was kept is what is attended to, and what somebody else left behind the last token is not.
+        /// Attention equals the reference for both storage types and ignores stale tokens beyond the last
+        /// one.
         #[test]
-        fn it_is_attention(heads in 1usize..8, dim in 1usize..40, seen in 1usize..70, stale in 0usize..9, seed: u64) {
+        fn block_attention_matches_f64_attention(heads in 1usize..8, dim in 1usize..40, seen in 1usize..70, stale in 0usize..9, seed: u64) {
             check::<f32>(heads, dim, seen, stale, seed)?;
             check::<Half>(heads, dim, seen, stale, seed)?;
         }

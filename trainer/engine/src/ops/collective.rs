@@ -1,10 +1,10 @@
-//! Sums over several devices, which each of them gets (all-reduce): what training on shares of the data and models in pieces are
-//! made of. Between CUDA devices by NCCL, where the program was built with `nccl`; else through the first device.
+//! All-reduce: sums tensors over several devices, for data-parallel training and tensor parallelism. CUDA
+//! devices use NCCL if the feature `nccl` is on; otherwise the first device adds.
 #![cfg_attr(feature = "nccl", expect(unsafe_code, reason = "communicators move between threads"))]
 
 use candle_core::{Device, Result, Tensor};
 
-/// The devices that take part, in order. One may stand there more than once, except with NCCL.
+/// The participating devices, in order. Without NCCL a device may appear several times.
 pub struct Collective {
     devices: Vec<Device>,
     #[cfg(feature = "nccl")]
@@ -21,13 +21,14 @@ impl Collective {
         })
     }
 
-    /// Devices that take part.
+    /// Returns the participating devices.
     pub fn devices(&self) -> &[Device] {
         &self.devices
     }
 
-    /// `ranks` holds the tensors of each device, the same shapes in the same order on all. Each gets the sums back in their place.
-    /// They are added in the order of the devices.
+    /// Sums tensors over the devices. `ranks` holds the tensors of each device, with equal shapes and order
+    /// on all. Returns the sums on every device. Without NCCL the order of additions is the order of the
+    /// devices.
     pub fn sum(&self, mut ranks: Vec<Vec<Tensor>>) -> Result<Vec<Vec<Tensor>>> {
         if ranks.len() != self.devices.len() || ranks.iter().any(|rank| rank.len() != ranks[0].len()) {
             candle_core::bail!("a sum over {} devices needs as many tensors of each", self.devices.len());
@@ -45,7 +46,7 @@ impl Collective {
                 total = (total + other[at].to_device(&self.devices[0])?)?;
             }
             for (rank, device) in ranks.iter_mut().zip(&self.devices) {
-                // A sum of its own for each: what is done to one in place must not reach the others.
+                // Each device gets a copy, so an in-place change on one does not affect the others.
                 rank[at] = if device.is_cpu() { total.copy()? } else { total.to_device(device)? };
             }
         }
@@ -63,12 +64,13 @@ mod nccl {
     use candle_core::{CpuStorage, CudaStorage, DType, Device, InplaceOp1, Layout, Result, Tensor};
     use half::{bf16, f16};
 
-    /// One for each device.
+    /// NCCL communicators, one per device.
     pub(super) struct Communicators(Mutex<Vec<Comm>>);
 
-    // SAFETY: NCCL's communicators belong to no thread; they may only not be used by several at once, which the lock sees to.
+    // SAFETY: NCCL communicators are not bound to a thread but forbid concurrent use, which the mutex
+    // prevents.
     unsafe impl Send for Communicators {}
-    // SAFETY: as above.
+    // SAFETY: as for `Send`.
     unsafe impl Sync for Communicators {}
 
     fn told(error: NcclError) -> candle_core::Error {
@@ -76,7 +78,7 @@ mod nccl {
     }
 
     impl Communicators {
-        /// None where a device is not CUDA's.
+        /// Connects the devices; returns `None` unless all are CUDA devices.
         pub(super) fn new(devices: &[Device]) -> Result<Option<Self>> {
             let mut streams = Vec::with_capacity(devices.len());
             for device in devices {
@@ -94,7 +96,7 @@ mod nccl {
                 .into_iter()
                 .map(|rank| rank.iter().map(Tensor::contiguous).collect::<Result<Vec<_>>>())
                 .collect::<Result<Vec<_>>>()?;
-            // All in one group: nothing waits for another device's call.
+            // One group for all calls; otherwise the first call would wait for the other devices.
             group_start().map_err(told)?;
             let queued = ranks.iter().zip(comms.iter()).try_for_each(|(rank, comm)| {
                 rank.iter().try_for_each(|tensor| tensor.inplace_op1(&AllReduce(comm)))
@@ -105,6 +107,7 @@ mod nccl {
         }
     }
 
+    /// In-place sum of one tensor.
     struct AllReduce<'a>(&'a Comm);
 
     impl InplaceOp1 for AllReduce<'_> {
@@ -142,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_device_gets_the_sum_and_its_own_memory() {
+    fn sums_reach_every_device_in_separate_memory() {
         let devices = vec![Device::Cpu; 3];
         let collective = Collective::new(&devices).unwrap();
         let rank = |by: f32| {

@@ -1,17 +1,19 @@
-//! A branch-free exponential that the compiler vectorises; libm's `expf` is a call per element.
+//! A branch-free exponential that the compiler vectorizes; libm's `expf` is a call per element.
 
-/// `e^x` in f32, relative error below 2e-7 where the result is normal; 0 below -87, saturated above 88.
+/// Computes `e^x` in f32 with a relative error below 3e-7. The result is 0 below -87 and saturates above
+/// 88; NaN stays NaN.
 ///
-/// Range reduction `x = n ln 2 + r`, a degree-6 polynomial for `e^r` on |r| <= ln 2 / 2, and `2^n` by its exponent bits.
+/// Range reduction `x = n ln 2 + r`, a polynomial of degree 6 for `e^r` with `|r| <= ln 2 / 2`, and `2^n`
+/// through its exponent bits.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
-    // ln 2 in two parts, so that r keeps its low bits (Cody and Waite).
+    // ln 2 as a sum of two parts, so that `r` keeps its low bits (Cody and Waite).
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let clamped = x.clamp(-87.0, 88.0);
-    // Beyond 2^23 numbers are whole: adding so much rounds, and leaves the whole number in the low bits. A conversion would not
-    // vectorise, as it looks after numbers that do not fit.
+    // Adding 1.5 * 2^23 rounds to an integer, which then occupies the low bits of the sum. A conversion to
+    // `i32` would not vectorize because of its range checks.
     const WHOLE: f32 = 12_582_912.0;
     let shifted = clamped * LOG2_E + WHOLE;
     let n = shifted - WHOLE;
@@ -28,7 +30,7 @@ pub fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { y }
 }
 
-/// Logistic function.
+/// Computes the logistic function `1 / (1 + e^-x)`.
 #[inline(always)]
 pub fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
@@ -40,7 +42,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn close_to_libm(x in -87.0f32..88.0) {
+        fn matches_libm(x in -87.0f32..88.0) {
             let expected = f64::from(x).exp();
             let error = (f64::from(super::exp(x)) - expected).abs() / expected;
             prop_assert!(error < 3e-7, "exp({x}) is off by {error}");
@@ -48,7 +50,7 @@ mod tests {
     }
 
     #[test]
-    fn the_far_left_is_zero() {
+    fn underflow_is_zero_and_overflow_is_finite() {
         assert_eq!(super::exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(super::exp(-100.0), 0.0);
         assert_eq!(super::exp(0.0), 1.0);

@@ -1,9 +1,10 @@
-//! Memory that a kernel writes in full: zeroed first, it would be written twice.
+//! Uninitialized memory for kernels that write all of their output. Zeroing first would write the memory
+//! twice.
 #![expect(unsafe_code, reason = "memory that holds nothing yet")]
 
 use std::mem::MaybeUninit;
 
-/// `len` values that `fill` writes.
+/// Returns `len` values written by `fill`.
 ///
 /// # Safety
 ///
@@ -11,7 +12,7 @@ use std::mem::MaybeUninit;
 pub(super) unsafe fn filled(len: usize, fill: impl FnOnce(&mut [MaybeUninit<f32>])) -> Vec<f32> {
     let mut values = Vec::with_capacity(len);
     fill(&mut values.spare_capacity_mut()[..len]);
-    // SAFETY: there is room for as many, and all were written, by the caller's word.
+    // SAFETY: the capacity is at least `len`, and the caller guarantees that `fill` has written all values.
     unsafe { values.set_len(len) };
     values
 }

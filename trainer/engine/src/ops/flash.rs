@@ -1,5 +1,5 @@
-//! Attention by FlashAttention-2 (Dao 2023) through candle's kernels: on CUDA, in 16 bits, without a backward pass. The program is
-//! built with `flash-attn` for it.
+//! Attention by FlashAttention-2 (Dao 2023) through candle's kernels: CUDA, 16 bits, forward only. Requires
+//! the feature `flash-attn`.
 
 use candle_core::{DType, Result, Tensor};
 use candle_flash_attn::flash_attn_varlen;
@@ -7,11 +7,12 @@ use candle_flash_attn::flash_attn_varlen;
 use super::attention::{Heads, Segment};
 use super::learns;
 
-/// Largest head that the kernels know.
+/// Largest head size that the kernels support.
 const LARGEST_HEAD: usize = 512;
 
-/// Attention of every segment's rows over its own keys, `past + len` of them, which lie one segment after the other in `k` and `v`.
-/// None where the kernels do not apply.
+/// Computes causal attention of every segment's rows over `past + len` keys each. Keys and values of the
+/// segments are concatenated in `k` and `v`. Returns `None` if the kernels do not support device, type,
+/// head size or gradients.
 pub(super) fn flash([q, k, v]: [&Tensor; 3], heads: Heads, segments: &[Segment]) -> Result<Option<Tensor>> {
     let known = matches!(q.dtype(), DType::BF16 | DType::F16) && heads.dim.is_multiple_of(8);
     if !q.device().is_cuda() || !known || heads.dim > LARGEST_HEAD || learns(q) {

@@ -1,17 +1,19 @@
-//! An operation whose value was computed before, on any device: all that it adds to the graph is its backward pass.
+//! A graph node with a precomputed value, on any device. The node adds only a backward pass to candle's
+//! graph.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 
-/// `backward` gets the inputs and the gradient of the value, and gives the gradients of the inputs.
+/// `backward` receives the inputs and the gradient of the value; returns the gradients of the inputs.
 pub(crate) struct Known<B> {
     name: &'static str,
     value: Tensor,
     backward: B,
 }
 
+/// Gradient of one input; `None` if no gradient is needed.
 type Gradient = Option<Tensor>;
 
-/// Of one input.
+/// Returns a node with one input.
 pub(crate) fn of_one(
     name: &'static str,
     value: Tensor,
@@ -20,7 +22,7 @@ pub(crate) fn of_one(
     Known { name, value, backward }
 }
 
-/// Of two inputs.
+/// Returns a node with two inputs.
 pub(crate) fn of_two(
     name: &'static str,
     value: Tensor,
@@ -29,7 +31,7 @@ pub(crate) fn of_two(
     Known { name, value, backward }
 }
 
-/// Of three inputs.
+/// Returns a node with three inputs.
 pub(crate) fn of_three(
     name: &'static str,
     value: Tensor,
@@ -39,6 +41,7 @@ pub(crate) fn of_three(
 }
 
 impl<B> Known<B> {
+    /// Returns the value as CPU storage.
     fn on_cpu(&self) -> Result<(CpuStorage, Shape)> {
         let value = self.value.contiguous()?;
         let (storage, layout) = value.storage_and_layout();

@@ -1,6 +1,6 @@
-//! A linear layer, `y = x Wᵀ`, whose backward pass computes only what somebody asks for: a frozen `W` costs no gradient,
-//! and a frozen quantised `W` is unpacked for the moment of its use (QLoRA, Dettmers et al. 2023). With an adapter over it the
-//! layer is one operation, so that nothing as wide as its output is held twice.
+//! A linear layer, `y = x Wᵀ`, whose backward pass computes only the gradients that are needed. A frozen
+//! `W` costs no gradient. A frozen quantized `W` is dequantized only while in use (QLoRA, Dettmers et al.
+//! 2023). With an adapter the layer stays one operation, so no second tensor as wide as the output exists.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Resul
 use super::product::{Matrix, Product};
 use super::{Precision, fused, known, learns, values, with_values};
 
-/// `x`: `[rows, in]`, `weight`: `[out, in]`; the result is `[rows, out]`.
+/// Computes `x Wᵀ`, `[rows, out]`, for `x`: `[rows, in]` and `weight`: `[out, in]`.
 pub fn linear(x: &Tensor, weight: &Tensor, precision: Precision) -> Result<Tensor> {
     if fused(x) {
         x.contiguous()?.apply_op2(weight, Linear { precision })
@@ -19,14 +19,15 @@ pub fn linear(x: &Tensor, weight: &Tensor, precision: Precision) -> Result<Tenso
     }
 }
 
-/// The same by stock operations; what does not learn costs no gradient there either. `weight` is the one that may learn.
+/// Linear layer of candle operations. `frozen` holds the values of the weight; `weight` is the tensor that
+/// may need a gradient.
 fn of_stock(x: &Tensor, weight: &Tensor, frozen: &Frozen, precision: Precision) -> Result<Tensor> {
     let value = stock(&x.detach(), &frozen.dense(x.device())?.t()?, precision)?;
     if !learns(x) && !learns(weight) {
         return Ok(value);
     }
     let frozen = frozen.clone();
-    // As [`Linear`] has it.
+    // Gradients as in [`Linear`].
     let op = known::of_two("linear-stock", value, move |[x, weight], grad| {
         let grad = grad.detach().contiguous()?;
         let dx = learns(x).then(|| stock(&grad, &frozen.dense(x.device())?, precision));
@@ -36,8 +37,8 @@ fn of_stock(x: &Tensor, weight: &Tensor, frozen: &Frozen, precision: Precision) 
     x.apply_op2(weight, op)
 }
 
-/// A product where there is no fused form. On other devices than the CPU, as `precision` says, of f32 in bf16, the result
-/// too, as PyTorch's autocast has it.
+/// Matrix product by candle. With `Bf16`, f32 products on a GPU run in bf16, including the result, as in
+/// PyTorch's autocast.
 pub(super) fn stock(x: &Tensor, y: &Tensor, precision: Precision) -> Result<Tensor> {
     if precision == Precision::Bf16 && x.dtype() == DType::F32 && !x.device().is_cpu() {
         return x.to_dtype(DType::BF16)?.matmul(&y.to_dtype(DType::BF16)?)?.to_dtype(DType::F32);
@@ -45,16 +46,17 @@ pub(super) fn stock(x: &Tensor, y: &Tensor, precision: Precision) -> Result<Tens
     x.matmul(y)
 }
 
-/// A weight that never learns.
+/// A weight without gradients.
 #[derive(Debug, Clone)]
 pub enum Frozen {
-    /// As it is.
+    /// An unquantized matrix.
     Dense(Tensor),
-    /// In few bits.
+    /// A quantized matrix.
     Quantised(Arc<QTensor>),
 }
 
 impl Frozen {
+    /// Returns the dequantized matrix.
     fn dense(&self, device: &Device) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => Ok(weight.detach()),
@@ -63,7 +65,8 @@ impl Frozen {
     }
 }
 
-/// `y = x Wᵀ + scale (x Aᵀ) Bᵀ` with a frozen `W`: `a` is `[rank, in]`, `b` is `[out, rank]`.
+/// Computes `x Wᵀ + scale (x Aᵀ) Bᵀ`, `[rows, out]`, with a frozen `W`: `[out, in]`, `a`: `[rank, in]` and
+/// `b`: `[out, rank]` (LoRA).
 pub fn linear_adapted(
     x: &Tensor,
     weight: &Frozen,
@@ -75,19 +78,19 @@ pub fn linear_adapted(
     if fused(x) {
         x.contiguous()?.apply_op3(a, b, Adapted { weight: weight.clone(), scale: scale as f32, precision })
     } else {
-        // The weight's place in the graph goes to something that does not learn.
+        // The operation needs a second graph input; a detached tensor takes the place of the frozen weight.
         let own = of_stock(x, &a.detach(), weight, precision)?;
         own + (linear(&linear(x, a, precision)?, b, precision)? * scale)?
     }
 }
 
-/// The plain twin.
+/// Plain form of [`linear_adapted`].
 pub fn plain_adapted(x: &Tensor, weight: &Frozen, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
     let own = x.matmul(&weight.dense(x.device())?.t()?)?;
     own + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * scale)?
 }
 
-/// `lhs rhs` as a new tensor.
+/// Returns `lhs * rhs` as a new tensor.
 fn multiplied(lhs: Matrix<'_>, rhs: Matrix<'_>, how: Product) -> Result<Tensor> {
     Tensor::from_vec(how.of(lhs, rhs), (lhs.rows, rhs.columns), &Device::Cpu)
 }
@@ -119,7 +122,7 @@ impl CustomOp2 for Linear {
         Ok((CpuStorage::F32(y), Shape::from((rows, out))))
     }
 
-    /// `dx = g W`, `dW = gᵀ x`.
+    /// With `g` the gradient of `y`: `dx = g W` and `dW = gᵀ x`.
     fn bwd(
         &self,
         x: &Tensor,
@@ -174,7 +177,8 @@ impl CustomOp3 for Adapted {
         Ok((CpuStorage::F32(y), Shape::from((rows, out))))
     }
 
-    /// With `u = x Aᵀ` and `h = scale g B`: `dx = g W + h A`, `dA = hᵀ x`, `dB = scale gᵀ u`.
+    /// With `g` the gradient of `y`, `u = x Aᵀ` and `h = scale g B`: `dx = g W + h A`, `dA = hᵀ x`, `dB =
+    /// scale gᵀ u`.
     fn bwd(
         &self,
         x: &Tensor,

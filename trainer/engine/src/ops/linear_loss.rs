@@ -1,8 +1,8 @@
-//! Output layer and a loss per row in one, without ever holding all logits.
+//! Output layer and loss in one operation; logits exist only in chunks of rows.
 //!
-//! Works through the rows in chunks; loss and both gradients are ready after the forward pass, so backward only scales
-//! them. Memory is one chunk of logits plus one gradient of `W`. Cross-entropy is the usual loss; distillation brings
-//! others.
+//! The forward pass computes the loss and both gradients, so the backward pass only scales them. Memory is
+//! one chunk of logits plus one gradient of `W`. Cross entropy is the usual loss; distillation passes other
+//! losses.
 
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -12,9 +12,9 @@ use super::log_prob::linear_log_prob;
 use super::product::{Matrix, Product};
 use super::{Precision, fused, learns, logit_rows, max, sum, with_values};
 
-/// `hidden`: `[rows, d]`, `weight`: `[vocabulary, d]`. `row_loss` gets the index of a row and its logits, leaves the
-/// gradient of its loss in their place and returns the loss. Returns the scalar sum of the losses, on the CPU: what lies elsewhere
-/// or in another type is brought there as f32.
+/// Computes the sum of a loss over all rows, a scalar on the CPU. `hidden`: `[rows, d]`; `weight`:
+/// `[vocabulary, d]`. `row_loss` receives a row's index and logits, replaces the logits by the gradient and
+/// returns the loss. Inputs on other devices or of other types are copied to the CPU as f32.
 pub fn linear_loss(
     hidden: &Tensor,
     weight: &Tensor,
@@ -29,7 +29,7 @@ pub fn linear_loss(
     hidden.apply_op2(&weight, through_logits(&hidden, &weight, precision, row_loss)?)
 }
 
-/// The loss and its gradients, a chunk of logits at a time; `row_loss` as for [`linear_loss`].
+/// Computes the loss and its gradients in chunks of logits. `row_loss` as in [`linear_loss`].
 pub(super) fn through_logits(
     hidden: &Tensor,
     weight: &Tensor,
@@ -71,8 +71,8 @@ pub(super) fn through_logits(
     Ok(Gradients { loss: loss as f32, dh: Tensor::from_vec(dh, (rows, d), hidden.device())?, dw })
 }
 
-/// `Σ -log softmax(hidden Wᵀ)[target] / normaliser`, one target per row, so that micro-batches add up to the mean over
-/// the whole batch.
+/// Computes `Σ -log softmax(hidden Wᵀ)[target] / normaliser` with one target per row. `normaliser` covers
+/// the whole batch, so the losses of its micro batches add up to the mean.
 pub fn linear_cross_entropy(
     hidden: &Tensor,
     weight: &Tensor,
@@ -99,7 +99,7 @@ pub fn linear_cross_entropy(
     })
 }
 
-/// The plain twin: all logits at once, stock operations.
+/// Plain form: all logits at once, by candle operations.
 pub fn plain(hidden: &Tensor, weight: &Tensor, targets: &[u32], normaliser: f64) -> Result<Tensor> {
     let logits = hidden.matmul(&weight.t()?)?.to_dtype(DType::F32)?;
     let log_sum = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
@@ -108,7 +108,7 @@ pub fn plain(hidden: &Tensor, weight: &Tensor, targets: &[u32], normaliser: f64)
     log_probs.gather(&index, 1)?.sum_all()?.affine(-1.0 / normaliser, 0.0)
 }
 
-/// Refuses targets that do not fit.
+/// Fails unless there is one target per row, each within the vocabulary.
 pub(super) fn check_targets(hidden: &Tensor, weight: &Tensor, targets: &[u32]) -> Result<()> {
     let (rows, _) = hidden.dims2()?;
     let (vocabulary, _) = weight.dims2()?;
@@ -121,7 +121,7 @@ pub(super) fn check_targets(hidden: &Tensor, weight: &Tensor, targets: &[u32]) -
     Ok(())
 }
 
-/// A loss whose gradients are known already.
+/// A loss with precomputed gradients.
 pub(super) struct Gradients {
     loss: f32,
     pub(super) dh: Tensor,

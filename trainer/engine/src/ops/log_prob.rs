@@ -1,5 +1,5 @@
-//! Log-probabilities of given tokens, `log softmax(hidden Wᵀ)[target]`, with backward and without ever holding all
-//! logits: the backward pass computes each chunk of logits again. Preference and policy losses are built on it.
+//! Log probabilities of given tokens, `log softmax(hidden Wᵀ)[target]`, for DPO and policy losses. Logits
+//! exist only in chunks of rows; the backward pass recomputes each chunk.
 
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -10,7 +10,8 @@ use super::linear_loss::{check_targets, through_logits};
 use super::product::{Matrix, Product};
 use super::{Precision, fused, known, learns, logit_rows, max, sum_exp, with_values};
 
-/// `hidden`: `[rows, d]`, `weight`: `[vocabulary, d]`, one target per row; returns `[rows]`.
+/// Computes the log probability of each row's target, `[rows]`. `hidden`: `[rows, d]`; `weight`:
+/// `[vocabulary, d]`; one target per row. Fails if a target is outside the vocabulary.
 pub fn linear_log_prob(
     hidden: &Tensor,
     weight: &Tensor,
@@ -31,7 +32,7 @@ pub fn linear_log_prob(
     hidden.apply_op2(weight, op)
 }
 
-/// The plain twin: all logits at once, stock operations.
+/// Plain form: all logits at once, by candle operations.
 pub fn plain(hidden: &Tensor, weight: &Tensor, targets: &[u32]) -> Result<Tensor> {
     let logits = hidden.matmul(&weight.t()?)?.to_dtype(DType::F32)?;
     let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?.detach())?;
@@ -40,7 +41,7 @@ pub fn plain(hidden: &Tensor, weight: &Tensor, targets: &[u32]) -> Result<Tensor
     log_probs.gather(&index, 1)?.squeeze(1)
 }
 
-/// Mean entropy of the next-token distributions of `hidden`, in nats; no gradient.
+/// Computes the mean entropy of the next-token distributions of `hidden`, in nats, without gradients.
 pub fn mean_entropy(hidden: &Tensor, weight: &Tensor, precision: Precision) -> Result<f64> {
     if !fused(hidden) {
         let mut sum = 0.0;
@@ -65,7 +66,7 @@ pub fn mean_entropy(hidden: &Tensor, weight: &Tensor, precision: Precision) -> R
     Ok(each.iter().sum::<f64>() / each.len().max(1) as f64)
 }
 
-/// What `f` makes of each row's number and logits.
+/// Calls `f` with index and logits of each row; returns all results in order.
 fn each_row<R: Send>(
     hidden: &Tensor,
     weight: &Tensor,
@@ -105,7 +106,7 @@ impl CustomOp2 for LogProb {
         Ok((CpuStorage::F32(self.log_probs.clone()), Shape::from(self.log_probs.len())))
     }
 
-    /// With `g` the gradient of a row's result: `dlogits = g (one-hot(target) - softmax)`.
+    /// Backward pass. With `g` the gradient of a row's result: `dlogits = g (one-hot(target) - softmax)`.
     fn bwd(
         &self,
         hidden: &Tensor,
@@ -124,14 +125,15 @@ impl CustomOp2 for LogProb {
     }
 }
 
-/// Hands over logits of some rows at a time: of more on devices, which have the memory, and idle over little.
+/// Calls `each` with chunks of logits and their first row. GPUs get larger chunks, because small ones leave
+/// them idle.
 fn logits_by_chunk(
     hidden: &Tensor,
     weight: &Tensor,
     mut each: impl FnMut(usize, Tensor) -> Result<()>,
 ) -> Result<()> {
     let (hidden, weight) = (hidden.detach(), weight.detach().t()?);
-    // Logits as they are, whatever else is rounded: their steps in bf16 would show in every log-probability.
+    // Logits are never rounded to bf16, because the rounding would show in every log probability.
     let at_once = if hidden.device().is_cpu() { 1 } else { 8 };
     let (rows, chunk) = (hidden.dim(0)?, at_once * logit_rows(weight.dim(1)?));
     for first in (0..rows).step_by(chunk) {
@@ -142,13 +144,13 @@ fn logits_by_chunk(
     Ok(())
 }
 
-/// `[rows, 1]` of `[rows, vocabulary]`.
+/// Reduces `[rows, vocabulary]` to `[rows, 1]`.
 fn log_sum_exp(logits: &Tensor) -> Result<Tensor> {
     let max = logits.max_keepdim(1)?;
     logits.broadcast_sub(&max)?.exp()?.sum_keepdim(1)?.log()? + max
 }
 
-/// Where there is no fused form: the same by stock operations, a chunk of logits at a time in both directions.
+/// Log probabilities by candle operations in chunks of logits, where no fused form exists.
 fn by_chunk(hidden: &Tensor, weight: &Tensor, targets: &[u32], precision: Precision) -> Result<Tensor> {
     let targets = Tensor::from_slice(targets, (targets.len(), 1), hidden.device())?;
     let mut parts = Vec::new();
@@ -157,7 +159,7 @@ fn by_chunk(hidden: &Tensor, weight: &Tensor, targets: &[u32], precision: Precis
         parts.push((of_targets - log_sum_exp(&logits)?)?.squeeze(1)?);
         Ok(())
     })?;
-    // As [`LogProb`] has it.
+    // Gradients as in [`LogProb`].
     let op =
         known::of_two("linear-log-prob-stock", Tensor::cat(&parts, 0)?, move |[hidden, weight], grad| {
             let grad = grad.unsqueeze(1)?;

@@ -1,11 +1,12 @@
-//! Products with weights of eight bits, or of four: blocks of 32 along a row share a scale, activations are rounded to eight bits with a
-//! scale for each block of 32 too, sums within a block are whole numbers.
+//! Quantized matrices for serving on the CPU: weights of 8 or 4 bits in blocks of 32 along a row, with
+//! scales per block. Activations are rounded to 8 bits in blocks of 32; sums within a block are exact
+//! integers.
 //!
-//! Weights lie as the kernels read them: 16 rows side by side, four columns at a time, so that one instruction multiplies 64
-//! weights with four activations (AVX-512 VNNI) and one load of weights serves a tile of activation rows. Weights of eight
-//! bits are stored plus 128 (unsigned); the 128 is taken back through the sum of the block's activations, which is one number for
-//! all rows. Weights of four bits ([`Four`]) are what files of four bits hold, and half as much to read: one row waits for memory and
-//! little else. Which kernel runs is found out when the program does; all give the same bits.
+//! The layout follows the kernels: 16 rows side by side, four columns at a time. One AVX-512 VNNI
+//! instruction multiplies 64 weights with four activations, and a loaded weight serves a tile of activation
+//! rows. 8-bit weights are stored plus 128 (unsigned); the block's sum of activations corrects this. 4-bit
+//! weights ([`Four`]) halve the memory traffic that limits decoding. All kernels give the same bits; the
+//! best is chosen at run time.
 #![expect(unsafe_code, reason = "instructions that only some processors have")]
 
 mod activations;
@@ -32,25 +33,26 @@ use super::with_values;
 
 pub use self::form::FourBits;
 
-/// Weights that share a scale.
+/// Weights per block, which share a scale.
 pub const BLOCK: usize = 32;
-/// Rows that lie side by side.
+/// Rows side by side in a group.
 const LANES: usize = 16;
-/// Groups of as many rows that are packed at a time.
+/// Groups per quantization task.
 const BAND: usize = 16;
-/// Activation rows that are multiplied in one go, at most.
+/// Maximum number of activation rows per kernel call.
 const TILE: usize = 16;
-/// So many activation rows are worth a tile of AMX; fewer go to AVX-512.
+/// Minimum number of activation rows for AMX; fewer rows use AVX-512.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 const AMX_ROWS: usize = 6;
-/// So many activation rows are worth laying the weights out in bf16: more than answers that are written at once as a rule.
+/// Minimum number of activation rows for which converting the weights to bf16 pays. Decode steps rarely
+/// have as many.
 const LONG_ROWS: usize = 96;
-/// Weights, times rows of activations, that are worth a task of their own.
+/// Minimum number of multiplications (weights times activation rows) per task.
 const TASK_WEIGHTS: usize = 1 << 16;
-/// And from which on more than one thread is worth it.
+/// Minimum number of multiplications for more than one thread.
 const PARALLEL_WEIGHTS: usize = 1 << 18;
 
-/// A matrix `[rows, columns]` in blocks of eight bits or of four.
+/// A quantized matrix `[rows, columns]` in 8- or 4-bit blocks.
 #[derive(Debug)]
 pub struct Packed {
     rows: usize,
@@ -64,22 +66,22 @@ enum Held {
     Four(Blocks<Four>),
 }
 
-/// The instructions that products are made of.
+/// Instruction sets of the kernels, slowest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kernel {
-    /// Any processor.
+    /// Portable code for any CPU.
     Plain,
     /// AVX2 with FMA and F16C.
     Avx2,
     /// AVX-512 with VNNI.
     Avx512,
-    /// The same, and tiles of bytes.
+    /// AVX-512 with VNNI, and AMX-INT8 tiles.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     Amx,
 }
 
 impl Kernel {
-    /// The best that this processor has.
+    /// Returns the fastest kernel for this CPU, within the limit of `POTSTILL_KERNEL`.
     fn best() -> Self {
         Choice::here().kernel
     }
@@ -91,7 +93,7 @@ impl Kernel {
         false
     }
 
-    /// Those that this processor can run.
+    /// Returns the kernels that this CPU supports.
     fn all() -> Vec<Self> {
         #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "only x86 has others"))]
         let mut all = vec![Self::Plain];
@@ -118,17 +120,18 @@ impl Kernel {
     }
 }
 
-/// How products are taken.
+/// Kernels in use.
 #[derive(Debug, Clone, Copy)]
 struct Choice {
     kernel: Kernel,
-    /// Many rows go through tiles of bf16.
+    /// Whether prefill converts weights to bf16 tiles.
     long: bool,
 }
 
 impl Choice {
-    /// The best that this processor has, or what `POTSTILL_KERNEL` names, to compare them: a lesser kernel (`plain`, `avx2`,
-    /// `avx512`), or `bf16` for the way that long prompts go where there is AMX, without its tiles.
+    /// Returns the best choice for this CPU. The environment variable `POTSTILL_KERNEL` limits the kernel
+    /// for comparisons (`plain`, `avx2` or `avx512`). The value `bf16` selects bf16 prefill on CPUs without
+    /// AMX too.
     fn here() -> Self {
         static HERE: OnceLock<Choice> = OnceLock::new();
         *HERE.get_or_init(|| {
@@ -146,20 +149,20 @@ impl Choice {
     }
 }
 
-/// Whether products of packed matrices are faster than those of f32 here.
+/// Returns whether quantized products are faster than f32 products on this CPU.
 pub fn is_fast() -> bool {
     Kernel::best() > Kernel::Plain
 }
 
 impl Packed {
-    /// Rounds a matrix on the CPU to eight bits; none when its columns do not fill blocks.
+    /// Quantizes a CPU matrix to 8 bits. Returns `None` unless the columns divide into blocks.
     pub fn new(weight: &Tensor) -> Result<Option<Self>> {
         let (rows, columns) = weight.dims2()?;
         Self::from_rows(rows, columns, |some| weight.narrow(0, some.start, some.len())?.to_dtype(DType::F32))
     }
 
-    /// Rounds a matrix that is given in f32, some rows at a time, by several threads at once: each holds a
-    /// band of it in f32.
+    /// Quantizes a matrix to 8 bits in bands of rows. `some` returns the rows of a range as f32. Each
+    /// thread holds one band in f32. Returns `None` unless the columns divide into blocks.
     pub fn from_rows(
         rows: usize,
         columns: usize,
@@ -179,8 +182,8 @@ impl Packed {
         Ok(Some(Self { rows, columns, held: Held::Eight(all) }))
     }
 
-    /// A matrix whose rows come in blocks of four bits already; none when its columns do not fill blocks, or f16 does not hold
-    /// the numbers of all of them.
+    /// Builds a matrix from 4-bit blocks; `row` returns the blocks of a row. Returns `None` unless the
+    /// columns divide into blocks and f16 can hold all scales and minimums.
     pub fn from_four_bits<R: Iterator<Item = FourBits>>(
         rows: usize,
         columns: usize,
@@ -216,7 +219,7 @@ impl Packed {
         Ok(held.into_inner().then_some(Self { rows, columns, held: Held::Four(all) }))
     }
 
-    /// Rows of the matrix itself, `[rows.len(), columns]`: what an embedding gives for tokens.
+    /// Returns the given rows in f32, `[rows.len(), columns]`: an embedding lookup.
     pub fn select(&self, rows: &[u32]) -> Result<Tensor> {
         let mut values = Vec::with_capacity(rows.len() * self.columns);
         for &row in rows {
@@ -232,12 +235,12 @@ impl Packed {
         Tensor::from_vec(values, (rows.len(), self.columns), &Device::Cpu)
     }
 
-    /// Rows and columns.
+    /// Returns the numbers of rows and columns.
     pub fn dims(&self) -> [usize; 2] {
         [self.rows, self.columns]
     }
 
-    /// Bytes that it holds.
+    /// Returns the size in bytes.
     pub fn bytes(&self) -> usize {
         match &self.held {
             Held::Eight(all) => all.bytes(),
@@ -250,18 +253,19 @@ impl Packed {
         all.group(of).blocks().for_each(|block| values.extend(block.row(row % LANES)));
     }
 
-    /// The blocks of a group.
+    /// Returns the blocks of a group.
     fn group(&self, group: usize) -> Range<usize> {
         let blocks = self.columns / BLOCK;
         group * blocks..(group + 1) * blocks
     }
 
-    /// `x W^T` for `x` of `[n, columns]`.
+    /// Computes `x Wᵀ`, `[n, rows]`, for `x`: `[n, columns]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Self::forward_all(&[self], x)?.pop().ok_or_else(|| candle_core::Error::Msg("no product".to_owned()))
     }
 
-    /// The products of the same `x` with several matrices: it is rounded once, and threads share one piece of work.
+    /// Computes the products of one `x` with several matrices. `x` is rounded once, and all products share
+    /// one parallel loop.
     pub fn forward_all(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
         let (n, columns) = x.dims2()?;
         for matrix in matrices {
@@ -277,7 +281,7 @@ impl Packed {
         shaped.map(|(out, shape)| Tensor::from_vec(out, shape, x.device())).collect()
     }
 
-    /// A weight as it was packed.
+    /// Returns one dequantized weight.
     #[cfg(test)]
     fn weight(&self, row: usize, column: usize) -> f32 {
         let mut values = Vec::new();
@@ -288,13 +292,13 @@ impl Packed {
         values[column]
     }
 
-    /// Groups of rows that lie side by side.
+    /// Returns the number of groups of 16 rows.
     fn groups(&self) -> usize {
         self.rows.div_ceil(LANES)
     }
 }
 
-/// Has all rows of a matrix packed, each thread a band of whole groups at a time.
+/// Calls `pack` in parallel for bands of whole groups, with the memory of each band.
 fn in_bands<F: Form>(
     all: &mut Blocks<F>,
     rows: usize,
@@ -310,7 +314,8 @@ fn in_bands<F: Form>(
     })
 }
 
-/// The products of many rows, where there are enough and a faster way for them.
+/// Computes the products through bf16 tiles (prefill). Returns `None` if there are too few rows or this
+/// path is off.
 fn long_products(matrices: &[&Packed], values: &[f32], n: usize) -> Option<Vec<Vec<f32>>> {
     if !Choice::here().long || n < LONG_ROWS {
         return None;
@@ -322,6 +327,7 @@ fn long_products(matrices: &[&Packed], values: &[f32], n: usize) -> Option<Vec<V
     all
 }
 
+/// Computes the products of `n` rows with all matrices, by integer kernels.
 fn products(matrices: &[&Packed], values: &[f32], n: usize, kernel: Kernel) -> Vec<Vec<f32>> {
     let blocks = matrices.first().map_or(0, |matrix| matrix.columns / BLOCK);
     let activations = Activations::new(values, n, blocks, kernel);
@@ -343,7 +349,7 @@ fn products(matrices: &[&Packed], values: &[f32], n: usize, kernel: Kernel) -> V
         }
     };
     let groups: usize = matrices.iter().map(|matrix| matrix.groups()).sum();
-    // A small product is done before another thread has woken up.
+    // Waking another thread takes longer than a small product.
     if rayon::current_num_threads() == 1 || groups * group_weights * n < PARALLEL_WEIGHTS {
         (0..groups).for_each(work);
     } else {
@@ -351,13 +357,13 @@ fn products(matrices: &[&Packed], values: &[f32], n: usize, kernel: Kernel) -> V
         (0..groups).into_par_iter().with_min_len(per_task).for_each(work);
     }
     for (out, matrix) in outs.iter_mut().zip(matrices) {
-        // SAFETY: there is room for as many, and each group has written its columns of all rows.
+        // SAFETY: the capacity suffices, and each group has written its columns in all rows.
         unsafe { out.set_len(n * matrix.rows) };
     }
     outs
 }
 
-/// The products of one group of rows.
+/// Computes the columns of one group of weight rows, for all activation rows.
 fn group_product<F: Form>(
     group: Group<'_, F>,
     activations: &Activations,
@@ -368,7 +374,7 @@ fn group_product<F: Form>(
 ) {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     if kernel == Kernel::Amx && n >= AMX_ROWS {
-        // SAFETY: a kernel is only chosen where the processor has what it is compiled for.
+        // SAFETY: `Kernel::all` offers a kernel only on CPUs that support its instructions.
         return unsafe {
             amx::group(group, activations, n, |first, values| target.write(first, at * LANES, values))
         };
@@ -382,23 +388,24 @@ fn group_product<F: Form>(
     }
 }
 
-/// The columns of a result, written by several tasks, each its own.
+/// Raw output matrix. Several tasks write, each its own columns.
 struct Columns {
     start: *mut f32,
     rows: usize,
     n: usize,
 }
 
-// SAFETY: tasks write disjoint columns; nobody reads before all are done.
+// SAFETY: tasks write disjoint columns, and the matrix is read only after all tasks have ended.
 unsafe impl Sync for Columns {}
 
 impl Columns {
-    /// Writes rows of 16 values, from row `first` and `column` on; what lies beyond the last column is padding and dropped.
+    /// Writes rows of 16 values from `first` and `column` on. Values beyond the last column are padding and
+    /// are dropped.
     fn write(&self, first: usize, column: usize, values: &[f32]) {
         assert!(column < self.rows && first + values.len() / LANES <= self.n);
         let count = LANES.min(self.rows - column);
         for (row, values) in values.chunks_exact(LANES).enumerate() {
-            // SAFETY: the row and the columns are within the result, by the assertion and the cut above.
+            // SAFETY: the assertion and the limit of `count` keep row and columns within the result.
             unsafe {
                 let to = self.start.add((first + row) * self.rows + column);
                 std::ptr::copy_nonoverlapping(values.as_ptr(), to, count);
@@ -407,7 +414,7 @@ impl Columns {
     }
 }
 
-/// 16 rows of weights times the activation rows from `first` on, as many as `out` has room for.
+/// Multiplies 16 rows of weights with the activation rows from `first` on, for all rows of `out`.
 fn tile_product<F: Form>(
     group: Group<'_, F>,
     activations: &Activations,
@@ -416,20 +423,20 @@ fn tile_product<F: Form>(
     kernel: Kernel,
 ) {
     match kernel {
-        // SAFETY: a kernel is only chosen where the processor has what it is compiled for.
+        // SAFETY: `Kernel::all` offers a kernel only on CPUs that support its instructions.
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         Kernel::Amx => unsafe { avx512::rows(group, activations, first, out) },
-        // SAFETY: the same.
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Kernel::Avx512 => unsafe { avx512::rows(group, activations, first, out) },
-        // SAFETY: the same.
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Kernel::Avx2 => unsafe { avx2::rows(group, activations, first, out) },
         Kernel::Plain => plain(group, activations, first, out),
     }
 }
 
-/// The plain twin: the same sums in the same order.
+/// The portable kernel: the same sums in the same order as the other kernels.
 fn plain<F: Form>(group: Group<'_, F>, activations: &Activations, first: usize, out: &mut [f32]) {
     for (row, out) in out.chunks_exact_mut(LANES).enumerate() {
         let row = first + row;
@@ -462,7 +469,7 @@ mod tests {
     use super::super::noise;
     use super::*;
 
-    /// A matrix of random numbers in eight bits, and one in four.
+    /// Returns a random 8-bit and a random 4-bit matrix.
     pub(super) fn both(rows: usize, columns: usize, next: &mut impl FnMut() -> f32) -> [Packed; 2] {
         let weight: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
         let eight =
@@ -484,9 +491,9 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        /// Rows that are looked up are those that were packed, rounded.
+        /// Selected rows equal the rounded rows of the matrix.
         #[test]
-        fn selected_rows_are_those_of_the_matrix(rows in 1usize..70, blocks in 1usize..6, seed in any::<u64>()) {
+        fn select_returns_rounded_rows(rows in 1usize..70, blocks in 1usize..6, seed in any::<u64>()) {
             let columns = blocks * BLOCK;
             let mut next = noise(seed);
             let weight: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
@@ -502,9 +509,9 @@ mod tests {
             prop_assert!(packed.select(&[rows as u32]).is_err());
         }
 
-        /// Weights of four bits are kept as they come.
+        /// 4-bit weights are stored without further rounding.
         #[test]
-        fn four_bits_are_not_rounded(rows in 1usize..70, blocks in 1usize..6, seed in any::<u64>()) {
+        fn four_bit_weights_are_stored_exactly(rows in 1usize..70, blocks in 1usize..6, seed in any::<u64>()) {
             let mut next = noise(seed);
             let half = |x: f32| half::f16::from_f32(x).to_f32();
             let given: Vec<FourBits> = (0..rows * blocks)
@@ -525,9 +532,10 @@ mod tests {
             }
         }
 
-        /// Every kernel is its plain twin, and all are near the product of what was packed.
+        /// Every kernel gives the bits of the portable one, close to the exact product of the stored
+        /// weights.
         #[test]
-        fn the_kernels_are_the_product(rows in 1usize..70, blocks in 1usize..6, n in 1usize..40, seed in any::<u64>()) {
+        fn all_kernels_match_the_portable_kernel(rows in 1usize..70, blocks in 1usize..6, n in 1usize..40, seed in any::<u64>()) {
             let columns = blocks * BLOCK;
             let mut next = noise(seed);
             let matrices = both(rows, columns, &mut next);
@@ -542,7 +550,8 @@ mod tests {
                     for (column, found) in out.iter().enumerate() {
                         let (mut exact, mut bound) = (0f32, 1e-3);
                         for (block, x) in x[row * columns..][..columns].chunks_exact(BLOCK).enumerate() {
-                            // An activation is off by half a step at most, and a step is what 127 of make the largest.
+                            // The rounding error of an activation is at most half a step; a step is the
+                            // block's maximum divided by 127.
                             let half_a_step = x.iter().fold(0f32, |most, x| most.max(x.abs())) / 254.0;
                             for (at, x) in x.iter().enumerate() {
                                 let weight = matrix.weight(column, block * BLOCK + at);
@@ -558,7 +567,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_packed_is_refused() {
+    fn rejects_matrices_that_cannot_be_quantized() {
         let weight = Tensor::zeros((4, 33), DType::F32, &Device::Cpu).unwrap();
         assert!(Packed::new(&weight).unwrap().is_none());
         let block = FourBits { scale: 1e6, least: 0.0, values: [1; BLOCK] };

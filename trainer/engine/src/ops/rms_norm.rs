@@ -1,4 +1,4 @@
-//! RMSNorm (Zhang and Sennrich 2019): `y = x / sqrt(mean(x²) + eps) * weight`, over the last dimension.
+//! RMSNorm (Zhang and Sennrich 2019) over the last dimension: `y = x / sqrt(mean(x²) + eps) * weight`.
 #![expect(unsafe_code, reason = "results in memory that holds nothing yet")]
 
 use std::mem::MaybeUninit;
@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::{ROWS_PER_TASK, dot, filled, fused, values, with_values};
 
-/// `x`: `[.., d]`, `weight`: `[d]`.
+/// Computes RMSNorm of `x`: `[.., d]` with `weight`: `[d]`. The result has the shape of `x`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if fused(x) {
         x.contiguous()?.apply_op2(weight, RmsNorm { eps: eps as f32 })
@@ -17,7 +17,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     }
 }
 
-/// The plain twin.
+/// Plain form of [`rms_norm`].
 pub fn plain(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
     x.broadcast_div(&(mean_square + eps)?.sqrt()?)?.broadcast_mul(weight)
@@ -58,7 +58,8 @@ impl CustomOp2 for RmsNorm {
                 }
             });
         };
-        // SAFETY: rows of `d` values cover both, so each value is written.
+        // SAFETY: input and output consist of the same number of whole rows of `d` values, so each value is
+        // written.
         let out = unsafe { filled(x.len() / d * d, fill) };
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }

@@ -1,5 +1,5 @@
-//! Rotary position embedding (Su et al. 2021) in Hugging Face's half-split layout: element `i` of a head pairs with
-//! element `i + dim/2`.
+//! Rotary position embedding (Su et al. 2021) in Hugging Face's half-split layout: element `i` of a head
+//! pairs with element `i + dim/2`.
 #![expect(unsafe_code, reason = "results in memory that holds nothing yet")]
 
 use std::mem::MaybeUninit;
@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::{ROWS_PER_TASK, filled, fused, values, with_values};
 
-/// Cosines and sines for the rows of one batch: `[rows, dim / 2]` each.
+/// Cosines and sines for the rows of one batch, `[rows, dim / 2]` each.
 #[derive(Clone)]
 pub struct Rotary {
     cos: Arc<Vec<f32>>,
@@ -19,7 +19,8 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// For rows at `positions`, with one inverse frequency per pair; what is rotated gets `magnitude` times as long.
+    /// Computes the tables for rows at `positions`, with one inverse frequency per pair. `magnitude` scales
+    /// the rotated vectors (YaRN).
     pub fn new(positions: &[u32], inverse_frequencies: &[f32], magnitude: f32) -> Self {
         let half = inverse_frequencies.len();
         let (mut cos, mut sin) =
@@ -43,7 +44,7 @@ impl Rotary {
         }
     }
 
-    /// The plain twin.
+    /// Plain form of [`Rotary::apply`].
     pub fn plain(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let heads = width / (2 * self.half);
@@ -61,7 +62,7 @@ impl Rotary {
 
 struct Rotate {
     rotary: Rotary,
-    /// -1 turns back, which is the gradient.
+    /// 1 rotates forward; -1 rotates back, which is the gradient.
     sign: f32,
 }
 
@@ -91,7 +92,7 @@ impl Rotate {
                 }
             });
         };
-        // SAFETY: rows are whole heads, and of each head both halves are written.
+        // SAFETY: rows consist of whole heads, and both halves of each head are written.
         unsafe { filled(x.len(), fill) }
     }
 }

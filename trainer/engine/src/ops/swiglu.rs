@@ -9,14 +9,15 @@ use rayon::prelude::*;
 use super::exp::sigmoid;
 use super::{filled, fused, values, with_values};
 
+/// Values per parallel task.
 const CHUNK: usize = 1 << 14;
 
-/// Both inputs have the same shape, so has the result.
+/// Computes `silu(gate) * up`. Inputs and result have the same shape.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if fused(gate) { gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu) } else { plain(gate, up) }
 }
 
-/// The plain twin.
+/// Plain form of [`swiglu`].
 pub fn plain(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.silu()? * up
 }
@@ -47,7 +48,7 @@ impl CustomOp2 for SwiGlu {
                 }
             });
         };
-        // SAFETY: all three have the same length, so each value is written.
+        // SAFETY: inputs and output have the same length, so each value is written.
         let out = unsafe { filled(gate.len(), fill) };
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }

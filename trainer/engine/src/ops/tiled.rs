@@ -1,20 +1,23 @@
-//! Attention of one sequence by stock operations, some query rows at a time in both directions: where there is no fused form. The
-//! backward pass computes the probabilities of each tile again, so memory is that of one tile and never `O(rows²)`.
+//! Attention of one sequence by candle operations, where no fused form exists. Both directions process
+//! tiles of query rows. The backward pass recomputes the probabilities, so memory is one tile, never
+//! `O(rows²)`.
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::attention::Heads;
 use super::{known, learns};
 
-/// Scores of a tile: 256 MiB of f32.
+/// Maximum number of scores per tile: 256 MiB of f32.
 const SCORES: usize = 64 << 20;
 
-/// `q` holds the rows after the first `past` keys.
+/// Causal attention; the rows of `q` follow the first `past` keys. Shapes as in
+/// [`super::attention::plain`].
 pub(super) fn tiled(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, past: usize) -> Result<Tensor> {
     let rows = (SCORES / (heads.query * k.dim(0)?)).clamp(16, 1024);
     of_rows(q, k, v, (heads, past), rows)
 }
 
+/// Attention in tiles of `at_once` rows.
 fn of_rows(
     q: &Tensor,
     k: &Tensor,
@@ -40,7 +43,7 @@ struct Tiled {
 }
 
 impl Tiled {
-    /// First row and number of rows of each tile.
+    /// Returns first row and number of rows of each tile.
     fn tiles(self, rows: usize) -> impl Iterator<Item = (usize, usize)> {
         (0..rows).step_by(self.at_once).map(move |first| (first, self.at_once.min(rows - first)))
     }
@@ -57,7 +60,8 @@ impl Tiled {
         Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
     }
 
-    /// With `P` the probabilities and `D = dO Vᵀ`: `dV = Pᵀ dO`, `dS = P (D - Σ P D)`, `dQ = scale dS K`, `dK = scale dSᵀ Q`.
+    /// Backward pass. With `P` the probabilities and `D = dO Vᵀ`: `dV = Pᵀ dO`, `dS = P (D - Σ P D)`, `dQ =
+    /// scale dS K`, `dK = scale dSᵀ Q`.
     fn backward(
         self,
         [q, k, v]: [&Tensor; 3],
@@ -91,14 +95,15 @@ fn transposed(x: &Tensor) -> Result<Tensor> {
     x.transpose(1, 2)?.contiguous()
 }
 
-/// `[rows, query * dim]` as `[kv, group * rows, dim]`: grouped queries, without repeating keys.
+/// Reshapes `[rows, query * dim]` to `[kv, group * rows, dim]`, so that grouped queries need no repeated
+/// keys.
 pub(super) fn grouped(q: &Tensor, heads: Heads) -> Result<Tensor> {
     let (rows, group) = (q.dim(0)?, heads.query / heads.kv);
     let q = q.reshape((rows, heads.kv, group, heads.dim))?.permute((1, 2, 0, 3))?.contiguous()?;
     q.reshape((heads.kv, group * rows, heads.dim))
 }
 
-/// And back.
+/// Reshapes `[kv, group * rows, dim]` to `[rows, query * dim]`.
 pub(super) fn ungrouped(x: &Tensor, heads: Heads) -> Result<Tensor> {
     let group = heads.query / heads.kv;
     let rows = x.dim(1)? / group;
@@ -106,12 +111,13 @@ pub(super) fn ungrouped(x: &Tensor, heads: Heads) -> Result<Tensor> {
     x.reshape((rows, heads.query * heads.dim))
 }
 
-/// `[keys, kv * dim]` as `[kv, keys, dim]`.
+/// Reshapes `[keys, kv * dim]` to `[kv, keys, dim]`.
 pub(super) fn by_head(x: &Tensor, heads: Heads) -> Result<Tensor> {
     x.reshape((x.dim(0)?, heads.kv, heads.dim))?.transpose(0, 1)?.contiguous()
 }
 
-/// Softmax of the scores, `[kv, group * rows, keys]`, in f32 or wider; row `i` sees the first `past + i + 1` keys.
+/// Softmax of the scores, `[kv, group * rows, keys]`, in f32 or f64. Row `i` sees the first `past + i + 1`
+/// keys.
 pub(super) fn probabilities(q: &Tensor, k: &Tensor, heads: Heads, past: usize) -> Result<Tensor> {
     let (all_rows, keys) = (q.dim(1)?, k.dim(1)?);
     let group = heads.query / heads.kv;
@@ -124,6 +130,7 @@ pub(super) fn probabilities(q: &Tensor, k: &Tensor, heads: Heads, past: usize) -
     exps.broadcast_div(&exps.sum_keepdim(D::Minus1)?)?.reshape((heads.kv, all_rows, keys))
 }
 
+/// Causal mask, `[1, 1, rows, keys]`: 0 for visible keys, negative infinity for others.
 fn mask(rows: usize, keys: usize, past: usize, device: &Device) -> Result<Tensor> {
     let mask: Vec<f32> = (0..rows)
         .flat_map(|row| (0..keys).map(move |key| if key <= past + row { 0.0 } else { f32::NEG_INFINITY }))
@@ -138,9 +145,9 @@ mod tests {
     use super::*;
     use crate::ops::attention::plain;
 
-    /// Tiles of any size, values and gradients, against all rows at once by candle's own backward pass.
+    /// Values and gradients for several tile sizes against plain attention with candle's backward pass.
     #[test]
-    fn tiles_give_what_all_rows_give() {
+    fn tiled_attention_matches_plain_attention() {
         let heads = Heads { query: 6, kv: 2, dim: 4 };
         let random = |rows: usize, width: usize| {
             Var::from_tensor(&Tensor::randn(0f64, 1.0, (rows, width), &Device::Cpu).unwrap()).unwrap()

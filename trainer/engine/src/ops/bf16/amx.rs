@@ -1,20 +1,21 @@
-//! Panels multiplied by tiles: 32 x 32 sums in four registers, two left and two right tiles in the others.
+//! The bf16 kernel for AMX: 32 x 32 sums in four tile registers, with two left and two right tiles in the
+//! others.
 
 use super::{LANES, Part, TILE};
 use crate::ops::amx::{BYTES, ROWS, Tiles, tile};
 
-/// Sums of one tile, for tiles at the edge of the result.
+/// Sums of one tile at the edge of the result.
 #[repr(C, align(64))]
 struct Sums([f32; LANES * LANES]);
 
-/// All products of the left panels with the right ones.
+/// Computes all products of the left panels with the right panels.
 ///
 /// # Safety
 ///
-/// The processor must have AMX-BF16 and this process the permission; `part` must lie within a matrix that nobody else uses;
-/// panels hold whole tiles.
+/// The CPU must have AMX-BF16, and the process the permission to use tiles. `part` must lie within a matrix
+/// that no other thread accesses. Panels must hold whole tiles.
 pub(super) unsafe fn panels(part: &Part, left: &[u16], right: &[u16], panel: usize, add: bool) {
-    // SAFETY: the caller's word.
+    // SAFETY: the caller guarantees CPU features and permission.
     let _tiles = unsafe { Tiles::new([(ROWS, BYTES); 8]) };
     let tiles = panel / TILE;
     let right_panels = part.columns.div_ceil(LANES);
@@ -25,7 +26,7 @@ pub(super) unsafe fn panels(part: &Part, left: &[u16], right: &[u16], panel: usi
             let (a, b) = (&left[l * panel..], &right[r * panel..]);
             let (two_left, two_right) = (l + 1 < left_panels, r + 1 < right_panels);
             let place = Corner { part, row: l * LANES, column: r * LANES, add };
-            // SAFETY: the panels that are named hold `tiles` tiles, by the assertion above.
+            // SAFETY: the assertion above guarantees that each panel holds `tiles` tiles.
             unsafe {
                 match (two_left, two_right) {
                     (true, true) => square(&place, tiles, a, &a[panel..], b, &b[panel..]),
@@ -41,7 +42,7 @@ pub(super) unsafe fn panels(part: &Part, left: &[u16], right: &[u16], panel: usi
     }
 }
 
-/// Where the first of up to four tiles of sums goes.
+/// Position of up to four tiles of sums in the result.
 #[derive(Clone, Copy)]
 struct Corner<'a> {
     part: &'a Part,
@@ -50,7 +51,7 @@ struct Corner<'a> {
     add: bool,
 }
 
-/// Starts a register with what the result holds, or with nothing.
+/// Loads a tile register with the result, or with zeros.
 macro_rules! start {
     ($corner:expr, $t:literal, $down:expr, $right:expr) => {
         match $corner.whole($down, $right) {
@@ -60,7 +61,7 @@ macro_rules! start {
     };
 }
 
-/// Writes a register to the result.
+/// Stores a tile register to the result.
 macro_rules! finish {
     ($corner:expr, $t:literal, $down:expr, $right:expr) => {
         match $corner.whole($down, $right) {
@@ -75,7 +76,7 @@ macro_rules! finish {
 }
 
 impl Corner<'_> {
-    /// The place of a tile, where all of it is part of the result.
+    /// Returns the address of a tile that lies completely within the result.
     #[inline(always)]
     fn whole(&self, down: usize, right: usize) -> Option<*mut f32> {
         let (row, column) = (self.row + down, self.column + right);
@@ -84,9 +85,9 @@ impl Corner<'_> {
     }
 }
 
-/// Two left panels with two right ones.
+/// Multiplies two left panels with two right panels.
 unsafe fn square(corner: &Corner<'_>, tiles: usize, a0: &[u16], a1: &[u16], b0: &[u16], b1: &[u16]) {
-    // SAFETY: each panel holds `tiles` tiles of 16 rows of 64 bytes; sums go where there is room for them.
+    // SAFETY: each panel holds `tiles` tiles of 16 rows of 64 bytes, and `whole` or `put` bound the stores.
     unsafe {
         start!(corner, 0, 0, 0);
         start!(corner, 1, 0, LANES);
@@ -109,9 +110,9 @@ unsafe fn square(corner: &Corner<'_>, tiles: usize, a0: &[u16], a1: &[u16], b0: 
     }
 }
 
-/// Two left panels with one right one.
+/// Multiplies two left panels with one right panel.
 unsafe fn upright(corner: &Corner<'_>, tiles: usize, a0: &[u16], a1: &[u16], b: &[u16]) {
-    // SAFETY: as above.
+    // SAFETY: as in `square`.
     unsafe {
         start!(corner, 0, 0, 0);
         start!(corner, 2, LANES, 0);
@@ -127,9 +128,9 @@ unsafe fn upright(corner: &Corner<'_>, tiles: usize, a0: &[u16], a1: &[u16], b: 
     }
 }
 
-/// One panel with one.
+/// Multiplies one left panel with one right panel.
 unsafe fn single(corner: &Corner<'_>, tiles: usize, a: &[u16], b: &[u16]) {
-    // SAFETY: as above.
+    // SAFETY: as in `square`.
     unsafe {
         start!(corner, 0, 0, 0);
         for at in (0..tiles * TILE).step_by(TILE) {

@@ -1,4 +1,4 @@
-//! Panels multiplied by dot products of pairs (AVX512-BF16): 16 x 16 sums in sixteen registers.
+//! The bf16 kernel for AVX512-BF16: 16 x 16 sums in 16 registers, by dot products of pairs.
 
 use std::arch::x86_64::{
     __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
@@ -7,12 +7,12 @@ use std::arch::x86_64::{
 
 use super::{DEPTH, LANES, Part, TILE};
 
-/// All products of the left panels with the right ones.
+/// Computes all products of the left panels with the right panels.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below; `part` must lie within a matrix that nobody else uses; panels hold
-/// whole tiles.
+/// The CPU must have the features named below. `part` must lie within a matrix that no other thread
+/// accesses. Panels must hold whole tiles.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(super) unsafe fn panels(part: &Part, left: &[u16], right: &[u16], panel: usize, add: bool) {
     for (r, right) in right.chunks_exact(panel).enumerate().take(part.columns.div_ceil(LANES)) {
@@ -20,10 +20,10 @@ pub(super) unsafe fn panels(part: &Part, left: &[u16], right: &[u16], panel: usi
             let mut sums = [_mm512_setzero_ps(); LANES];
             for (a, b) in left.chunks_exact(TILE).zip(right.chunks_exact(TILE)) {
                 for pair in 0..LANES {
-                    // SAFETY: 16 rows of 64 bytes each.
+                    // SAFETY: the tile has 16 rows of 64 bytes.
                     let b = unsafe { bf16(_mm512_loadu_si512(b.as_ptr().add(pair * DEPTH).cast())) };
                     for (row, sum) in sums.iter_mut().enumerate() {
-                        // SAFETY: the pair lies within the tile; reading it needs no alignment.
+                        // SAFETY: the pair lies within the tile, and the read needs no alignment.
                         let a = unsafe {
                             let at: *const i32 = a.as_ptr().add(row * DEPTH + 2 * pair).cast();
                             bf16(_mm512_set1_epi32(at.read_unaligned()))
@@ -34,10 +34,10 @@ pub(super) unsafe fn panels(part: &Part, left: &[u16], right: &[u16], panel: usi
             }
             let mut tile = [0f32; LANES * LANES];
             for (sum, tile) in sums.iter().zip(tile.chunks_exact_mut(LANES)) {
-                // SAFETY: 16 values.
+                // SAFETY: the chunk has room for 16 values.
                 unsafe { _mm512_storeu_ps(tile.as_mut_ptr(), *sum) };
             }
-            // SAFETY: the caller's word.
+            // SAFETY: the caller guarantees that `part` lies within a matrix.
             unsafe { part.put(l * LANES, r * LANES, &tile, add) };
         }
     }
@@ -46,6 +46,6 @@ pub(super) unsafe fn panels(part: &Part, left: &[u16], right: &[u16], panel: usi
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn bf16(line: __m512i) -> __m512bh {
-    // SAFETY: both are 64 bytes without a meaning of their own.
+    // SAFETY: both types are 64 bytes, and every bit pattern is valid.
     unsafe { std::mem::transmute(line) }
 }

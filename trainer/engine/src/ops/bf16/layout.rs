@@ -1,4 +1,4 @@
-//! Lays one side of a product out in tiles, rounded to bf16 (to the nearest, ties to even).
+//! Packs one side of a product into tiles of bf16, rounded to nearest, ties to even.
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _mm512_castps_si512, _mm512_cvtne2ps_pbh, _mm512_maskz_loadu_ps,
@@ -9,7 +9,7 @@ use std::arch::x86_64::{
 
 use super::{DEPTH, LANES, Side, TILE};
 
-/// How the values of a tile lie.
+/// Order of the values in a tile.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Order {
     /// 16 rows of 32 values.
@@ -18,12 +18,12 @@ pub(super) enum Order {
     Pairs,
 }
 
-/// Lays out the panel of 16 rows from `first` on, `sum` values from `begin` on, times `scale`. Rows and values beyond the
-/// matrix are zero.
+/// Packs a panel of 16 rows from `first` on, with `sum` values from `begin` on, times `scale`. Rows and
+/// values beyond the matrix are zero.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below. Either stride of `side` must be 1.
+/// The CPU must have the features named below. One of the strides of `side` must be 1.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(super) unsafe fn panel(
     side: Side<'_>,
@@ -41,7 +41,7 @@ pub(super) unsafe fn panel(
     for (tile, room) in room.chunks_exact_mut(TILE).enumerate() {
         let from = begin + tile * DEPTH;
         let depth = DEPTH.min(begin + sum - from);
-        // SAFETY: rows and values up to the last were just found to lie within the matrix, and no more are read.
+        // SAFETY: the assertion above keeps all rows and values within the matrix, and no others are read.
         let mut lines = unsafe {
             let at = side.values.as_ptr().add(first * side.outer_stride + from * side.sum_stride);
             if side.sum_stride == 1 {
@@ -54,13 +54,13 @@ pub(super) unsafe fn panel(
             lines = transpose(lines);
         }
         for (line, room) in lines.iter().zip(room.chunks_exact_mut(DEPTH)) {
-            // SAFETY: 64 bytes.
+            // SAFETY: the chunk has room for 64 bytes.
             unsafe { _mm512_storeu_si512(room.as_mut_ptr().cast(), *line) };
         }
     }
 }
 
-/// The low `count` bits.
+/// Returns a mask of the low `count` bits, at most 16.
 fn first(count: usize) -> u16 {
     ((1u32 << count.min(LANES)) - 1) as u16
 }
@@ -71,7 +71,7 @@ fn scaled(values: __m512, scale: f32) -> __m512 {
     if scale == 1.0 { values } else { _mm512_mul_ps(values, _mm512_set1_ps(scale)) }
 }
 
-/// 16 rows of 32 values, values of a row side by side in memory.
+/// Loads 16 rows of 32 values, for values of a row that are adjacent in memory.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn along_the_sum(
@@ -84,7 +84,7 @@ unsafe fn along_the_sum(
     let (low, high) = (first(depth), first(depth.saturating_sub(LANES)));
     let mut lines = [_mm512_castps_si512(_mm512_setzero_ps()); LANES];
     for (row, line) in lines.iter_mut().enumerate().take(rows) {
-        // SAFETY: only values that the masks name are read, and these are within the matrix.
+        // SAFETY: only values in the masks are read, and these lie within the matrix.
         *line = unsafe {
             let at = at.add(row * stride);
             let low = _mm512_maskz_loadu_ps(low, at);
@@ -98,7 +98,7 @@ unsafe fn along_the_sum(
     lines
 }
 
-/// 16 pairs along the sum, of 16 rows each, values of a column side by side in memory.
+/// Loads 16 pairs along the sum, of 16 rows each, for values of a column that are adjacent in memory.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn across_the_sum(
@@ -111,7 +111,7 @@ unsafe fn across_the_sum(
     let mask = first(rows);
     let mut lines = [_mm512_castps_si512(_mm512_setzero_ps()); LANES];
     for (pair, line) in lines.iter_mut().enumerate().take(depth.div_ceil(2)) {
-        // SAFETY: only values that the mask names are read, of rows that are within the matrix.
+        // SAFETY: only values in the mask are read, and their rows lie within the matrix.
         let (low, high) = unsafe {
             let low = _mm512_maskz_loadu_ps(mask, at.add(2 * pair * stride));
             let other = if 2 * pair + 1 < depth { mask } else { 0 };
@@ -122,21 +122,21 @@ unsafe fn across_the_sum(
     lines
 }
 
-/// Both rounded to bf16, a value of `high` behind each of `low`.
+/// Rounds both to bf16 and interleaves: each value of `low` is followed by one of `high`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(in crate::ops) fn pairs(low: __m512, high: __m512) -> __m512i {
-    // The word after word i of the first sixteen is word i of the last.
+    // Interleaves words: word `i` of the first 16, then word `i` of the last 16.
     let woven = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18,
         2, 17, 1, 16, 0,
     );
-    // SAFETY: both are 64 bytes without a meaning of their own.
+    // SAFETY: both types are 64 bytes, and every bit pattern is valid.
     let both = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) };
     _mm512_permutexvar_epi16(woven, both)
 }
 
-/// 16 x 16 pairs, mirrored at the diagonal.
+/// Transposes a matrix of 16 x 16 pairs.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn transpose(lines: [__m512i; LANES]) -> [__m512i; LANES] {
@@ -153,7 +153,7 @@ fn transpose(lines: [__m512i; LANES]) -> [__m512i; LANES] {
         b[at + 2] = _mm512_unpacklo_epi64(a[at + 1], a[at + 3]);
         b[at + 3] = _mm512_unpackhi_epi64(a[at + 1], a[at + 3]);
     }
-    // b[4 i + j] holds column 4 q + j of lines 4 i .. 4 i + 4 in its quarter q.
+    // Quarter q of `b[4 i + j]` holds column 4 q + j of lines 4 i .. 4 i + 4.
     let mut out = b;
     for j in 0..4 {
         let low_even = _mm512_shuffle_i32x4::<0b10_00_10_00>(b[j], b[4 + j]);

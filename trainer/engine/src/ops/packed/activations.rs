@@ -1,4 +1,5 @@
-//! The other side of a product: activations rounded to eight bits, with a scale for each block of 32.
+//! Activations rounded to 8 bits, with a scale for each block of 32: the other factor of a quantized
+//! product.
 
 use rayon::prelude::*;
 
@@ -6,22 +7,24 @@ use super::{BLOCK, Kernel, TILE};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 
-/// Tiles that are rounded in one task, at least.
+/// Minimum number of tiles per rounding task.
 const TILES_PER_TASK: usize = 4;
 
-/// Activation rows in blocks of eight bits.
+/// Activation rows in 8-bit blocks.
 pub(super) struct Activations {
+    /// Blocks per row.
     pub(super) blocks: usize,
-    /// Four columns as they are broadcast, row by row.
+    /// Four adjacent values per `i32`, row by row, ready to be broadcast.
     pub(super) quads: Vec<i32>,
+    /// Scale of each block.
     pub(super) scales: Vec<f32>,
-    /// -128 times the sum of each block's whole numbers.
+    /// -128 times the sum of each block's integers.
     pub(super) offsets: Vec<i32>,
-    /// The sum of each block.
+    /// Sum of each block's rounded values.
     pub(super) sums: Vec<f32>,
 }
 
-/// Some rows of [`Activations`].
+/// Output views of some rows of [`Activations`].
 pub(super) struct Rounded<'a> {
     pub(super) quads: &'a mut [i32],
     pub(super) scales: &'a mut [f32],
@@ -30,8 +33,9 @@ pub(super) struct Rounded<'a> {
 }
 
 impl Activations {
+    /// Rounds `n` rows of `blocks` blocks.
     pub(super) fn new(values: &[f32], n: usize, blocks: usize, kernel: Kernel) -> Self {
-        // The largest kernel reads whole tiles; rows that nobody asked for are zero.
+        // The AMX kernel reads whole tiles, so the rows are padded with zeros.
         let padded = n.next_multiple_of(TILE);
         let mut all = Self {
             blocks,
@@ -40,7 +44,7 @@ impl Activations {
             offsets: vec![0; padded * blocks],
             sums: vec![0.0; padded * blocks],
         };
-        // Blocks of a tile, at least one, as there are no pieces of nothing.
+        // Values per tile, at least one block, because chunks of size 0 would panic.
         let piece = TILE * blocks.max(1);
         let (quads, scales) = (all.quads.par_chunks_mut(piece * BLOCK / 4), all.scales.par_chunks_mut(piece));
         let numbers = scales.zip(all.offsets.par_chunks_mut(piece)).zip(all.sums.par_chunks_mut(piece));
@@ -48,13 +52,13 @@ impl Activations {
         tasks.with_min_len(TILES_PER_TASK).for_each(|((quads, ((scales, offsets), sums)), values)| {
             let into = Rounded { quads, scales, offsets, sums };
             match kernel {
-                // SAFETY: a kernel is only chosen where the processor has what it is compiled for.
+                // SAFETY: `Kernel::all` offers a kernel only on CPUs that support its instructions.
                 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                 Kernel::Amx => unsafe { avx512::quantise(values, into) },
-                // SAFETY: the same.
+                // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 Kernel::Avx512 => unsafe { avx512::quantise(values, into) },
-                // SAFETY: the same.
+                // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 Kernel::Avx2 => unsafe { avx2::quantise(values, into) },
                 Kernel::Plain => quantise(values, into),
@@ -64,7 +68,7 @@ impl Activations {
     }
 }
 
-/// Rounds activations to eight bits, block by block.
+/// Rounds activations to 8 bits, block by block.
 #[inline(always)]
 pub(super) fn quantise(values: &[f32], into: Rounded<'_>) {
     let numbers = into.scales.iter_mut().zip(into.offsets).zip(into.sums);

@@ -1,4 +1,5 @@
-//! The kernel for tiles of bytes (AMX-INT8): sixteen activation rows at once, the sums of a block in one instruction.
+//! The quantized kernel for AMX-INT8: 16 activation rows at once, and the sums of a block in one
+//! instruction.
 
 use std::arch::x86_64::{
     _mm512_add_epi32, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_load_si512, _mm512_mul_ps,
@@ -12,23 +13,26 @@ use super::form::{Form, Group};
 use super::{AMX_ROWS, BLOCK, LANES, avx512};
 use crate::ops::amx::{BYTES, ROWS, Tiles, tile};
 
-/// Blocks whose sums are under way: a tile takes long to reach memory, so others are begun meanwhile.
+/// Number of blocks in flight. A stored tile takes long to reach memory, so the next blocks start
+/// meanwhile.
 const AHEAD: usize = 4;
 
-/// Sums of one block: 16 rows of 16.
+/// Integer sums of one block: 16 activation rows of 16 weight rows.
 #[repr(C, align(64))]
 struct Sums([i32; ROWS * LANES]);
 
-// Weights of four bits, one byte each: kept between groups.
+// 4-bit weights widened to bytes; the buffer is kept between groups.
 thread_local! {
     static WIDE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// All activation rows with one group of weights: each 16 of them, or the rest, go to `write` with their first.
+/// Multiplies all activation rows with one group of weights. Calls `write` with each 16 rows, or the rest,
+/// and their first row.
 ///
 /// # Safety
 ///
-/// The processor must have AMX-INT8 and what [`avx512::rows`] needs, and this process the permission.
+/// The CPU must have AMX-INT8 and the features of [`avx512::rows`]. The process must have the permission to
+/// use tiles.
 pub(super) unsafe fn group<F: Form>(
     group: Group<'_, F>,
     activations: &Activations,
@@ -36,12 +40,12 @@ pub(super) unsafe fn group<F: Form>(
     write: impl Fn(usize, &[f32]),
 ) {
     let (sums, rows, columns) = ((ROWS, BYTES), (ROWS, BLOCK), (BLOCK / 4, BYTES));
-    // SAFETY: the caller's word.
+    // SAFETY: the caller guarantees CPU features and permission.
     let _tiles = unsafe { Tiles::new([sums, sums, sums, sums, rows, rows, columns, columns]) };
     let mut room = WIDE.take();
     let bytes = if F::FOUR {
         room.resize(2 * group.weights.len(), 0);
-        // SAFETY: the caller's word.
+        // SAFETY: the caller guarantees the CPU features.
         unsafe { widen(group, &mut room) };
         &room
     } else {
@@ -50,7 +54,7 @@ pub(super) unsafe fn group<F: Form>(
     let mut out = [0f32; ROWS * LANES];
     for first in (0..n).step_by(ROWS) {
         let out = &mut out[..ROWS.min(n - first) * LANES];
-        // SAFETY: the caller's word; the registers were shaped above.
+        // SAFETY: the caller guarantees the CPU features, and the tile registers were configured above.
         unsafe {
             if out.len() < AMX_ROWS * LANES {
                 avx512::rows(group, activations, first, out);
@@ -63,16 +67,16 @@ pub(super) unsafe fn group<F: Form>(
     WIDE.set(room);
 }
 
-/// Writes the weights of four bits of a group one byte each, quad by quad.
+/// Widens the 4-bit weights of a group to bytes, quad by quad.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below.
+/// The CPU must have the features named below.
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn widen<F: Form>(group: Group<'_, F>, into: &mut [u8]) {
     assert!(F::FOUR && into.len() == 2 * group.weights.len());
     for (from, into) in group.weights.chunks_exact(4 * LANES).zip(into.chunks_exact_mut(8 * LANES)) {
-        // SAFETY: 64 bytes of weights, and room for 128.
+        // SAFETY: the chunks hold 64 bytes of weights and have room for 128.
         unsafe {
             let [low, high] = avx512::two_quads::<F>(from.as_ptr());
             _mm512_storeu_si512(into.as_mut_ptr().cast(), low);
@@ -81,12 +85,13 @@ unsafe fn widen<F: Form>(group: Group<'_, F>, into: &mut [u8]) {
     }
 }
 
-/// Up to sixteen activation rows, as many as `out` has room for; the others of them are there and count for nothing.
+/// Multiplies up to 16 activation rows, for all rows of `out`. The kernel reads 16 rows in any case;
+/// surplus sums are dropped.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below, and this thread the registers in [`group`]'s shapes; the
-/// activations hold at least `first + 16` rows.
+/// The CPU must have the features named below, and the tile registers of this thread must have the shapes
+/// of [`group`]. The activations must hold at least `first + 16` rows.
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn tile<F: Form>(
     group: Group<'_, F>,
@@ -107,12 +112,12 @@ unsafe fn tile<F: Form>(
     let offsets = &activations.offsets[first * blocks..][..ROWS * blocks];
     let row_sums = &activations.sums[first * blocks..][..ROWS * blocks];
     let mut totals = [_mm512_setzero_ps(); ROWS];
-    // Zeroed memory would take as long as the sums.
+    // Zeroing this memory would take as long as computing the sums.
     let mut sums = [const { MaybeUninit::<Sums>::uninit() }; AHEAD];
     macro_rules! start {
         ($block:expr, $sums:literal, $activations:literal, $weights:literal) => {
-            // SAFETY: 16 rows of 32 bytes, `row_bytes` apart, lie within `quads`, and a block's 512 bytes within
-            // `weights`, by the assertion above; `sums` holds 16 rows of 64 bytes.
+            // SAFETY: by the assertion above, 16 rows of 32 bytes, `row_bytes` apart, lie within `quads`,
+            // and the 512 bytes of a block within `weights`. `sums` holds 16 rows of 64 bytes.
             unsafe {
                 tile!(zero $sums);
                 tile!(load $activations, quads.as_ptr().cast::<u8>().add($block * BLOCK), row_bytes);
@@ -141,20 +146,21 @@ unsafe fn tile<F: Form>(
             start_any!(next);
         }
         let sums: *const i32 = sums[block % AHEAD].as_ptr().cast();
-        // SAFETY: within the group, by the assertion above.
+        // SAFETY: the assertion above keeps the address within the group.
         let (weight_scale, least) =
             unsafe { avx512::numbers::<F>(group.numbers.as_ptr().add(block * F::NUMBERS)) };
         for (row, total) in totals.iter_mut().enumerate() {
             let at = row * blocks + block;
-            // SAFETY: 16 aligned rows of 16 sums, which the tile was stored to; the numbers of activations are 16 rows of `blocks`.
+            // SAFETY: the tile was stored to 16 aligned rows of 16 sums. `row_scales` holds 16 rows of
+            // `blocks` values.
             let (mut sum, scale) =
                 unsafe { (_mm512_load_si512(sums.add(row * LANES).cast()), *row_scales.get_unchecked(at)) };
             if F::FOUR {
-                // SAFETY: as above.
+                // SAFETY: `row_sums` has the size of `row_scales`.
                 let row_sum = unsafe { *row_sums.get_unchecked(at) };
                 *total = _mm512_fmadd_ps(_mm512_set1_ps(row_sum), least, *total);
             } else {
-                // SAFETY: as above.
+                // SAFETY: `offsets` has the size of `row_scales`.
                 let offset = unsafe { *offsets.get_unchecked(at) };
                 sum = _mm512_add_epi32(sum, _mm512_set1_epi32(offset));
             }
@@ -163,7 +169,7 @@ unsafe fn tile<F: Form>(
         }
     }
     for (total, out) in totals.iter().zip(out.chunks_exact_mut(LANES)) {
-        // SAFETY: 16 values.
+        // SAFETY: the chunk has room for 16 values.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), *total) };
     }
 }

@@ -1,4 +1,4 @@
-//! The kernel for AVX2 with FMA and F16C.
+//! The quantized kernel for AVX2 with FMA and F16C.
 
 use std::arch::x86_64::{
     __m256, __m256i, _mm_loadu_si128, _mm256_abs_epi8, _mm256_add_epi32, _mm256_and_si256,
@@ -12,26 +12,26 @@ use super::LANES;
 use super::activations::{self, Activations, Rounded};
 use super::form::{Form, Group, QUADS};
 
-/// Rows that are multiplied in one go: as many sums as the registers hold.
+/// Activation rows per pass: as many sums as fit the registers.
 const TILE: usize = 3;
-/// Lanes of a register.
+/// Lanes per register.
 const HALF: usize = LANES / 2;
 
-/// The plain form, compiled for wider registers.
+/// The portable rounding, compiled for AVX2.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below.
+/// The CPU must have the features named below.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn quantise(values: &[f32], into: Rounded<'_>) {
     activations::quantise(values, into);
 }
 
-/// As many activation rows as `out` has room for.
+/// Multiplies one group of weights with the activation rows from `first` on, for all rows of `out`.
 ///
 /// # Safety
 ///
-/// The processor must have the features of [`tile`].
+/// The CPU must have the features of [`tile`].
 pub(super) unsafe fn rows<F: Form>(
     group: Group<'_, F>,
     activations: &Activations,
@@ -40,7 +40,7 @@ pub(super) unsafe fn rows<F: Form>(
 ) {
     for (part, out) in out.chunks_mut(TILE * LANES).enumerate() {
         let first = first + part * TILE;
-        // SAFETY: the caller's word.
+        // SAFETY: the caller guarantees the CPU features.
         unsafe {
             match out.len() / LANES {
                 1 => tile::<1, F>(group, activations, first, out),
@@ -51,16 +51,16 @@ pub(super) unsafe fn rows<F: Form>(
     }
 }
 
-/// Two quads of weights, two times eight rows each; those of eight bits with their sign.
+/// Loads two quads of weights as bytes, in two registers of eight rows each; 8-bit weights become signed.
 ///
 /// # Safety
 ///
-/// 128 weights at `at`.
+/// `at` must point to 128 weights.
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn two_quads<F: Form>(at: *const u8) -> [[__m256i; 2]; 2] {
     let at: *const __m256i = at.cast();
-    // SAFETY: the caller's word: 64 bytes of four bits, or twice as many of eight.
+    // SAFETY: the caller guarantees 128 weights: 64 bytes for 4 bits, 128 for 8.
     unsafe {
         if F::FOUR {
             let low = _mm256_set1_epi8(15);
@@ -77,15 +77,15 @@ unsafe fn two_quads<F: Form>(at: *const u8) -> [[__m256i; 2]; 2] {
     }
 }
 
-/// Scales of eight rows of a block, and the least values where weights have them.
+/// Loads the scales of eight rows of a block, and the minimums or zeros.
 ///
 /// # Safety
 ///
-/// The numbers of a block at `at`.
+/// `at` must point to the scales of a block.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 unsafe fn numbers<F: Form>(at: *const F::Number, half: usize) -> (__m256, __m256) {
-    // SAFETY: the caller's word: 32 halves of four bits, else 16 values.
+    // SAFETY: the caller guarantees a whole block: 32 f16 values for 4 bits, 16 f32 values for 8.
     unsafe {
         let at = at.add(half * HALF);
         if F::FOUR {
@@ -97,13 +97,13 @@ unsafe fn numbers<F: Form>(at: *const F::Number, half: usize) -> (__m256, __m256
     }
 }
 
-/// `N` activation rows at once. The only product of bytes takes one side unsigned and adds pairs in 16 bits. Weights of four bits
-/// are unsigned; for those of eight, with the sign of the activation moved to the weight, two products of at most 127
-/// times 127 fit.
+/// Multiplies `N` activation rows at once. AVX2's byte product takes one unsigned side and adds pairs in 16
+/// bits. 4-bit weights are unsigned. For 8-bit weights the sign of the activation moves to the weight, so
+/// two products of at most 127 * 127 fit.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below.
+/// The CPU must have the features named below.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile<const N: usize, F: Form>(
     group: Group<'_, F>,
@@ -126,13 +126,13 @@ unsafe fn tile<const N: usize, F: Form>(
     for block in 0..blocks {
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for step in (0..QUADS).step_by(2) {
-            // SAFETY: within the group, by the assertion above.
+            // SAFETY: the assertion above keeps the address within the group.
             let weights = unsafe {
                 two_quads::<F>(group.weights.as_ptr().add(block * F::BYTES + step * (F::BYTES / QUADS)))
             };
             for (row, sums) in sums.iter_mut().enumerate() {
                 for (at, weights) in weights.into_iter().enumerate() {
-                    // SAFETY: within `quads`, which holds N rows of `quads_per_row`.
+                    // SAFETY: the index lies within `quads`, which holds N rows of `quads_per_row`.
                     let quad =
                         unsafe { *quads.get_unchecked(row * quads_per_row + block * QUADS + step + at) };
                     let quad = _mm256_set1_epi32(quad);
@@ -148,7 +148,7 @@ unsafe fn tile<const N: usize, F: Form>(
             }
         }
         for half in 0..2 {
-            // SAFETY: within the group, by the assertion above.
+            // SAFETY: the assertion above keeps the address within the group.
             let (weight_scale, least) =
                 unsafe { numbers::<F>(group.numbers.as_ptr().add(block * F::NUMBERS), half) };
             for (row, (sums, totals)) in sums.iter().zip(&mut totals).enumerate() {
@@ -163,7 +163,7 @@ unsafe fn tile<const N: usize, F: Form>(
     }
     for (row, totals) in totals.iter().enumerate() {
         for (half, total) in totals.iter().enumerate() {
-            // SAFETY: `out` holds N rows of 16, by the assertion above.
+            // SAFETY: the assertion above guarantees that `out` holds N rows of 16.
             unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(row * LANES + half * HALF), *total) };
         }
     }

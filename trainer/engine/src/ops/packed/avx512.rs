@@ -1,4 +1,4 @@
-//! The kernel for AVX-512 with VNNI.
+//! The quantized kernel for AVX-512 with VNNI.
 
 use std::arch::x86_64::{
     __m128i, __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm_storeu_si128, _mm256_loadu_si256, _mm512_abs_ps,
@@ -12,30 +12,30 @@ use super::activations::{Activations, Rounded};
 use super::form::{Form, Group, QUADS};
 use super::{BLOCK, LANES};
 
-/// Rows that are multiplied in one go: as many sums as the registers hold.
+/// Activation rows per pass: as many sums as fit the registers.
 const TILE: usize = 8;
-/// Bytes of weights that are asked for ahead of their use: one row of activations waits for nothing but memory.
+/// Prefetch distance in bytes. With one activation row, memory is the only limit.
 const AHEAD: usize = 4096;
 
-/// The same as the plain form.
+/// Rounds activations to 8 bits, with the bits of the portable form.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below; `values` holds no more blocks than `into` has scales.
+/// The CPU must have the features named below. `values` must hold no more blocks than `into` has scales.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) unsafe fn quantise(values: &[f32], into: Rounded<'_>) {
     let blocks = values.len() / BLOCK;
     assert!(blocks <= into.scales.len() && into.quads.len() == into.scales.len() * QUADS);
     let numbers = into.scales.iter_mut().zip(into.offsets).zip(into.sums);
     for (block, ((scale, offset), sum)) in numbers.take(blocks).enumerate() {
-        // SAFETY: block by block within `values` and `quads`, by the assertion above.
+        // SAFETY: the assertion above keeps every block within `values` and `quads`.
         unsafe {
             let from = values.as_ptr().add(block * BLOCK);
             let (low, high) = (_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(LANES)));
             let most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
             *scale = most / 127.0;
             let inverse = _mm512_set1_ps(if most > 0.0 { 127.0 / most } else { 0.0 });
-            // Conversion rounds to the nearest, ties to even.
+            // The conversion rounds to nearest, ties to even.
             let low = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
             let high = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
             let whole = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
@@ -47,11 +47,11 @@ pub(super) unsafe fn quantise(values: &[f32], into: Rounded<'_>) {
     }
 }
 
-/// As many activation rows as `out` has room for.
+/// Multiplies one group of weights with the activation rows from `first` on, for all rows of `out`.
 ///
 /// # Safety
 ///
-/// The processor must have the features of [`tile`].
+/// The CPU must have the features of [`tile`].
 pub(super) unsafe fn rows<F: Form>(
     group: Group<'_, F>,
     activations: &Activations,
@@ -60,7 +60,7 @@ pub(super) unsafe fn rows<F: Form>(
 ) {
     for (part, out) in out.chunks_mut(TILE * LANES).enumerate() {
         let first = first + part * TILE;
-        // SAFETY: the caller's word.
+        // SAFETY: the caller guarantees the CPU features.
         unsafe {
             match out.len() / LANES {
                 1 => tile::<1, F>(group, activations, first, out),
@@ -76,15 +76,15 @@ pub(super) unsafe fn rows<F: Form>(
     }
 }
 
-/// Two quads of weights, one byte each.
+/// Loads two quads of weights, one byte per weight.
 ///
 /// # Safety
 ///
-/// 128 weights at `at`.
+/// `at` must point to 128 weights.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(super) unsafe fn two_quads<F: Form>(at: *const u8) -> [__m512i; 2] {
-    // SAFETY: the caller's word: 64 bytes of four bits, or twice as many of eight.
+    // SAFETY: the caller guarantees 128 weights: 64 bytes for 4 bits, 128 for 8.
     unsafe {
         let first = _mm512_loadu_si512(at.cast());
         if F::FOUR {
@@ -96,15 +96,15 @@ pub(super) unsafe fn two_quads<F: Form>(at: *const u8) -> [__m512i; 2] {
     }
 }
 
-/// Scales of the 16 rows of a block, and the least values where weights have them.
+/// Loads the scales of the 16 rows of a block, and the minimums or zeros.
 ///
 /// # Safety
 ///
-/// The numbers of a block at `at`.
+/// `at` must point to the scales of a block.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn numbers<F: Form>(at: *const F::Number) -> (__m512, __m512) {
-    // SAFETY: the caller's word: 32 halves of four bits, else 16 values.
+    // SAFETY: the caller guarantees a whole block: 32 f16 values for 4 bits, 16 f32 values for 8.
     unsafe {
         if F::FOUR {
             let half = |at: *const F::Number| _mm512_cvtph_ps(_mm256_loadu_si256(at.cast()));
@@ -115,11 +115,11 @@ pub(super) unsafe fn numbers<F: Form>(at: *const F::Number) -> (__m512, __m512) 
     }
 }
 
-/// `N` activation rows at once.
+/// Multiplies `N` activation rows at once.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below.
+/// The CPU must have the features named below.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn tile<const N: usize, F: Form>(
     group: Group<'_, F>,
@@ -147,7 +147,7 @@ unsafe fn tile<const N: usize, F: Form>(
             }
         }
         for step in (0..QUADS).step_by(2) {
-            // SAFETY: within the group, by the assertion above.
+            // SAFETY: the assertion above keeps the address within the group.
             let weights = unsafe {
                 let at = group.weights.as_ptr().add(block * F::BYTES + step * (F::BYTES / QUADS));
                 if N == 1 {
@@ -160,14 +160,14 @@ unsafe fn tile<const N: usize, F: Form>(
             };
             for (row, sum) in sums.iter_mut().enumerate() {
                 for (at, weights) in weights.into_iter().enumerate() {
-                    // SAFETY: within `quads`, which holds N rows of `quads_per_row`.
+                    // SAFETY: the index lies within `quads`, which holds N rows of `quads_per_row`.
                     let quad =
                         unsafe { *quads.get_unchecked(row * quads_per_row + block * QUADS + step + at) };
                     *sum = _mm512_dpbusd_epi32(*sum, weights, _mm512_set1_epi32(quad));
                 }
             }
         }
-        // SAFETY: within the group, by the assertion above.
+        // SAFETY: the assertion above keeps the address within the group.
         let (weight_scale, least) = unsafe { numbers::<F>(group.numbers.as_ptr().add(block * F::NUMBERS)) };
         for (row, (sum, total)) in sums.iter().zip(&mut totals).enumerate() {
             let at = row * blocks + block;
@@ -179,7 +179,7 @@ unsafe fn tile<const N: usize, F: Form>(
         }
     }
     for (row, total) in totals.iter().enumerate() {
-        // SAFETY: `out` holds N rows of 16, by the assertion above.
+        // SAFETY: the assertion above guarantees that `out` holds N rows of 16.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(row * LANES), *total) };
     }
 }

@@ -1,7 +1,8 @@
-//! How weights are kept: in groups of 16 rows side by side and blocks of 32 columns, whose weights share a scale row by row.
+//! Storage of quantized weights: groups of 16 rows side by side, in blocks of 32 columns. Each row of a
+//! block has its own scale.
 //!
-//! A quad is four columns of 16 rows, row by row: what one instruction multiplies with four activations. With four bits, two
-//! quads share 64 bytes.
+//! A quad is four columns of 16 rows, row by row: the weights that one instruction multiplies with four
+//! activations. With 4 bits, two quads share 64 bytes.
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -10,27 +11,28 @@ use half::f16;
 
 use super::{BLOCK, LANES};
 
-/// Quads of a block.
+/// Quads per block.
 pub(super) const QUADS: usize = BLOCK / 4;
 
-/// How wide a weight is, and what it is worth.
+/// Format of quantized weights.
 pub(super) trait Form: Debug + Copy {
+    /// Type of the scales and minimums.
     type Number: Debug + Copy + Send + Sync;
-    /// Of four bits; else of eight.
+    /// Whether weights have 4 bits instead of 8.
     const FOUR: bool;
-    /// Bytes of a block of 16 rows.
+    /// Bytes of weights per block of 16 rows.
     const BYTES: usize;
-    /// Numbers of such a block.
+    /// Scales and minimums per block of 16 rows.
     const NUMBERS: usize;
 
-    /// Four columns of a row of a block.
+    /// Returns four stored columns of a row; `step` is the quad, `lane` the row within the block.
     fn quad(weights: &[u8], step: usize, lane: usize) -> [u8; 4];
 
-    /// What a step between neighbouring weights of a row of a block is worth, and what zero is.
+    /// Returns the scale of a row of a block, and the value of a stored zero.
     fn numbers(numbers: &[Self::Number], lane: usize) -> (f32, f32);
 }
 
-/// Whole numbers from -128 to 127, kept plus 128, times a scale.
+/// 8-bit format: integers from -127 to 127, stored plus 128, times an f32 scale.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Eight {}
 
@@ -49,8 +51,8 @@ impl Form for Eight {
     }
 }
 
-/// Whole numbers from 0 to 15 times a scale, plus a least value: 16 scales and then 16 least values, as f16. That is what GGUF's formats of
-/// four bits hold too.
+/// 4-bit format: integers from 0 to 15 times a scale plus a minimum, as in GGUF's 4-bit formats. A block
+/// stores 16 scales, then 16 minimums, as f16.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Four {}
 
@@ -71,14 +73,16 @@ impl Form for Four {
     }
 }
 
-/// The weights of some groups, one after the other.
+/// The weights of all groups of a matrix, one after the other.
 #[derive(Debug)]
 pub(super) struct Blocks<F: Form> {
+    /// Stored weights, [`Form::BYTES`] per block.
     pub(super) weights: Vec<u8>,
+    /// Scales and minimums, [`Form::NUMBERS`] per block.
     pub(super) numbers: Vec<F::Number>,
 }
 
-/// Some blocks of one group, side by side along the rows.
+/// A view of consecutive blocks of one group.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Group<'a, F: Form> {
     pub(super) weights: &'a [u8],
@@ -86,16 +90,17 @@ pub(super) struct Group<'a, F: Form> {
 }
 
 impl<F: Form> Blocks<F> {
-    /// So many blocks, all the same.
+    /// Creates blocks filled with one stored weight and one scale or minimum.
     pub(super) fn new(blocks: usize, weight: u8, number: F::Number) -> Self {
         Self { weights: vec![weight; blocks * F::BYTES], numbers: vec![number; blocks * F::NUMBERS] }
     }
 
+    /// Returns the size in bytes.
     pub(super) fn bytes(&self) -> usize {
         self.weights.len() + size_of_val(self.numbers.as_slice())
     }
 
-    /// Those of a range.
+    /// Returns a range of blocks.
     pub(super) fn group(&self, blocks: Range<usize>) -> Group<'_, F> {
         Group {
             weights: &self.weights[blocks.start * F::BYTES..blocks.end * F::BYTES],
@@ -105,13 +110,13 @@ impl<F: Form> Blocks<F> {
 }
 
 impl<'a, F: Form> Group<'a, F> {
-    /// Block by block.
+    /// Iterates over the blocks.
     pub(super) fn blocks(self) -> impl Iterator<Item = Self> {
         let blocks = self.weights.chunks_exact(F::BYTES).zip(self.numbers.chunks_exact(F::NUMBERS));
         blocks.map(|(weights, numbers)| Group { weights, numbers })
     }
 
-    /// The weights of one row of a block.
+    /// Returns the dequantized weights of one row of a block.
     pub(super) fn row(self, lane: usize) -> [f32; BLOCK] {
         let (scale, least) = F::numbers(self.numbers, lane);
         let mut values = [0.0; BLOCK];
@@ -128,19 +133,19 @@ impl<'a, F: Form> Group<'a, F> {
     }
 }
 
-/// 32 weights of a row in four bits: `scale * value + least`, each value at most 15.
+/// 32 weights of a row in 4 bits: `scale * value + least`, with values from 0 to 15.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FourBits {
-    /// What a step is worth.
+    /// Difference of adjacent values.
     pub scale: f32,
-    /// What zero is worth.
+    /// Minimum: the weight for value 0.
     pub least: f32,
-    /// One by one.
+    /// Stored values, 0 to 15.
     pub values: [u8; BLOCK],
 }
 
 impl FourBits {
-    /// Writes it as row `lane` of a block; `false` where its numbers are beyond f16.
+    /// Writes the weights as row `lane` of a block. Returns false if scale or minimum exceed f16.
     pub(super) fn write(&self, lane: usize, weights: &mut [u8], numbers: &mut [u16]) -> bool {
         for (at, values) in self.values.chunks_exact(8).enumerate() {
             let (low, high) = values.split_at(4);
@@ -156,7 +161,7 @@ impl FourBits {
     }
 }
 
-/// Rounds rows of so many blocks to eight bits.
+/// Rounds whole rows of `blocks` blocks to 8 bits.
 pub(super) fn round(values: &[f32], blocks: usize, weights: &mut [u8], scales: &mut [f32]) {
     for (row, values) in values.chunks_exact(blocks * BLOCK).enumerate() {
         let (group, lane) = (row / LANES, row % LANES);
@@ -169,7 +174,8 @@ pub(super) fn round(values: &[f32], blocks: usize, weights: &mut [u8], scales: &
             let quads = weights[block * LANES * BLOCK..][..LANES * BLOCK].chunks_exact_mut(4 * LANES);
             for (quad, four) in quads.zip(values.chunks_exact(4)) {
                 for (byte, value) in quad[lane * 4..][..4].iter_mut().zip(four) {
-                    // To the nearest whole number, as what is cut off is positive.
+                    // Adding 128.5 rounds to the nearest integer, because the cast truncates and all sums
+                    // are positive.
                     *byte = (value * inverse + 128.5) as u8;
                 }
             }

@@ -1,8 +1,9 @@
-//! Many rows at once: weights are laid out as tiles of bf16, and rows are rounded to bf16 too ([`crate::ops::bf16`]).
+//! Prefill with quantized matrices: weights are converted to bf16 tiles and activations are rounded to bf16
+//! ([`crate::ops::bf16`]).
 //!
-//! Sums stay in a tile along the whole row. With tiles of bytes they leave it after each block of 32, as every block has its own
-//! scale, and that is most of the time. Laying a weight out costs as much as some tens of rows, so fewer rows are not worth it. Bf16
-//! rounds a row less than eight bits do.
+//! Sums stay in a tile along the whole row. With byte tiles they leave the tile after each block of 32,
+//! because each block has a scale, and this dominates the time. Converting a weight costs as much as a few
+//! tens of rows, so the path needs many rows. bf16 also rounds activations less than 8 bits do.
 
 use std::arch::x86_64::{
     __m512, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_fmadd_ps,
@@ -16,10 +17,11 @@ use crate::ops::Precision;
 use crate::ops::bf16::{self, Right, pairs};
 use crate::ops::product::{Matrix, Product};
 
-/// Values of a tile: a block of 16 rows of weights.
+/// Values per tile: one block of 16 rows.
 const TILE: usize = LANES * BLOCK;
 
-/// The product of `n` rows of `values` with `matrix`; none where the processor has no products of bf16.
+/// Computes the product of `n` rows of `values` with `matrix`. Returns `None` if the CPU has no bf16
+/// products.
 pub(super) fn product(matrix: &Packed, values: &[f32], n: usize) -> Option<Vec<f32>> {
     let rows = Matrix::new(values, n, matrix.columns);
     let how = Product::shared(Precision::Bf16);
@@ -29,7 +31,7 @@ pub(super) fn product(matrix: &Packed, values: &[f32], n: usize) -> Option<Vec<f
     }
 }
 
-/// A matrix as the right side of such a product.
+/// A quantized matrix as the right side of a bf16 product.
 struct Tiles<'a, F: Form> {
     matrix: &'a Packed,
     all: &'a Blocks<F>,
@@ -42,7 +44,7 @@ impl<F: Form> Right for Tiles<'_, F> {
         assert!(room.len() == sum / BLOCK * TILE);
         let blocks = self.all.group(from..from + sum / BLOCK).blocks();
         for (block, room) in blocks.zip(room.chunks_exact_mut(TILE)) {
-            // SAFETY: the caller's word; the sizes are those of a block.
+            // SAFETY: the caller guarantees the CPU features, and all slices have the size of a block.
             unsafe {
                 let (scales, least) = avx512::numbers::<F>(block.numbers.as_ptr());
                 if F::FOUR {
@@ -55,17 +57,17 @@ impl<F: Form> Right for Tiles<'_, F> {
     }
 }
 
-/// One block of 16 rows as a tile of 16 pairs along the sum.
+/// Converts one 8-bit block of 16 rows to a bf16 tile of 16 pairs along the sum.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below.
+/// The CPU must have the features named below.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn lay_out_eight(weights: &[u8], scales: __m512, room: &mut [u16]) {
     for (four, room) in weights.chunks_exact(4 * LANES).zip(room.chunks_exact_mut(4 * LANES)) {
-        // SAFETY: 64 bytes.
+        // SAFETY: the chunk has 64 bytes.
         let four = unsafe { _mm512_loadu_si512(four.as_ptr().cast()) };
-        // Each byte to where a fraction begins that counts in ones.
+        // Shifts each byte to the mantissa bits that count in ones between 256 and 512.
         let columns = [
             _mm512_slli_epi32::<15>(four),
             _mm512_slli_epi32::<7>(four),
@@ -74,13 +76,14 @@ unsafe fn lay_out_eight(weights: &[u8], scales: __m512, room: &mut [u16]) {
         ]
         .map(|moved| value(moved, scales));
         for (pair, room) in columns.chunks_exact(2).zip(room.chunks_exact_mut(2 * LANES)) {
-            // SAFETY: 32 values of room.
+            // SAFETY: the chunk has room for 32 values.
             unsafe { _mm512_storeu_si512(room.as_mut_ptr().cast(), pairs(pair[0], pair[1])) };
         }
     }
 }
 
-/// A byte that was stored plus 128, times its scale: as the fraction of a number from 256 to 512 it needs no conversion.
+/// Returns a byte that was stored plus 128, times its scale. The byte becomes the mantissa of a float from
+/// 256 to 512, so no conversion is needed.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn value(moved: __m512i, scales: __m512) -> __m512 {
@@ -90,18 +93,18 @@ fn value(moved: __m512i, scales: __m512) -> __m512 {
     _mm512_mul_ps(_mm512_sub_ps(from_256, _mm512_set1_ps(256.0 + 128.0)), scales)
 }
 
-/// The same for weights of four bits.
+/// Converts one 4-bit block of 16 rows to a bf16 tile of 16 pairs along the sum.
 ///
 /// # Safety
 ///
-/// The processor must have the features named below.
+/// The CPU must have the features named below.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn lay_out_four(weights: &[u8], scales: __m512, least: __m512, room: &mut [u16]) {
     let low = _mm512_set1_epi32(15);
     let worth =
         |whole: __m512i| _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(whole, low)), scales, least);
     for (two, room) in weights.chunks_exact(4 * LANES).zip(room.chunks_exact_mut(8 * LANES)) {
-        // SAFETY: 64 bytes.
+        // SAFETY: the chunk has 64 bytes.
         let two = unsafe { _mm512_loadu_si512(two.as_ptr().cast()) };
         let columns = [
             [two, _mm512_srli_epi32::<8>(two)],
@@ -111,7 +114,7 @@ unsafe fn lay_out_four(weights: &[u8], scales: __m512, least: __m512, room: &mut
         ];
         for (pair, room) in columns.into_iter().zip(room.chunks_exact_mut(2 * LANES)) {
             let [first, second] = pair.map(worth);
-            // SAFETY: 32 values of room.
+            // SAFETY: the chunk has room for 32 values.
             unsafe { _mm512_storeu_si512(room.as_mut_ptr().cast(), pairs(first, second)) };
         }
     }
@@ -132,9 +135,9 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
-        /// The product of what was packed with the rows, both rounded to bf16, whatever the shapes are.
+        /// The product equals that of weights and rows rounded to bf16, for all shapes.
         #[test]
-        fn it_is_the_product(
+        fn bf16_product_matches_rounded_factors(
             (rows, blocks, n) in prop_oneof![(1usize..70, 1usize..6, 1usize..80), (1usize..20, 31usize..35, 1usize..5)],
             seed in any::<u64>(),
         ) {
