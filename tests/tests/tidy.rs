@@ -97,7 +97,7 @@ fn only_durable_writes_files() {
         let product = text.split("#[cfg(test)]").next().unwrap();
         // Node processes append to their own log files.
         let allowed = place == "shared/src/durable.rs"
-            || place == "gateway/src/autoscale/process.rs"
+            || place == "gateway/src/autoscale/actuators/process.rs"
             // The maps of a user namespace are set by writing to `/proc`.
             || place == "trainer/sandbox/src/child.rs"
             || place.starts_with("tests/")

@@ -8,10 +8,12 @@ use potstill_data::hub;
 use potstill_data::sampler::SamplingConfig;
 use potstill_data::tasks::TASKS;
 use potstill_learn::run::RunConfig;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
+mod section_reader;
 mod sections;
 
+use self::section_reader::SectionReader;
 pub use sections::*;
 
 /// A checked recipe.
@@ -79,38 +81,6 @@ pub struct RecipeError {
     pub path: PathBuf,
     /// One message per error, with key and expected value.
     pub errors: Vec<String>,
-}
-
-/// Sections of a recipe, deserialized one by one, so that an error in one does not hide errors in others.
-struct SectionReader {
-    table: toml::Table,
-    problems: Vec<String>,
-}
-
-impl SectionReader {
-    /// Removes and deserializes a section. Records an error with its path.
-    fn optional<T: for<'de> Deserialize<'de>>(&mut self, key: &str) -> Option<T> {
-        let value = self.table.remove(key)?;
-        match serde_path_to_error::deserialize(value) {
-            Ok(section) => Some(section),
-            Err(error) => {
-                let inner = match error.path().to_string().as_str() {
-                    "." => String::new(),
-                    path => format!(".{path}"),
-                };
-                self.problems.push(format!("`{key}{inner}`: {}", error.inner().message()));
-                None
-            }
-        }
-    }
-
-    /// Does the same as `take`, and records an error if the key is missing.
-    fn required<T: for<'de> Deserialize<'de>>(&mut self, key: &str) -> Option<T> {
-        if !self.table.contains_key(key) {
-            self.problems.push(format!("`{key}` is missing"));
-        }
-        self.optional(key)
-    }
 }
 
 impl Recipe {

@@ -23,6 +23,7 @@ pub struct AutoscaleContext {
     pub(crate) connector: Connector,
     pub(crate) tasks: TaskTracker,
     /// Set when the gateway begins to stop.
+    #[cfg_attr(not(feature = "kubernetes"), expect(dead_code, reason = "only a cluster has to know of it"))]
     pub(crate) draining: Stop,
     /// Cancelled after the last connection has closed.
     shutdown_complete: CancellationToken,

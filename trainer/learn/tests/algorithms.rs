@@ -4,17 +4,16 @@
 
 #[path = "fixture/models.rs"]
 mod fixture;
-
-use std::collections::{BTreeMap, HashMap};
+#[path = "fixture/pytorch.rs"]
+mod pytorch;
 
 use candle_core::{DType, Device, Tensor, Var};
-use fixture::{assert_same_gradient, folder, load, model, tensor_bits};
+use fixture::{assert_same_gradient, model, tensor_bits};
 use potstill_engine::batch::Batch;
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::model::CausalLm;
 use potstill_engine::ops::Precision;
 use potstill_engine::ops::log_prob::linear_log_prob;
-use potstill_engine::training::Training;
 use potstill_learn::LearnError;
 use potstill_learn::divergence::Divergence;
 use potstill_learn::dpo::{DpoConfig, PreferencePair, dpo, dpo_loss};
@@ -31,71 +30,7 @@ use potstill_learn::reward_model::{
 use potstill_learn::run::{Progress, RunConfig, RunReport, StepObserver};
 use potstill_learn::sft::sft_loss;
 use potstill_verify::verifier::Reference;
-
-struct Fixture {
-    lm: CausalLm,
-    variables: BTreeMap<String, Var>,
-    examples: Vec<Example>,
-    expected: HashMap<String, Tensor>,
-    facts: serde_json::Value,
-}
-
-/// Returns the Qwen2 fixture as a trainable model, with the rows and expected tensors of `make_algorithms.py`.
-fn fixture() -> Fixture {
-    let (config, weights, _) = load("qwen2");
-    let (weights, variables) = weights.trainable().unwrap();
-    let lm =
-        CausalLm::trainable(&config, &weights, Training::new(&variables, false, Precision::F32)).unwrap();
-    let facts: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(folder("algorithms.json")).unwrap()).unwrap();
-    let rows: Vec<Vec<u32>> = serde_json::from_value(facts["rows"].clone()).unwrap();
-    let from: Vec<usize> = serde_json::from_value(facts["learnt_from"].clone()).unwrap();
-    let example = |(tokens, from): (Vec<u32>, usize)| Example {
-        loss_mask: (0..tokens.len()).map(|at| at >= from).collect(),
-        tokens,
-    };
-    let examples = rows.into_iter().zip(from).map(example).collect();
-    let expected = candle_core::safetensors::load(folder("algorithms.safetensors"), &Device::Cpu).unwrap();
-    Fixture { lm, variables, examples, expected, facts }
-}
-
-impl Fixture {
-    /// Compares loss and gradients with PyTorch's values under `name`.
-    fn assert_matches_pytorch(&self, name: &str, loss: &Tensor) {
-        let (ours, theirs) = (
-            loss.to_scalar::<f32>().unwrap(),
-            self.expected[&format!("{name}.loss")].to_vec1::<f32>().unwrap()[0],
-        );
-        assert!((ours - theirs).abs() <= 1e-4 * theirs.abs(), "{name}: loss {ours}, PyTorch {theirs}");
-        self.lm.backward(loss).unwrap();
-        let gradients = self.lm.take_gradients();
-        let prefix = format!("{name}.grad.");
-        let mut compared = 0;
-        for (key, theirs) in &self.expected {
-            if let Some(tensor) =
-                key.strip_prefix(&prefix).filter(|tensor| self.variables.contains_key(*tensor))
-            {
-                assert_same_gradient(&format!("{name}: {tensor}"), &gradients[tensor], theirs);
-                compared += 1;
-            }
-        }
-        assert_eq!(compared, 6, "{name}");
-    }
-
-    /// Returns the hidden states of the rows that predict a token in the loss, and these tokens.
-    fn loss_rows(&self) -> (Tensor, Vec<u32>) {
-        let batch = Batch::new(self.examples.iter().map(|example| (example.tokens.as_slice(), 0)));
-        let (mut rows, mut targets) = (Vec::new(), Vec::new());
-        for (example, segment) in self.examples.iter().zip(batch.segments.iter()) {
-            for at in (1..example.tokens.len()).filter(|&at| example.loss_mask[at]) {
-                rows.push((segment.start + at - 1) as u32);
-                targets.push(example.tokens[at]);
-            }
-        }
-        let hidden = self.lm.hidden(&batch).unwrap();
-        (hidden.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap(), targets)
-    }
-}
+use pytorch::{Fixture, fixture};
 
 #[test]
 fn dpo_loss_and_gradients_match_pytorch() {
