@@ -131,7 +131,7 @@ impl Config {
         config.resolve(path.parent().unwrap_or(Path::new("")));
         let mut problems = config.problems();
         if let Some(file) = &config.keys_file {
-            match keys::read_file(file) {
+            match keys::read_keys_file(file) {
                 Ok(keys) => problems.extend(keys::problems(&keys, "keys_file")),
                 Err(error) => problems.push(error.to_string()),
             }
@@ -188,7 +188,7 @@ impl Config {
             problems.extend(keys::secret_problem(&admin.hash, &admin.env).map(|p| format!("admin: {p}")));
         }
         if let Some(jwt) = &self.jwt {
-            problems.extend(jwt.problems().into_iter().map(|problem| format!("jwt: {problem}")));
+            problems.extend(jwt.key_problems().into_iter().map(|problem| format!("jwt: {problem}")));
         }
         problems
     }

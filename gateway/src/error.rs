@@ -21,7 +21,7 @@ pub enum GatewayError {
     },
     /// The request is invalid. Status 400.
     #[error("{message}")]
-    Invalid {
+    InvalidRequest {
         /// Description for people.
         message: String,
         /// Name of the field at fault.
@@ -31,13 +31,13 @@ pub enum GatewayError {
     },
     /// The body is larger than `limits.body_bytes`. Status 413.
     #[error("the request body is larger than {limit} bytes")]
-    TooLarge {
+    RequestTooLarge {
         /// The limit, in bytes.
         limit: usize,
     },
     /// The client sent its body too slowly. Status 408.
     #[error("the request body did not arrive in time")]
-    SlowBody,
+    RequestTimeout,
     /// No pool serves the model. Status 404.
     #[error("the model `{model}` does not exist; `GET /v1/models` lists those that do")]
     ModelNotFound {
@@ -111,7 +111,7 @@ pub enum GatewayError {
     NodeTimeout,
     /// The node rejected the request. Its error body is passed on.
     #[error("{}", body.error.message)]
-    Node {
+    NodeError {
         /// Status for the client.
         status: StatusCode,
         /// Normalized error body of the node.
@@ -127,10 +127,10 @@ impl GatewayError {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::ModelNotAllowed { .. } => StatusCode::FORBIDDEN,
-            Self::Invalid { .. } | Self::InvalidHttpRequest { .. } => StatusCode::BAD_REQUEST,
+            Self::InvalidRequest { .. } | Self::InvalidHttpRequest { .. } => StatusCode::BAD_REQUEST,
             Self::UnsupportedContentEncoding => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
+            Self::RequestTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::ModelNotFound { .. } | Self::NotFound { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::RateLimited { .. }
@@ -138,7 +138,7 @@ impl GatewayError {
             | Self::QueueTimeout { .. }
             | Self::Overloaded => StatusCode::TOO_MANY_REQUESTS,
             Self::NoUpstream { .. } | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Node { status, .. } => *status,
+            Self::NodeError { status, .. } => *status,
             Self::NodeFailed { .. } => StatusCode::BAD_GATEWAY,
             Self::NodeTimeout => StatusCode::GATEWAY_TIMEOUT,
         }
@@ -149,9 +149,9 @@ impl GatewayError {
         match self {
             Self::Unauthorized => "invalid_api_key",
             Self::ModelNotAllowed { .. } => "model_not_allowed",
-            Self::Invalid { code, .. } => code,
-            Self::TooLarge { .. } => "request_too_large",
-            Self::SlowBody => "request_timeout",
+            Self::InvalidRequest { code, .. } => code,
+            Self::RequestTooLarge { .. } => "request_too_large",
+            Self::RequestTimeout => "request_timeout",
             Self::ModelNotFound { .. } => "model_not_found",
             Self::NotFound { .. } => "not_found",
             Self::MethodNotAllowed => "method_not_allowed",
@@ -165,16 +165,16 @@ impl GatewayError {
             Self::InvalidHttpRequest { .. } => "invalid_http_request",
             Self::UnsupportedContentEncoding => "unsupported_content_encoding",
             Self::Overloaded => "overloaded",
-            Self::Node { .. } => "node_error",
+            Self::NodeError { .. } => "node_error",
         }
     }
 
-    fn retry_after(&self) -> Option<u64> {
+    fn retry_after_s(&self) -> Option<u64> {
         match self {
             Self::RateLimited { retry_after, .. }
             | Self::QueueFull { retry_after, .. }
             | Self::QueueTimeout { retry_after, .. }
-            | Self::Node { retry_after: Some(retry_after), .. } => Some((*retry_after).clamp(1, 60)),
+            | Self::NodeError { retry_after: Some(retry_after), .. } => Some((*retry_after).clamp(1, 60)),
             Self::NoUpstream { retry_after, .. } => Some((*retry_after).clamp(1, 600)),
             Self::Draining | Self::Overloaded => Some(1),
             // Every 429 and 503 has a `Retry-After`.
@@ -190,14 +190,16 @@ impl GatewayError {
             | Self::NoUpstream { .. }
             | Self::NodeFailed { .. }
             | Self::NodeTimeout => true,
-            Self::Node { status, .. } => *status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error(),
+            Self::NodeError { status, .. } => {
+                *status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error()
+            }
             _ => false,
         }
     }
 
     /// Returns OpenAI's error body.
     pub fn body(&self) -> ErrorBody {
-        if let Self::Node { body, .. } = self {
+        if let Self::NodeError { body, .. } = self {
             return ErrorBody::clone(body);
         }
         let kind = match self.status().as_u16() {
@@ -208,7 +210,7 @@ impl GatewayError {
             _ => "invalid_request_error",
         };
         let param = match self {
-            Self::Invalid { param, .. } => *param,
+            Self::InvalidRequest { param, .. } => *param,
             Self::ModelNotFound { .. } | Self::ModelNotAllowed { .. } => Some("model"),
             _ => None,
         };
@@ -222,15 +224,15 @@ impl IntoResponse for GatewayError {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(HeaderName::from_static("x-potstill-reason"), HeaderValue::from_static(self.code()));
-        if let Some(seconds) = self.retry_after() {
+        if let Some(seconds) = self.retry_after_s() {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         // Closing the connection prevents the rest of the body from being parsed as another request.
         if matches!(
             self,
             Self::InvalidHttpRequest { .. }
-                | Self::TooLarge { .. }
-                | Self::SlowBody
+                | Self::RequestTooLarge { .. }
+                | Self::RequestTimeout
                 | Self::UnsupportedContentEncoding
         ) {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));

@@ -75,7 +75,7 @@ enum KeyCommand {
 }
 
 fn parse_priority(text: &str) -> Result<Priority, String> {
-    Priority::parse(text).ok_or_else(|| "one of interactive, default, bulk".to_owned())
+    Priority::from_name(text).ok_or_else(|| "one of interactive, default, bulk".to_owned())
 }
 
 fn main() -> anyhow::Result<()> {
@@ -85,7 +85,7 @@ fn main() -> anyhow::Result<()> {
             let loaded = Config::read(&config)?;
             runtime(threads)?.block_on(serve(config, loaded))
         }
-        Command::Check { config } => check(&config),
+        Command::Check { config } => check_config(&config),
         Command::Autoscale { stdio: _, interval } => potstill_gateway::app::autoscale_stdio::run(
             interval,
             std::io::stdin().lock(),
@@ -95,7 +95,7 @@ fn main() -> anyhow::Result<()> {
         Command::Key { command: KeyCommand::Certificate { file } } => {
             let chain = potstill_gateway::certificates(&file).map_err(anyhow::Error::msg)?;
             let hash = chain.first().map(|der| blake3::hash(der).to_hex().to_string());
-            say(&hash.unwrap_or_default());
+            print_line(&hash.unwrap_or_default());
             Ok(())
         }
     }
@@ -114,26 +114,31 @@ fn runtime(threads: Option<usize>) -> std::io::Result<tokio::runtime::Runtime> {
 }
 
 #[expect(clippy::print_stdout, reason = "the answer of a command")]
-fn say(text: &str) {
+fn print_line(text: &str) {
     println!("{text}");
 }
 
-fn check(path: &Path) -> anyhow::Result<()> {
+fn check_config(path: &Path) -> anyhow::Result<()> {
     let config = Config::read(path)?;
-    say(&format!("`{}` is fine: {} pools, {} keys", path.display(), config.pools.len(), config.keys.len()));
+    print_line(&format!(
+        "`{}` is fine: {} pools, {} keys",
+        path.display(),
+        config.pools.len(),
+        config.keys.len()
+    ));
     Ok(())
 }
 
 fn new_key(file: Option<PathBuf>, name: Option<String>, priority: Priority) -> anyhow::Result<()> {
-    let (key, hash) = potstill_gateway::auth::keys::generate();
+    let (key, hash) = potstill_gateway::auth::keys::generate_key();
     if let (Some(file), Some(name)) = (&file, name) {
-        let mut list = keys::read_file(file)?;
+        let mut list = keys::read_keys_file(file)?;
         list.push(KeyConfig { name, hash: Some(hash.clone()), priority, ..KeyConfig::default() });
         let problems = keys::problems(&list, "keys");
         anyhow::ensure!(problems.is_empty(), "`{}`: {}", file.display(), problems.join("; "));
-        keys::write_file(file, &list).with_context(|| format!("cannot write `{}`", file.display()))?;
+        keys::write_keys_file(file, &list).with_context(|| format!("cannot write `{}`", file.display()))?;
     }
-    say(&format!("key   {key}\nhash  {hash}"));
+    print_line(&format!("key   {key}\nhash  {hash}"));
     Ok(())
 }
 

@@ -20,7 +20,7 @@ use serde_json::{Map, Value};
 
 /// Endpoint whose responses are normalized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum EndpointKind {
     /// `/v1/chat/completions`.
     Chat,
     /// `/v1/completions`.
@@ -32,44 +32,44 @@ pub enum Kind {
 }
 
 /// OpenAI's finish reasons. Typed clients reject others.
-const REASONS: [&str; 5] = ["stop", "length", "tool_calls", "content_filter", "function_call"];
+const FINISH_REASONS: [&str; 5] = ["stop", "length", "tool_calls", "content_filter", "function_call"];
 
 /// Returns the finish reason of OpenAI for that of an engine. An unknown word becomes `length`, because nothing proves
 /// that the completion is whole.
-pub fn finish_reason(word: &str) -> &'static str {
+pub fn normalize_finish_reason(word: &str) -> &'static str {
     match word {
         "eos" | "eos_token" | "end_turn" | "stop_sequence" | "stop_token" | "end" => "stop",
         "max_tokens" | "max_length" | "abort" | "aborted" | "cancelled" => "length",
         "tool_use" | "tool_call" => "tool_calls",
-        known => REASONS.iter().find(|reason| **reason == known).unwrap_or(&"length"),
+        known => FINISH_REASONS.iter().find(|reason| **reason == known).unwrap_or(&"length"),
     }
 }
 
 /// The `usage` object of a response.
 #[derive(Deserialize)]
-struct Counts {
+struct RawUsage {
     prompt_tokens: Option<u64>,
     completion_tokens: Option<u64>,
     total_tokens: Option<u64>,
 }
 
-impl Counts {
+impl RawUsage {
     /// Returns the usage, and whether all counts are present and the sum is correct.
-    fn usage(&self, kind: Kind) -> (Usage, bool) {
+    fn usage(&self, kind: EndpointKind) -> (Usage, bool) {
         let usage = Usage::new(self.prompt_tokens.unwrap_or(0), self.completion_tokens.unwrap_or(0));
         let whole = self.prompt_tokens.is_some()
-            && (self.completion_tokens.is_some() || kind == Kind::Embeddings)
+            && (self.completion_tokens.is_some() || kind == EndpointKind::Embeddings)
             && self.total_tokens == Some(usage.total_tokens);
         (usage, whole)
     }
 }
 
 /// Sets missing counts to 0 and corrects `total_tokens`. Other members of the object are kept.
-fn normalize_usage(usage: &mut Map<String, Value>, kind: Kind) {
+fn normalize_usage(usage: &mut Map<String, Value>, kind: EndpointKind) {
     let count = |usage: &Map<String, Value>, name: &str| usage.get(name).and_then(Value::as_u64).unwrap_or(0);
     let (prompt, completion) = (count(usage, "prompt_tokens"), count(usage, "completion_tokens"));
     usage.insert("prompt_tokens".into(), prompt.into());
-    if kind != Kind::Embeddings {
+    if kind != EndpointKind::Embeddings {
         usage.insert("completion_tokens".into(), completion.into());
     }
     usage.insert("total_tokens".into(), (prompt + completion).into());
@@ -77,9 +77,9 @@ fn normalize_usage(usage: &mut Map<String, Value>, kind: Kind) {
 
 /// Replacements of parts of a text.
 #[derive(Default)]
-struct Edits(Vec<(Range<usize>, String)>);
+struct TextEdits(Vec<(Range<usize>, String)>);
 
-impl Edits {
+impl TextEdits {
     /// Replaces `part`, which must be a slice of `text`.
     fn replace(&mut self, text: &[u8], part: &str, by: impl Into<String>) {
         let start = part.as_ptr() as usize - text.as_ptr() as usize;
@@ -101,7 +101,7 @@ impl Edits {
 }
 
 /// Returns whether a raw value is a string that is not empty.
-fn is_text(value: Option<&RawValue>) -> bool {
+fn is_non_empty_string(value: Option<&RawValue>) -> bool {
     value.is_some_and(|value| value.get().starts_with('"') && value.get().len() > 2)
 }
 
@@ -113,7 +113,9 @@ fn is_count(value: Option<&RawValue>) -> bool {
 /// A field that may be absent (`None`), null (`Some(None)`) or a string.
 type Presence<'a> = Option<Option<Cow<'a, str>>>;
 
-fn presence<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Presence<'de>, D::Error> {
+fn deserialize_presence<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Presence<'de>, D::Error> {
     #[derive(Deserialize)]
     struct Text<'a>(#[serde(borrow)] Option<Cow<'a, str>>);
     Text::deserialize(deserializer).map(|text| Some(text.0))
@@ -155,7 +157,13 @@ fn normalize_content(message: &mut Map<String, Value>) {
 }
 
 /// Sets `id`, `object`, `created` and `model` of a response.
-fn mend_head(answer: &mut Map<String, Value>, object: &str, id: &str, created: u64, model: &str) {
+fn normalize_common_fields(
+    answer: &mut Map<String, Value>,
+    object: &str,
+    id: &str,
+    created: u64,
+    model: &str,
+) {
     if answer.get("id").and_then(Value::as_str).is_none_or(str::is_empty) {
         answer.insert("id".into(), id.into());
     }
@@ -174,9 +182,12 @@ mod tests {
     #[test]
     fn maps_every_finish_reason_to_openais_list() {
         for word in ["stop", "eos", "abort", "length", "gone fishing", "", "tool_use"] {
-            assert!(REASONS.contains(&finish_reason(word)), "{word}");
+            assert!(FINISH_REASONS.contains(&normalize_finish_reason(word)), "{word}");
         }
-        assert_eq!((finish_reason("abort"), finish_reason("eos_token")), ("length", "stop"));
-        assert_eq!(finish_reason("gone fishing"), "length", "unknown is not taken for whole");
+        assert_eq!(
+            (normalize_finish_reason("abort"), normalize_finish_reason("eos_token")),
+            ("length", "stop")
+        );
+        assert_eq!(normalize_finish_reason("gone fishing"), "length", "unknown is not taken for whole");
     }
 }

@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde::Serialize;
 
 pub use self::adaptive::Forecast;
-use self::history::History;
+use self::history::DemandHistory;
 use self::need::CapacityNeed;
 pub use self::observation::{Mode, Observation, PoolObservation, RequestCounts, Settings, StagePlan};
 
@@ -28,24 +28,24 @@ pub use self::observation::{Mode, Observation, PoolObservation, RequestCounts, S
 pub struct PolicyState {
     pools: HashMap<String, PoolMemory>,
     /// Time of the last decision.
-    at: Option<f64>,
+    decided_at: Option<f64>,
 }
 
 /// Largest gap between two decisions, in seconds. After a longer gap or a clock that went back, the state is cleared as
 /// after a restart.
-const GAP_S: f64 = 120.0;
+const MAX_GAP_S: f64 = 120.0;
 
 #[derive(Debug)]
 struct PoolMemory {
     /// Time of the first observation and the number of nodes then. After a restart these nodes are kept for
     /// `demand_window_s`.
-    first: (f64, usize),
+    first_observation: (f64, usize),
     /// History of the open requests that no plan covers.
-    demand: History,
+    unplanned_demand: DemandHistory,
     /// Time since which there are more nodes than needed.
     surplus_since: Option<f64>,
     /// Time at which a request was last open.
-    busy_at: f64,
+    last_busy: f64,
     qps: qps::QpsMemory,
 }
 
@@ -63,24 +63,24 @@ pub struct Decision {
 /// Every decision is within `min` and `max` of the pool and within the budget of all pools. Without metrics, and in the
 /// first `demand_window_s` seconds, no pool is scaled down, except for the budget.
 pub fn decide(seen: &Observation, memory: &mut PolicyState) -> Decision {
-    if memory.at.is_some_and(|at| !(0.0..=GAP_S).contains(&(seen.t - at))) {
+    if memory.decided_at.is_some_and(|at| !(0.0..=MAX_GAP_S).contains(&(seen.t - at))) {
         memory.pools.clear();
     }
-    memory.at = Some(seen.t);
-    let starts = adaptive::stage_starts(seen);
+    memory.decided_at = Some(seen.t);
+    let starts = adaptive::stage_starts_in_s(seen);
     memory.pools.retain(|model, _| seen.pools.iter().any(|pool| pool.model == *model));
     let mut wanted = Vec::with_capacity(seen.pools.len());
     for pool in &seen.pools {
         let remembered = memory.pools.entry(pool.model.clone()).or_insert_with(|| PoolMemory {
-            first: (seen.t, pool.have()),
-            demand: History::default(),
+            first_observation: (seen.t, pool.nodes()),
+            unplanned_demand: DemandHistory::default(),
             surplus_since: None,
-            busy_at: seen.t,
+            last_busy: seen.t,
             qps: qps::QpsMemory::default(),
         });
         wanted.push(target_nodes(seen.t, pool, &starts, remembered));
     }
-    budget::apply(seen, &mut wanted);
+    budget::apply_budget(seen, &mut wanted);
     let named = |text: fn(&(usize, CapacityNeed)) -> String| {
         seen.pools.iter().zip(&wanted).map(|(pool, need)| (pool.model.clone(), text(need))).collect()
     };
@@ -102,16 +102,16 @@ fn target_nodes(
     starts: &BTreeMap<u32, f64>,
     memory: &mut PoolMemory,
 ) -> (usize, CapacityNeed) {
-    let have = pool.have();
+    let have = pool.nodes();
     let bounded = |nodes: usize| nodes.clamp(pool.min.min(pool.max), pool.max);
-    let (Some(open), false) = (pool.open(), pool.stale) else {
+    let (Some(open), false) = (pool.open_requests(), pool.stale) else {
         // Without metrics nothing is scaled down, and nodes that are starting are kept.
         let kept = bounded(have);
         let reason = format!("metrics are missing: {have} kept");
         return (kept, CapacityNeed { online: kept, reason, ..CapacityNeed::default() });
     };
     if open > 0 {
-        memory.busy_at = t;
+        memory.last_busy = t;
     }
     let mut need = match pool.settings.mode {
         Mode::Fixed => {
@@ -119,13 +119,13 @@ fn target_nodes(
             CapacityNeed { online: nodes, reason: format!("fixed at {nodes}"), ..CapacityNeed::default() }
         }
         Mode::Qps => qps::need(t, pool, open, &mut memory.qps),
-        Mode::Adaptive => adaptive::need(t, pool, open, starts, &mut memory.demand),
+        Mode::Adaptive => adaptive::need(t, pool, open, starts, &mut memory.unplanned_demand),
     };
     // The last node stays until the pool has been idle for `idle_timeout_s`.
     if pool.settings.mode != Mode::Fixed
         && need.nodes() == 0
         && have > 0
-        && t - memory.busy_at < pool.settings.idle_timeout_s
+        && t - memory.last_busy < pool.settings.idle_timeout_s
     {
         need.online = 1;
         need.reason += &format!("; one stays until idle for {:.0} s", pool.settings.idle_timeout_s);
@@ -151,19 +151,19 @@ fn scale_down_delay(
     need: &mut CapacityNeed,
     memory: &mut PoolMemory,
 ) -> usize {
-    let have = pool.have().min(pool.max);
+    let have = pool.nodes().min(pool.max);
     if nodes >= have {
         memory.surplus_since = None;
         return nodes;
     }
-    let (began, at_first) = memory.first;
+    let (began, at_first) = memory.first_observation;
     let learning = began + pool.settings.demand_window_s;
     let kept = have.min(at_first);
     let since = *memory.surplus_since.get_or_insert(t);
-    let announced = !pool.plan.is_empty() || memory.demand.peak() == 0;
+    let announced = !pool.plan.is_empty() || memory.unplanned_demand.peak() == 0;
     let wait = match pool.settings.mode {
         Mode::Adaptive if announced => pool.settings.scale_down_delay_s,
-        Mode::Adaptive => pool.cold_s(),
+        Mode::Adaptive => pool.cold_start_s(),
         // The policy `qps` has its own stabilization window.
         Mode::Qps | Mode::Fixed => 0.0,
     };

@@ -26,20 +26,20 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
-use self::addresses::Addresses;
+use self::addresses::AddressCounts;
 use self::stall::StallGuard;
-use self::stop::{Stop, Watched};
+use self::stop::{ShutdownFlag, StopOnShutdown};
 use self::tls::Tls;
-use self::window::{Noticed, Streams};
+use self::window::{StreamExecutor, TrackedBody};
 use crate::auth::keys::ClientCertificate;
 use crate::config::Limits;
 use crate::time::ms;
 
 /// Largest request head in bytes.
-const HEAD_BYTES: usize = 64 << 10;
+const MAX_HEAD_BYTES: usize = 64 << 10;
 
 /// First bytes of an HTTP/2 connection (RFC 9113, section 3.4).
-const PREFACE: &[u8] = b"PRI * HTTP/2.0";
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0";
 
 /// Serves requests, and provides the bounds of connections.
 pub(crate) trait Handler: Clone + Send + Sync + 'static {
@@ -61,13 +61,13 @@ pub(crate) async fn serve(
     listener: TcpListener,
     handler: impl Handler,
     grace: Duration,
-    draining: &Stop,
+    draining: &ShutdownFlag,
     stop: impl Future<Output = ()>,
 ) {
     let slots = Arc::new(Semaphore::new(handler.limits().connections));
-    let addresses = Addresses::default();
+    let addresses = AddressCounts::default();
     let connections = TaskTracker::new();
-    let abort = Stop::default();
+    let abort = ShutdownFlag::default();
     tokio::pin!(stop);
     loop {
         let accepted = tokio::select! {
@@ -82,15 +82,18 @@ pub(crate) async fn serve(
             (Ok((stream, peer)), Ok(slot)) => {
                 let limits = handler.limits();
                 // One address cannot use all connections.
-                let Some(place) = addresses.enter(client(peer), limits.connections_per_address) else {
+                let Some(place) =
+                    addresses.count_connection(client_address(peer), limits.connections_per_address)
+                else {
                     continue;
                 };
-                let mut connection = Box::pin(connection(stream, handler.clone(), limits, draining.clone()));
+                let mut connection =
+                    Box::pin(accept_connection(stream, handler.clone(), limits, draining.clone()));
                 let abort = abort.clone();
                 let handler = handler.clone();
                 connections.spawn(async move {
                     handler.count_connection(1);
-                    Watched::new(&abort).run(|context| connection.as_mut().poll(context)).await;
+                    StopOnShutdown::new(&abort).run(|context| connection.as_mut().poll(context)).await;
                     handler.count_connection(-1);
                     drop((slot, place));
                 });
@@ -117,7 +120,7 @@ pub(crate) async fn serve(
 }
 
 /// Returns the address that counts as one client: an IPv4 address, or the /64 network of an IPv6 address.
-fn client(peer: SocketAddr) -> IpAddr {
+fn client_address(peer: SocketAddr) -> IpAddr {
     match peer.ip() {
         IpAddr::V6(v6) if v6.to_ipv4_mapped().is_none() => {
             let mut bytes = v6.octets();
@@ -128,9 +131,14 @@ fn client(peer: SocketAddr) -> IpAddr {
     }
 }
 
-async fn connection(stream: TcpStream, handler: impl Handler, limits: Arc<Limits>, draining: Stop) {
+async fn accept_connection(
+    stream: TcpStream,
+    handler: impl Handler,
+    limits: Arc<Limits>,
+    draining: ShutdownFlag,
+) {
     let _unset = stream.set_nodelay(true);
-    let mut first = [0u8; PREFACE.len()];
+    let mut first = [0u8; HTTP2_PREFACE.len()];
     let silent = tokio::select! {
         peeked = tokio::time::timeout(ms(limits.first_byte_ms), stream.peek(&mut first)) => peeked,
         () = draining.wait() => return,
@@ -140,7 +148,7 @@ async fn connection(stream: TcpStream, handler: impl Handler, limits: Arc<Limits
         return;
     }
     let Some(tls) = handler.tls() else {
-        let http2 = first[..seen] == PREFACE[..seen] && seen > 3;
+        let http2 = first[..seen] == HTTP2_PREFACE[..seen] && seen > 3;
         return serve_connection(stream, http2, None, handler, limits, draining).await;
     };
     let accepted = handshake(&tls, stream, ms(limits.head_ms)).await;
@@ -177,7 +185,7 @@ pub(crate) fn serve_connection<S: AsyncRead + AsyncWrite + Unpin + Send + 'stati
     certificate: Option<ClientCertificate>,
     handler: impl Handler,
     limits: Arc<Limits>,
-    draining: Stop,
+    draining: ShutdownFlag,
 ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
     let io = TokioIo::new(StallGuard::new(stream, ms(limits.write_idle_ms)));
     let service = service_fn(move |mut request: Request<Incoming>| {
@@ -193,7 +201,7 @@ pub(crate) fn serve_connection<S: AsyncRead + AsyncWrite + Unpin + Send + 'stati
         ($connection:expr) => {{
             let mut connection = Box::pin($connection);
             Box::pin(async move {
-            let ended = match Watched::new(&draining).run(|context| connection.as_mut().poll(context)).await {
+            let ended = match StopOnShutdown::new(&draining).run(|context| connection.as_mut().poll(context)).await {
                 Some(ended) => ended,
                 None => {
                     connection.as_mut().graceful_shutdown();
@@ -209,13 +217,13 @@ pub(crate) fn serve_connection<S: AsyncRead + AsyncWrite + Unpin + Send + 'stati
     if http2 {
         let service = service_fn(move |request| {
             let answered = service.call(request);
-            async move { Ok::<_, Infallible>(answered.await?.map(Noticed::new)) }
+            async move { Ok::<_, Infallible>(answered.await?.map(TrackedBody::new)) }
         });
-        let mut builder = http2::Builder::new(Streams { patience: ms(limits.write_idle_ms) });
+        let mut builder = http2::Builder::new(StreamExecutor { patience: ms(limits.write_idle_ms) });
         builder
             .timer(TokioTimer::new())
             .max_concurrent_streams(128)
-            .max_header_list_size(HEAD_BYTES as u32)
+            .max_header_list_size(MAX_HEAD_BYTES as u32)
             .initial_stream_window_size(64 << 10)
             .initial_connection_window_size(1 << 20)
             .max_frame_size(16 << 10)
@@ -230,7 +238,7 @@ pub(crate) fn serve_connection<S: AsyncRead + AsyncWrite + Unpin + Send + 'stati
         builder
             .timer(TokioTimer::new())
             .header_read_timeout(ms(limits.head_ms))
-            .max_buf_size(HEAD_BYTES)
+            .max_buf_size(MAX_HEAD_BYTES)
             .writev(false);
         run!(builder.serve_connection(io, service))
     }

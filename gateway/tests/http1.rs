@@ -17,7 +17,7 @@ use potstill_gateway::upstream::endpoint::Endpoint;
 use potstill_gateway::upstream::exchange::{SendError, send};
 use potstill_gateway::upstream::read_body::read_full_body;
 use potstill_gateway::upstream::request::UpstreamRequest;
-use potstill_gateway::upstream::response_head::parse;
+use potstill_gateway::upstream::response_head::parse_response_head;
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -257,7 +257,7 @@ fn ours(parts: &[&[u8]]) -> Option<(u16, Vec<u8>)> {
     let mut parts = parts.iter();
     let (head, length) = loop {
         bytes.extend_from_slice(parts.next()?);
-        if let Some(found) = parse(&bytes, &Method::GET).ok()? {
+        if let Some(found) = parse_response_head(&bytes, &Method::GET).ok()? {
             break found;
         }
     };
@@ -265,14 +265,14 @@ fn ours(parts: &[&[u8]]) -> Option<(u16, Vec<u8>)> {
     let mut body = Vec::new();
     for mut input in [&bytes[length..]].into_iter().chain(parts.copied()) {
         loop {
-            let piece = framing.piece(&mut input).ok()?;
+            let piece = framing.next_data(&mut input).ok()?;
             if piece.is_empty() {
                 break;
             }
             body.extend_from_slice(piece);
         }
     }
-    framing.closed().ok()?;
+    framing.on_close().ok()?;
     Some((head.status.as_u16(), body))
 }
 

@@ -118,7 +118,7 @@ async fn request(world: &World, ask: &AcquireRequest, work: Duration) {
         let _held = OnNode::enter(world, &permit);
         match world.health(&node) {
             Health::Down => {
-                permit.unreachable();
+                permit.record_unreachable();
                 if tries == 3 {
                     counts.refused.fetch_add(1, Ordering::Relaxed);
                     return;
@@ -127,20 +127,20 @@ async fn request(world: &World, ask: &AcquireRequest, work: Duration) {
             }
             Health::Breaks => {
                 sleep(work / 2).await;
-                permit.failure("scripted");
+                permit.record_failure("scripted");
                 // The client has received data, so there is no retry.
                 counts.broken.fetch_add(1, Ordering::Relaxed);
                 return;
             }
             Health::Slow(times) => {
                 sleep(work * times).await;
-                permit.success(100, Some(ask.tokens));
+                permit.record_success(100, Some(ask.tokens));
                 counts.whole.fetch_add(1, Ordering::Relaxed);
                 return;
             }
             Health::Well => {
                 sleep(work).await;
-                permit.success(100, Some(ask.tokens));
+                permit.record_success(100, Some(ask.tokens));
                 counts.whole.fetch_add(1, Ordering::Relaxed);
                 return;
             }

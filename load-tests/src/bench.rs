@@ -5,6 +5,7 @@ mod cases;
 mod load;
 mod peers;
 mod process;
+mod programs;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -14,6 +15,7 @@ use clap::Args;
 use serde::Deserialize;
 
 use self::peers::Peer;
+use self::programs::{LOAD_CORE, PINNED, Programs};
 
 /// Arguments of `bench`.
 #[derive(Args)]
@@ -50,21 +52,6 @@ struct Scenario {
     slow_node: Option<cases::SlowNode>,
     killed: Option<cases::Killed>,
 }
-
-/// Paths of the programs.
-pub(crate) struct Programs {
-    gateway: PathBuf,
-    envoy: PathBuf,
-    nginx: PathBuf,
-    own: PathBuf,
-}
-
-/// Core of the proxies, then core of nodes and load.
-const PROXY_CORE: &str = "0";
-const LOAD_CORE: &str = "1";
-
-/// Environment variable of the process that runs pinned to a core.
-const PINNED: &str = "POTSTILL_BENCH_PINNED";
 
 pub(crate) fn run(arguments: &Arguments, runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
     let own = std::env::current_exe()?;

@@ -3,6 +3,7 @@
 
 mod laws;
 mod sim;
+mod spec;
 mod workloads;
 
 use clap::Args;

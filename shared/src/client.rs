@@ -4,13 +4,12 @@
 //! error. The client never retries. [`CallError`] tells the caller whether a retry makes sense and after
 //! which delay; the caller owns the retry budget.
 
-mod likeliest;
+pub mod prompt_logprobs;
 
 use std::time::Duration;
 
 use futures_util::StreamExt;
 
-pub use self::likeliest::{PromptLogprobs, ScoreInput};
 use crate::openai::{ChatRequest, ChatResponse, ErrorBody, ModelList, StreamOptions, Usage};
 use crate::redact::Secret;
 use crate::repetition::repeated_passage_bytes;

@@ -24,7 +24,7 @@ async fn through_the_gateway(program: &Path, script: &Path) {
     let folder = tempfile::tempdir().unwrap();
     write_caller(folder.path());
     let (_caller, calling) = serve(folder.path(), "caller", &[]).await;
-    let (key, hash) = potstill_gateway::auth::keys::generate();
+    let (key, hash) = potstill_gateway::auth::keys::generate_key();
     let config = format!(
         "[[keys]]\nname = \"client\"\nhash = \"{hash}\"\nrequests_per_minute = 6000\n[[pools]]\nmodel = \"demo/teacher\"\nupstream_model = \"teacher\"\nnodes = [{{ url = \"{node}\", slots = 4 }}]\n\
          [[pools]]\nmodel = \"caller\"\nnodes = [{{ url = \"{calling}\" }}]\n"

@@ -13,7 +13,7 @@ fn document(body: Value) -> Behaviour {
 }
 
 fn key(config: KeyConfig) -> (String, KeyConfig) {
-    let (key, hash) = potstill_gateway::auth::keys::generate();
+    let (key, hash) = potstill_gateway::auth::keys::generate_key();
     (key, KeyConfig { hash: Some(hash), ..config })
 }
 

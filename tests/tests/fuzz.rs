@@ -16,17 +16,17 @@ use http::{Method, StatusCode};
 use potstill_data::journal::Journal;
 use potstill_data::jsonl::{Source, read_problems};
 use potstill_engine::config::ModelConfig;
-use potstill_engine::gguf::Gguf;
+use potstill_engine::gguf::GgufFile;
 use potstill_engine::template::ChatTemplate;
 use potstill_engine::tokenizer::Tokenizer;
-use potstill_engine::weights::Gathered;
-use potstill_gateway::api::request_fields::{scan, with_model};
+use potstill_engine::weights::WeightBuilder;
+use potstill_gateway::api::request_fields::{replace_model, scan};
 use potstill_gateway::api::responses::request::to_chat;
 use potstill_gateway::config::Config;
 use potstill_gateway::config::pools::Reasoning;
-use potstill_gateway::normalize::sse_stream::{SseStream, StreamStep};
+use potstill_gateway::normalize::sse_stream::{SseNormalizer, StreamStep};
 use potstill_gateway::normalize::stream_chunk::ChunkNormalizer;
-use potstill_gateway::normalize::{Kind, completion, error_body};
+use potstill_gateway::normalize::{EndpointKind, completion, error_body};
 use potstill_gateway::upstream::response_head;
 use potstill_shared::durable::write_file;
 use potstill_shared::{reasoning, sse};
@@ -210,20 +210,22 @@ fn http_responses_do_not_depend_on_boundaries() {
         b"HTTP/1.1 103 X\r\n\r\n",
     ];
     fuzz(&corpus, &words, |input, (a, b)| {
-        let Ok(Some((head, length))) = response_head::parse(input, &Method::POST) else { return };
+        let Ok(Some((head, length))) = response_head::parse_response_head(input, &Method::POST) else {
+            return;
+        };
         let read = |parts: &[&[u8]]| {
             let (mut framing, mut body) = (head.framing, Vec::new());
             for part in parts {
                 let mut rest = *part;
                 loop {
-                    let piece = framing.piece(&mut rest).map_err(|fault| fault.to_string())?;
+                    let piece = framing.next_data(&mut rest).map_err(|fault| fault.to_string())?;
                     if piece.is_empty() {
                         break;
                     }
                     body.extend_from_slice(piece);
                 }
             }
-            framing.closed().map_err(|fault| fault.to_string())?;
+            framing.on_close().map_err(|fault| fault.to_string())?;
             Ok::<_, String>(body)
         };
         let (a, b) = (a.max(length), b.max(length));
@@ -235,9 +237,9 @@ fn http_responses_do_not_depend_on_boundaries() {
 fn request_bodies_never_panic() {
     fuzz(&[CHAT, br#"{"model":"a/b","prompt":["x",[1,2]],"echo":true}"#], &JSON, |input, _| {
         let body = Bytes::copy_from_slice(input);
-        for kind in [Kind::Chat, Kind::Text, Kind::Embeddings, Kind::Other] {
+        for kind in [EndpointKind::Chat, EndpointKind::Text, EndpointKind::Embeddings, EndpointKind::Other] {
             if let Ok(head) = scan(&body, kind) {
-                let changed = with_model(&body, &head, "other");
+                let changed = replace_model(&body, &head, "other");
                 assert_eq!(scan(&changed, kind).unwrap().model, "other");
             }
         }
@@ -247,7 +249,7 @@ fn request_bodies_never_panic() {
 #[test]
 fn normalized_completions_are_json() {
     fuzz(&[ANSWER, br#"{"object":"list","model":"x","data":[{"embedding":[1.0]}]}"#], &JSON, |input, _| {
-        for kind in [Kind::Chat, Kind::Text, Kind::Embeddings, Kind::Other] {
+        for kind in [EndpointKind::Chat, EndpointKind::Text, EndpointKind::Embeddings, EndpointKind::Other] {
             for reasoning in [Reasoning::Pass, Reasoning::Split, Reasoning::SplitOpen] {
                 // Half a surrogate pair in an escape is forwarded unchanged.
                 let read = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).is_ok();
@@ -268,8 +270,10 @@ fn normalized_streams_do_not_depend_on_boundaries() {
         &[b"data: ", b"\n\n", b"\r\n", b"[DONE]", b"{\"error\":{}}", b"null", b"[]"],
         |input, (a, b)| {
             for reasoning in [Reasoning::Pass, Reasoning::Split] {
-                let mut events =
-                    SseStream::new(ChunkNormalizer::new(Kind::Chat, "m".into(), true, reasoning), true);
+                let mut events = SseNormalizer::new(
+                    ChunkNormalizer::new(EndpointKind::Chat, "m".into(), true, reasoning),
+                    true,
+                );
                 for part in [&input[..a], &input[a..b], &input[b..]] {
                     if !matches!(events.push(Bytes::copy_from_slice(part)), StreamStep::Forward(_)) {
                         break;
@@ -455,16 +459,16 @@ fn model_files_never_panic() {
     let shape = ModelConfig::from_json(&String::from_utf8_lossy(config), Path::new("config.json")).unwrap();
     let pieces: [&[u8]; 4] = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x09\0\0\0", b"GGUF"];
     fuzz_file("model.gguf", &[&gguf, &alignment], &pieces, |path| {
-        if let Ok(mut file) = Gguf::open(path) {
+        if let Ok(mut file) = GgufFile::open(path) {
             let _config = file.config();
-            let _tensors = file.tensors(&shape, &mut Gathered::as_they_are(&shape));
-            let _tokenizer = file.tokenizer();
+            let _tensors = file.load_tensors(&shape, &mut WeightBuilder::unconverted(&shape));
+            let _tokenizer = file.build_tokenizer();
         }
     });
     fuzz(&[config], &JSON, |input, _| {
         let text = String::from_utf8_lossy(input);
         if let Ok(config) = ModelConfig::from_json(&text, Path::new("config.json")) {
-            let _checked = config.check(Path::new("config.json"));
+            let _checked = config.validate(Path::new("config.json"));
         }
     });
     let tokenizer: &[u8] = br#"{"version":"1.0","added_tokens":[{"id":3,"content":"<e>","special":true,"single_word":false,"lstrip":false,"rstrip":false,"normalized":false}],"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true},"decoder":{"type":"ByteLevel"},"model":{"type":"BPE","vocab":{"a":0,"b":1,"ab":2},"merges":["a b"]}}"#;

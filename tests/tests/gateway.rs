@@ -299,7 +299,7 @@ async fn errors_have_openai_form() {
 #[tokio::test]
 async fn keys_restrict_models_and_are_not_forwarded() {
     let mock = Mock::start(Behaviour::Answer(1)).await;
-    let (key, hash) = potstill_gateway::auth::keys::generate();
+    let (key, hash) = potstill_gateway::auth::keys::generate_key();
     let mut configuration = config(pool(&[&mock], 4));
     configuration.keys.push(KeyConfig {
         name: "a".into(),

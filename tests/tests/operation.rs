@@ -121,7 +121,7 @@ async fn reloads_under_load_fail_no_request() {
 #[tokio::test]
 async fn admin_api_shows_changes_and_no_secrets() {
     let (mock, added) = (Mock::start(Behaviour::Answer(5)).await, Mock::start(Behaviour::Answer(5)).await);
-    let (admin_key, admin_hash) = potstill_gateway::auth::keys::generate();
+    let (admin_key, admin_hash) = potstill_gateway::auth::keys::generate_key();
     let port = system_tests::programs::free_port();
     let node_key = "node-secret-51b2";
     let config = format!(

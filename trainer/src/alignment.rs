@@ -221,7 +221,7 @@ fn pairs_from_incorrect_completions(
     };
     let devices = section.train.run.parse_devices()?;
     let copies =
-        devices.iter().map(|device| student.on(device, DType::F32)).collect::<Result<Vec<_>, _>>()?;
+        devices.iter().map(|device| student.to_device(device, DType::F32)).collect::<Result<Vec<_>, _>>()?;
     let rollouts = RolloutEngines::start(&copies, once.len() * draw.group)?;
     let asked = once
         .iter()
@@ -255,7 +255,7 @@ pub(crate) fn tokenize_prompt(
     problem: &Problem,
 ) -> anyhow::Result<(Vec<u32>, bool)> {
     let messages = json!([{"role": "user", "content": student_prompt(recipe, &problem.problem)}]);
-    let text = student.template.render(&messages, true, &json!({}))?;
+    let text = student.chat_template.render(&messages, true, &json!({}))?;
     Ok((student.tokenizer.encode(&text)?, text.trim_end().ends_with("<think>")))
 }
 

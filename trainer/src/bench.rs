@@ -11,10 +11,10 @@ use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
 use potstill_engine::batch::Batch;
 use potstill_engine::device;
-use potstill_engine::kv::{BLOCK, KvCache, Table};
-use potstill_engine::loader::{load, load_to_serve};
+use potstill_engine::kv::{BLOCK_TOKENS, BlockTable, KvCache};
+use potstill_engine::loader::{load, load_for_serving};
 use potstill_engine::model::CausalLm;
-use potstill_engine::sharded::ShardedLm;
+use potstill_engine::sharded::TensorParallelLm;
 use serde::Serialize;
 
 use crate::compress::{self, QualityLoss};
@@ -116,18 +116,18 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     let sizes = arguments.prompt.iter().chain(&arguments.batch);
     anyhow::ensure!(sizes.clone().all(|size| *size > 0), "--prompt and --batch must be at least 1");
     device::set_threads(arguments.threads);
-    let devices = device::parse_all(&arguments.device)?;
+    let devices = device::open_devices(&arguments.device)?;
     let path = arguments.model.as_ref().context("--model is missing")?;
     let failed = || format!("cannot load `{}`", path.display());
-    let loaded = load_to_serve(path, &devices, arguments.eight_bits).with_context(failed)?;
-    let parameters = loaded.config.parameters() as u64;
+    let loaded = load_for_serving(path, &devices, arguments.eight_bits).with_context(failed)?;
+    let parameters = loaded.config.parameter_count() as u64;
     let most = loaded.config.max_positions;
-    let model = ShardedLm::new(&loaded, &devices)?;
+    let model = TensorParallelLm::new(&loaded, &devices)?;
     let quality = match &arguments.text {
         Some(text) => {
             let tokens = compress::tokenize_file(&loaded, text)?;
             let exact = load(path, &Device::Cpu, DType::F32).with_context(failed)?;
-            let packed = load_to_serve(path, &[Device::Cpu], true).with_context(failed)?;
+            let packed = load_for_serving(path, &[Device::Cpu], true).with_context(failed)?;
             let packed = CausalLm::new(&packed.config, &packed.weights)?;
             let exact = CausalLm::new(&exact.config, &exact.weights)?;
             Some(compress::measure_quality(&exact, &packed, &tokens[..tokens.len().min(COMPARED_TOKENS)])?)
@@ -142,12 +142,12 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
     );
     let mut measured = Vec::new();
     for prompt in &arguments.prompt {
-        measured.push(device::in_pool(|| measure_prefill(&model, *prompt, arguments.rounds))?);
+        measured.push(device::run_in_pool(|| measure_prefill(&model, *prompt, arguments.rounds))?);
     }
     let first = arguments.prompt.first().copied().unwrap_or(1);
     for batch in &arguments.batch {
         let one = || measure_decode(&model, first, arguments.generate, *batch, arguments.rounds);
-        measured.push(device::in_pool(one)?);
+        measured.push(device::run_in_pool(one)?);
     }
     Ok(BenchReport {
         model: path.display().to_string(),
@@ -160,7 +160,7 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<BenchReport> {
 }
 
 /// Returns `length` token ids that differ between sequences. Their meaning does not affect the time.
-fn synthetic_prompt(model: &ShardedLm, length: usize, sequence: usize) -> Vec<u32> {
+fn synthetic_prompt(model: &TensorParallelLm, length: usize, sequence: usize) -> Vec<u32> {
     let vocabulary = model.config().vocab_size;
     (0..length).map(|at| ((at * 7919 + sequence * 104_729 + 11) % vocabulary) as u32).collect()
 }
@@ -173,19 +173,23 @@ struct SequenceCaches {
 
 impl SequenceCaches {
     /// Allocates blocks for `count` sequences of `tokens` tokens.
-    fn new(model: &ShardedLm, count: usize, tokens: usize) -> anyhow::Result<Self> {
-        let each = tokens.div_ceil(BLOCK);
-        let caches = model.caches(count * each)?;
+    fn new(model: &TensorParallelLm, count: usize, tokens: usize) -> anyhow::Result<Self> {
+        let each = tokens.div_ceil(BLOCK_TOKENS);
+        let caches = model.new_kv_caches(count * each)?;
         let tables = (0..count).map(|at| (at * each..(at + 1) * each).map(|block| block as u32).collect());
         Ok(Self { caches, tables: tables.collect() })
     }
 }
 
 /// Runs one forward pass over `batch` and returns the most likely next token of each sequence.
-fn greedy_step(model: &ShardedLm, batch: &Batch, sequences: &mut SequenceCaches) -> anyhow::Result<Vec<u32>> {
-    let tables: Vec<Table<'_>> = sequences.tables.iter().map(Vec::as_slice).collect();
-    let hidden = model.hidden(batch, &mut sequences.caches, &tables)?;
-    let rows = batch.last_rows();
+fn greedy_step(
+    model: &TensorParallelLm,
+    batch: &Batch,
+    sequences: &mut SequenceCaches,
+) -> anyhow::Result<Vec<u32>> {
+    let tables: Vec<BlockTable<'_>> = sequences.tables.iter().map(Vec::as_slice).collect();
+    let hidden = model.hidden_states(batch, &mut sequences.caches, &tables)?;
+    let rows = batch.last_row_indices();
     let rows = Tensor::from_slice(&rows, rows.len(), hidden.device())?;
     let logits = model.logits(&hidden.index_select(&rows, 0)?)?;
     Ok(logits.argmax(1)?.to_vec1::<u32>()?)
@@ -205,7 +209,7 @@ fn best_time(
 }
 
 /// Measures the prefill of one prompt.
-fn measure_prefill(model: &ShardedLm, prompt: usize, rounds: usize) -> anyhow::Result<Measurement> {
+fn measure_prefill(model: &TensorParallelLm, prompt: usize, rounds: usize) -> anyhow::Result<Measurement> {
     let tokens = synthetic_prompt(model, prompt, 0);
     // Short prompts are processed several times, because processor time is counted in hundredths of a second.
     let repeats = (1024 / prompt).max(1);
@@ -231,7 +235,7 @@ fn measure_prefill(model: &ShardedLm, prompt: usize, rounds: usize) -> anyhow::R
 
 /// Measures the decoding of `generate` tokens for `batch` sequences.
 fn measure_decode(
-    model: &ShardedLm,
+    model: &TensorParallelLm,
     prompt: usize,
     generate: usize,
     batch: usize,

@@ -9,9 +9,9 @@ use potstill_learn::reward_model::Agreement;
 use serde_json::Value;
 
 use crate::alignment::ScoreKind;
-use crate::pipeline::Variant;
 use crate::recipe::Recipe;
 use crate::report::StudentResult;
+use crate::variant::Variant;
 
 /// Training facts on a model card.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -67,8 +67,8 @@ pub fn student_card(
     line(format!(
         "A {} decoder with {} weights: {} layers of width {}, {} heads ({} for keys), vocabulary {}, context {}.",
         config.family.name(),
-        config.parameters(),
-        config.layers,
+        config.parameter_count(),
+        config.num_layers,
         config.hidden_size,
         config.heads.query,
         config.heads.kv,
@@ -149,12 +149,12 @@ pub fn reward_model_card(
          | traces | mean error, points | the same for the mean alone | Spearman | within one point |\n|---|---|---|---|---|\n\
          | {} | {:.2} | {:.2} | {:.2} | {:.0} % |\n\n| scores | traces | mean prediction, points |\n|---|---|---|\n",
         recipe.student.name,
-        if model.config.classes == 1 {
+        if model.config.num_labels == 1 {
             "the sigmoid of its one output"
         } else {
             "the expectation of its ten classes over 9"
         },
-        model.config.parameters(),
+        model.config.parameter_count(),
         agreement.traces,
         agreement.mae,
         agreement.mae_of_mean,

@@ -16,12 +16,13 @@ use crate::eval::{self, EvalArguments};
 use crate::import;
 use crate::lineage;
 use crate::pairs::{self, PairArguments};
-use crate::pipeline::{Run, STAGES, SharedStore, plan};
+use crate::pipeline::{Run, SharedStore, plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::report::Report;
+use crate::run_recipe::{AfterRun, print_line, run_all_stages};
 use crate::selection;
 use crate::serve::{ServeArguments, serve};
+use crate::stage_id::StageId;
 use crate::status;
 
 /// Distill reasoning models: teachers write chains of thought, students are trained on them, and all are served through
@@ -344,21 +345,21 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
             print_line(&format!("`{}` is fine: run `{}`", recipe.display(), checked.name));
             Ok(())
         }
-        Command::Collect(run) => run_stage("collect", run).await,
-        Command::Classify(run) => run_stage("classify", run).await,
-        Command::Resample(run) => run_stage("resample", run).await,
-        Command::Generate(run) => run_stage("generate", run).await,
-        Command::Difficulty(run) => run_stage("difficulty", run).await,
-        Command::Rewrite(run) => run_stage("rewrite", run).await,
+        Command::Collect(run) => run_stage(StageId::Collect, run).await,
+        Command::Classify(run) => run_stage(StageId::Classify, run).await,
+        Command::Resample(run) => run_stage(StageId::Resample, run).await,
+        Command::Generate(run) => run_stage(StageId::Generate, run).await,
+        Command::Difficulty(run) => run_stage(StageId::Difficulty, run).await,
+        Command::Rewrite(run) => run_stage(StageId::Rewrite, run).await,
         Command::Verify(VerifyArguments { pairs, recipe, out, port }) => match (pairs.pairs, recipe) {
             (Some(path), _) => pairs::print_verdicts(&path, pairs.profile),
             (None, Some(recipe)) => {
-                run_stage("verify", RunArguments { recipe, out, port, store: None, shards: 1 }).await
+                run_stage(StageId::Verify, RunArguments { recipe, out, port, store: None, shards: 1 }).await
             }
             (None, None) => anyhow::bail!("`verify` needs a recipe or --pairs"),
         },
-        Command::Score(run) => run_stage("score", run).await,
-        Command::Sample { run, dry_run: false, .. } => run_stage("sample", run).await,
+        Command::Score(run) => run_stage(StageId::Score, run).await,
+        Command::Sample { run, dry_run: false, .. } => run_stage(StageId::Sample, run).await,
         Command::Sample { run, json, .. } => {
             let run = run.start(Progress::new()).await?;
             let compared = run.compare_selections();
@@ -380,12 +381,12 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
             print_line(&if json { serde_json::to_string_pretty(&found)? } else { calibrate::table(&found) });
             Ok(())
         }
-        Command::Reward(run) => run_stage("reward", run).await,
-        Command::Train(run) => run_stage("train", run).await,
-        Command::Export(run) => run_stage("export", run).await,
-        Command::Evaluate(run) => run_stage("evaluate", run).await,
-        Command::Compress(run) => run_stage("compress", run).await,
-        Command::Card(run) => run_stage("card", run).await,
+        Command::Reward(run) => run_stage(StageId::Reward, run).await,
+        Command::Train(run) => run_stage(StageId::Train, run).await,
+        Command::Export(run) => run_stage(StageId::Export, run).await,
+        Command::Evaluate(run) => run_stage(StageId::Evaluate, run).await,
+        Command::Compress(run) => run_stage(StageId::Quantize, run).await,
+        Command::Card(run) => run_stage(StageId::Card, run).await,
     }
 }
 
@@ -395,80 +396,9 @@ fn run_folder(run: &RunArguments, recipe: &Recipe) -> PathBuf {
 }
 
 /// Runs one stage of a recipe.
-async fn run_stage(name: &str, arguments: RunArguments) -> anyhow::Result<()> {
-    debug_assert!(STAGES.contains(&name));
+async fn run_stage(stage: StageId, arguments: RunArguments) -> anyhow::Result<()> {
     let run = arguments.start(Progress::new()).await?;
-    let result = run.run_stage(name).await;
+    let result = run.run_stage(stage).await;
     run.stop().await;
     result
-}
-
-/// Actions after the report of a whole run.
-pub(crate) struct AfterRun {
-    /// Keep serving the student until Ctrl-C.
-    pub(crate) serve: bool,
-    /// Print the report as JSON.
-    pub(crate) json: bool,
-}
-
-/// Runs a whole recipe, shows its report, and serves the student if requested. A failed run resumes with the same
-/// command.
-pub(crate) async fn run_all_stages(
-    recipe: Recipe,
-    path: &Path,
-    out: &Path,
-    port: u16,
-    store: Option<SharedStore>,
-    end: AfterRun,
-) -> anyhow::Result<()> {
-    let progress = Progress::new();
-    let run = Run::start(recipe, path, out, port, store.as_ref(), progress.clone()).await?;
-    let finished = run.run_all().await;
-    let report = match finished {
-        Ok(report) => report,
-        Err(error) => {
-            run.stop().await;
-            return Err(error
-                .context(format!("the run stopped; the same command resumes it from `{}`", out.display())));
-        }
-    };
-    print_report(&report, out, &end)?;
-    if end.serve {
-        let model = run.serve_student()?;
-        progress.message(client_examples(&run.url(), &model));
-        tokio::signal::ctrl_c().await?;
-        progress.message("stopping");
-    }
-    run.stop().await;
-    Ok(())
-}
-
-/// Prints the report as JSON or as a table.
-fn print_report(report: &Report, out: &Path, end: &AfterRun) -> anyhow::Result<()> {
-    if end.json {
-        print_line(&serde_json::to_string_pretty(report)?);
-    } else if !report.students.is_empty() {
-        print_line(&format!("\n{}\n", report.table()));
-        print_line(&format!("report   {}", out.join("report.html").display()));
-        print_line(&format!("students {}", out.join("models").display()));
-        print_line(&format!("time     {:.0} s on {} cores", report.wall_seconds, report.cores));
-    }
-    Ok(())
-}
-
-/// Returns example commands for clients of the served student.
-fn client_examples(url: &str, model: &str) -> String {
-    let problem = "A Dan has 58 cards. B Dan buys 67 more. C Eve has 41 cards. How many cards has Dan?";
-    format!(
-        "the student `{model}` is served at {url} until you press Ctrl-C. Talk to it:\n\n\
-         curl {url}/chat/completions -H 'content-type: application/json' -d '{{\"model\": \"{model}\", \"temperature\": 0, \
-         \"messages\": [{{\"role\": \"user\", \"content\": \"{problem}\"}}]}}'\n\n\
-         python3 -c \"from openai import OpenAI; print(OpenAI(base_url='{url}', api_key='none').chat.completions.create(\
-         model='{model}', temperature=0, messages=[{{'role': 'user', 'content': '{problem}'}}]).choices[0].message)\"\n"
-    )
-}
-
-#[expect(clippy::print_stdout, reason = "results are what stdout is for")]
-fn print_line(text: &str) {
-    println!("{text}");
 }

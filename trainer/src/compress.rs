@@ -1,19 +1,18 @@
 //! Quantization: writes a model as GGUF with fewer bits, and measures the loss of quality on a text. The measurements
 //! are stored beside the file. A file above the limit is not published.
 
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
-use clap::ValueEnum;
 use potstill_engine::batch::Batch;
-use potstill_engine::gguf_files::{Format, write_gguf};
+use potstill_engine::gguf_files::write_gguf;
 use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::model::CausalLm;
 use potstill_shared::durable::{create_folder, publish_folder, write_file};
-use serde::{Deserialize, Serialize};
 
+pub use crate::quantize_report::{QualityLoss, QuantizedFile, QuantizedFormat};
 use crate::report::QuantizedResult;
 
 /// Arguments of `potstill quantise`.
@@ -40,90 +39,6 @@ pub struct QuantizeArguments {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
-}
-
-/// Weight formats, named as in llama.cpp.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-pub enum QuantizedFormat {
-    /// 16 bits.
-    #[serde(rename = "f16")]
-    F16,
-    /// 8 bits.
-    #[value(name = "q8_0")]
-    #[serde(rename = "q8_0")]
-    Q8,
-    /// About 4.8 bits.
-    #[value(name = "q4_k_m")]
-    #[serde(rename = "q4_k_m")]
-    Q4,
-}
-
-impl QuantizedFormat {
-    /// Returns the engine's name of the format.
-    fn gguf_format(self) -> Format {
-        match self {
-            Self::F16 => Format::F16,
-            Self::Q8 => Format::Q8_0,
-            Self::Q4 => Format::Q4KM,
-        }
-    }
-
-    /// Returns the name used in recipes and folder names.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F16 => "f16",
-            Self::Q8 => "q8_0",
-            Self::Q4 => "q4_k_m",
-        }
-    }
-}
-
-/// Similarity of a model to its f32 original, measured on a text.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct QualityLoss {
-    /// Number of next-token predictions compared.
-    pub tokens: usize,
-    /// Fraction of predictions with the same most likely token, 0 to 1.
-    pub same_top: f64,
-    /// Mean Kullback-Leibler divergence of the other model from f32, in nats.
-    pub divergence: f64,
-    /// Perplexity of the f32 model.
-    pub perplexity_f32: f64,
-    /// Perplexity of the other model.
-    pub perplexity: f64,
-}
-
-impl fmt::Display for QualityLoss {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "on {} tokens the same next token {:.1} %, divergence {:.4} nats, perplexity {:.3} (f32 {:.3})",
-            self.tokens,
-            100.0 * self.same_top,
-            self.divergence,
-            self.perplexity,
-            self.perplexity_f32
-        )
-    }
-}
-
-/// A quantized file with its measurements.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct QuantizedFile {
-    /// Path of the file.
-    pub path: PathBuf,
-    /// Size in bytes.
-    pub bytes: u64,
-    /// Whether rounding used importances from a calibration text.
-    pub calibrated: bool,
-    /// Similarity to the f32 model.
-    pub quality: QualityLoss,
-}
-
-impl fmt::Display for QuantizedFile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {:.1} MB, {}", self.path.display(), self.bytes as f64 / 1e6, self.quality)
-    }
 }
 
 /// Tokens per window. Each window is evaluated by itself.
@@ -201,7 +116,7 @@ pub fn quantize_and_measure(
     let importance = if calibrate && bits == QuantizedFormat::Q4 {
         let batches: Vec<Batch> =
             first.chunks(window).take(MAX_WINDOWS).map(|part| Batch::new([(part, 0)])).collect();
-        Some(CausalLm::input_squares(&model.config, &model.weights, &batches)?)
+        Some(CausalLm::importance_matrix(&model.config, &model.weights, &batches)?)
     } else {
         None
     };
@@ -280,7 +195,7 @@ fn measure_quality_in_windows(
 /// Compares two models on `tokens`, as one sequence of at least two tokens.
 pub fn measure_quality(exact: &CausalLm, other: &CausalLm, tokens: &[u32]) -> anyhow::Result<QualityLoss> {
     let logits = |model: &CausalLm| -> anyhow::Result<Vec<Vec<f32>>> {
-        let hidden = model.hidden(&Batch::new([(tokens, 0)]))?;
+        let hidden = model.hidden_states(&Batch::new([(tokens, 0)]))?;
         let log = log_softmax(&model.logits(&hidden)?)?;
         Ok(log.to_vec2::<f32>()?)
     };

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use potstill_shared::durable::{DurableError, create_folder, write_file};
 
-use crate::cli::{AfterRun, run_all_stages};
 use crate::recipe::Recipe;
+use crate::run_recipe::{AfterRun, run_all_stages};
 
 /// Arguments of `potstill demo`.
 #[derive(Debug, Clone, clap::Args)]

@@ -7,7 +7,7 @@ use anyhow::Context;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use potstill_cot::teacher::{TeacherClient, TeacherError};
 use potstill_data::records::{Problem, Trace};
-use potstill_engine::device::compute_type;
+use potstill_engine::device::compute_dtype;
 use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::tokenizer::Tokenizer;
 use potstill_learn::error::LearnError;
@@ -15,7 +15,7 @@ use potstill_learn::examples::Example;
 use potstill_learn::kd::{
     KdConfig, TeacherLogits, TopK, check_same_vocabulary, kd, kd_on_policy, read_top_k, write_top_k,
 };
-use potstill_shared::client::ScoreInput;
+use potstill_shared::client::prompt_logprobs::ScoreInput;
 use potstill_shared::durable::create_folder;
 use potstill_shared::id::ContentId;
 use serde_json::json;
@@ -50,7 +50,7 @@ pub fn distill(
         None => None,
         Some(path) => {
             let device = config.run.parse_devices()?.swap_remove(0);
-            let teacher = load(path, &device, compute_type(&device))
+            let teacher = load(path, &device, compute_dtype(&device))
                 .with_context(|| format!("cannot load `kd.teacher` `{}`", path.display()))?;
             check_same_vocabulary(&teacher.tokenizer, &student.tokenizer)?;
             Some(teacher)

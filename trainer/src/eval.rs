@@ -5,6 +5,7 @@ pub mod benchmarks;
 pub mod compare;
 pub mod figures;
 pub mod page;
+pub mod sample;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use tokio::sync::Semaphore;
 
 use self::benchmarks::{EvalProblem, EvalProfile, LoadedBenchmark};
 use self::figures::{EvalMetrics, compute_metrics};
+pub use self::sample::EvalSample;
 use crate::progress::Progress;
 
 /// Maximum number of new tokens of a judge; a judge may reason before its verdict.
@@ -111,35 +113,6 @@ fn parse_profile(text: &str) -> Result<EvalProfile, String> {
         "quick" => Ok(EvalProfile::Quick),
         _ => Err("one of quick, paper".to_owned()),
     }
-}
-
-/// One completion for one problem, with its verdict.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct EvalSample {
-    /// Id of the problem in its benchmark.
-    pub problem: String,
-    /// Index of the sample, from 0.
-    pub sample: u32,
-    /// Level of the problem, if its source has one.
-    pub level: Option<String>,
-    /// Reasoning of the model.
-    pub thinking: String,
-    /// Text after the reasoning.
-    pub text: String,
-    /// Final answer extracted from the text.
-    pub answer: Option<String>,
-    /// Verdict: correct, incorrect, or `None` for unverifiable.
-    pub correct: Option<bool>,
-    /// Method of the verdict.
-    pub method: Option<VerdictSource>,
-    /// Justification of the verdict.
-    pub evidence: String,
-    /// Number of generated tokens.
-    pub tokens: u64,
-    /// Whether the completion ended at the token limit.
-    pub truncated: bool,
-    /// Whether the endpoint returned no completion.
-    pub failed: bool,
 }
 
 /// Report of an evaluation, as in `report.json`.

@@ -10,10 +10,8 @@ use potstill_data::records::{Dropped, Problem, Subject, Trace};
 use potstill_shared::id::ContentId;
 use serde::{Deserialize, Serialize};
 
-/// Stages that process problems.
-const PROBLEM_STAGES: [&str; 3] = ["collect", "classify", "resample"];
-/// Stages that process traces.
-const TRACE_STAGES: [&str; 6] = ["generate", "difficulty", "rewrite", "verify", "score", "sample"];
+use crate::stage_id::{RecordKind, StageId};
+
 /// Maximum number of traces listed for one problem.
 const MAX_LISTED_TRACES: usize = 200;
 
@@ -178,7 +176,7 @@ impl StageReader<'_> {
     /// Returns all versions of traces that satisfy `is`, in the order of the stages.
     fn find_traces(&self, text: &str, is: impl Fn(&Trace) -> bool) -> anyhow::Result<Vec<Trace>> {
         let mut found = Vec::new();
-        for stage in TRACE_STAGES {
+        for stage in StageId::with_records(RecordKind::Trace).map(StageId::name) {
             for row in self.matching_rows(stage, text)? {
                 match row {
                     StageRow::Kept(trace) => found.push(*trace),
@@ -199,7 +197,7 @@ impl StageReader<'_> {
     /// if no earlier stage kept it.
     fn find_problem(&self, text: &str) -> anyhow::Result<Option<Problem>> {
         let mut found = None;
-        for stage in PROBLEM_STAGES {
+        for stage in StageId::with_records(RecordKind::Problem).map(StageId::name) {
             self.matching_lines(&format!("{stage}.jsonl"), text, |line| {
                 let problem: Problem = serde_json::from_str(line)?;
                 if problem.id.as_str().starts_with(text) {
@@ -229,7 +227,7 @@ impl StageReader<'_> {
             copies: Option<u32>,
         }
         let mut steps = Vec::new();
-        for stage in PROBLEM_STAGES {
+        for stage in StageId::with_records(RecordKind::Problem).map(StageId::name) {
             self.matching_lines(&format!("{stage}.jsonl"), id.as_str(), |line| {
                 let row: Sorted = serde_json::from_str(line)?;
                 if row.id == *id {
@@ -277,7 +275,7 @@ impl StageReader<'_> {
     /// Returns the lineage of a trace, including its parents.
     fn trace_lineage(&self, trace: &Trace) -> anyhow::Result<TraceLineage> {
         let mut steps = Vec::new();
-        for stage in TRACE_STAGES {
+        for stage in StageId::with_records(RecordKind::Trace).map(StageId::name) {
             for row in self.matching_rows(stage, trace.id.as_str())? {
                 match row {
                     StageRow::Kept(row) if row.id == trace.id => steps.push(kept_outcome(stage, &row)),

@@ -12,8 +12,6 @@ mod stages;
 mod students;
 mod work;
 
-pub use students::Variant;
-
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -50,28 +48,10 @@ use crate::recipe::Recipe;
 use crate::report::{QuantizedResult, Report, StudentResult};
 use crate::run::RunFolder;
 use crate::selection;
+use crate::stage_id::StageId;
 use crate::status::StatusWriter;
 use crate::students::student_prompt;
 use crate::{card, export, report};
-
-/// Stages that can run alone, in their order.
-pub const STAGES: [&str; 15] = [
-    "collect",
-    "classify",
-    "resample",
-    "generate",
-    "difficulty",
-    "rewrite",
-    "verify",
-    "score",
-    "sample",
-    "reward",
-    "train",
-    "export",
-    "evaluate",
-    "compress",
-    "card",
-];
 
 /// A database that stores the completions of a run for several workers.
 pub struct SharedStore {
@@ -195,36 +175,40 @@ impl Run {
         Ok(report)
     }
 
-    /// Runs one stage over the file of the stage before it. Fails if the stage is unknown or its input is missing.
-    pub async fn run_stage(&self, name: &str) -> anyhow::Result<()> {
+    /// Runs one stage over the file of the stage before it. Fails if its input is missing.
+    pub async fn run_stage(&self, stage: StageId) -> anyhow::Result<()> {
         let recipe = &self.recipe;
-        match name {
-            "collect" => self.collect().map(drop),
-            "classify" => self.run_single_stage(self.stages.classifier()?, "collect").await,
-            "resample" => self.resample().map(drop),
-            "generate" => self.run_single_stage(self.stages.generator()?, self.problem_stage()).await,
-            "difficulty" => self.run_single_stage(self.stages.grader()?, "generate").await,
-            "rewrite" => {
-                let graded = if recipe.difficulty.is_some() { "difficulty" } else { "generate" };
-                self.run_single_stage(self.stages.rewriter(), graded).await
+        match stage {
+            StageId::Collect => self.collect().map(drop),
+            StageId::Classify => {
+                self.run_single_stage(self.stages.classifier()?, StageId::Collect.name()).await
             }
-            "verify" => self.run_single_stage(self.stages.verifier()?, "rewrite").await,
-            "score" => self.run_single_stage(self.stages.scorer()?, "verify").await,
-            "sample" => self.select_traces(),
-            "reward" => self.train_reward_models().await,
-            "train" => self.train_students(&self.selected_traces()?).await,
-            "export" => self.export_students(&self.selected_traces()?).await,
-            "evaluate" => {
+            StageId::Resample => self.resample().map(drop),
+            StageId::Generate => self.run_single_stage(self.stages.generator()?, self.problem_stage()).await,
+            StageId::Difficulty => {
+                self.run_single_stage(self.stages.grader()?, StageId::Generate.name()).await
+            }
+            StageId::Rewrite => {
+                let graded =
+                    if recipe.difficulty.is_some() { StageId::Difficulty } else { StageId::Generate };
+                self.run_single_stage(self.stages.rewriter(), graded.name()).await
+            }
+            StageId::Verify => self.run_single_stage(self.stages.verifier()?, StageId::Rewrite.name()).await,
+            StageId::Score => self.run_single_stage(self.stages.scorer()?, StageId::Verify.name()).await,
+            StageId::Sample => self.select_traces(),
+            StageId::Reward => self.train_reward_models().await,
+            StageId::Train => self.train_students(&self.selected_traces()?).await,
+            StageId::Export => self.export_students(&self.selected_traces()?).await,
+            StageId::Evaluate => {
                 let figures = self.evaluate_students().await?;
                 report::write_report(self.folder.path(), &self.build_report(figures, Vec::new()))
             }
-            "compress" => {
+            StageId::Quantize => {
                 let figures = report::read_report(self.folder.path())?.students;
                 let compressed = self.quantize_student(&figures).await?;
                 report::write_report(self.folder.path(), &self.build_report(figures, compressed))
             }
-            "card" => self.write_cards(&report::read_report(self.folder.path())?.students),
-            other => anyhow::bail!("unknown stage `{other}`; known are {}", STAGES.join(", ")),
+            StageId::Card => self.write_cards(&report::read_report(self.folder.path())?.students),
         }
     }
 

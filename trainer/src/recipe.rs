@@ -16,6 +16,8 @@ mod sections;
 use self::section_reader::SectionReader;
 pub use sections::*;
 
+use crate::stage_id::StageId;
+
 /// A checked recipe.
 #[derive(Debug, Clone, Serialize)]
 pub struct Recipe {
@@ -70,8 +72,11 @@ pub struct Recipe {
     pub compress: Option<QuantizeSection>,
 }
 
-/// Stages with paid requests.
-pub const PAID_STAGES: [&str; 7] = ["classify", "generate", "difficulty", "rewrite", "verify", "score", "kd"];
+/// Names of the stages whose requests cost money: those that call models, and the teacher calls of logit distillation.
+fn paid_stages() -> Vec<&'static str> {
+    let stages = StageId::ALL.into_iter().filter(|stage| stage.calls_models());
+    stages.map(StageId::name).chain(["kd"]).collect()
+}
 
 /// All errors of a recipe.
 #[derive(Debug, thiserror::Error)]
@@ -321,8 +326,8 @@ impl Recipe {
         }
         for stage in self.budget.stages.keys() {
             need(
-                PAID_STAGES.contains(&stage.as_str()),
-                format!("`budget.stages.{stage}`: stages that ask are {}", PAID_STAGES.join(", ")),
+                paid_stages().contains(&stage.as_str()),
+                format!("`budget.stages.{stage}`: stages that ask are {}", paid_stages().join(", ")),
             );
         }
         for (model, price) in &self.budget.prices {

@@ -12,8 +12,8 @@ use potstill_cot::teacher::UsageCounters;
 use potstill_shared::durable::write_file;
 use serde::{Deserialize, Serialize};
 
-use crate::compress::QuantizedFile;
 use crate::evaluate::metrics::StudentMetrics;
+use crate::quantize_report::QuantizedFile;
 use crate::run::Manifest;
 use crate::selection;
 use crate::training_view;
@@ -50,21 +50,6 @@ impl StudentResult {
             details: figures,
         }
     }
-}
-
-/// A quantized version of the last student.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct QuantizedResult {
-    /// File and its similarity to the f32 model.
-    pub written: QuantizedFile,
-    /// Accuracy of the student itself, in percent.
-    pub before: f64,
-    /// Loss of accuracy in points; negative for a gain.
-    pub lost: f64,
-    /// Whether the loss is within the recipe's limit, so the version was published.
-    pub published: bool,
-    /// Metrics of the quantized version.
-    pub figures: StudentResult,
 }
 
 /// Usage of the teachers.
@@ -210,4 +195,19 @@ pub fn read_report(folder: &Path) -> anyhow::Result<Report> {
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("cannot read `{}`; run `potstill evaluate` first", path.display()))?;
     Ok(serde_json::from_str(&text)?)
+}
+
+/// A quantized version of the last student.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct QuantizedResult {
+    /// File and its similarity to the f32 model.
+    pub written: QuantizedFile,
+    /// Accuracy of the student itself, in percent.
+    pub before: f64,
+    /// Loss of accuracy in points; negative for a gain.
+    pub lost: f64,
+    /// Whether the loss is within the recipe's limit, so the version was published.
+    pub published: bool,
+    /// Metrics of the quantized version.
+    pub figures: StudentResult,
 }

@@ -1,6 +1,7 @@
 //! `potstill serve`: an OpenAI-compatible server for one model, with the engine behind axum. The gateway treats it like
 //! any other node. Authentication and TLS are left to the gateway.
 
+mod active_request;
 mod choice;
 mod error;
 mod forms;
@@ -24,9 +25,9 @@ use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use http::{Uri, header};
-use potstill_engine::grammar::Grammars;
-use potstill_engine::loader::load_to_serve;
-use potstill_engine::scheduler::{Engine, SchedulerConfig};
+use potstill_engine::grammar::GrammarCompiler;
+use potstill_engine::loader::load_for_serving;
+use potstill_engine::scheduler::{Engine, EngineConfig};
 use potstill_engine::template::ChatTemplate;
 use potstill_engine::tokenizer::Tokenizer;
 use potstill_engine::{EngineError, device};
@@ -99,7 +100,7 @@ pub(crate) struct ServedModel {
     pub(crate) vocabulary: (usize, Vec<u32>),
     /// Compiler for structured output, created on first use because it processes the whole vocabulary. Holds the error
     /// if that failed.
-    pub(crate) grammars: OnceLock<Result<Grammars, String>>,
+    pub(crate) grammars: OnceLock<Result<GrammarCompiler, String>>,
 }
 
 /// State of the server: the model and the reward models.
@@ -148,11 +149,11 @@ fn load_models(arguments: &ServeArguments) -> anyhow::Result<ServerState> {
 
 /// Loads the model and starts the engine. Fails for a reward model.
 fn start_model(path: &Path, arguments: &ServeArguments) -> anyhow::Result<ServedModel> {
-    let devices = device::parse_all(&arguments.device)?;
-    let model = load_to_serve(path, &devices, arguments.eight_bits)?;
-    anyhow::ensure!(model.config.classes == 0, "it is a reward model: serve it with --reward NAME=FOLDER");
+    let devices = device::open_devices(&arguments.device)?;
+    let model = load_for_serving(path, &devices, arguments.eight_bits)?;
+    anyhow::ensure!(model.config.num_labels == 0, "it is a reward model: serve it with --reward NAME=FOLDER");
     let stem = || path.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy());
-    let config = SchedulerConfig {
+    let config = EngineConfig {
         max_running: arguments.max_running,
         max_waiting: arguments.max_waiting,
         step_tokens: arguments.step_tokens,
@@ -163,9 +164,9 @@ fn start_model(path: &Path, arguments: &ServeArguments) -> anyhow::Result<Served
         name: arguments.name.clone().unwrap_or_else(|| stem().into_owned()),
         engine: Engine::start(&model, config)?,
         tokenizer: model.tokenizer.clone(),
-        template: Arc::clone(&model.template),
+        template: Arc::clone(&model.chat_template),
         metrics: NodeMetrics::new()?,
-        vocabulary: (model.config.vocab_size, model.config.eos.clone()),
+        vocabulary: (model.config.vocab_size, model.config.eos_token_ids.clone()),
         grammars: OnceLock::new(),
     })
 }
@@ -234,7 +235,7 @@ fn model_cards(served: &ServerState) -> Vec<ModelCard> {
     let card = |name: &str| ModelCard::new(name, served.created, "potstill");
     let model = served.node.iter().map(|node| {
         let mut card = card(&node.name);
-        card.extra.insert("max_model_len".to_owned(), json!(node.engine.context()));
+        card.extra.insert("max_model_len".to_owned(), json!(node.engine.max_context_tokens()));
         card
     });
     model.chain(served.rewards.names().map(|name| card(name))).collect()
@@ -242,7 +243,7 @@ fn model_cards(served: &ServerState) -> Vec<ModelCard> {
 
 /// `GET /health`: fails if the engine has stopped.
 async fn health(State(served): State<Arc<ServerState>>) -> Result<&'static str, NodeError> {
-    match served.node.as_ref().and_then(|node| node.engine.stopped()) {
+    match served.node.as_ref().and_then(|node| node.engine.stop_reason()) {
         None => Ok("ok"),
         Some(reason) => Err(EngineError::Stopped(reason).into()),
     }

@@ -15,6 +15,7 @@ use potstill_shared::durable::write_file;
 use serde::{Deserialize, Serialize};
 
 use crate::run::{Manifest, RunFolder};
+use crate::stage_id::StageId;
 
 /// Interval between two writes.
 const WRITE_INTERVAL: Duration = Duration::from_secs(2);
@@ -182,9 +183,9 @@ pub fn status_table(status: &RunStatus) -> String {
     text.push_str(&format!("{:<22} {:<8} {:>9} {:>9}  dropped\n", "stage", "", "in", "kept"));
     let now: Vec<&StageStatus> =
         status.now.iter().filter(|_| status.running).flat_map(|now| &now.stages).collect();
-    for name in crate::pipeline::STAGES
+    for name in StageId::ALL
         .iter()
-        .map(|name| (*name).to_owned())
+        .map(|stage| stage.name().to_owned())
         .chain(status.manifest.stages.keys().filter(|name| name.starts_with("evaluate")).cloned())
     {
         if let Some(stage) = now.iter().find(|stage| stage.name == name) {

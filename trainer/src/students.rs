@@ -10,7 +10,7 @@ use potstill_data::records::{Difficulty, Trace};
 use potstill_engine::config::ModelConfig;
 use potstill_engine::init;
 use potstill_engine::loader::{LoadedModel, load};
-use potstill_engine::ops::attention::Heads;
+use potstill_engine::ops::attention::AttentionHeads;
 use potstill_learn::LearnError;
 use potstill_learn::curriculum::{ExampleMeta, Phase, phases};
 use potstill_learn::examples::{Example, tokenize_conversation};
@@ -33,14 +33,14 @@ pub fn load_base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
     }
     let init = recipe.student.init.as_ref().context("the recipe's student has neither `base` nor `init`")?;
     let tokenizer = tokenizer::tokenizer()?;
-    let end = tokenizer.id(tokenizer::END).context("the tokenizer has no end token")?;
+    let end = tokenizer.token_id(tokenizer::END).context("the tokenizer has no end token")?;
     let config = ModelConfig {
         family: init.family,
         vocab_size: tokenizer.len(),
         hidden_size: init.hidden_size,
         intermediate_size: init.intermediate_size,
-        layers: init.layers,
-        heads: Heads {
+        num_layers: init.layers,
+        heads: AttentionHeads {
             query: init.heads,
             kv: init.kv_heads.unwrap_or(init.heads),
             dim: init.hidden_size / init.heads.max(1),
@@ -49,21 +49,21 @@ pub fn load_base(recipe: &Recipe) -> anyhow::Result<LoadedModel> {
         rms_norm_eps: 1e-6,
         rope_theta: 10_000.0,
         rope_scaling: None,
-        tied: true,
+        tied_embeddings: true,
         qkv_bias: init.family == potstill_engine::config::Family::Qwen2,
-        eos: vec![end],
-        bos: None,
-        classes: 0,
-        foreign: None,
+        eos_token_ids: vec![end],
+        bos_token_id: None,
+        num_labels: 0,
+        candle: None,
     };
-    config.check(Path::new("student.init"))?;
-    let weights = init::random(&config, recipe.seed)?;
+    config.validate(Path::new("student.init"))?;
+    let weights = init::random_weights(&config, recipe.seed)?;
     Ok(LoadedModel {
         config,
         weights,
         tokenizer,
-        template: Arc::new(tokenizer::template()?),
-        quantised: false,
+        chat_template: Arc::new(tokenizer::template()?),
+        quantized: false,
     })
 }
 

@@ -8,11 +8,11 @@ use std::ops::Range;
 use serde_json::value::RawValue;
 
 /// Nesting depth at which a document is rejected. The root object counts as one level.
-pub(super) const DEPTH: usize = 128;
+pub(super) const MAX_DEPTH: usize = 128;
 
 /// Value of a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Value<'a> {
+pub(super) struct RawMember<'a> {
     /// Text of the value, as it stands in the document.
     pub(super) text: &'a str,
     /// Number of items of an array or of members of an object; 0 for other values.
@@ -24,70 +24,72 @@ pub(super) struct Value<'a> {
 /// deep or more.
 pub(super) fn scan_object<'a, E>(
     text: &'a str,
-    member: impl FnMut(&str, Value<'a>) -> Result<(), E>,
+    member: impl FnMut(&str, RawMember<'a>) -> Result<(), E>,
 ) -> Option<Result<(), E>> {
-    Scanner { text: text.as_bytes(), at: 0 }.object(text, member)
+    Scanner { text: text.as_bytes(), position: 0 }.scan_members(text, member)
 }
 
 struct Scanner<'a> {
     text: &'a [u8],
-    at: usize,
+    position: usize,
 }
 
 impl Scanner<'_> {
-    fn object<'a, E>(
+    fn scan_members<'a, E>(
         &mut self,
         text: &'a str,
-        mut member: impl FnMut(&str, Value<'a>) -> Result<(), E>,
+        mut member: impl FnMut(&str, RawMember<'a>) -> Result<(), E>,
     ) -> Option<Result<(), E>> {
-        self.take(b'{')?;
-        let mut more = self.take(b'}').is_none();
+        self.consume(b'{')?;
+        let mut more = self.consume(b'}').is_none();
         while more {
-            let name = &text[self.name()?];
-            self.peek()?;
-            let start = self.at;
-            let items = self.value()?;
-            if let Err(error) = member(&name_of(name)?, Value { text: &text[start..self.at], items }) {
+            let name = &text[self.read_name()?];
+            self.peek_token()?;
+            let start = self.position;
+            let items = self.skip_value()?;
+            if let Err(error) =
+                member(&decode_name(name)?, RawMember { text: &text[start..self.position], items })
+            {
                 return Some(Err(error));
             }
-            more = self.take(b',').is_some();
+            more = self.consume(b',').is_some();
             if !more {
-                self.take(b'}')?;
+                self.consume(b'}')?;
             }
         }
-        self.peek().is_none().then_some(Ok(()))
+        self.peek_token().is_none().then_some(Ok(()))
     }
 
     /// Skips a value and returns the number of items on its first level.
-    fn value(&mut self) -> Option<usize> {
+    fn skip_value(&mut self) -> Option<usize> {
         // One bit per open level, the innermost lowest: 1 for an object, 0 for an array.
         let (mut objects, mut depth, mut items) = (0u128, 0, 0);
         loop {
             items += usize::from(depth == 1);
-            match self.peek()? {
+            match self.peek_token()? {
                 open @ (b'{' | b'[') => {
-                    self.at += 1;
+                    self.position += 1;
                     let object = open == b'{';
-                    if self.take(open + 2).is_none() {
+                    if self.consume(open + 2).is_none() {
                         objects = objects << 1 | u128::from(object);
                         depth += 1;
-                        if depth >= DEPTH {
+                        if depth >= MAX_DEPTH {
                             return None;
                         }
                         if object {
-                            self.name()?;
+                            self.read_name()?;
                         }
                         continue;
                     }
-                    if depth + 1 >= DEPTH {
+                    if depth + 1 >= MAX_DEPTH {
                         return None;
                     }
                 }
-                b'"' => self.string()?,
-                b't' => self.literal("true")?,
-                b'f' => self.literal("false")?,
-                b'n' => self.literal("null")?,
-                _ => self.number()?,
+                b'"' => self.skip_string()?,
+                b't' => self.skip_literal("true")?,
+                b'f' => self.skip_literal("false")?,
+                b'n' => self.skip_literal("null")?,
+                _ => self.skip_number()?,
             }
             // A value is complete. It may be the last of its array or object, which is then complete as well.
             loop {
@@ -95,11 +97,11 @@ impl Scanner<'_> {
                     return Some(items);
                 }
                 let object = objects & 1 == 1;
-                match self.peek()? {
+                match self.peek_token()? {
                     b',' => {
-                        self.at += 1;
+                        self.position += 1;
                         if object {
-                            self.name()?;
+                            self.read_name()?;
                         }
                         break;
                     }
@@ -107,7 +109,7 @@ impl Scanner<'_> {
                     b']' if !object => {}
                     _ => return None,
                 }
-                self.at += 1;
+                self.position += 1;
                 objects >>= 1;
                 depth -= 1;
             }
@@ -115,76 +117,76 @@ impl Scanner<'_> {
     }
 
     /// Reads the name of a member and the colon. Returns the range of the name, with its quotes.
-    fn name(&mut self) -> Option<Range<usize>> {
-        self.peek().filter(|byte| *byte == b'"')?;
-        let start = self.at;
-        self.string()?;
-        let name = start..self.at;
-        self.take(b':')?;
+    fn read_name(&mut self) -> Option<Range<usize>> {
+        self.peek_token().filter(|byte| *byte == b'"')?;
+        let start = self.position;
+        self.skip_string()?;
+        let name = start..self.position;
+        self.consume(b':')?;
         Some(name)
     }
 
     /// Skips a string. A quote after an odd number of backslashes is escaped.
-    fn string(&mut self) -> Option<()> {
-        let start = self.at + 1;
+    fn skip_string(&mut self) -> Option<()> {
+        let start = self.position + 1;
         let mut at = start;
         loop {
             let end = at + memchr::memchr(b'"', &self.text[at..])?;
             let escapes = self.text[start..end].iter().rev().take_while(|byte| **byte == b'\\').count();
             at = end + 1;
             if escapes % 2 == 0 {
-                self.at = at;
-                return (!has_control(&self.text[start..end])).then_some(());
+                self.position = at;
+                return (!has_control_character(&self.text[start..end])).then_some(());
             }
         }
     }
 
-    fn literal(&mut self, literal: &str) -> Option<()> {
-        let found = self.text[self.at..].starts_with(literal.as_bytes());
-        self.at += literal.len();
+    fn skip_literal(&mut self, literal: &str) -> Option<()> {
+        let found = self.text[self.position..].starts_with(literal.as_bytes());
+        self.position += literal.len();
         found.then_some(())
     }
 
-    fn number(&mut self) -> Option<()> {
-        let next = |walk: &Self| walk.text.get(walk.at).copied();
+    fn skip_number(&mut self) -> Option<()> {
+        let next = |walk: &Self| walk.text.get(walk.position).copied();
         let digits = |walk: &mut Self| {
-            let count = walk.text[walk.at..].iter().take_while(|byte| byte.is_ascii_digit()).count();
-            walk.at += count;
+            let count = walk.text[walk.position..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+            walk.position += count;
             (count > 0).then_some(count)
         };
-        self.at += usize::from(next(self) == Some(b'-'));
+        self.position += usize::from(next(self) == Some(b'-'));
         let zero = next(self) == Some(b'0');
         if digits(self)? > 1 && zero {
             return None;
         }
         if next(self) == Some(b'.') {
-            self.at += 1;
+            self.position += 1;
             digits(self)?;
         }
         if matches!(next(self), Some(b'e' | b'E')) {
-            self.at += 1;
-            self.at += usize::from(matches!(next(self), Some(b'+' | b'-')));
+            self.position += 1;
+            self.position += usize::from(matches!(next(self), Some(b'+' | b'-')));
             digits(self)?;
         }
         Some(())
     }
 
     /// Skips whitespace and returns the next byte without consuming it.
-    fn peek(&mut self) -> Option<u8> {
-        while matches!(self.text.get(self.at), Some(b' ' | b'\n' | b'\r' | b'\t')) {
-            self.at += 1;
+    fn peek_token(&mut self) -> Option<u8> {
+        while matches!(self.text.get(self.position), Some(b' ' | b'\n' | b'\r' | b'\t')) {
+            self.position += 1;
         }
-        self.text.get(self.at).copied()
+        self.text.get(self.position).copied()
     }
 
-    fn take(&mut self, byte: u8) -> Option<()> {
-        (self.peek()? == byte).then(|| self.at += 1)
+    fn consume(&mut self, byte: u8) -> Option<()> {
+        (self.peek_token()? == byte).then(|| self.position += 1)
     }
 }
 
 /// Decodes a quoted name. A name with an unpaired surrogate cannot be a Rust string and is returned undecoded, with its
 /// quotes.
-fn name_of(quoted: &str) -> Option<Cow<'_, str>> {
+fn decode_name(quoted: &str) -> Option<Cow<'_, str>> {
     if !quoted.contains('\\') {
         return Some(Cow::Borrowed(&quoted[1..quoted.len() - 1]));
     }
@@ -194,7 +196,7 @@ fn name_of(quoted: &str) -> Option<Cow<'_, str>> {
 
 /// Returns whether `text` contains a control character. Computes minima over chunks of 64 bytes, which the compiler
 /// vectorizes.
-fn has_control(text: &[u8]) -> bool {
+fn has_control_character(text: &[u8]) -> bool {
     text.chunks(64).any(|piece| piece.iter().fold(u8::MAX, |least, byte| least.min(*byte)) < b' ')
 }
 
@@ -206,7 +208,7 @@ mod tests {
 
     use super::*;
 
-    fn members(text: &str) -> Option<Vec<(String, Value<'_>)>> {
+    fn members(text: &str) -> Option<Vec<(String, RawMember<'_>)>> {
         let mut members = Vec::new();
         let taken = scan_object(text, |name, value| {
             members.push((name.to_owned(), value));
@@ -232,8 +234,8 @@ mod tests {
             ]
         );
         let deep = |depth: usize| format!(r#"{{"a":{}{}}}"#, "[".repeat(depth), "]".repeat(depth));
-        assert!(members(&deep(DEPTH - 1)).is_some());
-        assert!(members(&deep(DEPTH)).is_none());
+        assert!(members(&deep(MAX_DEPTH - 1)).is_some());
+        assert!(members(&deep(MAX_DEPTH)).is_none());
         assert_eq!(members(r#"{"\u0061":1}"#).unwrap()[0].0, "a", "a name in disguise is known");
         assert!(members(r#"{"\ud83d":1}"#).is_some() && members(r#"{"\model":1}"#).is_none());
     }
@@ -280,7 +282,7 @@ mod tests {
                     serde_json::Value::Object(map) => map.len(),
                     _ => 0,
                 };
-                prop_assert_eq!(found[&name], Value { text: raw.get(), items });
+                prop_assert_eq!(found[&name], RawMember { text: raw.get(), items });
             }
         }
 

@@ -14,7 +14,7 @@ use crate::error::GatewayError;
 use crate::time::ms;
 
 /// Lowest average rate, in bytes per second, of a body that takes longer than `limits.body_slow_ms`.
-const BYTES_PER_SECOND: f64 = 1024.0;
+const MIN_BYTES_PER_SECOND: f64 = 1024.0;
 
 /// Reads the whole body.
 ///
@@ -32,7 +32,7 @@ where
     let limit = limits.body_bytes;
     let announced = body.size_hint().lower();
     if announced > limit as u64 {
-        return Err(GatewayError::TooLarge { limit });
+        return Err(GatewayError::RequestTooLarge { limit });
     }
     let mut waited: Option<Instant> = None;
     let mut first = Bytes::new();
@@ -44,11 +44,11 @@ where
             Some(frame) => frame,
             None => {
                 waited.get_or_insert_with(Instant::now);
-                tokio::time::timeout(idle, body.frame()).await.map_err(|_| GatewayError::SlowBody)?
+                tokio::time::timeout(idle, body.frame()).await.map_err(|_| GatewayError::RequestTimeout)?
             }
         };
         let Some(frame) = frame else { break };
-        let frame = frame.map_err(|error| GatewayError::Invalid {
+        let frame = frame.map_err(|error| GatewayError::InvalidRequest {
             message: format!("the request body broke off: {error}"),
             param: None,
             code: "invalid_body",
@@ -56,11 +56,11 @@ where
         let Ok(data) = frame.into_data() else { continue };
         let length = first.len() + rest.len() + data.len();
         if length > limit {
-            return Err(GatewayError::TooLarge { limit });
+            return Err(GatewayError::RequestTooLarge { limit });
         }
         let took = waited.map_or(Duration::ZERO, |since| since.elapsed());
-        if took > ms(limits.body_slow_ms) && (length as f64) < BYTES_PER_SECOND * took.as_secs_f64() {
-            return Err(GatewayError::SlowBody);
+        if took > ms(limits.body_slow_ms) && (length as f64) < MIN_BYTES_PER_SECOND * took.as_secs_f64() {
+            return Err(GatewayError::RequestTimeout);
         }
         // Most bodies arrive in one frame, which is not copied.
         if first.is_empty() && rest.is_empty() {

@@ -8,18 +8,18 @@ use bytes::{Bytes, BytesMut};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::json_scan::{DEPTH, Value, scan_object};
+use super::json_scan::{MAX_DEPTH, RawMember, scan_object};
 use crate::error::GatewayError;
-use crate::normalize::Kind;
+use crate::normalize::EndpointKind;
 
 /// Largest number of messages in a request.
-const MESSAGES: usize = 10_000;
+const MAX_MESSAGES: usize = 10_000;
 /// Largest value of `n`.
-const CHOICES: u64 = 64;
+const MAX_CHOICES: u64 = 64;
 /// Largest number of stop strings in a request.
-const STOPS: usize = 16;
+const MAX_STOPS: usize = 16;
 /// Length of the prompt's prefix, in bytes, that prefix-hash load balancing takes into account.
-const PREFIX: usize = 2048;
+const PREFIX_BYTES: usize = 2048;
 
 /// The fields that the gateway uses.
 #[derive(Debug, Clone)]
@@ -27,7 +27,7 @@ pub struct RequestFields {
     /// Value of `model`. Never empty.
     pub model: String,
     /// Range of the value of `model` in the body, with its quotes.
-    model_at: Range<usize>,
+    model_range: Range<usize>,
     /// Whether the client requested a stream.
     pub stream: bool,
     /// Limit on completion tokens: `max_completion_tokens`, or `max_tokens` without it.
@@ -43,16 +43,16 @@ pub struct RequestFields {
 
 /// Undecoded values of the members that the gateway reads.
 #[derive(Default)]
-struct Fields<'a> {
-    model: Option<Value<'a>>,
-    stream: Option<Value<'a>>,
-    max_tokens: Option<Value<'a>>,
-    max_completion_tokens: Option<Value<'a>>,
-    n: Option<Value<'a>>,
-    stop: Option<Value<'a>>,
-    messages: Option<Value<'a>>,
-    prompt: Option<Value<'a>>,
-    stream_options: Option<Value<'a>>,
+struct RawFields<'a> {
+    model: Option<RawMember<'a>>,
+    stream: Option<RawMember<'a>>,
+    max_tokens: Option<RawMember<'a>>,
+    max_completion_tokens: Option<RawMember<'a>>,
+    n: Option<RawMember<'a>>,
+    stop: Option<RawMember<'a>>,
+    messages: Option<RawMember<'a>>,
+    prompt: Option<RawMember<'a>>,
+    stream_options: Option<RawMember<'a>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -62,21 +62,21 @@ struct StreamOptions {
 }
 
 fn invalid(message: impl Into<String>, param: Option<&'static str>, code: &'static str) -> GatewayError {
-    GatewayError::Invalid { message: message.into(), param, code }
+    GatewayError::InvalidRequest { message: message.into(), param, code }
 }
 
-fn wrong(param: &'static str, must: &str) -> GatewayError {
+fn invalid_value(param: &'static str, must: &str) -> GatewayError {
     invalid(format!("`{param}` must {must}"), Some(param), "invalid_value")
 }
 
-impl<'a> Fields<'a> {
-    fn of(text: &'a str) -> Result<Self, GatewayError> {
+impl<'a> RawFields<'a> {
+    fn read_request_fields(text: &'a str) -> Result<Self, GatewayError> {
         let mut fields = Self::default();
-        let taken = scan_object(text, |name, value| fields.take(name, value));
-        taken.unwrap_or_else(|| Err(not_an_object(text))).map(|()| fields)
+        let taken = scan_object(text, |name, value| fields.set(name, value));
+        taken.unwrap_or_else(|| Err(scan_error(text))).map(|()| fields)
     }
 
-    fn take(&mut self, name: &str, value: Value<'a>) -> Result<(), GatewayError> {
+    fn set(&mut self, name: &str, value: RawMember<'a>) -> Result<(), GatewayError> {
         let field = match name {
             "model" => &mut self.model,
             "stream" => &mut self.stream,
@@ -99,24 +99,24 @@ impl<'a> Fields<'a> {
 }
 
 /// Returns the reason why `text` could not be scanned.
-fn not_an_object(text: &str) -> GatewayError {
+fn scan_error(text: &str) -> GatewayError {
     match serde_json::from_str::<&RawValue>(text) {
         Err(error) => invalid(format!("the request body is not valid JSON: {error}"), None, "invalid_json"),
         Ok(_) if text.trim_start().starts_with('{') => {
-            invalid(format!("the request body nests deeper than {DEPTH}"), None, "invalid_json")
+            invalid(format!("the request body nests deeper than {MAX_DEPTH}"), None, "invalid_json")
         }
         Ok(_) => invalid("the request body must be a JSON object", None, "invalid_request"),
     }
 }
 
 /// Returns the text of a value. `null` counts as absent.
-fn given(field: Option<Value<'_>>) -> Option<&str> {
+fn non_null(field: Option<RawMember<'_>>) -> Option<&str> {
     field.map(|value| value.text).filter(|text| *text != "null")
 }
 
-fn count(field: Option<Value<'_>>, param: &'static str) -> Result<Option<u64>, GatewayError> {
-    given(field)
-        .map(|text| text.parse().map_err(|_| wrong(param, "be a whole number of at least 0")))
+fn parse_count(field: Option<RawMember<'_>>, param: &'static str) -> Result<Option<u64>, GatewayError> {
+    non_null(field)
+        .map(|text| text.parse().map_err(|_| invalid_value(param, "be a whole number of at least 0")))
         .transpose()
 }
 
@@ -124,68 +124,69 @@ fn count(field: Option<Value<'_>>, param: &'static str) -> Result<Option<u64>, G
 ///
 /// Returns [`GatewayError::Invalid`] with the parameter at fault for a body that is not a JSON object, a missing
 /// `model`, a duplicate field, or a value out of range. Messages are required for [`Kind::Chat`] only.
-pub fn scan(body: &[u8], kind: Kind) -> Result<RequestFields, GatewayError> {
+pub fn scan(body: &[u8], kind: EndpointKind) -> Result<RequestFields, GatewayError> {
     let text = std::str::from_utf8(body)
         .map_err(|error| invalid(format!("the request body is not UTF-8: {error}"), None, "invalid_json"))?;
-    let fields = Fields::of(text)?;
+    let fields = RawFields::read_request_fields(text)?;
     let missing = |param| invalid(format!("`{param}` is missing"), Some(param), "missing_required_parameter");
-    let raw = given(fields.model).ok_or_else(|| missing("model"))?;
-    let model: String = serde_json::from_str(raw).map_err(|_| wrong("model", "be a string"))?;
+    let raw = non_null(fields.model).ok_or_else(|| missing("model"))?;
+    let model: String = serde_json::from_str(raw).map_err(|_| invalid_value("model", "be a string"))?;
     if model.is_empty() {
         return Err(missing("model"));
     }
-    if kind == Kind::Chat {
+    if kind == EndpointKind::Chat {
         let messages =
             fields.messages.filter(|value| value.text != "null").ok_or_else(|| missing("messages"))?;
         if !messages.text.starts_with('[') || messages.items == 0 {
-            return Err(wrong("messages", "be a list of at least one message"));
+            return Err(invalid_value("messages", "be a list of at least one message"));
         }
-        if messages.items > MESSAGES {
-            return Err(wrong("messages", &format!("not hold more than {MESSAGES}")));
+        if messages.items > MAX_MESSAGES {
+            return Err(invalid_value("messages", &format!("not hold more than {MAX_MESSAGES}")));
         }
     }
-    let choices = count(fields.n, "n")?.unwrap_or(1);
-    if choices == 0 || choices > CHOICES {
-        return Err(wrong("n", &format!("be between 1 and {CHOICES}")));
+    let choices = parse_count(fields.n, "n")?.unwrap_or(1);
+    if choices == 0 || choices > MAX_CHOICES {
+        return Err(invalid_value("n", &format!("be between 1 and {MAX_CHOICES}")));
     }
-    if fields.stop.is_some_and(|stop| stop.text.starts_with('[') && stop.items > STOPS) {
-        return Err(wrong("stop", &format!("not hold more than {STOPS}")));
+    if fields.stop.is_some_and(|stop| stop.text.starts_with('[') && stop.items > MAX_STOPS) {
+        return Err(invalid_value("stop", &format!("not hold more than {MAX_STOPS}")));
     }
-    let stream = given(fields.stream).map(serde_json::from_str).transpose();
-    let options = given(fields.stream_options).map(serde_json::from_str::<StreamOptions>).transpose();
-    let options =
-        options.map_err(|error| wrong("stream_options", &format!("be valid: {error}")))?.unwrap_or_default();
+    let stream = non_null(fields.stream).map(serde_json::from_str).transpose();
+    let options = non_null(fields.stream_options).map(serde_json::from_str::<StreamOptions>).transpose();
+    let options = options
+        .map_err(|error| invalid_value("stream_options", &format!("be valid: {error}")))?
+        .unwrap_or_default();
     let start = raw.as_ptr() as usize - body.as_ptr() as usize;
-    let most = count(fields.max_completion_tokens, "max_completion_tokens")?;
-    let limit = count(fields.max_tokens, "max_tokens")?;
-    let prompt = given(fields.messages).or(given(fields.prompt)).unwrap_or_default().as_bytes();
+    let most = parse_count(fields.max_completion_tokens, "max_completion_tokens")?;
+    let limit = parse_count(fields.max_tokens, "max_tokens")?;
+    let prompt = non_null(fields.messages).or(non_null(fields.prompt)).unwrap_or_default().as_bytes();
     Ok(RequestFields {
         model,
-        model_at: start..start + raw.len(),
-        stream: stream.map_err(|_| wrong("stream", "be true or false"))?.unwrap_or(false),
+        model_range: start..start + raw.len(),
+        stream: stream.map_err(|_| invalid_value("stream", "be true or false"))?.unwrap_or(false),
         token_limit: most.or(limit),
         choices,
         usage_chunk_requested: options.include_usage == Some(true)
             && options.continuous_usage_stats != Some(true),
-        prefix_hash: prefix_hash_of(&prompt[..prompt.len().min(PREFIX)]),
+        prefix_hash: prefix_hash(&prompt[..prompt.len().min(PREFIX_BYTES)]),
     })
 }
 
 /// Returns the body with `model` in place of the client's model name. All other bytes stay the same.
-pub fn with_model(body: &Bytes, head: &RequestFields, model: &str) -> Bytes {
+pub fn replace_model(body: &Bytes, head: &RequestFields, model: &str) -> Bytes {
     if head.model == model {
         return body.clone();
     }
     let name = serde_json::to_string(model).unwrap_or_default();
     let mut changed = BytesMut::with_capacity(body.len() + name.len());
-    changed.extend_from_slice(&body[..head.model_at.start]);
+    changed.extend_from_slice(&body[..head.model_range.start]);
     changed.extend_from_slice(name.as_bytes());
-    changed.extend_from_slice(&body[head.model_at.end..]);
+    changed.extend_from_slice(&body[head.model_range.end..]);
     changed.freeze()
 }
 
 /// Returns a 64-bit hash of `bytes`. Not cryptographic: the hash selects a node and nothing else.
-fn prefix_hash_of(bytes: &[u8]) -> u64 {
+fn prefix_hash(bytes: &[u8]) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     for chunk in bytes.chunks(8) {
         let mut word = [0u8; 8];
@@ -204,16 +205,16 @@ mod tests {
     #[test]
     fn reads_model_stream_and_token_limit() {
         let body = br#"{"model" : "m","stream":true,"messages":[{"x":1}],"max_tokens":5,"other":{"a":[1]},"stream_options":{"include_usage":true}}"#;
-        let head = scan(body, Kind::Chat).unwrap();
+        let head = scan(body, EndpointKind::Chat).unwrap();
         assert_eq!((head.model.as_str(), head.stream, head.token_limit), ("m", true, Some(5)));
         assert!(head.usage_chunk_requested);
-        let changed = with_model(&Bytes::from_static(body), &head, "org/x");
+        let changed = replace_model(&Bytes::from_static(body), &head, "org/x");
         assert_eq!(changed, String::from_utf8_lossy(body).replace("\"m\"", "\"org/x\"").as_bytes());
     }
 
     #[test]
     fn reports_an_error_code_per_invalid_body() {
-        let code = |body: &str| scan(body.as_bytes(), Kind::Chat).unwrap_err().code();
+        let code = |body: &str| scan(body.as_bytes(), EndpointKind::Chat).unwrap_err().code();
         for (body, expected) in [
             ("{", "invalid_json"),
             ("", "invalid_json"),
@@ -242,23 +243,23 @@ mod tests {
         let deep = |depth: usize| {
             format!(r#"{{"model":"a","messages":[{{}}],"x":{}{}}}"#, "[".repeat(depth), "]".repeat(depth))
         };
-        assert!(scan(deep(127).as_bytes(), Kind::Chat).is_ok());
+        assert!(scan(deep(127).as_bytes(), EndpointKind::Chat).is_ok());
         assert_eq!(code(&deep(128)), "invalid_json");
         assert_eq!(code(&deep(100_000)), "invalid_json");
         let many = |count: usize| format!(r#"{{"model":"a","messages":[{}]}}"#, vec!["{}"; count].join(","));
-        assert!(scan(many(10_000).as_bytes(), Kind::Chat).is_ok());
+        assert!(scan(many(10_000).as_bytes(), EndpointKind::Chat).is_ok());
         assert_eq!(code(&many(10_001)), "invalid_value");
         assert!(
-            scan(b"{\"model\":\"a\",\"messages\":[\"\\ud83d\"]}", Kind::Chat).is_ok(),
+            scan(b"{\"model\":\"a\",\"messages\":[\"\\ud83d\"]}", EndpointKind::Chat).is_ok(),
             "lone surrogates are the node's affair"
         );
-        assert!(scan(b"{\"model\":\"a\",\"messages\":[\"\xff\"]}", Kind::Chat).is_err(), "no UTF-8");
+        assert!(scan(b"{\"model\":\"a\",\"messages\":[\"\xff\"]}", EndpointKind::Chat).is_err(), "no UTF-8");
     }
 
     proptest! {
         #[test]
         fn does_not_panic_on_arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _read = scan(&bytes, Kind::Chat);
+            let _read = scan(&bytes, EndpointKind::Chat);
         }
     }
 }

@@ -7,7 +7,7 @@ use http::HeaderValue;
 use potstill_shared::id::unique_id;
 
 /// Longest client id that is accepted, in bytes.
-const LONGEST: usize = 128;
+const MAX_ID_BYTES: usize = 128;
 
 /// A request id. A clone shares the text.
 #[derive(Clone)]
@@ -23,7 +23,7 @@ impl RequestId {
     /// Returns the client's id, or `None` if the id is empty, longer than 128 bytes, or not visible ASCII. The text is
     /// copied, because the header shares the buffer that the request was read into and would keep all of it alive.
     pub fn from_header(header: &HeaderValue) -> Option<Self> {
-        let text = header.to_str().ok().filter(|id| !id.is_empty() && id.len() <= LONGEST)?;
+        let text = header.to_str().ok().filter(|id| !id.is_empty() && id.len() <= MAX_ID_BYTES)?;
         HeaderValue::from_str(text).ok().map(Self)
     }
 

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use self::request::ResponsesRequest;
 
 /// Converts the `usage` object of a chat completion.
-fn usage(chat: &Value) -> Value {
+fn convert_usage(chat: &Value) -> Value {
     let count = |value: &Value| value.as_u64().unwrap_or(0);
     let (input, output) = (count(&chat["prompt_tokens"]), count(&chat["completion_tokens"]));
     json!({
@@ -25,7 +25,7 @@ fn usage(chat: &Value) -> Value {
 }
 
 /// Returns `status` and `incomplete_details` for a finish reason.
-fn outcome(finish_reason: Option<&str>) -> (&'static str, Value) {
+fn status_and_details(finish_reason: Option<&str>) -> (&'static str, Value) {
     match finish_reason {
         Some("length") => ("incomplete", json!({"reason": "max_output_tokens"})),
         Some("content_filter") => ("incomplete", json!({"reason": "content_filter"})),
@@ -34,7 +34,7 @@ fn outcome(finish_reason: Option<&str>) -> (&'static str, Value) {
 }
 
 /// Builds the response object. Fields that the client set are echoed; all others have OpenAI's defaults.
-fn object(
+fn response_object(
     request: &ResponsesRequest,
     model: &str,
     status: &str,

@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use tower::ServiceExt;
 
 use super::gateway::Gateway;
-use crate::auth::keys::{bearer, configured_hash, generate};
+use crate::auth::keys::{bearer_token, configured_hash, generate_key};
 use crate::autoscale::plans::RunPlan;
 use crate::config::{Config, KeyConfig, Limits, keys};
 use crate::pool::ModelPool;
@@ -77,49 +77,55 @@ fn router(admin: Admin) -> Router {
         .route("/admin/nodes/drain", post(drain_node))
         .route("/admin/keys", get(list_keys).post(new_key))
         .route("/admin/keys/{name}", delete(revoke_key))
-        .route("/admin/stages", get(stages).post(declare_stages))
-        .route("/admin/stages/{run}", delete(withdraw_stages))
+        .route("/admin/stages", get(stages).post(register_plan))
+        .route("/admin/stages/{run}", delete(remove_plan))
         .route("/admin/autoscale", get(autoscale))
         .route("/admin/usage", get(usage))
         .route("/admin/reload", post(reload))
         .route("/admin/drain", post(drain))
-        .fallback(async || refused(StatusCode::NOT_FOUND, "not_found", "no such path in the admin API"))
-        .layer(middleware::from_fn_with_state(admin.clone(), only_the_admin))
+        .fallback(async || {
+            unauthorized_response(StatusCode::NOT_FOUND, "not_found", "no such path in the admin API")
+        })
+        .layer(middleware::from_fn_with_state(admin.clone(), require_admin_key))
         .layer(axum::extract::DefaultBodyLimit::max(1 << 20))
         .with_state(admin)
 }
 
-fn refused(status: StatusCode, code: &str, message: impl Into<String>) -> Response {
+fn unauthorized_response(status: StatusCode, code: &str, message: impl Into<String>) -> Response {
     let kind = if status.is_server_error() { "server_error" } else { "invalid_request_error" };
     (status, Json(ErrorBody::new(message, kind, None, Some(code)))).into_response()
 }
 
-async fn only_the_admin(State(admin): State<Admin>, request: Request, next: Next) -> Response {
+async fn require_admin_key(State(admin): State<Admin>, request: Request, next: Next) -> Response {
     let wanted = {
         let live = admin.gateway.state().live();
         live.config.admin.as_ref().and_then(|admin| configured_hash(&admin.hash, &admin.env))
     };
-    let given = bearer(request.headers()).map(|key| *blake3::hash(key.as_bytes()).as_bytes());
+    let given = bearer_token(request.headers()).map(|key| *blake3::hash(key.as_bytes()).as_bytes());
     match (wanted, given) {
         (Some(wanted), Some(given)) if bool::from(wanted.ct_eq(&given)) => next.run(request).await,
-        _ => refused(StatusCode::UNAUTHORIZED, "invalid_api_key", "the admin key is missing or wrong"),
+        _ => unauthorized_response(
+            StatusCode::UNAUTHORIZED,
+            "invalid_api_key",
+            "the admin key is missing or wrong",
+        ),
     }
 }
 
-fn show_node(node: &Node, pool: &ModelPool) -> Value {
+fn node_json(node: &Node, pool: &ModelPool) -> Value {
     let stats = node.stats().clone();
     json!({
-        "url": node.spec.url, "name": node.name, "state": node.state().name(), "ejected": stats.outlier.ejected(),
-        "requests": node.requests(), "tokens": node.tokens(), "max_concurrency": stats.concurrency.get(),
-        "max_concurrency_known": stats.concurrency.known(), "seconds_per_token": stats.speed.measured(),
-        "usable_slots": node.view(&pool.config().outlier, 0.0, pool.now_ms()).slots,
+        "url": node.spec.url, "name": node.name, "state": node.state().name(), "ejected": stats.outlier.is_ejected(),
+        "requests": node.requests(), "tokens": node.outstanding_tokens(), "max_concurrency": stats.concurrency.get(),
+        "max_concurrency_known": stats.concurrency.is_configured(), "seconds_per_token": stats.speed.measured_seconds_per_token(),
+        "usable_slots": node.balance_view(&pool.config().outlier, 0.0, pool.now_ms()).slots,
         "idle_connections": node.endpoint.idle.len(), "added_by_api": matches!(node.spec.origin, NodeOrigin::Admin { .. }),
     })
 }
 
-fn show_pool(pool: &ModelPool) -> Value {
+fn pool_json(pool: &ModelPool) -> Value {
     let load = pool.load();
-    let nodes: Vec<_> = pool.nodes().iter().map(|node| show_node(node, pool)).collect();
+    let nodes: Vec<_> = pool.nodes().iter().map(|node| node_json(node, pool)).collect();
     json!({
         "model": &*pool.model, "active": load.active, "active_tokens": load.tokens, "queued": load.queued,
         "queued_bytes": load.queued_bytes, "oldest_wait_ms": load.oldest_ms, "ready": load.ready,
@@ -129,18 +135,18 @@ fn show_pool(pool: &ModelPool) -> Value {
 }
 
 async fn pools(State(admin): State<Admin>) -> Json<Value> {
-    let pools = admin.gateway.state().proxy.pools.all();
-    Json(json!({ "pools": pools.values().map(|pool| show_pool(pool)).collect::<Vec<_>>() }))
+    let pools = admin.gateway.state().proxy.pools.pools();
+    Json(json!({ "pools": pools.values().map(|pool| pool_json(pool)).collect::<Vec<_>>() }))
 }
 
-fn no_pool(model: &str) -> Response {
-    refused(StatusCode::NOT_FOUND, "model_not_found", format!("no pool serves `{model}`"))
+fn pool_not_found(model: &str) -> Response {
+    unauthorized_response(StatusCode::NOT_FOUND, "model_not_found", format!("no pool serves `{model}`"))
 }
 
 async fn pool(State(admin): State<Admin>, Path(model): Path<String>) -> Response {
     match admin.gateway.state().proxy.pools.get(&model) {
-        Some(pool) => Json(show_pool(&pool)).into_response(),
-        None => no_pool(&model),
+        Some(pool) => Json(pool_json(&pool)).into_response(),
+        None => pool_not_found(&model),
     }
 }
 
@@ -156,13 +162,13 @@ struct NodeRequest {
 
 async fn add_node(State(admin): State<Admin>, Json(asked): Json<NodeRequest>) -> Response {
     let Some(pool) = admin.gateway.state().proxy.pools.get(&asked.model) else {
-        return no_pool(&asked.model);
+        return pool_not_found(&asked.model);
     };
     let allow_private =
         admin.gateway.state().live().config.admin.as_ref().is_some_and(|admin| admin.allow_private);
     let there = |node: &Arc<Node>| node.spec.url == asked.url && node.state() != NodeState::Draining;
     if pool.nodes().iter().any(there) {
-        return refused(
+        return unauthorized_response(
             StatusCode::CONFLICT,
             "node_exists",
             format!("`{}` is a node of this pool already", asked.url),
@@ -176,8 +182,8 @@ async fn add_node(State(admin): State<Admin>, Json(asked): Json<NodeRequest>) ->
         ..NodeSpec::new(asked.url, asked.max_concurrency.filter(|limit| *limit > 0))
     };
     match pool.add_node(spec) {
-        Ok(node) => (StatusCode::CREATED, Json(show_node(&node, &pool))).into_response(),
-        Err(problem) => refused(StatusCode::BAD_REQUEST, "invalid_node", problem),
+        Ok(node) => (StatusCode::CREATED, Json(node_json(&node, &pool))).into_response(),
+        Err(problem) => unauthorized_response(StatusCode::BAD_REQUEST, "invalid_node", problem),
     }
 }
 
@@ -193,10 +199,10 @@ struct DrainRequest {
 
 async fn drain_node(State(admin): State<Admin>, Json(asked): Json<DrainRequest>) -> Response {
     let Some(pool) = admin.gateway.state().proxy.pools.get(&asked.model) else {
-        return no_pool(&asked.model);
+        return pool_not_found(&asked.model);
     };
     let Some(node) = pool.nodes().into_iter().find(|node| node.spec.url == asked.url) else {
-        return refused(
+        return unauthorized_response(
             StatusCode::NOT_FOUND,
             "node_not_found",
             format!("`{}` is no node of this pool", asked.url),
@@ -207,11 +213,11 @@ async fn drain_node(State(admin): State<Admin>, Json(asked): Json<DrainRequest>)
         (true, NodeState::Draining) => pool.set_node_state(&node, NodeState::Unhealthy),
         (true, _) => {}
     }
-    Json(show_node(&node, &pool)).into_response()
+    Json(node_json(&node, &pool)).into_response()
 }
 
 async fn list_keys(State(admin): State<Admin>) -> Json<Value> {
-    Json(json!({ "keys": admin.gateway.state().proxy.config().keys.list() }))
+    Json(json!({ "keys": admin.gateway.state().proxy.config().keys.configs() }))
 }
 
 #[derive(Serialize)]
@@ -222,35 +228,35 @@ struct NewKey {
 }
 
 async fn new_key(State(admin): State<Admin>, Json(mut asked): Json<KeyConfig>) -> Response {
-    let (key, hash) = generate();
+    let (key, hash) = generate_key();
     asked.hash = Some(hash);
     asked.env = None;
     let name = asked.name.clone();
-    let added = change_keys(&admin, |list| {
+    let added = update_keys_file(&admin, |list| {
         list.push(asked);
         let problems = keys::problems(list, "keys");
         if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
     });
     match added {
         Ok(()) => (StatusCode::CREATED, Json(NewKey { name, key })).into_response(),
-        Err(problem) => refused(StatusCode::BAD_REQUEST, "invalid_key", problem),
+        Err(problem) => unauthorized_response(StatusCode::BAD_REQUEST, "invalid_key", problem),
     }
 }
 
 async fn revoke_key(State(admin): State<Admin>, Path(name): Path<String>) -> Response {
-    let removed = change_keys(&admin, |list| {
+    let removed = update_keys_file(&admin, |list| {
         let before = list.len();
         list.retain(|key| key.name != name);
         if list.len() < before { Ok(()) } else { Err(format!("the keys file has no key `{name}`")) }
     });
     match removed {
         Ok(()) => StatusCode::NO_CONTENT.into_response(),
-        Err(problem) => refused(StatusCode::NOT_FOUND, "key_not_found", problem),
+        Err(problem) => unauthorized_response(StatusCode::NOT_FOUND, "key_not_found", problem),
     }
 }
 
 /// Changes the keys file and takes it at once.
-fn change_keys(
+fn update_keys_file(
     admin: &Admin,
     change: impl FnOnce(&mut Vec<KeyConfig>) -> Result<(), String>,
 ) -> Result<(), String> {
@@ -258,15 +264,15 @@ fn change_keys(
     let Some(path) = &config.keys_file else {
         return Err("no `keys_file` is configured, so keys cannot be changed while running".to_owned());
     };
-    let mut list = keys::read_file(path).map_err(|error| error.to_string())?;
+    let mut list = keys::read_keys_file(path).map_err(|error| error.to_string())?;
     change(&mut list)?;
-    keys::write_file(path, &list).map_err(|error| format!("`{}`: {error}", path.display()))?;
+    keys::write_keys_file(path, &list).map_err(|error| format!("`{}`: {error}", path.display()))?;
     admin.gateway.reload(config).map_err(|error| error.to_string())
 }
 
 async fn stages(State(admin): State<Admin>) -> Json<Value> {
     let rows = admin.gateway.state().proxy.sinks.metrics.usage.rows();
-    let pools = admin.gateway.state().proxy.pools.all();
+    let pools = admin.gateway.state().proxy.pools.pools();
     let stages: Vec<_> = rows
         .iter()
         .filter(|row| !row.stage.is_empty())
@@ -281,7 +287,7 @@ async fn stages(State(admin): State<Admin>) -> Json<Value> {
     let runs: Vec<_> = autoscaler
         .context()
         .plans()
-        .runs(autoscaler.context().now())
+        .expiring_runs(autoscaler.context().now())
         .into_iter()
         .map(|(run, seconds)| json!({ "run": run, "expires_in_s": seconds }))
         .collect();
@@ -289,7 +295,7 @@ async fn stages(State(admin): State<Admin>) -> Json<Value> {
 }
 
 /// Takes the plan of a run; the answer forecasts its stages and advises how many requests to keep open.
-async fn declare_stages(State(admin): State<Admin>, body: bytes::Bytes) -> Response {
+async fn register_plan(State(admin): State<Admin>, body: bytes::Bytes) -> Response {
     let plan: Result<RunPlan, _> =
         serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(&body));
     let taken = plan
@@ -297,15 +303,15 @@ async fn declare_stages(State(admin): State<Admin>, body: bytes::Bytes) -> Respo
         .and_then(|plan| admin.gateway.register_plan(plan));
     match taken {
         Ok(forecasts) => Json(json!({ "forecasts": forecasts })).into_response(),
-        Err(problem) => refused(StatusCode::BAD_REQUEST, "invalid_plan", problem),
+        Err(problem) => unauthorized_response(StatusCode::BAD_REQUEST, "invalid_plan", problem),
     }
 }
 
-async fn withdraw_stages(State(admin): State<Admin>, Path(run): Path<String>) -> Response {
+async fn remove_plan(State(admin): State<Admin>, Path(run): Path<String>) -> Response {
     if admin.gateway.remove_plan(&run) {
         StatusCode::NO_CONTENT.into_response()
     } else {
-        refused(StatusCode::NOT_FOUND, "plan_not_found", format!("the run `{run}` has no plan"))
+        unauthorized_response(StatusCode::NOT_FOUND, "plan_not_found", format!("the run `{run}` has no plan"))
     }
 }
 
@@ -319,12 +325,16 @@ async fn usage(State(admin): State<Admin>) -> Json<Value> {
 
 async fn reload(State(admin): State<Admin>) -> Response {
     let Some(file) = &admin.file else {
-        return refused(StatusCode::CONFLICT, "no_file", "this gateway was not started from a file");
+        return unauthorized_response(
+            StatusCode::CONFLICT,
+            "no_file",
+            "this gateway was not started from a file",
+        );
     };
     let taken = Config::read(file).map_err(|error| error.to_string());
     match taken.and_then(|config| admin.gateway.reload(config).map_err(|error| error.to_string())) {
         Ok(()) => Json(json!({ "reloaded": true })).into_response(),
-        Err(problem) => refused(StatusCode::BAD_REQUEST, "invalid_config", problem),
+        Err(problem) => unauthorized_response(StatusCode::BAD_REQUEST, "invalid_config", problem),
     }
 }
 

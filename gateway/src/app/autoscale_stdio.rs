@@ -10,7 +10,7 @@ use crate::scaling_policy::{Decision, Observation, PolicyState, decide};
 /// Version of the lines.
 const VERSION: u32 = 1;
 /// Longest observation that is read.
-const LONGEST: u64 = 16 << 20;
+const MAX_LINE_BYTES: u64 = 16 << 20;
 
 #[derive(Serialize)]
 struct Hello {
@@ -20,7 +20,7 @@ struct Hello {
 }
 
 #[derive(Deserialize)]
-struct Line {
+struct ObservationLine {
     #[serde(default)]
     v: u32,
     #[serde(flatten)]
@@ -28,7 +28,7 @@ struct Line {
 }
 
 #[derive(Serialize)]
-struct Answer {
+struct DecisionLine {
     v: u32,
     t: f64,
     #[serde(flatten)]
@@ -46,13 +46,13 @@ pub fn run(interval_s: f64, mut input: impl BufRead, mut output: impl Write) -> 
     let mut text = String::new();
     for number in 1.. {
         text.clear();
-        if std::io::Read::take(&mut input, LONGEST).read_line(&mut text)? == 0 {
+        if std::io::Read::take(&mut input, MAX_LINE_BYTES).read_line(&mut text)? == 0 {
             break;
         }
         if text.trim().is_empty() {
             continue;
         }
-        let line: Line = serde_json::from_str(&text)
+        let line: ObservationLine = serde_json::from_str(&text)
             .map_err(|error| anyhow::anyhow!("line {number} of the input is no observation: {error}"))?;
         anyhow::ensure!(
             line.v == VERSION,
@@ -60,7 +60,7 @@ pub fn run(interval_s: f64, mut input: impl BufRead, mut output: impl Write) -> 
             line.v
         );
         let decision = decide(&line.seen, &mut memory);
-        say(&serde_json::to_string(&Answer { v: VERSION, t: line.seen.t, decision })?)?;
+        say(&serde_json::to_string(&DecisionLine { v: VERSION, t: line.seen.t, decision })?)?;
     }
     Ok(())
 }

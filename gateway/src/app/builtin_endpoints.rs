@@ -15,7 +15,7 @@ use crate::auth::keys::ClientCertificate;
 use crate::error::GatewayError;
 use crate::proxy::fetch::fetch;
 
-type Certificate = Option<axum::Extension<ClientCertificate>>;
+type ClientCertificateExtension = Option<axum::Extension<ClientCertificate>>;
 
 /// The routes.
 pub(crate) fn router(state: &Arc<AppState>) -> Router {
@@ -34,11 +34,11 @@ pub(crate) fn router(state: &Arc<AppState>) -> Router {
 
 async fn models(
     State(state): State<Arc<AppState>>,
-    certificate: Certificate,
+    certificate: ClientCertificateExtension,
     headers: HeaderMap,
 ) -> Result<Response, GatewayError> {
     let key = state.proxy.config().keys.authenticate(&headers, certificate.map(|c| c.0))?;
-    let pools = state.proxy.pools.all();
+    let pools = state.proxy.pools.pools();
     let names = pools.keys().filter(|model| key.allows(model));
     let cards = names.map(|model| ModelCard::new(model, state.started, "potstill")).collect();
     Ok(axum::Json(ModelList::new(cards)).into_response())
@@ -46,7 +46,7 @@ async fn models(
 
 async fn model(
     State(state): State<Arc<AppState>>,
-    certificate: Certificate,
+    certificate: ClientCertificateExtension,
     Path(model): Path<String>,
     headers: HeaderMap,
 ) -> Result<Response, GatewayError> {
@@ -58,24 +58,24 @@ async fn model(
 }
 
 #[derive(Deserialize)]
-struct WhichModel {
+struct ModelQuery {
     model: Option<String>,
 }
 
 /// Evaluation clients send no model. With one pool there is no ambiguity.
 async fn tokenizer_info(
     State(state): State<Arc<AppState>>,
-    certificate: Certificate,
-    Query(which): Query<WhichModel>,
+    certificate: ClientCertificateExtension,
+    Query(which): Query<ModelQuery>,
     headers: HeaderMap,
 ) -> Result<Response, GatewayError> {
     let key = state.proxy.config().keys.authenticate(&headers, certificate.map(|c| c.0))?;
-    let pools = state.proxy.pools.all();
+    let pools = state.proxy.pools.pools();
     let model = match which.model {
         Some(model) => model,
         None if pools.len() == 1 => pools.keys().next().cloned().unwrap_or_default(),
         None => {
-            return Err(GatewayError::Invalid {
+            return Err(GatewayError::InvalidRequest {
                 message: "several models are served here; say which one: `/tokenizer_info?model=…`"
                     .to_owned(),
                 param: Some("model"),
@@ -103,7 +103,7 @@ async fn ready(State(state): State<Arc<AppState>>) -> Response {
 }
 
 async fn metrics(State(state): State<Arc<AppState>>) -> Response {
-    let gauges: Vec<_> = state.proxy.pools.all().values().map(|pool| pool.gauges()).collect();
+    let gauges: Vec<_> = state.proxy.pools.pools().values().map(|pool| pool.gauges()).collect();
     let text = state.proxy.sinks.metrics.render(&gauges, state.proxy.in_flight.get());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }

@@ -28,7 +28,7 @@ use crate::proxy::context::ProxyContext;
 use crate::proxy::handler;
 use crate::proxy::response_body::{GatewayResponse, ResponseBody};
 use crate::scaling_policy::Forecast;
-use crate::server::stop::Stop;
+use crate::server::stop::ShutdownFlag;
 use crate::server::{Handler, tls};
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::load_recording::LoadRecording;
@@ -77,7 +77,7 @@ impl Gateway {
         let shutdown_complete = CancellationToken::new();
         let tasks = TaskTracker::new();
         let pools = Arc::new(PoolRegistry::default());
-        let draining = Stop::default();
+        let draining = ShutdownFlag::default();
         let metrics = Metrics::new()?;
         let sinks = sinks(config, &metrics, &tasks, &shutdown_complete).map_err(BuildError::Config)?;
         let autoscale = AutoscaleContext::new(
@@ -197,7 +197,7 @@ impl Gateway {
         if !state.proxy.pools.insert(&pool) {
             return false;
         }
-        state.tasks.spawn(health::watch(pool, state.proxy.connector.clone()));
+        state.tasks.spawn(health::run_health_checks(pool, state.proxy.connector.clone()));
         state.autoscaler.context().wake();
         true
     }

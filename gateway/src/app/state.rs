@@ -45,13 +45,13 @@ impl AppState {
 /// Loads everything that a configuration names. The keys take over the counters of `before`.
 pub(crate) fn load(config: Config, before: Option<&Keys>) -> Result<(LiveConfig, ProxyConfig), String> {
     let keys_in_file = match &config.keys_file {
-        Some(path) => keys::read_file(path).map_err(|error| error.to_string())?,
+        Some(path) => keys::read_keys_file(path).map_err(|error| error.to_string())?,
         None => Vec::new(),
     };
     let proxy = ProxyConfig {
         limits: Arc::new(config.limits.clone()),
         keys: Keys::new(&config, &keys_in_file, before)?,
     };
-    let tls = config.tls.as_ref().map(tls::load).transpose()?;
+    let tls = config.tls.as_ref().map(tls::load_tls).transpose()?;
     Ok((LiveConfig { config, tls }, proxy))
 }

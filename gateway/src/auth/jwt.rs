@@ -7,7 +7,7 @@ use serde::Deserialize;
 use crate::config::{JwtConfig, KeyConfig, Priority};
 
 /// Verifies tokens with one configured key.
-pub struct Verifier {
+pub struct TokenVerifier {
     key: DecodingKey,
     validation: Validation,
     config: JwtConfig,
@@ -21,7 +21,7 @@ struct Claims {
     priority: Option<Priority>,
 }
 
-impl Verifier {
+impl TokenVerifier {
     /// Reads the secret or public key. The algorithm follows from the key: HS256 for a secret; RS256, ES256 or EdDSA
     /// for a PEM file.
     pub fn new(config: &JwtConfig) -> Result<Self, String> {
@@ -106,7 +106,7 @@ mod tests {
         let mut validation = Validation::new(Algorithm::HS256);
         validation.set_issuer(&["me"]);
         validation.validate_aud = false;
-        let verifier = Verifier { key: DecodingKey::from_secret(secret.as_bytes()), validation, config };
+        let verifier = TokenVerifier { key: DecodingKey::from_secret(secret.as_bytes()), validation, config };
         let now = potstill_shared::openai::unix_time_s();
         let sign = |claims: serde_json::Value, secret: &str| {
             encode(&Header::default(), &claims, &EncodingKey::from_secret(secret.as_bytes())).unwrap()

@@ -8,8 +8,8 @@ use dashmap::DashMap;
 use http::{HeaderMap, header};
 use rand::RngCore;
 
-use super::jwt::Verifier;
-use super::rate_limit::{Limiter, Reservation};
+use super::jwt::TokenVerifier;
+use super::rate_limit::{KeyLimiter, Reservation};
 use crate::config::{Config, KeyConfig, Priority};
 use crate::error::GatewayError;
 
@@ -18,18 +18,18 @@ pub struct Key {
     /// Name of the key, for logs and metrics.
     pub name: Arc<str>,
     config: KeyConfig,
-    whole: Arc<Limiter>,
-    stages: HashMap<String, Arc<Limiter>>,
+    key_limiter: Arc<KeyLimiter>,
+    stage_limiters: HashMap<String, Arc<KeyLimiter>>,
 }
 
 /// Number of token subjects above which idle ones are removed.
-const SUBJECTS: usize = 10_000;
+const MAX_SUBJECTS: usize = 10_000;
 
 /// All keys of a configuration.
 pub struct Keys {
     by_hash: HashMap<[u8; 32], Arc<Key>>,
     by_certificate: HashMap<[u8; 32], Arc<Key>>,
-    jwt: Option<Verifier>,
+    jwt: Option<TokenVerifier>,
     subjects: DashMap<String, Arc<Key>>,
     /// Key of every request when authentication is not configured.
     anonymous: Option<Arc<Key>>,
@@ -41,7 +41,7 @@ pub struct Keys {
 pub struct ClientCertificate(pub [u8; 32]);
 
 /// Generates a random key. Returns the key and its BLAKE3 hash as hex.
-pub fn generate() -> (String, String) {
+pub fn generate_key() -> (String, String) {
     let mut bytes = [0u8; 32];
     rand::rng().fill_bytes(&mut bytes);
     let key = format!("sk-potstill-{}", blake3::Hash::from_bytes(bytes).to_hex());
@@ -67,7 +67,7 @@ impl Keys {
         let mut keys = Self {
             by_hash: HashMap::new(),
             by_certificate: HashMap::new(),
-            jwt: config.jwt.as_ref().map(Verifier::new).transpose()?,
+            jwt: config.jwt.as_ref().map(TokenVerifier::new).transpose()?,
             subjects: before.filter(|_| config.jwt.is_some()).map(|b| b.subjects.clone()).unwrap_or_default(),
             anonymous: None,
         };
@@ -111,12 +111,13 @@ impl Keys {
             return Ok(Arc::clone(key));
         }
         let other = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        if let Some(given) = bearer(headers).or_else(|| other("x-api-key")).or_else(|| other("api-key")) {
+        if let Some(given) = bearer_token(headers).or_else(|| other("x-api-key")).or_else(|| other("api-key"))
+        {
             if let Some(key) = self.by_hash.get(blake3::hash(given.as_bytes()).as_bytes()) {
                 return Ok(Arc::clone(key));
             }
             if let Some(jwt) = self.jwt.as_ref().filter(|_| given.starts_with("ey")) {
-                return self.subject(jwt, given);
+                return self.authenticate_token(jwt, given);
             }
             return Err(GatewayError::Unauthorized);
         }
@@ -126,12 +127,12 @@ impl Keys {
             .ok_or(GatewayError::Unauthorized)
     }
 
-    fn subject(&self, jwt: &Verifier, token: &str) -> Result<Arc<Key>, GatewayError> {
+    fn authenticate_token(&self, jwt: &TokenVerifier, token: &str) -> Result<Arc<Key>, GatewayError> {
         let config = jwt.verify(token).ok_or(GatewayError::Unauthorized)?;
         if let Some(known) = self.subjects.get(&config.name).filter(|known| known.config == config) {
             return Ok(Arc::clone(&known));
         }
-        if self.subjects.len() >= SUBJECTS {
+        if self.subjects.len() >= MAX_SUBJECTS {
             // Keys without a running request have one reference: the one of this map.
             self.subjects.retain(|_, key| Arc::strong_count(key) > 1);
         }
@@ -142,7 +143,7 @@ impl Keys {
 
     /// Returns names and configurations of all keys, sorted by name, for the admin API. Secrets and hashes are left
     /// out.
-    pub fn list(&self) -> Vec<KeyConfig> {
+    pub fn configs(&self) -> Vec<KeyConfig> {
         let all = self.by_hash.values().chain(self.by_certificate.values());
         let mut list: Vec<_> = all
             .map(|key| KeyConfig { hash: None, env: None, certificate: None, ..key.config.clone() })
@@ -157,8 +158,10 @@ impl Key {
         let stages = config.stages.iter();
         Self {
             name: config.name.as_str().into(),
-            whole: Arc::new(Limiter::new(&config.limits())),
-            stages: stages.map(|(stage, limits)| (stage.clone(), Arc::new(Limiter::new(limits)))).collect(),
+            key_limiter: Arc::new(KeyLimiter::new(&config.limits())),
+            stage_limiters: stages
+                .map(|(stage, limits)| (stage.clone(), Arc::new(KeyLimiter::new(limits))))
+                .collect(),
             config,
         }
     }
@@ -169,7 +172,7 @@ impl Key {
     }
 
     /// Returns the class of a request: `wanted`, but never a higher class than that of the key.
-    pub fn class(&self, wanted: Option<Priority>) -> Priority {
+    pub fn request_class(&self, wanted: Option<Priority>) -> Priority {
         wanted.map_or(self.config.priority, |wanted| wanted.max(self.config.priority))
     }
 
@@ -178,14 +181,17 @@ impl Key {
         self.config.heartbeat_ms
     }
 
-    fn limiters(&self, stage: Option<&str>) -> impl Iterator<Item = &Arc<Limiter>> {
-        stage.and_then(|stage| self.stages.get(stage)).into_iter().chain(std::iter::once(&self.whole))
+    fn limiters(&self, stage: Option<&str>) -> impl Iterator<Item = &Arc<KeyLimiter>> {
+        stage
+            .and_then(|stage| self.stage_limiters.get(stage))
+            .into_iter()
+            .chain(std::iter::once(&self.key_limiter))
     }
 
     /// Counts a request. Returns [`GatewayError::RateLimited`] above the requests per minute of the key or of its
     /// stage.
     pub fn admit(&self, stage: Option<&str>) -> Result<(), GatewayError> {
-        self.limiters(stage).try_for_each(|limiter| limiter.request())
+        self.limiters(stage).try_for_each(|limiter| limiter.take_request())
     }
 
     /// Reserves `tokens` and one concurrent request, of the key and of its stage. Returns [`GatewayError::RateLimited`]
@@ -193,22 +199,22 @@ impl Key {
     pub fn reserve(&self, stage: Option<&str>, tokens: u64) -> Result<Reservation, GatewayError> {
         let mut reservation = Reservation::new(tokens);
         for limiter in self.limiters(stage) {
-            reservation.add(limiter)?;
+            reservation.reserve_at(limiter)?;
         }
         Ok(reservation)
     }
 
     /// Writes `x-ratelimit-*` headers with the limits of the key. The limits of the stage take precedence.
-    pub fn write_limits(&self, stage: Option<&str>, headers: &mut HeaderMap) {
-        self.whole.write(headers);
-        if let Some(limiter) = stage.and_then(|stage| self.stages.get(stage)) {
-            limiter.write(headers);
+    pub fn write_rate_limit_headers(&self, stage: Option<&str>, headers: &mut HeaderMap) {
+        self.key_limiter.write_headers(headers);
+        if let Some(limiter) = stage.and_then(|stage| self.stage_limiters.get(stage)) {
+            limiter.write_headers(headers);
         }
     }
 }
 
 /// Returns the credential of an `authorization: Bearer` header (RFC 6750).
-pub fn bearer(headers: &HeaderMap) -> Option<&str> {
+pub fn bearer_token(headers: &HeaderMap) -> Option<&str> {
     let (scheme, key) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
 }
@@ -227,7 +233,7 @@ mod tests {
 
     #[test]
     fn authenticates_by_hash_and_keeps_counters_on_reload() {
-        let (key, hash) = generate();
+        let (key, hash) = generate_key();
         let one = KeyConfig {
             name: "a".into(),
             hash: Some(hash),
@@ -249,16 +255,16 @@ mod tests {
         headers.insert(header::AUTHORIZATION, format!("bearer {key}").parse().unwrap());
         let known = keys.authenticate(&headers, None).unwrap();
         assert!(known.allows("m") && !known.allows("n"));
-        assert_eq!(known.class(Some(Priority::Interactive)), Priority::Default, "clamped");
-        assert_eq!(known.class(Some(Priority::Bulk)), Priority::Bulk);
+        assert_eq!(known.request_class(Some(Priority::Interactive)), Priority::Default, "clamped");
+        assert_eq!(known.request_class(Some(Priority::Bulk)), Priority::Bulk);
         assert!(known.admit(None).is_ok() && known.admit(None).is_ok());
         let reloaded = Keys::new(&config, &[], Some(&keys)).unwrap();
         let again = reloaded.authenticate(&headers, None).unwrap();
         assert!(matches!(again.admit(None), Err(GatewayError::RateLimited { retry_after: 1..=31, .. })));
         let mut shown = HeaderMap::new();
-        again.write_limits(None, &mut shown);
+        again.write_rate_limit_headers(None, &mut shown);
         assert_eq!(shown["x-ratelimit-limit-requests"], "2");
         assert_eq!(shown["x-ratelimit-remaining-requests"], "0");
-        assert!(!format!("{:?}", keys.list()).contains(&key));
+        assert!(!format!("{:?}", keys.configs()).contains(&key));
     }
 }

@@ -17,12 +17,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::config::KeyLimits;
 use crate::error::GatewayError;
 
-type Requests = RateLimiter<NotKeyed, InMemoryState, DefaultClock, StateInformationMiddleware>;
+type RequestLimiter = RateLimiter<NotKeyed, InMemoryState, DefaultClock, StateInformationMiddleware>;
 
 /// Counters of a key or stage for its configured limits.
-pub struct Limiter {
+pub struct KeyLimiter {
     limits: KeyLimits,
-    requests: Option<(Requests, AtomicU32)>,
+    requests: Option<(RequestLimiter, AtomicU32)>,
     tokens: Option<Mutex<TokenBucket>>,
     concurrency: Option<Arc<Semaphore>>,
     epoch: Instant,
@@ -35,20 +35,20 @@ pub struct Limiter {
 pub struct TokenBucket {
     per_minute: f64,
     level: f64,
-    at: f64,
+    refilled_at_s: f64,
 }
 
 impl TokenBucket {
     /// Creates a full bucket of `per_minute` tokens.
     pub fn new(per_minute: u64) -> Self {
-        Self { per_minute: per_minute as f64, level: per_minute as f64, at: 0.0 }
+        Self { per_minute: per_minute as f64, level: per_minute as f64, refilled_at_s: 0.0 }
     }
 
     fn refill(&mut self, now: f64) {
         // A clock that goes back refills nothing and takes nothing.
-        let earned = (now - self.at).max(0.0) * self.per_minute / 60.0;
+        let earned = (now - self.refilled_at_s).max(0.0) * self.per_minute / 60.0;
         self.level = (self.level + earned).min(self.per_minute);
-        self.at = now;
+        self.refilled_at_s = now;
     }
 
     /// Takes `tokens` from the bucket. Returns the seconds until enough tokens are available as an error. A request
@@ -75,7 +75,7 @@ impl TokenBucket {
     }
 }
 
-impl Limiter {
+impl KeyLimiter {
     /// Creates counters at their limits: all buckets are full.
     pub fn new(limits: &KeyLimits) -> Self {
         let quota = limits.requests_per_minute.and_then(NonZeroU32::new);
@@ -91,12 +91,12 @@ impl Limiter {
         }
     }
 
-    fn now(&self) -> f64 {
+    fn now_s(&self) -> f64 {
         self.epoch.elapsed().as_secs_f64()
     }
 
     /// Counts a request. Returns [`GatewayError::RateLimited`] if no request is left in this minute.
-    pub fn request(&self) -> Result<(), GatewayError> {
+    pub fn take_request(&self) -> Result<(), GatewayError> {
         let Some((limiter, remaining)) = &self.requests else { return Ok(()) };
         match limiter.check() {
             Ok(state) => {
@@ -114,22 +114,22 @@ impl Limiter {
         }
     }
 
-    fn tokens(&self) -> Option<MutexGuard<'_, TokenBucket>> {
+    fn lock_tokens(&self) -> Option<MutexGuard<'_, TokenBucket>> {
         self.tokens.as_ref().map(|bucket| bucket.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Writes OpenAI's `x-ratelimit-limit-*`, `x-ratelimit-remaining-*` and `x-ratelimit-reset-*` headers.
-    pub fn write(&self, headers: &mut HeaderMap) {
+    pub fn write_headers(&self, headers: &mut HeaderMap) {
         let mut three = |names: &[HeaderName; 3], limit: u64, left: u64| {
             // Whole seconds until the limit is fully available again.
             let reset = limit.saturating_sub(left) * 60 / limit.max(1);
             // One allocation for all three values.
             let mut text = BytesMut::with_capacity(64);
-            decimal(&mut text, limit);
+            write_decimal(&mut text, limit);
             let first = text.len();
-            decimal(&mut text, left);
+            write_decimal(&mut text, left);
             let second = text.len();
-            decimal(&mut text, reset);
+            write_decimal(&mut text, reset);
             text.put_u8(b's');
             let text = text.freeze();
             let pieces = [text.slice(..first), text.slice(first..second), text.slice(second..)];
@@ -140,18 +140,19 @@ impl Limiter {
             }
         };
         if let (Some(limit), Some((_, left))) = (self.limits.requests_per_minute, &self.requests) {
-            three(&REQUESTS, limit.into(), left.load(Ordering::Relaxed).into());
+            three(&REQUEST_HEADERS, limit.into(), left.load(Ordering::Relaxed).into());
         }
-        if let (Some(limit), Some(left)) =
-            (self.limits.tokens_per_minute, self.tokens().map(|mut bucket| bucket.remaining(self.now())))
-        {
-            three(&TOKENS, limit, left);
+        if let (Some(limit), Some(left)) = (
+            self.limits.tokens_per_minute,
+            self.lock_tokens().map(|mut bucket| bucket.remaining(self.now_s())),
+        ) {
+            three(&TOKEN_HEADERS, limit, left);
         }
     }
 }
 
 /// Appends `number` in decimal.
-fn decimal(text: &mut BytesMut, mut number: u64) {
+fn write_decimal(text: &mut BytesMut, mut number: u64) {
     let mut digits = [0; 20];
     let mut at = digits.len();
     loop {
@@ -165,13 +166,13 @@ fn decimal(text: &mut BytesMut, mut number: u64) {
     text.extend_from_slice(&digits[at..]);
 }
 
-const REQUESTS: [HeaderName; 3] = [
+const REQUEST_HEADERS: [HeaderName; 3] = [
     HeaderName::from_static("x-ratelimit-limit-requests"),
     HeaderName::from_static("x-ratelimit-remaining-requests"),
     HeaderName::from_static("x-ratelimit-reset-requests"),
 ];
 
-const TOKENS: [HeaderName; 3] = [
+const TOKEN_HEADERS: [HeaderName; 3] = [
     HeaderName::from_static("x-ratelimit-limit-tokens"),
     HeaderName::from_static("x-ratelimit-remaining-tokens"),
     HeaderName::from_static("x-ratelimit-reset-tokens"),
@@ -181,28 +182,28 @@ const TOKENS: [HeaderName; 3] = [
 /// settles the tokens; without [`settle`](Self::settle) all tokens are returned.
 pub struct Reservation {
     tokens: u64,
-    used: u64,
-    buckets: Vec<Arc<Limiter>>,
-    places: Vec<OwnedSemaphorePermit>,
+    used_tokens: u64,
+    limiters: Vec<Arc<KeyLimiter>>,
+    permits: Vec<OwnedSemaphorePermit>,
 }
 
 impl Reservation {
     /// Creates a reservation of `tokens` that holds nothing yet.
     pub fn new(tokens: u64) -> Self {
-        Self { tokens, used: 0, buckets: Vec::new(), places: Vec::new() }
+        Self { tokens, used_tokens: 0, limiters: Vec::new(), permits: Vec::new() }
     }
 
     /// Reserves at `limiter`. Returns [`GatewayError::RateLimited`] if the limit is reached; dropping the reservation
     /// then releases what other limiters granted.
-    pub fn add(&mut self, limiter: &Arc<Limiter>) -> Result<(), GatewayError> {
+    pub fn reserve_at(&mut self, limiter: &Arc<KeyLimiter>) -> Result<(), GatewayError> {
         if let Some(places) = &limiter.concurrency {
             let place = Arc::clone(places).try_acquire_owned();
             let refused = |_| GatewayError::RateLimited { what: "requests at once", retry_after: 1 };
-            self.places.push(place.map_err(refused)?);
+            self.permits.push(place.map_err(refused)?);
         }
-        match limiter.tokens().map(|mut bucket| bucket.reserve(self.tokens, limiter.now())) {
+        match limiter.lock_tokens().map(|mut bucket| bucket.reserve(self.tokens, limiter.now_s())) {
             None => {}
-            Some(Ok(())) => self.buckets.push(Arc::clone(limiter)),
+            Some(Ok(())) => self.limiters.push(Arc::clone(limiter)),
             Some(Err(seconds)) => {
                 return Err(GatewayError::RateLimited {
                     what: "tokens per minute",
@@ -215,15 +216,15 @@ impl Reservation {
 
     /// Sets the number of tokens that the request used.
     pub fn settle(&mut self, used: u64) {
-        self.used = used;
+        self.used_tokens = used;
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        for limiter in &self.buckets {
-            if let Some(mut bucket) = limiter.tokens() {
-                bucket.settle(self.tokens, self.used);
+        for limiter in &self.limiters {
+            if let Some(mut bucket) = limiter.lock_tokens() {
+                bucket.settle(self.tokens, self.used_tokens);
             }
         }
     }
@@ -239,10 +240,10 @@ mod tests {
     fn settling_returns_unused_tokens() {
         let limits =
             KeyLimits { tokens_per_minute: Some(1_000), concurrency: Some(2), ..KeyLimits::default() };
-        let limiter = Arc::new(Limiter::new(&limits));
+        let limiter = Arc::new(KeyLimiter::new(&limits));
         let hold = |tokens| {
             let mut reservation = Reservation::new(tokens);
-            reservation.add(&limiter).map(|()| reservation)
+            reservation.reserve_at(&limiter).map(|()| reservation)
         };
         let mut first = hold(900).ok().unwrap();
         assert!(matches!(
@@ -259,7 +260,7 @@ mod tests {
         #[test]
         fn decimal_equals_to_string(number: u64) {
             let mut text = BytesMut::new();
-            decimal(&mut text, number);
+            write_decimal(&mut text, number);
             prop_assert_eq!(text, number.to_string());
         }
 

@@ -12,7 +12,7 @@ use crate::pool::ModelPool;
 /// Interval between two steps.
 const STEP_INTERVAL: Duration = Duration::from_millis(100);
 /// Number of cold starts that are remembered.
-const COLD_STARTS: usize = 20;
+const MAX_COLD_STARTS: usize = 20;
 
 /// The nodes of a pool, as its actuator knows them.
 #[derive(Debug, Clone, Default)]
@@ -31,7 +31,7 @@ impl NodeSupply {
     /// Records a cold start.
     pub fn push_cold_start(&mut self, seconds: f64) {
         self.cold_starts_s.push_back(seconds);
-        if self.cold_starts_s.len() > COLD_STARTS {
+        if self.cold_starts_s.len() > MAX_COLD_STARTS {
             self.cold_starts_s.pop_front();
         }
     }
@@ -102,7 +102,7 @@ impl ActuatorHandle {
     }
 
     /// Whether the actuator itself knows how to do a dry run: it gets the real target then.
-    pub(crate) fn runs_dry(&self) -> bool {
+    pub(crate) fn supports_dry_run(&self) -> bool {
         self.runs_dry
     }
 }
@@ -113,7 +113,7 @@ pub(super) async fn run_actuator(
     pool: Arc<ModelPool>,
     mut link: ActuatorLink,
 ) {
-    let retired = pool.retired();
+    let retired = pool.retirement_token();
     let mut ticks = tokio::time::interval(STEP_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {

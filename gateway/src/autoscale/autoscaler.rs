@@ -63,7 +63,7 @@ impl Autoscaler {
         &self.context
     }
 
-    fn scaled(&self) -> MutexGuard<'_, BTreeMap<String, ScaledPool>> {
+    fn scaled_pools(&self) -> MutexGuard<'_, BTreeMap<String, ScaledPool>> {
         self.scaled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -74,7 +74,7 @@ impl Autoscaler {
 
     fn observe(&self) -> Observation {
         let budget = self.context.config().budget;
-        observe(self.context.now(), budget, &self.scaled(), &mut self.context.plans())
+        observe(self.context.now(), budget, &self.scaled_pools(), &mut self.context.plans())
     }
 
     /// Registers the plan of a run. Returns the forecasts of its stages.
@@ -88,7 +88,7 @@ impl Autoscaler {
         let finished = |model: &str, stage: &str| context.pools.finished_completions(model, stage);
         context.plans().register(plan, context.now(), finished)?;
         context.wake();
-        let mut forecasts = Forecast::of(&self.observe());
+        let mut forecasts = Forecast::all_stages(&self.observe());
         forecasts.retain(|forecast| stages.contains(&(forecast.model.clone(), forecast.stage.clone())));
         Ok(forecasts)
     }
@@ -129,7 +129,7 @@ impl Autoscaler {
             tokio::select! {
                 () = self.context.shutdown_complete() => return,
                 () = tokio::time::sleep(interval) => {}
-                () = self.context.woken() => tokio::time::sleep(MIN_INTERVAL).await,
+                () = self.context.wait_for_wake() => tokio::time::sleep(MIN_INTERVAL).await,
                 () = self.capacity_needed() => tokio::time::sleep(MIN_INTERVAL).await,
             }
         }
@@ -137,7 +137,7 @@ impl Autoscaler {
 
     /// Completes when a request finds no node in one of the scaled pools.
     async fn capacity_needed(&self) {
-        let pools: Vec<_> = self.scaled().values().map(|scaled| Arc::clone(&scaled.pool)).collect();
+        let pools: Vec<_> = self.scaled_pools().values().map(|scaled| Arc::clone(&scaled.pool)).collect();
         if pools.is_empty() {
             return std::future::pending().await;
         }
@@ -147,8 +147,8 @@ impl Autoscaler {
 
     /// Starts an actuator for every pool that is scaled and has none. Actuators of removed pools end by themselves.
     fn sync_pools(&self) {
-        let pools = self.context.pools.all();
-        let mut scaled = self.scaled();
+        let pools = self.context.pools.pools();
+        let mut scaled = self.scaled_pools();
         scaled.retain(|model, known| {
             pools
                 .get(model)
@@ -167,17 +167,17 @@ impl Autoscaler {
     /// Hands the actuators their targets and publishes the decision. `elapsed_s` is the time since the last decision.
     fn apply(&self, observation: &Observation, decision: &Decision, elapsed_s: f64) {
         let config = self.context.config();
-        let mut scaled = self.scaled();
+        let mut scaled = self.scaled_pools();
         let mut status =
             ScalingStatus { budget: config.budget, dry_run: config.dry_run, ..ScalingStatus::default() };
         for pool in &observation.pools {
             let Some(entry) = scaled.get_mut(&pool.model) else { continue };
-            let desired = decision.desired.get(&pool.model).copied().unwrap_or_else(|| pool.have());
+            let desired = decision.desired.get(&pool.model).copied().unwrap_or_else(|| pool.nodes());
             let reason = decision.reason.get(&pool.model).cloned().unwrap_or_default();
             entry.last_target = if config.dry_run { pool.min } else { desired };
-            let target = if entry.actuator.runs_dry() { desired } else { entry.last_target };
+            let target = if entry.actuator.supports_dry_run() { desired } else { entry.last_target };
             entry.actuator.set_target(Some(target));
-            if desired != pool.have() {
+            if desired != pool.nodes() {
                 tracing::info!(
                     model = pool.model,
                     ready = pool.ready,
@@ -189,7 +189,7 @@ impl Autoscaler {
                     "scaling"
                 );
             }
-            let cost_per_hour = (pool.have() + pool.draining) as f64 * pool.cost_per_node_s;
+            let cost_per_hour = (pool.nodes() + pool.draining) as f64 * pool.cost_per_node_s;
             let cost = cost_per_hour * elapsed_s / 3600.0;
             entry.cost += cost;
             self.context.metrics.node_cost.with_label_values(&[&pool.model]).inc_by(cost.max(0.0));
@@ -210,7 +210,7 @@ impl Autoscaler {
                 status.pools.extend(undecided(model, entry));
             }
         }
-        status.forecasts = Forecast::of(observation);
+        status.forecasts = Forecast::all_stages(observation);
         self.export(&status);
         *self.status.lock().unwrap_or_else(PoisonError::into_inner) = status;
     }

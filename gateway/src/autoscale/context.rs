@@ -8,10 +8,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::plans::Plans;
+use super::plans::PlanRegistry;
 use crate::config::AutoscaleConfig;
 use crate::pool::PoolRegistry;
-use crate::server::stop::Stop;
+use crate::server::stop::ShutdownFlag;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::connect::Connector;
 
@@ -24,11 +24,11 @@ pub struct AutoscaleContext {
     pub(crate) tasks: TaskTracker,
     /// Set when the gateway begins to stop.
     #[cfg_attr(not(feature = "kubernetes"), expect(dead_code, reason = "only a cluster has to know of it"))]
-    pub(crate) draining: Stop,
+    pub(crate) draining: ShutdownFlag,
     /// Cancelled after the last connection has closed.
     shutdown_complete: CancellationToken,
     epoch: Instant,
-    plans: Mutex<Plans>,
+    plans: Mutex<PlanRegistry>,
     wake: Notify,
 }
 
@@ -39,7 +39,7 @@ impl AutoscaleContext {
         metrics: Arc<Metrics>,
         connector: Connector,
         tasks: TaskTracker,
-        draining: Stop,
+        draining: ShutdownFlag,
         shutdown_complete: CancellationToken,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -72,7 +72,7 @@ impl AutoscaleContext {
     }
 
     /// What runs have announced.
-    pub(crate) fn plans(&self) -> MutexGuard<'_, Plans> {
+    pub(crate) fn plans(&self) -> MutexGuard<'_, PlanRegistry> {
         self.plans.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -82,7 +82,7 @@ impl AutoscaleContext {
     }
 
     /// Completes when a decision was requested.
-    pub(crate) async fn woken(&self) {
+    pub(crate) async fn wait_for_wake(&self) {
         self.wake.notified().await;
     }
 

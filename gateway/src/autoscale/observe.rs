@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::plans::Plans;
+use super::plans::PlanRegistry;
 use super::scaled_pool::ScaledPool;
 use crate::scaling_policy::{Observation, PoolObservation};
 
@@ -11,7 +11,7 @@ pub(crate) fn observe(
     now: f64,
     budget: Option<f64>,
     scaled: &BTreeMap<String, ScaledPool>,
-    plans: &mut Plans,
+    plans: &mut PlanRegistry,
 ) -> Observation {
     plans.expire(now);
     let mut pools = Vec::with_capacity(scaled.len());
@@ -37,7 +37,7 @@ pub(crate) fn observe(
         if let Some(seconds) = cold_start {
             pool.set_cold_start(seconds);
         }
-        let plan = plans.of(model, now, |stage| pool.completion_lengths(Some(stage)).1);
+        let plan = plans.stages_for(model, now, |stage| pool.completion_lengths(Some(stage)).1);
         let running = plan.iter().find(|stage| stage.order == 0).map(|stage| stage.stage.as_str());
         pools.push(PoolObservation {
             model: model.clone(),

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::pools::is_name;
+use crate::config::pools::is_model_name;
 use crate::scaling_policy::StagePlan;
 
 /// Largest number of runs with a plan.
-const RUNS: usize = 64;
+const MAX_RUNS: usize = 64;
 /// Largest number of stages of a plan.
-const STAGES: usize = 64;
+const MAX_STAGES: usize = 64;
 
 /// A plan as a run registers it. Replaces the earlier plan of the same run.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -54,7 +54,7 @@ pub struct SharedPlan {
 }
 
 #[derive(Debug)]
-struct Declared {
+struct RegisteredPlan {
     at: f64,
     until: f64,
     stages: Vec<(PlannedStage, u64)>,
@@ -64,11 +64,11 @@ struct Declared {
 
 /// The plans of all runs.
 #[derive(Debug, Default)]
-pub struct Plans {
-    runs: BTreeMap<String, Declared>,
+pub struct PlanRegistry {
+    runs: BTreeMap<String, RegisteredPlan>,
 }
 
-impl Plans {
+impl PlanRegistry {
     /// Registers a plan. `finished` returns the number of completions so far for a model and a stage, so that progress
     /// is counted without further messages of the run. An error names the invalid field.
     pub fn register(
@@ -78,20 +78,20 @@ impl Plans {
         finished: impl Fn(&str, &str) -> u64,
     ) -> Result<(), String> {
         self.expire(now);
-        if !is_name(&plan.run) {
+        if !is_model_name(&plan.run) {
             return Err("`run` must be a name of letters, digits and `._:-`".to_owned());
         }
         if !(plan.ttl_s.is_finite() && plan.ttl_s > 0.0 && plan.ttl_s <= 86_400.0) {
             return Err(format!("`ttl_s` must be more than 0 and at most 86400, not {}", plan.ttl_s));
         }
-        if plan.stages.len() > STAGES {
-            return Err(format!("a plan may have up to {STAGES} stages, not {}", plan.stages.len()));
+        if plan.stages.len() > MAX_STAGES {
+            return Err(format!("a plan may have up to {MAX_STAGES} stages, not {}", plan.stages.len()));
         }
         for (index, stage) in plan.stages.iter().enumerate() {
             let StagePlan { est_out_tokens: tokens, starts_in_s, deadline_s, cost_ceiling, .. } = &stage.plan;
             let bad =
                 |field: &str| Err(format!("`stages[{index}].{field}` must be a number that is not negative"));
-            if !is_name(&stage.plan.stage) {
+            if !is_model_name(&stage.plan.stage) {
                 return Err(format!("`stages[{index}].stage` must be a name of letters, digits and `._:-`"));
             }
             let numbers = [
@@ -106,14 +106,15 @@ impl Plans {
                 }
             }
         }
-        if self.runs.len() >= RUNS && !self.runs.contains_key(&plan.run) {
-            return Err(format!("{RUNS} runs have a plan already; wait until one of them ends"));
+        if self.runs.len() >= MAX_RUNS && !self.runs.contains_key(&plan.run) {
+            return Err(format!("{MAX_RUNS} runs have a plan already; wait until one of them ends"));
         }
         let stages = plan.stages.into_iter().map(|stage| {
             let seen = finished(&stage.model, &stage.plan.stage);
             (stage, seen)
         });
-        let declared = Declared { at: now, until: now + plan.ttl_s, stages: stages.collect(), origin: None };
+        let declared =
+            RegisteredPlan { at: now, until: now + plan.ttl_s, stages: stages.collect(), origin: None };
         self.runs.insert(plan.run, declared);
         Ok(())
     }
@@ -150,7 +151,7 @@ impl Plans {
                 // Ages are inexact by up to the transfer time, so registrations within one second count as the same.
                 if known.is_some_and(|known| known.at + 1.0 >= at)
                     || at + plan.ttl_s <= now
-                    || (known.is_none() && self.runs.len() >= RUNS)
+                    || (known.is_none() && self.runs.len() >= MAX_RUNS)
                 {
                     continue;
                 }
@@ -158,7 +159,7 @@ impl Plans {
                     let seen = finished(&stage.model, &stage.plan.stage);
                     (stage.clone(), seen)
                 });
-                let declared = Declared {
+                let declared = RegisteredPlan {
                     at,
                     until: at + plan.ttl_s,
                     stages: stages.collect(),
@@ -186,7 +187,7 @@ impl Plans {
     }
 
     /// Returns the stages planned for `model`, with their remaining requests.
-    pub fn of(&self, model: &str, now: f64, finished: impl Fn(&str) -> u64) -> Vec<StagePlan> {
+    pub fn stages_for(&self, model: &str, now: f64, finished: impl Fn(&str) -> u64) -> Vec<StagePlan> {
         let mut all = Vec::new();
         for declared in self.runs.values() {
             let since = now - declared.at;
@@ -208,7 +209,7 @@ impl Plans {
     }
 
     /// Returns the runs with a plan, and the seconds until each expires.
-    pub fn runs(&self, now: f64) -> Vec<(String, f64)> {
+    pub fn expiring_runs(&self, now: f64) -> Vec<(String, f64)> {
         self.runs.iter().map(|(run, declared)| (run.clone(), declared.until - now)).collect()
     }
 }
@@ -226,42 +227,45 @@ mod tests {
 
     #[test]
     fn subtracts_progress_and_expires_unrefreshed_plans() {
-        let mut plans = Plans::default();
+        let mut plans = PlanRegistry::default();
         plans.register(plan(PLAN), 0.0, |_, _| 40).unwrap();
-        let left = plans.of("m", 5.0, |_| 70);
+        let left = plans.stages_for("m", 5.0, |_| 70);
         assert_eq!((left[0].remaining, left[0].deadline_s), (70, Some(55.0)));
-        assert!(plans.of("m", 5.0, |_| 140).is_empty() && plans.of("other", 5.0, |_| 40).is_empty());
+        assert!(
+            plans.stages_for("m", 5.0, |_| 140).is_empty()
+                && plans.stages_for("other", 5.0, |_| 40).is_empty()
+        );
         plans.expire(9.9);
-        assert_eq!(plans.runs(9.9).len(), 1);
+        assert_eq!(plans.expiring_runs(9.9).len(), 1);
         plans.expire(10.0);
-        assert!(plans.runs(10.0).is_empty() && plans.of("m", 10.0, |_| 0).is_empty());
+        assert!(plans.expiring_runs(10.0).is_empty() && plans.stages_for("m", 10.0, |_| 0).is_empty());
     }
 
     #[test]
     fn gateways_share_plans_and_the_latest_counts() {
-        let (mut a, mut b) = (Plans::default(), Plans::default());
+        let (mut a, mut b) = (PlanRegistry::default(), PlanRegistry::default());
         a.register(plan(PLAN), 0.0, |_, _| 0).unwrap();
-        let told = |from: &Plans, now: f64| vec![("a".to_owned(), from.export(now), 0.5)];
+        let told = |from: &PlanRegistry, now: f64| vec![("a".to_owned(), from.export(now), 0.5)];
         b.import(100.0, &told(&a, 1.0), |_, _| 7);
-        assert_eq!(b.of("m", 100.0, |_| 17)[0].remaining, 90, "what b finishes from then on counts");
+        assert_eq!(b.stages_for("m", 100.0, |_| 17)[0].remaining, 90, "what b finishes from then on counts");
         assert!(b.export(100.0).is_empty(), "what was told is not told on");
         // Registered again at b: the later registration counts, and a imports it.
         b.register(plan(&PLAN.replace("100", "30")), 104.0, |_, _| 0).unwrap();
         b.import(104.0, &told(&a, 5.0), |_, _| 0);
-        assert_eq!(b.of("m", 104.0, |_| 0)[0].remaining, 30);
+        assert_eq!(b.stages_for("m", 104.0, |_| 0)[0].remaining, 30);
         a.import(5.0, &[("b".to_owned(), b.export(104.0), 0.0)], |_, _| 0);
-        assert_eq!(a.of("m", 5.0, |_| 0)[0].remaining, 30);
+        assert_eq!(a.stages_for("m", 5.0, |_| 0)[0].remaining, 30);
         assert!(a.export(5.0).is_empty());
         // The plan keeps its expiry, and is removed everywhere when its gateway removes it.
-        assert_eq!(a.runs(5.0)[0].1, 10.0);
+        assert_eq!(a.expiring_runs(5.0)[0].1, 10.0);
         b.remove("r");
         a.import(6.0, &[("b".to_owned(), b.export(105.0), 0.0)], |_, _| 0);
-        assert!(a.runs(6.0).is_empty());
+        assert!(a.expiring_runs(6.0).is_empty());
     }
 
     #[test]
     fn rejects_invalid_plans_by_field() {
-        let mut plans = Plans::default();
+        let mut plans = PlanRegistry::default();
         for (from, to, word) in [
             ("\"r\"", "\"../r\"", "`run`"),
             (": 10,", ": -1,", "`ttl_s`"),
@@ -273,7 +277,7 @@ mod tests {
         }
         for run in 0..70 {
             let taken = plans.register(plan(&PLAN.replace("\"r\"", &format!("\"r{run}\""))), 0.0, |_, _| 0);
-            assert_eq!(taken.is_ok(), run < RUNS);
+            assert_eq!(taken.is_ok(), run < MAX_RUNS);
         }
     }
 }

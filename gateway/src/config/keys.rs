@@ -34,7 +34,7 @@ impl Priority {
     }
 
     /// Returns the class with this name.
-    pub fn parse(name: &str) -> Option<Self> {
+    pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|class| class.name() == name)
     }
 }
@@ -126,7 +126,7 @@ pub struct JwtConfig {
 }
 
 impl JwtConfig {
-    pub(super) fn problems(&self) -> Vec<String> {
+    pub(super) fn key_problems(&self) -> Vec<String> {
         match (&self.secret_env, &self.public_key) {
             (Some(variable), None) if std::env::var(variable).is_ok_and(|secret| secret.len() >= 32) => {
                 vec![]
@@ -150,7 +150,7 @@ struct KeysFile {
 }
 
 /// Reads a keys file. A file that does not exist holds no keys.
-pub fn read_file(path: &Path) -> Result<Vec<KeyConfig>, ConfigError> {
+pub fn read_keys_file(path: &Path) -> Result<Vec<KeyConfig>, ConfigError> {
     if !path.exists() {
         return Ok(Vec::new());
     }
@@ -158,7 +158,7 @@ pub fn read_file(path: &Path) -> Result<Vec<KeyConfig>, ConfigError> {
 }
 
 /// Writes a keys file atomically.
-pub fn write_file(path: &Path, keys: &[KeyConfig]) -> std::io::Result<()> {
+pub fn write_keys_file(path: &Path, keys: &[KeyConfig]) -> std::io::Result<()> {
     let text = toml::to_string_pretty(&KeysFile { keys: keys.to_vec() }).map_err(std::io::Error::other)?;
     potstill_shared::durable::write_file(path, text.as_bytes()).map_err(std::io::Error::other)
 }

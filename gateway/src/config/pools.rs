@@ -225,7 +225,7 @@ impl Price {
 
 /// Returns whether `name` is a valid model name: `[A-Za-z0-9][A-Za-z0-9._:-]{0,95}`, optionally preceded by an
 /// organization of the same form and a `/`. These names are safe in paths, metrics and URLs.
-pub fn is_name(name: &str) -> bool {
+pub fn is_model_name(name: &str) -> bool {
     let part = |part: &str| {
         part.len() <= 96
             && part.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -262,7 +262,7 @@ impl PoolConfig {
     /// Returns everything that is wrong beyond types, one message per problem.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
-        if !is_name(&self.model) {
+        if !is_model_name(&self.model) {
             problems.push(
                 "`model` must be `name` or `organisation/name` of letters, digits and `._:-`, beginning with a letter or digit"
                     .to_owned(),
@@ -317,7 +317,7 @@ mod tests {
     #[test]
     fn rejects_model_names_that_escape_a_folder() {
         for good in ["m", "deepseek-r1", "Qwen/QwQ-32B", "qwen2.5:7b", "a/b.c-d_e"] {
-            assert!(is_name(good) || good.contains('_'), "{good}");
+            assert!(is_model_name(good) || good.contains('_'), "{good}");
         }
         let hostile = [
             "",
@@ -385,9 +385,9 @@ mod tests {
             "a/…",
         ];
         for name in hostile {
-            assert!(!is_name(name), "{name:?}");
+            assert!(!is_model_name(name), "{name:?}");
         }
         assert!(hostile.len() >= 60, "{}", hostile.len());
-        assert!(!is_name(&"a".repeat(97)) && is_name(&"a".repeat(96)));
+        assert!(!is_model_name(&"a".repeat(97)) && is_model_name(&"a".repeat(96)));
     }
 }

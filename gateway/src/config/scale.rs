@@ -267,7 +267,7 @@ impl ScaleConfig {
             if let Err(problem) = webhook.url.parse::<http::Uri>() {
                 problems.push(format!("`scale.webhook.url`: {problem}"));
             }
-            problems.extend(unset("scale.webhook", &webhook.api_key_env));
+            problems.extend(unset_variable_problem("scale.webhook", &webhook.api_key_env));
         }
         if let Some(kubernetes) = &self.kubernetes {
             if !cfg!(feature = "kubernetes") {
@@ -281,14 +281,14 @@ impl ScaleConfig {
             if name.is_empty() || name.len() > 253 || !name.bytes().all(part) {
                 problems.push(format!("`scale.kubernetes.name`: `{name}` is no name of an object"));
             }
-            problems.extend(unset("scale.kubernetes", &kubernetes.api_key_env));
+            problems.extend(unset_variable_problem("scale.kubernetes", &kubernetes.api_key_env));
         }
         problems
     }
 }
 
 /// Returns a problem if `variable` is configured but not set in the environment.
-fn unset(place: &str, variable: &Option<String>) -> Option<String> {
+fn unset_variable_problem(place: &str, variable: &Option<String>) -> Option<String> {
     let variable = variable.as_ref().filter(|variable| std::env::var(variable).is_err())?;
     Some(format!("`{place}`: environment variable `{variable}` is not set"))
 }

@@ -7,8 +7,8 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::{
-    Counts, Edits, Kind, Presence, REASONS, finish_reason, normalize_content, normalize_tool_calls,
-    normalize_usage, presence,
+    EndpointKind, FINISH_REASONS, Presence, RawUsage, TextEdits, deserialize_presence, normalize_content,
+    normalize_finish_reason, normalize_tool_calls, normalize_usage,
 };
 use crate::config::Reasoning;
 
@@ -34,7 +34,7 @@ struct Completion<'a> {
     model: Option<&'a str>,
     #[serde(borrow)]
     choices: Option<Vec<Choice<'a>>>,
-    usage: Option<Counts>,
+    usage: Option<RawUsage>,
     error: Option<IgnoredAny>,
 }
 
@@ -45,7 +45,7 @@ struct Choice<'a> {
     message: Option<Message<'a>>,
     #[serde(borrow)]
     text: Option<&'a RawValue>,
-    #[serde(borrow, default, deserialize_with = "presence")]
+    #[serde(borrow, default, deserialize_with = "deserialize_presence")]
     finish_reason: Presence<'a>,
 }
 
@@ -59,8 +59,8 @@ struct Message<'a> {
 }
 
 /// Normalizes the body of a response with a success status.
-pub fn normalize(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Normalized {
-    if kind == Kind::Other {
+pub fn normalize(body: &[u8], kind: EndpointKind, model: &str, reasoning: Reasoning) -> Normalized {
+    if kind == EndpointKind::Other {
         return Normalized::Unchanged(None);
     }
     // serde_json does not check strings of a `&str` for valid UTF-8 again.
@@ -70,7 +70,7 @@ pub fn normalize(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> 
     };
     match whole {
         Ok(whole) if whole.error.is_some() => Normalized::Error,
-        Ok(whole) => match skim(body, &whole, kind, model, reasoning) {
+        Ok(whole) => match find_edits(body, &whole, kind, model, reasoning) {
             Some((edits, usage)) if edits.0.is_empty() => Normalized::Unchanged(usage),
             Some((edits, usage)) => Normalized::Changed(edits.apply(body), usage),
             None => rebuild(body, kind, model, reasoning),
@@ -80,27 +80,27 @@ pub fn normalize(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> 
     }
 }
 
-fn object(kind: Kind) -> &'static str {
+fn object_name(kind: EndpointKind) -> &'static str {
     match kind {
-        Kind::Chat => "chat.completion",
-        Kind::Text => "text_completion",
-        Kind::Embeddings | Kind::Other => "list",
+        EndpointKind::Chat => "chat.completion",
+        EndpointKind::Text => "text_completion",
+        EndpointKind::Embeddings | EndpointKind::Other => "list",
     }
 }
 
-fn skim(
+fn find_edits(
     body: &[u8],
     whole: &Completion<'_>,
-    kind: Kind,
+    kind: EndpointKind,
     model: &str,
     reasoning: Reasoning,
-) -> Option<(Edits, Option<Usage>)> {
-    let named = whole.object == Some(object(kind));
-    let head =
-        kind == Kind::Embeddings || (whole.id.is_some_and(|id| !id.is_empty()) && whole.created.is_some());
-    let choices = kind == Kind::Embeddings
+) -> Option<(TextEdits, Option<Usage>)> {
+    let named = whole.object == Some(object_name(kind));
+    let head = kind == EndpointKind::Embeddings
+        || (whole.id.is_some_and(|id| !id.is_empty()) && whole.created.is_some());
+    let choices = kind == EndpointKind::Embeddings
         || (reasoning == Reasoning::Pass
-            && whole.choices.as_ref()?.iter().all(|choice| is_right(choice, kind)));
+            && whole.choices.as_ref()?.iter().all(|choice| is_correct_choice(choice, kind)));
     if !named || !head || !choices {
         return None;
     }
@@ -109,7 +109,7 @@ fn skim(
         Some(_) => return None,
         None => None,
     };
-    let mut edits = Edits::default();
+    let mut edits = TextEdits::default();
     let found = whole.model?;
     if found != model {
         let quoted = serde_json::to_string(model).ok()?;
@@ -118,21 +118,21 @@ fn skim(
     Some((edits, usage))
 }
 
-fn is_right(choice: &Choice<'_>, kind: Kind) -> bool {
-    let reason = matches!(&choice.finish_reason, Some(Some(reason)) if REASONS.contains(&&**reason));
+fn is_correct_choice(choice: &Choice<'_>, kind: EndpointKind) -> bool {
+    let reason = matches!(&choice.finish_reason, Some(Some(reason)) if FINISH_REASONS.contains(&&**reason));
     let body = match (kind, &choice.message) {
-        (Kind::Chat, Some(message)) => {
+        (EndpointKind::Chat, Some(message)) => {
             message.role.is_some_and(|role| role == "assistant")
                 && message.content.is_none_or(|content| content.get().starts_with('"'))
                 && message.tool_calls.is_none()
         }
-        (Kind::Text, _) => choice.text.is_some_and(|text| text.get().starts_with('"')),
+        (EndpointKind::Text, _) => choice.text.is_some_and(|text| text.get().starts_with('"')),
         _ => false,
     };
     choice.index.is_some() && reason && body
 }
 
-fn rebuild(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Normalized {
+fn rebuild(body: &[u8], kind: EndpointKind, model: &str, reasoning: Reasoning) -> Normalized {
     let mut answer = match serde_json::from_slice::<Value>(body) {
         Ok(Value::Object(answer)) => answer,
         Ok(_) => return Normalized::Invalid,
@@ -142,7 +142,7 @@ fn rebuild(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Normal
     if answer.get("error").is_some_and(|error| !error.is_null()) {
         return Normalized::Error;
     }
-    if kind == Kind::Embeddings {
+    if kind == EndpointKind::Embeddings {
         answer.insert("object".into(), "list".into());
         answer.insert("model".into(), model.into());
         for (at, row) in
@@ -155,13 +155,13 @@ fn rebuild(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Normal
         }
         answer.entry("usage").or_insert_with(|| serde_json::json!({}));
     } else {
-        let id = potstill_shared::id::unique_id(if kind == Kind::Chat { "chatcmpl" } else { "cmpl" });
-        super::mend_head(&mut answer, object(kind), &id, unix_time_s(), model);
+        let id = potstill_shared::id::unique_id(if kind == EndpointKind::Chat { "chatcmpl" } else { "cmpl" });
+        super::normalize_common_fields(&mut answer, object_name(kind), &id, unix_time_s(), model);
         let Some(choices) = answer.get_mut("choices").and_then(Value::as_array_mut) else {
             return Normalized::Invalid;
         };
         for (at, choice) in choices.iter_mut().enumerate() {
-            mend_choice(at, choice, kind, reasoning);
+            normalize_choice(at, choice, kind, reasoning);
         }
     }
     let mut usage = None;
@@ -173,7 +173,7 @@ fn rebuild(body: &[u8], kind: Kind, model: &str, reasoning: Reasoning) -> Normal
     Normalized::Changed(serde_json::to_vec(&answer).unwrap_or_default(), usage)
 }
 
-fn mend_choice(at: usize, choice: &mut Value, kind: Kind, reasoning: Reasoning) {
+fn normalize_choice(at: usize, choice: &mut Value, kind: EndpointKind, reasoning: Reasoning) {
     let Some(choice) = choice.as_object_mut() else { return };
     choice.entry("index").or_insert_with(|| at.into());
     let word = match choice.get("finish_reason") {
@@ -181,8 +181,8 @@ fn mend_choice(at: usize, choice: &mut Value, kind: Kind, reasoning: Reasoning) 
         Some(Value::Object(word)) => word.get("type").and_then(Value::as_str).unwrap_or("").to_owned(),
         _ => String::new(),
     };
-    choice.insert("finish_reason".into(), finish_reason(&word).into());
-    if kind != Kind::Chat {
+    choice.insert("finish_reason".into(), normalize_finish_reason(&word).into());
+    if kind != EndpointKind::Chat {
         choice.entry("text").or_insert_with(|| "".into());
         return;
     }
@@ -196,7 +196,7 @@ fn mend_choice(at: usize, choice: &mut Value, kind: Kind, reasoning: Reasoning) 
         normalize_tool_calls(calls, false);
     }
     if reasoning != Reasoning::Pass {
-        super::reasoning::message(message, reasoning == Reasoning::SplitOpen);
+        super::reasoning::split_message(message, reasoning == Reasoning::SplitOpen);
     }
 }
 
@@ -204,7 +204,7 @@ fn mend_choice(at: usize, choice: &mut Value, kind: Kind, reasoning: Reasoning) 
 mod tests {
     use super::*;
 
-    fn changed(body: &str, kind: Kind) -> Value {
+    fn changed(body: &str, kind: EndpointKind) -> Value {
         match normalize(body.as_bytes(), kind, "m", Reasoning::Pass) {
             Normalized::Changed(body, _) => serde_json::from_slice(&body).unwrap(),
             other => panic!("{other:?}"),
@@ -215,10 +215,10 @@ mod tests {
     fn forwards_correct_responses_unchanged() {
         let body = br#"{"id":"a","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"x","reasoning":"y"},"finish_reason":"stop"}],"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3,"d":{}}}"#;
         assert!(
-            matches!(normalize(body, Kind::Chat, "m", Reasoning::Pass), Normalized::Unchanged(Some(u)) if u == Usage::new(1, 2))
+            matches!(normalize(body, EndpointKind::Chat, "m", Reasoning::Pass), Normalized::Unchanged(Some(u)) if u == Usage::new(1, 2))
         );
         let body = String::from_utf8(body.to_vec()).unwrap();
-        let other = changed(&body.replace("\"model\":\"m\"", "\"model\": \"x\""), Kind::Chat);
+        let other = changed(&body.replace("\"model\":\"m\"", "\"model\": \"x\""), EndpointKind::Chat);
         assert_eq!((other["model"].as_str(), &other["usage"]["d"]), (Some("m"), &serde_json::json!({})));
     }
 
@@ -226,7 +226,7 @@ mod tests {
     fn corrects_missing_and_wrong_fields() {
         let answer = changed(
             r#"{"model":"x","choices":[{"message":{"content":[{"type":"text","text":"a"},{"type":"text","text":"b"}],"tool_calls":[{"function":{"name":"f","arguments":{}}}]},"finish_reason":"abort"}],"usage":{"prompt_tokens":1,"completion_tokens":2},"own":7}"#,
-            Kind::Chat,
+            EndpointKind::Chat,
         );
         let choice = &answer["choices"][0];
         assert_eq!(choice["message"]["content"], "ab");
@@ -235,7 +235,7 @@ mod tests {
         assert_eq!(choice["message"]["tool_calls"][0]["type"], "function");
         assert_eq!((answer["usage"]["total_tokens"].as_u64(), answer["own"].as_u64()), (Some(3), Some(7)));
         assert!(answer["id"].is_string() && answer["created"].is_u64());
-        let list = changed(r#"{"model":"x","data":[{"embedding":[1.0]}]}"#, Kind::Embeddings);
+        let list = changed(r#"{"model":"x","data":[{"embedding":[1.0]}]}"#, EndpointKind::Embeddings);
         assert_eq!((list["object"].as_str(), list["data"][0]["index"].as_u64()), (Some("list"), Some(0)));
         assert_eq!(list["usage"]["total_tokens"], 0);
     }
@@ -244,7 +244,7 @@ mod tests {
         #[test]
         fn changed_bodies_are_valid_json(text in "[\\[\\]{}\",:a-z0-9 ]{0,80}", head: bool) {
             let text = if head { format!("{{\"choices\":[{{\"message\":{{{text}}}}}]}}") } else { text };
-            for kind in [Kind::Chat, Kind::Text, Kind::Embeddings] {
+            for kind in [EndpointKind::Chat, EndpointKind::Text, EndpointKind::Embeddings] {
                 if let Normalized::Changed(body, _) = normalize(text.as_bytes(), kind, "m", Reasoning::Split) {
                     proptest::prop_assert!(serde_json::from_slice::<Value>(&body).is_ok());
                 }
@@ -254,7 +254,7 @@ mod tests {
 
     #[test]
     fn detects_error_bodies_and_invalid_json() {
-        let kind = |body: &str| normalize(body.as_bytes(), Kind::Chat, "m", Reasoning::Pass);
+        let kind = |body: &str| normalize(body.as_bytes(), EndpointKind::Chat, "m", Reasoning::Pass);
         assert!(matches!(kind(r#"{"error":{"message":"x"}}"#), Normalized::Error));
         // An error counts even if other fields have wrong types.
         assert!(matches!(kind(r#"{"error":"x","id":5,"choices":"none"}"#), Normalized::Error));

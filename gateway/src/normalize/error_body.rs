@@ -6,7 +6,7 @@ use potstill_shared::openai::ErrorBody;
 use serde_json::Value;
 
 /// Longest message that is forwarded, in bytes.
-const MESSAGE_BYTES: usize = 8 << 10;
+const MAX_MESSAGE_BYTES: usize = 8 << 10;
 
 /// Returns the status and the error body that the client receives.
 pub fn normalize(status: StatusCode, body: &[u8]) -> (StatusCode, ErrorBody) {
@@ -20,11 +20,13 @@ pub fn normalize(status: StatusCode, body: &[u8]) -> (StatusCode, ErrorBody) {
     let message = match detail {
         Value::String(text) => text.clone(),
         // FastAPI reports validation errors as a list.
-        Value::Array(problems) => problems.iter().map(problem).collect::<Vec<_>>().join("; "),
-        _ => text("message").or(text("msg")).map(str::to_owned).unwrap_or_else(|| plain(status, body)),
+        Value::Array(problems) => problems.iter().map(format_validation_error).collect::<Vec<_>>().join("; "),
+        _ => {
+            text("message").or(text("msg")).map(str::to_owned).unwrap_or_else(|| plain_message(status, body))
+        }
     };
-    let message = clip(message);
-    if let Some(message) = overflow(&message, detail) {
+    let message = truncate_message(message);
+    if let Some(message) = context_overflow_message(&message, detail) {
         let body = ErrorBody::new(
             message,
             "invalid_request_error",
@@ -65,7 +67,7 @@ pub fn normalize_event(data: &[u8]) -> Vec<u8> {
     body.to_json().into_bytes()
 }
 
-fn problem(problem: &Value) -> String {
+fn format_validation_error(problem: &Value) -> String {
     let place: Vec<String> = problem
         .get("loc")
         .and_then(Value::as_array)
@@ -76,8 +78,8 @@ fn problem(problem: &Value) -> String {
     format!("{}: {}", place.join("."), problem.get("msg").and_then(Value::as_str).unwrap_or("invalid"))
 }
 
-fn plain(status: StatusCode, body: &[u8]) -> String {
-    let text = String::from_utf8_lossy(&body[..body.len().min(MESSAGE_BYTES)]);
+fn plain_message(status: StatusCode, body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&body[..body.len().min(MAX_MESSAGE_BYTES)]);
     let text = text.trim();
     if text.is_empty() || text.starts_with(['<', '{', '[']) {
         format!("the node answered {}", status.as_u16())
@@ -86,9 +88,9 @@ fn plain(status: StatusCode, body: &[u8]) -> String {
     }
 }
 
-fn clip(mut message: String) -> String {
-    if message.len() > MESSAGE_BYTES {
-        let mut end = MESSAGE_BYTES;
+fn truncate_message(mut message: String) -> String {
+    if message.len() > MAX_MESSAGE_BYTES {
+        let mut end = MAX_MESSAGE_BYTES;
         while !message.is_char_boundary(end) {
             end -= 1;
         }
@@ -100,7 +102,7 @@ fn clip(mut message: String) -> String {
 
 /// Detects a prompt that exceeds the context length, in the wording of several engines. Returns a message with OpenAI's
 /// wording, which clients search for.
-fn overflow(message: &str, detail: &Value) -> Option<String> {
+fn context_overflow_message(message: &str, detail: &Value) -> Option<String> {
     const WORDS: &str = "maximum context length is ";
     let lower = message.to_ascii_lowercase();
     let coded = ["code", "type"].iter().any(|name| {

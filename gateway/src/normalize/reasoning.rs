@@ -8,12 +8,12 @@ use serde_json::{Map, Value};
 
 /// Splits one stream, with one splitter per choice.
 #[derive(Debug)]
-pub struct StreamSplit {
+pub struct StreamReasoningSplitter {
     open: bool,
     choices: BTreeMap<u64, ReasoningSplitter>,
 }
 
-impl StreamSplit {
+impl StreamReasoningSplitter {
     /// Creates a splitter. `open`: the prompt has already opened the tag, so the completion begins inside the
     /// reasoning.
     pub fn new(open: bool) -> Self {
@@ -21,14 +21,14 @@ impl StreamSplit {
     }
 
     /// Splits the choices of a chunk. Returns the choices of each chunk that replaces it.
-    pub fn choices(&mut self, choices: Vec<Value>) -> Vec<Vec<Value>> {
+    pub fn split_choices(&mut self, choices: Vec<Value>) -> Vec<Vec<Value>> {
         if choices.is_empty() {
             return vec![choices];
         }
-        choices.into_iter().flat_map(|choice| self.choice(choice)).map(|choice| vec![choice]).collect()
+        choices.into_iter().flat_map(|choice| self.split_choice(choice)).map(|choice| vec![choice]).collect()
     }
 
-    fn choice(&mut self, mut choice: Value) -> Vec<Value> {
+    fn split_choice(&mut self, mut choice: Value) -> Vec<Value> {
         let index = choice.get("index").and_then(Value::as_u64).unwrap_or(0);
         let ends = choice.get("finish_reason").is_some_and(Value::is_string);
         let text = match choice.get_mut("delta").and_then(Value::as_object_mut) {
@@ -84,7 +84,7 @@ impl StreamSplit {
 }
 
 /// Splits the message of a whole response. If the tag is never closed, all text is reasoning and the content is empty.
-pub fn message(message: &mut Map<String, Value>, open: bool) {
+pub fn split_message(message: &mut Map<String, Value>, open: bool) {
     if message.contains_key("reasoning_content") || message.contains_key("reasoning") {
         return;
     }
@@ -110,14 +110,14 @@ mod tests {
 
     #[test]
     fn splits_a_stream_at_a_tag_across_chunks() {
-        let mut split = StreamSplit::new(true);
+        let mut split = StreamReasoningSplitter::new(true);
         let mut thinking = String::new();
         let mut answer = String::new();
         let pieces = ["so ", "it is 4</th", "ink>It", " is 4"];
         for (at, text) in pieces.iter().enumerate() {
             let reason = if at == 3 { json!("stop") } else { Value::Null };
             let chunk = json!({"index": 0, "delta": {"content": text}, "finish_reason": reason});
-            for choices in split.choices(vec![chunk]) {
+            for choices in split.split_choices(vec![chunk]) {
                 let delta = &choices[0]["delta"];
                 thinking += delta["reasoning_content"].as_str().unwrap_or("");
                 answer += delta["content"].as_str().unwrap_or("");
@@ -130,7 +130,7 @@ mod tests {
     fn splits_whole_messages() {
         let split = |text: &str, open| {
             let mut message_ = Map::from_iter([("content".to_owned(), Value::from(text))]);
-            message(&mut message_, open);
+            split_message(&mut message_, open);
             (message_.get("reasoning_content").cloned(), message_["content"].clone())
         };
         assert_eq!(split("<think>a</think>b", false), (Some("a".into()), "b".into()));

@@ -3,28 +3,28 @@
 
 use std::ops::Range;
 
-use super::Edits;
-use super::verdict::Verdict;
+use super::TextEdits;
+use super::verdict::NormalizedEvent;
 
 /// The last parsed event with a single token.
 #[derive(Debug, Default)]
 pub(super) struct ChunkTemplateCache {
     /// Bytes before and after the text.
-    seen: [Vec<u8>; 2],
+    surrounding: [Vec<u8>; 2],
     /// Replacements of these bytes, if the event was changed.
-    given: Option<[Vec<u8>; 2]>,
+    replacement: Option<[Vec<u8>; 2]>,
 }
 
 impl ChunkTemplateCache {
     /// Stores an event with one token, whose text is at `text`, without quotes.
-    pub(super) fn remember(&mut self, data: &[u8], text: &Range<usize>, edits: &Edits) {
-        let [before, behind] = &mut self.seen;
+    pub(super) fn store(&mut self, data: &[u8], text: &Range<usize>, edits: &TextEdits) {
+        let [before, behind] = &mut self.surrounding;
         for (part, now) in [(before, &data[..text.start]), (behind, &data[text.end..])] {
             part.clear();
             part.extend_from_slice(now);
         }
-        self.given = (!edits.0.is_empty()).then(|| {
-            let [mut before, mut behind] = [Edits::default(), Edits::default()];
+        self.replacement = (!edits.0.is_empty()).then(|| {
+            let [mut before, mut behind] = [TextEdits::default(), TextEdits::default()];
             for (range, by) in &edits.0 {
                 match range.end <= text.start {
                     true => before.0.push((range.clone(), by.clone())),
@@ -36,37 +36,37 @@ impl ChunkTemplateCache {
     }
 
     /// Returns the result for an event that differs from the stored one in its text only.
-    pub(super) fn find(&self, data: &[u8]) -> Option<Verdict> {
-        let [before, behind] = &self.seen;
+    pub(super) fn lookup(&self, data: &[u8]) -> Option<NormalizedEvent> {
+        let [before, behind] = &self.surrounding;
         let text = data.strip_prefix(&before[..])?.strip_suffix(&behind[..])?;
         // An empty text may not be a token.
-        if before.is_empty() || text.is_empty() || !is_text(text) {
+        if before.is_empty() || text.is_empty() || !is_json_string_content(text) {
             return None;
         }
-        Some(match &self.given {
-            None => Verdict::Unchanged,
-            Some([before, behind]) => Verdict::Changed(vec![[before, text, behind].concat()]),
+        Some(match &self.replacement {
+            None => NormalizedEvent::Unchanged,
+            Some([before, behind]) => NormalizedEvent::Changed(vec![[before, text, behind].concat()]),
         })
     }
 }
 
 /// Returns the raw text of a delta that has no other member.
-pub(super) fn only_text(delta: &str) -> Option<&str> {
+pub(super) fn text_only_delta(delta: &str) -> Option<&str> {
     let inside = delta.strip_prefix('{')?.strip_suffix('}')?;
     let (name, value) = inside.split_once(':')?;
     if !["\"content\"", "\"reasoning_content\"", "\"reasoning\""].contains(&name.trim_ascii()) {
         return None;
     }
-    quoted(value.trim_ascii())
+    unquote(value.trim_ascii())
 }
 
 /// Returns the raw text between the quotes of a JSON string.
-pub(super) fn quoted(value: &str) -> Option<&str> {
-    value.strip_prefix('"')?.strip_suffix('"').filter(|text| is_text(text.as_bytes()))
+pub(super) fn unquote(value: &str) -> Option<&str> {
+    value.strip_prefix('"')?.strip_suffix('"').filter(|text| is_json_string_content(text.as_bytes()))
 }
 
 /// Returns whether `bytes` may stand between the quotes of a JSON string (RFC 8259, section 7).
-fn is_text(bytes: &[u8]) -> bool {
+fn is_json_string_content(bytes: &[u8]) -> bool {
     let mut at = 0;
     while let Some(byte) = bytes.get(at) {
         at += match byte {
@@ -95,15 +95,15 @@ mod tests {
     #[test]
     fn matches_events_that_differ_in_text_only() {
         let mut repeat = ChunkTemplateCache::default();
-        assert_eq!(repeat.find(b""), None, "nothing was seen");
+        assert_eq!(repeat.lookup(b""), None, "nothing was seen");
         let event = br#"{"model":"x","delta":{"content": "a"},"n":1}"#;
-        assert_eq!(only_text(r#"{"content": "a"}"#), Some("a"));
-        assert_eq!(only_text(r#"{"content": "a","b":"c"}"#), None);
+        assert_eq!(text_only_delta(r#"{"content": "a"}"#), Some("a"));
+        assert_eq!(text_only_delta(r#"{"content": "a","b":"c"}"#), None);
         let text = 34..35;
-        repeat.remember(event, &text, &Edits::default());
+        repeat.store(event, &text, &TextEdits::default());
         assert_eq!(
-            repeat.find(br#"{"model":"x","delta":{"content": "\n \u00fc"},"n":1}"#),
-            Some(Verdict::Unchanged)
+            repeat.lookup(br#"{"model":"x","delta":{"content": "\n \u00fc"},"n":1}"#),
+            Some(NormalizedEvent::Unchanged)
         );
         for other in [
             r#"{"model":"x","delta":{"content": "a"},"n":2}"#,
@@ -113,13 +113,13 @@ mod tests {
             r#"{"model":"x","delta":{"content": "\q"},"n":1}"#,
             r#"{"model":"x","delta":{"content": "},"n":1}"#,
         ] {
-            assert_eq!(repeat.find(other.as_bytes()), None, "{other}");
+            assert_eq!(repeat.lookup(other.as_bytes()), None, "{other}");
         }
-        let edits = Edits(vec![(42..43, "22".to_owned()), (9..12, "\"public\"".to_owned())]);
-        repeat.remember(event, &text, &edits);
+        let edits = TextEdits(vec![(42..43, "22".to_owned()), (9..12, "\"public\"".to_owned())]);
+        repeat.store(event, &text, &edits);
         let changed = br#"{"model":"public","delta":{"content": "zz"},"n":22}"#.to_vec();
-        let found = repeat.find(br#"{"model":"x","delta":{"content": "zz"},"n":1}"#);
-        assert_eq!(found, Some(Verdict::Changed(vec![changed])));
+        let found = repeat.lookup(br#"{"model":"x","delta":{"content": "zz"},"n":1}"#);
+        assert_eq!(found, Some(NormalizedEvent::Changed(vec![changed])));
     }
 
     proptest! {
@@ -129,7 +129,7 @@ mod tests {
         fn is_text_agrees_with_serde_json(text in "([ -~\"]|\\\\[\"\\\\nu]|\\\\u[0-9a-g]{3,4}|ü|\n){0,8}") {
             let quoted = format!("\"{text}\"");
             let parsed = serde_json::from_str::<&serde_json::value::RawValue>(&quoted);
-            prop_assert_eq!(is_text(text.as_bytes()), parsed.is_ok());
+            prop_assert_eq!(is_json_string_content(text.as_bytes()), parsed.is_ok());
         }
     }
 }

@@ -7,10 +7,10 @@ use memchr::memmem;
 use potstill_shared::sse::{self, SseDecoder};
 
 use super::stream_chunk::ChunkNormalizer;
-use super::verdict::Verdict;
+use super::verdict::NormalizedEvent;
 
 /// Largest size of an event in bytes.
-const MAX_EVENT: usize = sse::MAX_EVENT_BYTES;
+const MAX_EVENT_BYTES: usize = sse::MAX_EVENT_BYTES;
 
 /// Result of processing received bytes.
 #[derive(Debug, PartialEq)]
@@ -26,7 +26,7 @@ pub enum StreamStep {
 }
 
 /// Normalizer of one stream.
-pub struct SseStream {
+pub struct SseNormalizer {
     normalizer: ChunkNormalizer,
     /// Beginning of an event that is not complete.
     tail: BytesMut,
@@ -36,14 +36,14 @@ pub struct SseStream {
     strict: bool,
 }
 
-impl SseStream {
+impl SseNormalizer {
     /// Creates a normalizer. `strict`: the stream is complete only with a finish reason.
     pub fn new(normalizer: ChunkNormalizer, strict: bool) -> Self {
         Self { normalizer, tail: BytesMut::new(), decoder: None, strict }
     }
 
     /// Returns the state of the events so far.
-    pub fn seen(&self) -> &ChunkNormalizer {
+    pub fn normalizer(&self) -> &ChunkNormalizer {
         &self.normalizer
     }
 
@@ -61,7 +61,7 @@ impl SseStream {
         if self.tail.is_empty() {
             return self.scan(bytes);
         }
-        if self.tail.len() + bytes.len() > MAX_EVENT {
+        if self.tail.len() + bytes.len() > MAX_EVENT_BYTES {
             return StreamStep::Invalid(Bytes::new(), "an event is too long");
         }
         self.tail.extend_from_slice(&bytes);
@@ -82,7 +82,7 @@ impl SseStream {
             let data = if simple {
                 &line[6..]
             } else {
-                owned = joined(line);
+                owned = join_data_lines(line);
                 match &owned {
                     Some(data) => data.as_slice(),
                     // The block has no data, such as a comment.
@@ -93,17 +93,17 @@ impl SseStream {
                     }
                 }
             };
-            let verdict = self.normalizer.event(data);
+            let verdict = self.normalizer.normalize_event(data);
             let end = at + length + 2;
             match verdict {
-                Verdict::Unchanged if simple => {
+                NormalizedEvent::Unchanged if simple => {
                     if let Some(out) = &mut out {
                         out.extend_from_slice(block);
                     }
                 }
                 other => {
                     let mut written = out.take().unwrap_or_else(|| BytesMut::from(&bytes[..at]));
-                    if let Err(step) = self.write(&mut written, other, data) {
+                    if let Err(step) = self.write_verdict(&mut written, other, data) {
                         return step;
                     }
                     out = Some(written);
@@ -111,7 +111,7 @@ impl SseStream {
             }
             at = end;
         }
-        if bytes.len() - at > MAX_EVENT {
+        if bytes.len() - at > MAX_EVENT_BYTES {
             return StreamStep::Invalid(
                 out.map_or_else(|| bytes.slice(..at), BytesMut::freeze),
                 "an event is too long",
@@ -131,8 +131,8 @@ impl SseStream {
             Err(_) => return StreamStep::Invalid(Bytes::new(), "an event is too long"),
         };
         for event in events {
-            let verdict = self.normalizer.event(event.data.as_bytes());
-            if let Err(step) = self.write(&mut out, verdict, event.data.as_bytes()) {
+            let verdict = self.normalizer.normalize_event(event.data.as_bytes());
+            if let Err(step) = self.write_verdict(&mut out, verdict, event.data.as_bytes()) {
                 return step;
             }
         }
@@ -140,23 +140,28 @@ impl SseStream {
     }
 
     /// Writes the normalized event. `Err` ends the stream.
-    fn write(&mut self, out: &mut BytesMut, verdict: Verdict, data: &[u8]) -> Result<(), StreamStep> {
+    fn write_verdict(
+        &mut self,
+        out: &mut BytesMut,
+        verdict: NormalizedEvent,
+        data: &[u8],
+    ) -> Result<(), StreamStep> {
         match verdict {
-            Verdict::Unchanged => frame(out, data),
-            Verdict::Changed(lines) => lines.iter().for_each(|line| frame(out, line)),
-            Verdict::Done if self.strict && !self.normalizer.finished => {
+            NormalizedEvent::Unchanged => write_event(out, data),
+            NormalizedEvent::Changed(lines) => lines.iter().for_each(|line| write_event(out, line)),
+            NormalizedEvent::Done if self.strict && !self.normalizer.has_finish_reason => {
                 let out = std::mem::take(out).freeze();
                 return Err(StreamStep::Invalid(out, "the node ended the stream without a finish reason"));
             }
-            Verdict::Done => {
+            NormalizedEvent::Done => {
                 out.extend_from_slice(sse::DONE_FRAME);
                 return Err(StreamStep::Done(std::mem::take(out).freeze()));
             }
-            Verdict::Error(line) => {
-                frame(out, &line);
+            NormalizedEvent::Error(line) => {
+                write_event(out, &line);
                 return Err(StreamStep::Error(std::mem::take(out).freeze()));
             }
-            Verdict::Invalid(reason) => {
+            NormalizedEvent::Invalid(reason) => {
                 return Err(StreamStep::Invalid(std::mem::take(out).freeze(), reason));
             }
         }
@@ -166,7 +171,7 @@ impl SseStream {
 
 /// Writes an event on one line. A line break in `data` can only be whitespace between JSON tokens, because JSON strings
 /// cannot contain one.
-fn frame(out: &mut BytesMut, data: &[u8]) {
+fn write_event(out: &mut BytesMut, data: &[u8]) {
     out.reserve(data.len() + 8);
     out.extend_from_slice(b"data: ");
     let start = out.len();
@@ -180,7 +185,7 @@ fn frame(out: &mut BytesMut, data: &[u8]) {
 }
 
 /// Joins the `data` lines of an event (HTML standard, server-sent events). Returns `None` without data.
-fn joined(block: &[u8]) -> Option<Vec<u8>> {
+fn join_data_lines(block: &[u8]) -> Option<Vec<u8>> {
     let mut data: Option<Vec<u8>> = None;
     let block = block.strip_prefix(b"\xef\xbb\xbf").unwrap_or(block);
     for line in block.split(|byte| *byte == b'\n') {
@@ -201,12 +206,15 @@ fn joined(block: &[u8]) -> Option<Vec<u8>> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::Kind;
+    use super::super::EndpointKind;
     use super::*;
     use crate::config::Reasoning;
 
-    fn events(model: &str) -> SseStream {
-        SseStream::new(ChunkNormalizer::new(Kind::Chat, model.into(), false, Reasoning::Pass), true)
+    fn events(model: &str) -> SseNormalizer {
+        SseNormalizer::new(
+            ChunkNormalizer::new(EndpointKind::Chat, model.into(), false, Reasoning::Pass),
+            true,
+        )
     }
 
     fn chunk(text: &str, reason: &str) -> String {
@@ -215,7 +223,7 @@ mod tests {
         )
     }
 
-    fn run(events: &mut SseStream, bytes: &[u8], cuts: &[usize]) -> (Vec<u8>, &'static str) {
+    fn run(events: &mut SseNormalizer, bytes: &[u8], cuts: &[usize]) -> (Vec<u8>, &'static str) {
         let (mut out, mut rest) = (Vec::new(), bytes);
         let mut parts = Vec::new();
         for cut in cuts {

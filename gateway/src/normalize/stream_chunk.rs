@@ -8,36 +8,36 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::reasoning::StreamSplit;
-use super::repeated_chunk::{ChunkTemplateCache, only_text, quoted};
-use super::verdict::Verdict;
+use super::reasoning::StreamReasoningSplitter;
+use super::repeated_chunk::{ChunkTemplateCache, text_only_delta, unquote};
+use super::verdict::NormalizedEvent;
 use super::{
-    Counts, Edits, Kind, Presence, finish_reason, is_count, is_text, normalize_content, normalize_tool_calls,
-    normalize_usage, presence,
+    EndpointKind, Presence, RawUsage, TextEdits, deserialize_presence, is_count, is_non_empty_string,
+    normalize_content, normalize_finish_reason, normalize_tool_calls, normalize_usage,
 };
 use crate::config::Reasoning;
 
 /// State of one stream.
 #[derive(Debug)]
 pub struct ChunkNormalizer {
-    kind: Kind,
+    kind: EndpointKind,
     model: Arc<str>,
     /// Name of the model as a JSON string.
-    quoted: String,
+    model_json: String,
     id: Option<String>,
     created: Option<String>,
     /// Bit set of the choices that have begun.
-    begun: u64,
+    begun_choices: u64,
     /// Whether the client requested the usage in a last chunk only.
     usage_chunk_requested: bool,
-    split: Option<StreamSplit>,
-    repeat: ChunkTemplateCache,
+    reasoning_splitter: Option<StreamReasoningSplitter>,
+    template_cache: ChunkTemplateCache,
     /// Whether a finish reason has been forwarded.
-    pub finished: bool,
+    pub has_finish_reason: bool,
     /// Last usage of the stream.
     pub usage: Option<Usage>,
     /// Number of events with text, an approximation of the number of tokens.
-    pub pieces: u64,
+    pub text_events: u64,
 }
 
 #[derive(Deserialize)]
@@ -65,110 +65,121 @@ struct Choice<'a> {
     delta: Option<&'a RawValue>,
     #[serde(borrow)]
     text: Option<&'a RawValue>,
-    #[serde(borrow, default, deserialize_with = "presence")]
+    #[serde(borrow, default, deserialize_with = "deserialize_presence")]
     finish_reason: Presence<'a>,
 }
 
 impl ChunkNormalizer {
     /// Creates a normalizer. `usage_chunk_requested`: the client requested the usage in a last chunk only.
-    pub fn new(kind: Kind, model: Arc<str>, usage_chunk_requested: bool, reasoning: Reasoning) -> Self {
+    pub fn new(
+        kind: EndpointKind,
+        model: Arc<str>,
+        usage_chunk_requested: bool,
+        reasoning: Reasoning,
+    ) -> Self {
         Self {
             kind,
-            quoted: serde_json::to_string(&*model).unwrap_or_default(),
+            model_json: serde_json::to_string(&*model).unwrap_or_default(),
             model,
             id: None,
             created: None,
-            begun: 0,
+            begun_choices: 0,
             usage_chunk_requested,
-            split: (kind == Kind::Chat && reasoning != Reasoning::Pass)
-                .then(|| StreamSplit::new(reasoning == Reasoning::SplitOpen)),
-            repeat: ChunkTemplateCache::default(),
-            finished: false,
+            reasoning_splitter: (kind == EndpointKind::Chat && reasoning != Reasoning::Pass)
+                .then(|| StreamReasoningSplitter::new(reasoning == Reasoning::SplitOpen)),
+            template_cache: ChunkTemplateCache::default(),
+            has_finish_reason: false,
             usage: None,
-            pieces: 0,
+            text_events: 0,
         }
     }
 
-    fn object(&self) -> &'static str {
-        if self.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" }
+    fn object_name(&self) -> &'static str {
+        if self.kind == EndpointKind::Chat { "chat.completion.chunk" } else { "text_completion" }
     }
 
     /// Normalizes the data of one event.
-    pub fn event(&mut self, data: &[u8]) -> Verdict {
+    pub fn normalize_event(&mut self, data: &[u8]) -> NormalizedEvent {
         if data.trim_ascii() == b"[DONE]" {
-            return Verdict::Done;
+            return NormalizedEvent::Done;
         }
-        if let Some(known) = self.repeat.find(data) {
-            self.pieces += 1;
+        if let Some(known) = self.template_cache.lookup(data) {
+            self.text_events += 1;
             return known;
         }
         match serde_json::from_slice::<Chunk<'_>>(data) {
-            Ok(chunk) if chunk.error.is_some() => Verdict::Error(super::error_body::normalize_event(data)),
-            Ok(chunk) => match self.skim(data, &chunk) {
-                Some(edits) if edits.0.is_empty() => Verdict::Unchanged,
-                Some(edits) => Verdict::Changed(vec![edits.apply(data)]),
+            Ok(chunk) if chunk.error.is_some() => {
+                NormalizedEvent::Error(super::error_body::normalize_event(data))
+            }
+            Ok(chunk) => match self.find_edits(data, &chunk) {
+                Some(edits) if edits.0.is_empty() => NormalizedEvent::Unchanged,
+                Some(edits) => NormalizedEvent::Changed(vec![edits.apply(data)]),
                 None => self.rebuild(data),
             },
             // Valid JSON with a field of another type than OpenAI's.
             Err(error) if error.is_data() => self.rebuild(data),
-            Err(_) => Verdict::Invalid("an event is not JSON"),
+            Err(_) => NormalizedEvent::Invalid("an event is not JSON"),
         }
     }
 
     /// Returns the replacements that correct the chunk, or `None` if it must be rebuilt.
-    fn skim(&mut self, data: &[u8], chunk: &Chunk<'_>) -> Option<Edits> {
-        let object = chunk.object.is_some_and(|object| object.get().trim_matches('"') == self.object());
+    fn find_edits(&mut self, data: &[u8], chunk: &Chunk<'_>) -> Option<TextEdits> {
+        let object = chunk.object.is_some_and(|object| object.get().trim_matches('"') == self.object_name());
         let choices = chunk.choices.as_ref()?;
-        if !object || !is_text(chunk.id) || !is_count(chunk.created) || self.split.is_some() {
+        if !object
+            || !is_non_empty_string(chunk.id)
+            || !is_count(chunk.created)
+            || self.reasoning_splitter.is_some()
+        {
             return None;
         }
-        let mut edits = Edits::default();
+        let mut edits = TextEdits::default();
         let (model, id, created) = (chunk.model?.get(), chunk.id?.get(), chunk.created?.get());
-        if model != self.quoted {
-            edits.replace(data, model, &*self.quoted);
+        if model != self.model_json {
+            edits.replace(data, model, &*self.model_json);
         }
-        same(&mut self.id, id, data, &mut edits);
-        same(&mut self.created, created, data, &mut edits);
-        if !choices.iter().all(|choice| self.choice_is_right(choice)) {
+        keep_first_value(&mut self.id, id, data, &mut edits);
+        keep_first_value(&mut self.created, created, data, &mut edits);
+        if !choices.iter().all(|choice| self.is_correct_choice(choice)) {
             return None;
         }
         if let Some(usage) = chunk.usage {
-            let (usage, whole) = serde_json::from_str::<Counts>(usage.get()).ok()?.usage(self.kind);
+            let (usage, whole) = serde_json::from_str::<RawUsage>(usage.get()).ok()?.usage(self.kind);
             if !whole || (self.usage_chunk_requested && !choices.is_empty()) {
                 return None;
             }
             self.usage = Some(usage);
         }
         for choice in choices {
-            self.begun |= 1 << choice.index?.min(63);
-            self.finished |= matches!(choice.finish_reason, Some(Some(_)));
+            self.begun_choices |= 1 << choice.index?.min(63);
+            self.has_finish_reason |= matches!(choice.finish_reason, Some(Some(_)));
             // An empty delta or text ends a choice and is not a token.
             let written = choice.delta.or(choice.text).is_some_and(|part| part.get().len() > 2);
-            self.pieces += u64::from(written);
+            self.text_events += u64::from(written);
         }
         if let [choice] = choices.as_slice()
             && choice.finish_reason == Some(None)
             && chunk.usage.is_none()
-            && let Some(text) = token(choice)
+            && let Some(text) = token_text(choice)
         {
             let start = text.as_ptr() as usize - data.as_ptr() as usize;
-            self.repeat.remember(data, &(start..start + text.len()), &edits);
+            self.template_cache.store(data, &(start..start + text.len()), &edits);
         }
         Some(edits)
     }
 
-    fn choice_is_right(&self, choice: &Choice<'_>) -> bool {
+    fn is_correct_choice(&self, choice: &Choice<'_>) -> bool {
         let reason = match &choice.finish_reason {
             Some(None) => true,
-            Some(Some(reason)) => super::REASONS.contains(&&**reason),
+            Some(Some(reason)) => super::FINISH_REASONS.contains(&&**reason),
             None => false,
         };
         let Some(index) = choice.index else { return false };
         let body = match self.kind {
-            Kind::Chat => choice.delta.is_some_and(|delta| {
+            EndpointKind::Chat => choice.delta.is_some_and(|delta| {
                 let delta = delta.get();
-                let begins = self.begun & (1 << index.min(63)) == 0;
-                if only_text(delta).is_some() {
+                let begins = self.begun_choices & (1 << index.min(63)) == 0;
+                if text_only_delta(delta).is_some() {
                     return !begins;
                 }
                 let has = |text: &str| memchr::memmem::find(delta.as_bytes(), text.as_bytes()).is_some();
@@ -184,17 +195,17 @@ impl ChunkNormalizer {
     }
 
     /// Rebuilds a chunk that has more errors than the model name.
-    fn rebuild(&mut self, data: &[u8]) -> Verdict {
+    fn rebuild(&mut self, data: &[u8]) -> NormalizedEvent {
         // The event has unpaired surrogates or similar. Lenient clients can read it, `Value` cannot hold it.
         let Ok(Value::Object(mut chunk)) = serde_json::from_slice::<Value>(data) else {
-            return Verdict::Unchanged;
+            return NormalizedEvent::Unchanged;
         };
         let unquote =
             |text: &Option<String>| text.as_ref().and_then(|text| serde_json::from_str::<Value>(text).ok());
         let id = unquote(&self.id).and_then(|id| id.as_str().map(str::to_owned));
         let id = id.unwrap_or_else(|| potstill_shared::id::unique_id("chatcmpl"));
         let created = unquote(&self.created).and_then(|at| at.as_u64()).unwrap_or_else(unix_time_s);
-        super::mend_head(&mut chunk, self.object(), &id, created, &self.model);
+        super::normalize_common_fields(&mut chunk, self.object_name(), &id, created, &self.model);
         if self.id.is_some() {
             chunk.insert("id".into(), id.into());
             chunk.insert("created".into(), created.into());
@@ -207,7 +218,7 @@ impl ChunkNormalizer {
             _ => Vec::new(),
         };
         for (at, choice) in choices.iter_mut().enumerate() {
-            self.mend_choice(at, choice);
+            self.normalize_choice(at, choice);
         }
         let mut usage = None;
         if let Some(counts) = chunk.get_mut("usage").and_then(Value::as_object_mut) {
@@ -219,39 +230,39 @@ impl ChunkNormalizer {
             }
         }
         let mut lines = Vec::new();
-        for part in self.split_thinking(choices) {
+        for part in self.split_reasoning(choices) {
             chunk.insert("choices".into(), Value::Array(part));
             lines.push(serde_json::to_vec(&chunk).unwrap_or_default());
         }
         // Clients expect the usage in a separate chunk after the last text.
-        if let Some(usage) = usage.filter(|_| self.finished) {
+        if let Some(usage) = usage.filter(|_| self.has_finish_reason) {
             chunk.insert("choices".into(), json!([]));
             chunk.insert("usage".into(), usage);
             lines.push(serde_json::to_vec(&chunk).unwrap_or_default());
         }
-        Verdict::Changed(lines)
+        NormalizedEvent::Changed(lines)
     }
 
-    fn mend_choice(&mut self, at: usize, choice: &mut Value) {
+    fn normalize_choice(&mut self, at: usize, choice: &mut Value) {
         let Some(choice) = choice.as_object_mut() else { return };
         let index = choice.get("index").and_then(Value::as_u64).unwrap_or(at as u64);
         choice.insert("index".into(), index.into());
         let reason = match choice.get("finish_reason") {
-            Some(Value::String(word)) if !word.is_empty() => finish_reason(word).into(),
+            Some(Value::String(word)) if !word.is_empty() => normalize_finish_reason(word).into(),
             Some(Value::Object(word)) => {
-                finish_reason(word.get("type").and_then(Value::as_str).unwrap_or("")).into()
+                normalize_finish_reason(word.get("type").and_then(Value::as_str).unwrap_or("")).into()
             }
             _ => Value::Null,
         };
-        self.finished |= reason.is_string();
+        self.has_finish_reason |= reason.is_string();
         choice.insert("finish_reason".into(), reason);
         let written = match (choice.get("delta"), choice.get("text")) {
             (Some(Value::Object(delta)), _) => !delta.is_empty(),
             (_, Some(Value::String(text))) => !text.is_empty(),
             _ => false,
         };
-        self.pieces += u64::from(written);
-        if self.kind != Kind::Chat {
+        self.text_events += u64::from(written);
+        if self.kind != EndpointKind::Chat {
             choice.entry("text").or_insert_with(|| "".into());
             return;
         }
@@ -259,8 +270,8 @@ impl ChunkNormalizer {
             choice.insert("delta".into(), json!({}));
         }
         let Some(delta) = choice.get_mut("delta").and_then(Value::as_object_mut) else { return };
-        let begins = self.begun & (1 << index.min(63)) == 0;
-        self.begun |= 1 << index.min(63);
+        let begins = self.begun_choices & (1 << index.min(63)) == 0;
+        self.begun_choices |= 1 << index.min(63);
         if begins {
             delta.insert("role".into(), "assistant".into());
         } else if delta.get("role").and_then(Value::as_str) == Some("") {
@@ -273,24 +284,24 @@ impl ChunkNormalizer {
     }
 
     /// Splits reasoning from content. Text that ends the reasoning and begins the content becomes two chunks.
-    fn split_thinking(&mut self, choices: Vec<Value>) -> Vec<Vec<Value>> {
-        match &mut self.split {
+    fn split_reasoning(&mut self, choices: Vec<Value>) -> Vec<Vec<Value>> {
+        match &mut self.reasoning_splitter {
             None => vec![choices],
-            Some(split) => split.choices(choices),
+            Some(split) => split.split_choices(choices),
         }
     }
 }
 
 /// Returns the raw text of the choice, if its delta has no other member.
-fn token<'a>(choice: &Choice<'a>) -> Option<&'a str> {
+fn token_text<'a>(choice: &Choice<'a>) -> Option<&'a str> {
     match choice.delta {
-        Some(delta) => only_text(delta.get()),
-        None => quoted(choice.text?.get()),
+        Some(delta) => text_only_delta(delta.get()),
+        None => unquote(choice.text?.get()),
     }
 }
 
 /// Gives a field the value that it had in the first chunk.
-fn same(first: &mut Option<String>, now: &str, data: &[u8], edits: &mut Edits) {
+fn keep_first_value(first: &mut Option<String>, now: &str, data: &[u8], edits: &mut TextEdits) {
     match first {
         None => *first = Some(now.to_owned()),
         Some(first) if first == now => {}
@@ -305,11 +316,11 @@ mod tests {
     use super::*;
 
     fn normalize() -> ChunkNormalizer {
-        ChunkNormalizer::new(Kind::Chat, "m".into(), true, Reasoning::Pass)
+        ChunkNormalizer::new(EndpointKind::Chat, "m".into(), true, Reasoning::Pass)
     }
 
-    fn changed(verdict: Verdict) -> Vec<Value> {
-        let Verdict::Changed(lines) = verdict else { panic!("{verdict:?}") };
+    fn changed(verdict: NormalizedEvent) -> Vec<Value> {
+        let NormalizedEvent::Changed(lines) = verdict else { panic!("{verdict:?}") };
         lines.iter().map(|line| serde_json::from_slice(line).unwrap()).collect()
     }
 
@@ -317,26 +328,26 @@ mod tests {
     fn forwards_correct_chunks_and_replaces_names_in_place() {
         let mut normalize = normalize();
         let first = br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{"role":"assistant","content":"x"},"finish_reason":null}],"extra":[1]}"#;
-        assert_eq!(normalize.event(first), Verdict::Unchanged);
+        assert_eq!(normalize.normalize_event(first), NormalizedEvent::Unchanged);
         let other = br#"{"id":"b","object":"chat.completion.chunk","created":6,"model":"/weights/x","choices":[{"index":0,"delta":{"content":"\ud83d"},"finish_reason":"stop"}],"extra":[1]}"#;
-        let Verdict::Changed(lines) = normalize.event(other) else { panic!() };
+        let NormalizedEvent::Changed(lines) = normalize.normalize_event(other) else { panic!() };
         let expected = br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{"content":"\ud83d"},"finish_reason":"stop"}],"extra":[1]}"#;
         assert_eq!(lines, [expected.to_vec()], "not a byte more, not even of a lone surrogate");
-        assert!(normalize.finished);
+        assert!(normalize.has_finish_reason);
         let end = br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#;
         assert_eq!(
-            (normalize.event(end), normalize.pieces),
-            (Verdict::Unchanged, 2),
+            (normalize.normalize_event(end), normalize.text_events),
+            (NormalizedEvent::Unchanged, 2),
             "the empty end is no token"
         );
-        assert_eq!(normalize.event(b"[DONE]"), Verdict::Done);
-        assert_eq!(normalize.event(b"<html>"), Verdict::Invalid("an event is not JSON"));
+        assert_eq!(normalize.normalize_event(b"[DONE]"), NormalizedEvent::Done);
+        assert_eq!(normalize.normalize_event(b"<html>"), NormalizedEvent::Invalid("an event is not JSON"));
     }
 
     #[test]
     fn adds_missing_fields() {
         let mut normalize = normalize();
-        let lines = changed(normalize.event(
+        let lines = changed(normalize.normalize_event(
             br#"{"created":1.5,"model":"x","choices":[{"delta":{"content":"a","tool_calls":[{"function":{"name":"f","arguments":{"a":1}}}]}}],"own":1}"#,
         ));
         let chunk = &lines[0];
@@ -359,7 +370,7 @@ mod tests {
     #[test]
     fn moves_usage_to_a_last_chunk() {
         let mut normalize = normalize();
-        let lines = changed(normalize.event(
+        let lines = changed(normalize.normalize_event(
             br#"{"id":"a","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":{},"finish_reason":"eos"}],"usage":{"prompt_tokens":3,"completion_tokens":4,"completion_tokens_details":{"reasoning_tokens":2}}}"#,
         ));
         assert_eq!(lines.len(), 2);
@@ -368,16 +379,17 @@ mod tests {
         assert_eq!((&lines[1]["choices"], lines[1]["usage"]["total_tokens"].as_u64()), (&json!([]), Some(7)));
         assert_eq!(lines[1]["usage"]["completion_tokens_details"]["reasoning_tokens"], 2);
         assert_eq!(normalize.usage, Some(Usage::new(3, 4)));
-        let mut bare = ChunkNormalizer::new(Kind::Chat, "m".into(), true, Reasoning::Pass);
-        let lines =
-            changed(bare.event(br#"{"usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}}"#));
+        let mut bare = ChunkNormalizer::new(EndpointKind::Chat, "m".into(), true, Reasoning::Pass);
+        let lines = changed(
+            bare.normalize_event(br#"{"usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}}"#),
+        );
         assert_eq!(lines[0]["choices"], json!([]));
     }
 
     #[test]
     fn detects_an_error_event() {
-        let verdict = normalize().event(br#"{"error":{"message":"CUDA","code":500}}"#);
-        let Verdict::Error(line) = verdict else { panic!("{verdict:?}") };
+        let verdict = normalize().normalize_event(br#"{"error":{"message":"CUDA","code":500}}"#);
+        let NormalizedEvent::Error(line) = verdict else { panic!("{verdict:?}") };
         let body: Value = serde_json::from_slice(&line).unwrap();
         assert_eq!((body["error"]["message"].as_str(), &body["error"]["code"]), (Some("CUDA"), &Value::Null));
     }
@@ -414,15 +426,15 @@ mod tests {
     proptest! {
         #[test]
         fn cache_does_not_change_text_completions(texts in prop::collection::vec("[a-c\\\\n]{0,2}", 0..9)) {
-            let new = || ChunkNormalizer::new(Kind::Text, "m".into(), true, Reasoning::Pass);
+            let new = || ChunkNormalizer::new(EndpointKind::Text, "m".into(), true, Reasoning::Pass);
             let (mut quick, mut plain) = (new(), new());
             for text in texts {
                 let data = format!(
                     r#"{{"id":"a","object":"text_completion","created":5,"model":"m","choices":[{{"index":0,"text":"{text}","finish_reason":null}}]}}"#
                 );
-                plain.repeat = ChunkTemplateCache::default();
-                prop_assert_eq!(quick.event(data.as_bytes()), plain.event(data.as_bytes()), "{}", data);
-                prop_assert_eq!(quick.pieces, plain.pieces);
+                plain.template_cache = ChunkTemplateCache::default();
+                prop_assert_eq!(quick.normalize_event(data.as_bytes()), plain.normalize_event(data.as_bytes()), "{}", data);
+                prop_assert_eq!(quick.text_events, plain.text_events);
             }
         }
 
@@ -430,9 +442,9 @@ mod tests {
         fn cache_does_not_change_chat_chunks(events in prop::collection::vec((event(), 1usize..4), 0..12)) {
             let (mut quick, mut plain) = (normalize(), normalize());
             for data in events.iter().flat_map(|(event, times)| std::iter::repeat_n(event, *times)) {
-                plain.repeat = ChunkTemplateCache::default();
-                prop_assert_eq!(quick.event(data.as_bytes()), plain.event(data.as_bytes()), "{}", data);
-                prop_assert_eq!((quick.pieces, quick.finished, quick.usage), (plain.pieces, plain.finished, plain.usage));
+                plain.template_cache = ChunkTemplateCache::default();
+                prop_assert_eq!(quick.normalize_event(data.as_bytes()), plain.normalize_event(data.as_bytes()), "{}", data);
+                prop_assert_eq!((quick.text_events, quick.has_finish_reason, quick.usage), (plain.text_events, plain.has_finish_reason, plain.usage));
             }
         }
     }

@@ -2,7 +2,7 @@
 
 /// Result of normalizing one event.
 #[derive(Debug, PartialEq)]
-pub enum Verdict {
+pub enum NormalizedEvent {
     /// The event is forwarded unchanged.
     Unchanged,
     /// Events that replace the event, each one line of JSON.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::balance::{NodeView, RequestView, pick};
+use super::balance::{NodeView, RequestView, choose_node};
 use super::model_pool::{ModelPool, PoolState};
 use super::node::{Node, NodeState};
 use super::permit::{Permit, PermitIssuer};
@@ -61,7 +61,7 @@ impl ModelPool {
                 && let Some(permit) =
                     self.try_grant(&mut pool, now, request.tokens, request.affinity, exclude)
             {
-                pool.traffic.arrived.count(self.clock_ms(now) / 1000);
+                pool.traffic.arrivals.count(self.clock_ms(now) / 1000);
                 return Ok(permit);
             }
             if config.scale.is_none() && !pool.has_other_ready_node(exclude) {
@@ -70,8 +70,10 @@ impl ModelPool {
             let queue = &config.queue;
             while pool.queue.len() >= queue.requests || pool.queue.bytes() + request.bytes > queue.bytes {
                 // A request of a higher class displaces one of a lower class.
-                let displaced =
-                    pool.queue.displaceable(request.class).and_then(|entry| pool.queue.take(&entry, false));
+                let displaced = pool
+                    .queue
+                    .displacement_candidate(request.class)
+                    .and_then(|entry| pool.queue.remove(&entry, false));
                 let error = if pool.has_other_ready_node(None) {
                     let retry_after = self.estimated_wait_seconds(&pool);
                     GatewayError::QueueFull { model: self.model.to_string(), retry_after }
@@ -80,7 +82,7 @@ impl ModelPool {
                 };
                 match displaced {
                     Some(waiter) => {
-                        pool.traffic.departed.count(self.clock_ms(now) / 1000);
+                        pool.traffic.departures.count(self.clock_ms(now) / 1000);
                         drop(waiter.grant.send(Err(error)));
                     }
                     None => return Err(error),
@@ -95,7 +97,7 @@ impl ModelPool {
                 tokens: request.tokens,
                 bytes: request.bytes,
             };
-            pool.traffic.arrived.count(now_ms / 1000);
+            pool.traffic.arrivals.count(now_ms / 1000);
             if !pool.has_other_ready_node(None) {
                 self.capacity_needed.notify_one();
             }
@@ -142,11 +144,11 @@ impl ModelPool {
 
     /// What the balancer knows of each node, and the mean seconds per token.
     fn views(&self, pool: &PoolState, now_ms: u64) -> (Vec<NodeView>, f64) {
-        let speeds = pool.nodes.iter().filter_map(|node| node.stats().speed.measured());
+        let speeds = pool.nodes.iter().filter_map(|node| node.stats().speed.measured_seconds_per_token());
         let (sum, count) = speeds.fold((0.0, 0u32), |(sum, count), speed| (sum + speed, count + 1));
         let usual = if count == 0 { DEFAULT_SECONDS_PER_TOKEN } else { sum / f64::from(count) };
         let config = self.config.load();
-        (pool.nodes.iter().map(|node| node.view(&config.outlier, usual, now_ms)).collect(), usual)
+        (pool.nodes.iter().map(|node| node.balance_view(&config.outlier, usual, now_ms)).collect(), usual)
     }
 
     /// Takes a slot of the node that the balancer picks.
@@ -163,11 +165,11 @@ impl ModelPool {
         let request = RequestView {
             tokens,
             affinity,
-            waiting: pool.queue.len().saturating_sub(1),
+            queued: pool.queue.len().saturating_sub(1),
             exclude: exclude.and_then(|id| pool.nodes.iter().position(|node| node.id == id)),
             random: mix(pool.turn ^ now.saturating_duration_since(self.epoch).as_nanos() as u64),
         };
-        let at = pick(self.config.load().load_balancing, &views, &request, pool.turn)?;
+        let at = choose_node(self.config.load().load_balancing, &views, &request, pool.turn)?;
         let issuer: Arc<dyn PermitIssuer> = Arc::<Self>::clone(self);
         Some(Permit::new(issuer, Arc::clone(&pool.nodes[at]), tokens, now))
     }
@@ -192,14 +194,14 @@ impl ModelPool {
         }
         let now = Instant::now();
         let mut skipped = Vec::new();
-        while let Some(entry) = pool.queue.next(self.clock_ms(now), &skipped) {
+        while let Some(entry) = pool.queue.next_entry(self.clock_ms(now), &skipped) {
             let Some((ticket, waiter)) = pool.queue.get(&entry) else { break };
             let (tokens, affinity) = (ticket.tokens, waiter.affinity);
             // Without another ready node, the node that failed is better than none.
             let exclude = waiter.exclude.filter(|id| pool.has_other_ready_node(Some(*id)));
             match self.try_grant(&mut pool, now, tokens, affinity, exclude) {
                 Some(permit) => {
-                    if let Some(waiter) = pool.queue.take(&entry, true)
+                    if let Some(waiter) = pool.queue.remove(&entry, true)
                         && let Err(back) = waiter.grant.send(Ok(permit))
                     {
                         unclaimed.push(back);
@@ -233,7 +235,7 @@ impl PermitIssuer for ModelPool {
         let state = self.state();
         let ready = state.nodes.iter().filter(|node| node.state() == NodeState::Ready);
         let (ready, ejected) = ready.fold((0, 0), |(ready, ejected), node| {
-            (ready + 1, ejected + usize::from(node.stats().outlier.ejected()))
+            (ready + 1, ejected + usize::from(node.stats().outlier.is_ejected()))
         });
         2 * (ejected + 1) <= ready
     }
@@ -251,7 +253,7 @@ impl PermitIssuer for ModelPool {
     fn released(self: Arc<Self>) {
         let waiting = {
             let mut pool = self.state();
-            pool.traffic.departed.count(self.now_ms() / 1000);
+            pool.traffic.departures.count(self.now_ms() / 1000);
             !pool.queue.is_empty()
         };
         if waiting {
@@ -269,9 +271,9 @@ struct QueueGuard<'a> {
 impl Drop for QueueGuard<'_> {
     fn drop(&mut self) {
         let mut pool = self.pool.state();
-        let waiter = pool.queue.take(&self.entry, false);
+        let waiter = pool.queue.remove(&self.entry, false);
         if waiter.is_some() {
-            pool.traffic.departed.count(self.pool.now_ms() / 1000);
+            pool.traffic.departures.count(self.pool.now_ms() / 1000);
         }
         drop(pool);
         drop(waiter);

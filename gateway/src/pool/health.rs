@@ -15,8 +15,8 @@ use crate::upstream::connect::Connector;
 use crate::upstream::exchange::get_ok;
 
 /// Checks the nodes of `pool` until the pool is retired.
-pub async fn watch(pool: Arc<ModelPool>, connector: Connector) {
-    let stop = pool.retired();
+pub async fn run_health_checks(pool: Arc<ModelPool>, connector: Connector) {
+    let stop = pool.retirement_token();
     let mut failures: HashMap<u64, u32> = HashMap::new();
     loop {
         let health = pool.config().health.clone();
@@ -28,11 +28,13 @@ pub async fn watch(pool: Arc<ModelPool>, connector: Connector) {
         let watched = |node: &Arc<Node>| matches!(node.state(), NodeState::Ready | NodeState::Unhealthy);
         let nodes: Vec<_> = pool.nodes().into_iter().filter(watched).collect();
         failures.retain(|id, _| nodes.iter().any(|node| node.id == *id));
-        let checks: Vec<_> =
-            nodes.iter().map(|node| check(&connector, node, &health.path, ms(health.timeout_ms))).collect();
+        let checks: Vec<_> = nodes
+            .iter()
+            .map(|node| is_healthy(&connector, node, &health.path, ms(health.timeout_ms)))
+            .collect();
         let results = join_all(checks).await;
         for (node, healthy) in nodes.iter().zip(results) {
-            node.endpoint.idle.sweep();
+            node.endpoint.idle.close_expired();
             let count = failures.entry(node.id).or_default();
             *count = if healthy { 0 } else { *count + 1 };
             match node.state() {
@@ -53,6 +55,6 @@ pub async fn watch(pool: Arc<ModelPool>, connector: Connector) {
 }
 
 /// Returns whether the node responds to `path` with success before the timeout.
-pub async fn check(connector: &Connector, node: &Node, path: &str, timeout: Duration) -> bool {
+pub async fn is_healthy(connector: &Connector, node: &Node, path: &str, timeout: Duration) -> bool {
     tokio::time::timeout(timeout, get_ok(connector, &node.endpoint.target, path)).await.unwrap_or(false)
 }

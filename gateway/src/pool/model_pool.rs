@@ -120,7 +120,7 @@ impl ModelPool {
     }
 
     /// Cancelled when the pool is taken out of service.
-    pub fn retired(&self) -> CancellationToken {
+    pub fn retirement_token(&self) -> CancellationToken {
         self.retired.clone()
     }
 
@@ -228,18 +228,18 @@ impl ModelPool {
         let mut load = PoolLoad {
             queued: state.queue.len(),
             queued_bytes: state.queue.bytes(),
-            oldest_ms: state.queue.oldest_ms().map_or(0, |at| self.now_ms().saturating_sub(at)),
+            oldest_ms: state.queue.oldest_arrival_ms().map_or(0, |at| self.now_ms().saturating_sub(at)),
             ..PoolLoad::default()
         };
         for node in &state.nodes {
             load.active += node.requests();
-            load.tokens += node.tokens();
+            load.tokens += node.outstanding_tokens();
             match node.state() {
                 NodeState::Ready => load.ready += 1,
                 NodeState::Unhealthy | NodeState::Starting => load.unhealthy += 1,
                 NodeState::Draining => load.draining += 1,
             }
-            load.ejected += usize::from(node.stats().outlier.ejected());
+            load.ejected += usize::from(node.stats().outlier.is_ejected());
         }
         load
     }
@@ -263,7 +263,7 @@ impl ModelPool {
 
     /// Expected tokens of a completion: the mean of its stage, or of all stages, but no more than `limit`.
     pub fn expected_completion(&self, stage: Option<&str>, limit: Option<u64>) -> u64 {
-        self.lengths().expected(stage).min(limit.unwrap_or(u64::MAX)).max(1)
+        self.lengths().expected_tokens(stage).min(limit.unwrap_or(u64::MAX)).max(1)
     }
 
     /// Mean tokens of completions and their number, of one stage or of all.
@@ -278,7 +278,7 @@ impl ModelPool {
 
     /// Takes a retry from the budget. Returns false if the budget is used up.
     pub fn take_retry(&self) -> bool {
-        let allowed = self.state().retry_budget.withdraw();
+        let allowed = self.state().retry_budget.take_retry();
         if !allowed {
             tracing::warn!(model = &*self.model, "the retry budget is used up");
         }
@@ -301,17 +301,17 @@ impl ModelPool {
         let mut state = self.state();
         let traffic = &mut state.traffic;
         let arrivals = RequestCounts {
-            s10: traffic.arrived.last(second, 10),
-            s60: traffic.arrived.last(second, 60),
-            s300: traffic.arrived.last(second, 300),
+            s10: traffic.arrivals.count_last(second, 10),
+            s60: traffic.arrivals.count_last(second, 60),
+            s300: traffic.arrivals.count_last(second, 300),
         };
-        let departed_60 = traffic.departed.last(second, 60);
+        let departed_60 = traffic.departures.count_last(second, 60);
         PoolDemand {
             arrivals,
             departed_60,
             queued: state.queue.len(),
             active: state.nodes.iter().map(|node| node.requests()).sum(),
-            itl_ms: TokenTime::line(state.nodes.iter().map(|node| node.stats().token_time)),
+            itl_ms: TokenTime::fit_line(state.nodes.iter().map(|node| node.stats().token_time)),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use potstill_shared::redact::Secret;
 
 use super::balance::NodeView;
-use super::outlier::Outlier;
+use super::outlier::OutlierState;
 use super::statistics::{ConcurrencyLimit, Speed, TokenTime};
 use crate::config::OutlierConfig;
 use crate::hash::hash_text;
@@ -58,7 +58,7 @@ impl NodeOrigin {
     fn address_policy(self) -> AddressPolicy {
         match self {
             Self::Config | Self::Scaler => AddressPolicy::Trusted,
-            Self::Admin { allow_private } => AddressPolicy::Added { allow_private },
+            Self::Admin { allow_private } => AddressPolicy::Restricted { allow_private },
         }
     }
 }
@@ -95,7 +95,7 @@ impl NodeSpec {
 #[derive(Debug, Clone)]
 pub struct NodeStats {
     /// Failures and ejections.
-    pub outlier: Outlier,
+    pub outlier: OutlierState,
     /// Seconds per token.
     pub speed: Speed,
     /// Milliseconds per token as a function of the requests on the node.
@@ -134,7 +134,7 @@ impl Node {
             requests: AtomicUsize::new(0),
             tokens: AtomicU64::new(0),
             stats: Mutex::new(NodeStats {
-                outlier: Outlier::default(),
+                outlier: OutlierState::default(),
                 speed: Speed::default(),
                 token_time: TokenTime::default(),
                 concurrency: ConcurrencyLimit::new(spec.max_concurrency),
@@ -168,33 +168,33 @@ impl Node {
     }
 
     /// Expected tokens of all requests on the node.
-    pub fn tokens(&self) -> u64 {
+    pub fn outstanding_tokens(&self) -> u64 {
         self.tokens.load(Ordering::Acquire)
     }
 
     /// Returns the state for load balancing. `usual` is the time per token, in seconds, of a node without measurements.
-    pub fn view(&self, config: &OutlierConfig, usual: f64, now_ms: u64) -> NodeView {
+    pub fn balance_view(&self, config: &OutlierConfig, usual: f64, now_ms: u64) -> NodeView {
         let stats = self.stats();
         let slots = match self.state() {
-            NodeState::Ready => stats.outlier.usable(stats.concurrency.get(), config, now_ms),
+            NodeState::Ready => stats.outlier.usable_slots(stats.concurrency.get(), config, now_ms),
             _ => 0,
         };
         NodeView {
             requests: self.requests(),
             slots,
-            tokens: self.tokens(),
-            seconds_per_token: stats.speed.get(usual, now_ms),
+            tokens: self.outstanding_tokens(),
+            seconds_per_token: stats.speed.seconds_per_token(usual, now_ms),
             hash: self.hash,
         }
     }
 
-    pub(super) fn begin(&self, tokens: u64) {
+    pub(super) fn begin_request(&self, tokens: u64) {
         self.requests.fetch_add(1, Ordering::AcqRel);
         self.tokens.fetch_add(tokens, Ordering::AcqRel);
-        self.stats().outlier.begin();
+        self.stats().outlier.record_start();
     }
 
-    pub(super) fn end(&self, tokens: u64) {
+    pub(super) fn end_request(&self, tokens: u64) {
         self.requests.fetch_sub(1, Ordering::AcqRel);
         self.tokens.fetch_sub(tokens, Ordering::AcqRel);
     }

@@ -30,7 +30,7 @@ pub struct Permit {
     issuer: Arc<dyn PermitIssuer>,
     node: Arc<Node>,
     tokens: u64,
-    since: Instant,
+    granted_at: Instant,
 }
 
 /// Weight of a completion token relative to a prompt token when a node's speed is measured.
@@ -38,8 +38,8 @@ const PROMPT_TOKENS_PER_COMPLETION_TOKEN: u64 = 40;
 
 impl Permit {
     pub(super) fn new(issuer: Arc<dyn PermitIssuer>, node: Arc<Node>, tokens: u64, since: Instant) -> Self {
-        node.begin(tokens);
-        Self { issuer, node, tokens, since }
+        node.begin_request(tokens);
+        Self { issuer, node, tokens, granted_at: since }
     }
 
     /// The node that the slot is on.
@@ -48,36 +48,36 @@ impl Permit {
     }
 
     /// Records a complete response. `completion_tokens` is `None` if the node reported no usage.
-    pub fn success(&self, prompt_tokens: u64, completion_tokens: Option<u64>) {
+    pub fn record_success(&self, prompt_tokens: u64, completion_tokens: Option<u64>) {
         let now = Instant::now();
         let now_ms = self.issuer.ms_at(now);
         let work = completion_tokens.unwrap_or(0) + prompt_tokens / PROMPT_TOKENS_PER_COMPLETION_TOKEN;
         let mut stats = self.node.stats();
-        if stats.outlier.success(&self.issuer.outlier_config(), now_ms) {
+        if stats.outlier.record_success(&self.issuer.outlier_config(), now_ms) {
             tracing::info!(model = self.issuer.model(), node = self.node.name, "node is back");
         }
-        stats.concurrency.success(self.node.requests());
+        stats.concurrency.record_success(self.node.requests());
         let work = if work == 0 { self.tokens } else { work };
-        let took = now.saturating_duration_since(self.since).as_secs_f64();
+        let took = now.saturating_duration_since(self.granted_at).as_secs_f64();
         stats.speed.push(took, work, now_ms);
         stats.token_time.push(self.node.requests(), took * 1e3 / work.max(1) as f64);
     }
 
     /// Records that the node responded, if only to reject the request.
-    pub fn responded(&self) {
+    pub fn record_response(&self) {
         let now_ms = self.issuer.ms_at(Instant::now());
-        self.node.stats().outlier.success(&self.issuer.outlier_config(), now_ms);
+        self.node.stats().outlier.record_success(&self.issuer.outlier_config(), now_ms);
     }
 
     /// Records that the node failed to respond, or broke off. Ejects the node after enough failures in a row, unless too few
     /// nodes would be left.
-    pub fn failure(&self, reason: &str) {
+    pub fn record_failure(&self, reason: &str) {
         let now_ms = self.issuer.ms_at(Instant::now());
         let may_eject = self.issuer.may_eject();
         let mut stats = self.node.stats();
         let before = stats.outlier.clone();
-        if stats.outlier.failure(&self.issuer.outlier_config(), now_ms) {
-            if may_eject || before.ejected() {
+        if stats.outlier.record_failure(&self.issuer.outlier_config(), now_ms) {
+            if may_eject || before.is_ejected() {
                 self.issuer.count_ejection();
                 tracing::warn!(model = self.issuer.model(), node = self.node.name, reason, "node ejected");
             } else {
@@ -87,14 +87,14 @@ impl Permit {
     }
 
     /// Records that no connection to the node can be opened. It receives no requests until a health check succeeds.
-    pub fn unreachable(&self) {
+    pub fn record_unreachable(&self) {
         Arc::clone(&self.issuer).set_state_if_ready(&self.node, NodeState::Unhealthy);
     }
 
     /// Records that the node reported to be busy, for `pause_ms` milliseconds if it said so.
-    pub fn busy(&self, pause_ms: Option<u64>) {
+    pub fn record_busy(&self, pause_ms: Option<u64>) {
         let mut stats = self.node.stats();
-        stats.concurrency.busy(self.node.requests());
+        stats.concurrency.record_busy(self.node.requests());
         if let Some(pause) = pause_ms {
             stats.outlier.pause_until(self.issuer.ms_at(Instant::now()) + pause.min(60_000));
         }
@@ -103,7 +103,7 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.node.end(self.tokens);
+        self.node.end_request(self.tokens);
         Arc::clone(&self.issuer).released();
     }
 }

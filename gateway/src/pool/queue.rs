@@ -26,31 +26,31 @@ pub struct Ticket {
     pub bytes: usize,
 }
 
-struct Waiting<T> {
+struct QueuedItem<T> {
     ticket: Ticket,
     item: T,
 }
 
 /// Waiting requests of one key within a class, by deadline and number of arrival.
-struct Flow<T> {
+struct KeyQueue<T> {
     /// Tokens served to the key, in virtual time of the class.
     served: u64,
-    waiting: BTreeMap<(u64, u64), Waiting<T>>,
+    waiting: BTreeMap<(u64, u64), QueuedItem<T>>,
 }
 
-struct Class<T> {
-    flows: HashMap<Arc<str>, Flow<T>>,
+struct ClassQueue<T> {
+    flows: HashMap<Arc<str>, KeyQueue<T>>,
     /// Virtual time of the class. A key that is new or returns starts at this value, so that absence earns no credit.
     now: u64,
 }
 
 /// Waiting requests in order.
 pub struct WaitQueue<T> {
-    classes: [Class<T>; 3],
+    classes: [ClassQueue<T>; 3],
     /// Waiting requests by arrival time and number, with class, key and deadline. The first has waited longest.
     arrivals: BTreeMap<(u64, u64), (Priority, Arc<str>, u64)>,
     bytes: usize,
-    next: u64,
+    next_number: u64,
     starvation_ms: u64,
 }
 
@@ -67,12 +67,12 @@ pub struct QueueEntry {
 impl<T> WaitQueue<T> {
     /// Creates an empty queue.
     pub fn new(starvation_ms: u64) -> Self {
-        let class = || Class { flows: HashMap::new(), now: 0 };
+        let class = || ClassQueue { flows: HashMap::new(), now: 0 };
         Self {
             classes: [class(), class(), class()],
             arrivals: BTreeMap::new(),
             bytes: 0,
-            next: 0,
+            next_number: 0,
             starvation_ms,
         }
     }
@@ -93,7 +93,7 @@ impl<T> WaitQueue<T> {
     }
 
     /// Arrival time of the request that has waited longest.
-    pub fn oldest_ms(&self) -> Option<u64> {
+    pub fn oldest_arrival_ms(&self) -> Option<u64> {
         self.arrivals.first_key_value().map(|((arrived, _), _)| *arrived)
     }
 
@@ -104,8 +104,8 @@ impl<T> WaitQueue<T> {
 
     /// Adds a request and returns its position.
     pub fn push(&mut self, ticket: Ticket, item: T) -> QueueEntry {
-        let number = self.next;
-        self.next += 1;
+        let number = self.next_number;
+        self.next_number += 1;
         let entry = QueueEntry {
             class: ticket.class,
             key: Arc::clone(&ticket.key),
@@ -121,13 +121,13 @@ impl<T> WaitQueue<T> {
         let flow = class
             .flows
             .entry(Arc::clone(&ticket.key))
-            .or_insert_with(|| Flow { served: now, waiting: BTreeMap::new() });
-        flow.waiting.insert((ticket.deadline_ms, number), Waiting { ticket, item });
+            .or_insert_with(|| KeyQueue { served: now, waiting: BTreeMap::new() });
+        flow.waiting.insert((ticket.deadline_ms, number), QueuedItem { ticket, item });
         entry
     }
 
     /// Returns the position of the request to serve next, leaving out the numbers in `skip`.
-    pub fn next(&self, now_ms: u64, skip: &[u64]) -> Option<QueueEntry> {
+    pub fn next_entry(&self, now_ms: u64, skip: &[u64]) -> Option<QueueEntry> {
         let oldest = self.arrivals.iter().find(|((_, number), _)| !skip.contains(number));
         if let Some(((arrived_ms, number), (class, key, deadline_ms))) = oldest
             && *class != Priority::Interactive
@@ -157,7 +157,7 @@ impl<T> WaitQueue<T> {
 
     /// Returns the newest request of the lowest class below `class`: the first to be rejected to make room for a
     /// request of `class`.
-    pub fn displaceable(&self, class: Priority) -> Option<QueueEntry> {
+    pub fn displacement_candidate(&self, class: Priority) -> Option<QueueEntry> {
         Priority::ALL.into_iter().rev().take_while(|lower| *lower > class).find_map(|lower| {
             let ((arrived_ms, number), (class, key, deadline_ms)) =
                 self.arrivals.iter().rev().find(|(_, (found, _, _))| *found == lower)?;
@@ -180,7 +180,7 @@ impl<T> WaitQueue<T> {
     }
 
     /// Removes and returns the request at `entry`. If `served`, its tokens are charged to its key.
-    pub fn take(&mut self, entry: &QueueEntry, served: bool) -> Option<T> {
+    pub fn remove(&mut self, entry: &QueueEntry, served: bool) -> Option<T> {
         let class = &mut self.classes[entry.class as usize];
         let flow = class.flows.get_mut(&entry.key)?;
         let waiting = flow.waiting.remove(&(entry.deadline_ms, entry.number))?;
@@ -231,8 +231,8 @@ mod tests {
 
     fn drain(queue: &mut WaitQueue<u64>, now_ms: u64) -> Vec<u64> {
         let mut order = Vec::new();
-        while let Some(entry) = queue.next(now_ms, &[]) {
-            order.extend(queue.take(&entry, true));
+        while let Some(entry) = queue.next_entry(now_ms, &[]) {
+            order.extend(queue.remove(&entry, true));
         }
         order
     }
@@ -259,9 +259,9 @@ mod tests {
         queue.push(ticket(Priority::Bulk, "a", 9_000, 0, 1), 0);
         queue.push(ticket(Priority::Bulk, "a", 9_000, 500, 1), 1);
         queue.push(ticket(Priority::Interactive, "b", 9_000, 500, 1), 2);
-        let entry = queue.displaceable(Priority::Interactive).unwrap();
+        let entry = queue.displacement_candidate(Priority::Interactive).unwrap();
         assert_eq!(queue.get(&entry).unwrap().1, &1);
-        assert!(queue.displaceable(Priority::Bulk).is_none());
+        assert!(queue.displacement_candidate(Priority::Bulk).is_none());
         assert_eq!(drain(&mut queue, 1_000), [0, 2, 1]);
     }
 
@@ -275,13 +275,13 @@ mod tests {
                 queue.push(ticket(Priority::Default, "a", 0, number as u64, *tokens), 0);
             }
             for _ in 0..10 {
-                let entry = queue.next(0, &[]).unwrap();
-                queue.take(&entry, true);
+                let entry = queue.next_entry(0, &[]).unwrap();
+                queue.remove(&entry, true);
                 queue.push(ticket(Priority::Default, "b", 0, 1_000, 1), 1);
                 let mut before = 0;
                 loop {
-                    let entry = queue.next(0, &[]).unwrap();
-                    if queue.take(&entry, true) == Some(1) { break; }
+                    let entry = queue.next_entry(0, &[]).unwrap();
+                    if queue.remove(&entry, true) == Some(1) { break; }
                     before += 1;
                 }
                 prop_assert!(before <= 1, "{before}");
@@ -298,13 +298,13 @@ mod tests {
             }
             let mut seen: Vec<u64> = Vec::new();
             for (entry, leaves) in entries.iter().zip(&leave) {
-                if *leaves { seen.extend(queue.take(entry, false)); }
+                if *leaves { seen.extend(queue.remove(entry, false)); }
             }
             prop_assert_eq!(queue.bytes(), queue.len() * 10);
             seen.extend(drain(&mut queue, 40));
             seen.sort_unstable();
             prop_assert_eq!(seen, (0..items.len() as u64).collect::<Vec<_>>());
-            prop_assert!(queue.is_empty() && queue.bytes() == 0 && queue.oldest_ms().is_none());
+            prop_assert!(queue.is_empty() && queue.bytes() == 0 && queue.oldest_arrival_ms().is_none());
         }
     }
 }

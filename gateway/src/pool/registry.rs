@@ -18,7 +18,7 @@ impl PoolRegistry {
     }
 
     /// Returns the pools as they are now.
-    pub fn all(&self) -> Guard<Arc<BTreeMap<String, Arc<ModelPool>>>> {
+    pub fn pools(&self) -> Guard<Arc<BTreeMap<String, Arc<ModelPool>>>> {
         self.0.load()
     }
 

@@ -8,22 +8,22 @@ pub struct RetryBudget {
 }
 
 /// Initial number of tokens, and the largest number that can be saved up.
-const RESERVE: f64 = 10.0;
+const RESERVE_TOKENS: f64 = 10.0;
 
 impl Default for RetryBudget {
     fn default() -> Self {
-        Self { tokens: RESERVE }
+        Self { tokens: RESERVE_TOKENS }
     }
 }
 
 impl RetryBudget {
     /// Deposits for one request: `percent` hundredths of a token.
     pub fn deposit(&mut self, percent: u32) {
-        self.tokens = (self.tokens + f64::from(percent) / 100.0).min(RESERVE.max(f64::from(percent)));
+        self.tokens = (self.tokens + f64::from(percent) / 100.0).min(RESERVE_TOKENS.max(f64::from(percent)));
     }
 
     /// Withdraws one token. Returns whether the retry is permitted.
-    pub fn withdraw(&mut self) -> bool {
+    pub fn take_retry(&mut self) -> bool {
         let enough = self.tokens >= 1.0;
         if enough {
             self.tokens -= 1.0;
@@ -45,9 +45,9 @@ mod tests {
             let mut retries = 0;
             for _ in 0..requests {
                 budget.deposit(percent);
-                while budget.withdraw() { retries += 1; }
+                while budget.take_retry() { retries += 1; }
             }
-            prop_assert!(retries as f64 <= RESERVE + requests as f64 * f64::from(percent) / 100.0 + 1e-6);
+            prop_assert!(retries as f64 <= RESERVE_TOKENS + requests as f64 * f64::from(percent) / 100.0 + 1e-6);
         }
     }
 }

@@ -7,24 +7,24 @@ use std::collections::HashMap;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Ewma {
     mean: f64,
-    seen: u32,
+    count: u32,
 }
 
 impl Ewma {
     /// Adds a value. `window` is the number of values after which older ones begin to fade.
     pub fn push(&mut self, value: f64, window: u32) {
-        self.seen = (self.seen + 1).min(window);
-        self.mean += (value - self.mean) / f64::from(self.seen);
+        self.count = (self.count + 1).min(window);
+        self.mean += (value - self.mean) / f64::from(self.count);
     }
 
     /// Returns the mean, or `None` without values.
     pub fn get(&self) -> Option<f64> {
-        (self.seen > 0).then_some(self.mean)
+        (self.count > 0).then_some(self.mean)
     }
 }
 
 /// Largest number of stages with their own mean.
-const STAGES: usize = 64;
+const MAX_STAGES: usize = 64;
 
 /// Mean length of completions in tokens, per stage and overall.
 #[derive(Debug, Default)]
@@ -34,7 +34,7 @@ pub struct CompletionLengths {
 }
 
 /// Assumed length of a completion in tokens before any was measured.
-const UNKNOWN_LENGTH: f64 = 500.0;
+const DEFAULT_COMPLETION_TOKENS: f64 = 500.0;
 
 impl CompletionLengths {
     /// Adds the length of a complete response.
@@ -47,7 +47,7 @@ impl CompletionLengths {
         if let Some(stage) = stage {
             if let Some(known) = self.stages.get_mut(stage) {
                 learn(known, 64);
-            } else if self.stages.len() < STAGES {
+            } else if self.stages.len() < MAX_STAGES {
                 learn(self.stages.entry(stage.to_owned()).or_default(), 64);
             }
         }
@@ -60,9 +60,9 @@ impl CompletionLengths {
     }
 
     /// Returns the expected length of a completion of `stage` in tokens, at least 1.
-    pub fn expected(&self, stage: Option<&str>) -> u64 {
+    pub fn expected_tokens(&self, stage: Option<&str>) -> u64 {
         let mean = stage.and_then(|stage| self.stages.get(stage)).and_then(|(mean, _)| mean.get());
-        mean.or(self.all.0.get()).unwrap_or(UNKNOWN_LENGTH).max(1.0) as u64
+        mean.or(self.all.0.get()).unwrap_or(DEFAULT_COMPLETION_TOKENS).max(1.0) as u64
     }
 }
 
@@ -71,30 +71,30 @@ impl CompletionLengths {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Speed {
     seconds_per_token: Ewma,
-    at_ms: u64,
+    measured_at_ms: u64,
 }
 
 /// Time constant, in milliseconds, with which the measured speed of an idle node decays to the usual one. A node that
 /// was slow once is tried again.
-const FORGET_MS: f64 = 60_000.0;
+const SPEED_DECAY_MS: f64 = 60_000.0;
 
 impl Speed {
     /// Adds a completed request.
     pub fn push(&mut self, seconds: f64, tokens: u64, now_ms: u64) {
         self.seconds_per_token.push(seconds / tokens.max(1) as f64, 128);
-        self.at_ms = now_ms;
+        self.measured_at_ms = now_ms;
     }
 
     /// Returns the seconds per token. The value approaches `usual` with the time since the last measurement.
-    pub fn get(&self, usual: f64, now_ms: u64) -> f64 {
+    pub fn seconds_per_token(&self, usual: f64, now_ms: u64) -> f64 {
         let Some(seen) = self.seconds_per_token.get() else { return usual };
-        let age = now_ms.saturating_sub(self.at_ms) as f64;
-        let weight = (-age / FORGET_MS).exp();
+        let age = now_ms.saturating_sub(self.measured_at_ms) as f64;
+        let weight = (-age / SPEED_DECAY_MS).exp();
         seen * weight + usual * (1.0 - weight)
     }
 
     /// Returns the measured mean without decay.
-    pub fn measured(&self) -> Option<f64> {
+    pub fn measured_seconds_per_token(&self) -> Option<f64> {
         self.seconds_per_token.get()
     }
 }
@@ -112,14 +112,14 @@ pub struct TokenTime {
 }
 
 /// Number of responses after the start of a node that are ignored, because warm-up distorts them.
-const WARM_UP: u8 = 3;
+const WARM_UP_RESPONSES: u8 = 3;
 /// Factor on the weight of all earlier responses with each new one.
-const FADE: f64 = 0.99;
+const DECAY_PER_RESPONSE: f64 = 0.99;
 
 impl TokenTime {
     /// Adds a response: number of requests on the node, and milliseconds per token.
     pub fn push(&mut self, batch: usize, ms: f64) {
-        if self.skipped < WARM_UP {
+        if self.skipped < WARM_UP_RESPONSES {
             self.skipped += 1;
             return;
         }
@@ -131,13 +131,13 @@ impl TokenTime {
             (&mut self.batch_batch, x * x),
             (&mut self.batch_ms, x * ms),
         ] {
-            *sum = *sum * FADE + value;
+            *sum = *sum * DECAY_PER_RESPONSE + value;
         }
     }
 
     /// Fits one line to the measurements of several nodes. Returns intercept and slope in milliseconds, or `None` with
     /// fewer than three responses.
-    pub fn line(nodes: impl IntoIterator<Item = Self>) -> Option<[f64; 2]> {
+    pub fn fit_line(nodes: impl IntoIterator<Item = Self>) -> Option<[f64; 2]> {
         let sum = nodes.into_iter().fold(Self::default(), |a, b| Self {
             weight: a.weight + b.weight,
             batch: a.batch + b.batch,
@@ -165,25 +165,25 @@ impl TokenTime {
 #[derive(Debug, Clone, Copy)]
 pub struct ConcurrencyLimit {
     limit: f64,
-    measured: bool,
+    is_learned: bool,
 }
 
 impl ConcurrencyLimit {
     /// Creates a limit: `known` if configured, else 16 as a start for learning.
     pub fn new(known: Option<usize>) -> Self {
-        Self { limit: known.unwrap_or(16) as f64, measured: known.is_none() }
+        Self { limit: known.unwrap_or(16) as f64, is_learned: known.is_none() }
     }
 
     /// Applies a new configuration. A learned value is kept if the limit is still to be learned.
     pub fn configure(&mut self, known: Option<usize>) {
-        if known.is_some() || !self.measured {
+        if known.is_some() || !self.is_learned {
             *self = Self::new(known);
         }
     }
 
     /// Returns whether the limit is configured rather than learned.
-    pub fn known(&self) -> bool {
-        !self.measured
+    pub fn is_configured(&self) -> bool {
+        !self.is_learned
     }
 
     /// Returns the current limit.
@@ -192,15 +192,15 @@ impl ConcurrencyLimit {
     }
 
     /// Records a success with `in_flight` requests on the node.
-    pub fn success(&mut self, in_flight: usize) {
-        if self.measured && in_flight >= self.get() {
+    pub fn record_success(&mut self, in_flight: usize) {
+        if self.is_learned && in_flight >= self.get() {
             self.limit = (self.limit + 1.0 / self.limit).min(4096.0);
         }
     }
 
     /// Records that the node reported to be busy with `in_flight` requests.
-    pub fn busy(&mut self, in_flight: usize) {
-        if self.measured {
+    pub fn record_busy(&mut self, in_flight: usize) {
+        if self.is_learned {
             self.limit = (in_flight as f64 * 0.9).floor().min(self.limit).max(1.0);
         }
     }
@@ -215,13 +215,16 @@ mod tests {
     #[test]
     fn learns_completion_lengths_per_stage() {
         let mut lengths = CompletionLengths::default();
-        assert_eq!(lengths.expected(None), 500);
+        assert_eq!(lengths.expected_tokens(None), 500);
         for _ in 0..100 {
             lengths.push(Some("judge"), 10);
             lengths.push(Some("generate"), 8_000);
         }
-        assert_eq!((lengths.expected(Some("judge")), lengths.expected(Some("generate"))), (10, 8_000));
-        assert!((3_000..5_000).contains(&lengths.expected(Some("new"))));
+        assert_eq!(
+            (lengths.expected_tokens(Some("judge")), lengths.expected_tokens(Some("generate"))),
+            (10, 8_000)
+        );
+        assert!((3_000..5_000).contains(&lengths.expected_tokens(Some("new"))));
     }
 
     #[test]
@@ -229,38 +232,38 @@ mod tests {
         let mut slots = ConcurrencyLimit::new(None);
         for _ in 0..20_000 {
             let in_flight = slots.get();
-            if in_flight > 40 { slots.busy(in_flight) } else { slots.success(in_flight) }
+            if in_flight > 40 { slots.record_busy(in_flight) } else { slots.record_success(in_flight) }
         }
         assert!((30..=41).contains(&slots.get()), "{}", slots.get());
         let mut known = ConcurrencyLimit::new(Some(3));
-        known.busy(1);
-        known.success(3);
+        known.record_busy(1);
+        known.record_success(3);
         assert_eq!(known.get(), 3);
     }
 
     #[test]
     fn token_time_fits_a_line_over_batch_size() {
         let mut learnt = TokenTime::default();
-        assert_eq!(TokenTime::line([learnt]), None);
+        assert_eq!(TokenTime::fit_line([learnt]), None);
         for number in 0..200 {
             let batch = 1 + number % 64;
             learnt.push(batch, 15.0 + 0.25 * batch as f64);
         }
-        let [alone, each] = TokenTime::line([learnt, TokenTime::default()]).unwrap();
+        let [alone, each] = TokenTime::fit_line([learnt, TokenTime::default()]).unwrap();
         assert!((alone - 15.0).abs() < 1e-6 && (each - 0.25).abs() < 1e-6, "{alone} {each}");
         let mut one = TokenTime::default();
         (0..9).for_each(|_| one.push(8, 40.0));
-        let [alone, each] = TokenTime::line([one]).unwrap();
+        let [alone, each] = TokenTime::fit_line([one]).unwrap();
         assert!((alone - 40.0).abs() < 1e-9 && each.abs() < 1e-9, "one batch size says nothing about others");
     }
 
     #[test]
     fn speed_decays_to_the_usual_one() {
         let mut speed = Speed::default();
-        assert_eq!(speed.get(0.5, 0), 0.5);
+        assert_eq!(speed.seconds_per_token(0.5, 0), 0.5);
         speed.push(4.0, 4, 0);
-        assert_eq!(speed.get(0.5, 0), 1.0);
-        assert!(speed.get(0.5, 600_000) < 0.51);
+        assert_eq!(speed.seconds_per_token(0.5, 0), 1.0);
+        assert!(speed.seconds_per_token(0.5, 600_000) < 0.51);
     }
 
     proptest! {

@@ -1,42 +1,42 @@
 //! Arrivals and departures of the last five minutes, in buckets of one second. Pure: the current second is an argument.
 
 /// Number of one-second buckets.
-const SPAN: usize = 301;
+const BUCKETS: usize = 301;
 
 /// Ring of event counts, one per second.
 #[derive(Debug)]
 pub struct EventCounter {
-    counts: [u32; SPAN],
-    now: u64,
+    counts: [u32; BUCKETS],
+    current_second: u64,
 }
 
 impl Default for EventCounter {
     fn default() -> Self {
-        Self { counts: [0; SPAN], now: 0 }
+        Self { counts: [0; BUCKETS], current_second: 0 }
     }
 }
 
 impl EventCounter {
     fn advance(&mut self, second: u64) {
-        if second > self.now {
-            for passed in (self.now + 1..=second).rev().take(SPAN) {
-                self.counts[(passed % SPAN as u64) as usize] = 0;
+        if second > self.current_second {
+            for passed in (self.current_second + 1..=second).rev().take(BUCKETS) {
+                self.counts[(passed % BUCKETS as u64) as usize] = 0;
             }
-            self.now = second;
+            self.current_second = second;
         }
     }
 
     /// Counts an event in `second`.
     pub fn count(&mut self, second: u64) {
         self.advance(second);
-        self.counts[(self.now % SPAN as u64) as usize] += 1;
+        self.counts[(self.current_second % BUCKETS as u64) as usize] += 1;
     }
 
     /// Returns the number of events in the current second and the `span` seconds before it.
-    pub fn last(&mut self, second: u64, span: u64) -> u64 {
+    pub fn count_last(&mut self, second: u64, span: u64) -> u64 {
         self.advance(second);
-        let from = self.now.saturating_sub(span.min(SPAN as u64 - 1));
-        (from..=self.now).map(|at| u64::from(self.counts[(at % SPAN as u64) as usize])).sum()
+        let from = self.current_second.saturating_sub(span.min(BUCKETS as u64 - 1));
+        (from..=self.current_second).map(|at| u64::from(self.counts[(at % BUCKETS as u64) as usize])).sum()
     }
 }
 
@@ -44,9 +44,9 @@ impl EventCounter {
 #[derive(Debug, Default)]
 pub struct Traffic {
     /// Requests that arrived, whether they got a slot or not.
-    pub arrived: EventCounter,
+    pub arrivals: EventCounter,
     /// Requests that freed their slot or left the queue.
-    pub departed: EventCounter,
+    pub departures: EventCounter,
 }
 
 #[cfg(test)]
@@ -64,9 +64,9 @@ mod tests {
                 ring.count(now);
                 all.push(now);
                 let wanted = all.iter().filter(|at| **at + span >= now).count() as u64;
-                prop_assert_eq!(ring.last(now, span), wanted);
+                prop_assert_eq!(ring.count_last(now, span), wanted);
             }
-            prop_assert_eq!(ring.last(now + 301, 300), 0);
+            prop_assert_eq!(ring.count_last(now + 301, 300), 0);
         }
     }
 }

@@ -15,7 +15,7 @@ use super::retry::{FailureKind, RetryDecision, decide};
 use crate::config::PoolConfig;
 use crate::error::GatewayError;
 use crate::normalize::completion::{Normalized, normalize};
-use crate::normalize::{Kind, error_body};
+use crate::normalize::{EndpointKind, error_body};
 use crate::pool::{AcquireRequest, ModelPool, Permit};
 use crate::telemetry::request_summary::Phase;
 use crate::time::ms;
@@ -28,7 +28,7 @@ use crate::upstream::response_head::ResponseHead;
 /// What is attempted.
 pub(super) struct Attempt<'a> {
     pub(super) connector: &'a Connector,
-    pub(super) kind: Kind,
+    pub(super) kind: EndpointKind,
     pub(super) stream: bool,
     pub(super) token_limit: Option<u64>,
     /// Name of the model that the client sees.
@@ -150,11 +150,11 @@ pub(super) async fn try_pool(
 /// Records on the node what failed.
 fn report_failure(permit: &Permit, failure: &AttemptError) {
     match failure.kind {
-        FailureKind::Rejected => permit.responded(),
-        FailureKind::Timeout => permit.failure("no answer in time"),
-        FailureKind::Busy { .. } => permit.busy(failure.pause_ms),
-        FailureKind::Failed => permit.failure(&failure.error.to_string()),
-        FailureKind::Unreachable => permit.unreachable(),
+        FailureKind::Rejected => permit.record_response(),
+        FailureKind::Timeout => permit.record_failure("no answer in time"),
+        FailureKind::Busy { .. } => permit.record_busy(failure.pause_ms),
+        FailureKind::Failed => permit.record_failure(&failure.error.to_string()),
+        FailureKind::Unreachable => permit.record_unreachable(),
     }
 }
 
@@ -274,7 +274,7 @@ async fn try_once(attempt: &Attempt<'_>, permit: &Permit) -> Result<AttemptSucce
     match normalize(&body, attempt.kind, attempt.model, attempt.config.reasoning) {
         Normalized::Unchanged(usage) => {
             let content_type =
-                if attempt.kind == Kind::Other { content_type.unwrap_or_else(json) } else { json() };
+                if attempt.kind == EndpointKind::Other { content_type.unwrap_or_else(json) } else { json() };
             Ok(AttemptSuccess::Whole { status, content_type, body, usage })
         }
         Normalized::Changed(body, usage) => {
@@ -303,12 +303,12 @@ fn transport_failure(error: SendError) -> AttemptError {
 }
 
 fn node_error(status: StatusCode, body: ErrorBody, retry_after: Option<u64>) -> GatewayError {
-    GatewayError::Node { status, body: Box::new(body), retry_after }
+    GatewayError::NodeError { status, body: Box::new(body), retry_after }
 }
 
 /// A node's own error, by its status.
 fn status_failure(head: &ResponseHead, body: &Bytes) -> AttemptError {
-    let (status, retry_after) = (head.status, head.retry_after);
+    let (status, retry_after) = (head.status, head.retry_after_s);
     let (shown_status, body) = error_body::normalize(status, body);
     let error = node_error(shown_status, body, retry_after);
     let pause_ms = retry_after.map(|seconds| seconds * 1000);

@@ -8,7 +8,7 @@ use crate::admission::InFlightBytes;
 use crate::auth::keys::Keys;
 use crate::config::Limits;
 use crate::pool::PoolRegistry;
-use crate::server::stop::Stop;
+use crate::server::stop::ShutdownFlag;
 use crate::telemetry::sinks::Sinks;
 use crate::upstream::connect::Connector;
 
@@ -28,7 +28,7 @@ pub struct ProxyContext {
     pub(crate) in_flight: InFlightBytes,
     pub(crate) sinks: Sinks,
     /// Set when the gateway begins to stop: new requests are rejected.
-    pub(crate) draining: Stop,
+    pub(crate) draining: ShutdownFlag,
 }
 
 impl ProxyContext {

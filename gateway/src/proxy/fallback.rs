@@ -5,10 +5,10 @@ use std::sync::Arc;
 use super::attempt::{Attempt, UpstreamResponse, try_pool};
 use super::context::ProxyContext;
 use super::request_record::RequestRecord;
-use crate::api::request_fields::{RequestFields, with_model};
+use crate::api::request_fields::{RequestFields, replace_model};
 use crate::auth::keys::Key;
 use crate::error::GatewayError;
-use crate::normalize::Kind;
+use crate::normalize::EndpointKind;
 use crate::pool::{AcquireRequest, ModelPool};
 use crate::upstream::request::UpstreamRequest;
 
@@ -17,7 +17,7 @@ pub(super) async fn try_with_fallback(
     context: &Arc<ProxyContext>,
     first: Arc<ModelPool>,
     fields: &RequestFields,
-    kind: Kind,
+    kind: EndpointKind,
     acquire: &AcquireRequest,
     mut request: UpstreamRequest,
     record: &mut RequestRecord,
@@ -27,7 +27,8 @@ pub(super) async fn try_with_fallback(
     let mut next = Some(Arc::clone(&first));
     while let Some(pool) = next.take() {
         let config = pool.config().clone();
-        request.body = with_model(&body, fields, config.upstream_model.as_deref().unwrap_or(&config.model));
+        request.body =
+            replace_model(&body, fields, config.upstream_model.as_deref().unwrap_or(&config.model));
         record.pool = Arc::clone(&pool);
         let attempt = Attempt {
             connector: &context.connector,

@@ -14,7 +14,7 @@ use super::request_record::RequestRecord;
 use crate::api::request_id::RequestId;
 use crate::auth::keys::Key;
 use crate::error::GatewayError;
-use crate::normalize::Kind;
+use crate::normalize::EndpointKind;
 use crate::pool::{AcquireRequest, ModelPool};
 use crate::upstream::request::UpstreamRequest;
 
@@ -42,7 +42,7 @@ pub(crate) async fn fetch(
     };
     let attempt = Attempt {
         connector: &context.connector,
-        kind: Kind::Other,
+        kind: EndpointKind::Other,
         stream: false,
         token_limit: Some(1),
         model: &config.model,
@@ -50,7 +50,7 @@ pub(crate) async fn fetch(
         config: &config,
     };
     let acquire = AcquireRequest {
-        class: key.class(None),
+        class: key.request_class(None),
         key: Arc::clone(&key.name),
         max_wait: None,
         tokens: 1,

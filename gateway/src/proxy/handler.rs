@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::context::ProxyContext;
 use super::fallback::try_with_fallback;
-use super::keep_alive::{FirstReply, KeepAliveHooks, respond_or_wait};
+use super::keep_alive::{FirstResponse, KeepAliveHooks, respond_or_wait};
 use super::request_headers::RequestHeaders;
 use super::request_record::RequestRecord;
 use super::respond::build_response;
@@ -27,7 +27,7 @@ use crate::api::route::{Route, route};
 use crate::api::{read_body, responses};
 use crate::auth::keys::{ClientCertificate, Key};
 use crate::error::GatewayError;
-use crate::normalize::Kind;
+use crate::normalize::EndpointKind;
 use crate::pool::AcquireRequest;
 use crate::time::ms;
 use crate::upstream::request::UpstreamRequest;
@@ -73,7 +73,7 @@ where
     });
     let headers = response.headers_mut();
     if let Some(key) = &known.key {
-        key.write_limits(known.headers.stage.as_deref(), headers);
+        key.write_rate_limit_headers(known.headers.stage.as_deref(), headers);
     }
     headers.insert(REQUEST_ID, known.request_id.header());
     response
@@ -101,7 +101,7 @@ async fn proxy(
         Route::Upstream(kind) => (kind, body, None),
         Route::Responses => {
             let (chat, responses_request) = responses::request::to_chat(&body)?;
-            (Kind::Chat, chat, Some(responses_request))
+            (EndpointKind::Chat, chat, Some(responses_request))
         }
         Route::Builtin => return Err(GatewayError::NotFound { path: parts.uri.path().to_owned() }),
     };
@@ -112,7 +112,7 @@ async fn proxy(
     let Some(pool) = context.pools.get(&fields.model) else {
         return Err(GatewayError::ModelNotFound { model: fields.model });
     };
-    let class = key.class(headers.priority);
+    let class = key.request_class(headers.priority);
     if !context.in_flight.admits(body.len(), class, config.limits.in_flight_bytes) {
         return Err(GatewayError::Overloaded);
     }
@@ -128,7 +128,7 @@ async fn proxy(
         body.len(),
     );
     record.stage = stage;
-    record.hold(reservation);
+    record.set_reservation(reservation);
     record.traceparent = headers.traceparent.take();
     let acquire = AcquireRequest {
         class,
@@ -152,8 +152,8 @@ async fn proxy(
             Ok(build_response(response, &fields, kind, responses_request, &pool, Some(interval), record))
         });
         return match respond_or_wait(pending, ms(interval.max(100)), hooks).await {
-            FirstReply::InTime(outcome) => outcome,
-            FirstReply::Waiting(body) => Ok(event_stream(ResponseBody::KeepAlive(Box::new(body)))),
+            FirstResponse::InTime(outcome) => outcome,
+            FirstResponse::Waiting(body) => Ok(event_stream(ResponseBody::KeepAlive(Box::new(body)))),
         };
     }
     let (pool, response) =

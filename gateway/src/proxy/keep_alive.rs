@@ -40,7 +40,7 @@ pub struct KeepAliveBody<B> {
 }
 
 /// What a client gets when the first comment is due.
-pub(crate) enum FirstReply<B> {
+pub(crate) enum FirstResponse<B> {
     /// The response, or the error, that was there in time.
     InTime(Result<Response<B>, GatewayError>),
     /// A body that waits for the response.
@@ -52,10 +52,10 @@ pub(crate) async fn respond_or_wait<B>(
     mut response: PendingResponse<B>,
     interval: Duration,
     hooks: KeepAliveHooks<B>,
-) -> FirstReply<B> {
+) -> FirstResponse<B> {
     match tokio::time::timeout(interval, &mut response).await {
-        Ok(outcome) => FirstReply::InTime(outcome),
-        Err(_) => FirstReply::Waiting(KeepAliveBody {
+        Ok(outcome) => FirstResponse::InTime(outcome),
+        Err(_) => FirstResponse::Waiting(KeepAliveBody {
             response,
             body: None,
             // The first comment is sent together with the head.

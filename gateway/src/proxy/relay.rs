@@ -16,24 +16,24 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::request_record::RequestRecord;
 use crate::config::Deadlines;
-use crate::normalize::sse_stream::{SseStream, StreamStep};
+use crate::normalize::sse_stream::{SseNormalizer, StreamStep};
 use crate::pool::Permit;
 use crate::telemetry::request_summary::Outcome;
 use crate::time::ms;
 use crate::upstream::exchange::UpstreamBody;
 
 /// Time after the last event in which the node must end its body. Otherwise its connection is not reused.
-const LINGER: Duration = Duration::from_millis(20);
+const END_OF_BODY_TIMEOUT: Duration = Duration::from_millis(20);
 
 /// Idle and total deadline in one timer, which is reset only when it fires.
-struct Clocks {
+struct StreamDeadlines {
     timer: Pin<Box<Sleep>>,
     idle: Duration,
     last: Instant,
     end: Instant,
 }
 
-impl Clocks {
+impl StreamDeadlines {
     fn new(deadlines: &Deadlines) -> Self {
         let now = Instant::now();
         let (idle, end) = (ms(deadlines.idle_ms), now + ms(deadlines.total_ms));
@@ -41,7 +41,7 @@ impl Clocks {
     }
 
     /// Returns the reason if a deadline has passed.
-    fn poll(&mut self, context: &mut Context<'_>) -> Option<&'static str> {
+    fn poll_expired(&mut self, context: &mut Context<'_>) -> Option<&'static str> {
         while self.timer.as_mut().poll(context).is_ready() {
             let now = Instant::now();
             if now >= self.end {
@@ -59,25 +59,25 @@ impl Clocks {
 /// SSE comments during silence, if configured. They do not reset the idle deadline.
 struct Heartbeat {
     timer: Pin<Box<Sleep>>,
-    every: Duration,
+    interval: Duration,
 }
 
 /// Body of a relayed stream.
-pub struct Relay {
+pub struct RelayBody {
     body: Option<UpstreamBody>,
-    events: SseStream,
-    clocks: Clocks,
+    events: SseNormalizer,
+    clocks: StreamDeadlines,
     heartbeat: Option<Heartbeat>,
-    over: bool,
+    is_over: bool,
     permit: Option<Permit>,
     record: RequestRecord,
 }
 
-impl Relay {
+impl RelayBody {
     /// Creates a body that relays `body`. `permit` and `record` are released when the stream ends.
     pub fn new(
         body: UpstreamBody,
-        events: SseStream,
+        events: SseNormalizer,
         deadlines: &Deadlines,
         heartbeat_ms: Option<u64>,
         permit: Permit,
@@ -85,23 +85,23 @@ impl Relay {
     ) -> Self {
         let heartbeat = heartbeat_ms.map(|every| {
             let every = ms(every.max(100));
-            Heartbeat { timer: Box::pin(sleep_until(Instant::now() + every)), every }
+            Heartbeat { timer: Box::pin(sleep_until(Instant::now() + every)), interval: every }
         });
-        let clocks = Clocks::new(deadlines);
-        Self { body: Some(body), events, clocks, heartbeat, over: false, permit: Some(permit), record }
+        let clocks = StreamDeadlines::new(deadlines);
+        Self { body: Some(body), events, clocks, heartbeat, is_over: false, permit: Some(permit), record }
     }
 
     /// Records a complete stream and frees the slot.
     fn complete(&mut self) {
-        self.over = true;
-        self.clocks.end = Instant::now() + LINGER;
+        self.is_over = true;
+        self.clocks.end = Instant::now() + END_OF_BODY_TIMEOUT;
         self.clocks.timer.as_mut().reset(self.clocks.end);
-        let seen = self.events.seen();
-        self.record.complete(seen.usage, seen.pieces, self.permit.take());
+        let seen = self.events.normalizer();
+        self.record.complete(seen.usage, seen.text_events, self.permit.take());
     }
 
     /// Ends a broken stream: returns `before` and one error event.
-    fn broken(&mut self, before: Bytes, reason: &str) -> Bytes {
+    fn end_truncated(&mut self, before: Bytes, reason: &str) -> Bytes {
         tracing::warn!(
             request = %self.record.request_id,
             model = &*self.record.requested_pool.model,
@@ -116,26 +116,26 @@ impl Relay {
             Some("stream_truncated"),
         );
         let event = sse::data_frame(&body.to_json());
-        self.failed(reason);
+        self.record_failure(reason);
         if before.is_empty() { event } else { [&before[..], &event[..]].concat().into() }
     }
 
-    fn failed(&mut self, reason: &str) {
-        self.over = true;
+    fn record_failure(&mut self, reason: &str) {
+        self.is_over = true;
         self.body = None;
         self.record.outcome = Outcome::Truncated;
-        self.seen();
+        self.record_usage();
         if let Some(permit) = self.permit.take() {
-            permit.failure(reason);
+            permit.record_failure(reason);
         }
     }
 
-    fn seen(&mut self) {
-        let seen = self.events.seen();
-        self.record.set_usage(seen.usage, seen.pieces);
+    fn record_usage(&mut self) {
+        let seen = self.events.normalizer();
+        self.record.set_usage(seen.usage, seen.text_events);
     }
 
-    fn step(&mut self, bytes: Bytes) -> Bytes {
+    fn normalize(&mut self, bytes: Bytes) -> Bytes {
         match self.events.push(bytes) {
             StreamStep::Forward(bytes) => bytes,
             StreamStep::Done(bytes) => {
@@ -143,10 +143,10 @@ impl Relay {
                 bytes
             }
             StreamStep::Error(bytes) => {
-                self.failed("the node sent an error");
+                self.record_failure("the node sent an error");
                 bytes
             }
-            StreamStep::Invalid(bytes, reason) => self.broken(bytes, reason),
+            StreamStep::Invalid(bytes, reason) => self.end_truncated(bytes, reason),
         }
     }
 
@@ -159,14 +159,18 @@ impl Relay {
                 Poll::Ready(Some(Ok(_))) => {}
                 Poll::Ready(_) => return Poll::Ready(()),
                 Poll::Pending => {
-                    return if self.clocks.poll(context).is_some() { Poll::Ready(()) } else { Poll::Pending };
+                    return if self.clocks.poll_expired(context).is_some() {
+                        Poll::Ready(())
+                    } else {
+                        Poll::Pending
+                    };
                 }
             }
         }
     }
 }
 
-impl Body for Relay {
+impl Body for RelayBody {
     type Data = Bytes;
     type Error = std::io::Error;
 
@@ -174,7 +178,7 @@ impl Body for Relay {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
-        if self.over {
+        if self.is_over {
             return self.poll_end(context).map(|()| None);
         }
         loop {
@@ -184,18 +188,20 @@ impl Body for Relay {
                 Poll::Ready(Some(Ok(data))) => {
                     self.clocks.last = Instant::now();
                     self.record.first_token();
-                    self.step(data)
+                    self.normalize(data)
                 }
-                Poll::Ready(Some(Err(error))) => self.broken(Bytes::new(), &error.to_string()),
-                Poll::Ready(None) => self.broken(Bytes::new(), "the node closed the stream before its end"),
-                Poll::Pending => match self.clocks.poll(context) {
-                    Some(reason) => self.broken(Bytes::new(), reason),
+                Poll::Ready(Some(Err(error))) => self.end_truncated(Bytes::new(), &error.to_string()),
+                Poll::Ready(None) => {
+                    self.end_truncated(Bytes::new(), "the node closed the stream before its end")
+                }
+                Poll::Pending => match self.clocks.poll_expired(context) {
+                    Some(reason) => self.end_truncated(Bytes::new(), reason),
                     None => return self.poll_heartbeat(context),
                 },
             };
             if !bytes.is_empty() {
                 if let Some(heartbeat) = &mut self.heartbeat {
-                    heartbeat.timer.as_mut().reset(Instant::now() + heartbeat.every);
+                    heartbeat.timer.as_mut().reset(Instant::now() + heartbeat.interval);
                 }
                 return Poll::Ready(Some(Ok(Frame::data(bytes))));
             }
@@ -203,7 +209,7 @@ impl Body for Relay {
     }
 }
 
-impl Relay {
+impl RelayBody {
     fn poll_heartbeat(
         &mut self,
         context: &mut Context<'_>,
@@ -212,15 +218,15 @@ impl Relay {
         if heartbeat.timer.as_mut().poll(context).is_pending() {
             return Poll::Pending;
         }
-        heartbeat.timer.as_mut().reset(Instant::now() + heartbeat.every);
+        heartbeat.timer.as_mut().reset(Instant::now() + heartbeat.interval);
         Poll::Ready(Some(Ok(Frame::data(sse::KEEP_ALIVE))))
     }
 }
 
-impl Drop for Relay {
+impl Drop for RelayBody {
     fn drop(&mut self) {
-        if !self.over {
-            self.seen();
+        if !self.is_over {
+            self.record_usage();
         }
     }
 }

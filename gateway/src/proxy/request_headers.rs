@@ -6,7 +6,7 @@ use http::{HeaderMap, Version};
 
 use crate::api::request_id::RequestId;
 use crate::config::Priority;
-use crate::config::pools::is_name;
+use crate::config::pools::is_model_name;
 use crate::error::GatewayError;
 use crate::hash::hash_text;
 use crate::time::ms;
@@ -47,9 +47,9 @@ impl RequestHeaders {
                 "content-length" => parsed.has_content_length = true,
                 "x-request-id" => parsed.request_id = RequestId::from_header(value),
                 "x-potstill-stage" => {
-                    parsed.stage = text().filter(|stage| is_name(stage)).map(str::to_owned);
+                    parsed.stage = text().filter(|stage| is_model_name(stage)).map(str::to_owned);
                 }
-                "x-potstill-priority" => parsed.priority = text().and_then(Priority::parse),
+                "x-potstill-priority" => parsed.priority = text().and_then(Priority::from_name),
                 "x-potstill-deadline-ms" => {
                     parsed.max_wait = text().and_then(|number| number.parse().ok()).map(ms);
                 }

@@ -86,7 +86,7 @@ impl RequestRecord {
     }
 
     /// Keeps what the request holds of its key's limits until it is over.
-    pub fn hold(&mut self, reservation: Reservation) {
+    pub fn set_reservation(&mut self, reservation: Reservation) {
         self.reservation = Some(reservation);
     }
 
@@ -127,7 +127,7 @@ impl RequestRecord {
         self.duration = self.time_to_first_token.filter(|_| self.phase != Phase::Stream);
         if let Some(permit) = permit {
             let completion = (self.usage.completion_tokens > 0).then_some(self.usage.completion_tokens);
-            permit.success(self.usage.prompt_tokens, completion);
+            permit.record_success(self.usage.prompt_tokens, completion);
         }
     }
 }

@@ -8,7 +8,7 @@ use http::{HeaderName, HeaderValue, Response, header};
 use http_body::{Body, Frame, SizeHint};
 
 use super::keep_alive::KeepAliveBody;
-use super::relay::Relay;
+use super::relay::RelayBody;
 use crate::api::chunked_bytes::ChunkedBytes;
 use crate::api::responses::stream::ResponsesStream;
 
@@ -17,9 +17,9 @@ pub enum ResponseBody {
     /// Known bytes.
     Bytes(ChunkedBytes),
     /// A relayed stream.
-    Relay(Box<Relay>),
+    Relay(Box<RelayBody>),
     /// A relayed stream, translated to events of the Responses API.
-    Responses(Box<ResponsesStream<Relay>>),
+    Responses(Box<ResponsesStream<RelayBody>>),
     /// Comments until one of the streams above begins.
     KeepAlive(Box<KeepAliveBody<ResponseBody>>),
     /// A response of the gateway itself.

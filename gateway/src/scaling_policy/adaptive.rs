@@ -13,16 +13,16 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::history::History;
+use super::history::DemandHistory;
 use super::need::CapacityNeed;
 use super::observation::{Observation, PoolObservation, StagePlan};
 
 /// Quantile of the remembered demand for which nodes are provided.
-const BURSTS: f64 = 0.98;
+const DEMAND_QUANTILE: f64 = 0.98;
 /// Nodes of the next stage are started this multiple of a cold start in advance.
-const AHEAD: f64 = 1.15;
+const WARM_UP_FACTOR: f64 = 1.15;
 /// Number of completions in the last minute from which their measured mean length replaces the estimate of the plan.
-const ENOUGH: u64 = 20;
+const MIN_COMPLETIONS: u64 = 20;
 
 /// Returns the need of one pool.
 pub(super) fn need(
@@ -30,17 +30,18 @@ pub(super) fn need(
     pool: &PoolObservation,
     open: usize,
     starts: &BTreeMap<u32, f64>,
-    demand: &mut History,
+    demand: &mut DemandHistory,
 ) -> CapacityNeed {
     let running: Vec<&StagePlan> = pool.plan.iter().filter(|stage| stage.order == 0).collect();
     let announced: u64 = running.iter().map(|stage| stage.remaining.min(stage.concurrency)).sum();
     let unannounced = open.saturating_sub(usize::try_from(announced).unwrap_or(usize::MAX));
-    demand.push(t, unannounced, pool.settings.demand_window_s.max(4.0 * pool.cold_s()));
-    let (online, mut reason) = online(t, pool, unannounced, open, demand);
+    demand.push(t, unannounced, pool.settings.demand_window_s.max(4.0 * pool.cold_start_s()));
+    let (online, mut reason) = unplanned_nodes(t, pool, unannounced, open, demand);
     let mut need = CapacityNeed { online, ..CapacityNeed::default() };
     if !running.is_empty() {
-        need.stage = stage_nodes(pool, &running, pool.have());
-        need.work = running.iter().map(|stage| work_s(pool, stage)).sum::<f64>() * pool.cost_per_node_s;
+        need.stage = stage_nodes(pool, &running, pool.nodes());
+        need.work =
+            running.iter().map(|stage| remaining_work_s(pool, stage)).sum::<f64>() * pool.cost_per_node_s;
         reason = format!(
             "{} of `{}` left, {:.1} node-min{}",
             running.iter().map(|stage| stage.remaining).sum::<u64>(),
@@ -51,7 +52,7 @@ pub(super) fn need(
     }
     for stage in pool.plan.iter().filter(|stage| stage.order > 0) {
         let begins = stage.starts_in_s.unwrap_or_else(|| starts.get(&stage.order).copied().unwrap_or(0.0));
-        if begins <= AHEAD * pool.cold_s() {
+        if begins <= WARM_UP_FACTOR * pool.cold_start_s() {
             let nodes = stage_nodes(pool, &[stage], 0);
             if nodes > need.warm {
                 need.warm = nodes;
@@ -63,13 +64,19 @@ pub(super) fn need(
     need
 }
 
-fn online(t: f64, pool: &PoolObservation, demand: usize, open: usize, seen: &History) -> (usize, String) {
+fn unplanned_nodes(
+    t: f64,
+    pool: &PoolObservation,
+    demand: usize,
+    open: usize,
+    seen: &DemandHistory,
+) -> (usize, String) {
     let span = t.clamp(5.0, 60.0);
     let (arrived, finished) = (pool.arrivals.s60 as f64, pool.finished_60 as f64);
     let noise = (arrived + finished).sqrt() / span;
     let trend = (arrived - finished) / span;
     let trend = trend.signum() * (trend.abs() - noise).max(0.0);
-    let cold = pool.cold_s();
+    let cold = pool.cold_start_s();
     let out = finished / span;
     // The trend is measured over the whole pool. Only the share of unplanned requests counts here.
     let share = demand as f64 / open.max(1) as f64;
@@ -80,7 +87,7 @@ fn online(t: f64, pool: &PoolObservation, demand: usize, open: usize, seen: &His
         cold
     };
     let ahead = (demand as f64 + share * trend * reach).max(0.0);
-    let remembered = seen.quantile(BURSTS);
+    let remembered = seen.quantile(DEMAND_QUANTILE);
     let nodes = (ahead.max(remembered as f64) / pool.slots.max(1) as f64).ceil() as usize;
     let reason = format!(
         "{demand} open, {ahead:.0} expected in {cold:.0} s, {remembered} remembered, {} slots a node",
@@ -91,12 +98,12 @@ fn online(t: f64, pool: &PoolObservation, demand: usize, open: usize, seen: &His
 
 /// Mean completion length of a stage in tokens: measured, or estimated by the plan.
 fn mean_tokens(pool: &PoolObservation, stage: &StagePlan) -> f64 {
-    let measured = pool.out_tokens_ewma.filter(|_| stage.order == 0 && pool.finished_60 >= ENOUGH);
+    let measured = pool.out_tokens_ewma.filter(|_| stage.order == 0 && pool.finished_60 >= MIN_COMPLETIONS);
     measured.unwrap_or(stage.est_out_tokens).max(1.0)
 }
 
 /// Node-seconds that the rest of a stage takes on full nodes.
-fn work_s(pool: &PoolObservation, stage: &StagePlan) -> f64 {
+fn remaining_work_s(pool: &PoolObservation, stage: &StagePlan) -> f64 {
     stage.remaining as f64 * mean_tokens(pool, stage) / pool.node_tokens_per_s()
 }
 
@@ -104,17 +111,18 @@ fn work_s(pool: &PoolObservation, stage: &StagePlan) -> f64 {
 /// if every stage has one.
 fn stage_nodes(pool: &PoolObservation, stages: &[&StagePlan], have: usize) -> usize {
     let open: u64 = stages.iter().map(|stage| stage.remaining.min(stage.concurrency)).sum();
-    let work: f64 = stages.iter().map(|stage| work_s(pool, stage)).sum();
+    let work: f64 = stages.iter().map(|stage| remaining_work_s(pool, stage)).sum();
     if open == 0 {
         return 0;
     }
     let cost = pool.cost_per_node_s.max(1e-9);
     let fill = open.div_ceil(pool.slots.max(1) as u64) as usize;
-    let worth = (pool.settings.delay_cost_per_hour * work / (cost * pool.cold_s())).sqrt().round() as usize;
+    let worth =
+        (pool.settings.delay_cost_per_hour * work / (cost * pool.cold_start_s())).sqrt().round() as usize;
     // Nodes needed to meet the deadlines. Without a node, a cold start is subtracted from the remaining time.
     let in_time = stages.iter().filter_map(|stage| {
-        let left = stage.deadline_s? - if have == 0 { pool.cold_s() } else { 0.0 };
-        Some((work_s(pool, stage) / left.max(1.0)).ceil())
+        let left = stage.deadline_s? - if have == 0 { pool.cold_start_s() } else { 0.0 };
+        Some((remaining_work_s(pool, stage) / left.max(1.0)).ceil())
     });
     let in_time = in_time.sum::<f64>() as usize;
     let nodes = worth.max(have).max(in_time).min(fill).max(1);
@@ -130,7 +138,7 @@ fn duration_s(pool: &PoolObservation, stage: &StagePlan, nodes: usize) -> f64 {
     stage.remaining as f64 * mean_tokens(pool, stage) / (nodes * batch * pool.tokens_per_s(batch))
 }
 
-fn nodes_then(seen: &Observation, pool: &PoolObservation, stage: &StagePlan) -> usize {
+fn expected_nodes(seen: &Observation, pool: &PoolObservation, stage: &StagePlan) -> usize {
     if stage.order == 0 {
         return pool.ready.max(1);
     }
@@ -141,11 +149,11 @@ fn nodes_then(seen: &Observation, pool: &PoolObservation, stage: &StagePlan) -> 
 
 /// Returns the seconds until the stages of each order begin. Stages of different order run one after another; those of
 /// one order last as long as the slowest.
-pub(super) fn stage_starts(seen: &Observation) -> BTreeMap<u32, f64> {
+pub(super) fn stage_starts_in_s(seen: &Observation) -> BTreeMap<u32, f64> {
     let mut lasts: BTreeMap<u32, f64> = BTreeMap::new();
     for pool in &seen.pools {
         for stage in &pool.plan {
-            let seconds = duration_s(pool, stage, nodes_then(seen, pool, stage));
+            let seconds = duration_s(pool, stage, expected_nodes(seen, pool, stage));
             let longest = lasts.entry(stage.order).or_default();
             *longest = longest.max(seconds);
         }
@@ -179,14 +187,14 @@ pub struct Forecast {
 
 impl Forecast {
     /// Returns the forecasts of all planned stages, sorted by order.
-    pub fn of(seen: &Observation) -> Vec<Self> {
-        let starts = stage_starts(seen);
+    pub fn all_stages(seen: &Observation) -> Vec<Self> {
+        let starts = stage_starts_in_s(seen);
         let mut all: Vec<_> = seen
             .pools
             .iter()
             .flat_map(|pool| pool.plan.iter().map(move |stage| (pool, stage)))
             .map(|(pool, stage)| {
-                let nodes = nodes_then(seen, pool, stage).max(stage_nodes(pool, &[stage], pool.have()));
+                let nodes = expected_nodes(seen, pool, stage).max(stage_nodes(pool, &[stage], pool.nodes()));
                 let begins =
                     stage.starts_in_s.unwrap_or_else(|| starts.get(&stage.order).copied().unwrap_or(0.0));
                 let lasts = duration_s(pool, stage, nodes);

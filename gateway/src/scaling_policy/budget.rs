@@ -8,28 +8,28 @@ use super::observation::{Observation, PoolObservation};
 struct BudgetAllocator<'a> {
     wanted: &'a [(usize, CapacityNeed)],
     cost: Vec<f64>,
-    given: Vec<usize>,
-    left: f64,
+    granted: Vec<usize>,
+    remaining: f64,
 }
 
 impl BudgetAllocator<'_> {
     /// Raises the nodes of pool `at` to `up_to`, within the wanted number and the remaining budget.
-    fn give(&mut self, at: usize, up_to: usize) {
-        let affordable = (self.left / self.cost[at] + 1e-9) as usize;
-        let more = up_to.min(self.wanted[at].0).saturating_sub(self.given[at]).min(affordable);
-        self.given[at] += more;
-        self.left -= more as f64 * self.cost[at];
+    fn grant(&mut self, at: usize, up_to: usize) {
+        let affordable = (self.remaining / self.cost[at] + 1e-9) as usize;
+        let more = up_to.min(self.wanted[at].0).saturating_sub(self.granted[at]).min(affordable);
+        self.granted[at] += more;
+        self.remaining -= more as f64 * self.cost[at];
     }
 }
 
 /// Reduces the wanted nodes to what the budget allows. Nodes that exist, including draining ones, still cost, so new
 /// nodes may have to wait for them.
-pub(super) fn apply(seen: &Observation, wanted: &mut [(usize, CapacityNeed)]) {
+pub(super) fn apply_budget(seen: &Observation, wanted: &mut [(usize, CapacityNeed)]) {
     let Some(budget) = seen.budget else { return };
     let cost: Vec<f64> = seen.pools.iter().map(|pool| pool.cost_per_node_s.max(1e-9)).collect();
     let total: f64 = wanted.iter().zip(&cost).map(|((nodes, _), cost)| *nodes as f64 * cost).sum();
     if total > budget + 1e-9 {
-        let given = share_out(seen, budget, cost.clone(), wanted);
+        let given = allocate(seen, budget, cost.clone(), wanted);
         for ((nodes, need), given) in wanted.iter_mut().zip(given) {
             if given < *nodes {
                 need.reason += &format!("; the budget of {budget} allows {given} of {nodes}");
@@ -37,7 +37,7 @@ pub(super) fn apply(seen: &Observation, wanted: &mut [(usize, CapacityNeed)]) {
             }
         }
     }
-    let held = |pool: &PoolObservation| pool.have() + pool.draining;
+    let held = |pool: &PoolObservation| pool.nodes() + pool.draining;
     let mut room =
         budget - seen.pools.iter().zip(&cost).map(|(pool, cost)| held(pool) as f64 * cost).sum::<f64>();
     for ((pool, cost), (nodes, need)) in seen.pools.iter().zip(&cost).zip(wanted) {
@@ -52,34 +52,29 @@ pub(super) fn apply(seen: &Observation, wanted: &mut [(usize, CapacityNeed)]) {
     }
 }
 
-fn share_out(
-    seen: &Observation,
-    budget: f64,
-    cost: Vec<f64>,
-    wanted: &[(usize, CapacityNeed)],
-) -> Vec<usize> {
+fn allocate(seen: &Observation, budget: f64, cost: Vec<f64>, wanted: &[(usize, CapacityNeed)]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..wanted.len()).collect();
     order.sort_by(|a, b| wanted[*b].1.work.total_cmp(&wanted[*a].1.work));
-    let mut allocator = BudgetAllocator { wanted, cost, given: vec![0; wanted.len()], left: budget };
+    let mut allocator = BudgetAllocator { wanted, cost, granted: vec![0; wanted.len()], remaining: budget };
     for &at in &order {
-        allocator.give(at, seen.pools[at].min);
+        allocator.grant(at, seen.pools[at].min);
     }
     for &at in &order {
-        allocator.give(at, wanted[at].1.online);
+        allocator.grant(at, wanted[at].1.online);
     }
     let (running, others): (Vec<usize>, Vec<usize>) = order.iter().partition(|at| wanted[**at].1.stage > 0);
     let held = |allocator: &BudgetAllocator<'_>| {
-        running.iter().map(|at| allocator.given[*at] as f64 * allocator.cost[*at]).sum::<f64>()
+        running.iter().map(|at| allocator.granted[*at] as f64 * allocator.cost[*at]).sum::<f64>()
     };
-    let share = allocator.left + held(&allocator);
+    let share = allocator.remaining + held(&allocator);
     let work: f64 = running.iter().map(|at| wanted[*at].1.work).sum();
     for &at in &running {
         let fair = share * wanted[at].1.work / work.max(1e-9) / allocator.cost[at];
-        allocator.give(at, (fair.round() as usize).max(1));
+        allocator.grant(at, (fair.round() as usize).max(1));
     }
     // Budget that one stage does not use goes to the others.
     for &at in running.iter().chain(&others) {
-        allocator.give(at, wanted[at].0);
+        allocator.grant(at, wanted[at].0);
     }
-    allocator.given
+    allocator.granted
 }

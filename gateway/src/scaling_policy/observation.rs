@@ -175,17 +175,17 @@ fn one() -> f64 {
 
 impl PoolObservation {
     /// Number of ready and starting nodes.
-    pub fn have(&self) -> usize {
+    pub fn nodes(&self) -> usize {
         self.ready + self.starting_age_s.len()
     }
 
     /// Number of requests on nodes and waiting, if known.
-    pub fn open(&self) -> Option<usize> {
+    pub fn open_requests(&self) -> Option<usize> {
         Some(self.active? + self.queued?)
     }
 
     /// Cold start in seconds: measured or configured, at least 0.1.
-    pub fn cold_s(&self) -> f64 {
+    pub fn cold_start_s(&self) -> f64 {
         self.cold_start_s_p90.unwrap_or(self.settings.cold_start_s).max(0.1)
     }
 

@@ -69,7 +69,7 @@ proptest! {
                 prop_assert!(desired <= pool.max);
                 prop_assert!(budget.is_some() || desired >= pool.min);
                 if (pool.stale || pool.active.is_none()) && budget.is_none() {
-                    prop_assert!(desired >= pool.have().min(pool.max), "down without figures");
+                    prop_assert!(desired >= pool.nodes().min(pool.max), "down without figures");
                 }
                 prop_assert!(decision.reason[&pool.model].len() > 3);
             }
@@ -270,7 +270,7 @@ fn fixed_mode_ignores_demand() {
 fn forecasts_begin_when_the_previous_stage_ends() {
     let now = PoolObservation { plan: vec![stage(0, 100, 1000.0, 10)], ready: 1, ..pool("a") };
     let next = PoolObservation { plan: vec![stage(1, 500, 1000.0, 100)], ..pool("m") };
-    let forecasts = Forecast::of(&seen(0.0, vec![now, next]));
+    let forecasts = Forecast::all_stages(&seen(0.0, vec![now, next]));
     assert_eq!((forecasts[0].done_in_s, forecasts[1].begins_in_s), (100.0, 100.0));
     // sqrt(8 * 500 / 240) = 4 nodes: 125 s, 4 * 125 / 3600 node-hours, 4 * 10 slots and an eighth more open.
     assert_eq!((forecasts[1].done_in_s, forecasts[1].advised_open), (225.0, 45));
@@ -279,9 +279,9 @@ fn forecasts_begin_when_the_previous_stage_ends() {
 
 #[test]
 fn history_is_bounded_and_keeps_peaks() {
-    let mut history = History::default();
+    let mut history = DemandHistory::default();
     for tick in 0..100_000u32 {
         history.push(f64::from(tick) * 0.01, usize::from(tick == 99_000) * 50, 100.0);
     }
-    assert!(history.seen.len() <= 1100 && history.peak() == 50);
+    assert!(history.values.len() <= 1100 && history.peak() == 50);
 }

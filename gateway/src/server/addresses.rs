@@ -7,27 +7,27 @@ use dashmap::DashMap;
 
 /// Open connections by address. An address without connections has no entry.
 #[derive(Clone, Default)]
-pub struct Addresses(Arc<DashMap<IpAddr, usize>>);
+pub struct AddressCounts(Arc<DashMap<IpAddr, usize>>);
 
 /// One counted connection. Dropping it removes it from the count.
-pub struct Place {
-    addresses: Addresses,
+pub struct CountedConnection {
+    addresses: AddressCounts,
     address: IpAddr,
 }
 
-impl Addresses {
+impl AddressCounts {
     /// Counts a connection, or returns `None` if the address has `most` already.
-    pub fn enter(&self, address: IpAddr, most: usize) -> Option<Place> {
+    pub fn count_connection(&self, address: IpAddr, most: usize) -> Option<CountedConnection> {
         let mut count = self.0.entry(address).or_insert(0);
         if *count >= most {
             return None;
         }
         *count += 1;
-        Some(Place { addresses: self.clone(), address })
+        Some(CountedConnection { addresses: self.clone(), address })
     }
 }
 
-impl Drop for Place {
+impl Drop for CountedConnection {
     fn drop(&mut self) {
         let left = self.addresses.0.get_mut(&self.address).map(|mut count| {
             *count -= 1;
@@ -45,13 +45,14 @@ mod tests {
 
     #[test]
     fn bounds_connections_per_address() {
-        let addresses = Addresses::default();
+        let addresses = AddressCounts::default();
         let here: IpAddr = [127, 0, 0, 1].into();
-        let (a, b) = (addresses.enter(here, 2).unwrap(), addresses.enter(here, 2).unwrap());
-        assert!(addresses.enter(here, 2).is_none());
-        assert!(addresses.enter([127, 0, 0, 2].into(), 2).is_some());
+        let (a, b) =
+            (addresses.count_connection(here, 2).unwrap(), addresses.count_connection(here, 2).unwrap());
+        assert!(addresses.count_connection(here, 2).is_none());
+        assert!(addresses.count_connection([127, 0, 0, 2].into(), 2).is_some());
         drop(a);
-        let c = addresses.enter(here, 2).unwrap();
+        let c = addresses.count_connection(here, 2).unwrap();
         drop((b, c));
         assert!(addresses.0.is_empty());
     }

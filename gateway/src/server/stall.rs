@@ -12,21 +12,25 @@ use tokio::time::Sleep;
 /// Fails a write that makes no progress for `patience`.
 pub(crate) struct StallGuard<S> {
     inner: S,
-    patience: Duration,
+    write_timeout: Duration,
     stalled: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> StallGuard<S> {
     pub(crate) fn new(inner: S, patience: Duration) -> Self {
-        Self { inner, patience, stalled: None }
+        Self { inner, write_timeout: patience, stalled: None }
     }
 
-    fn watched<T>(&mut self, context: &mut Context<'_>, result: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+    fn check_progress<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        result: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
         if result.is_ready() {
             self.stalled = None;
             return result;
         }
-        let patience = self.patience;
+        let patience = self.write_timeout;
         let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
         match stalled.as_mut().poll(context) {
             Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
@@ -52,7 +56,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StallGuard<S> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let result = Pin::new(&mut self.inner).poll_write(context, bytes);
-        self.watched(context, result)
+        self.check_progress(context, result)
     }
 
     fn poll_write_vectored(
@@ -61,7 +65,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StallGuard<S> {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let result = Pin::new(&mut self.inner).poll_write_vectored(context, slices);
-        self.watched(context, result)
+        self.check_progress(context, result)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -70,7 +74,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StallGuard<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let result = Pin::new(&mut self.inner).poll_flush(context);
-        self.watched(context, result)
+        self.check_progress(context, result)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -16,9 +16,9 @@ struct Flag {
 
 /// A shutdown flag. Clones share it.
 #[derive(Clone, Default)]
-pub(crate) struct Stop(Arc<Flag>);
+pub(crate) struct ShutdownFlag(Arc<Flag>);
 
-impl Stop {
+impl ShutdownFlag {
     pub(crate) fn set(&self) {
         self.0.set.store(true, Ordering::Release);
         self.0.token.cancel();
@@ -34,12 +34,12 @@ impl Stop {
 }
 
 /// Polls a future until it is ready or the flag is set.
-pub(crate) struct Watched<'a> {
-    stop: &'a Stop,
+pub(crate) struct StopOnShutdown<'a> {
+    stop: &'a ShutdownFlag,
 }
 
-impl<'a> Watched<'a> {
-    pub(crate) fn new(stop: &'a Stop) -> Self {
+impl<'a> StopOnShutdown<'a> {
+    pub(crate) fn new(stop: &'a ShutdownFlag) -> Self {
         Self { stop }
     }
 

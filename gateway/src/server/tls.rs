@@ -16,7 +16,7 @@ use crate::config::TlsConfig;
 pub type Tls = TlsAcceptor;
 
 /// Reads the PEM files. An error names the file.
-pub fn load(config: &TlsConfig) -> Result<Tls, String> {
+pub fn load_tls(config: &TlsConfig) -> Result<Tls, String> {
     let named = |path: &Path, error: &dyn std::fmt::Display| format!("tls: `{}`: {error}", path.display());
     let chain = certificates(&config.certificate)?;
     let key = PrivateKeyDer::from_pem_file(&config.key).map_err(|error| named(&config.key, &error))?;

@@ -13,7 +13,7 @@ use tokio::time::Sleep;
 
 /// Events while the task of a stream was polled.
 #[derive(Clone, Copy, Default)]
-struct Seen {
+struct StreamProgress {
     /// A response has begun.
     answered: bool,
     /// A part of the response body was read.
@@ -23,17 +23,17 @@ struct Seen {
 }
 
 thread_local! {
-    static SEEN: Cell<Seen> = const { Cell::new(Seen { answered: false, taken: false, waits: false }) };
+    static PROGRESS: Cell<StreamProgress> = const { Cell::new(StreamProgress { answered: false, taken: false, waits: false }) };
 }
 
 /// Executor of HTTP/2 stream tasks. Ends a task, which resets the stream, if the client takes nothing of an available
 /// response for `patience`.
 #[derive(Clone)]
-pub(crate) struct Streams {
+pub(crate) struct StreamExecutor {
     pub(crate) patience: Duration,
 }
 
-impl<F> hyper::rt::Executor<F> for Streams
+impl<F> hyper::rt::Executor<F> for StreamExecutor
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -44,11 +44,11 @@ where
             let mut answered = false;
             let mut stalled: Option<Pin<Box<Sleep>>> = None;
             poll_fn(|context| {
-                SEEN.set(Seen::default());
+                PROGRESS.set(StreamProgress::default());
                 if stream.as_mut().poll(context).is_ready() {
                     return Poll::Ready(());
                 }
-                let seen = SEEN.get();
+                let seen = PROGRESS.get();
                 answered |= seen.answered;
                 if seen.taken || seen.waits {
                     stalled = None;
@@ -65,17 +65,17 @@ where
 }
 
 /// Response body that records in `SEEN` when it is polled.
-pub(crate) struct Noticed<B>(Pin<Box<B>>);
+pub(crate) struct TrackedBody<B>(Pin<Box<B>>);
 
-impl<B> Noticed<B> {
+impl<B> TrackedBody<B> {
     /// Wraps the body of a new response.
     pub(crate) fn new(body: B) -> Self {
-        SEEN.set(Seen { answered: true, ..SEEN.get() });
+        PROGRESS.set(StreamProgress { answered: true, ..PROGRESS.get() });
         Self(Box::pin(body))
     }
 }
 
-impl<B: Body> Body for Noticed<B> {
+impl<B: Body> Body for TrackedBody<B> {
     type Data = B::Data;
     type Error = B::Error;
 
@@ -84,8 +84,8 @@ impl<B: Body> Body for Noticed<B> {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let polled = self.0.as_mut().poll_frame(context);
-        let taken = polled.is_ready() || SEEN.get().taken;
-        SEEN.set(Seen { taken, waits: polled.is_pending(), ..SEEN.get() });
+        let taken = polled.is_ready() || PROGRESS.get().taken;
+        PROGRESS.set(StreamProgress { taken, waits: polled.is_pending(), ..PROGRESS.get() });
         polled
     }
 

@@ -10,10 +10,10 @@ use potstill_shared::openai::Usage;
 use serde::Serialize;
 
 /// Number of rows above which new keys and stages are counted as `other`.
-const ROWS: usize = 4096;
+const MAX_ROWS: usize = 4096;
 
 #[derive(Default)]
-struct Cell {
+struct UsageCell {
     key: String,
     stage: String,
     model: String,
@@ -46,7 +46,7 @@ pub struct UsageRow {
 #[derive(Default)]
 pub struct UsageLedger {
     /// Rows by hash of key, stage and model, so that a lookup allocates no strings.
-    rows: DashMap<u64, Arc<Cell>>,
+    rows: DashMap<u64, Arc<UsageCell>>,
     hasher: RandomState,
 }
 
@@ -57,8 +57,13 @@ impl UsageLedger {
         let place = self.hasher.hash_one((key, stage, model));
         let known = self.rows.get(&place).map(|cell| Arc::clone(&cell));
         let cell = known.unwrap_or_else(|| {
-            let (key, stage) = if self.rows.len() < ROWS { (key, stage) } else { ("other", "other") };
-            let fresh = Cell { key: key.into(), stage: stage.into(), model: model.into(), ..Cell::default() };
+            let (key, stage) = if self.rows.len() < MAX_ROWS { (key, stage) } else { ("other", "other") };
+            let fresh = UsageCell {
+                key: key.into(),
+                stage: stage.into(),
+                model: model.into(),
+                ..UsageCell::default()
+            };
             let place = self.hasher.hash_one((key, stage, model));
             Arc::clone(&self.rows.entry(place).or_insert_with(|| Arc::new(fresh)))
         });
@@ -100,12 +105,12 @@ mod tests {
     #[test]
     fn bounds_rows_and_counts_every_request() {
         let ledger = UsageLedger::default();
-        for number in 0..2 * ROWS {
+        for number in 0..2 * MAX_ROWS {
             ledger.add(&format!("k{number}"), Some("s"), "m", Usage::new(1, 2), 0.5);
         }
         let rows = ledger.rows();
-        assert!(rows.len() <= ROWS + 1);
-        assert_eq!(rows.iter().map(|row| row.requests).sum::<u64>(), 2 * ROWS as u64);
-        assert_eq!(rows.iter().map(|row| row.completion_tokens).sum::<u64>(), 4 * ROWS as u64);
+        assert!(rows.len() <= MAX_ROWS + 1);
+        assert_eq!(rows.iter().map(|row| row.requests).sum::<u64>(), 2 * MAX_ROWS as u64);
+        assert_eq!(rows.iter().map(|row| row.completion_tokens).sum::<u64>(), 4 * MAX_ROWS as u64);
     }
 }

@@ -28,7 +28,7 @@ pub enum AddressPolicy {
     Trusted,
     /// The node was added by the admin API. Metadata services, link-local addresses and addresses that are not unicast
     /// hosts are rejected.
-    Added {
+    Restricted {
         /// Whether loopback and private addresses are permitted.
         allow_private: bool,
     },
@@ -68,20 +68,20 @@ pub fn parse_url(url: &str) -> Result<NodeUrl, String> {
 }
 
 /// Returns whether `policy` permits `address`.
-pub fn allowed(address: IpAddr, policy: AddressPolicy) -> bool {
-    let AddressPolicy::Added { allow_private } = policy else { return true };
+pub fn is_allowed(address: IpAddr, policy: AddressPolicy) -> bool {
+    let AddressPolicy::Restricted { allow_private } = policy else { return true };
     match address {
-        IpAddr::V4(v4) => v4_allowed(v4, allow_private),
-        IpAddr::V6(v6) => match embedded_v4(v6) {
-            Some(v4) => v4_allowed(v4, allow_private),
-            None => v6_allowed(v6, allow_private),
+        IpAddr::V4(v4) => is_v4_allowed(v4, allow_private),
+        IpAddr::V6(v6) => match embedded_ipv4(v6) {
+            Some(v4) => is_v4_allowed(v4, allow_private),
+            None => is_v6_allowed(v6, allow_private),
         },
     }
 }
 
 /// Returns the IPv4 address that an IPv6 address embeds: mapped or compatible (RFC 4291), translated (RFC 6052) or 6to4
 /// (RFC 3056).
-fn embedded_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
+fn embedded_ipv4(address: Ipv6Addr) -> Option<Ipv4Addr> {
     let part = address.segments();
     let tail = |high: u16, low: u16| Ipv4Addr::from((u32::from(high) << 16) | u32::from(low));
     match part {
@@ -92,7 +92,7 @@ fn embedded_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
     }
 }
 
-fn v4_allowed(address: Ipv4Addr, allow_private: bool) -> bool {
+fn is_v4_allowed(address: Ipv4Addr, allow_private: bool) -> bool {
     let [a, b, c, _] = address.octets();
     let never = a == 0
         || address.is_link_local()
@@ -112,7 +112,7 @@ fn v4_allowed(address: Ipv4Addr, allow_private: bool) -> bool {
     !never && (allow_private || !private)
 }
 
-fn v6_allowed(address: Ipv6Addr, allow_private: bool) -> bool {
+fn is_v6_allowed(address: Ipv6Addr, allow_private: bool) -> bool {
     let first = address.segments()[0];
     let never = address.is_unspecified()
         || address.is_multicast()
@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn policy_rejects_special_addresses() {
-        let added = |allow_private| AddressPolicy::Added { allow_private };
+        let added = |allow_private| AddressPolicy::Restricted { allow_private };
         let never = [
             "169.254.169.254",
             "169.254.0.1",
@@ -207,14 +207,17 @@ mod tests {
             ["8.8.8.8", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "::ffff:8.8.8.8", "192.169.0.1"];
         let parse = |text: &str| text.parse::<IpAddr>().unwrap();
         for text in never {
-            assert!(!allowed(parse(text), added(true)) && !allowed(parse(text), added(false)), "{text}");
-            assert!(allowed(parse(text), AddressPolicy::Trusted));
+            assert!(
+                !is_allowed(parse(text), added(true)) && !is_allowed(parse(text), added(false)),
+                "{text}"
+            );
+            assert!(is_allowed(parse(text), AddressPolicy::Trusted));
         }
         for text in private {
-            assert!(allowed(parse(text), added(true)) && !allowed(parse(text), added(false)), "{text}");
+            assert!(is_allowed(parse(text), added(true)) && !is_allowed(parse(text), added(false)), "{text}");
         }
         for text in fine {
-            assert!(allowed(parse(text), added(true)) && allowed(parse(text), added(false)), "{text}");
+            assert!(is_allowed(parse(text), added(true)) && is_allowed(parse(text), added(false)), "{text}");
         }
         assert!(never.len() + private.len() >= 40);
     }

@@ -15,10 +15,10 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-use super::address::{AddressPolicy, NodeUrl, allowed};
+use super::address::{AddressPolicy, NodeUrl, is_allowed};
 
 /// A connection to a node.
-pub enum Stream {
+pub enum NodeStream {
     /// Plain TCP.
     Plain(TcpStream),
     /// TLS.
@@ -39,19 +39,19 @@ pub type DialFn = dyn Fn(SocketAddr) -> DialFuture + Send + Sync;
 pub type DialFuture = Pin<Box<dyn Future<Output = io::Result<Box<dyn Socket>>> + Send>>;
 
 /// Custom resolver; `None` falls back to the system. Tests use one for names that change their address.
-pub type Resolve = dyn Fn(&str, u16) -> Option<Vec<SocketAddr>> + Send + Sync;
+pub type ResolveFn = dyn Fn(&str, u16) -> Option<Vec<SocketAddr>> + Send + Sync;
 
 /// Opens connections. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct Connector {
     tls: Arc<std::sync::OnceLock<TlsConnector>>,
-    resolve: Option<Arc<Resolve>>,
+    resolve: Option<Arc<ResolveFn>>,
     dial: Option<Arc<DialFn>>,
 }
 
 impl Connector {
     /// Creates a connector with a custom resolver.
-    pub fn with_resolver(resolve: Arc<Resolve>) -> Self {
+    pub fn with_resolver(resolve: Arc<ResolveFn>) -> Self {
         Self { resolve: Some(resolve), ..Self::default() }
     }
 
@@ -62,16 +62,21 @@ impl Connector {
 
     /// Opens a connection within `limit`. Errors: [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::PermissionDenied`] if
     /// the policy permits no address; the error of the last address otherwise.
-    pub async fn connect(&self, url: &NodeUrl, policy: AddressPolicy, limit: Duration) -> io::Result<Stream> {
-        tokio::time::timeout(limit, self.open(url, policy))
+    pub async fn connect(
+        &self,
+        url: &NodeUrl,
+        policy: AddressPolicy,
+        limit: Duration,
+    ) -> io::Result<NodeStream> {
+        tokio::time::timeout(limit, self.connect_in_order(url, policy))
             .await
             .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no connection in time")))
     }
 
-    async fn open(&self, url: &NodeUrl, policy: AddressPolicy) -> io::Result<Stream> {
+    async fn connect_in_order(&self, url: &NodeUrl, policy: AddressPolicy) -> io::Result<NodeStream> {
         let mut last = io::Error::new(io::ErrorKind::NotFound, format!("`{}` has no address", url.host));
-        for address in self.addresses(url).await? {
-            if !allowed(address.ip(), policy) {
+        for address in self.resolve_addresses(url).await? {
+            if !is_allowed(address.ip(), policy) {
                 last = io::Error::new(
                     io::ErrorKind::PermissionDenied,
                     format!("`{}` is at {}, where no node may be", url.host, address.ip()),
@@ -83,7 +88,7 @@ impl Connector {
                     Ok(_) if url.tls => {
                         last = io::Error::other("another network than the machine's has no TLS")
                     }
-                    Ok(stream) => return Ok(Stream::Other(stream)),
+                    Ok(stream) => return Ok(NodeStream::Other(stream)),
                     Err(error) => last = error,
                 }
                 continue;
@@ -91,7 +96,7 @@ impl Connector {
             match TcpStream::connect(address).await {
                 Ok(stream) => {
                     stream.set_nodelay(true)?;
-                    return self.wrap(stream, url).await;
+                    return self.start_tls(stream, url).await;
                 }
                 Err(error) => last = error,
             }
@@ -99,7 +104,7 @@ impl Connector {
         Err(last)
     }
 
-    async fn addresses(&self, url: &NodeUrl) -> io::Result<Vec<SocketAddr>> {
+    async fn resolve_addresses(&self, url: &NodeUrl) -> io::Result<Vec<SocketAddr>> {
         if let Ok(address) = url.host.parse::<IpAddr>() {
             return Ok(vec![SocketAddr::new(address, url.port)]);
         }
@@ -109,9 +114,9 @@ impl Connector {
         Ok(tokio::net::lookup_host((url.host.as_str(), url.port)).await?.collect())
     }
 
-    async fn wrap(&self, stream: TcpStream, url: &NodeUrl) -> io::Result<Stream> {
+    async fn start_tls(&self, stream: TcpStream, url: &NodeUrl) -> io::Result<NodeStream> {
         if !url.tls {
-            return Ok(Stream::Plain(stream));
+            return Ok(NodeStream::Plain(stream));
         }
         let name = ServerName::try_from(url.host.clone()).map_err(io::Error::other)?;
         let tls = self.tls.get_or_init(|| {
@@ -124,11 +129,11 @@ impl Connector {
             let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
             TlsConnector::from(Arc::new(config))
         });
-        Ok(Stream::Tls(Box::new(tls.connect(name, stream).await?)))
+        Ok(NodeStream::Tls(Box::new(tls.connect(name, stream).await?)))
     }
 }
 
-impl AsyncRead for Stream {
+impl AsyncRead for NodeStream {
     fn poll_read(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -142,7 +147,7 @@ impl AsyncRead for Stream {
     }
 }
 
-impl AsyncWrite for Stream {
+impl AsyncWrite for NodeStream {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_write(context, bytes),
@@ -201,8 +206,8 @@ mod tests {
         let connector = Connector::with_resolver(Arc::new(resolve));
         let url = parse_url(&format!("http://node:{port}")).unwrap();
         let limit = Duration::from_secs(5);
-        let added = |allow_private| AddressPolicy::Added { allow_private };
-        let refused = |outcome: io::Result<Stream>| outcome.err().map(|error| error.kind());
+        let added = |allow_private| AddressPolicy::Restricted { allow_private };
+        let refused = |outcome: io::Result<NodeStream>| outcome.err().map(|error| error.kind());
         assert!(connector.connect(&url, added(true), limit).await.is_ok());
         let private = connector.connect(&url, added(false), limit).await;
         assert_eq!(refused(private), Some(io::ErrorKind::PermissionDenied));

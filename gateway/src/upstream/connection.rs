@@ -12,41 +12,41 @@ use bytes::{Buf, Bytes, BytesMut};
 use http::Method;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::connect::{Connector, Stream};
+use super::connect::{Connector, NodeStream};
 use super::error::TransportError;
-use super::framing::Framing;
+use super::framing::BodyFraming;
 use super::request::UpstreamRequest;
 use super::response_head;
-use super::response_head::{HEAD_BYTES, ResponseHead};
+use super::response_head::{MAX_HEAD_BYTES, ResponseHead};
 use super::target::Target;
 
 /// Largest number of bytes of one read or write.
-const AT_ONCE: usize = 16 << 10;
+const BUFFER_BYTES: usize = 16 << 10;
 
 thread_local! {
-    static INPUT: RefCell<Box<[u8]>> = RefCell::new(vec![0; AT_ONCE].into());
+    static INPUT: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_BYTES].into());
     static OUTPUT: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A connection.
 pub struct Connection {
-    stream: Stream,
+    stream: NodeStream,
     /// Unwritten parts of the request: the head with the beginning of the body, and the rest of the body.
     unsent: [Bytes; 2],
     /// Whether the stream may hold written data in its own buffer, as TLS does.
     unflushed: bool,
     /// Beginning of a response head that is not complete.
-    partial: Vec<u8>,
-    answer: Incoming,
+    partial_head: Vec<u8>,
+    response: IncomingBody,
     /// Whether the connection has served a request. The node may have closed it since, unnoticed.
-    used: bool,
+    was_used: bool,
 }
 
 /// State of the response body that is being received.
-struct Incoming {
+struct IncomingBody {
     /// Body data that arrived with the head.
     early: Bytes,
-    framing: Framing,
+    framing: BodyFraming,
     /// Whether the connection can serve another request.
     keep: bool,
 }
@@ -61,31 +61,31 @@ impl Connection {
             stream,
             unsent: [Bytes::new(), Bytes::new()],
             unflushed: false,
-            partial: Vec::new(),
-            answer: Incoming { early: Bytes::new(), framing: Framing::ENDED, keep: true },
-            used: false,
+            partial_head: Vec::new(),
+            response: IncomingBody { early: Bytes::new(), framing: BodyFraming::ENDED, keep: true },
+            was_used: false,
         }))
     }
 
     /// Returns whether the node may have closed the connection before it received the request. A failure is then not
     /// the node's.
     pub fn may_be_stale(&self) -> bool {
-        self.used && self.partial.is_empty()
+        self.was_used && self.partial_head.is_empty()
     }
 
     /// Returns whether another request may be sent.
-    pub fn reusable(&self) -> bool {
-        self.answer.keep && self.ended() && self.sent()
+    pub fn is_reusable(&self) -> bool {
+        self.response.keep && self.has_ended() && self.is_sent()
     }
 
     /// Returns whether the response has been read to its end.
-    pub fn ended(&self) -> bool {
-        self.answer.framing.ended() && self.answer.early.is_empty()
+    pub fn has_ended(&self) -> bool {
+        self.response.framing.has_ended() && self.response.early.is_empty()
     }
 
     /// Smallest number of bytes that are left of the response.
     pub fn lower_bound(&self) -> u64 {
-        self.answer.early.len() as u64 + self.answer.framing.lower_bound()
+        self.response.early.len() as u64 + self.response.framing.lower_bound()
     }
 
     /// Returns whether the node has neither closed the connection nor sent unexpected data.
@@ -101,37 +101,38 @@ impl Connection {
     ) -> Result<ResponseHead, TransportError> {
         let mut begun = false;
         let head = std::future::poll_fn(|context| {
-            let written = if begun { self.poll_rest(context) } else { self.begin(context, request, target) };
+            let written =
+                if begun { self.poll_write_rest(context) } else { self.write_head(context, request, target) };
             begun = true;
             // A node may reject a request and close before it has read all of it. Its response takes precedence over
             // the write error.
             match (self.poll_head(context, &request.method), written) {
                 (Poll::Pending | Poll::Ready(Err(_)), Err(error)) => Poll::Ready(Err(error.into())),
                 (head, Err(_)) => {
-                    self.give_up_writing();
+                    self.abandon_write();
                     head
                 }
                 (head, Ok(())) => head,
             }
         });
         let head = head.await?;
-        self.used = true;
+        self.was_used = true;
         Ok(head)
     }
 
     /// Returns the next chunk of the response body, or `None` at its end.
     pub fn poll_data(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, TransportError>>> {
-        if !self.answer.early.is_empty() {
-            return Poll::Ready(Some(Ok(std::mem::take(&mut self.answer.early))));
+        if !self.response.early.is_empty() {
+            return Poll::Ready(Some(Ok(std::mem::take(&mut self.response.early))));
         }
-        if !self.sent() && self.poll_rest(context).is_err() {
-            self.give_up_writing();
+        if !self.is_sent() && self.poll_write_rest(context).is_err() {
+            self.abandon_write();
         }
-        while !self.ended() {
-            let answer = &mut self.answer;
+        while !self.has_ended() {
+            let answer = &mut self.response;
             let read = poll_read(&mut self.stream, context, |input| match input {
-                [] => answer.framing.closed().map(|()| Bytes::new()),
-                input => answer.take_in(input),
+                [] => answer.framing.on_close().map(|()| Bytes::new()),
+                input => answer.decode(input),
             });
             match ready!(read).map_err(TransportError::from).flatten() {
                 Ok(data) if data.is_empty() => {}
@@ -142,7 +143,7 @@ impl Connection {
     }
 
     /// Writes the head with the beginning of the body in one call. The rest of a long body is written without a copy.
-    fn begin(
+    fn write_head(
         &mut self,
         context: &mut Context<'_>,
         request: &UpstreamRequest,
@@ -151,7 +152,7 @@ impl Connection {
         OUTPUT.with_borrow_mut(|output| {
             output.clear();
             request.write_head(target, output);
-            let along = request.body.len().min(AT_ONCE.saturating_sub(output.len()));
+            let along = request.body.len().min(BUFFER_BYTES.saturating_sub(output.len()));
             output.extend_from_slice(&request.body[..along]);
             self.unflushed = true;
             let written = match Pin::new(&mut self.stream).poll_write(context, output) {
@@ -161,11 +162,11 @@ impl Connection {
             self.unsent = [Bytes::copy_from_slice(&output[written..]), request.body.slice(along..)];
             Ok::<_, io::Error>(())
         })?;
-        self.poll_rest(context)
+        self.poll_write_rest(context)
     }
 
     /// Writes as much of the rest of the request as the node accepts.
-    fn poll_rest(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+    fn poll_write_rest(&mut self, context: &mut Context<'_>) -> io::Result<()> {
         for part in &mut self.unsent {
             while !part.is_empty() {
                 match Pin::new(&mut self.stream).poll_write(context, part) {
@@ -184,15 +185,15 @@ impl Connection {
         Ok(())
     }
 
-    fn sent(&self) -> bool {
+    fn is_sent(&self) -> bool {
         self.unsent.iter().all(Bytes::is_empty) && !self.unflushed
     }
 
     /// The response is already arriving, so only the reuse of the connection is lost.
-    fn give_up_writing(&mut self) {
+    fn abandon_write(&mut self) {
         self.unsent = [Bytes::new(), Bytes::new()];
         self.unflushed = false;
-        self.answer.keep = false;
+        self.response.keep = false;
     }
 
     fn poll_head(
@@ -200,12 +201,12 @@ impl Connection {
         context: &mut Context<'_>,
         method: &Method,
     ) -> Poll<Result<ResponseHead, TransportError>> {
-        let Self { stream, partial, answer, .. } = self;
+        let Self { stream, partial_head: partial, response: answer, .. } = self;
         loop {
             let read = poll_read(stream, context, |input| match input {
                 [] if partial.is_empty() => Err(TransportError::Closed),
                 [] => Err(TransportError::Truncated),
-                input if partial.is_empty() => match response_head::parse(input, method)? {
+                input if partial.is_empty() => match response_head::parse_response_head(input, method)? {
                     Some((head, length)) => answer.begin(head, &input[length..]).map(Some),
                     None => {
                         partial.extend_from_slice(input);
@@ -215,10 +216,10 @@ impl Connection {
                 input => {
                     partial.extend_from_slice(input);
                     // A head that arrives in many small reads is parsed only when it can be complete.
-                    if partial.len() < HEAD_BYTES && !may_end_a_head(&partial[..], input.len()) {
+                    if partial.len() < MAX_HEAD_BYTES && !may_end_head(&partial[..], input.len()) {
                         return Ok(None);
                     }
-                    let Some((head, length)) = response_head::parse(partial, method)? else {
+                    let Some((head, length)) = response_head::parse_response_head(partial, method)? else {
                         return Ok(None);
                     };
                     let head = answer.begin(head, &partial[length..])?;
@@ -233,18 +234,18 @@ impl Connection {
     }
 }
 
-impl Incoming {
+impl IncomingBody {
     /// Starts the body of a response; `input` was read with the head.
     fn begin(&mut self, head: ResponseHead, input: &[u8]) -> Result<ResponseHead, TransportError> {
-        (self.framing, self.keep) = (head.framing, head.keep);
-        self.early = self.take_in(input)?;
+        (self.framing, self.keep) = (head.framing, head.keep_alive);
+        self.early = self.decode(input)?;
         Ok(head)
     }
 
     /// Returns the body data in `input`, in one buffer.
-    fn take_in(&mut self, mut input: &[u8]) -> Result<Bytes, TransportError> {
-        let first = self.framing.piece(&mut input)?;
-        let mut next = self.framing.piece(&mut input)?;
+    fn decode(&mut self, mut input: &[u8]) -> Result<Bytes, TransportError> {
+        let first = self.framing.next_data(&mut input)?;
+        let mut next = self.framing.next_data(&mut input)?;
         let data = if next.is_empty() {
             Bytes::copy_from_slice(first)
         } else {
@@ -252,7 +253,7 @@ impl Incoming {
             data.extend_from_slice(first);
             while !next.is_empty() {
                 data.extend_from_slice(next);
-                next = self.framing.piece(&mut input)?;
+                next = self.framing.next_data(&mut input)?;
             }
             data.freeze()
         };
@@ -264,7 +265,7 @@ impl Incoming {
 
 /// Reads once and calls `take` with the data, which is empty at the end of the stream.
 fn poll_read<T>(
-    stream: &mut Stream,
+    stream: &mut NodeStream,
     context: &mut Context<'_>,
     take: impl FnOnce(&[u8]) -> T,
 ) -> Poll<io::Result<T>> {
@@ -276,7 +277,7 @@ fn poll_read<T>(
 }
 
 /// Returns whether an empty line may end within the last `new` bytes.
-fn may_end_a_head(bytes: &[u8], new: usize) -> bool {
+fn may_end_head(bytes: &[u8], new: usize) -> bool {
     let from = bytes.len().saturating_sub(new + 2);
     memchr::memchr_iter(b'\n', &bytes[from..])
         .any(|at| matches!(bytes[from + at + 1..], [b'\n', ..] | [b'\r', b'\n', ..]))

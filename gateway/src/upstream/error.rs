@@ -16,5 +16,5 @@ pub enum TransportError {
     Io(#[from] io::Error),
     /// The response is not valid HTTP/1.1.
     #[error("its answer is not HTTP: {0}")]
-    Protocol(&'static str),
+    InvalidResponse(&'static str),
 }

@@ -53,14 +53,14 @@ impl UpstreamBody {
     pub fn poll_data(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, TransportError>>> {
         let Some(connection) = &mut self.connection else { return Poll::Ready(None) };
         let polled = connection.poll_data(context);
-        if connection.ended() || matches!(polled, Poll::Ready(Some(Err(_)))) {
+        if connection.has_ended() || matches!(polled, Poll::Ready(Some(Err(_)))) {
             self.connection.take().into_iter().for_each(|connection| self.endpoint.idle.put(connection));
         }
         polled
     }
 
     /// Returns whether the body was read to its end.
-    pub fn ended(&self) -> bool {
+    pub fn has_ended(&self) -> bool {
         self.connection.is_none()
     }
 

@@ -4,22 +4,22 @@
 use super::error::TransportError;
 
 /// Largest number of bytes of all chunk extensions and trailers of a body. Their content is discarded.
-const EXTRA_BYTES: u32 = 16 << 10;
+const MAX_EXTRA_BYTES: u32 = 16 << 10;
 
 /// State of a body that is being received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Framing {
+pub enum BodyFraming {
     /// Number of bytes left; 0 at the end.
     Length(u64),
     /// Chunked transfer coding: position, and bytes of extensions and trailers so far.
-    Chunked(Chunk, u32),
+    Chunked(ChunkState, u32),
     /// All data until the connection closes.
     Close,
 }
 
 /// Position in a chunked body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Chunk {
+pub enum ChunkState {
     /// A digit of a chunk size.
     Size {
         /// Value of the digits so far.
@@ -45,49 +45,52 @@ pub enum Chunk {
     TrailerEnd,
 }
 
-impl Framing {
+impl BodyFraming {
     /// The start of a chunked body.
-    pub const CHUNKED: Self = Self::Chunked(Chunk::Size { size: 0, begun: false }, 0);
+    pub const CHUNKED: Self = Self::Chunked(ChunkState::Size { size: 0, begun: false }, 0);
     /// The end of a body.
     pub const ENDED: Self = Self::Length(0);
 
     /// Returns whether the body has ended.
-    pub fn ended(&self) -> bool {
+    pub fn has_ended(&self) -> bool {
         *self == Self::ENDED
     }
 
     /// Smallest number of bytes that are left.
     pub fn lower_bound(&self) -> u64 {
         match *self {
-            Self::Length(left) | Self::Chunked(Chunk::Data(left), _) => left,
+            Self::Length(left) | Self::Chunked(ChunkState::Data(left), _) => left,
             Self::Chunked(..) | Self::Close => 0,
         }
     }
 
     /// Removes the next part of the body from `input` and returns it. An empty result means that `input` is consumed or
     /// the body has ended. Returns [`TransportError::Protocol`] for invalid chunks.
-    pub fn piece<'a>(&mut self, input: &mut &'a [u8]) -> Result<&'a [u8], TransportError> {
+    pub fn next_data<'a>(&mut self, input: &mut &'a [u8]) -> Result<&'a [u8], TransportError> {
         match self {
             Self::Close => Ok(std::mem::take(input)),
-            Self::Length(left) => Ok(take(input, left)),
+            Self::Length(left) => Ok(split_prefix(input, left)),
             Self::Chunked(chunk, extra) => {
                 while !input.is_empty() {
-                    if let Chunk::Data(left) = chunk {
-                        let piece = take(input, left);
+                    if let ChunkState::Data(left) = chunk {
+                        let piece = split_prefix(input, left);
                         if *left == 0 {
-                            *chunk = Chunk::DataCr;
+                            *chunk = ChunkState::DataCr;
                         }
                         return Ok(piece);
                     }
                     let (byte, rest) = (input[0], &input[1..]);
                     *input = rest;
-                    if matches!(chunk, Chunk::Extension(_) | Chunk::Trailer | Chunk::TrailerRest) {
+                    if matches!(
+                        chunk,
+                        ChunkState::Extension(_) | ChunkState::Trailer | ChunkState::TrailerRest
+                    ) {
                         *extra += 1;
-                        if *extra > EXTRA_BYTES {
-                            return Err(TransportError::Protocol("its chunks carry too much else"));
+                        if *extra > MAX_EXTRA_BYTES {
+                            return Err(TransportError::InvalidResponse("its chunks carry too much else"));
                         }
                     }
-                    let Some(next) = chunk.next(byte).map_err(TransportError::Protocol)? else {
+                    let Some(next) = chunk.next(byte).map_err(TransportError::InvalidResponse)? else {
                         *self = Self::ENDED;
                         break;
                     };
@@ -99,20 +102,20 @@ impl Framing {
     }
 
     /// Handles the end of the connection. Returns [`TransportError::Truncated`] unless the body has ended with it.
-    pub fn closed(&mut self) -> Result<(), TransportError> {
+    pub fn on_close(&mut self) -> Result<(), TransportError> {
         match self {
             Self::Close => {
                 *self = Self::ENDED;
                 Ok(())
             }
-            ended if ended.ended() => Ok(()),
+            ended if ended.has_ended() => Ok(()),
             _ => Err(TransportError::Truncated),
         }
     }
 }
 
 /// Removes at most `left` bytes from `input`, and subtracts their number from `left`.
-fn take<'a>(input: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
+fn split_prefix<'a>(input: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
     let count = input.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
     let (piece, rest) = input.split_at(count);
     *left -= count as u64;
@@ -120,7 +123,7 @@ fn take<'a>(input: &mut &'a [u8], left: &mut u64) -> &'a [u8] {
     piece
 }
 
-impl Chunk {
+impl ChunkState {
     /// Returns the position after `byte`, or `None` at the end of the body.
     fn next(self, byte: u8) -> Result<Option<Self>, &'static str> {
         Ok(Some(match (self, byte) {

@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use super::exchange::{SendError, UpstreamBody};
 
 /// Largest body in bytes, 64 MiB.
-pub const MAX_BYTES: usize = 64 << 20;
+pub const MAX_BODY_BYTES: usize = 64 << 20;
 
 /// Reads `body` to its end. `idle` bounds the time between two chunks; `until` is the deadline of the whole body.
 ///
@@ -37,8 +37,8 @@ pub async fn read_full_body(
             Ok(None) => break,
             Ok(Some(Err(error))) => return Err(SendError::Failed(error.to_string())),
             Ok(Some(Ok(data))) => {
-                if first.len() + rest.len() + data.len() > MAX_BYTES {
-                    return Err(SendError::Failed(format!("the body is longer than {MAX_BYTES} bytes")));
+                if first.len() + rest.len() + data.len() > MAX_BODY_BYTES {
+                    return Err(SendError::Failed(format!("the body is longer than {MAX_BODY_BYTES} bytes")));
                 }
                 // Most bodies arrive in one chunk, which is not copied.
                 if first.is_empty() && rest.is_empty() {
@@ -46,14 +46,14 @@ pub async fn read_full_body(
                 } else {
                     if rest.is_empty() {
                         rest.reserve(
-                            first.len() + data.len() + body.lower_bound().min(MAX_BYTES as u64) as usize,
+                            first.len() + data.len() + body.lower_bound().min(MAX_BODY_BYTES as u64) as usize,
                         );
                         rest.extend_from_slice(&first);
                         first = Bytes::new();
                     }
                     rest.extend_from_slice(&data);
                 }
-                if body.ended() {
+                if body.has_ended() {
                     break;
                 }
             }

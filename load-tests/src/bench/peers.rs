@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use super::process::{Process, free_port};
-use super::{LOAD_CORE, PROXY_CORE, Programs};
+use super::programs::{LOAD_CORE, PROXY_CORE, Programs};
 
 /// A proxy, or a direct connection.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -5,7 +5,8 @@ use std::collections::VecDeque;
 
 use potstill_gateway::scaling_policy::{Mode, Observation, PolicyState, PoolObservation, decide};
 
-use super::sim::{Law, PoolSpec, Sim};
+use super::sim::{Law, Sim};
+use super::spec::PoolSpec;
 use super::workloads::{OPEN, Workload};
 
 /// Names of the policies.
@@ -92,8 +93,8 @@ struct Hpa {
 
 impl Hpa {
     fn pool(t: f64, pool: &PoolObservation, recommended: &mut VecDeque<(f64, usize)>) -> usize {
-        let open = pool.open().unwrap_or(0);
-        let (have, target) = (pool.have(), 0.7 * pool.slots as f64);
+        let open = pool.open_requests().unwrap_or(0);
+        let (have, target) = (pool.nodes(), 0.7 * pool.slots as f64);
         if have == 0 {
             return usize::from(open > 0);
         }
@@ -146,7 +147,7 @@ impl Law for Knative {
         let t = seen.t;
         let one = |pool: &PoolObservation, memory: &mut KnativePool| {
             let KnativePool { open, panic } = memory;
-            open.push_back((t, pool.open().unwrap_or(0) as f64));
+            open.push_back((t, pool.open_requests().unwrap_or(0) as f64));
             while open.front().is_some_and(|(at, _)| *at < t - 60.0) {
                 open.pop_front();
             }
@@ -166,7 +167,7 @@ impl Law for Knative {
                 *panic = None;
             }
             let nodes = panic.map_or(stable, |(_, nodes)| nodes.max(urgent).max(pool.ready));
-            if nodes == 0 && pool.open().unwrap_or(0) > 0 { 1 } else { nodes }
+            if nodes == 0 && pool.open_requests().unwrap_or(0) > 0 { 1 } else { nodes }
         };
         seen.pools.iter().zip(&mut self.pools).map(|(pool, memory)| one(pool, memory)).collect()
     }
@@ -251,7 +252,7 @@ impl Oracle {
             wanted.push(match (plan(0), plan(1)) {
                 (Some(remaining), _) => (
                     tokens * spec.cost,
-                    fill(remaining).min(observed.have().max(Self::worth(tokens, spec))).max(1),
+                    fill(remaining).min(observed.nodes().max(Self::worth(tokens, spec))).max(1),
                 ),
                 (None, Some(remaining)) if left_s <= spec.cold_s.1 => {
                     let batch = next.iter().filter(|batch| batch.pool == pool);
@@ -298,9 +299,9 @@ impl Law for Oracle {
                 let pools = seen.pools.iter().enumerate();
                 pools
                     .map(|(index, pool)| {
-                        let now = pool.open().unwrap_or(0).div_ceil(pool.slots);
+                        let now = pool.open_requests().unwrap_or(0).div_ceil(pool.slots);
                         let ahead = sim.pools[index].spec.cold_s.1 + STEP_S;
-                        self.online(index, seen.t, ahead, pool.slots).max(now.min(pool.have()))
+                        self.online(index, seen.t, ahead, pool.slots).max(now.min(pool.nodes()))
                     })
                     .collect()
             }

@@ -6,46 +6,12 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
-use potstill_gateway::scaling_policy::{Observation, PoolObservation, RequestCounts, Settings, StagePlan};
+use potstill_gateway::scaling_policy::{Observation, PoolObservation, RequestCounts, Settings};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
+use super::spec::{PoolSpec, Request};
 use super::workloads::Workload;
-
-/// A pool of a scenario.
-#[derive(Clone)]
-pub(crate) struct PoolSpec {
-    pub(crate) model: &'static str,
-    pub(crate) slots: usize,
-    pub(crate) itl_ms: [f64; 2],
-    pub(crate) cold_s: (f64, f64),
-    pub(crate) min: usize,
-    pub(crate) max: usize,
-    pub(crate) begin: usize,
-    pub(crate) cost: f64,
-}
-
-impl PoolSpec {
-    /// Tokens per second of one of `running` requests.
-    pub(crate) fn rate(&self, running: usize) -> f64 {
-        1000.0 / (self.itl_ms[0] + self.itl_ms[1] * running as f64)
-    }
-
-    /// Tokens per second of a full node.
-    pub(crate) fn node_rate(&self) -> f64 {
-        self.slots as f64 * self.rate(self.slots)
-    }
-}
-
-/// A request.
-#[derive(Clone)]
-pub(crate) struct Request {
-    pub(crate) pool: usize,
-    pub(crate) arrived: f64,
-    pub(crate) prompt: f64,
-    pub(crate) tokens: f64,
-    pub(crate) wait: Option<f64>,
-}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -338,7 +304,8 @@ impl Sim {
         let into = &mut self.pools[pool];
         into.finished.push_back(t);
         into.mean_tokens = Some(into.mean_tokens.map_or(tokens, |mean| 0.98 * mean + 0.02 * tokens));
-        workload.finished(self, pool);
+        let requests = workload.finished(self.t, pool);
+        requests.into_iter().for_each(|request| self.schedule(request));
     }
 
     /// Runs the simulation to its end.
@@ -349,7 +316,7 @@ impl Sim {
                 self.start(pool, 0.0);
             }
         }
-        workload.begin(&mut self);
+        workload.begin(self.t).into_iter().for_each(|request| self.schedule(request));
         self.at(0.0, Event::Tick);
         let mut end_s = 0.0;
         while let Some(Reverse((Time(t), _, kind))) = self.events.pop() {
@@ -400,7 +367,7 @@ impl Sim {
                     let wanted = law.decide(&seen, &self, &workload);
                     // Pools that shrink first, so that the others find room in the budget.
                     let mut order: Vec<usize> = (0..wanted.len()).collect();
-                    let have = |pool: &PoolObservation| pool.have() as i64;
+                    let have = |pool: &PoolObservation| pool.nodes() as i64;
                     order.sort_by_key(|at| wanted[*at] as i64 - have(&seen.pools[*at]));
                     for at in order {
                         self.actuate(at, wanted[at]);
@@ -424,19 +391,5 @@ impl Sim {
             starts: self.pools.iter().map(|pool| pool.starts).sum(),
             most: self.most,
         }
-    }
-}
-
-/// Returns the plan of a stage.
-pub(crate) fn announced(stage: &str, order: usize, remaining: usize, tokens: f64, open: usize) -> StagePlan {
-    StagePlan {
-        stage: stage.to_owned(),
-        order: order as u32,
-        remaining: remaining as u64,
-        est_out_tokens: tokens,
-        concurrency: open as u64,
-        starts_in_s: None,
-        deadline_s: None,
-        cost_ceiling: None,
     }
 }

@@ -8,7 +8,7 @@ use potstill_gateway::scaling_policy::StagePlan;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::sim::{PoolSpec, Request, Sim, announced};
+use super::spec::{PoolSpec, Request, announced};
 
 /// A scenario: pools, budget and workload.
 pub(crate) struct Scenario {
@@ -250,20 +250,19 @@ fn run_stages(random: &mut ChaCha8Rng, problems: usize) -> Vec<(&'static str, Ve
 }
 
 impl Workload {
-    /// Sends the first requests.
-    pub(crate) fn begin(&mut self, sim: &mut Sim) {
+    /// Returns the first requests.
+    pub(crate) fn begin(&mut self, t: f64) -> Vec<Request> {
         match self {
-            Self::Online { requests, .. } => {
-                requests.iter().for_each(|request| sim.schedule(request.clone()))
-            }
-            Self::Run(run) => run.next_stage(sim),
+            Self::Online { requests, .. } => requests.clone(),
+            Self::Run(run) => run.next_stage(t),
         }
     }
 
-    /// Handles the end of a request of `pool`.
-    pub(crate) fn finished(&mut self, sim: &mut Sim, pool: usize) {
-        if let Self::Run(run) = self {
-            run.finished(sim, pool);
+    /// Handles the end of a request of `pool`. Returns the requests that follow it.
+    pub(crate) fn finished(&mut self, t: f64, pool: usize) -> Vec<Request> {
+        match self {
+            Self::Online { .. } => Vec::new(),
+            Self::Run(run) => run.finished(t, pool),
         }
     }
 
@@ -295,36 +294,38 @@ impl Workload {
 }
 
 impl Run {
-    fn next_stage(&mut self, sim: &mut Sim) {
+    fn next_stage(&mut self, t: f64) -> Vec<Request> {
         if self.begun {
             self.at += 1;
         }
         self.begun = true;
-        let Some((_, batches)) = self.stages.get(self.at) else { return };
+        let Some((_, batches)) = self.stages.get(self.at) else { return Vec::new() };
         self.left = batches.iter().map(|batch| batch.requests.iter().copied().collect()).collect();
         self.open = vec![0; batches.len()];
-        for batch in 0..self.left.len() {
-            for _ in 0..OPEN {
-                self.send(sim, batch);
-            }
-        }
+        let batches = 0..self.left.len();
+        batches
+            .flat_map(|batch| (0..OPEN).map(move |_| batch))
+            .filter_map(|batch| self.next_request(t, batch))
+            .collect()
     }
 
-    fn send(&mut self, sim: &mut Sim, batch: usize) {
-        if let Some((prompt, tokens)) = self.left[batch].pop_front() {
-            self.open[batch] += 1;
-            let pool = self.stages[self.at].1[batch].pool;
-            sim.schedule(Request { pool, arrived: sim.t, prompt, tokens, wait: None });
-        }
+    fn next_request(&mut self, t: f64, batch: usize) -> Option<Request> {
+        let (prompt, tokens) = self.left[batch].pop_front()?;
+        self.open[batch] += 1;
+        let pool = self.stages[self.at].1[batch].pool;
+        Some(Request { pool, arrived: t, prompt, tokens, wait: None })
     }
 
-    fn finished(&mut self, sim: &mut Sim, pool: usize) {
-        let Some(batch) = self.stages[self.at].1.iter().position(|batch| batch.pool == pool) else { return };
+    fn finished(&mut self, t: f64, pool: usize) -> Vec<Request> {
+        let Some(batch) = self.stages[self.at].1.iter().position(|batch| batch.pool == pool) else {
+            return Vec::new();
+        };
         self.open[batch] -= 1;
-        self.send(sim, batch);
+        let mut requests: Vec<Request> = self.next_request(t, batch).into_iter().collect();
         if self.open.iter().all(|open| *open == 0) && self.left.iter().all(VecDeque::is_empty) {
-            self.next_stage(sim);
+            requests.extend(self.next_stage(t));
         }
+        requests
     }
 
     fn plan(&self, pool: usize) -> Vec<StagePlan> {

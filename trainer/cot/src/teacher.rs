@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use potstill_data::journal::{Entry, UsageTotals};
 use potstill_data::store::Store;
-use potstill_shared::client::{CallError, Client, Completion, PromptLogprobs, ScoreInput};
+use potstill_shared::client::prompt_logprobs::{PromptLogprobs, ScoreInput};
+use potstill_shared::client::{CallError, Client, Completion};
 use potstill_shared::id::ContentId;
 use potstill_shared::openai::{ChatMessage, ChatRequest, GenerationParams};
 use serde_json::json;

@@ -11,34 +11,15 @@ use std::path::{Path, PathBuf};
 use hf_hub::api::sync::{Api, ApiBuilder};
 use hf_hub::{Cache, Repo, RepoType};
 use potstill_shared::durable::{create_folder, write_file};
-use sha2::{Digest, Sha256};
 
 use crate::modelscope;
+pub use crate::remote::{HubError, LocatedFile};
+use crate::remote::{is_contained_path, matches_glob, sha256_hex};
 
 /// URL scheme of the hub.
 const SCHEME: &str = "hf://";
 /// Largest number of files that one address may match.
 const MAX_FILES: usize = 10_000;
-
-/// Error while resolving a hub address or fetching its files.
-#[derive(Debug, thiserror::Error)]
-#[error("`{address}`: {reason}")]
-pub struct HubError {
-    /// Address in the recipe.
-    pub address: String,
-    /// Cause, and the next step where there is one.
-    pub reason: String,
-}
-
-/// Local file, with the address of its exact version.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LocatedFile {
-    /// Path in the recipe. For hub files, the address with the commit (ModelScope: with the start of the file's
-    /// SHA-256).
-    pub shown: String,
-    /// Path of the local file.
-    pub path: PathBuf,
-}
 
 /// Returns whether a path is an address of the Hugging Face Hub or of [ModelScope](crate::modelscope).
 pub fn is_hub_address(path: &Path) -> bool {
@@ -284,50 +265,6 @@ impl HubAddress {
 
 fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
-}
-
-/// Returns whether a relative path stays inside its base folder.
-pub(crate) fn is_contained_path(file: &str) -> bool {
-    !file.starts_with('/')
-        && !file.contains('\\')
-        && file.split('/').all(|part| !matches!(part, "" | "." | ".."))
-}
-
-/// Returns whether `name` matches a pattern in which `*` stands for any text, including `/`.
-pub(crate) fn matches_glob(pattern: &str, name: &str) -> bool {
-    let mut parts = pattern.split('*');
-    let first = parts.next().unwrap_or_default();
-    let Some(mut rest) = name.strip_prefix(first) else { return false };
-    let mut parts: Vec<&str> = parts.collect();
-    let Some(last) = parts.pop() else { return rest.is_empty() };
-    for part in parts {
-        match rest.find(part) {
-            Some(at) => rest = &rest[at + part.len()..],
-            None => return false,
-        }
-    }
-    rest.ends_with(last)
-}
-
-/// Returns the SHA-256 of a file in lower-case hexadecimal digits.
-pub(crate) fn sha256_hex(path: &Path) -> std::io::Result<String> {
-    let mut hasher = Sha256::new();
-    std::io::copy(&mut std::fs::File::open(path)?, &mut HashWriter(&mut hasher))?;
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-/// Adapter that hashes all bytes written.
-struct HashWriter<'a>(&'a mut Sha256);
-
-impl std::io::Write for HashWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Returns the hub's error message, with the next step for known HTTP statuses.

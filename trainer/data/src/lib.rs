@@ -16,6 +16,7 @@ pub mod modelscope;
 pub mod near;
 pub mod postgres;
 pub mod records;
+mod remote;
 pub mod rows;
 pub mod sampler;
 pub mod spool;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use potstill_shared::durable::{create_folder, open_for_append, publish_file, remove_file, write_file};
 use serde::{Deserialize, Serialize};
 
-use crate::hub::{HubError, LocatedFile, is_contained_path, matches_glob, sha256_hex};
+use crate::remote::{HubError, LocatedFile, is_contained_path, matches_glob, sha256_hex};
 
 /// URL scheme of ModelScope.
 pub(crate) const SCHEME: &str = "ms://";

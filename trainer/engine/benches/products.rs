@@ -12,7 +12,7 @@ use candle_core::{Device, Module, Tensor};
 use potstill_engine::device;
 use potstill_engine::ops::Precision;
 use potstill_engine::ops::linear::linear;
-use potstill_engine::ops::packed::Packed;
+use potstill_engine::ops::packed::QuantizedMatrix;
 
 /// The allocator of the program.
 #[global_allocator]
@@ -36,7 +36,7 @@ fn fastest<const N: usize>(mut work: [&mut dyn FnMut(); N]) -> [f64; N] {
 fn main() {
     device::set_threads(1);
     // A pool of one thread limits candle's own products to one thread as well.
-    device::in_pool(|| {
+    device::run_in_pool(|| {
         let tensor =
             |rows: usize, columns: usize| Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu).unwrap();
         println!(
@@ -44,7 +44,7 @@ fn main() {
         );
         for (out, inner) in [(576, 576), (1536, 576), (576, 1536), (49_152, 576)] {
             let weight = tensor(out, inner);
-            let packed = Packed::new(&weight).unwrap().unwrap();
+            let packed = QuantizedMatrix::quantize_int8(&weight).unwrap().unwrap();
             let peer = QMatMul::from_qtensor(QTensor::quantize(&weight, GgmlDType::Q8_0).unwrap()).unwrap();
             for rows in [1, 8, 16, 128, 512] {
                 if rows * out > 1 << 23 {

@@ -30,7 +30,7 @@ impl Batch {
     }
 
     /// Returns the index of each sequence's last row.
-    pub fn last_rows(&self) -> Vec<u32> {
+    pub fn last_row_indices(&self) -> Vec<u32> {
         self.segments.iter().map(|s| (s.start + s.len - 1) as u32).collect()
     }
 }

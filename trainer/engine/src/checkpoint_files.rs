@@ -23,32 +23,32 @@ pub fn write_model(folder: &Path, model: &LoadedModel, dtype: DType) -> Result<(
         DType::F16 => "float16",
         _ => "float32",
     });
-    if model.config.classes > 0 {
+    if model.config.num_labels > 0 {
         // transformers reads a classifier's output at the last token that is not padding, so the padding
         // token must never end a row. Without a padding token, transformers reads the last token and
         // accepts only single rows.
         let padding = ["<|endoftext|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>"];
-        let padding = padding.into_iter().filter(|token| *token != model.template.eos());
-        config["pad_token_id"] = json!(padding.filter_map(|token| model.tokenizer.id(token)).next());
+        let padding = padding.into_iter().filter(|token| *token != model.chat_template.eos_token());
+        config["pad_token_id"] = json!(padding.filter_map(|token| model.tokenizer.token_id(token)).next());
     }
     json("config.json", config)?;
     json(
         "generation_config.json",
-        json!({ "eos_token_id": model.config.eos, "bos_token_id": model.config.bos }),
+        json!({ "eos_token_id": model.config.eos_token_ids, "bos_token_id": model.config.bos_token_id }),
     )?;
     write_file(&folder.join("tokenizer.json"), model.tokenizer.to_json()?.as_bytes())?;
-    let bos = Some(model.template.bos()).filter(|text| !text.is_empty());
+    let bos = Some(model.chat_template.bos_token()).filter(|text| !text.is_empty());
     json(
         "tokenizer_config.json",
         json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": bos,
-            "eos_token": model.template.eos(),
+            "eos_token": model.chat_template.eos_token(),
             "model_max_length": model.config.max_positions,
-            "chat_template": model.template.source(),
+            "chat_template": model.chat_template.source(),
         }),
     )?;
-    write_file(&folder.join("chat_template.jinja"), model.template.source().as_bytes())?;
+    write_file(&folder.join("chat_template.jinja"), model.chat_template.source().as_bytes())?;
     let tensors: HashMap<String, Tensor> = model
         .weights
         .iter()

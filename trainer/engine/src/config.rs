@@ -6,9 +6,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::candle_config::{self, CandleConfig, CandleFamily};
 use crate::error::EngineError;
-use crate::foreign::{self, Foreign, ForeignConfig};
-use crate::ops::attention::Heads;
+use crate::ops::attention::AttentionHeads;
 use crate::rope_scaling::RopeScaling;
 
 /// Model families. The native ones share one decoder; methods of [`ModelConfig`] give the differences.
@@ -23,7 +23,7 @@ pub enum Family {
     Llama,
     /// Candle families: decoders of candle-transformers, for serving only.
     #[serde(skip)]
-    Foreign(Foreign),
+    Candle(CandleFamily),
 }
 
 impl Family {
@@ -36,35 +36,35 @@ impl Family {
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
             Self::Llama => "llama",
-            Self::Foreign(family) => family.name(),
+            Self::Candle(family) => family.name(),
         }
     }
 
     /// Returns the class name in `architectures`.
-    fn architecture(self) -> &'static str {
+    fn architecture_class(self) -> &'static str {
         match self {
             Self::Qwen2 => "Qwen2ForCausalLM",
             Self::Qwen3 => "Qwen3ForCausalLM",
             Self::Llama => "LlamaForCausalLM",
-            Self::Foreign(_) => "AutoModelForCausalLM",
+            Self::Candle(_) => "AutoModelForCausalLM",
         }
     }
 
     /// Returns the family with `model_type` `name`. Fails with [`EngineError::UnknownArchitecture`]; `path`
     /// appears in the error only.
     pub fn parse(name: &str, path: &Path) -> Result<Self, EngineError> {
-        let foreign = Foreign::ALL.map(Self::Foreign);
-        Self::find(name, path, &[Self::ALL.as_slice(), &foreign].concat())
+        let foreign = CandleFamily::ALL.map(Self::Candle);
+        Self::find_by_name(name, path, &[Self::ALL.as_slice(), &foreign].concat())
     }
 
     /// Returns the native family of that name; rejects candle families.
-    pub fn parse_own(name: &str, path: &Path) -> Result<Self, EngineError> {
-        Self::find(name, path, &Self::ALL)
+    pub fn parse_native(name: &str, path: &Path) -> Result<Self, EngineError> {
+        Self::find_by_name(name, path, &Self::ALL)
     }
 
-    fn find(name: &str, path: &Path, known: &[Self]) -> Result<Self, EngineError> {
+    fn find_by_name(name: &str, path: &Path, known: &[Self]) -> Result<Self, EngineError> {
         let found = known.iter().find(|family| family.name() == name).copied();
-        found.ok_or_else(|| EngineError::UnknownArchitecture {
+        found.ok_or_else(|| EngineError::UnsupportedArchitecture {
             path: path.to_owned(),
             found: name.to_owned(),
             supported: known
@@ -88,9 +88,9 @@ pub struct ModelConfig {
     /// Inner width of the MLP.
     pub intermediate_size: usize,
     /// Number of transformer blocks.
-    pub layers: usize,
+    pub num_layers: usize,
     /// Numbers and size of attention heads.
-    pub heads: Heads,
+    pub heads: AttentionHeads,
     /// Maximum context length in tokens.
     pub max_positions: usize,
     /// Epsilon of RMSNorm.
@@ -100,17 +100,17 @@ pub struct ModelConfig {
     /// Scaling of the rotary frequencies for long contexts.
     pub rope_scaling: Option<RopeScaling>,
     /// Whether the output layer shares the weights of the embedding.
-    pub tied: bool,
+    pub tied_embeddings: bool,
     /// Whether q, k and v have biases.
     pub qkv_bias: bool,
     /// Token ids that end a turn.
-    pub eos: Vec<u32>,
+    pub eos_token_ids: Vec<u32>,
     /// Token id that begins a text.
-    pub bos: Option<u32>,
+    pub bos_token_id: Option<u32>,
     /// Number of outputs of the classifier or reward head; 0 for a language model.
-    pub classes: usize,
+    pub num_labels: usize,
     /// Configuration of a candle family; `None` for native families.
-    pub foreign: Option<ForeignConfig>,
+    pub candle: Option<CandleConfig>,
 }
 
 #[derive(Deserialize)]
@@ -123,9 +123,9 @@ struct HfConfig {
     num_attention_heads: usize,
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
-    #[serde(default = "default_positions")]
+    #[serde(default = "default_max_position_embeddings")]
     max_position_embeddings: usize,
-    #[serde(default = "default_eps")]
+    #[serde(default = "default_rms_norm_eps")]
     rms_norm_eps: f64,
     rope_theta: Option<f32>,
     rope_scaling: Option<Value>,
@@ -145,8 +145,8 @@ struct HfConfig {
 }
 
 impl HfConfig {
-    fn heads(&self) -> Heads {
-        Heads {
+    fn heads(&self) -> AttentionHeads {
+        AttentionHeads {
             query: self.num_attention_heads,
             kv: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
             dim: self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1)),
@@ -170,11 +170,11 @@ impl OneOrMany {
     }
 }
 
-fn default_positions() -> usize {
+fn default_max_position_embeddings() -> usize {
     2048
 }
 
-fn default_eps() -> f64 {
+fn default_rms_norm_eps() -> f64 {
     1e-6
 }
 
@@ -190,8 +190,8 @@ impl ModelConfig {
                 "`quantization_config`: safetensors in fewer bits are not read; take the full weights or a GGUF file".to_owned(),
             ));
         }
-        if let Family::Foreign(family) = family {
-            return Self::foreign(family, value, path);
+        if let Family::Candle(family) = family {
+            return Self::from_candle_json(family, value, path);
         }
         let hf: HfConfig = serde_json::from_value(value).map_err(|error| malformed(error.to_string()))?;
         debug_assert_eq!(hf.model_type, family.name());
@@ -218,97 +218,105 @@ impl ModelConfig {
             vocab_size: hf.vocab_size,
             hidden_size: hf.hidden_size,
             intermediate_size: hf.intermediate_size,
-            layers: hf.num_hidden_layers,
+            num_layers: hf.num_hidden_layers,
             heads: hf.heads(),
-            max_positions: rope_scaling.as_ref().map_or(positions, |scaling| scaling.context(positions)),
+            max_positions: rope_scaling
+                .as_ref()
+                .map_or(positions, |scaling| scaling.max_context_tokens(positions)),
             rms_norm_eps: hf.rms_norm_eps,
             rope_theta: theta,
             rope_scaling,
-            tied: hf.tie_word_embeddings.unwrap_or(false),
+            tied_embeddings: hf.tie_word_embeddings.unwrap_or(false),
             qkv_bias: family == Family::Qwen2,
-            eos: hf.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
-            bos: hf.bos_token_id,
-            classes: if hf.architectures.iter().any(|name| name.ends_with("ForSequenceClassification")) {
+            eos_token_ids: hf.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
+            bos_token_id: hf.bos_token_id,
+            num_labels: if hf.architectures.iter().any(|name| name.ends_with("ForSequenceClassification")) {
                 // The default of transformers is two labels.
                 hf.num_labels.or(hf.id2label.map(|labels| labels.len())).unwrap_or(2)
             } else {
                 0
             },
-            foreign: None,
+            candle: None,
         };
-        config.check(path)?;
+        config.validate(path)?;
         Ok(config)
     }
 
     /// Parses the fields of a candle family's configuration that serving needs.
-    fn foreign(family: Foreign, value: Value, path: &Path) -> Result<Self, EngineError> {
+    fn from_candle_json(family: CandleFamily, value: Value, path: &Path) -> Result<Self, EngineError> {
         let hf: HfConfig = serde_json::from_value(value.clone())
             .map_err(|error| EngineError::malformed(path, error.to_string()))?;
         let heads = hf.heads();
         let config = Self {
-            family: Family::Foreign(family),
+            family: Family::Candle(family),
             vocab_size: hf.vocab_size,
             hidden_size: hf.hidden_size,
             intermediate_size: hf.intermediate_size,
-            layers: hf.num_hidden_layers,
+            num_layers: hf.num_hidden_layers,
             heads,
             max_positions: hf
                 .max_position_embeddings
-                .min(foreign::MOST_POSITIONS)
-                .min(foreign::window(&value).unwrap_or(usize::MAX)),
+                .min(candle_config::MAX_CONTEXT_TOKENS)
+                .min(candle_config::sliding_window(&value).unwrap_or(usize::MAX)),
             rms_norm_eps: hf.rms_norm_eps,
             rope_theta: hf.rope_theta.unwrap_or(10_000.0),
             rope_scaling: None,
-            tied: hf.tie_word_embeddings.unwrap_or(false),
+            tied_embeddings: hf.tie_word_embeddings.unwrap_or(false),
             qkv_bias: false,
-            eos: hf.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
-            bos: hf.bos_token_id,
-            classes: 0,
-            foreign: Some(ForeignConfig::new(family, value, heads.dim, path)?),
+            eos_token_ids: hf.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
+            bos_token_id: hf.bos_token_id,
+            num_labels: 0,
+            candle: Some(CandleConfig::new(family, value, heads.dim, path)?),
         };
-        config.check(path)?;
+        config.validate(path)?;
         Ok(config)
     }
 
     /// Fails with [`EngineError::Malformed`] if sizes are zero, implausibly large or inconsistent.
-    pub fn check(&self, path: &Path) -> Result<(), EngineError> {
+    pub fn validate(&self, path: &Path) -> Result<(), EngineError> {
         let heads = self.heads;
-        const LARGEST: usize = 1 << 24;
+        const MAX_SIZE: usize = 1 << 24;
         let sizes = [
             self.vocab_size,
             self.hidden_size,
             self.intermediate_size,
-            self.layers,
+            self.num_layers,
             heads.query,
             heads.dim,
             self.max_positions,
         ];
-        let problem = if sizes.iter().any(|size| *size > LARGEST) || self.layers > 4096 || heads.query > 4096
-        {
-            "a size is beyond anything that exists".to_owned()
-        } else if heads.query == 0 || heads.kv == 0 || !heads.query.is_multiple_of(heads.kv) {
-            format!("{} query heads are not a multiple of {} key heads", heads.query, heads.kv)
-        } else if heads.dim == 0 || !heads.dim.is_multiple_of(2) {
-            format!("head size {} is not even", heads.dim)
-        } else if [self.vocab_size, self.hidden_size, self.intermediate_size, self.layers, self.max_positions]
+        let problem =
+            if sizes.iter().any(|size| *size > MAX_SIZE) || self.num_layers > 4096 || heads.query > 4096 {
+                "a size is beyond anything that exists".to_owned()
+            } else if heads.query == 0 || heads.kv == 0 || !heads.query.is_multiple_of(heads.kv) {
+                format!("{} query heads are not a multiple of {} key heads", heads.query, heads.kv)
+            } else if heads.dim == 0 || !heads.dim.is_multiple_of(2) {
+                format!("head size {} is not even", heads.dim)
+            } else if [
+                self.vocab_size,
+                self.hidden_size,
+                self.intermediate_size,
+                self.num_layers,
+                self.max_positions,
+            ]
             .contains(&0)
-        {
-            "a size is zero".to_owned()
-        } else {
-            return Ok(());
-        };
+            {
+                "a size is zero".to_owned()
+            } else {
+                return Ok(());
+            };
         Err(EngineError::malformed(path, problem))
     }
 
     /// Returns a `config.json` that Hugging Face transformers can read.
     pub fn to_json(&self) -> Value {
         let mut value = json!({
-            "architectures": [self.family.architecture()],
+            "architectures": [self.family.architecture_class()],
             "model_type": self.family.name(),
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.layers,
+            "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.heads.query,
             "num_key_value_heads": self.heads.kv,
             "head_dim": self.heads.dim,
@@ -317,19 +325,19 @@ impl ModelConfig {
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling,
-            "tie_word_embeddings": self.tied,
+            "tie_word_embeddings": self.tied_embeddings,
             "use_sliding_window": false,
             "torch_dtype": "float32",
-            "eos_token_id": self.eos,
+            "eos_token_id": self.eos_token_ids,
         });
-        if let Some(bos) = self.bos {
+        if let Some(bos) = self.bos_token_id {
             value["bos_token_id"] = json!(bos);
         }
-        if self.classes > 0 {
-            let class = self.family.architecture().replace("ForCausalLM", "ForSequenceClassification");
+        if self.num_labels > 0 {
+            let class = self.family.architecture_class().replace("ForCausalLM", "ForSequenceClassification");
             value["architectures"] = json!([class]);
-            value["num_labels"] = json!(self.classes);
-            let labels = (0..self.classes).map(|label| (label.to_string(), json!(label.to_string())));
+            value["num_labels"] = json!(self.num_labels);
+            let labels = (0..self.num_labels).map(|label| (label.to_string(), json!(label.to_string())));
             value["id2label"] = Value::Object(labels.collect());
         }
         value
@@ -343,14 +351,14 @@ impl ModelConfig {
                 let frequency = 1.0 / self.rope_theta.powf(2.0 * pair as f32 / dim as f32);
                 self.rope_scaling
                     .as_ref()
-                    .map_or(frequency, |scaling| scaling.stretched(frequency, pair, dim, self.rope_theta))
+                    .map_or(frequency, |scaling| scaling.scaled(frequency, pair, dim, self.rope_theta))
             })
             .collect()
     }
 
     /// Returns the factor on rotated queries and keys: YaRN's attention factor, else 1.
-    pub fn rotary_magnitude(&self) -> f32 {
-        self.rope_scaling.as_ref().map_or(1.0, RopeScaling::magnitude)
+    pub fn rotary_attention_factor(&self) -> f32 {
+        self.rope_scaling.as_ref().map_or(1.0, RopeScaling::attention_factor)
     }
 
     /// Returns the divisor that the scaling applies to each frequency.
@@ -360,13 +368,13 @@ impl ModelConfig {
     }
 
     /// Returns all tensors of the model by Hugging Face name, with shapes, in file order.
-    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+    pub fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
         // The head of a classifier replaces the output layer.
         let (d, ff) = (self.hidden_size, self.intermediate_size);
         let (qw, kw, dim) =
             (self.heads.query * self.heads.dim, self.heads.kv * self.heads.dim, self.heads.dim);
         let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, d])];
-        for layer in 0..self.layers {
+        for layer in 0..self.num_layers {
             let mut add = |name: &str, shape: &[usize]| {
                 tensors.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
             };
@@ -388,16 +396,16 @@ impl ModelConfig {
             add("mlp.down_proj.weight", &[d, ff]);
         }
         tensors.push(("model.norm.weight".to_owned(), vec![d]));
-        if self.classes > 0 {
-            tensors.push(("score.weight".to_owned(), vec![self.classes, d]));
-        } else if !self.tied {
+        if self.num_labels > 0 {
+            tensors.push(("score.weight".to_owned(), vec![self.num_labels, d]));
+        } else if !self.tied_embeddings {
             tensors.push(("lm_head.weight".to_owned(), vec![self.vocab_size, d]));
         }
         tensors
     }
 
     /// Returns the number of parameters.
-    pub fn parameters(&self) -> usize {
-        self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    pub fn parameter_count(&self) -> usize {
+        self.tensor_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
 }

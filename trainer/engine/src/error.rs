@@ -7,7 +7,7 @@ use std::path::PathBuf;
 pub enum EngineError {
     /// A file of a model folder cannot be read.
     #[error("cannot read `{path}`: {source}")]
-    Read {
+    ReadFile {
         /// Path of the file.
         path: PathBuf,
         /// Cause reported by the operating system.
@@ -23,7 +23,7 @@ pub enum EngineError {
     },
     /// The architecture has no decoder in this crate.
     #[error("`{path}`: architecture `{found}` is not supported; supported are {supported}")]
-    UnknownArchitecture {
+    UnsupportedArchitecture {
         /// File that names the architecture.
         path: PathBuf,
         /// Architecture named in the file.
@@ -33,7 +33,7 @@ pub enum EngineError {
     },
     /// A candle family (decoder from candle-transformers) does not support the requested use.
     #[error("a model of the family `{family}`: {problem}")]
-    Foreign {
+    CandleFamily {
         /// `model_type` of the family.
         family: &'static str,
         /// Reason for the rejection.
@@ -49,7 +49,7 @@ pub enum EngineError {
     },
     /// The shape of a tensor differs from the configuration.
     #[error("tensor `{name}` has shape {found:?}, but the configuration asks for {expected:?}")]
-    WrongShape {
+    ShapeMismatch {
         /// Name of the tensor.
         name: String,
         /// Shape given by the configuration.
@@ -80,7 +80,7 @@ pub enum EngineError {
     },
     /// A parameter is out of range.
     #[error("`{name}` must be {expected}, not {found}")]
-    Parameter {
+    InvalidParameter {
         /// Name of the parameter.
         name: &'static str,
         /// Permitted range.
@@ -90,7 +90,7 @@ pub enum EngineError {
     },
     /// The waiting queue is full.
     #[error("{waiting} requests are waiting already; try again later")]
-    Busy {
+    QueueFull {
         /// Number of waiting requests.
         waiting: usize,
     },
@@ -99,7 +99,7 @@ pub enum EngineError {
     Stopped(String),
     /// A file cannot be written.
     #[error(transparent)]
-    Durable(#[from] potstill_shared::durable::DurableError),
+    WriteFile(#[from] potstill_shared::durable::DurableError),
     /// A device cannot be used.
     #[error(
         "the device `{name}` cannot be used: {problem}; `nvidia-smi` shows the devices of the driver, and the program must be built with `--features cuda`"

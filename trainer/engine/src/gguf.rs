@@ -23,18 +23,18 @@ use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use crate::config::{Family, ModelConfig};
 use crate::error::EngineError;
-use crate::gguf_blocks::four_bits;
-use crate::ops::attention::Heads;
-use crate::ops::packed::Packed;
+use crate::gguf_blocks::decode_int4_blocks;
+use crate::ops::attention::AttentionHeads;
+use crate::ops::packed::QuantizedMatrix;
 use crate::rope_scaling::RopeScaling;
 use crate::tokenizer::Tokenizer;
-use crate::weights::Gathered;
+use crate::weights::WeightBuilder;
 
 /// Name of the tensor with Llama 3's divisors of the rotary frequencies.
-pub(crate) const ROPE_DIVISORS: &str = "rope_freqs.weight";
+pub(crate) const ROPE_FREQS_TENSOR: &str = "rope_freqs.weight";
 
 /// An open GGUF file.
-pub struct Gguf {
+pub struct GgufFile {
     path: std::path::PathBuf,
     reader: BufReader<File>,
     content: Content,
@@ -42,12 +42,13 @@ pub struct Gguf {
     length: u64,
 }
 
-impl Gguf {
+impl GgufFile {
     /// Opens the file and reads header and metadata.
     pub fn open(path: &Path) -> Result<Self, EngineError> {
-        let file = File::open(path).map_err(|source| EngineError::Read { path: path.to_owned(), source })?;
+        let file =
+            File::open(path).map_err(|source| EngineError::ReadFile { path: path.to_owned(), source })?;
         let length =
-            file.metadata().map_err(|source| EngineError::Read { path: path.to_owned(), source })?.len();
+            file.metadata().map_err(|source| EngineError::ReadFile { path: path.to_owned(), source })?.len();
         let mut reader = BufReader::with_capacity(1 << 20, file);
         let unreadable =
             |error: String| EngineError::malformed(path, format!("not a readable GGUF file: {error}"));
@@ -63,7 +64,7 @@ impl Gguf {
     }
 
     /// Integer of the metadata, of any integer type.
-    fn integer(&self, key: &str) -> Option<u64> {
+    fn metadata_u64(&self, key: &str) -> Option<u64> {
         let value = self.content.metadata.get(key)?;
         match value {
             Value::I32(v) => u64::try_from(*v).ok(),
@@ -72,19 +73,19 @@ impl Gguf {
         }
     }
 
-    fn number(&self, key: &str) -> Option<f32> {
+    fn metadata_f32(&self, key: &str) -> Option<f32> {
         self.content.metadata.get(key)?.to_f32().ok()
     }
 
-    fn text(&self, key: &str) -> Option<&str> {
+    fn metadata_str(&self, key: &str) -> Option<&str> {
         self.content.metadata.get(key)?.to_string().ok().map(String::as_str)
     }
 
-    fn flag(&self, key: &str) -> Option<bool> {
+    fn metadata_bool(&self, key: &str) -> Option<bool> {
         self.content.metadata.get(key)?.to_bool().ok()
     }
 
-    fn texts(&self, key: &str) -> Result<Vec<String>, EngineError> {
+    fn metadata_strings(&self, key: &str) -> Result<Vec<String>, EngineError> {
         let missing = || self.malformed(format!("metadata `{key}` is missing or no list of strings"));
         let list = self.content.metadata.get(key).and_then(|v| v.to_vec().ok()).ok_or_else(missing)?;
         list.iter().map(|v| v.to_string().cloned().map_err(|_| missing())).collect()
@@ -92,30 +93,32 @@ impl Gguf {
 
     /// Returns the configuration of the model.
     pub fn config(&mut self) -> Result<ModelConfig, EngineError> {
-        let mut config = self.shape()?;
-        if self.content.tensor_infos.contains_key(ROPE_DIVISORS) {
-            self.stretch(&mut config)?;
+        let mut config = self.read_config()?;
+        if self.content.tensor_infos.contains_key(ROPE_FREQS_TENSOR) {
+            self.read_llama3_scaling(&mut config)?;
         }
         Ok(config)
     }
 
     /// Sets Llama 3's rotary scaling. The file holds the divisor of each frequency, but not the parameters.
-    fn stretch(&mut self, config: &mut ModelConfig) -> Result<(), EngineError> {
+    fn read_llama3_scaling(&mut self, config: &mut ModelConfig) -> Result<(), EngineError> {
         if config.rope_scaling.is_some() {
-            let problem = format!("frequencies are stretched twice, by `{ROPE_DIVISORS}` and by a factor");
+            let problem =
+                format!("frequencies are stretched twice, by `{ROPE_FREQS_TENSOR}` and by a factor");
             return Err(self.malformed(problem));
         }
-        let divisors = self.tensor(ROPE_DIVISORS)?.flatten_all()?.to_vec1::<f32>()?;
+        let divisors = self.read_f32_tensor(ROPE_FREQS_TENSOR)?.flatten_all()?.to_vec1::<f32>()?;
         let key = format!("{}.rope.scaling.original_context_length", config.family.name());
         // Llama 3.1 to 3.3 were pretrained on contexts of 8192 tokens; older files omit the length.
-        let original = self.number(&key).or(self.integer(&key).map(|tokens| tokens as f32)).unwrap_or(8192.0);
+        let original =
+            self.metadata_f32(&key).or(self.metadata_u64(&key).map(|tokens| tokens as f32)).unwrap_or(8192.0);
         config.rope_scaling =
-            Some(RopeScaling::llama3(divisors.iter().copied().fold(1.0, f32::max), original));
+            Some(RopeScaling::llama3_defaults(divisors.iter().copied().fold(1.0, f32::max), original));
         let known = config.frequency_divisors();
         let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-3 * b.abs();
         if known.len() != divisors.len() || !divisors.iter().zip(&known).all(near) {
             let problem = format!(
-                "`{ROPE_DIVISORS}` stretches frequencies in another way than Llama 3; take the safetensors folder"
+                "`{ROPE_FREQS_TENSOR}` stretches frequencies in another way than Llama 3; take the safetensors folder"
             );
             return Err(self.malformed(problem));
         }
@@ -123,8 +126,8 @@ impl Gguf {
     }
 
     /// Returns YaRN with the parameters of the paper; rejects other parameters.
-    fn yarn(&self, name: &str) -> Result<RopeScaling, EngineError> {
-        let number = |key: &str| self.number(&format!("{name}.rope.scaling.{key}"));
+    fn read_yarn_scaling(&self, name: &str) -> Result<RopeScaling, EngineError> {
+        let number = |key: &str| self.metadata_f32(&format!("{name}.rope.scaling.{key}"));
         for (key, usual) in [
             ("attn_factor", 1.0),
             ("yarn_ext_factor", 1.0),
@@ -140,19 +143,19 @@ impl Gguf {
                 return Err(self.malformed(problem));
             }
         }
-        let original = self.integer(&format!("{name}.rope.scaling.original_context_length"));
+        let original = self.metadata_u64(&format!("{name}.rope.scaling.original_context_length"));
         match (number("factor"), original) {
-            (Some(factor), Some(original)) => Ok(RopeScaling::yarn(factor, original as f32)),
+            (Some(factor), Some(original)) => Ok(RopeScaling::yarn_defaults(factor, original as f32)),
             _ => Err(self.malformed("rope scaling `yarn` without `factor` and `original_context_length`")),
         }
     }
 
     /// Returns the configuration without Llama 3's rotary scaling.
-    fn shape(&self) -> Result<ModelConfig, EngineError> {
-        let name = self.text("general.architecture").unwrap_or_default();
-        let family = Family::parse_own(name, &self.path)?;
+    fn read_config(&self) -> Result<ModelConfig, EngineError> {
+        let name = self.metadata_str("general.architecture").unwrap_or_default();
+        let family = Family::parse_native(name, &self.path)?;
         let need = |key: &str| -> Result<usize, EngineError> {
-            self.integer(&format!("{name}.{key}"))
+            self.metadata_u64(&format!("{name}.{key}"))
                 .map(|value| value as usize)
                 .ok_or_else(|| self.malformed(format!("metadata `{name}.{key}` is missing")))
         };
@@ -161,15 +164,15 @@ impl Gguf {
         let kv = need("attention.head_count_kv").unwrap_or(query);
         let dim = need("attention.key_length").unwrap_or(hidden_size / query.max(1));
         let positions = need("context_length")?;
-        let rope_scaling = match self.text(&format!("{name}.rope.scaling.type")) {
+        let rope_scaling = match self.metadata_str(&format!("{name}.rope.scaling.type")) {
             None | Some("none") => None,
             Some("linear") => Some(RopeScaling::Linear {
-                factor: self.number(&format!("{name}.rope.scaling.factor")).unwrap_or(1.0),
+                factor: self.metadata_f32(&format!("{name}.rope.scaling.factor")).unwrap_or(1.0),
             }),
-            Some("yarn") => Some(self.yarn(name)?),
+            Some("yarn") => Some(self.read_yarn_scaling(name)?),
             Some(other) => return Err(self.malformed(format!("rope scaling `{other}` is not supported"))),
         };
-        let checked = rope_scaling.map(RopeScaling::checked).transpose();
+        let checked = rope_scaling.map(RopeScaling::validated).transpose();
         let rope_scaling = checked.map_err(|problem| self.malformed(format!("rope scaling: {problem}")))?;
         let vocab_size = match self.content.tensor_infos.get("token_embd.weight") {
             Some(info) => info.shape.dims().first().copied().unwrap_or_default(),
@@ -185,34 +188,40 @@ impl Gguf {
             vocab_size,
             hidden_size,
             intermediate_size: need("feed_forward_length")?,
-            layers: need("block_count")?,
-            heads: Heads { query, kv, dim },
-            max_positions: rope_scaling.as_ref().map_or(positions, |scaling| scaling.context(positions)),
+            num_layers: need("block_count")?,
+            heads: AttentionHeads { query, kv, dim },
+            max_positions: rope_scaling
+                .as_ref()
+                .map_or(positions, |scaling| scaling.max_context_tokens(positions)),
             rms_norm_eps: f64::from(
-                self.number(&format!("{name}.attention.layer_norm_rms_epsilon")).unwrap_or(1e-6),
+                self.metadata_f32(&format!("{name}.attention.layer_norm_rms_epsilon")).unwrap_or(1e-6),
             ),
-            rope_theta: self.number(&format!("{name}.rope.freq_base")).unwrap_or(10_000.0),
+            rope_theta: self.metadata_f32(&format!("{name}.rope.freq_base")).unwrap_or(10_000.0),
             rope_scaling,
-            tied: !self.content.tensor_infos.contains_key("output.weight"),
+            tied_embeddings: !self.content.tensor_infos.contains_key("output.weight"),
             qkv_bias: family == Family::Qwen2,
-            eos: self.integer("tokenizer.ggml.eos_token_id").map(|id| id as u32).into_iter().collect(),
-            bos: self.integer("tokenizer.ggml.bos_token_id").map(|id| id as u32),
-            classes: 0,
-            foreign: None,
+            eos_token_ids: self
+                .metadata_u64("tokenizer.ggml.eos_token_id")
+                .map(|id| id as u32)
+                .into_iter()
+                .collect(),
+            bos_token_id: self.metadata_u64("tokenizer.ggml.bos_token_id").map(|id| id as u32),
+            num_labels: 0,
+            candle: None,
         };
-        config.check(&self.path)?;
+        config.validate(&self.path)?;
         Ok(config)
     }
 
     /// Returns whether most matrices have fewer than 16 bits per weight.
-    pub fn is_quantised(&self) -> bool {
+    pub fn is_quantized(&self) -> bool {
         let matrices = || self.content.tensor_infos.values().filter(|info| info.shape.dims().len() == 2);
         let small = |kind: GgmlDType| !matches!(kind, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
         2 * matrices().filter(|info| small(info.ggml_dtype)).count() > matrices().count()
     }
 
     /// Reads a tensor by its name in the file.
-    fn raw(&mut self, name: &str) -> Result<Raw, EngineError> {
+    fn read_tensor(&mut self, name: &str) -> Result<GgufTensor, EngineError> {
         let missing = || EngineError::MissingTensor { name: name.to_owned(), expected: Vec::new() };
         let info = self.content.tensor_infos.get(name).ok_or_else(missing)?;
         let (kind, dims) = (info.ggml_dtype, info.shape.dims().to_vec());
@@ -227,37 +236,41 @@ impl Gguf {
         };
         let mut bytes = vec![0; size as usize];
         let read = self.reader.seek(SeekFrom::Start(start)).and_then(|_| self.reader.read_exact(&mut bytes));
-        read.map_err(|source| EngineError::Read { path: self.path.clone(), source })?;
-        Ok(Raw { kind, dims, bytes })
+        read.map_err(|source| EngineError::ReadFile { path: self.path.clone(), source })?;
+        Ok(GgufTensor { kind, dims, bytes })
     }
 
     /// Reads a tensor as f32.
-    fn tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
-        let whole = self.raw(name)?.whole();
+    fn read_f32_tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
+        let whole = self.read_tensor(name)?.dequantize();
         whole.map_err(|error| self.malformed(format!("tensor `{name}`: {error}")))
     }
 
     /// Adds the tensors that the model uses to `gathered`, under Hugging Face names and in file order.
     /// Matrices are quantized while reading if `gathered` asks for this.
-    pub fn tensors(&mut self, config: &ModelConfig, gathered: &mut Gathered) -> Result<(), EngineError> {
+    pub fn load_tensors(
+        &mut self,
+        config: &ModelConfig,
+        gathered: &mut WeightBuilder,
+    ) -> Result<(), EngineError> {
         let infos = self.content.tensor_infos.iter();
         let placed =
             |(name, info): (&String, &TensorInfo)| (info.offset, name.clone(), info.shape.dims().to_vec());
         let mut names: Vec<(u64, String, Vec<usize>)> = infos.map(placed).collect();
         names.sort();
         for (_, name, dims) in names {
-            let Some(hf_name) = hugging_face_name(&name).filter(|name| gathered.wants(name)) else {
+            let Some(hf_name) = hugging_face_name(&name).filter(|name| gathered.uses(name)) else {
                 continue;
             };
-            gathered.fits(&hf_name, &dims)?;
-            let raw = self.raw(&name)?;
+            gathered.check_shape(&hf_name, &dims)?;
+            let raw = self.read_tensor(&name)?;
             let heads = match hf_name.rsplit('.').nth(1) {
                 Some("q_proj") if config.family == Family::Llama => Some(config.heads.query),
                 Some("k_proj") if config.family == Family::Llama => Some(config.heads.kv),
                 _ => None,
             };
             let raw = match heads {
-                Some(heads) => raw.unpermuted(heads).ok_or_else(|| {
+                Some(heads) => raw.restore_qk_order(heads).ok_or_else(|| {
                     self.malformed(format!(
                         "tensor `{name}`: its rows are not whole blocks, or not {heads} heads of two halves"
                     ))
@@ -265,13 +278,13 @@ impl Gguf {
                 None => raw,
             };
             let unreadable = |error| self.malformed(format!("tensor `{name}`: {error}"));
-            if gathered.packs()
-                && let Some(packed) = raw.packed().map_err(unreadable)?
+            if gathered.quantizes()
+                && let Some(packed) = raw.quantize_for_serving().map_err(unreadable)?
             {
-                gathered.add_packed(&hf_name, packed)?;
+                gathered.add_quantized(&hf_name, packed)?;
                 continue;
             }
-            let tensor = raw.whole().map_err(unreadable)?;
+            let tensor = raw.dequantize().map_err(unreadable)?;
             gathered.add(hf_name, tensor)?;
         }
         Ok(())
@@ -279,27 +292,27 @@ impl Gguf {
 
     /// Returns the chat template of the metadata.
     pub fn chat_template(&self) -> Option<&str> {
-        self.text("tokenizer.chat_template")
+        self.metadata_str("tokenizer.chat_template")
     }
 
     /// Builds the tokenizer from the metadata: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`).
-    pub fn tokenizer(&self) -> Result<Tokenizer, EngineError> {
-        let tokens = self.texts("tokenizer.ggml.tokens")?;
+    pub fn build_tokenizer(&self) -> Result<Tokenizer, EngineError> {
+        let tokens = self.metadata_strings("tokenizer.ggml.tokens")?;
         let vocabulary: tokenizers::models::bpe::Vocab =
             tokens.iter().enumerate().map(|(id, token)| (token.clone(), id as u32)).collect();
-        let kind = self.text("tokenizer.ggml.model").unwrap_or_default();
+        let kind = self.metadata_str("tokenizer.ggml.model").unwrap_or_default();
         let failed = |error: tokenizers::Error| self.malformed(format!("tokenizer: {error}"));
         let mut inner = match kind {
             "gpt2" => {
                 let merges = self
-                    .texts("tokenizer.ggml.merges")?
+                    .metadata_strings("tokenizer.ggml.merges")?
                     .into_iter()
                     .map(|merge| match merge.split_once(' ') {
                         Some((a, b)) => Ok((a.to_owned(), b.to_owned())),
                         None => Err(self.malformed(format!("merge `{merge}` is not two tokens"))),
                     })
                     .collect::<Result<Vec<_>, _>>()?;
-                let pre = self.text("tokenizer.ggml.pre").unwrap_or("default");
+                let pre = self.metadata_str("tokenizer.ggml.pre").unwrap_or("default");
                 let ignore_merges = pre == "llama-bpe";
                 let model = BPE::builder()
                     .vocab_and_merges(vocabulary, merges)
@@ -315,7 +328,7 @@ impl Gguf {
                 inner
             }
             "llama" => {
-                let merges = sentencepiece_merges(&tokens, &self.scores(tokens.len())?);
+                let merges = sentencepiece_merges(&tokens, &self.token_scores(tokens.len())?);
                 let model = BPE::builder()
                     .vocab_and_merges(vocabulary, merges)
                     .unk_token("<unk>".to_owned())
@@ -326,7 +339,7 @@ impl Gguf {
                 let mut inner = tokenizers::Tokenizer::new(model);
                 let space = Replace::new(" ", "▁").map_err(failed)?;
                 let mut normalizers: Vec<tokenizers::NormalizerWrapper> = vec![space.into()];
-                if self.flag("tokenizer.ggml.add_space_prefix") != Some(false) {
+                if self.metadata_bool("tokenizer.ggml.add_space_prefix") != Some(false) {
                     normalizers.insert(0, Prepend::new("▁".to_owned()).into());
                 }
                 inner.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(failed)?;
@@ -365,11 +378,11 @@ impl Gguf {
 
     /// Returns the pre-tokenizer that splits text before BPE, by llama.cpp's name.
     fn pre_tokenizer(&self, pre: &str) -> Result<PreTokenizerWrapper, EngineError> {
-        const WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|";
-        const REST: &str = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+        const WORD_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|";
+        const REMAINDER_PATTERN: &str = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
         let split = |digits: &str| -> Result<PreTokenizerWrapper, EngineError> {
             Split::new(
-                SplitPattern::Regex(format!("{WORDS}{digits}{REST}")),
+                SplitPattern::Regex(format!("{WORD_PATTERN}{digits}{REMAINDER_PATTERN}")),
                 SplitDelimiterBehavior::Isolated,
                 false,
             )
@@ -394,7 +407,7 @@ impl Gguf {
     }
 
     /// Scores of the SentencePiece tokens; fails unless there are `count`.
-    fn scores(&self, count: usize) -> Result<Vec<f32>, EngineError> {
+    fn token_scores(&self, count: usize) -> Result<Vec<f32>, EngineError> {
         let list = self.content.metadata.get("tokenizer.ggml.scores").and_then(|v| v.to_vec().ok());
         let scores: Vec<f32> =
             list.into_iter().flatten().map(|score| score.to_f32().unwrap_or_default()).collect();
@@ -407,37 +420,38 @@ impl Gguf {
 }
 
 /// A tensor in the encoding of the file.
-struct Raw {
+struct GgufTensor {
     kind: GgmlDType,
     dims: Vec<usize>,
     bytes: Vec<u8>,
 }
 
-impl Raw {
+impl GgufTensor {
     /// Returns all values as f32.
-    fn whole(&self) -> candle_core::Result<Tensor> {
-        self.values(&self.bytes, self.dims.clone())
+    fn dequantize(&self) -> candle_core::Result<Tensor> {
+        self.dequantize_bytes(&self.bytes, self.dims.clone())
     }
 
     /// Converts a matrix for serving: 4-bit formats stay 4-bit, all others become 8-bit. Returns `None` if
     /// rows do not divide into blocks.
-    fn packed(&self) -> candle_core::Result<Option<Packed>> {
-        let Some((rows, columns, row)) = self.rows() else { return Ok(None) };
-        if four_bits(self.kind, &[]).is_some() {
-            let blocks =
-                |at: usize| four_bits(self.kind, &self.bytes[at * row..(at + 1) * row]).into_iter().flatten();
-            if let Some(packed) = Packed::from_four_bits(rows, columns, blocks)? {
+    fn quantize_for_serving(&self) -> candle_core::Result<Option<QuantizedMatrix>> {
+        let Some((rows, columns, row)) = self.row_layout() else { return Ok(None) };
+        if decode_int4_blocks(self.kind, &[]).is_some() {
+            let blocks = |at: usize| {
+                decode_int4_blocks(self.kind, &self.bytes[at * row..(at + 1) * row]).into_iter().flatten()
+            };
+            if let Some(packed) = QuantizedMatrix::from_int4_blocks(rows, columns, blocks)? {
                 return Ok(Some(packed));
             }
         }
-        Packed::from_rows(rows, columns, |some| {
-            self.values(&self.bytes[some.start * row..some.end * row], vec![some.len(), columns])
+        QuantizedMatrix::quantize_int8_rows(rows, columns, |some| {
+            self.dequantize_bytes(&self.bytes[some.start * row..some.end * row], vec![some.len(), columns])
         })
     }
 
     /// Returns rows, columns and bytes per row of a matrix; `None` if a row does not consist of whole
     /// blocks.
-    fn rows(&self) -> Option<(usize, usize, usize)> {
+    fn row_layout(&self) -> Option<(usize, usize, usize)> {
         let (&[rows, columns], block) = (self.dims.as_slice(), self.kind.block_size()) else {
             return None;
         };
@@ -445,8 +459,8 @@ impl Raw {
     }
 
     /// Reorders rows from `[head][pair][half]` to `[head][half][pair]`.
-    fn unpermuted(self, heads: usize) -> Option<Self> {
-        let (rows, _, row) = self.rows()?;
+    fn restore_qk_order(self, heads: usize) -> Option<Self> {
+        let (rows, _, row) = self.row_layout()?;
         if !rows.is_multiple_of(2 * heads) {
             return None;
         }
@@ -459,7 +473,7 @@ impl Raw {
     }
 
     /// Dequantizes `bytes` to a tensor of shape `dims`.
-    fn values(&self, bytes: &[u8], dims: Vec<usize>) -> candle_core::Result<Tensor> {
+    fn dequantize_bytes(&self, bytes: &[u8], dims: Vec<usize>) -> candle_core::Result<Tensor> {
         qtensor_from_ggml(self.kind, bytes, dims, &Device::Cpu)?.dequantize(&Device::Cpu)
     }
 }

@@ -4,41 +4,44 @@
 use candle_core::quantized::GgmlDType;
 use half::f16;
 
-use crate::ops::packed::{BLOCK, FourBits};
+use crate::ops::packed::{BLOCK_WEIGHTS, Int4Block};
 
 /// Decodes the bytes of whole rows into blocks of 32 weights in column order. Returns `None` for formats
 /// other than Q4_0, Q4_1 and Q4_K.
-pub(crate) fn four_bits(kind: GgmlDType, bytes: &[u8]) -> Option<Box<dyn Iterator<Item = FourBits> + '_>> {
+pub(crate) fn decode_int4_blocks(
+    kind: GgmlDType,
+    bytes: &[u8],
+) -> Option<Box<dyn Iterator<Item = Int4Block> + '_>> {
     let blocks = bytes.chunks_exact(kind.type_size());
     Some(match kind {
         GgmlDType::Q4_0 => Box::new(blocks.map(|block| {
-            let scale = half(block, 0);
-            FourBits { scale, least: -8.0 * scale, values: halves(&block[2..]) }
+            let scale = read_f16(block, 0);
+            Int4Block { scale, least: -8.0 * scale, values: unpack_nibbles(&block[2..]) }
         })),
-        GgmlDType::Q4_1 => Box::new(blocks.map(|block| FourBits {
-            scale: half(block, 0),
-            least: half(block, 2),
-            values: halves(&block[4..]),
+        GgmlDType::Q4_1 => Box::new(blocks.map(|block| Int4Block {
+            scale: read_f16(block, 0),
+            least: read_f16(block, 2),
+            values: unpack_nibbles(&block[4..]),
         })),
-        GgmlDType::Q4K => Box::new(blocks.flat_map(super_block)),
+        GgmlDType::Q4K => Box::new(blocks.flat_map(decode_q4_k)),
         _ => return None,
     })
 }
 
-fn half(block: &[u8], at: usize) -> f32 {
+fn read_f16(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
 /// Unpacks 16 bytes: the low nibbles are the first 16 weights, the high nibbles the others.
-fn halves(bytes: &[u8]) -> [u8; BLOCK] {
+fn unpack_nibbles(bytes: &[u8]) -> [u8; BLOCK_WEIGHTS] {
     std::array::from_fn(|at| bytes[at % 16] >> (4 * (at / 16)) & 15)
 }
 
 /// Decodes a Q4_K super-block of 256 weights. Two f16 factors come first, one for the scales and one for
 /// the minimums. Then 12 bytes hold a 6-bit scale and a 6-bit minimum for each of eight blocks. Each
 /// pair of blocks shares 32 bytes of weights: the low nibbles and the high nibbles.
-fn super_block(bytes: &[u8]) -> impl Iterator<Item = FourBits> + '_ {
-    let (scale, least) = (half(bytes, 0), half(bytes, 2));
+fn decode_q4_k(bytes: &[u8]) -> impl Iterator<Item = Int4Block> + '_ {
+    let (scale, least) = (read_f16(bytes, 0), read_f16(bytes, 2));
     let (numbers, weights) = bytes[4..].split_at(12);
     (0..8).map(move |at| {
         // The first four blocks have contiguous six bits. The others take four bits from their own byte and
@@ -49,8 +52,8 @@ fn super_block(bytes: &[u8]) -> impl Iterator<Item = FourBits> + '_ {
             let (low, high) = (numbers[at + 4], [numbers[at - 4], numbers[at]]);
             [low & 15 | high[0] >> 6 << 4, low >> 4 | high[1] >> 6 << 4]
         };
-        let bytes = &weights[at / 2 * BLOCK..][..BLOCK];
-        FourBits {
+        let bytes = &weights[at / 2 * BLOCK_WEIGHTS..][..BLOCK_WEIGHTS];
+        Int4Block {
             scale: scale * f32::from(of_scale),
             least: -least * f32::from(of_least),
             values: std::array::from_fn(|column| bytes[column] >> (4 * (at % 2)) & 15),
@@ -64,7 +67,7 @@ mod tests {
     use candle_core::{Device, Tensor};
 
     use super::*;
-    use crate::ops::packed::Packed;
+    use crate::ops::packed::QuantizedMatrix;
 
     /// Each block equals candle's dequantization of the same bytes.
     #[test]
@@ -76,7 +79,7 @@ mod tests {
             let expected =
                 quantised.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let bytes = quantised.data().unwrap();
-            let found: Vec<f32> = four_bits(kind, &bytes)
+            let found: Vec<f32> = decode_int4_blocks(kind, &bytes)
                 .unwrap()
                 .flat_map(|block| block.values.map(|value| f32::from(value) * block.scale + block.least))
                 .collect();
@@ -84,17 +87,23 @@ mod tests {
             for (found, expected) in found.iter().zip(&expected) {
                 assert!((found - expected).abs() < 1e-5, "{kind:?}: {found} {expected}");
             }
-            let row =
-                |row: usize| four_bits(kind, &bytes[row * bytes.len() / 6..][..bytes.len() / 6]).unwrap();
-            let packed = Packed::from_four_bits(6, 512, row).unwrap().unwrap();
-            let kept =
-                packed.select(&[0, 1, 2, 3, 4, 5]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let row = |row: usize| {
+                decode_int4_blocks(kind, &bytes[row * bytes.len() / 6..][..bytes.len() / 6]).unwrap()
+            };
+            let packed = QuantizedMatrix::from_int4_blocks(6, 512, row).unwrap().unwrap();
+            let kept = packed
+                .lookup_rows(&[0, 1, 2, 3, 4, 5])
+                .unwrap()
+                .flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap();
             // The values reach from -0.8 to 1.2, so neither part of a value exceeds 2.
             let bound = if kind == GgmlDType::Q4K { 2.0 * 2f32.powi(-11) } else { 1e-6 };
             for (kept, expected) in kept.iter().zip(&expected) {
                 assert!((kept - expected).abs() < bound, "{kind:?}: {kept} {expected}");
             }
         }
-        assert!(four_bits(GgmlDType::Q8_0, &[]).is_none());
+        assert!(decode_int4_blocks(GgmlDType::Q8_0, &[]).is_none());
     }
 }

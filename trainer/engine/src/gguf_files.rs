@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::config::Family;
 use crate::error::EngineError;
-use crate::gguf::ROPE_DIVISORS;
+use crate::gguf::ROPE_FREQS_TENSOR;
 use crate::loader::LoadedModel;
 use crate::rope_scaling::RopeScaling;
 
@@ -26,7 +26,7 @@ const ALIGNMENT: usize = 32;
 /// Formats of the written files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Format {
+pub enum GgufFormat {
     /// 16-bit floats.
     F16,
     /// 8-bit integers with one scale per 32 weights.
@@ -35,7 +35,7 @@ pub enum Format {
     Q4KM,
 }
 
-impl Format {
+impl GgufFormat {
     /// Returns the name used in file names.
     pub fn name(self) -> &'static str {
         match self {
@@ -56,7 +56,7 @@ impl Format {
 }
 
 /// Importance weights: mean square of every input channel of a matrix, by Hugging Face name.
-pub type Importance = HashMap<String, Vec<f32>>;
+pub type ImportanceMatrix = HashMap<String, Vec<f32>>;
 
 /// Writes `model` to `path`; `name` becomes `general.name`. `importance` guides the rounding of Q4_K and
 /// Q6_K. Fails if GGUF cannot express the model.
@@ -64,30 +64,31 @@ pub fn write_gguf(
     path: &Path,
     model: &LoadedModel,
     name: &str,
-    format: Format,
-    importance: Option<&Importance>,
+    format: GgufFormat,
+    importance: Option<&ImportanceMatrix>,
 ) -> Result<(), EngineError> {
-    let header = metadata(path, model, name, format)?;
+    let header = build_metadata(path, model, name, format)?;
     let mut tensors = Vec::new();
-    for (hf_name, shape) in model.config.tensors() {
+    for (hf_name, shape) in model.config.tensor_shapes() {
         let mut tensor = model.weights.get(&hf_name)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
         if model.config.family == Family::Llama {
             for (part, heads) in
                 [("q_proj.weight", model.config.heads.query), ("k_proj.weight", model.config.heads.kv)]
             {
                 if hf_name.ends_with(part) {
-                    tensor = permute(&tensor, heads)?;
+                    tensor = permute_qk_rows(&tensor, heads)?;
                 }
             }
         }
-        let kind = kind_of(&hf_name, &shape, format, model.config.tied, model.config.layers);
-        let weighted = importance.and_then(|all| all.get(&hf_name)).filter(|_| is_weighted(kind));
+        let kind =
+            tensor_type(&hf_name, &shape, format, model.config.tied_embeddings, model.config.num_layers);
+        let weighted = importance.and_then(|all| all.get(&hf_name)).filter(|_| uses_importance(kind));
         let quantised = match weighted {
             Some(importance) => QTensor::quantize_imatrix(&tensor.contiguous()?, importance, kind)?,
             None => QTensor::quantize(&tensor.contiguous()?, kind)?,
         };
         tensors.push((
-            gguf_name(&hf_name).ok_or_else(|| unsupported(path, &hf_name))?,
+            gguf_name(&hf_name).ok_or_else(|| missing_gguf_name(path, &hf_name))?,
             shape,
             kind,
             quantised,
@@ -97,7 +98,7 @@ pub fn write_gguf(
         let divisors = model.config.frequency_divisors();
         let shape = vec![divisors.len()];
         let tensor = QTensor::quantize(&Tensor::new(divisors, &Device::Cpu)?, GgmlDType::F32)?;
-        tensors.push((ROPE_DIVISORS.to_owned(), shape, GgmlDType::F32, tensor));
+        tensors.push((ROPE_FREQS_TENSOR.to_owned(), shape, GgmlDType::F32, tensor));
     }
     let data: Vec<_> =
         tensors.iter().map(|(.., tensor)| tensor.data()).collect::<candle_core::Result<Vec<_>>>()?;
@@ -109,8 +110,8 @@ pub fn write_gguf(
         let mut written = 24;
         for (key, value) in &header {
             let mut bytes = Vec::new();
-            text(&mut bytes, key);
-            bytes.extend_from_slice(&value.kind().to_le_bytes());
+            write_string(&mut bytes, key);
+            bytes.extend_from_slice(&value.type_id().to_le_bytes());
             value.write(&mut bytes);
             written += bytes.len();
             file.write_all(&bytes)?;
@@ -118,40 +119,40 @@ pub fn write_gguf(
         let mut offset = 0;
         for ((name, shape, kind, _), data) in tensors.iter().zip(&data) {
             let mut bytes = Vec::new();
-            text(&mut bytes, name);
+            write_string(&mut bytes, name);
             bytes.extend_from_slice(&(shape.len() as u32).to_le_bytes());
             // GGUF lists the innermost dimension first.
             shape.iter().rev().for_each(|size| bytes.extend_from_slice(&(*size as u64).to_le_bytes()));
-            bytes.extend_from_slice(&number_of(*kind).to_le_bytes());
+            bytes.extend_from_slice(&ggml_type_id(*kind).to_le_bytes());
             bytes.extend_from_slice(&(offset as u64).to_le_bytes());
             offset += data.len().next_multiple_of(ALIGNMENT);
             written += bytes.len();
             file.write_all(&bytes)?;
         }
-        pad(file, written)?;
+        write_padding(file, written)?;
         data.iter().try_for_each(|data| {
             file.write_all(data)?;
-            pad(file, data.len())
+            write_padding(file, data.len())
         })
     })?)
 }
 
 /// Writes zeros up to the next multiple of [`ALIGNMENT`] after `written` bytes.
-fn pad(file: &mut impl Write, written: usize) -> io::Result<()> {
+fn write_padding(file: &mut impl Write, written: usize) -> io::Result<()> {
     file.write_all(&[0; ALIGNMENT][..written.next_multiple_of(ALIGNMENT) - written])
 }
 
-fn unsupported(path: &Path, name: &str) -> EngineError {
+fn missing_gguf_name(path: &Path, name: &str) -> EngineError {
     EngineError::malformed(path, format!("tensor `{name}` has no name in GGUF"))
 }
 
 /// Returns whether quantization to `kind` uses importance weights.
-fn is_weighted(kind: GgmlDType) -> bool {
+fn uses_importance(kind: GgmlDType) -> bool {
     matches!(kind, GgmlDType::Q4K | GgmlDType::Q6K)
 }
 
 /// Returns ggml's number of a tensor type.
-fn number_of(kind: GgmlDType) -> u32 {
+fn ggml_type_id(kind: GgmlDType) -> u32 {
     match kind {
         GgmlDType::F16 => 1,
         GgmlDType::Q5_0 => 6,
@@ -163,7 +164,7 @@ fn number_of(kind: GgmlDType) -> u32 {
 }
 
 /// Returns the type of a tensor in a file of `format`, by llama.cpp's rules.
-fn kind_of(name: &str, shape: &[usize], format: Format, tied: bool, layers: usize) -> GgmlDType {
+fn tensor_type(name: &str, shape: &[usize], format: GgufFormat, tied: bool, layers: usize) -> GgmlDType {
     let [_, inner] = shape else { return GgmlDType::F32 };
     let fit = |wanted: GgmlDType, instead: GgmlDType, last: GgmlDType| {
         if inner.is_multiple_of(wanted.block_size()) {
@@ -175,9 +176,9 @@ fn kind_of(name: &str, shape: &[usize], format: Format, tied: bool, layers: usiz
         }
     };
     match format {
-        Format::F16 => GgmlDType::F16,
-        Format::Q8_0 => fit(GgmlDType::Q8_0, GgmlDType::Q8_0, GgmlDType::F16),
-        Format::Q4KM => {
+        GgufFormat::F16 => GgmlDType::F16,
+        GgufFormat::Q8_0 => fit(GgmlDType::Q8_0, GgmlDType::Q8_0, GgmlDType::F16),
+        GgufFormat::Q4KM => {
             let layer = name.split('.').nth(2).and_then(|layer| layer.parse::<usize>().ok()).unwrap_or(0);
             let (first, last) = (layers / 8, 7 * layers / 8);
             let finer = layer < first || layer >= last || (layer - first) % 3 == 2;
@@ -224,14 +225,14 @@ fn gguf_name(name: &str) -> Option<String> {
 }
 
 /// Reorders rows from `[head][half][pair]` to `[head][pair][half]`, the order of llama.cpp's rotary kernel.
-fn permute(tensor: &Tensor, heads: usize) -> Result<Tensor, EngineError> {
+fn permute_qk_rows(tensor: &Tensor, heads: usize) -> Result<Tensor, EngineError> {
     let (rows, columns) = tensor.dims2()?;
     let half = rows / heads / 2;
     Ok(tensor.reshape((heads, 2, half, columns))?.transpose(1, 2)?.contiguous()?.reshape((rows, columns))?)
 }
 
 /// A metadata value.
-enum Meta {
+enum MetadataValue {
     U32(u32),
     F32(f32),
     Bool(bool),
@@ -241,14 +242,14 @@ enum Meta {
 }
 
 /// Appends a GGUF string: its length as `u64`, then the bytes.
-fn text(bytes: &mut Vec<u8>, text: &str) {
+fn write_string(bytes: &mut Vec<u8>, text: &str) {
     bytes.extend_from_slice(&(text.len() as u64).to_le_bytes());
     bytes.extend_from_slice(text.as_bytes());
 }
 
-impl Meta {
+impl MetadataValue {
     /// Returns GGUF's number of the value type.
-    fn kind(&self) -> u32 {
+    fn type_id(&self) -> u32 {
         match self {
             Self::U32(_) => 4,
             Self::F32(_) => 6,
@@ -263,7 +264,7 @@ impl Meta {
             Self::U32(value) => bytes.extend_from_slice(&value.to_le_bytes()),
             Self::F32(value) => bytes.extend_from_slice(&value.to_le_bytes()),
             Self::Bool(value) => bytes.push(u8::from(*value)),
-            Self::Text(value) => text(bytes, value),
+            Self::Text(value) => write_string(bytes, value),
             Self::Integers(list) => {
                 bytes.extend_from_slice(&5u32.to_le_bytes());
                 bytes.extend_from_slice(&(list.len() as u64).to_le_bytes());
@@ -272,89 +273,91 @@ impl Meta {
             Self::Texts(list) => {
                 bytes.extend_from_slice(&8u32.to_le_bytes());
                 bytes.extend_from_slice(&(list.len() as u64).to_le_bytes());
-                list.iter().for_each(|value| text(bytes, value));
+                list.iter().for_each(|value| write_string(bytes, value));
             }
         }
     }
 }
 
 /// Returns all metadata of the file in order. Fails if GGUF cannot express tokenizer or rotary scaling.
-fn metadata(
+fn build_metadata(
     path: &Path,
     model: &LoadedModel,
     name: &str,
-    format: Format,
-) -> Result<Vec<(String, Meta)>, EngineError> {
+    format: GgufFormat,
+) -> Result<Vec<(String, MetadataValue)>, EngineError> {
     let config = &model.config;
     let family = config.family.name();
-    let mut all: Vec<(String, Meta)> = Vec::new();
-    let mut put = |key: &str, value: Meta| all.push((key.replace("{arch}", family), value));
-    put("general.architecture", Meta::Text(family.to_owned()));
-    put("general.name", Meta::Text(name.to_owned()));
-    put("general.file_type", Meta::U32(format.file_type()));
-    put("general.quantization_version", Meta::U32(2));
-    put("{arch}.block_count", Meta::U32(config.layers as u32));
-    put("{arch}.context_length", Meta::U32(config.max_positions as u32));
-    put("{arch}.embedding_length", Meta::U32(config.hidden_size as u32));
-    put("{arch}.feed_forward_length", Meta::U32(config.intermediate_size as u32));
-    put("{arch}.attention.head_count", Meta::U32(config.heads.query as u32));
-    put("{arch}.attention.head_count_kv", Meta::U32(config.heads.kv as u32));
-    put("{arch}.attention.key_length", Meta::U32(config.heads.dim as u32));
-    put("{arch}.attention.value_length", Meta::U32(config.heads.dim as u32));
-    put("{arch}.rope.dimension_count", Meta::U32(config.heads.dim as u32));
-    put("{arch}.rope.freq_base", Meta::F32(config.rope_theta));
-    put("{arch}.attention.layer_norm_rms_epsilon", Meta::F32(config.rms_norm_eps as f32));
+    let mut all: Vec<(String, MetadataValue)> = Vec::new();
+    let mut put = |key: &str, value: MetadataValue| all.push((key.replace("{arch}", family), value));
+    put("general.architecture", MetadataValue::Text(family.to_owned()));
+    put("general.name", MetadataValue::Text(name.to_owned()));
+    put("general.file_type", MetadataValue::U32(format.file_type()));
+    put("general.quantization_version", MetadataValue::U32(2));
+    put("{arch}.block_count", MetadataValue::U32(config.num_layers as u32));
+    put("{arch}.context_length", MetadataValue::U32(config.max_positions as u32));
+    put("{arch}.embedding_length", MetadataValue::U32(config.hidden_size as u32));
+    put("{arch}.feed_forward_length", MetadataValue::U32(config.intermediate_size as u32));
+    put("{arch}.attention.head_count", MetadataValue::U32(config.heads.query as u32));
+    put("{arch}.attention.head_count_kv", MetadataValue::U32(config.heads.kv as u32));
+    put("{arch}.attention.key_length", MetadataValue::U32(config.heads.dim as u32));
+    put("{arch}.attention.value_length", MetadataValue::U32(config.heads.dim as u32));
+    put("{arch}.rope.dimension_count", MetadataValue::U32(config.heads.dim as u32));
+    put("{arch}.rope.freq_base", MetadataValue::F32(config.rope_theta));
+    put("{arch}.attention.layer_norm_rms_epsilon", MetadataValue::F32(config.rms_norm_eps as f32));
     match &config.rope_scaling {
         None => {}
         Some(RopeScaling::Linear { factor }) => {
-            put("{arch}.rope.scaling.type", Meta::Text("linear".to_owned()));
-            put("{arch}.rope.scaling.factor", Meta::F32(*factor));
+            put("{arch}.rope.scaling.type", MetadataValue::Text("linear".to_owned()));
+            put("{arch}.rope.scaling.factor", MetadataValue::F32(*factor));
         }
         Some(scaling @ RopeScaling::Yarn { factor, original_max_position_embeddings: original, .. }) => {
-            if !scaling.is_plain_yarn() {
+            if !scaling.has_yarn_defaults() {
                 let problem = "this rope scaling has no form in GGUF: `yarn` with the numbers of the paper; export a safetensors \
                                folder instead";
                 return Err(EngineError::malformed(path, problem));
             }
-            put("{arch}.rope.scaling.type", Meta::Text("yarn".to_owned()));
-            put("{arch}.rope.scaling.factor", Meta::F32(*factor));
-            put("{arch}.rope.scaling.original_context_length", Meta::U32(*original as u32));
+            put("{arch}.rope.scaling.type", MetadataValue::Text("yarn".to_owned()));
+            put("{arch}.rope.scaling.factor", MetadataValue::F32(*factor));
+            put("{arch}.rope.scaling.original_context_length", MetadataValue::U32(*original as u32));
         }
         Some(scaling @ RopeScaling::Llama3 { factor, original_max_position_embeddings: original, .. }) => {
             // Readers derive the factor from the slowest frequency.
             let most = config.frequency_divisors().into_iter().fold(0.0, f32::max);
-            let plain =
-                *scaling == RopeScaling::llama3(*factor, *original) && (most - factor).abs() <= 1e-3 * factor;
+            let plain = *scaling == RopeScaling::llama3_defaults(*factor, *original)
+                && (most - factor).abs() <= 1e-3 * factor;
             if config.family != Family::Llama || !plain {
                 let problem = "this rope scaling has no form in GGUF: `llama3` of a Llama, with bounds of 1 and 4, where the slowest \
                                frequency is divided by the whole factor; export a safetensors folder instead";
                 return Err(EngineError::malformed(path, problem));
             }
-            put("{arch}.rope.scaling.original_context_length", Meta::U32(*original as u32));
+            put("{arch}.rope.scaling.original_context_length", MetadataValue::U32(*original as u32));
         }
     }
-    put("{arch}.vocab_size", Meta::U32(config.vocab_size as u32));
-    let words = Words::of(path, model)?;
-    put("tokenizer.ggml.model", Meta::Text("gpt2".to_owned()));
-    put("tokenizer.ggml.pre", Meta::Text(words.pre.to_owned()));
-    put("tokenizer.ggml.tokens", Meta::Texts(words.tokens));
-    put("tokenizer.ggml.token_type", Meta::Integers(words.kinds));
-    put("tokenizer.ggml.merges", Meta::Texts(words.merges));
-    put("tokenizer.ggml.add_bos_token", Meta::Bool(false));
+    put("{arch}.vocab_size", MetadataValue::U32(config.vocab_size as u32));
+    let words = GgufVocabulary::from_tokenizer(path, model)?;
+    put("tokenizer.ggml.model", MetadataValue::Text("gpt2".to_owned()));
+    put("tokenizer.ggml.pre", MetadataValue::Text(words.pre.to_owned()));
+    put("tokenizer.ggml.tokens", MetadataValue::Texts(words.tokens));
+    put("tokenizer.ggml.token_type", MetadataValue::Integers(words.kinds));
+    put("tokenizer.ggml.merges", MetadataValue::Texts(words.merges));
+    put("tokenizer.ggml.add_bos_token", MetadataValue::Bool(false));
     // The end token of the chat template ends a turn.
-    if let Some(eos) = model.tokenizer.id(model.template.eos()).or(config.eos.first().copied()) {
-        put("tokenizer.ggml.eos_token_id", Meta::U32(eos));
-        put("tokenizer.ggml.padding_token_id", Meta::U32(eos));
+    if let Some(eos) =
+        model.tokenizer.token_id(model.chat_template.eos_token()).or(config.eos_token_ids.first().copied())
+    {
+        put("tokenizer.ggml.eos_token_id", MetadataValue::U32(eos));
+        put("tokenizer.ggml.padding_token_id", MetadataValue::U32(eos));
     }
-    if let Some(bos) = config.bos {
-        put("tokenizer.ggml.bos_token_id", Meta::U32(bos));
+    if let Some(bos) = config.bos_token_id {
+        put("tokenizer.ggml.bos_token_id", MetadataValue::U32(bos));
     }
-    put("tokenizer.chat_template", Meta::Text(model.template.source().to_owned()));
+    put("tokenizer.chat_template", MetadataValue::Text(model.chat_template.source().to_owned()));
     Ok(all)
 }
 
 /// A byte-level BPE vocabulary in GGUF's form.
-struct Words {
+struct GgufVocabulary {
     tokens: Vec<String>,
     /// Token types: 1 normal, 3 control, 4 user-defined, 5 unused.
     kinds: Vec<i32>,
@@ -362,8 +365,8 @@ struct Words {
     pre: &'static str,
 }
 
-impl Words {
-    fn of(path: &Path, model: &LoadedModel) -> Result<Self, EngineError> {
+impl GgufVocabulary {
+    fn from_tokenizer(path: &Path, model: &LoadedModel) -> Result<Self, EngineError> {
         let json: Value = serde_json::from_str(&model.tokenizer.to_json()?)
             .map_err(|error| EngineError::Tokenizer(error.to_string()))?;
         let kind = json["model"]["type"].as_str().unwrap_or_default();
@@ -417,7 +420,7 @@ mod tests {
 
     #[test]
     fn q4_k_m_chooses_tensor_types_like_llama_cpp() {
-        let kind = |name: &str, inner: usize| kind_of(name, &[512, inner], Format::Q4KM, true, 24);
+        let kind = |name: &str, inner: usize| tensor_type(name, &[512, inner], GgufFormat::Q4KM, true, 24);
         assert_eq!(kind("model.layers.0.self_attn.q_proj.weight", 1024), GgmlDType::Q4K);
         assert_eq!(kind("model.layers.0.self_attn.v_proj.weight", 1024), GgmlDType::Q6K);
         assert_eq!(kind("model.layers.3.mlp.down_proj.weight", 1024), GgmlDType::Q4K);
@@ -425,6 +428,6 @@ mod tests {
         assert_eq!(kind("model.layers.23.mlp.down_proj.weight", 896), GgmlDType::Q8_0);
         assert_eq!(kind("model.layers.4.mlp.up_proj.weight", 896), GgmlDType::Q5_0);
         assert_eq!(kind("model.embed_tokens.weight", 1024), GgmlDType::Q6K);
-        assert_eq!(kind_of("model.norm.weight", &[512], Format::Q8_0, true, 24), GgmlDType::F32);
+        assert_eq!(tensor_type("model.norm.weight", &[512], GgufFormat::Q8_0, true, 24), GgmlDType::F32);
     }
 }

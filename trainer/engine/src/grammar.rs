@@ -26,7 +26,7 @@ pub enum Grammar {
 
 /// Returns the schema with bounded whitespace: one space, or a line break with up to 16 spaces, between two
 /// parts. Without the bound small models can generate endless whitespace.
-pub fn bounded(mut schema: Value) -> Value {
+pub fn with_bounded_whitespace(mut schema: Value) -> Value {
     let options =
         schema.as_object_mut().map(|fields| fields.entry("x-guidance").or_insert_with(|| json!({})));
     if let Some(Value::Object(options)) = options
@@ -38,11 +38,11 @@ pub fn bounded(mut schema: Value) -> Value {
 }
 
 /// Compiler of grammars for one vocabulary.
-pub struct Grammars {
+pub struct GrammarCompiler {
     factory: ParserFactory,
 }
 
-fn failed(error: impl std::fmt::Display) -> EngineError {
+fn grammar_error(error: impl std::fmt::Display) -> EngineError {
     // The library appends its internal state after the first line.
     let text = error.to_string();
     EngineError::Grammar(match text.lines().next().unwrap_or_default() {
@@ -51,13 +51,13 @@ fn failed(error: impl std::fmt::Display) -> EngineError {
     })
 }
 
-impl Grammars {
+impl GrammarCompiler {
     /// Creates a compiler for a model with `vocabulary` logits. The first token of `eos` ends a completion.
     /// Fails if `eos` is empty.
     pub fn new(tokenizer: &Tokenizer, vocabulary: usize, eos: &[u32]) -> Result<Self, EngineError> {
         let words: Vec<Vec<u8>> = (0..vocabulary as u32)
             .map(|id| {
-                let mut bytes = tokenizer.bytes(id);
+                let mut bytes = tokenizer.token_bytes(id);
                 if tokenizer.is_special(id) {
                     // The marker keeps special tokens from matching ordinary text.
                     bytes.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
@@ -65,18 +65,20 @@ impl Grammars {
                 bytes
             })
             .collect();
-        let end = *eos.first().ok_or_else(|| failed("the model has no end token"))?;
+        let end = *eos.first().ok_or_else(|| grammar_error("the model has no end token"))?;
         let info = TokRxInfo::new(vocabulary as u32, end);
         let tokens: TokEnv = Arc::new(ApproximateTokEnv::new(TokTrie::from(&info, &words)));
-        let mut factory = ParserFactory::new_simple(&tokens).map_err(failed)?;
+        let mut factory = ParserFactory::new_simple(&tokens).map_err(grammar_error)?;
         factory.quiet();
         Ok(Self { factory })
     }
 
     /// Compiles a grammar. Fails with [`EngineError::Grammar`] if the grammar is invalid.
-    pub fn compile(&self, grammar: &Grammar) -> Result<Constraint, EngineError> {
+    pub fn compile(&self, grammar: &Grammar) -> Result<GrammarMatcher, EngineError> {
         let form = match grammar {
-            Grammar::Json(schema) => TopLevelGrammar::from_json_schema(bounded(schema.clone())),
+            Grammar::Json(schema) => {
+                TopLevelGrammar::from_json_schema(with_bounded_whitespace(schema.clone()))
+            }
             Grammar::Regex(pattern) => TopLevelGrammar::from_regex(pattern),
             Grammar::Choice(texts) => {
                 let texts = texts.iter().map(|text| Value::from(text.as_str()).to_string());
@@ -86,34 +88,34 @@ impl Grammars {
         };
         let mut matcher = Matcher::new(self.factory.create_parser(form));
         match matcher.get_error() {
-            Some(error) => Err(failed(error)),
+            Some(error) => Err(grammar_error(error)),
             None => {
-                matcher.compute_mask().map_err(failed)?;
-                Ok(Constraint(matcher))
+                matcher.compute_mask().map_err(grammar_error)?;
+                Ok(GrammarMatcher(matcher))
             }
         }
     }
 }
 
 /// State of a completion in its grammar.
-pub struct Constraint(Matcher);
+pub struct GrammarMatcher(Matcher);
 
-impl Clone for Constraint {
+impl Clone for GrammarMatcher {
     fn clone(&self) -> Self {
         Self(self.0.deep_clone())
     }
 }
 
-impl std::fmt::Debug for Constraint {
+impl std::fmt::Debug for GrammarMatcher {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Constraint")
     }
 }
 
-impl Constraint {
+impl GrammarMatcher {
     /// Sets the logits of forbidden tokens to negative infinity.
-    pub(crate) fn mask(&mut self, logits: &mut [f32]) -> Result<(), EngineError> {
-        let allowed = self.0.compute_mask_or_eos().map_err(failed)?;
+    pub(crate) fn mask_logits(&mut self, logits: &mut [f32]) -> Result<(), EngineError> {
+        let allowed = self.0.compute_mask_or_eos().map_err(grammar_error)?;
         for (id, logit) in logits.iter_mut().enumerate() {
             if id >= allowed.len() || !allowed.is_allowed(id as u32) {
                 *logit = f32::NEG_INFINITY;
@@ -123,8 +125,8 @@ impl Constraint {
     }
 
     /// Advances the grammar by `token`. Returns whether the completion is complete and cannot continue.
-    pub(crate) fn push(&mut self, token: u32) -> Result<bool, EngineError> {
-        self.0.consume_token(token).map_err(failed)?;
+    pub(crate) fn accept_token(&mut self, token: u32) -> Result<bool, EngineError> {
+        self.0.consume_token(token).map_err(grammar_error)?;
         Ok(self.0.is_stopped())
     }
 }
@@ -132,7 +134,7 @@ impl Constraint {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sampler::Sampling;
+    use crate::sampler::SamplingParams;
     use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;
 
@@ -152,19 +154,19 @@ mod tests {
     /// Samples a completion from uniform logits under a grammar. Returns `None` after 400 tokens.
     fn written(grammar: &Grammar, seed: u64) -> Option<String> {
         let tokenizer = tokenizer();
-        let grammars = Grammars::new(&tokenizer, 110, &[0]).unwrap();
+        let grammars = GrammarCompiler::new(&tokenizer, 110, &[0]).unwrap();
         let mut constraint = grammars.compile(grammar).unwrap().clone();
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut text = Vec::new();
         for _ in 0..400 {
             let mut logits = vec![0f32; 110];
-            constraint.mask(&mut logits).unwrap();
-            let token = Sampling::default().pick(&mut logits, &[], &[], &mut rng);
+            constraint.mask_logits(&mut logits).unwrap();
+            let token = SamplingParams::default().sample(&mut logits, &[], &[], &mut rng);
             if token == 0 {
                 return String::from_utf8(text).ok();
             }
-            text.extend(tokenizer.bytes(token));
-            if constraint.push(token).unwrap() {
+            text.extend(tokenizer.token_bytes(token));
+            if constraint.accept_token(token).unwrap() {
                 return String::from_utf8(text).ok();
             }
         }
@@ -197,7 +199,7 @@ mod tests {
 
     #[test]
     fn rejects_invalid_grammars() {
-        let grammars = Grammars::new(&tokenizer(), 110, &[0]).unwrap();
+        let grammars = GrammarCompiler::new(&tokenizer(), 110, &[0]).unwrap();
         for grammar in [
             Grammar::Regex("(".to_owned()),
             Grammar::Json(json!({"type": "nothing"})),

@@ -17,10 +17,10 @@ use crate::error::EngineError;
 use crate::weights::Weights;
 
 /// Returns random weights for `config`, determined by `seed`.
-pub fn random(config: &ModelConfig, seed: u64) -> Result<Weights, EngineError> {
+pub fn random_weights(config: &ModelConfig, seed: u64) -> Result<Weights, EngineError> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut tensors = BTreeMap::new();
-    for (name, shape) in config.tensors() {
+    for (name, shape) in config.tensor_shapes() {
         let count = shape.iter().product();
         let values: Vec<f32> = if name.ends_with("norm.weight") {
             vec![1.0; count]
@@ -31,9 +31,9 @@ pub fn random(config: &ModelConfig, seed: u64) -> Result<Weights, EngineError> {
             // The last dimension is the fan-in. Embedding rows have `hidden_size` entries, like the inputs
             // of the layers that read them.
             let inputs = shape.last().copied().unwrap_or(1) as f32;
-            let residual = if output { 2.0 * config.layers as f32 } else { 1.0 };
+            let residual = if output { 2.0 * config.num_layers as f32 } else { 1.0 };
             let deviation = 1.0 / (inputs * residual).sqrt();
-            normals(&mut rng, count, deviation)
+            normal_values(&mut rng, count, deviation)
         };
         tensors.insert(name, Tensor::from_vec(values, shape, &Device::Cpu)?);
     }
@@ -41,7 +41,7 @@ pub fn random(config: &ModelConfig, seed: u64) -> Result<Weights, EngineError> {
 }
 
 /// Draws `count` normal values by the Box-Muller transform: two uniform values give two normal ones.
-fn normals(rng: &mut ChaCha8Rng, count: usize, deviation: f32) -> Vec<f32> {
+fn normal_values(rng: &mut ChaCha8Rng, count: usize, deviation: f32) -> Vec<f32> {
     let mut values = Vec::with_capacity(count + 1);
     while values.len() < count {
         let radius = (-2.0 * (1.0 - rng.random::<f32>()).ln()).sqrt() * deviation;

@@ -9,42 +9,42 @@ use rayon::prelude::*;
 
 use crate::config::ModelConfig;
 use crate::error::EngineError;
-use crate::ops::attention::{self, FEW_ROWS, Heads, Segment, attend_head, stock};
-use crate::ops::cached::{self, Element, Half, Part, attend};
-use crate::ops::{Precision, fused, with_values};
+use crate::ops::attention::{self, AttentionHeads, MAX_DOT_ROWS, Segment, attend_head, unfused_attention};
+use crate::ops::cached::{self, FiniteF16, HeadBlock, KvElement, attend_blocks};
+use crate::ops::{Precision, has_fused_kernel, with_values};
 
 /// Tokens per block.
-pub const BLOCK: usize = cached::BLOCK;
+pub const BLOCK_TOKENS: usize = cached::BLOCK_TOKENS;
 
 /// Minimum number of blocks that one task writes.
-const BLOCKS_PER_TASK: usize = 4;
+const MIN_BLOCKS_PER_TASK: usize = 4;
 /// Minimum number of rows per attention task of a long prompt, because each task gathers the keys and
 /// values first. A multiple of the tile, so the sums of a row do not depend on the number of threads.
-const MANY_ROWS: usize = 2 * attention::TILE;
+const MIN_TASK_ROWS: usize = 2 * attention::TILE_ROWS;
 
 /// Storage of the KV cache of one model or of one device's shard.
 #[derive(Debug)]
 pub struct KvCache {
     layers: usize,
-    store: Store,
+    store: BlockStore,
 }
 
 #[derive(Debug)]
-enum Store {
+enum BlockStore {
     /// CPU, f32.
-    F32(Host<f32>),
+    F32(HostBlocks<f32>),
     /// CPU, f16: half the memory.
-    F16(Host<Half>),
+    F16(HostBlocks<FiniteF16>),
     /// Other devices and types: keys and values per layer, `[blocks * BLOCK, kv_heads * head_dim]` each.
     Device(Vec<(Tensor, Tensor)>),
 }
 
 /// Blocks on the CPU. Each block holds one [`Part`] per layer and key head; an unused block is empty.
 #[derive(Debug)]
-struct Host<E>(Vec<Box<[E]>>);
+struct HostBlocks<E>(Vec<Box<[E]>>);
 
 /// Block numbers of one sequence in token order.
-pub type Table<'a> = &'a [u32];
+pub type BlockTable<'a> = &'a [u32];
 
 impl KvCache {
     /// Creates a cache of `count` blocks of [`BLOCK`] tokens. The CPU stores f32 or f16 in its own layout;
@@ -57,71 +57,75 @@ impl KvCache {
     ) -> Result<Self, EngineError> {
         let width = config.heads.kv * config.heads.dim;
         let store = match (device.is_cpu(), dtype) {
-            (true, DType::F32) => Store::F32(Host(vec![Box::default(); count])),
-            (true, DType::F16) => Store::F16(Host(vec![Box::default(); count])),
+            (true, DType::F32) => BlockStore::F32(HostBlocks(vec![Box::default(); count])),
+            (true, DType::F16) => BlockStore::F16(HostBlocks(vec![Box::default(); count])),
             _ => {
-                let rows = || Tensor::zeros((count * BLOCK, width), dtype, device);
-                let layers = (0..config.layers).map(|_| Ok((rows()?, rows()?)));
-                Store::Device(layers.collect::<Result<_, EngineError>>()?)
+                let rows = || Tensor::zeros((count * BLOCK_TOKENS, width), dtype, device);
+                let layers = (0..config.num_layers).map(|_| Ok((rows()?, rows()?)));
+                BlockStore::Device(layers.collect::<Result<_, EngineError>>()?)
             }
         };
-        Ok(Self { layers: config.layers, store })
+        Ok(Self { layers: config.num_layers, store })
     }
 
     /// Returns the bytes per token over all layers.
     pub fn bytes_per_token(config: &ModelConfig, dtype: DType) -> usize {
-        2 * config.layers * config.heads.kv * config.heads.dim * dtype.size_in_bytes()
+        2 * config.num_layers * config.heads.kv * config.heads.dim * dtype.size_in_bytes()
     }
 
     /// Writes keys and values of the rows of `layer` into their blocks. Returns the attention output,
     /// shaped like `q`: `[rows, heads * dim]`. Fails if a sequence exceeds its table.
-    pub(crate) fn attend(
+    pub(crate) fn write_and_attend(
         &mut self,
         layer: usize,
         [q, k, v]: [&Tensor; 3],
-        heads: Heads,
+        heads: AttentionHeads,
         segments: &[Segment],
-        tables: &[Table<'_>],
+        tables: &[BlockTable<'_>],
     ) -> Result<Tensor, EngineError> {
         for (segment, table) in segments.iter().zip(tables) {
-            if segment.past + segment.len > table.len() * BLOCK {
+            if segment.past + segment.len > table.len() * BLOCK_TOKENS {
                 return Err(EngineError::Stopped("a sequence is longer than its blocks".to_owned()));
             }
         }
         let layers = (layer, self.layers);
         match &mut self.store {
-            Store::F32(host) if fused(q) => host.step(layers, [q, k, v], heads, segments, tables),
-            Store::F16(host) if fused(q) => host.step(layers, [q, k, v], heads, segments, tables),
-            Store::Device(layers) => {
+            BlockStore::F32(host) if has_fused_kernel(q) => {
+                host.write_and_attend(layers, [q, k, v], heads, segments, tables)
+            }
+            BlockStore::F16(host) if has_fused_kernel(q) => {
+                host.write_and_attend(layers, [q, k, v], heads, segments, tables)
+            }
+            BlockStore::Device(layers) => {
                 let (keys, values) = &layers[layer];
-                attend_device([keys, values], [q, k, v], heads, segments, tables)
+                attend_tensors([keys, values], [q, k, v], heads, segments, tables)
             }
             _ => Err(EngineError::Stopped("a cache moved between devices".to_owned())),
         }
     }
 }
 
-impl<E: Element> Host<E> {
+impl<E: KvElement> HostBlocks<E> {
     /// Writes the rows of layer `layer` of `layers` and returns their attention.
-    fn step(
+    fn write_and_attend(
         &mut self,
         (layer, layers): (usize, usize),
         [q, k, v]: [&Tensor; 3],
-        heads: Heads,
+        heads: AttentionHeads,
         segments: &[Segment],
-        tables: &[Table<'_>],
+        tables: &[BlockTable<'_>],
     ) -> Result<Tensor, EngineError> {
-        let part = Part::<E>::len(heads.dim);
+        let part = HeadBlock::<E>::len(heads.dim);
         let first = layer * heads.kv * part;
         Ok(with_values([q, k, v], |[qd, kd, vd]| {
             let mut writes = Vec::new();
             for (segment, table) in segments.iter().zip(tables) {
-                for rows in segment.parts(BLOCK, BLOCK - segment.past % BLOCK) {
-                    let at = table[rows.past / BLOCK] as usize;
+                for rows in segment.split(BLOCK_TOKENS, BLOCK_TOKENS - segment.past % BLOCK_TOKENS) {
+                    let at = table[rows.past / BLOCK_TOKENS] as usize;
                     writes.push((rows, at, std::mem::take(&mut self.0[at])));
                 }
             }
-            writes.par_iter_mut().with_min_len(BLOCKS_PER_TASK).for_each(|(rows, _, block)| {
+            writes.par_iter_mut().with_min_len(MIN_BLOCKS_PER_TASK).for_each(|(rows, _, block)| {
                 if block.is_empty() {
                     *block = vec![E::ZERO; layers * heads.kv * part].into_boxed_slice();
                 }
@@ -129,7 +133,12 @@ impl<E: Element> Host<E> {
                     for row in 0..rows.len {
                         let from = ((rows.start + row) * heads.kv + head) * heads.dim;
                         let values = from..from + heads.dim;
-                        Part::write(part, rows.past % BLOCK + row, &kd[values.clone()], &vd[values]);
+                        HeadBlock::write_token(
+                            part,
+                            rows.past % BLOCK_TOKENS + row,
+                            &kd[values.clone()],
+                            &vd[values],
+                        );
                     }
                 }
             });
@@ -148,47 +157,47 @@ impl<E: Element> Host<E> {
         &self,
         first: usize,
         q: &[f32],
-        heads: Heads,
+        heads: AttentionHeads,
         segments: &[Segment],
-        tables: &[Table<'_>],
+        tables: &[BlockTable<'_>],
     ) -> Vec<f32> {
         let (query_width, group_width) = (heads.query_width(), heads.query_width() / heads.kv);
         let rows = q.len() / query_width;
-        let task_rows = (rows * heads.kv / (4 * rayon::current_num_threads())).max(MANY_ROWS);
-        let task_rows = task_rows.next_multiple_of(MANY_ROWS);
+        let task_rows = (rows * heads.kv / (4 * rayon::current_num_threads())).max(MIN_TASK_ROWS);
+        let task_rows = task_rows.next_multiple_of(MIN_TASK_ROWS);
         let mut by_head = vec![0f32; q.len()];
         let mut tasks = Vec::with_capacity(segments.len() * heads.kv);
         for (head, mut rest) in by_head.chunks_exact_mut((rows * group_width).max(1)).enumerate() {
             for (segment, table) in segments.iter().zip(tables) {
-                for part in segment.parts(task_rows, task_rows) {
+                for part in segment.split(task_rows, task_rows) {
                     let (out, tail) = rest.split_at_mut(part.len * group_width);
-                    tasks.push((part, segment.len > FEW_ROWS, *table, head, out));
+                    tasks.push((part, segment.len > MAX_DOT_ROWS, *table, head, out));
                     rest = tail;
                 }
             }
         }
         tasks.into_par_iter().for_each(|(segment, of_many, table, head, out)| {
-            let part = Part::<E>::len(heads.dim);
+            let part = HeadBlock::<E>::len(heads.dim);
             let at = first + head * part;
-            let blocks = &table[..(segment.past + segment.len).div_ceil(BLOCK)];
-            let parts: Vec<Part<'_, E>> =
-                blocks.iter().map(|block| Part(&self.0[*block as usize][at..at + part])).collect();
+            let blocks = &table[..(segment.past + segment.len).div_ceil(BLOCK_TOKENS)];
+            let parts: Vec<HeadBlock<'_, E>> =
+                blocks.iter().map(|block| HeadBlock(&self.0[*block as usize][at..at + part])).collect();
             let rows = &q[segment.start * query_width..(segment.start + segment.len) * query_width];
             if of_many {
-                return many(&parts, rows, heads, head, segment, out);
+                return attend_many_rows(&parts, rows, heads, head, segment, out);
             }
             let mut scores = Vec::new();
             for (row, out) in out.chunks_exact_mut(group_width).enumerate() {
                 let q = &rows[row * query_width + head * group_width..][..group_width];
                 let seen = segment.past + row + 1;
-                attend(&parts, seen, (q, heads.dim), heads.scale(), &mut scores, out);
+                attend_blocks(&parts, seen, (q, heads.dim), heads.score_scale(), &mut scores, out);
             }
         });
         let mut out = vec![0f32; q.len()];
-        out.par_chunks_mut(query_width * MANY_ROWS).enumerate().for_each(|(task, out)| {
+        out.par_chunks_mut(query_width * MIN_TASK_ROWS).enumerate().for_each(|(task, out)| {
             for (row, out) in out.chunks_exact_mut(query_width).enumerate() {
                 for (head, out) in out.chunks_exact_mut(group_width).enumerate() {
-                    let from = (head * rows + task * MANY_ROWS + row) * group_width;
+                    let from = (head * rows + task * MIN_TASK_ROWS + row) * group_width;
                     out.copy_from_slice(&by_head[from..from + group_width]);
                 }
             }
@@ -198,10 +207,10 @@ impl<E: Element> Host<E> {
 }
 
 /// Attention of many query rows: gathers the head's keys and values into matrices for matrix products.
-fn many<E: Element>(
-    parts: &[Part<'_, E>],
+fn attend_many_rows<E: KvElement>(
+    parts: &[HeadBlock<'_, E>],
     q: &[f32],
-    heads: Heads,
+    heads: AttentionHeads,
     head: usize,
     segment: Segment,
     out: &mut [f32],
@@ -209,28 +218,28 @@ fn many<E: Element>(
     let (dim, length) = (heads.dim, segment.past + segment.len);
     let (mut k, mut v) = (Vec::with_capacity(length * dim), Vec::with_capacity(length * dim));
     for (at, part) in parts.iter().enumerate() {
-        part.read(BLOCK.min(length - at * BLOCK), &mut k, &mut v);
+        part.gather(BLOCK_TOKENS.min(length - at * BLOCK_TOKENS), &mut k, &mut v);
     }
     let width = heads.query_width() / heads.kv;
-    for (at, head) in heads.group(head).enumerate() {
+    for (at, head) in heads.query_group(head).enumerate() {
         let (q, out) = ((&q[head * dim..], heads.query_width()), (&mut out[at * dim..], width));
         attend_head(q, (&k, &v, dim), heads, segment.past, segment.len, Precision::F32, out);
     }
 }
 
 /// Row indices of a sequence's tokens in the tensors of a layer.
-fn places(table: Table<'_>, tokens: usize) -> impl Iterator<Item = u32> {
-    (0..tokens).map(|at| table[at / BLOCK] * BLOCK as u32 + (at % BLOCK) as u32)
+fn slot_indices(table: BlockTable<'_>, tokens: usize) -> impl Iterator<Item = u32> {
+    (0..tokens).map(|at| table[at / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + (at % BLOCK_TOKENS) as u32)
 }
 
 /// Writes the rows into the tensors of one layer, gathers all keys and values of each sequence and computes
 /// the attention.
-fn attend_device(
+fn attend_tensors(
     [keys, values]: [&Tensor; 2],
     [q, k, v]: [&Tensor; 3],
-    heads: Heads,
+    heads: AttentionHeads,
     segments: &[Segment],
-    tables: &[Table<'_>],
+    tables: &[BlockTable<'_>],
 ) -> Result<Tensor, EngineError> {
     let (k, v) = (k.contiguous()?, v.contiguous()?);
     let mut all = Vec::new();
@@ -239,23 +248,23 @@ fn attend_device(
         let mut row = 0;
         while row < s.len {
             let place = s.past + row;
-            let run = (BLOCK - place % BLOCK).min(s.len - row);
-            let at = table[place / BLOCK] as usize * BLOCK + place % BLOCK;
+            let run = (BLOCK_TOKENS - place % BLOCK_TOKENS).min(s.len - row);
+            let at = table[place / BLOCK_TOKENS] as usize * BLOCK_TOKENS + place % BLOCK_TOKENS;
             keys.slice_set(&k.narrow(0, s.start + row, run)?, 0, at)?;
             values.slice_set(&v.narrow(0, s.start + row, run)?, 0, at)?;
             row += run;
         }
-        all.extend(places(table, s.past + s.len));
+        all.extend(slot_indices(table, s.past + s.len));
     }
     let places = Tensor::new(all, q.device())?;
     let (k, v) = (keys.index_select(&places, 0)?, values.index_select(&places, 0)?);
-    Ok(stock([q, &k, &v], heads, segments)?)
+    Ok(unfused_attention([q, &k, &v], heads, segments)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::attention::plain;
+    use crate::ops::attention::reference_attention;
 
     fn config() -> ModelConfig {
         let text = r#"{"model_type": "llama", "vocab_size": 8, "hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 2,
@@ -268,7 +277,7 @@ mod tests {
     #[test]
     fn paged_attention_matches_plain_attention() {
         let config = config();
-        let heads = Heads { query: 6, kv: 2, dim: 4 };
+        let heads = AttentionHeads { query: 6, kv: 2, dim: 4 };
         let make = |rows: usize, width: usize, salt: usize| {
             let value = |i: usize| ((i * 7919 + salt * 31) % 997) as f32 / 498.0 - 1.0;
             Tensor::from_vec((0..rows * width).map(value).collect::<Vec<_>>(), (rows, width), &Device::Cpu)
@@ -297,12 +306,12 @@ mod tests {
                     Segment { start: 0, len: steps[0], past: past[0] },
                     Segment { start: steps[0], len: steps[1], past: past[1] },
                 ];
-                let borrowed: Vec<Table<'_>> = tables.iter().map(Vec::as_slice).collect();
-                let ours = cache.attend(1, [&q, &k, &v], heads, &segments, &borrowed).unwrap();
+                let borrowed: Vec<BlockTable<'_>> = tables.iter().map(Vec::as_slice).collect();
+                let ours = cache.write_and_attend(1, [&q, &k, &v], heads, &segments, &borrowed).unwrap();
                 for s in 0..2 {
                     let until = |which: usize| whole[s][which].narrow(0, 0, past[s] + steps[s]).unwrap();
                     let q = whole[s][0].narrow(0, past[s], steps[s]).unwrap();
-                    let expected = plain(&q, &until(1), &until(2), heads, past[s]).unwrap();
+                    let expected = reference_attention(&q, &until(1), &until(2), heads, past[s]).unwrap();
                     let ours =
                         ours.narrow(0, segments[s].start, steps[s]).unwrap().to_dtype(DType::F32).unwrap();
                     let difference = (ours - expected).unwrap().abs().unwrap().flatten_all().unwrap();
@@ -313,7 +322,7 @@ mod tests {
             let all = Segment { start: 0, len: 1, past: 64 };
             let row = make(1, 24, 0).to_dtype(dtype).unwrap();
             let kv = make(1, 8, 0).to_dtype(dtype).unwrap();
-            assert!(cache.attend(0, [&row, &kv, &kv], heads, &[all], &[&tables[0]]).is_err());
+            assert!(cache.write_and_attend(0, [&row, &kv, &kv], heads, &[all], &[&tables[0]]).is_err());
         }
     }
 
@@ -321,9 +330,9 @@ mod tests {
     /// bits on any number of threads.
     #[test]
     fn attention_of_long_prompts_is_independent_of_the_thread_count() {
-        let (config, heads) = (config(), Heads { query: 6, kv: 2, dim: 4 });
+        let (config, heads) = (config(), AttentionHeads { query: 6, kv: 2, dim: 4 });
         let value = |i: usize| ((i * 7919 + 13) % 997) as f32 / 498.0 - 1.0;
-        let lengths = [3, 5 * MANY_ROWS + 7, 2, 40];
+        let lengths = [3, 5 * MIN_TASK_ROWS + 7, 2, 40];
         let rows = lengths.iter().sum::<usize>();
         let make = |width: usize| {
             let values: Vec<f32> = (0..rows * width).map(|i| value(i + width)).collect();
@@ -333,23 +342,26 @@ mod tests {
         let (mut start, mut block, mut segments, mut tables) = (0, 0, Vec::new(), Vec::new());
         for len in lengths {
             segments.push(Segment { start, len, past: 0 });
-            let next = block + len.div_ceil(BLOCK) as u32;
+            let next = block + len.div_ceil(BLOCK_TOKENS) as u32;
             tables.push((block..next).collect::<Vec<u32>>());
             (start, block) = (start + len, next);
         }
-        let borrowed: Vec<Table<'_>> = tables.iter().map(Vec::as_slice).collect();
+        let borrowed: Vec<BlockTable<'_>> = tables.iter().map(Vec::as_slice).collect();
         let on = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut cache = KvCache::new(&config, block as usize, &Device::Cpu, DType::F32).unwrap();
-            let out = pool.install(|| cache.attend(1, [&q, &k, &v], heads, &segments, &borrowed).unwrap());
+            let out = pool
+                .install(|| cache.write_and_attend(1, [&q, &k, &v], heads, &segments, &borrowed).unwrap());
             out.to_vec2::<f32>().unwrap()
         };
         let ours = on(1);
         assert_eq!(ours, on(3));
         for segment in segments {
             let part = |x: &Tensor| x.narrow(0, segment.start, segment.len).unwrap();
-            let expected =
-                plain(&part(&q), &part(&k), &part(&v), heads, 0).unwrap().to_vec2::<f32>().unwrap();
+            let expected = reference_attention(&part(&q), &part(&k), &part(&v), heads, 0)
+                .unwrap()
+                .to_vec2::<f32>()
+                .unwrap();
             for (ours, expected) in ours[segment.start..].iter().flatten().zip(expected.iter().flatten()) {
                 assert!((ours - expected).abs() < 1e-5, "{ours} {expected}");
             }

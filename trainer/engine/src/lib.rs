@@ -6,6 +6,7 @@
 //! in the kernels under [`ops`].
 
 pub mod batch;
+pub mod candle_config;
 pub mod checkpoint_files;
 pub mod config;
 pub mod device;
@@ -21,6 +22,7 @@ pub mod loader;
 pub mod model;
 pub mod ops;
 pub mod request;
+mod request_queue;
 pub mod rope_scaling;
 pub mod sampler;
 mod schedule;

@@ -7,70 +7,44 @@
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 pub mod attention;
+pub mod attention_shape;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
 pub(crate) mod cached;
+mod chunked_logits;
 pub mod collective;
+mod cpu_features;
 pub mod exp;
-mod filled;
 #[cfg(feature = "flash-attn")]
 mod flash;
 pub(crate) mod known;
 pub mod linear;
 pub mod linear_loss;
 pub mod log_prob;
+mod matrix;
 pub mod packed;
+mod precision;
 mod product;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
 mod tiled;
+mod uninit;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 
-use self::filled::filled;
-
-/// Rounding of the two factors of a matrix product. Sums are f32 in any case.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// No rounding.
-    #[default]
-    F32,
-    /// Rounding to bf16 (8 significant bits) on CPUs with AMX-BF16 or AVX512-BF16; no rounding on other
-    /// CPUs.
-    Bf16,
-}
-
-impl Precision {
-    /// Returns the precision that this CPU computes with: `Bf16` only where the instructions exist.
-    pub fn here(self) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        let available = bf16::available();
-        #[cfg(not(target_arch = "x86_64"))]
-        let available = false;
-        if available { self } else { Self::F32 }
-    }
-
-    /// Returns the name used in recipes and reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-        }
-    }
-}
+pub use self::precision::Precision;
 
 /// Rows per parallel task in row-wise kernels.
 pub(crate) const ROWS_PER_TASK: usize = 128;
 
 /// Returns whether the fused CPU form applies to `x`: f32 on the CPU.
-pub fn fused(x: &Tensor) -> bool {
+pub fn has_fused_kernel(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
 /// Returns the f32 values of a storage. Fails unless the layout is contiguous.
-pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+pub(crate) fn contiguous_values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let all = storage.as_slice::<f32>()?;
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&all[start..end]),
@@ -89,7 +63,7 @@ pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f
     let mut slices: [&[f32]; N] = [&[]; N];
     for (slot, (storage, layout)) in slices.iter_mut().zip(&guards) {
         match &**storage {
-            Storage::Cpu(cpu) => *slot = values(cpu, layout)?,
+            Storage::Cpu(cpu) => *slot = contiguous_values(cpu, layout)?,
             _ => candle_core::bail!("a fused operation needs a CPU tensor"),
         }
     }
@@ -97,13 +71,13 @@ pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f
 }
 
 /// Returns the number of rows of logits per chunk: about 32 MiB of f32, from 16 to 4096 rows.
-fn logit_rows(vocabulary: usize) -> usize {
-    const VALUES: usize = 8 << 20;
-    (VALUES / vocabulary).clamp(16, 4096)
+fn logit_chunk_rows(vocabulary: usize) -> usize {
+    const CHUNK_LOGITS: usize = 8 << 20;
+    (CHUNK_LOGITS / vocabulary).clamp(16, 4096)
 }
 
 /// Returns whether `x` needs a gradient: a variable, or computed from one.
-fn learns(x: &Tensor) -> bool {
+fn requires_grad(x: &Tensor) -> bool {
     x.track_op()
 }
 
@@ -182,7 +156,7 @@ pub(crate) fn softmax(scores: &mut [f32]) {
 
 /// Returns a reproducible generator of values from -1 to 1 for tests (xorshift, Marsaglia 2003).
 #[cfg(test)]
-fn noise(seed: u64) -> impl FnMut() -> f32 {
+fn test_noise(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed | 1;
     move || {
         state ^= state << 13;

@@ -1,11 +1,11 @@
 //! Requests to the engine and the updates that the engine sends back.
 
-use crate::grammar::Constraint;
-use crate::sampler::Sampling;
+use crate::grammar::GrammarMatcher;
+use crate::sampler::SamplingParams;
 
 /// Kind of result that a request asks for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Goal {
+pub enum OutputKind {
     /// A completion.
     #[default]
     Complete,
@@ -24,7 +24,7 @@ pub enum Pooling {
 
 /// Token budget for the reasoning of a completion.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ThinkingLimit {
+pub struct ThinkingBudget {
     /// Maximum number of completion tokens before the engine closes the reasoning.
     pub tokens: usize,
     /// Token ids that the engine forces at the limit to close the reasoning.
@@ -39,33 +39,33 @@ pub struct Request {
     /// Token ids of the prompt, at least one.
     pub prompt: Vec<u32>,
     /// Kind of result.
-    pub goal: Goal,
+    pub output: OutputKind,
     /// Maximum number of completion tokens. 0 is valid for an embedding or for prompt logprobs only.
     pub max_tokens: usize,
     /// Sampling parameters.
-    pub sampling: Sampling,
+    pub sampling: SamplingParams,
     /// Stop strings. The completion ends before the first one.
-    pub stop: Vec<String>,
+    pub stop_strings: Vec<String>,
     /// Continues after end tokens until `max_tokens`.
-    pub ignore_end: bool,
+    pub ignore_eos: bool,
     /// Number of most likely alternatives to report per completion token; `None` reports no logprobs.
-    pub log_probs: Option<usize>,
+    pub logprobs: Option<usize>,
     /// Number of alternatives to report per prompt token, from the second token on; `None` reports no
     /// prompt logprobs.
-    pub prompt_log_probs: Option<usize>,
+    pub prompt_logprobs: Option<usize>,
     /// Token budget of the reasoning.
-    pub thinking: Option<ThinkingLimit>,
+    pub thinking_budget: Option<ThinkingBudget>,
     /// Structured output: a compiled grammar for the completion.
-    pub constraint: Option<Constraint>,
+    pub grammar: Option<GrammarMatcher>,
     /// Token ids after which `constraint` applies: the end of the reasoning. If empty, the grammar applies
     /// from the first token.
-    pub free_until: Vec<u32>,
+    pub grammar_start_tokens: Vec<u32>,
 }
 
 /// A token with its logprobs under the model's own distribution, before penalties, temperature, filters and
 /// grammar.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Sampled {
+pub struct TokenLogprobs {
     /// Token id.
     pub token: u32,
     /// Natural logarithm of the token's probability.
@@ -85,7 +85,7 @@ pub enum FinishReason {
 
 impl FinishReason {
     /// Returns the value of OpenAI's `finish_reason`.
-    pub fn name(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
@@ -95,12 +95,12 @@ impl FinishReason {
 
 /// Updates that the engine sends for a request, in order. The last one is `Finished` or `Failed`.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Update {
+pub enum RequestUpdate {
     /// Logprobs of a prompt token given the tokens before, from the second token on.
-    Prompt(Sampled),
+    Prompt(TokenLogprobs),
     /// Logprobs of a completion token, sent only if the request sets `log_probs`. The text follows in this
     /// or a later `Text`.
-    Sampled(Sampled),
+    Sampled(TokenLogprobs),
     /// A piece of the completion's text.
     Text(String),
     /// The embedding, one value per hidden dimension.

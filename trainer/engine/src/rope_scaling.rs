@@ -47,14 +47,14 @@ pub enum RopeScaling {
 impl RopeScaling {
     /// Returns the parameters shared by all Llama 3.1 to 3.3 models, with the given factor and context
     /// length.
-    pub(crate) fn llama3(factor: f32, original_max_position_embeddings: f32) -> Self {
+    pub(crate) fn llama3_defaults(factor: f32, original_max_position_embeddings: f32) -> Self {
         let (low_freq_factor, high_freq_factor) = (1.0, 4.0);
         Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }
     }
 
     /// Returns YaRN with the parameters of the paper.
-    pub(crate) fn yarn(factor: f32, original_max_position_embeddings: f32) -> Self {
-        let attention_factor = yarn_attention(factor, 1.0);
+    pub(crate) fn yarn_defaults(factor: f32, original_max_position_embeddings: f32) -> Self {
+        let attention_factor = yarn_attention_factor(factor, 1.0);
         let (beta_fast, beta_slow) = (32.0, 1.0);
         Self::Yarn { factor, original_max_position_embeddings, attention_factor, beta_fast, beta_slow }
     }
@@ -76,31 +76,32 @@ impl RopeScaling {
         let mut tagged = value.clone();
         tagged["rope_type"] = json!(kind);
         if kind == "yarn" {
-            fill_in_yarn(&mut tagged, positions as f64).map_err(refused)?;
+            fill_yarn_defaults(&mut tagged, positions as f64).map_err(refused)?;
         }
         let scaling: Self = serde_json::from_value(tagged).map_err(|error| refused(error.to_string()))?;
-        scaling.checked().map(Some).map_err(refused)
+        scaling.validated().map(Some).map_err(refused)
     }
 
     /// Fails unless all parameters are finite and above 0.
-    pub(crate) fn checked(self) -> Result<Self, String> {
-        match self.numbers().into_iter().find(|(_, number)| !(number.is_finite() && *number > 0.0)) {
+    pub(crate) fn validated(self) -> Result<Self, String> {
+        match self.named_parameters().into_iter().find(|(_, number)| !(number.is_finite() && *number > 0.0)) {
             Some((name, number)) => Err(format!("`{name}` is {number}, which has to be above 0")),
             None => Ok(self),
         }
     }
 
     /// Returns whether the parameters are those of the YaRN paper, within rounding.
-    pub(crate) fn is_plain_yarn(&self) -> bool {
+    pub(crate) fn has_yarn_defaults(&self) -> bool {
         let Self::Yarn { factor, original_max_position_embeddings: original, .. } = self else {
             return false;
         };
-        let (own, plain) = (self.numbers(), Self::yarn(*factor, *original).numbers());
+        let (own, plain) =
+            (self.named_parameters(), Self::yarn_defaults(*factor, *original).named_parameters());
         own.iter().zip(plain).all(|((_, own), (_, plain))| (own - plain).abs() <= 1e-4 * plain)
     }
 
     /// All parameters with their names.
-    fn numbers(&self) -> Vec<(&'static str, f32)> {
+    fn named_parameters(&self) -> Vec<(&'static str, f32)> {
         match self {
             Self::Linear { factor } => vec![("factor", *factor)],
             Self::Llama3 {
@@ -132,7 +133,7 @@ impl RopeScaling {
 
     /// Returns the maximum context length in tokens. `positions` is the length in the configuration, which
     /// often omits YaRN's extension.
-    pub(crate) fn context(&self, positions: usize) -> usize {
+    pub(crate) fn max_context_tokens(&self, positions: usize) -> usize {
         match self {
             Self::Yarn { factor, original_max_position_embeddings: original, .. } => {
                 positions.max((factor * original).round() as usize)
@@ -142,7 +143,7 @@ impl RopeScaling {
     }
 
     /// Returns the factor on rotated queries and keys.
-    pub(crate) fn magnitude(&self) -> f32 {
+    pub(crate) fn attention_factor(&self) -> f32 {
         match self {
             Self::Yarn { attention_factor, .. } => *attention_factor,
             Self::Linear { .. } | Self::Llama3 { .. } => 1.0,
@@ -151,7 +152,7 @@ impl RopeScaling {
 
     /// Returns the scaled frequency of pair `pair` in a head of `dim` elements. `frequency` is the unscaled
     /// one, `theta` the base.
-    pub(crate) fn stretched(&self, frequency: f32, pair: usize, dim: usize, theta: f32) -> f32 {
+    pub(crate) fn scaled(&self, frequency: f32, pair: usize, dim: usize, theta: f32) -> f32 {
         match self {
             Self::Linear { factor } => frequency / factor,
             Self::Llama3 {
@@ -162,7 +163,7 @@ impl RopeScaling {
             } => {
                 let turns = original * frequency / TAU;
                 let kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
-                between(kept, frequency, *factor)
+                interpolate(kept, frequency, *factor)
             }
             Self::Yarn {
                 factor, original_max_position_embeddings: original, beta_fast, beta_slow, ..
@@ -172,26 +173,26 @@ impl RopeScaling {
                 let fast = pair_of(*beta_fast).floor().max(0.0);
                 let slow = pair_of(*beta_slow).ceil().min(dim as f32 - 1.0);
                 let divided = (pair as f32 - fast) / (slow - fast).max(0.001);
-                between(1.0 - divided.clamp(0.0, 1.0), frequency, *factor)
+                interpolate(1.0 - divided.clamp(0.0, 1.0), frequency, *factor)
             }
         }
     }
 }
 
 /// Interpolates between the frequency (`kept` = 1) and the frequency divided by `factor` (`kept` = 0).
-fn between(kept: f32, frequency: f32, factor: f32) -> f32 {
+fn interpolate(kept: f32, frequency: f32, factor: f32) -> f32 {
     let kept = kept.clamp(0.0, 1.0);
     frequency * (kept + (1.0 - kept) / factor)
 }
 
 /// Returns the factor of queries and keys: the square root of `1 / t` in equation 22 of the YaRN paper,
 /// where `weight` is 1.
-fn yarn_attention(factor: f32, weight: f32) -> f32 {
+fn yarn_attention_factor(factor: f32, weight: f32) -> f32 {
     if factor > 1.0 { 0.1 * weight * factor.ln() + 1.0 } else { 1.0 }
 }
 
 /// Fills in fields that the configuration omits, with the defaults of transformers.
-fn fill_in_yarn(tagged: &mut Value, positions: f64) -> Result<(), String> {
+fn fill_yarn_defaults(tagged: &mut Value, positions: f64) -> Result<(), String> {
     if tagged.get("truncate") == Some(&json!(false)) {
         return Err("`truncate` is false, which is not supported".to_owned());
     }
@@ -208,9 +209,10 @@ fn fill_in_yarn(tagged: &mut Value, positions: f64) -> Result<(), String> {
     let weight = |name: &str| number(tagged, name).filter(|weight| *weight != 0.0);
     let attention = match (weight("mscale"), weight("mscale_all_dim")) {
         (Some(one), Some(all)) => {
-            yarn_attention(factor as f32, one as f32) / yarn_attention(factor as f32, all as f32)
+            yarn_attention_factor(factor as f32, one as f32)
+                / yarn_attention_factor(factor as f32, all as f32)
         }
-        _ => yarn_attention(factor as f32, 1.0),
+        _ => yarn_attention_factor(factor as f32, 1.0),
     };
     for (name, value) in [
         ("original_max_position_embeddings", original),
@@ -239,13 +241,13 @@ mod tests {
         // The configuration of Qwen2.5's model card.
         let given = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768});
         let scaling = read(given).unwrap().unwrap();
-        assert_eq!(scaling, RopeScaling::yarn(4.0, 32_768.0));
-        assert_eq!(scaling.context(32_768), 131_072);
-        assert!((scaling.magnitude() - 1.138_629_4).abs() < 1e-6);
+        assert_eq!(scaling, RopeScaling::yarn_defaults(4.0, 32_768.0));
+        assert_eq!(scaling.max_context_tokens(32_768), 131_072);
+        assert!((scaling.attention_factor() - 1.138_629_4).abs() < 1e-6);
         let by_context = read(json!({"rope_type": "yarn", "original_max_position_embeddings": 8192}));
-        assert_eq!(by_context.unwrap(), Some(RopeScaling::yarn(4.0, 8192.0)));
+        assert_eq!(by_context.unwrap(), Some(RopeScaling::yarn_defaults(4.0, 8192.0)));
         let weighed = json!({"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0});
-        assert_eq!(read(weighed).unwrap().unwrap().magnitude(), 1.0);
+        assert_eq!(read(weighed).unwrap().unwrap().attention_factor(), 1.0);
         // Serialized scaling is parsed to the same value.
         let written = serde_json::to_value(&scaling).unwrap();
         assert_eq!(read(written).unwrap(), Some(scaling));

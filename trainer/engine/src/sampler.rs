@@ -9,11 +9,11 @@ use crate::error::EngineError;
 use crate::ops::sum_exp;
 
 /// Number of most likely tokens that are sorted first if top-k is off.
-const FIRST_SORTED: usize = 64;
+const INITIAL_CANDIDATES: usize = 64;
 
 /// Sampling parameters of a request (as in vLLM).
 #[derive(Debug, Clone, PartialEq)]
-pub struct Sampling {
+pub struct SamplingParams {
     /// Divisor of the logits, 0 to 100; 0 selects the most likely token.
     pub temperature: f32,
     /// Keeps the most likely tokens up to this probability mass, above 0 to 1; 1 keeps all.
@@ -35,7 +35,7 @@ pub struct Sampling {
     pub seed: u64,
 }
 
-impl Default for Sampling {
+impl Default for SamplingParams {
     fn default() -> Self {
         Self {
             temperature: 1.0,
@@ -51,12 +51,15 @@ impl Default for Sampling {
     }
 }
 
-impl Sampling {
+impl SamplingParams {
     /// Checks all ranges, and token ids against the size of the vocabulary. Fails with
     /// [`EngineError::Parameter`].
-    pub fn check(&self, vocabulary: usize) -> Result<(), EngineError> {
-        let wrong =
-            |name, expected, found: f32| EngineError::Parameter { name, expected, found: found.to_string() };
+    pub fn validate(&self, vocabulary: usize) -> Result<(), EngineError> {
+        let wrong = |name, expected, found: f32| EngineError::InvalidParameter {
+            name,
+            expected,
+            found: found.to_string(),
+        };
         if !(0.0..=100.0).contains(&self.temperature) {
             return Err(wrong("temperature", "between 0 and 100", self.temperature));
         }
@@ -83,20 +86,20 @@ impl Sampling {
             if token as usize >= vocabulary {
                 let expected = "token ids of the model's vocabulary";
                 let found = token.to_string();
-                return Err(EngineError::Parameter { name: "logit_bias", expected, found });
+                return Err(EngineError::InvalidParameter { name: "logit_bias", expected, found });
             }
         }
         Ok(())
     }
 
     /// Samples a token. Changes `logits` in place. `prompt` and `completion` determine the penalties.
-    pub fn pick(&self, logits: &mut [f32], prompt: &[u32], completion: &[u32], rng: &mut impl Rng) -> u32 {
+    pub fn sample(&self, logits: &mut [f32], prompt: &[u32], completion: &[u32], rng: &mut impl Rng) -> u32 {
         for &(token, bias) in &self.logit_bias {
             if let Some(logit) = logits.get_mut(token as usize) {
                 *logit += bias;
             }
         }
-        self.penalise(logits, prompt, completion);
+        self.apply_penalties(logits, prompt, completion);
         if self.temperature == 0.0 {
             return argmax(logits);
         }
@@ -108,10 +111,10 @@ impl Sampling {
             *logit = if exponent.is_nan() { f32::NEG_INFINITY } else { exponent };
         });
         let mut order = if self.top_k > 0 {
-            candidates(logits, self.top_k)
+            sorted_candidates(logits, self.top_k)
         } else {
             // Sorting only the first candidates saves most of the time with thousands of unlikely tokens.
-            candidates(logits, FIRST_SORTED)
+            sorted_candidates(logits, INITIAL_CANDIDATES)
         };
         let whole: f32 = if self.top_k > 0 {
             order.iter().map(|&id| logits[id as usize].exp()).sum()
@@ -121,17 +124,24 @@ impl Sampling {
         let random = rng.random::<f32>();
         loop {
             let all = self.top_k > 0 || order.len() == logits.len();
-            if let Some(id) = self.among(logits, &order, whole, random, all) {
+            if let Some(id) = self.select_candidate(logits, &order, whole, random, all) {
                 return id;
             }
-            order = candidates(logits, order.len() * 16);
+            order = sorted_candidates(logits, order.len() * 16);
         }
     }
 
     /// Returns the token at quantile `random` of the candidates in `order`, most likely first, after top-p
     /// and min-p. `whole` is the mass of all candidates; `all` means that `order` is complete. Returns
     /// `None` if more sorted candidates are needed.
-    fn among(&self, logits: &[f32], order: &[u32], whole: f32, random: f32, all: bool) -> Option<u32> {
+    fn select_candidate(
+        &self,
+        logits: &[f32],
+        order: &[u32],
+        whole: f32,
+        random: f32,
+        all: bool,
+    ) -> Option<u32> {
         let weights = || order.iter().map(|&id| logits[id as usize].exp());
         let mut kept = (order.len(), whole);
         if self.top_p < 1.0 || self.min_p > 0.0 {
@@ -166,7 +176,7 @@ impl Sampling {
     }
 
     /// Applies the repetition, presence and frequency penalties to `logits`.
-    fn penalise(&self, logits: &mut [f32], prompt: &[u32], completion: &[u32]) {
+    fn apply_penalties(&self, logits: &mut [f32], prompt: &[u32], completion: &[u32]) {
         #[expect(clippy::float_cmp, reason = "1 and 0 are the exact values for off")]
         let (repeats, counts) =
             (self.repetition_penalty != 1.0, self.presence_penalty != 0.0 || self.frequency_penalty != 0.0);
@@ -208,12 +218,12 @@ pub fn argmax(logits: &[f32]) -> u32 {
 }
 
 /// Returns the `k` most likely tokens, most likely first; an empty list for 0.
-pub(crate) fn likeliest(logits: &[f32], k: usize) -> Vec<u32> {
-    if k == 0 { Vec::new() } else { candidates(logits, k) }
+pub(crate) fn top_tokens(logits: &[f32], k: usize) -> Vec<u32> {
+    if k == 0 { Vec::new() } else { sorted_candidates(logits, k) }
 }
 
 /// Returns the first `k` ids by falling logit; `k` must be at least 1.
-fn candidates(logits: &[f32], k: usize) -> Vec<u32> {
+fn sorted_candidates(logits: &[f32], k: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
     let falling = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     if k < order.len() {
@@ -237,7 +247,7 @@ mod tests {
     }
 
     /// Reference implementation: sorts all tokens first.
-    fn plain(sampling: &Sampling, logits: &[f32], random: f32) -> u32 {
+    fn plain(sampling: &SamplingParams, logits: &[f32], random: f32) -> u32 {
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
         order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
         if sampling.top_k > 0 {
@@ -271,13 +281,13 @@ mod tests {
         fn partial_sorting_matches_full_sorting(
             logits in prop::collection::vec(-9.0f32..9.0, 1..3000), k in 0usize..90, p in 0.01f32..1.2, m in -0.2f32..0.3, t in 0.05f32..3.0, seed: u64,
         ) {
-            let sampling = Sampling { temperature: t, top_k: k, top_p: p.min(1.0), min_p: m.max(0.0), ..Sampling::default() };
+            let sampling = SamplingParams { temperature: t, top_k: k, top_p: p.min(1.0), min_p: m.max(0.0), ..SamplingParams::default() };
             let random: f32 = rand::Rng::random(&mut ChaCha8Rng::seed_from_u64(seed));
-            let ours = sampling.pick(&mut logits.clone(), &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
+            let ours = sampling.sample(&mut logits.clone(), &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
             let near = [-2e-4f32, 0.0, 2e-4].map(|by| plain(&sampling, &logits, (random + by).clamp(0.0, 1.0)));
             // Rounding may also move the border of top-p or min-p by one token.
-            let wider = Sampling { top_p: (sampling.top_p + 1e-4).min(1.0), min_p: (sampling.min_p - 1e-6).max(0.0), ..sampling.clone() };
-            let narrower = Sampling { top_p: (sampling.top_p - 1e-4).max(1e-6), min_p: sampling.min_p + 1e-6, ..sampling.clone() };
+            let wider = SamplingParams { top_p: (sampling.top_p + 1e-4).min(1.0), min_p: (sampling.min_p - 1e-6).max(0.0), ..sampling.clone() };
+            let narrower = SamplingParams { top_p: (sampling.top_p - 1e-4).max(1e-6), min_p: sampling.min_p + 1e-6, ..sampling.clone() };
             let others = [plain(&wider, &logits, random), plain(&narrower, &logits, random)];
             prop_assert!(near.contains(&ours) || others.contains(&ours));
         }
@@ -285,8 +295,8 @@ mod tests {
         #[test]
         fn zero_temperature_picks_the_largest_logit(mut logits in logits(), seed: u64) {
             let best = logits.iter().copied().fold(f32::MIN, f32::max);
-            let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
-            let id = greedy.pick(&mut logits, &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
+            let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+            let id = greedy.sample(&mut logits, &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
             prop_assert_eq!(logits[id as usize], best);
         }
 
@@ -294,14 +304,14 @@ mod tests {
         fn top_k_top_p_and_min_p_exclude_unlikely_tokens(logits in logits(), k in 1usize..5, seed: u64) {
             let mut sorted = logits.clone();
             sorted.sort_by(|a, b| b.total_cmp(a));
-            let sampling = Sampling { top_k: k, ..Sampling::default() };
-            let id = sampling.pick(&mut logits.clone(), &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
+            let sampling = SamplingParams { top_k: k, ..SamplingParams::default() };
+            let id = sampling.sample(&mut logits.clone(), &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
             prop_assert!(logits[id as usize] >= sorted[k.min(sorted.len()) - 1]);
-            let tiny = Sampling { top_p: 1e-6, ..Sampling::default() };
-            let id = tiny.pick(&mut logits.clone(), &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
+            let tiny = SamplingParams { top_p: 1e-6, ..SamplingParams::default() };
+            let id = tiny.sample(&mut logits.clone(), &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
             prop_assert_eq!(logits[id as usize], sorted[0]);
-            let min_p = Sampling { min_p: 0.5, ..Sampling::default() };
-            let id = min_p.pick(&mut logits.clone(), &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
+            let min_p = SamplingParams { min_p: 0.5, ..SamplingParams::default() };
+            let id = min_p.sample(&mut logits.clone(), &[], &[], &mut ChaCha8Rng::seed_from_u64(seed));
             prop_assert!(logits[id as usize] >= sorted[0] + 0.5f32.ln() - 1e-4);
         }
     }
@@ -313,7 +323,7 @@ mod tests {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let mut counts = [0u32; 3];
         for _ in 0..20_000 {
-            counts[Sampling::default().pick(&mut base.clone(), &[], &[], &mut rng) as usize] += 1;
+            counts[SamplingParams::default().sample(&mut base.clone(), &[], &[], &mut rng) as usize] += 1;
         }
         for (count, logit) in counts.iter().zip(base) {
             let expected = logit.exp() / total;
@@ -323,10 +333,12 @@ mod tests {
 
     #[test]
     fn penalties_lower_repeated_tokens() {
-        let sampling = Sampling { temperature: 0.0, repetition_penalty: 4.0, ..Sampling::default() };
+        let sampling =
+            SamplingParams { temperature: 0.0, repetition_penalty: 4.0, ..SamplingParams::default() };
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        assert_eq!(sampling.pick(&mut [2.0, 1.0], &[0], &[], &mut rng), 1);
-        let sampling = Sampling { temperature: 0.0, frequency_penalty: 1.0, ..Sampling::default() };
-        assert_eq!(sampling.pick(&mut [2.0, 1.0], &[0], &[0, 0], &mut rng), 1);
+        assert_eq!(sampling.sample(&mut [2.0, 1.0], &[0], &[], &mut rng), 1);
+        let sampling =
+            SamplingParams { temperature: 0.0, frequency_penalty: 1.0, ..SamplingParams::default() };
+        assert_eq!(sampling.sample(&mut [2.0, 1.0], &[0], &[0, 0], &mut rng), 1);
     }
 }

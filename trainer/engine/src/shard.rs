@@ -11,12 +11,12 @@ use safetensors::tensor::Metadata;
 use crate::error::EngineError;
 
 /// Size in bytes of the header length, a little-endian `u64` at the start of the file.
-const LENGTH: u64 = 8;
+const HEADER_LENGTH_BYTES: u64 = 8;
 /// Largest header in bytes that the safetensors format permits.
-const LONGEST_HEADER: u64 = 100_000_000;
+const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// An open safetensors file with a validated header.
-pub(crate) struct Shard {
+pub(crate) struct SafetensorsFile {
     path: PathBuf,
     file: File,
     metadata: Metadata,
@@ -24,29 +24,29 @@ pub(crate) struct Shard {
     start: u64,
 }
 
-impl Shard {
+impl SafetensorsFile {
     /// Opens the file and parses its header. Fails unless header and tensor data fill the file exactly.
     pub(crate) fn open(path: &Path) -> Result<Self, EngineError> {
-        let read = |source| EngineError::Read { path: path.to_owned(), source };
+        let read = |source| EngineError::ReadFile { path: path.to_owned(), source };
         let unreadable = |problem: String| {
             EngineError::malformed(path, format!("not a readable safetensors file: {problem}"))
         };
         let mut file = File::open(path).map_err(read)?;
         let size = file.metadata().map_err(read)?.len();
-        let mut length = [0; LENGTH as usize];
-        if size < LENGTH {
+        let mut length = [0; HEADER_LENGTH_BYTES as usize];
+        if size < HEADER_LENGTH_BYTES {
             return Err(unreadable("it is too short for a header".to_owned()));
         }
         file.read_exact(&mut length).map_err(read)?;
         let length = u64::from_le_bytes(length);
-        if length > LONGEST_HEADER.min(size - LENGTH) {
+        if length > MAX_HEADER_BYTES.min(size - HEADER_LENGTH_BYTES) {
             return Err(unreadable(format!("a header of {length} bytes in a file of {size}")));
         }
         let mut header = vec![0; length as usize];
         file.read_exact(&mut header).map_err(read)?;
         let metadata: Metadata =
             serde_json::from_slice(&header).map_err(|error| unreadable(error.to_string()))?;
-        let start = LENGTH + length;
+        let start = HEADER_LENGTH_BYTES + length;
         if start.checked_add(metadata.data_len() as u64) != Some(size) {
             let values = metadata.data_len();
             return Err(unreadable(format!(
@@ -57,13 +57,13 @@ impl Shard {
     }
 
     /// Returns the names of all tensors in file order.
-    pub(crate) fn names(&self) -> Vec<String> {
+    pub(crate) fn tensor_names(&self) -> Vec<String> {
         self.metadata.offset_keys()
     }
 
     /// Reads one tensor to the CPU in the file's data type.
-    pub(crate) fn tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
-        let read = |source| EngineError::Read { path: self.path.clone(), source };
+    pub(crate) fn read_tensor(&mut self, name: &str) -> Result<Tensor, EngineError> {
+        let read = |source| EngineError::ReadFile { path: self.path.clone(), source };
         let info = self
             .metadata
             .info(name)

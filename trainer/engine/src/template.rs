@@ -12,22 +12,22 @@ use serde_json::Value;
 use crate::error::EngineError;
 
 /// Maximum size of a template's source in bytes.
-const MAX_SOURCE: usize = 64 << 10;
+const MAX_SOURCE_BYTES: usize = 64 << 10;
 /// Maximum size of a rendered prompt in bytes.
-const MAX_OUTPUT: usize = 8 << 20;
+const MAX_OUTPUT_BYTES: usize = 8 << 20;
 /// Maximum number of instructions (minijinja's fuel) per rendering.
-const FUEL: u64 = 20_000_000;
+const MAX_INSTRUCTIONS: u64 = 20_000_000;
 
 /// A compiled chat template with the texts of the special tokens.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
-    bos: String,
-    eos: String,
+    bos_token: String,
+    eos_token: String,
 }
 
 /// Returns an error with all causes in its text.
-fn failed(error: &minijinja::Error) -> EngineError {
+fn template_error(error: &minijinja::Error) -> EngineError {
     let mut text = error.to_string();
     let mut cause: &dyn std::error::Error = error;
     while let Some(inner) = cause.source() {
@@ -40,20 +40,25 @@ fn failed(error: &minijinja::Error) -> EngineError {
 impl ChatTemplate {
     /// Compiles `source`. `bos` and `eos` are the texts of the tokens that begin a text and end a turn.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self, EngineError> {
-        if source.len() > MAX_SOURCE {
-            return Err(EngineError::Template(format!("longer than {MAX_SOURCE} bytes")));
+        if source.len() > MAX_SOURCE_BYTES {
+            return Err(EngineError::Template(format!("longer than {MAX_SOURCE_BYTES} bytes")));
         }
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|error| failed(&error))?);
-        environment.set_fuel(Some(FUEL));
+        environment.set_syntax(syntax.map_err(|error| template_error(&error))?);
+        environment.set_fuel(Some(MAX_INSTRUCTIONS));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_function("strftime_now", |_format: String| String::new());
-        environment.add_template_owned("chat", source.to_owned()).map_err(|error| failed(&error))?;
-        Ok(Self { environment, source: source.to_owned(), bos: bos.to_owned(), eos: eos.to_owned() })
+        environment.add_template_owned("chat", source.to_owned()).map_err(|error| template_error(&error))?;
+        Ok(Self {
+            environment,
+            source: source.to_owned(),
+            bos_token: bos.to_owned(),
+            eos_token: eos.to_owned(),
+        })
     }
 
     /// Returns the ChatML template, for models without a template.
@@ -69,13 +74,13 @@ impl ChatTemplate {
     }
 
     /// Returns the text of the token that ends a turn.
-    pub fn eos(&self) -> &str {
-        &self.eos
+    pub fn eos_token(&self) -> &str {
+        &self.eos_token
     }
 
     /// Returns the text of the token that begins a text.
-    pub fn bos(&self) -> &str {
-        &self.bos
+    pub fn bos_token(&self) -> &str {
+        &self.bos_token
     }
 
     /// Renders a conversation to a prompt. `messages` is a list of objects with `role` and `content`.
@@ -86,27 +91,27 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         extra: &Value,
     ) -> Result<String, EngineError> {
-        let template = self.environment.get_template("chat").map_err(|error| failed(&error))?;
+        let template = self.environment.get_template("chat").map_err(|error| template_error(&error))?;
         let own = context! {
             messages => minijinja::Value::from(Serde(messages)),
             add_generation_prompt => add_generation_prompt,
-            bos_token => self.bos.as_str(),
-            eos_token => self.eos.as_str(),
+            bos_token => self.bos_token.as_str(),
+            eos_token => self.eos_token.as_str(),
         };
         let all = context! { ..own, ..minijinja::Value::from(Serde(extra)) };
-        let mut text = Capped(Vec::new());
-        template.render_captured_to(all, &mut text).map_err(|error| failed(&error))?;
+        let mut text = BoundedWriter(Vec::new());
+        template.render_captured_to(all, &mut text).map_err(|error| template_error(&error))?;
         String::from_utf8(text.0).map_err(|error| EngineError::Template(error.to_string()))
     }
 }
 
 /// A writer that fails beyond [`MAX_OUTPUT`] bytes.
-struct Capped(Vec<u8>);
+struct BoundedWriter(Vec<u8>);
 
-impl Write for Capped {
+impl Write for BoundedWriter {
     fn write(&mut self, text: &[u8]) -> std::io::Result<usize> {
-        if self.0.len() + text.len() > MAX_OUTPUT {
-            return Err(std::io::Error::other(format!("it renders more than {MAX_OUTPUT} bytes")));
+        if self.0.len() + text.len() > MAX_OUTPUT_BYTES {
+            return Err(std::io::Error::other(format!("it renders more than {MAX_OUTPUT_BYTES} bytes")));
         }
         self.0.extend_from_slice(text);
         Ok(text.len())

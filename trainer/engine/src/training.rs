@@ -13,31 +13,31 @@ use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, InplaceOp2, Layout, Result, Shape, Tensor, TensorId, Var};
 use rayon::prelude::*;
 
-use crate::config::ModelConfig;
-use crate::model::{Attend, Block};
-use crate::ops::attention::Segment;
-use crate::ops::rope::Rotary;
-use crate::ops::{Precision, fused, known};
+use crate::ops::{Precision, has_fused_kernel, known};
 
 /// Trainable variables of a model and the sums of their gradients.
 #[derive(Clone)]
-pub struct Training {
+pub struct GradientCheckpoint {
     recompute: bool,
     precision: Precision,
-    sums: Arc<Sums>,
+    sums: Arc<GradientSums>,
 }
 
 /// Gradient sums of one optimizer step, by name of the variable.
-struct Sums {
+struct GradientSums {
     names: HashMap<TensorId, String>,
     sums: Mutex<BTreeMap<String, Tensor>>,
 }
 
-impl Training {
+impl GradientCheckpoint {
     /// Creates empty gradient sums for `variables`. Other tensors get no gradient.
     pub fn new(variables: &BTreeMap<String, Var>, recompute: bool, precision: Precision) -> Self {
         let names = variables.iter().map(|(name, variable)| (variable.as_tensor().id(), name.clone()));
-        Self { recompute, precision, sums: Arc::new(Sums { names: names.collect(), sums: Mutex::default() }) }
+        Self {
+            recompute,
+            precision,
+            sums: Arc::new(GradientSums { names: names.collect(), sums: Mutex::default() }),
+        }
     }
 
     pub(crate) fn precision(&self) -> Precision {
@@ -45,67 +45,59 @@ impl Training {
     }
 
     /// Adds the gradients in `store` to the sums.
-    pub(crate) fn collect(&self, store: &GradStore) -> Result<()> {
-        self.sums.collect(store)
+    pub(crate) fn accumulate(&self, store: &GradStore) -> Result<()> {
+        self.sums.accumulate(store)
     }
 
     /// Returns the gradient sums and resets them.
-    pub(crate) fn take(&self) -> BTreeMap<String, Tensor> {
-        std::mem::take(&mut *self.sums.locked())
+    pub(crate) fn take_gradients(&self) -> BTreeMap<String, Tensor> {
+        std::mem::take(&mut *self.sums.lock())
     }
 
-    /// Runs one block as a single node of candle's graph.
-    pub(crate) fn step(
+    /// Computes `forward(x)` as a single node of candle's graph. With recomputation, `forward` runs again in the backward
+    /// pass, so it must return the same values for the same input.
+    pub(crate) fn run(
         &self,
-        block: &Arc<Block>,
         x: &Tensor,
-        config: &ModelConfig,
-        rotary: &Rotary,
-        segments: &Arc<Vec<Segment>>,
-    ) -> std::result::Result<Tensor, crate::EngineError> {
-        let inside = Inside {
-            block: Arc::clone(block),
-            config: config.clone(),
-            rotary: rotary.clone(),
-            segments: Arc::clone(segments),
-        };
+        forward: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+    ) -> Result<Tensor> {
         let input = Var::from_tensor(&x.detach())?;
-        let output = inside.run(input.as_tensor())?;
+        let output = forward(input.as_tensor())?;
         let value = output.detach();
         let kept = Mutex::new(if self.recompute { None } else { Some((input, output)) });
         let sums = Arc::clone(&self.sums);
-        let node = known::of_one("block", value, move |x, grad| {
+        let node = known::unary("block", value, move |x, grad| {
             let (input, output) = match kept.lock().unwrap_or_else(PoisonError::into_inner).take() {
                 Some(kept) => kept,
                 None => {
                     let input = Var::from_tensor(&x.detach())?;
-                    let output = inside.run(input.as_tensor())?;
+                    let output = forward(input.as_tensor())?;
                     (input, output)
                 }
             };
-            let store = output.apply_op1(Seed { grad: grad.detach() })?.backward()?;
-            sums.collect(&store)?;
+            let store = output.apply_op1(GradSeed { grad: grad.detach() })?.backward()?;
+            sums.accumulate(&store)?;
             Ok(store.get(&input).cloned())
         });
-        Ok(x.apply_op1(node)?)
+        x.apply_op1(node)
     }
 }
 
-impl Sums {
-    fn locked(&self) -> MutexGuard<'_, BTreeMap<String, Tensor>> {
+impl GradientSums {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Tensor>> {
         self.sums.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn collect(&self, store: &GradStore) -> Result<()> {
-        let mut sums = self.locked();
+    fn accumulate(&self, store: &GradStore) -> Result<()> {
+        let mut sums = self.lock();
         for id in store.get_ids() {
             let (Some(name), Some(gradient)) = (self.names.get(id), store.get_id(*id)) else { continue };
             match sums.get_mut(name) {
                 None => {
                     sums.insert(name.clone(), gradient.detach());
                 }
-                Some(sum) if fused(sum) && sum.is_contiguous() => {
-                    sum.inplace_op2(&gradient.contiguous()?, &Add)?
+                Some(sum) if has_fused_kernel(sum) && sum.is_contiguous() => {
+                    sum.inplace_op2(&gradient.contiguous()?, &AddGradient)?
                 }
                 Some(sum) => *sum = (&*sum + gradient)?.detach(),
             }
@@ -114,30 +106,12 @@ impl Sums {
     }
 }
 
-/// Inputs of a block besides its hidden states.
-struct Inside {
-    block: Arc<Block>,
-    config: ModelConfig,
-    rotary: Rotary,
-    segments: Arc<Vec<Segment>>,
-}
-
-impl Inside {
-    fn run(&self, x: &Tensor) -> Result<Tensor> {
-        // The layer index selects a KV cache only, so 0 serves every block.
-        let mut attend = Attend::OwnRows(&self.segments);
-        self.block
-            .forward(x, 0, &self.config, &self.rotary, &mut attend)
-            .map_err(|error| candle_core::Error::Msg(error.to_string()))
-    }
-}
-
 /// A scalar with a given gradient: starts the backward pass inside a block.
-struct Seed {
+struct GradSeed {
     grad: Tensor,
 }
 
-impl CustomOp1 for Seed {
+impl CustomOp1 for GradSeed {
     fn name(&self) -> &'static str {
         "seed"
     }
@@ -163,9 +137,9 @@ impl CustomOp1 for Seed {
 }
 
 /// In-place addition of an f32 gradient on the CPU.
-struct Add;
+struct AddGradient;
 
-impl InplaceOp2 for Add {
+impl InplaceOp2 for AddGradient {
     fn name(&self) -> &'static str {
         "add-gradient"
     }

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use crate::config::ModelConfig;
 use crate::error::EngineError;
-use crate::ops::packed::{Packed, is_fast};
+use crate::ops::packed::{QuantizedMatrix, has_fast_kernel};
 
 /// A LoRA adapter (Hu et al. 2021): adds `scale B A` to a frozen matrix.
 #[derive(Debug, Clone)]
@@ -28,15 +28,15 @@ pub struct Weights {
     tensors: BTreeMap<String, Tensor>,
     /// Frozen quantized matrices below trainable adapters (QLoRA), by module: the tensor name without
     /// `.weight`.
-    quantised: BTreeMap<String, Arc<QTensor>>,
+    frozen_quantized: BTreeMap<String, Arc<QTensor>>,
     /// 8- or 4-bit matrices for serving, without gradients, by module.
-    packed: BTreeMap<String, Arc<Packed>>,
+    quantized: BTreeMap<String, Arc<QuantizedMatrix>>,
     adapters: BTreeMap<String, Adapter>,
 }
 
 /// Storage of the tensors of a model while loading.
 #[derive(Debug, Clone)]
-pub(crate) struct Keep {
+pub(crate) struct WeightLayout {
     pub(crate) device: Device,
     pub(crate) dtype: DType,
     /// Whether matrices are quantized where their shapes permit: 4-bit data stays 4-bit, all else becomes
@@ -46,31 +46,31 @@ pub(crate) struct Keep {
 
 /// Collects the tensors of a model while reading. Checks each tensor against the configuration and converts
 /// the tensor to the target storage before the next is read.
-pub struct Gathered {
+pub struct WeightBuilder {
     /// Tensors that have not been added yet, in the order of the configuration. `None` for a candle family,
     /// whose tensor names only its decoder knows.
     missing: Option<Vec<(String, Vec<usize>)>>,
     /// Names of tensors that the model does not use.
     left_out: Vec<String>,
     weights: Weights,
-    keep: Option<Keep>,
+    keep: Option<WeightLayout>,
 }
 
-impl Gathered {
+impl WeightBuilder {
     /// Creates an empty collection that converts tensors as `keep` specifies.
-    pub(crate) fn new(config: &ModelConfig, keep: Keep) -> Self {
-        Self { keep: Some(keep), ..Self::as_they_are(config) }
+    pub(crate) fn new(config: &ModelConfig, keep: WeightLayout) -> Self {
+        Self { keep: Some(keep), ..Self::unconverted(config) }
     }
 
     /// Creates an empty collection that keeps device and data type of the tensors.
-    pub fn as_they_are(config: &ModelConfig) -> Self {
-        let missing = config.foreign.is_none().then(|| config.tensors());
+    pub fn unconverted(config: &ModelConfig) -> Self {
+        let missing = config.candle.is_none().then(|| config.tensor_shapes());
         Self { missing, left_out: Vec::new(), weights: Weights::default(), keep: None }
     }
 
     /// Returns whether the model uses a tensor of that name. Records the names of unused tensors for the
     /// log.
-    pub fn wants(&mut self, name: &str) -> bool {
+    pub fn uses(&mut self, name: &str) -> bool {
         let wanted =
             self.missing.as_ref().is_none_or(|missing| missing.iter().any(|(known, _)| known == name));
         if !wanted {
@@ -80,21 +80,21 @@ impl Gathered {
     }
 
     /// Returns whether matrices are quantized while reading.
-    pub(crate) fn packs(&self) -> bool {
+    pub(crate) fn quantizes(&self) -> bool {
         self.keep.as_ref().is_some_and(|keep| keep.eight_bits)
     }
 
     /// Adds a tensor that [`Gathered::wants`] accepts. Fails if the shape differs from the configuration.
     pub fn add(&mut self, name: String, tensor: Tensor) -> Result<(), EngineError> {
-        self.check(&name, tensor.dims())?;
+        self.mark_found(&name, tensor.dims())?;
         let Some(keep) = &self.keep else {
             self.weights.tensors.insert(name, tensor);
             return Ok(());
         };
         if keep.eight_bits
-            && let Some(packed) = packed(&name, &tensor)?
+            && let Some(packed) = quantize_matrix(&name, &tensor)?
         {
-            self.weights.put_packed(&name, packed);
+            self.weights.insert_quantized(&name, packed);
         } else {
             let tensor = tensor.to_device(&keep.device)?.to_dtype(keep.dtype)?;
             self.weights.tensors.insert(name, tensor);
@@ -103,18 +103,18 @@ impl Gathered {
     }
 
     /// Adds a matrix that was quantized while reading.
-    pub(crate) fn add_packed(&mut self, name: &str, packed: Packed) -> Result<(), EngineError> {
-        self.check(name, &packed.dims())?;
-        self.weights.put_packed(name, packed);
+    pub(crate) fn add_quantized(&mut self, name: &str, packed: QuantizedMatrix) -> Result<(), EngineError> {
+        self.mark_found(name, &packed.dims())?;
+        self.weights.insert_quantized(name, packed);
         Ok(())
     }
 
     /// Fails with [`EngineError::WrongShape`] if the configuration gives another shape.
-    pub(crate) fn fits(&self, name: &str, found: &[usize]) -> Result<(), EngineError> {
+    pub(crate) fn check_shape(&self, name: &str, found: &[usize]) -> Result<(), EngineError> {
         let mut missing = self.missing.iter().flatten();
         match missing.find(|(known, expected)| known == name && expected != found) {
             None => Ok(()),
-            Some((_, expected)) => Err(EngineError::WrongShape {
+            Some((_, expected)) => Err(EngineError::ShapeMismatch {
                 name: name.to_owned(),
                 expected: expected.clone(),
                 found: found.to_vec(),
@@ -123,8 +123,8 @@ impl Gathered {
     }
 
     /// Checks the shape and removes the tensor from the missing ones.
-    fn check(&mut self, name: &str, found: &[usize]) -> Result<(), EngineError> {
-        self.fits(name, found)?;
+    fn mark_found(&mut self, name: &str, found: &[usize]) -> Result<(), EngineError> {
+        self.check_shape(name, found)?;
         if let Some(missing) = &mut self.missing {
             missing.retain(|(known, _)| known != name);
         }
@@ -133,7 +133,7 @@ impl Gathered {
 
     /// Returns the weights. Fails if a tensor is missing. Logs the names of unused tensors, for example the
     /// output layer of a tied model.
-    pub fn finish(self) -> Result<Weights, EngineError> {
+    pub fn build(self) -> Result<Weights, EngineError> {
         if let Some((name, expected)) = self.missing.into_iter().flatten().next() {
             return Err(EngineError::MissingTensor { name, expected });
         }
@@ -150,47 +150,49 @@ impl Gathered {
 }
 
 /// Returns the module of a weight's name.
-fn module(name: &str) -> Option<&str> {
+fn module_name(name: &str) -> Option<&str> {
     name.strip_suffix(".weight")
 }
 
 /// Converts a matrix on the CPU to 8 bits. Returns `None` for vectors, classifier heads, tensors on other
 /// devices and rows that do not divide into blocks.
-fn packed(name: &str, tensor: &Tensor) -> Result<Option<Packed>, EngineError> {
-    if tensor.rank() != 2 || !tensor.device().is_cpu() || module(name).is_none_or(|module| module == "score")
+fn quantize_matrix(name: &str, tensor: &Tensor) -> Result<Option<QuantizedMatrix>, EngineError> {
+    if tensor.rank() != 2
+        || !tensor.device().is_cpu()
+        || module_name(name).is_none_or(|module| module == "score")
     {
         return Ok(None);
     }
-    Ok(Packed::new(tensor)?)
+    Ok(QuantizedMatrix::quantize_int8(tensor)?)
 }
 
 impl Weights {
     /// Checks that every tensor of `config` exists with its shape.
     pub fn new(found: BTreeMap<String, Tensor>, config: &ModelConfig) -> Result<Self, EngineError> {
-        let mut gathered = Gathered::as_they_are(config);
+        let mut gathered = WeightBuilder::unconverted(config);
         for (name, tensor) in found {
-            if gathered.wants(&name) {
+            if gathered.uses(&name) {
                 gathered.add(name, tensor)?;
             }
         }
-        gathered.finish()
+        gathered.build()
     }
 
-    fn put_packed(&mut self, name: &str, packed: Packed) {
-        self.packed.insert(module(name).unwrap_or(name).to_owned(), Arc::new(packed));
+    fn insert_quantized(&mut self, name: &str, packed: QuantizedMatrix) {
+        self.quantized.insert(module_name(name).unwrap_or(name).to_owned(), Arc::new(packed));
     }
 
     /// Returns the weights with 8-bit matrices, for serving. Without fast kernels all matrices stay
     /// unchanged, as do adapted ones and shapes that do not fit.
-    pub fn in_eight_bits(&self) -> Result<Self, EngineError> {
-        if !is_fast() {
+    pub fn quantized_to_int8(&self) -> Result<Self, EngineError> {
+        if !has_fast_kernel() {
             return Ok(self.clone());
         }
         let mut all = Self { tensors: BTreeMap::new(), ..self.clone() };
         for (name, tensor) in &self.tensors {
-            let adapted = module(name).is_some_and(|module| self.adapters.contains_key(module));
-            if !adapted && let Some(packed) = packed(name, tensor)? {
-                all.put_packed(name, packed);
+            let adapted = module_name(name).is_some_and(|module| self.adapters.contains_key(module));
+            if !adapted && let Some(packed) = quantize_matrix(name, tensor)? {
+                all.insert_quantized(name, packed);
             } else {
                 all.tensors.insert(name.clone(), tensor.clone());
             }
@@ -199,9 +201,9 @@ impl Weights {
     }
 
     /// Returns the device of the embedding.
-    pub(crate) fn device(&self) -> Result<Device, EngineError> {
+    pub(crate) fn embedding_device(&self) -> Result<Device, EngineError> {
         const EMBEDDING: &str = "model.embed_tokens";
-        if self.packed.contains_key(EMBEDDING) {
+        if self.quantized.contains_key(EMBEDDING) {
             return Ok(Device::Cpu);
         }
         Ok(self.get(&format!("{EMBEDDING}.weight"))?.device().clone())
@@ -222,8 +224,8 @@ impl Weights {
 
     /// Copies the tensors to a device and data type. Adapters and frozen quantized matrices are not copied.
     /// Fails for matrices quantized for serving.
-    pub fn to(&self, device: &Device, dtype: DType) -> Result<Self, EngineError> {
-        self.refuse_packed("taken elsewhere")?;
+    pub fn to_device(&self, device: &Device, dtype: DType) -> Result<Self, EngineError> {
+        self.reject_quantized("taken elsewhere")?;
         let moved = self
             .tensors
             .iter()
@@ -234,8 +236,8 @@ impl Weights {
 
     /// Returns the shard of device `rank` of `devices` for tensor parallelism. Attention heads and MLP
     /// columns are split; all else is copied. Fails for adapters and quantized matrices.
-    pub(crate) fn share(&self, rank: usize, devices: usize, device: &Device) -> Result<Self, EngineError> {
-        if !self.adapters.is_empty() || !self.quantised.is_empty() || !self.packed.is_empty() {
+    pub(crate) fn shard(&self, rank: usize, devices: usize, device: &Device) -> Result<Self, EngineError> {
+        if !self.adapters.is_empty() || !self.frozen_quantized.is_empty() || !self.quantized.is_empty() {
             let problem = "a model with adapters or packed matrices is not shared out over devices";
             return Err(EngineError::Stopped(problem.to_owned()));
         }
@@ -257,18 +259,22 @@ impl Weights {
     }
 
     /// Fails if the weights hold matrices quantized for serving; `what` names the rejected use.
-    fn refuse_packed(&self, what: &str) -> Result<(), EngineError> {
-        if self.packed.is_empty() {
+    fn reject_quantized(&self, what: &str) -> Result<(), EngineError> {
+        if self.quantized.is_empty() {
             return Ok(());
         }
         let found = format!("matrices that were packed to be served, which cannot be {what}");
-        Err(EngineError::Parameter { name: "model", expected: "one that was not loaded to be served", found })
+        Err(EngineError::InvalidParameter {
+            name: "model",
+            expected: "one that was not loaded to be served",
+            found,
+        })
     }
 
     /// Returns trainable f32 copies of the tensors, and weights that share the copies' storage. An optimizer step
     /// on the variables updates models built from the weights. Fails for matrices quantized for serving.
     pub fn trainable(&self) -> Result<(Self, BTreeMap<String, Var>), EngineError> {
-        self.refuse_packed("trained")?;
+        self.reject_quantized("trained")?;
         let mut variables = BTreeMap::new();
         let mut tensors = BTreeMap::new();
         for (name, tensor) in &self.tensors {
@@ -287,8 +293,8 @@ impl Weights {
         });
         Self {
             tensors: self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.detach())).collect(),
-            quantised: self.quantised.clone(),
-            packed: self.packed.clone(),
+            frozen_quantized: self.frozen_quantized.clone(),
+            quantized: self.quantized.clone(),
             adapters: adapters.collect(),
         }
     }
@@ -300,13 +306,13 @@ impl Weights {
 
     /// Returns the weights with the matrices of `modules` quantized to `kind`. Modules whose row length is
     /// not a multiple of the block size stay unchanged.
-    pub fn with_quantised(&self, modules: &[String], kind: GgmlDType) -> Result<Self, EngineError> {
+    pub fn with_frozen_quantized(&self, modules: &[String], kind: GgmlDType) -> Result<Self, EngineError> {
         let mut all = self.clone();
         for module in modules {
             let name = format!("{module}.weight");
             let weight = self.get(&name)?;
             if weight.dim(1)?.is_multiple_of(kind.block_size()) {
-                all.quantised.insert(module.clone(), Arc::new(QTensor::quantize(&weight, kind)?));
+                all.frozen_quantized.insert(module.clone(), Arc::new(QTensor::quantize(&weight, kind)?));
                 all.tensors.remove(&name);
             }
         }
@@ -319,19 +325,19 @@ impl Weights {
     }
 
     /// Returns the size of the serving matrices in bytes.
-    pub fn packed_bytes(&self) -> usize {
-        self.packed.values().map(|packed| packed.bytes()).sum()
+    pub fn quantized_bytes(&self) -> usize {
+        self.quantized.values().map(|packed| packed.size_bytes()).sum()
     }
 
     pub(crate) fn adapter(&self, module: &str) -> Option<Adapter> {
         self.adapters.get(module).cloned()
     }
 
-    pub(crate) fn packed(&self, module: &str) -> Option<Arc<Packed>> {
-        self.packed.get(module).cloned()
+    pub(crate) fn quantized(&self, module: &str) -> Option<Arc<QuantizedMatrix>> {
+        self.quantized.get(module).cloned()
     }
 
-    pub(crate) fn quantised(&self, module: &str) -> Option<Arc<QTensor>> {
-        self.quantised.get(module).cloned()
+    pub(crate) fn frozen_quantized(&self, module: &str) -> Option<Arc<QTensor>> {
+        self.frozen_quantized.get(module).cloned()
     }
 }

@@ -9,14 +9,15 @@ use std::sync::atomic::Ordering;
 use candle_core::{DType, Device, Tensor};
 use potstill_engine::EngineError;
 use potstill_engine::batch::Batch;
+use potstill_engine::candle_config::CandleFamily;
 use potstill_engine::config::ModelConfig;
-use potstill_engine::foreign::{Foreign, ForeignLm};
+use potstill_engine::foreign::CandleLm;
 use potstill_engine::kv::KvCache;
 use potstill_engine::loader::{LoadedModel, load};
 use potstill_engine::model::CausalLm;
-use potstill_engine::request::{Goal, Pooling, Request, Update};
-use potstill_engine::sampler::Sampling;
-use potstill_engine::scheduler::{Engine, SchedulerConfig};
+use potstill_engine::request::{OutputKind, Pooling, Request, RequestUpdate};
+use potstill_engine::sampler::SamplingParams;
+use potstill_engine::scheduler::{Engine, EngineConfig};
 use potstill_engine::weights::Weights;
 use serde_json::{Value, json};
 
@@ -66,7 +67,7 @@ fn packed_sequence_logits_match_transformers() {
     let stretched = ("qwen2 with YaRN", changed_fixture("qwen2", yarn, "yarn.safetensors"));
     for (name, fixture) in FAMILIES.map(|name| (name, fixture(name))).into_iter().chain([stretched]) {
         let batch = Batch::new(fixture.rows.iter().map(|row| (row.as_slice(), 0)));
-        let logits = fixture.model.logits(&fixture.model.hidden(&batch).unwrap()).unwrap();
+        let logits = fixture.model.logits(&fixture.model.hidden_states(&batch).unwrap()).unwrap();
         for (i, segment) in batch.segments.iter().enumerate() {
             let ours = logits.narrow(0, segment.start, segment.len).unwrap();
             let difference = largest_difference(&ours, &fixture.expected[&format!("logits.{i}")]);
@@ -86,7 +87,8 @@ fn kv_cache_logits_match_transformers_for_every_split() {
             let mut done = 0;
             for cut in cuts {
                 let batch = Batch::new([(&row[done..done + cut], done)]);
-                let hidden = fixture.model.hidden_cached(&batch, &mut cache, &[&[3, 0, 4, 1, 5, 2]]).unwrap();
+                let hidden =
+                    fixture.model.hidden_states_cached(&batch, &mut cache, &[&[3, 0, 4, 1, 5, 2]]).unwrap();
                 parts.push(fixture.model.logits(&hidden).unwrap());
                 done += cut;
             }
@@ -104,7 +106,7 @@ fn batched_decoding_matches_single_sequences() {
     let mut last = Vec::new();
     for range in [0..9, 9..10, 10..21] {
         let batch = Batch::new(fixture.rows.iter().map(|row| (&row[range.clone()], range.start)));
-        let hidden = fixture.model.hidden_cached(&batch, &mut cache, &[&[0, 3], &[2, 1]]).unwrap();
+        let hidden = fixture.model.hidden_states_cached(&batch, &mut cache, &[&[0, 3], &[2, 1]]).unwrap();
         let logits = fixture.model.logits(&hidden).unwrap();
         last = batch.segments.iter().map(|s| logits.narrow(0, s.start, s.len).unwrap()).collect::<Vec<_>>();
     }
@@ -116,14 +118,14 @@ fn batched_decoding_matches_single_sequences() {
 
 /// Returns the largest difference of a candle family's logits over several ways of splitting the sequence
 /// into steps.
-fn foreign_difference(family: Foreign) -> Result<f32, EngineError> {
+fn foreign_difference(family: CandleFamily) -> Result<f32, EngineError> {
     let folder =
         PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/foreign").join(family.name());
     let path = folder.join("config.json");
     let config = ModelConfig::from_json(&std::fs::read_to_string(&path).unwrap(), &path)?;
     let tensors = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
     let weights = Weights::new(tensors.into_iter().collect(), &config)?;
-    let model = ForeignLm::new(config.foreign.as_ref().unwrap(), &weights)?;
+    let model = CandleLm::new(config.candle.as_ref().unwrap(), &weights)?;
     let rows: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(folder.join("rows.json")).unwrap()).unwrap();
     let row: Vec<u32> = serde_json::from_value(rows["rows"][0].clone()).unwrap();
@@ -131,7 +133,7 @@ fn foreign_difference(family: Foreign) -> Result<f32, EngineError> {
     let expected = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap();
     let mut largest = 0f32;
     for cuts in [vec![row.len()], vec![1; row.len()], vec![7, 1, row.len() - 9, 1]] {
-        let (mut state, mut done) = (model.state(), 0);
+        let (mut state, mut done) = (model.new_state(), 0);
         for cut in cuts {
             let logits = state.forward(&row[done..done + cut], done)?;
             done += cut;
@@ -145,7 +147,7 @@ fn foreign_difference(family: Foreign) -> Result<f32, EngineError> {
 
 #[test]
 fn candle_family_logits_match_transformers_for_every_split() {
-    let wrong: Vec<_> = Foreign::ALL
+    let wrong: Vec<_> = CandleFamily::ALL
         .into_iter()
         .map(|family| (family, foreign_difference(family)))
         .filter(|(_, difference)| difference.as_ref().map_or(true, |difference| *difference > 1e-4))
@@ -169,20 +171,20 @@ fn candle_family_completions_are_independent_of_batching_and_preemption() {
     };
     // Four blocks of 16 tokens: too few for all sequences at once, so some are preempted.
     let kv_bytes = 4 * 16 * KvCache::bytes_per_token(&model.config, DType::F32);
-    let start = || Engine::start(&model, SchedulerConfig { kv_bytes, ..SchedulerConfig::default() }).unwrap();
+    let start = || Engine::start(&model, EngineConfig { kv_bytes, ..EngineConfig::default() }).unwrap();
     let request = |salt: u32| Request {
         prompt: (0..9 + salt).map(|at| 3 + (at * 7 + salt * 5) % 29).collect(),
         max_tokens: 24,
-        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-        ignore_end: true,
+        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        ignore_eos: true,
         ..Request::default()
     };
-    let answer = |mut updates: tokio::sync::mpsc::Receiver<Update>| {
+    let answer = |mut updates: tokio::sync::mpsc::Receiver<RequestUpdate>| {
         let mut text = String::new();
         loop {
             match updates.blocking_recv() {
-                Some(Update::Text(more)) => text += &more,
-                Some(Update::Finished { completion_tokens, .. }) => return (text, completion_tokens),
+                Some(RequestUpdate::Text(more)) => text += &more,
+                Some(RequestUpdate::Finished { completion_tokens, .. }) => return (text, completion_tokens),
                 other => panic!("{other:?}"),
             }
         }
@@ -194,8 +196,8 @@ fn candle_family_completions_are_independent_of_batching_and_preemption() {
         engine.submit_all((0..5).map(request).collect()).unwrap().into_iter().map(answer).collect();
     assert_eq!(together, alone);
     assert!(engine.stats().preempted.load(Ordering::Relaxed) > 0, "nobody had to give blocks back");
-    let scored = Request { prompt_log_probs: Some(1), ..request(0) };
-    let embedded = Request { goal: Goal::Embed(Pooling::Mean), ..request(0) };
+    let scored = Request { prompt_logprobs: Some(1), ..request(0) };
+    let embedded = Request { output: OutputKind::Embed(Pooling::Mean), ..request(0) };
     for refused in [scored, embedded] {
         let error = engine.submit(refused).err().unwrap().to_string();
         assert!(error.contains("family `mistral`"), "{error}");
@@ -220,7 +222,7 @@ fn damaged_candle_family_config_never_panics() {
         Value::Null,
     ];
     let mut wrong = Vec::new();
-    for family in Foreign::ALL {
+    for family in CandleFamily::ALL {
         let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/foreign");
         let path = folder.join(family.name()).join("config.json");
         let whole: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
@@ -236,8 +238,8 @@ fn damaged_candle_family_config_never_panics() {
                 let answer = || -> Result<(), EngineError> {
                     let config = ModelConfig::from_json(&damaged.to_string(), &path)?;
                     let weights = Weights::new(tensors.clone().into_iter().collect(), &config)?;
-                    let Some(foreign) = &config.foreign else { return Ok(()) };
-                    let mut state = ForeignLm::new(foreign, &weights)?.state();
+                    let Some(foreign) = &config.candle else { return Ok(()) };
+                    let mut state = CandleLm::new(foreign, &weights)?.new_state();
                     let tokens: Vec<u32> = (1..6).take(config.max_positions).collect();
                     state.forward(&tokens, 0).map(drop)
                 };

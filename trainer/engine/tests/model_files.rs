@@ -10,10 +10,10 @@ use potstill_engine::EngineError;
 use potstill_engine::batch::Batch;
 use potstill_engine::checkpoint_files::{write_model, write_tensors};
 use potstill_engine::config::ModelConfig;
-use potstill_engine::gguf_files::{Format, write_gguf};
-use potstill_engine::loader::{LoadedModel, load, load_to_serve};
+use potstill_engine::gguf_files::{GgufFormat, write_gguf};
+use potstill_engine::loader::{LoadedModel, load, load_for_serving};
 use potstill_engine::model::CausalLm;
-use potstill_engine::ops::packed::is_fast;
+use potstill_engine::ops::packed::has_fast_kernel;
 use potstill_engine::weights::Weights;
 use proptest::prelude::*;
 
@@ -140,7 +140,7 @@ fn gguf_round_trip_keeps_rope_scaling_or_rejects_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.gguf");
     let written = model(read(&json));
-    write_gguf(&path, &written, "x", Format::F16, None).unwrap();
+    write_gguf(&path, &written, "x", GgufFormat::F16, None).unwrap();
     let again = load(&path, &Device::Cpu, DType::F32).unwrap();
     assert_eq!(again.config.rope_scaling, written.config.rope_scaling);
     assert_eq!(again.config.inverse_frequencies(), written.config.inverse_frequencies());
@@ -160,7 +160,7 @@ fn gguf_round_trip_keeps_rope_scaling_or_rejects_it() {
     potstill_shared::durable::write_file(&path, &bytes).unwrap();
     assert!(error_of(&path).contains("rope_freqs.weight"), "{}", error_of(&path));
     let refused = |json: &serde_json::Value| {
-        write_gguf(&path, &model(read(json)), "x", Format::F16, None).err().unwrap().to_string()
+        write_gguf(&path, &model(read(json)), "x", GgufFormat::F16, None).err().unwrap().to_string()
     };
     let mut short = json.clone();
     short["rope_theta"] = 10_000.0.into();
@@ -172,19 +172,19 @@ fn gguf_round_trip_keeps_rope_scaling_or_rejects_it() {
     json["rope_parameters"] =
         serde_json::json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096});
     let written = model(read(&json));
-    write_gguf(&path, &written, "x", Format::F16, None).unwrap();
+    write_gguf(&path, &written, "x", GgufFormat::F16, None).unwrap();
     let again = load(&path, &Device::Cpu, DType::F32).unwrap();
     assert_eq!(again.config.rope_scaling, written.config.rope_scaling);
     assert_eq!(again.config.max_positions, 16_384);
     // This model has a separate output layer, permuted heads and rows that do not divide into blocks.
-    let served = load_to_serve(&path, &[Device::Cpu], true).unwrap();
-    if is_fast() {
+    let served = load_for_serving(&path, &[Device::Cpu], true).unwrap();
+    if has_fast_kernel() {
         let batch = Batch::new([([5u32, 9, 14, 3].as_slice(), 0)]);
         let logits = |weights: &Weights| {
             let model = CausalLm::new(&again.config, weights).unwrap();
-            model.logits(&model.hidden(&batch).unwrap()).unwrap().to_vec2::<f32>().unwrap()
+            model.logits(&model.hidden_states(&batch).unwrap()).unwrap().to_vec2::<f32>().unwrap()
         };
-        assert_eq!(logits(&served.weights), logits(&again.weights.in_eight_bits().unwrap()));
+        assert_eq!(logits(&served.weights), logits(&again.weights.quantized_to_int8().unwrap()));
     }
     // A tensor of the wrong shape is rejected before its data are read.
     let mut bytes = std::fs::read(&path).unwrap();
@@ -193,10 +193,10 @@ fn gguf_round_trip_keeps_rope_scaling_or_rejects_it() {
     bytes[at..at + 8].copy_from_slice(&(1u64 << 62).to_le_bytes());
     bytes[at + 8..at + 16].copy_from_slice(&0u64.to_le_bytes());
     potstill_shared::durable::write_file(&path, &bytes).unwrap();
-    let wrong = load_to_serve(&path, &[Device::Cpu], true).err().unwrap().to_string();
+    let wrong = load_for_serving(&path, &[Device::Cpu], true).err().unwrap().to_string();
     assert!(wrong.contains("up_proj.weight` has shape"), "{wrong}");
     json["rope_parameters"]["attention_factor"] = 1.13863.into();
-    write_gguf(&path, &model(read(&json)), "x", Format::F16, None).unwrap();
+    write_gguf(&path, &model(read(&json)), "x", GgufFormat::F16, None).unwrap();
     json["rope_parameters"]["beta_fast"] = 16.0.into();
     assert!(refused(&json).contains("`yarn` with the numbers of the paper"));
 }
@@ -205,18 +205,19 @@ fn gguf_round_trip_keeps_rope_scaling_or_rejects_it() {
 #[test]
 fn loading_for_serving_matches_later_quantization() {
     let folder = tempfile::tempdir().unwrap();
-    for (name, format) in [("q8_0", Format::Q8_0), ("q4_k_m", Format::Q4KM), ("f16", Format::F16)] {
+    for (name, format) in [("q8_0", GgufFormat::Q8_0), ("q4_k_m", GgufFormat::Q4KM), ("f16", GgufFormat::F16)]
+    {
         let path = folder.path().join(format!("{name}.gguf"));
         write_gguf(&path, &teacher_of_bytes(), name, format, None).unwrap();
         let dense = load(&path, &Device::Cpu, DType::F32).unwrap();
-        let served = load_to_serve(&path, &[Device::Cpu], false).unwrap();
+        let served = load_for_serving(&path, &[Device::Cpu], false).unwrap();
         let packed =
-            if dense.quantised { dense.weights.in_eight_bits().unwrap() } else { dense.weights.clone() };
+            if dense.quantized { dense.weights.quantized_to_int8().unwrap() } else { dense.weights.clone() };
         let tokens: Vec<u32> = (0..23).map(|at| at * 5 % 28).collect();
         let batch = Batch::new([(tokens.as_slice(), 0)]);
         let logits = |weights: &Weights| {
             let model = CausalLm::new(&dense.config, weights).unwrap();
-            model.logits(&model.hidden(&batch).unwrap()).unwrap().to_vec2::<f32>().unwrap()
+            model.logits(&model.hidden_states(&batch).unwrap()).unwrap().to_vec2::<f32>().unwrap()
         };
         assert_eq!(logits(&served.weights), logits(&packed), "{name}");
         let exact = logits(&dense.weights);
@@ -224,21 +225,21 @@ fn loading_for_serving_matches_later_quantization() {
         let off = off.map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
         let most = exact.concat().into_iter().map(f32::abs).fold(0f32, f32::max);
         assert!(off < 0.05 * most, "{name}: logits of up to {most} are off by {off}");
-        if dense.quantised && is_fast() {
+        if dense.quantized && has_fast_kernel() {
             assert!(matrices(&dense.weights) > 0 && matrices(&served.weights) == 0, "{name}");
         }
         // On request all matrices are quantized, in any file.
-        let asked = load_to_serve(&path, &[Device::Cpu], true).unwrap();
+        let asked = load_for_serving(&path, &[Device::Cpu], true).unwrap();
         assert_eq!(matrices(&asked.weights), 0, "{name}");
         assert!(asked.weights.trainable().unwrap_err().to_string().contains("packed to be served"));
-        if is_fast() {
-            assert_eq!(logits(&asked.weights), logits(&dense.weights.in_eight_bits().unwrap()), "{name}");
+        if has_fast_kernel() {
+            assert_eq!(logits(&asked.weights), logits(&dense.weights.quantized_to_int8().unwrap()), "{name}");
         }
     }
-    let folder = load_to_serve(&teacher(), &[Device::Cpu], true).unwrap();
-    assert!(folder.quantised && matrices(&folder.weights) == 0);
+    let folder = load_for_serving(&teacher(), &[Device::Cpu], true).unwrap();
+    assert!(folder.quantized && matrices(&folder.weights) == 0);
     let foreign = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/foreign/mistral");
-    let refused = load_to_serve(&foreign, &[Device::Cpu], true).err().unwrap().to_string();
+    let refused = load_for_serving(&foreign, &[Device::Cpu], true).err().unwrap().to_string();
     assert!(refused.contains("eight bits"), "{refused}");
 }
 
@@ -248,20 +249,20 @@ fn loading_for_serving_keeps_four_bit_weights() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("four.gguf");
     let model = model_of_four_bits();
-    write_gguf(&path, &model, "four", Format::Q4KM, None).unwrap();
+    write_gguf(&path, &model, "four", GgufFormat::Q4KM, None).unwrap();
     let dense = load(&path, &Device::Cpu, DType::F32).unwrap();
-    let served = load_to_serve(&path, &[Device::Cpu], true).unwrap();
+    let served = load_for_serving(&path, &[Device::Cpu], true).unwrap();
     assert_eq!(matrices(&served.weights), 0);
-    let eight = dense.weights.in_eight_bits().unwrap();
-    let (four, eight_bytes) = (served.weights.packed_bytes(), eight.packed_bytes());
-    assert!(!is_fast() || four < eight_bytes * 3 / 4, "{four} bytes, {eight_bytes} with eight bits");
+    let eight = dense.weights.quantized_to_int8().unwrap();
+    let (four, eight_bytes) = (served.weights.quantized_bytes(), eight.quantized_bytes());
+    assert!(!has_fast_kernel() || four < eight_bytes * 3 / 4, "{four} bytes, {eight_bytes} with eight bits");
     let tokens: Vec<u32> = (0..150).map(|at| at * 5 % 28).collect();
     // Few rows use integer kernels; many rows use bf16 where the CPU has tiles.
     for tokens in [&tokens[..7], &tokens] {
         let batch = Batch::new([(tokens, 0)]);
         let logits = |weights: &Weights| {
             let model = CausalLm::new(&dense.config, weights).unwrap();
-            model.logits(&model.hidden(&batch).unwrap()).unwrap().to_vec2::<f32>().unwrap().concat()
+            model.logits(&model.hidden_states(&batch).unwrap()).unwrap().to_vec2::<f32>().unwrap().concat()
         };
         let exact = logits(&dense.weights);
         let most = exact.iter().fold(0f32, |most, logit| most.max(logit.abs()));
@@ -270,7 +271,7 @@ fn loading_for_serving_keeps_four_bit_weights() {
             (squares.sum::<f32>() / exact.len() as f32).sqrt()
         });
         assert!(off < 0.01 * most, "logits of up to {most} are off by {off}");
-        assert!(!is_fast() || off < 1.1 * off_in_eight, "{off}, and {off_in_eight} in eight bits");
+        assert!(!has_fast_kernel() || off < 1.1 * off_in_eight, "{off}, and {off_in_eight} in eight bits");
     }
 }
 
@@ -290,7 +291,7 @@ proptest! {
         bytes.truncate(bytes.len() - length.min(bytes.len()));
         potstill_shared::durable::write_file(&path, &bytes).unwrap();
         match load(folder.path(), &Device::Cpu, DType::F32) {
-            Ok(_) | Err(EngineError::Malformed { .. } | EngineError::MissingTensor { .. } | EngineError::WrongShape { .. }) => {}
+            Ok(_) | Err(EngineError::Malformed { .. } | EngineError::MissingTensor { .. } | EngineError::ShapeMismatch { .. }) => {}
             Err(other) => prop_assert!(false, "{other}"),
         }
     }
@@ -306,7 +307,7 @@ proptest! {
         bytes.truncate(bytes.len() - length.saturating_sub(200_000));
         potstill_shared::durable::write_file(&path, &bytes).unwrap();
         let _either = load(&path, &Device::Cpu, DType::F32);
-        let _either = load_to_serve(&path, &[Device::Cpu], true);
+        let _either = load_for_serving(&path, &[Device::Cpu], true);
     }
 
     /// Random changes of the JSON files give an error or a model, never a panic.
@@ -353,7 +354,7 @@ fn gguf() -> &'static Vec<u8> {
         let folder = tempfile::tempdir().unwrap();
         let model = teacher_of_bytes();
         let path = folder.path().join("teacher.gguf");
-        write_gguf(&path, &model, "teacher", Format::Q8_0, None).unwrap();
+        write_gguf(&path, &model, "teacher", GgufFormat::Q8_0, None).unwrap();
         assert_eq!(
             load(&path, &Device::Cpu, DType::F32).unwrap().weights.iter().count(),
             model.weights.iter().count()
@@ -368,7 +369,11 @@ fn model_of_four_bits() -> LoadedModel {
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
         "tie_word_embeddings": true}"#;
     let config = ModelConfig::from_json(text, Path::new("config.json")).unwrap();
-    LoadedModel { weights: potstill_engine::init::random(&config, 5).unwrap(), config, ..teacher_of_bytes() }
+    LoadedModel {
+        weights: potstill_engine::init::random_weights(&config, 5).unwrap(),
+        config,
+        ..teacher_of_bytes()
+    }
 }
 
 /// Returns the model of [`model_of_four_bits`] as a Q4_K_M GGUF file.
@@ -377,7 +382,7 @@ fn gguf_of_four_bits() -> &'static Vec<u8> {
     FILE.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("four.gguf");
-        write_gguf(&path, &model_of_four_bits(), "four", Format::Q4KM, None).unwrap();
+        write_gguf(&path, &model_of_four_bits(), "four", GgufFormat::Q4KM, None).unwrap();
         std::fs::read(path).unwrap()
     })
 }

@@ -6,13 +6,17 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
 use potstill_engine::ops::Precision;
-use potstill_engine::ops::attention::{Heads, Segment, attention, plain as plain_attention};
-use potstill_engine::ops::linear::{Frozen, linear, linear_adapted, plain_adapted};
-use potstill_engine::ops::linear_loss::{linear_cross_entropy, plain as plain_cross_entropy};
-use potstill_engine::ops::log_prob::{linear_log_prob, mean_entropy, plain as plain_log_prob};
-use potstill_engine::ops::rms_norm::{plain as plain_rms_norm, rms_norm};
-use potstill_engine::ops::rope::Rotary;
-use potstill_engine::ops::swiglu::{plain as plain_swiglu, swiglu};
+use potstill_engine::ops::attention::{
+    AttentionHeads, Segment, attention, reference_attention as plain_attention,
+};
+use potstill_engine::ops::linear::{FrozenWeight, linear, lora_linear, reference_lora_linear};
+use potstill_engine::ops::linear_loss::{
+    linear_cross_entropy, reference_cross_entropy as plain_cross_entropy,
+};
+use potstill_engine::ops::log_prob::{linear_log_prob, mean_entropy, reference_log_prob as plain_log_prob};
+use potstill_engine::ops::rms_norm::{reference_rms_norm as plain_rms_norm, rms_norm};
+use potstill_engine::ops::rope::RotaryTables;
+use potstill_engine::ops::swiglu::{reference_swiglu as plain_swiglu, swiglu};
 use proptest::prelude::*;
 
 fn random(shape: &[usize], seed: u64) -> Var {
@@ -80,11 +84,11 @@ proptest! {
         let (x, a, b) = (random(&[rows, inner], seed), random(&[rank, inner], seed ^ 1), random(&[out, rank], seed ^ 2));
         let w = random(&[out, inner], seed ^ 3).as_detached_tensor();
         let w = if quantised {
-            Frozen::Quantised(Arc::new(QTensor::quantize(&w, GgmlDType::Q8_0).unwrap()))
+            FrozenWeight::Quantised(Arc::new(QTensor::quantize(&w, GgmlDType::Q8_0).unwrap()))
         } else {
-            Frozen::Dense(w)
+            FrozenWeight::Dense(w)
         };
-        let (fused, plain) = (linear_adapted(&x, &w, &a, &b, 0.5, Precision::F32).unwrap(), plain_adapted(&x, &w, &a, &b, 0.5).unwrap());
+        let (fused, plain) = (lora_linear(&x, &w, &a, &b, 0.5, Precision::F32).unwrap(), reference_lora_linear(&x, &w, &a, &b, 0.5).unwrap());
         same(&[&x, &a, &b], &fused, &plain);
     }
 
@@ -100,13 +104,13 @@ proptest! {
         let x = random(&[rows, heads * half * 2], seed);
         let positions: Vec<u32> = (0..rows as u32).map(|i| i * 7 % 101).collect();
         let frequencies: Vec<f32> = (0..half).map(|i| 1.0 / (1.0 + i as f32)).collect();
-        let rotary = Rotary::new(&positions, &frequencies, magnitude);
-        same(&[&x], &rotary.apply(&x).unwrap(), &rotary.plain(&x).unwrap());
+        let rotary = RotaryTables::new(&positions, &frequencies, magnitude);
+        same(&[&x], &rotary.apply(&x).unwrap(), &rotary.apply_reference(&x).unwrap());
     }
 
     #[test]
     fn attention_matches_plain_form(lengths in prop::collection::vec(1usize..150, 1..4), kv in 1usize..4, group in 1usize..4, half in 1usize..12, seed: u64) {
-        let heads = Heads { query: kv * group, kv, dim: half * 2 };
+        let heads = AttentionHeads { query: kv * group, kv, dim: half * 2 };
         let rows: usize = lengths.iter().sum();
         let mut start = 0;
         let segments: Vec<Segment> = lengths.iter().map(|&len| {
@@ -140,7 +144,7 @@ proptest! {
 /// bits explain.
 #[test]
 fn bf16_precision_is_close_to_f32() {
-    let heads = Heads { query: 4, kv: 2, dim: 16 };
+    let heads = AttentionHeads { query: 4, kv: 2, dim: 16 };
     let segments =
         Arc::new(vec![Segment { start: 0, len: 90, past: 0 }, Segment { start: 90, len: 40, past: 0 }]);
     let (x, w) = (random(&[130, 64], 1), random(&[64, 64], 2));
@@ -160,7 +164,10 @@ fn bf16_precision_is_close_to_f32() {
     for (exact, rounded) in exact.1.iter().zip(&rounded.1) {
         let off = size(&(exact - rounded).unwrap()) / size(exact);
         assert!(off < 0.03, "{off}");
-        assert!(Precision::Bf16.here() == Precision::F32 || off > 0.0, "bf16 was asked for and not computed");
+        assert!(
+            Precision::Bf16.supported() == Precision::F32 || off > 0.0,
+            "bf16 was asked for and not computed"
+        );
     }
 }
 
@@ -217,7 +224,7 @@ fn unfused_linear_layers_match_plain_form() {
     };
     let (x, w, a, b) = (wide(1, 9, 12), wide(2, 7, 12), wide(3, 3, 12), wide(4, 7, 3));
     let weighting = wide(5, 9, 7);
-    let frozen = Frozen::Dense(w.as_detached_tensor());
+    let frozen = FrozenWeight::Dense(w.as_detached_tensor());
     let backward = |y: &Tensor| (y * weighting.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
     let agree = |ours: &Tensor, plain: &Tensor, learn: &[&Var], rest: &[&Var]| {
         let near = |a: &Tensor, b: &Tensor| {
@@ -234,8 +241,8 @@ fn unfused_linear_layers_match_plain_form() {
     agree(&of(&x, &w), &product(&x, &w), &[&x, &w], &[]);
     agree(&of(&x, &w.as_detached_tensor()), &product(&x, &w), &[&x], &[&w]);
     agree(&of(&x.as_detached_tensor(), &w), &product(&x, &w), &[&w], &[&x]);
-    let adapted = linear_adapted(&x, &frozen, &a, &b, 0.5, Precision::F32).unwrap();
-    agree(&adapted, &plain_adapted(&x, &frozen, &a, &b, 0.5).unwrap(), &[&x, &a, &b], &[&w]);
+    let adapted = lora_linear(&x, &frozen, &a, &b, 0.5, Precision::F32).unwrap();
+    agree(&adapted, &reference_lora_linear(&x, &frozen, &a, &b, 0.5).unwrap(), &[&x, &a, &b], &[&w]);
 }
 
 #[test]

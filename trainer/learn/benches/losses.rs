@@ -38,7 +38,7 @@ fn compare(name: &str, mut ours: impl FnMut(), mut stock: impl FnMut()) {
 
 fn main() {
     device::set_threads(1);
-    device::in_pool(|| {
+    device::run_in_pool(|| {
         let random = |rows: usize, columns: usize| {
             Var::from_tensor(&Tensor::randn(0f32, 0.05, (rows, columns), &Device::Cpu).unwrap()).unwrap()
         };
@@ -54,7 +54,7 @@ fn main() {
                 let precision = Precision::F32;
                 back(linear_loss::linear_cross_entropy(&hidden, &head, &targets, n, precision).unwrap());
             },
-            || back(linear_loss::plain(&hidden, &head, &targets, n).unwrap()),
+            || back(linear_loss::reference_cross_entropy(&hidden, &head, &targets, n).unwrap()),
         );
         compare(
             "log-probabilities of the same, with gradients",
@@ -63,7 +63,7 @@ fn main() {
                 let all = log_prob::linear_log_prob(&hidden, &head, &targets, precision).unwrap();
                 back(all.sum_all().unwrap());
             },
-            || back(log_prob::plain(&hidden, &head, &targets).unwrap().sum_all().unwrap()),
+            || back(log_prob::reference_log_prob(&hidden, &head, &targets).unwrap().sum_all().unwrap()),
         );
         let shapes = 16;
         let variables: BTreeMap<String, Var> =

@@ -10,31 +10,16 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
-use potstill_engine::ops::{fused, with_values};
+use potstill_engine::ops::{has_fused_kernel, with_values};
 use rayon::prelude::*;
 
+pub use crate::adamw_config::AdamWConfig;
 use crate::eight_bits::QuantizedMoments;
 use crate::error::LearnError;
+use crate::step_constants::StepConstants;
 
 /// Values per parallel task.
 const VALUES_PER_TASK: usize = 1 << 14;
-
-/// Constants of the optimizer.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AdamWConfig {
-    /// Decay rate of the first moment.
-    pub beta1: f64,
-    /// Decay rate of the second moment.
-    pub beta2: f64,
-    /// Constant added to `√v̂`, so that the quotient stays finite.
-    pub eps: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-    /// Maximum global norm of the gradients; larger gradients are scaled down to it.
-    pub max_grad_norm: f64,
-    /// Stores the moments in 8 instead of 32 bits. CPU only.
-    pub quantize_moments: bool,
-}
 
 /// A variable with its moments.
 struct ParameterState {
@@ -55,45 +40,11 @@ impl Moments {
         if !eight_bits {
             return Ok(Self::F32 { m: variable.zeros_like()?, v: variable.zeros_like()? });
         }
-        if !fused(variable.as_tensor()) {
+        if !has_fused_kernel(variable.as_tensor()) {
             let problem = "moments of eight bits are computed on the CPU only: leave `eight_bit_moments` out";
             return Err(LearnError::Data(problem.to_owned()));
         }
         Ok(Self::Quantized(QuantizedMoments::zeros(variable.elem_count())))
-    }
-}
-
-/// Constants of one step for one variable.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct StepConstants {
-    beta1: f32,
-    beta2: f32,
-    clip: f32,
-    rate: f32,
-    inverse_correction2: f32,
-    eps: f32,
-    keep: f32,
-}
-
-impl StepConstants {
-    /// Returns the new first moment: `m = β1 m + (1-β1) clip·g`.
-    #[inline(always)]
-    pub(crate) fn first_moment(&self, m: f32, gradient: f32) -> f32 {
-        self.beta1 * m + (1.0 - self.beta1) * (gradient * self.clip)
-    }
-
-    /// Returns the new second moment: `v = β2 v + (1-β2) (clip·g)²`.
-    #[inline(always)]
-    pub(crate) fn second_moment(&self, v: f32, gradient: f32) -> f32 {
-        let gradient = gradient * self.clip;
-        self.beta2 * v + (1.0 - self.beta2) * (gradient * gradient)
-    }
-
-    /// Returns the new weight, after weight decay and update.
-    #[inline(always)]
-    pub(crate) fn updated_weight(&self, theta: f32, m: f32, v: f32) -> f32 {
-        let root = (v * self.inverse_correction2).sqrt() + self.eps;
-        self.keep * theta - self.rate * m / root
     }
 }
 
@@ -132,7 +83,7 @@ impl AdamW {
         let mut total = 0f64;
         for name in self.slots.keys() {
             let gradient = gradients.get(name).ok_or_else(|| LearnError::NoGradient(name.clone()))?;
-            total += if fused(gradient) {
+            total += if has_fused_kernel(gradient) {
                 with_values([gradient], |[values]| {
                     let parts: Vec<f64> = values
                         .par_chunks(VALUES_PER_TASK)
@@ -173,7 +124,7 @@ impl AdamW {
                 keep: (1.0 - decay) as f32,
             };
             match &mut slot.moments {
-                Moments::F32 { m, v } if fused(gradient) => {
+                Moments::F32 { m, v } if has_fused_kernel(gradient) => {
                     let gradient = gradient.contiguous()?;
                     m.inplace_op2(&gradient, &MomentUpdate { rates, squared: false })?;
                     v.inplace_op2(&gradient, &MomentUpdate { rates, squared: true })?;

@@ -187,7 +187,7 @@ pub(crate) fn softplus(x: &Tensor) -> candle_core::Result<Tensor> {
 /// Returns `log π` of each completion, summed over its tokens: `[2 n]` in the order chosen, rejected, chosen, …
 fn sequence_log_probs(lm: &CausalLm, pairs: &[&PreferencePair]) -> Result<Tensor, LearnError> {
     let learnt = LossRows::new(pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]));
-    let each = linear_log_prob(&learnt.hidden_states(lm)?, lm.head()?, &learnt.targets, lm.precision())?;
+    let each = linear_log_prob(&learnt.hidden_states(lm)?, lm.lm_head()?, &learnt.targets, lm.precision())?;
     Ok(segment_sums(&each, &learnt.counts)?)
 }
 
@@ -221,8 +221,8 @@ fn reference_log_probs(
         return Ok(rows.into_iter().map(|row| [row[0], row[1]]).collect());
     }
     let device = config.run.parse_devices()?.swap_remove(0);
-    let weights = model.weights.detached().to(&device, DType::F32)?;
-    let lm = CausalLm::rounded(&model.config, &weights, config.run.dtype)?;
+    let weights = model.weights.detached().to_device(&device, DType::F32)?;
+    let lm = CausalLm::with_precision(&model.config, &weights, config.run.dtype)?;
     let order: Vec<usize> = (0..pairs.len()).collect();
     let mut values = Vec::with_capacity(pairs.len());
     for chunk in packing::pack_chunks(&order, lengths, config.run.micro_batch_tokens) {

@@ -13,8 +13,8 @@ use std::sync::LazyLock;
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-use crate::adamw::StepConstants;
 use crate::error::LearnError;
+use crate::step_constants::StepConstants;
 
 /// Values that share a scale.
 const BLOCK: usize = 256;

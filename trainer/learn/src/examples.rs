@@ -37,7 +37,7 @@ pub fn tokenize_conversation(model: &LoadedModel, messages: &[Value]) -> Result<
             continue;
         }
         let render = |count: usize, generate: bool| {
-            model.template.render(&json!(messages[..count]), generate, &json!({}))
+            model.chat_template.render(&json!(messages[..count]), generate, &json!({}))
         };
         let prompt = render(index, true)?;
         let whole = render(index + 1, false)?;

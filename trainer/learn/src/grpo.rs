@@ -431,7 +431,7 @@ fn token_log_probs(
             let lm = beside.map_or(&replica.lm, |beside| &beside[replica.rank]);
             let learnt = LossRows::new(micro.iter().map(|&index| &examples[index]));
             let hidden = (learnt.hidden_states(lm)?.detach() / config.temperature)?;
-            let head = lm.head()?.detach();
+            let head = lm.lm_head()?.detach();
             let values =
                 linear_log_prob(&hidden, &head, &learnt.targets, lm.precision())?.to_vec1::<f32>()?;
             let mut rest = values.as_slice();
@@ -468,7 +468,7 @@ fn accumulate_policy_gradients(
         learner.map_micro_batches(&used, &lengths, config.run.micro_batch_tokens, |replica, micro| {
             let learnt = LossRows::new(micro.iter().map(|&index| &experience.examples[index]));
             let hidden = (learnt.hidden_states(&replica.lm)? / config.temperature)?;
-            let (head, precision) = (replica.lm.head()?, replica.lm.precision());
+            let (head, precision) = (replica.lm.lm_head()?, replica.lm.precision());
             let log_probs = linear_log_prob(&hidden, head, &learnt.targets, precision)?;
             let gather = |rows: &Option<Vec<Vec<f32>>>| -> Result<Option<Tensor>, LearnError> {
                 let Some(rows) = rows else { return Ok(None) };

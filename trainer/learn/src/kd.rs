@@ -120,7 +120,7 @@ impl<'a> TeacherLogits<'a> {
 pub fn check_same_vocabulary(teacher: &Tokenizer, student: &Tokenizer) -> Result<(), LearnError> {
     let both = teacher.len().min(student.len()) as u32;
     for id in 0..both {
-        let (a, b) = (teacher.token(id), student.token(id));
+        let (a, b) = (teacher.token_text(id), student.token_text(id));
         if a != b {
             return Err(LearnError::Data(format!(
                 "teacher and student do not share a vocabulary: token {id} is {a:?} to one and {b:?} to the other; \
@@ -393,7 +393,7 @@ pub fn kd_loss(
         logits.iter_mut().for_each(|gradient| *gradient *= factor);
         loss
     };
-    Ok(linear_loss(&learnt.hidden_states(lm)?, lm.head()?, lm.precision(), &scaled)?)
+    Ok(linear_loss(&learnt.hidden_states(lm)?, lm.lm_head()?, lm.precision(), &scaled)?)
 }
 
 /// Computes `(1 - r) CE + r D` of one row and replaces `logits` by the gradient with respect to them.

@@ -11,7 +11,7 @@ use potstill_engine::loader::LoadedModel;
 use potstill_engine::model::CausalLm;
 use potstill_engine::ops::Precision;
 use potstill_engine::ops::collective::Collective;
-use potstill_engine::training::Training;
+use potstill_engine::training::GradientCheckpoint;
 use potstill_engine::weights::Weights;
 use rayon::prelude::*;
 
@@ -19,7 +19,7 @@ use crate::adamw::{AdamW, AdamWConfig};
 use crate::error::LearnError;
 use crate::lora::Lora;
 use crate::packing;
-use crate::run::RunConfig;
+use crate::run_config::RunConfig;
 
 /// A model with its variables and optimizer, replicated on every device of the run.
 pub struct Learner {
@@ -48,12 +48,12 @@ impl Replica {
         lora: Option<&Lora>,
         extra: &[&str],
     ) -> Result<Self, LearnError> {
-        let base = model.weights.to(device, DType::F32)?;
+        let base = model.weights.to_device(device, DType::F32)?;
         let (weights, variables) = match lora {
             None => base.trainable()?,
             Some(lora) => lora.apply(&base, extra)?,
         };
-        let training = Training::new(&variables, config.recompute, config.dtype);
+        let training = GradientCheckpoint::new(&variables, config.recompute, config.dtype);
         let lm = CausalLm::trainable(&model.config, &weights, training)?;
         let optimiser = AdamW::new(
             variables.clone(),
@@ -83,7 +83,7 @@ impl Learner {
     pub fn new(model: &LoadedModel, config: &RunConfig, extra: &[&str]) -> Result<Self, LearnError> {
         let devices = config.parse_devices()?;
         let on_cpu = devices.iter().any(Device::is_cpu);
-        if on_cpu && config.dtype.here() != config.dtype {
+        if on_cpu && config.dtype.supported() != config.dtype {
             tracing::warn!(
                 "`dtype` is bf16, but this processor has no instructions for such products; computing in f32"
             );
@@ -154,7 +154,9 @@ impl Learner {
                 }
             }
         }
-        let sums = self.collective.sum(taken.into_iter().map(|own| own.into_values().collect()).collect())?;
+        let sums = self
+            .collective
+            .all_reduce_sum(taken.into_iter().map(|own| own.into_values().collect()).collect())?;
         Ok(sums.into_iter().map(|sum| names.iter().cloned().zip(sum).collect()).collect())
     }
 
@@ -181,8 +183,8 @@ impl Learner {
         precision: Precision,
     ) -> Result<Vec<CausalLm>, LearnError> {
         let beside = |device: &Device| {
-            let weights = model.weights.detached().to(device, DType::F32)?;
-            Ok(CausalLm::rounded(&model.config, &weights, precision)?)
+            let weights = model.weights.detached().to_device(device, DType::F32)?;
+            Ok(CausalLm::with_precision(&model.config, &weights, precision)?)
         };
         self.collective.devices().iter().map(beside).collect()
     }
@@ -192,7 +194,7 @@ impl Learner {
     pub fn inference_models(&self) -> Vec<LoadedModel> {
         let decoder = |replica: &Replica| LoadedModel {
             weights: replica.weights.detached(),
-            quantised: false,
+            quantized: false,
             ..self.base.clone()
         };
         self.replicas.iter().map(decoder).collect()
@@ -201,10 +203,10 @@ impl Learner {
     /// Returns the trained model on the CPU. LoRA adapters are merged into the base weights.
     pub fn trained_model(&self) -> Result<LoadedModel, LearnError> {
         let weights = match &self.lora {
-            None => self.rank0().weights.detached().to(&Device::Cpu, DType::F32)?,
+            None => self.rank0().weights.detached().to_device(&Device::Cpu, DType::F32)?,
             Some(lora) => lora.merge(&self.base.weights, self.variables())?,
         };
-        Ok(LoadedModel { weights, quantised: false, ..self.base.clone() })
+        Ok(LoadedModel { weights, quantized: false, ..self.base.clone() })
     }
 
     /// Returns the LoRA adapters, or `None` if all weights are trained.

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod adamw;
+pub mod adamw_config;
 pub mod checkpoint;
 pub mod curriculum;
 pub mod divergence;
@@ -24,8 +25,10 @@ pub mod reward_model;
 pub mod rewards;
 pub mod rollouts;
 pub mod run;
+pub mod run_config;
 pub mod schedule;
 pub mod sft;
+mod step_constants;
 pub mod tensorboard;
 
 pub use error::LearnError;

@@ -84,7 +84,7 @@ impl Lora {
             return Err(LearnError::Data("`lora` needs a rank of at least 1 and some targets".to_owned()));
         }
         let matrices: Vec<(String, Vec<usize>)> = model
-            .tensors()
+            .tensor_shapes()
             .into_iter()
             .filter(|(name, shape)| shape.len() == 2 && name.contains("_proj."))
             .map(|(name, shape)| (name.trim_end_matches(".weight").to_owned(), shape))
@@ -140,7 +140,7 @@ impl Lora {
         let mut frozen = base.detached();
         if let Some(bits) = self.config.quantise {
             let modules: Vec<String> = self.modules.iter().map(|(module, ..)| module.clone()).collect();
-            frozen = frozen.with_quantised(&modules, bits.ggml_type())?;
+            frozen = frozen.with_frozen_quantized(&modules, bits.ggml_type())?;
         }
         for name in extra {
             let variable = Var::from_tensor(&base.get(name)?.copy()?)?;

@@ -104,10 +104,10 @@ impl RewardModel {
     /// Creates a reward model from a model with a classification head, such as one that [`train`] wrote. Fails unless
     /// the head has 1 or 10 outputs. It computes on the device of its weights.
     pub fn new(model: LoadedModel) -> Result<Self, LearnError> {
-        if ![1, 10].contains(&model.config.classes) {
+        if ![1, 10].contains(&model.config.num_labels) {
             return Err(LearnError::Data(format!(
                 "a reward model has a head with 1 or 10 outputs, this one has {}",
-                model.config.classes
+                model.config.num_labels
             )));
         }
         let weights = model.weights.detached();
@@ -126,7 +126,7 @@ impl RewardModel {
             {"role": "user", "content": problem},
             {"role": "assistant", "content": completion},
         ]);
-        Ok(model.tokenizer.encode(&model.template.render(&messages, false, &json!({}))?)?)
+        Ok(model.tokenizer.encode(&model.chat_template.render(&messages, false, &json!({}))?)?)
     }
 
     /// Returns predictions, 0 to 1, in the order of `rows`. Rows longer than the model's context lose tokens at their
@@ -149,8 +149,8 @@ impl RewardModel {
 /// Returns the head's outputs at the last token of each row, `[rows, classes]`.
 fn logits(lm: &CausalLm, head: &Tensor, rows: &[&[u32]]) -> Result<Tensor, LearnError> {
     let batch = Batch::new(rows.iter().map(|row| (*row, 0)));
-    let hidden = lm.hidden(&batch)?;
-    let last = batch.last_rows();
+    let hidden = lm.hidden_states(&batch)?;
+    let last = batch.last_row_indices();
     let last = Tensor::from_slice(&last, last.len(), hidden.device())?;
     Ok(hidden.index_select(&last, 0)?.matmul(&head.t()?)?.to_dtype(DType::F32)?)
 }
@@ -169,11 +169,11 @@ fn prediction(logits: &[f32]) -> f32 {
 /// Returns `model` with a classification head in place of the output layer. The head is zero, so all traces start with
 /// equal predictions.
 fn with_head(model: &LoadedModel, loss: RewardLoss) -> Result<LoadedModel, LearnError> {
-    let config = ModelConfig { classes: loss.classes(), ..model.config.clone() };
+    let config = ModelConfig { num_labels: loss.classes(), ..model.config.clone() };
     let mut tensors: std::collections::BTreeMap<String, Tensor> =
         model.weights.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
     tensors.remove("lm_head.weight");
-    let head = Tensor::zeros((config.classes, config.hidden_size), DType::F32, &Device::Cpu)?;
+    let head = Tensor::zeros((config.num_labels, config.hidden_size), DType::F32, &Device::Cpu)?;
     tensors.insert(HEAD_WEIGHT.to_owned(), head);
     let weights = potstill_engine::weights::Weights::new(tensors, &config)?;
     Ok(LoadedModel { config, weights, ..model.clone() })

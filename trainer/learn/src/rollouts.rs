@@ -4,8 +4,8 @@
 //! copy or reload. Scoring the completions is left to the caller.
 
 use potstill_engine::loader::LoadedModel;
-use potstill_engine::sampler::Sampling;
-use potstill_engine::scheduler::{Engine, FinishReason, Request, SchedulerConfig, Update};
+use potstill_engine::sampler::SamplingParams;
+use potstill_engine::scheduler::{Engine, EngineConfig, FinishReason, Request, RequestUpdate};
 use potstill_shared::id::ContentId;
 
 use crate::error::LearnError;
@@ -52,8 +52,7 @@ pub struct RolloutEngines {
 impl RolloutEngines {
     /// Starts one engine per model replica. Each engine accepts up to `requests` queued requests.
     pub fn start(models: &[LoadedModel], requests: usize) -> Result<Self, LearnError> {
-        let config =
-            SchedulerConfig { max_running: 256, max_waiting: requests, ..SchedulerConfig::default() };
+        let config = EngineConfig { max_running: 256, max_waiting: requests, ..EngineConfig::default() };
         let engines = models.iter().map(|model| Engine::start(model, config.clone()));
         Ok(Self { engines: engines.collect::<Result<_, _>>()? })
     }
@@ -77,20 +76,20 @@ impl RolloutEngines {
                 requests.push(Request {
                     prompt: prompt.to_vec(),
                     max_tokens: draw.max_tokens,
-                    sampling: Sampling {
+                    sampling: SamplingParams {
                         temperature: draw.temperature as f32,
                         top_p: draw.top_p as f32,
                         seed,
-                        ..Sampling::default()
+                        ..SamplingParams::default()
                     },
-                    log_probs: Some(0),
+                    logprobs: Some(0),
                     ..Request::default()
                 });
             }
         }
         let mut running = Vec::with_capacity(self.engines.len());
         for (engine, requests) in self.engines.iter().zip(requests) {
-            engine.forget();
+            engine.invalidate_prefix_cache();
             running.push(engine.submit_all(requests)?.into_iter());
         }
         let mut all = Vec::with_capacity(prompts.len() * draw.group);
@@ -100,14 +99,14 @@ impl RolloutEngines {
             let mut completion = Completion { tokens: Vec::new(), text: String::new(), is_truncated: false };
             loop {
                 match updates.blocking_recv() {
-                    Some(Update::Sampled(sampled)) => completion.tokens.push(sampled.token),
-                    Some(Update::Text(text)) => completion.text.push_str(&text),
-                    Some(Update::Finished { reason, .. }) => {
+                    Some(RequestUpdate::Sampled(sampled)) => completion.tokens.push(sampled.token),
+                    Some(RequestUpdate::Text(text)) => completion.text.push_str(&text),
+                    Some(RequestUpdate::Finished { reason, .. }) => {
                         completion.is_truncated = reason == FinishReason::Length;
                         break;
                     }
-                    Some(Update::Prompt(_) | Update::Embedding(_)) => {}
-                    Some(Update::Failed(problem)) => return Err(LearnError::Rollout(problem)),
+                    Some(RequestUpdate::Prompt(_) | RequestUpdate::Embedding(_)) => {}
+                    Some(RequestUpdate::Failed(problem)) => return Err(LearnError::Rollout(problem)),
                     None => return Err(LearnError::Rollout("the engine has stopped".to_owned())),
                 }
             }

@@ -76,7 +76,7 @@ pub fn sft_loss<'a>(
 ) -> Result<Tensor, LearnError> {
     let learnt = LossRows::new(examples);
     let hidden = learnt.hidden_states(lm)?;
-    Ok(linear_cross_entropy(&hidden, lm.head()?, &learnt.targets, normaliser, lm.precision())?)
+    Ok(linear_cross_entropy(&hidden, lm.lm_head()?, &learnt.targets, normaliser, lm.precision())?)
 }
 
 /// A packed batch with the rows whose next token counts in the loss, and these tokens.
@@ -109,7 +109,7 @@ impl LossRows {
 
     /// Returns the hidden states of the selected rows, `[rows, hidden]`.
     pub(crate) fn hidden_states(&self, lm: &CausalLm) -> Result<Tensor, LearnError> {
-        let hidden = lm.hidden(&self.batch)?;
+        let hidden = lm.hidden_states(&self.batch)?;
         let rows = Tensor::from_slice(&self.rows, self.rows.len(), hidden.device())?;
         Ok(hidden.index_select(&rows, 0)?)
     }

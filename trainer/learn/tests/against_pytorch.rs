@@ -12,7 +12,7 @@ use fixture::{assert_same_gradient, folder, load, model, tensor_bits};
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::model::CausalLm;
 use potstill_engine::ops::Precision;
-use potstill_engine::training::Training;
+use potstill_engine::training::GradientCheckpoint;
 use potstill_engine::weights::Weights;
 use potstill_learn::LearnError;
 use potstill_learn::curriculum::Phase;
@@ -33,9 +33,12 @@ fn sft_loss_and_gradients_match_pytorch() {
             let tensors =
                 variables.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone()));
             let weights = Weights::new(tensors.collect(), &config).unwrap();
-            let lm =
-                CausalLm::trainable(&config, &weights, Training::new(&variables, recompute, Precision::F32))
-                    .unwrap();
+            let lm = CausalLm::trainable(
+                &config,
+                &weights,
+                GradientCheckpoint::new(&variables, recompute, Precision::F32),
+            )
+            .unwrap();
             let targets: usize = examples.iter().map(Example::num_targets).sum();
             let loss = sft_loss(&lm, &examples, targets as f64).unwrap();
             let expected =

@@ -56,7 +56,7 @@ fn dpo_loss_and_gradients_match_pytorch() {
 fn grpo_loss_and_gradients_match_pytorch() {
     let f = fixture();
     let (hidden, targets) = f.loss_rows();
-    let log_probs = linear_log_prob(&hidden, f.lm.head().unwrap(), &targets, Precision::F32).unwrap();
+    let log_probs = linear_log_prob(&hidden, f.lm.lm_head().unwrap(), &targets, Precision::F32).unwrap();
     let n = targets.len();
     let weights = Tensor::full(1.0 / n as f32, n, &Device::Cpu).unwrap();
     let config = GrpoConfig { kl: 0.05, ..GrpoConfig::default() };
@@ -79,8 +79,8 @@ fn reward_model_losses_and_gradients_match_pytorch() {
         let scores: Vec<u8> = serde_json::from_value(f.facts["scores"].clone()).unwrap();
         let scores = if loss == RewardLoss::BradleyTerry { &scores[..2] } else { &scores };
         let batch = Batch::new(f.examples.iter().map(|example| (example.tokens.as_slice(), 0)));
-        let last = Tensor::new(batch.last_rows(), &Device::Cpu).unwrap();
-        let hidden = f.lm.hidden(&batch).unwrap().index_select(&last, 0).unwrap();
+        let last = Tensor::new(batch.last_row_indices(), &Device::Cpu).unwrap();
+        let hidden = f.lm.hidden_states(&batch).unwrap().index_select(&last, 0).unwrap();
         let logits = hidden.matmul(&head.t().unwrap()).unwrap();
         let found = reward_loss(&logits, scores, loss).unwrap();
         let of_head = found.backward().unwrap();
@@ -92,7 +92,7 @@ fn reward_model_losses_and_gradients_match_pytorch() {
         // Discards the block gradients that this backward pass accumulated.
         f.lm.take_gradients();
         let f = Fixture { ..f };
-        let hidden = f.lm.hidden(&batch).unwrap().index_select(&last, 0).unwrap();
+        let hidden = f.lm.hidden_states(&batch).unwrap().index_select(&last, 0).unwrap();
         f.assert_matches_pytorch(
             name,
             &reward_loss(&hidden.matmul(&head.t().unwrap()).unwrap(), scores, loss).unwrap(),
@@ -263,7 +263,7 @@ fn reward_model_predicts_the_same_after_saving_and_loading() {
 
 fn grpo_setup() -> (LoadedModel, Vec<Prompt>, GrpoConfig) {
     let (mut model, _) = model();
-    model.config.eos = vec![2];
+    model.config.eos_token_ids = vec![2];
     let prompts = (0..12u32)
         .map(|i| Prompt {
             problem: format!("w{}", 3 + i),
@@ -320,7 +320,7 @@ fn grpo_learns_the_rewarded_completion() {
 #[test]
 fn grpo_stops_when_most_completions_are_truncated() {
     let (mut model, prompts, config) = grpo_setup();
-    model.config.eos = vec![];
+    model.config.eos_token_ids = vec![];
     let config = GrpoConfig { max_truncated: 0.5, learn_truncated: false, ..config };
     let folder = tempfile::tempdir().unwrap();
     let mut steps = 0;
@@ -338,7 +338,7 @@ fn grpo_stops_when_most_completions_are_truncated() {
 fn kd_learns_from_the_teacher_and_on_policy_resumes_bit_for_bit() {
     let (teacher, examples) = model();
     let (mut student, _) = model();
-    student.weights = potstill_engine::init::random(&student.config, 5).unwrap();
+    student.weights = potstill_engine::init::random_weights(&student.config, 5).unwrap();
     let run = RunConfig { checkpoint_every: 1000, ..run_config() };
     let config = KdConfig {
         ratio: 1.0,
@@ -399,14 +399,14 @@ fn lora_trains_only_adapters_and_merges_them() {
         let folder = tempfile::tempdir().unwrap();
         let (learner, _) = dpo(&model, &pairs, &config, folder.path(), &mut |_| true).unwrap();
         assert!(learner.variables().keys().all(|name| name.contains(".lora_")));
-        assert_eq!(learner.variables().len(), 2 * 7 * model.config.layers);
+        assert_eq!(learner.variables().len(), 2 * 7 * model.config.num_layers);
         let merged = learner.trained_model().unwrap();
         let embedding = "model.embed_tokens.weight";
         assert_eq!(tensor_bits(&merged)[embedding], tensor_bits(&model)[embedding], "what is frozen stays");
         // The unmerged adapters and the merged weights give equal logits, up to the error of 8-bit storage.
         let logits = |model: &LoadedModel| {
             let lm = CausalLm::new(&model.config, &model.weights).unwrap();
-            lm.logits(&lm.hidden(&Batch::new([(&pairs[0].chosen.tokens[..], 0)])).unwrap()).unwrap()
+            lm.logits(&lm.hidden_states(&Batch::new([(&pairs[0].chosen.tokens[..], 0)])).unwrap()).unwrap()
         };
         let (apart, together) = (logits(&learner.inference_models()[0]), logits(&merged));
         let gap = (&apart - &together).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use potstill_engine::device;
-use potstill_engine::loader::load_to_serve;
-use potstill_engine::sampler::Sampling;
-use potstill_engine::scheduler::{Engine, Request, SchedulerConfig, Update};
+use potstill_engine::loader::load_for_serving;
+use potstill_engine::sampler::SamplingParams;
+use potstill_engine::scheduler::{Engine, EngineConfig, Request, RequestUpdate};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -94,11 +94,11 @@ pub fn run(arguments: &ArrivalArguments) -> anyhow::Result<ArrivalReport> {
         "--requests and --threads must be at least 1"
     );
     device::set_threads(arguments.threads);
-    let model = load_to_serve(&arguments.model, &[device::parse("cpu")?], false)
+    let model = load_for_serving(&arguments.model, &[device::open_device("cpu")?], false)
         .with_context(|| format!("cannot load `{}`", arguments.model.display()))?;
     let arrivals = arrivals(arguments, model.config.vocab_size);
     let tokens: usize = arrivals.iter().map(|arrival| arrival.completion_tokens).sum();
-    let config = SchedulerConfig { max_waiting: arguments.requests, ..SchedulerConfig::default() };
+    let config = EngineConfig { max_waiting: arguments.requests, ..EngineConfig::default() };
     let mut ways = Vec::new();
     for (way, measure) in [
         ("continuous", run_continuous as fn(&Engine, &[Arrival]) -> anyhow::Result<Vec<TokenTimes>>),
@@ -153,13 +153,13 @@ fn arrivals(arguments: &ArrivalArguments, vocabulary: usize) -> Vec<Arrival> {
 /// Returns an engine request that generates exactly `max_tokens` tokens, greedily. Requests log probabilities, so that
 /// the engine reports every token.
 fn request(prompt: &[u32], max_tokens: usize) -> Request {
-    let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+    let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
     Request {
         prompt: prompt.to_vec(),
         max_tokens,
         sampling,
-        ignore_end: true,
-        log_probs: Some(0),
+        ignore_eos: true,
+        logprobs: Some(0),
         ..Request::default()
     }
 }
@@ -171,14 +171,14 @@ fn repeat_to_length(prompt: &[u32], length: usize) -> Vec<u32> {
 
 /// Waits for the request to end and returns the times of its first token and of token number `count`.
 fn token_times(
-    mut updates: mpsc::Receiver<Update>,
+    mut updates: mpsc::Receiver<RequestUpdate>,
     count: usize,
     begin: Instant,
 ) -> anyhow::Result<TokenTimes> {
     let (mut times, mut written) = (TokenTimes::default(), 0);
     while let Some(update) = updates.blocking_recv() {
         match update {
-            Update::Sampled(_) => {
+            RequestUpdate::Sampled(_) => {
                 written += 1;
                 if written == 1 {
                     times.first = begin.elapsed();
@@ -187,7 +187,7 @@ fn token_times(
                     times.last = begin.elapsed();
                 }
             }
-            Update::Failed(reason) => anyhow::bail!("the engine failed: {reason}"),
+            RequestUpdate::Failed(reason) => anyhow::bail!("the engine failed: {reason}"),
             _ => {}
         }
     }

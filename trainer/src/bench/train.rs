@@ -9,7 +9,7 @@ use std::time::Instant;
 use potstill_engine::config::{Family, ModelConfig};
 use potstill_engine::loader::LoadedModel;
 use potstill_engine::ops::Precision;
-use potstill_engine::ops::attention::Heads;
+use potstill_engine::ops::attention::AttentionHeads;
 use potstill_engine::template::ChatTemplate;
 use potstill_engine::{device, init};
 use potstill_learn::examples::Example;
@@ -125,18 +125,18 @@ impl ModelShape {
             vocab_size,
             hidden_size,
             intermediate_size,
-            layers,
-            heads: Heads { query, kv, dim: 64 },
+            num_layers: layers,
+            heads: AttentionHeads { query, kv, dim: 64 },
             max_positions: 1 << 14,
             rms_norm_eps: 1e-6,
             rope_theta: 10_000.0,
             rope_scaling: None,
-            tied: true,
+            tied_embeddings: true,
             qkv_bias: true,
-            eos: vec![0],
-            bos: None,
-            classes: 0,
-            foreign: None,
+            eos_token_ids: vec![0],
+            bos_token_id: None,
+            num_labels: 0,
+            candle: None,
         }
     }
 }
@@ -149,18 +149,18 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
     );
     let asked = Precision::from(arguments.dtype);
     let on_cpu = arguments.device.contains("cpu");
-    let dtype = if on_cpu { asked.here() } else { asked };
+    let dtype = if on_cpu { asked.supported() } else { asked };
     if asked != dtype {
         tracing::warn!("this processor has no instructions for products of bf16; measuring f32");
     }
     device::set_threads(arguments.threads);
     let config = arguments.shape.model_config();
-    config.check(Path::new("--shape"))?;
+    config.validate(Path::new("--shape"))?;
     let model = LoadedModel {
-        weights: init::random(&config, 1)?,
+        weights: init::random_weights(&config, 1)?,
         tokenizer: tokenizer::tokenizer()?,
-        template: Arc::new(ChatTemplate::chatml()?),
-        quantised: false,
+        chat_template: Arc::new(ChatTemplate::chatml()?),
+        quantized: false,
         config,
     };
     let vocabulary = model.config.vocab_size;
@@ -181,7 +181,7 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
         devices: arguments.device.split(',').map(str::to_owned).collect(),
         ..RunConfig::default()
     };
-    let parameters = model.config.parameters() as u64;
+    let parameters = model.config.parameter_count() as u64;
     let mut learner = Learner::new(&model, &settings, &[])?;
     if !arguments.lora {
         drop(model);
@@ -194,7 +194,7 @@ pub fn run(arguments: &TrainArguments) -> anyhow::Result<TrainReport> {
     let mut best = (f64::INFINITY, f64::INFINITY);
     for round in 0..=arguments.rounds {
         let (begin, cpu) = (Instant::now(), cpu_seconds());
-        let loss = device::in_pool(|| -> anyhow::Result<f32> {
+        let loss = device::run_in_pool(|| -> anyhow::Result<f32> {
             let losses = learner.map_micro_batches(&order, &lengths, tokens, |replica, micro| {
                 let loss = sft_loss(&replica.lm, micro.iter().map(|&row| &examples[row]), targets)?;
                 replica.lm.backward(&loss)?;

@@ -5,6 +5,7 @@ use std::fmt::Write;
 
 use super::DatasetFormat;
 use crate::run::Manifest;
+use crate::stage_id::StageId;
 
 /// Returns the licenses of all sources, and whether any source has an unknown license.
 pub(crate) fn licenses(manifest: &Manifest) -> (BTreeSet<&str>, bool) {
@@ -67,7 +68,7 @@ pub(super) fn dataset_card(manifest: &Manifest, shape: DatasetFormat, rows: usiz
     }
     line("## Stages\n");
     line("| stage | in | kept | dropped |\n|---|---|---|---|");
-    for name in crate::pipeline::STAGES {
+    for name in StageId::ALL.map(StageId::name) {
         let Some(stage) = manifest.stages.get(name) else { continue };
         let dropped: Vec<String> =
             stage.summary.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();

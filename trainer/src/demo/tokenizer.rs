@@ -81,7 +81,7 @@ mod tests {
     #[test]
     fn decoding_restores_every_training_conversation() {
         let tokenizer = tokenizer().unwrap();
-        let unknown = tokenizer.id("<unk>").unwrap();
+        let unknown = tokenizer.token_id("<unk>").unwrap();
         for conversation in conversations(300, 3, &HashSet::new()) {
             for message in conversation {
                 let text = message["content"].as_str().unwrap();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::EvalSample;
+use super::sample::EvalSample;
 use crate::evaluate::metrics::{bootstrap_interval, pass_at_k};
 
 /// Statistics of completion lengths in tokens.

@@ -154,7 +154,7 @@ fn calibration_tokens(
         }
     }
     for problem in problems {
-        let text = model.template.render(
+        let text = model.chat_template.render(
             &json!([{"role": "user", "content": problem.problem}]),
             true,
             &json!({}),

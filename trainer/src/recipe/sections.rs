@@ -17,7 +17,7 @@ use potstill_learn::run::RunConfig;
 use serde::{Deserialize, Serialize};
 
 use super::Recipe;
-use crate::compress::QuantizedFormat;
+use crate::quantize_report::QuantizedFormat;
 
 /// An endpoint that serves the teachers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -79,7 +79,7 @@ impl Recipe {
         let nodes = local.map(|(i, model)| (format!("local[{i}].device"), model.device.clone()));
         let student = ("student.device".to_owned(), self.student.device.clone());
         let all = runs.chain(nodes).chain([student]);
-        all.filter_map(|(key, names)| Some((key, device::numbers(&names).err()?))).collect()
+        all.filter_map(|(key, names)| Some((key, device::parse_device_indices(&names).err()?))).collect()
     }
 }
 

@@ -1,7 +1,7 @@
 //! One choice of a response under construction, collected or streamed. Separates reasoning, answer and tool calls, and
 //! keeps logprobs until they are sent.
 
-use potstill_engine::scheduler::{FinishReason, Sampled};
+use potstill_engine::scheduler::{FinishReason, TokenLogprobs};
 use potstill_engine::tokenizer::Tokenizer;
 use potstill_shared::openai::Delta;
 use potstill_shared::reasoning::{Piece, ReasoningSplitter};
@@ -61,7 +61,7 @@ impl ChoiceBuilder {
             deltas.extend(tools.finish().into_iter().map(|part| part_delta(part, &mut calls)));
             called = tools.num_calls() > 0;
         }
-        (deltas, if called && reason == FinishReason::Stop { "tool_calls" } else { reason.name() })
+        (deltas, if called && reason == FinishReason::Stop { "tool_calls" } else { reason.as_str() })
     }
 
     /// Converts a piece of reasoning or answer to deltas.
@@ -85,7 +85,7 @@ impl ChoiceBuilder {
     }
 
     /// Records a token with its log probability.
-    pub(super) fn push_token(&mut self, tokenizer: &Tokenizer, sampled: &Sampled) {
+    pub(super) fn push_token(&mut self, tokenizer: &Tokenizer, sampled: &TokenLogprobs) {
         if self.splitter.is_some() {
             self.chat_log_probs.push(log_probs::chat_entry(tokenizer, sampled));
         } else {

@@ -41,14 +41,16 @@ impl NodeError {
                 EngineError::ContextTooLong { .. } => {
                     (StatusCode::BAD_REQUEST, Some("messages"), "context_length_exceeded")
                 }
-                EngineError::Parameter { name, .. } => (StatusCode::BAD_REQUEST, Some(name), "invalid_value"),
+                EngineError::InvalidParameter { name, .. } => {
+                    (StatusCode::BAD_REQUEST, Some(name), "invalid_value")
+                }
                 EngineError::Grammar(_) => {
                     (StatusCode::BAD_REQUEST, Some("response_format"), "invalid_value")
                 }
                 EngineError::Template(_) | EngineError::Tokenizer(_) => {
                     (StatusCode::BAD_REQUEST, Some("messages"), "invalid_messages")
                 }
-                EngineError::Busy { .. } => (StatusCode::TOO_MANY_REQUESTS, None, "queue_full"),
+                EngineError::QueueFull { .. } => (StatusCode::TOO_MANY_REQUESTS, None, "queue_full"),
                 EngineError::Stopped(_) => (StatusCode::SERVICE_UNAVAILABLE, None, "engine_stopped"),
                 _ => (StatusCode::INTERNAL_SERVER_ERROR, None, "internal_error"),
             },

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use potstill_engine::EngineError;
-use potstill_engine::grammar::{Constraint, Grammar, Grammars, bounded};
+use potstill_engine::grammar::{Grammar, GrammarCompiler, GrammarMatcher, with_bounded_whitespace};
 use potstill_shared::openai::Extra;
 use serde_json::{Value, json};
 
@@ -14,11 +14,14 @@ use super::options::invalid_field;
 use super::tools::ToolFormat;
 
 /// Compiles a grammar on a blocking thread. The first call also creates the compiler.
-pub(super) async fn compile_grammar(node: &Arc<ServedModel>, form: Grammar) -> Result<Constraint, NodeError> {
+pub(super) async fn compile_grammar(
+    node: &Arc<ServedModel>,
+    form: Grammar,
+) -> Result<GrammarMatcher, NodeError> {
     let node = Arc::clone(node);
     let compiled = tokio::task::spawn_blocking(move || {
         let (size, eos) = &node.vocabulary;
-        let made = || Grammars::new(&node.tokenizer, *size, eos).map_err(|error| error.to_string());
+        let made = || GrammarCompiler::new(&node.tokenizer, *size, eos).map_err(|error| error.to_string());
         let grammars = node.grammars.get_or_init(made);
         grammars.as_ref().map_err(|problem| EngineError::Grammar(problem.clone()))?.compile(&form)
     });
@@ -111,7 +114,7 @@ fn forced_call_grammar(extra: &Extra, tools: Option<ToolFormat>) -> Result<Optio
     if calls.is_empty() {
         return Err(wrong("names none of `tools`"));
     }
-    let call = bounded(json!({"anyOf": calls}));
+    let call = with_bounded_whitespace(json!({"anyOf": calls}));
     Ok(Some(match format {
         ToolFormat::BareJson => Grammar::Json(call),
         // The mark before the list is a special token, which a grammar over text cannot produce.

@@ -7,20 +7,21 @@ use std::time::Instant;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use futures_util::stream::{self, SelectAll};
+use futures_util::stream;
 use futures_util::{Stream, StreamExt};
 use potstill_engine::EngineError;
-use potstill_engine::scheduler::{Request, Update};
+use potstill_engine::scheduler::{Request, RequestUpdate};
 use potstill_shared::id::unique_id;
 use potstill_shared::openai::{
     ChatChoice, ChatMessage, ChatRequest, ChatResponse, CompletionChoice, CompletionRequest,
-    CompletionResponse, Content, Delta, Extra, GenerationParams, Prompt, Usage, unix_time_s,
+    CompletionResponse, Content, Delta, Extra, GenerationParams, Prompt, unix_time_s,
 };
 use potstill_shared::reasoning::{CLOSE_TAG, OPEN_TAG};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::ServedModel;
+use super::active_request::{ActiveRequest, TokenCounts};
 use super::choice::{ChoiceBuilder, ResponseKind};
 use super::error::NodeError;
 use super::forms;
@@ -34,44 +35,6 @@ const MAX_CHOICES: u32 = 64;
 /// Parses a request body.
 pub(super) fn parse_body<T: for<'de> serde::Deserialize<'de>>(body: &[u8]) -> Result<T, NodeError> {
     serde_json::from_slice(body).map_err(|error| NodeError::InvalidJson(error.to_string()))
-}
-
-/// A request in progress, with its choices.
-pub(super) struct ActiveRequest {
-    pub(super) node: Arc<ServedModel>,
-    pub(super) id: String,
-    pub(super) created: u64,
-    pub(super) started: Instant,
-    pub(super) shape: ResponseKind,
-    pub(super) choices: Vec<ChoiceBuilder>,
-    /// Text before the completion of each choice: the prompt if `echo` is set, else empty.
-    pub(super) prefixes: Vec<String>,
-    pub(super) include_usage: bool,
-    pub(super) counts: TokenCounts,
-    pub(super) updates: SelectAll<futures_util::stream::BoxStream<'static, (u32, Update)>>,
-}
-
-/// Token counts over all choices of a request.
-#[derive(Default)]
-pub(super) struct TokenCounts {
-    prompt: u64,
-    cached: u64,
-    written: u64,
-}
-
-impl TokenCounts {
-    /// Adds a finished choice.
-    pub(super) fn add_finished(&mut self, completion_tokens: usize, cached_tokens: usize) {
-        self.written += completion_tokens as u64;
-        // Further samples of a prompt always hit the prefix cache. The first sample, with the smallest hit, tells what
-        // was cached before the request.
-        self.cached = self.cached.min(cached_tokens as u64);
-    }
-
-    /// Returns the usage in OpenAI's form.
-    pub(super) fn usage(&self) -> Usage {
-        Usage::new(self.prompt, self.written).with_cached(self.cached.min(self.prompt))
-    }
 }
 
 /// `POST /v1/chat/completions`.
@@ -91,12 +54,12 @@ pub(super) async fn chat(State(node): State<Arc<ServedModel>>, body: Bytes) -> R
     let inside = text.trim_end().ends_with(OPEN_TAG);
     let prompt = node.tokenizer.encode(&text)?;
     let mut wanted = options::engine_request(&request.params, &request.extra)?;
-    wanted.log_probs = options::chat_logprobs(&request.extra)?;
-    wanted.thinking = options::thinking_budget(&node, &request.extra)?;
+    wanted.logprobs = options::chat_logprobs(&request.extra)?;
+    wanted.thinking_budget = options::thinking_budget(&node, &request.extra)?;
     if let Some(form) = forms::chat_grammar(&request.extra, tools)? {
-        wanted.constraint = Some(forms::compile_grammar(&node, form).await?);
+        wanted.grammar = Some(forms::compile_grammar(&node, form).await?);
         if inside {
-            wanted.free_until = node.tokenizer.encode(CLOSE_TAG)?;
+            wanted.grammar_start_tokens = node.tokenizer.encode(CLOSE_TAG)?;
         }
     }
     let shape = ResponseKind::Chat { inside, tools };
@@ -125,7 +88,7 @@ pub(super) async fn completions(
     let from_text =
         |text: String| Ok((node.tokenizer.encode(&text)?, if echo { text } else { String::new() }));
     let from_ids = |ids: Vec<u32>| {
-        if let Some(id) = ids.iter().find(|&&id| node.tokenizer.token(id).is_none()) {
+        if let Some(id) = ids.iter().find(|&&id| node.tokenizer.token_text(id).is_none()) {
             return Err(invalid_field("prompt", format!("holds token {id}, which the vocabulary does not")));
         }
         let text = if echo { node.tokenizer.decode(&ids)? } else { String::new() };
@@ -141,12 +104,12 @@ pub(super) async fn completions(
         return Err(invalid_field("prompt", format!("must hold 1 to {MAX_CHOICES} prompts")));
     }
     let mut wanted = options::engine_request(&request.params, &request.extra)?;
-    wanted.log_probs = options::text_logprobs(&request.extra)?;
+    wanted.logprobs = options::text_logprobs(&request.extra)?;
     if let Some(form) = forms::text_grammar(&request.extra)? {
-        wanted.constraint = Some(forms::compile_grammar(&node, form).await?);
+        wanted.grammar = Some(forms::compile_grammar(&node, form).await?);
     }
     if echo {
-        wanted.prompt_log_probs = wanted.log_probs;
+        wanted.prompt_logprobs = wanted.logprobs;
     }
     let mut options = request.params;
     // OpenAI's default for this endpoint.
@@ -192,14 +155,14 @@ fn submit(
     let mut counts = TokenCounts { cached: u64::MAX, ..TokenCounts::default() };
     for (prompt, prefix) in prompts {
         counts.prompt += prompt.len() as u64;
-        let room = node.engine.context().saturating_sub(prompt.len());
+        let room = node.engine.max_context_tokens().saturating_sub(prompt.len());
         // The engine rejects a prompt without room for a token, with a detailed message.
         let max_tokens = options.max_new_tokens().map_or(room.max(1), |limit| limit as usize);
         for _ in 0..n {
             let mut request = Request { prompt: prompt.clone(), max_tokens, ..wanted.clone() };
             request.sampling.seed = request.sampling.seed.wrapping_add(requests.len() as u64);
             let mut choice = ChoiceBuilder::new(shape);
-            if let (Some(_), Some(first)) = (request.prompt_log_probs, prompt.first()) {
+            if let (Some(_), Some(first)) = (request.prompt_logprobs, prompt.first()) {
                 choice.push_first_prompt_token(&node.tokenizer, *first);
             }
             requests.push(request);
@@ -225,13 +188,18 @@ fn submit(
 
 /// Returns the updates of one choice with its index. A channel that closes without a final update means that the engine
 /// has stopped.
-fn indexed_updates(index: u32, receiver: mpsc::Receiver<Update>) -> impl Stream<Item = (u32, Update)> {
+fn indexed_updates(
+    index: u32,
+    receiver: mpsc::Receiver<RequestUpdate>,
+) -> impl Stream<Item = (u32, RequestUpdate)> {
     stream::unfold(Some(receiver), move |receiver| async move {
         let mut receiver = receiver?;
         match receiver.recv().await {
-            Some(last @ (Update::Finished { .. } | Update::Failed(_))) => Some(((index, last), None)),
+            Some(last @ (RequestUpdate::Finished { .. } | RequestUpdate::Failed(_))) => {
+                Some(((index, last), None))
+            }
             Some(update) => Some(((index, update), Some(receiver))),
-            None => Some(((index, Update::Failed("the engine has stopped".to_owned())), None)),
+            None => Some(((index, RequestUpdate::Failed("the engine has stopped".to_owned())), None)),
         }
     })
 }
@@ -294,17 +262,19 @@ async fn collect(mut job: ActiveRequest) -> Result<Response, NodeError> {
     while let Some((index, update)) = job.updates.next().await {
         let (choice, collected) = (&mut job.choices[index as usize], &mut all[index as usize]);
         match update {
-            Update::Sampled(sampled) | Update::Prompt(sampled) => choice.push_token(&tokenizer, &sampled),
-            Update::Text(text) => collected.append(choice.push(&text)),
-            Update::Embedding(_) => {}
-            Update::Finished { reason, completion_tokens, cached_tokens } => {
+            RequestUpdate::Sampled(sampled) | RequestUpdate::Prompt(sampled) => {
+                choice.push_token(&tokenizer, &sampled)
+            }
+            RequestUpdate::Text(text) => collected.append(choice.push(&text)),
+            RequestUpdate::Embedding(_) => {}
+            RequestUpdate::Finished { reason, completion_tokens, cached_tokens } => {
                 job.counts.add_finished(completion_tokens, cached_tokens);
                 let (deltas, reason) = choice.finish(reason);
                 collected.append(deltas);
                 collected.finish_reason = Some(reason.to_owned());
                 job.node.metrics.record_finished(&job.node.name, reason, job.started.elapsed());
             }
-            Update::Failed(reason) => {
+            RequestUpdate::Failed(reason) => {
                 job.node.metrics.record_finished(&job.node.name, "failed", job.started.elapsed());
                 return Err(NodeError::Engine(EngineError::Stopped(reason)));
             }

@@ -1,13 +1,13 @@
 //! Logprobs in OpenAI's two forms: for chat and for text completions. The engine computes the values.
 
-use potstill_engine::scheduler::Sampled;
+use potstill_engine::scheduler::TokenLogprobs;
 use potstill_engine::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
 
 /// Returns one entry of `logprobs.content` of a chat choice.
-pub(super) fn chat_entry(tokenizer: &Tokenizer, sampled: &Sampled) -> Value {
+pub(super) fn chat_entry(tokenizer: &Tokenizer, sampled: &TokenLogprobs) -> Value {
     let one = |token: u32, log_prob: f32| {
-        let bytes = tokenizer.bytes(token);
+        let bytes = tokenizer.token_bytes(token);
         json!({"token": String::from_utf8_lossy(&bytes), "logprob": log_prob, "bytes": bytes})
     };
     let mut entry = one(sampled.token, sampled.log_prob);
@@ -43,7 +43,7 @@ impl TextLogprobs {
     fn token_name(&self, tokenizer: &Tokenizer, token: u32) -> String {
         match self.by_id {
             true => format!("token_id:{token}"),
-            false => String::from_utf8_lossy(&tokenizer.bytes(token)).into_owned(),
+            false => String::from_utf8_lossy(&tokenizer.token_bytes(token)).into_owned(),
         }
     }
 
@@ -55,7 +55,7 @@ impl TextLogprobs {
     }
 
     /// Adds a token with its log probability and alternatives.
-    pub(super) fn push(&mut self, tokenizer: &Tokenizer, sampled: &Sampled) {
+    pub(super) fn push(&mut self, tokenizer: &Tokenizer, sampled: &TokenLogprobs) {
         self.push_token(tokenizer, sampled.token);
         self.log_probs.push(json!(sampled.log_prob));
         let mut top: Map<String, Value> = Map::new();
@@ -68,7 +68,7 @@ impl TextLogprobs {
 
     fn push_token(&mut self, tokenizer: &Tokenizer, token: u32) {
         self.offsets.push(self.offset);
-        self.offset += String::from_utf8_lossy(&tokenizer.bytes(token)).chars().count();
+        self.offset += String::from_utf8_lossy(&tokenizer.token_bytes(token)).chars().count();
         self.tokens.push(Value::String(self.token_name(tokenizer, token)));
     }
 

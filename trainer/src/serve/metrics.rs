@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use potstill_engine::scheduler::Stats;
+use potstill_engine::scheduler::EngineStats;
 use prometheus::{
     Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder,
 };
@@ -50,7 +50,7 @@ impl NodeMetrics {
     }
 
     /// Returns all metrics in Prometheus' text format.
-    pub(crate) fn render(&self, model: &str, stats: &Stats) -> String {
+    pub(crate) fn render(&self, model: &str, stats: &EngineStats) -> String {
         for (what, value) in [
             ("running", stats.running.load(Ordering::Relaxed) as i64),
             ("waiting", stats.waiting.load(Ordering::Relaxed) as i64),

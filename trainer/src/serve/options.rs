@@ -1,7 +1,7 @@
 //! Converts sampling parameters of a request to the engine's form, and checks those that the engine does not check.
 
-use potstill_engine::sampler::Sampling;
-use potstill_engine::scheduler::{Request, ThinkingLimit};
+use potstill_engine::sampler::SamplingParams;
+use potstill_engine::scheduler::{Request, ThinkingBudget};
 use potstill_shared::openai::{Extra, GenerationParams, Stop};
 use potstill_shared::reasoning::CLOSE_TAG;
 use rand::Rng;
@@ -30,7 +30,7 @@ pub(super) fn engine_request(options: &GenerationParams, extra: &Extra) -> Resul
         return Err(invalid_field("stop", format!("must hold at most {MAX_STOPS} strings")));
     }
     let number = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
-    let sampling = Sampling {
+    let sampling = SamplingParams {
         temperature: number(options.temperature, 1.0),
         top_p: number(options.top_p, 1.0),
         top_k: options.top_k.filter(|k| *k > 0).map_or(0, |k| k as usize),
@@ -42,7 +42,7 @@ pub(super) fn engine_request(options: &GenerationParams, extra: &Extra) -> Resul
         seed: options.seed.map_or_else(|| rand::rng().random(), |seed| seed as u64),
     };
     let ignore_end = extra.get("ignore_eos").and_then(Value::as_bool).unwrap_or(false);
-    Ok(Request { sampling, stop, ignore_end, ..Request::default() })
+    Ok(Request { sampling, stop_strings: stop, ignore_eos: ignore_end, ..Request::default() })
 }
 
 /// Parses `logit_bias` into pairs of token id and bias.
@@ -97,7 +97,10 @@ fn parse_count(extra: &Extra, name: &'static str) -> Result<Option<usize>, NodeE
 
 /// Parses `thinking_budget`, in the request or in `chat_template_kwargs`: the number of reasoning tokens after which
 /// the node closes the reasoning.
-pub(super) fn thinking_budget(node: &ServedModel, extra: &Extra) -> Result<Option<ThinkingLimit>, NodeError> {
+pub(super) fn thinking_budget(
+    node: &ServedModel,
+    extra: &Extra,
+) -> Result<Option<ThinkingBudget>, NodeError> {
     let inner = extra.get("chat_template_kwargs").and_then(|inner| inner.get("thinking_budget"));
     let Some(budget) = extra.get("thinking_budget").or(inner).filter(|value| !value.is_null()) else {
         return Ok(None);
@@ -105,7 +108,7 @@ pub(super) fn thinking_budget(node: &ServedModel, extra: &Extra) -> Result<Optio
     let Some(tokens) = budget.as_u64() else {
         return Err(invalid_field("thinking_budget", "must be a number of tokens"));
     };
-    Ok(Some(ThinkingLimit {
+    Ok(Some(ThinkingBudget {
         tokens: tokens as usize,
         ending: node.tokenizer.encode(&format!("\n{CLOSE_TAG}\n\n"))?,
         mark: node.tokenizer.encode(CLOSE_TAG)?,

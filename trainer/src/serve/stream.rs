@@ -7,14 +7,14 @@ use axum::response::Response;
 use futures_util::StreamExt;
 use futures_util::stream::{self, Stream};
 use http::{HeaderValue, header};
-use potstill_engine::scheduler::Update;
+use potstill_engine::scheduler::RequestUpdate;
 use potstill_shared::openai::{
     ChatChoice, ChatResponse, CompletionChoice, CompletionResponse, Delta, ErrorBody, Usage,
 };
 use potstill_shared::sse;
 
+use super::active_request::ActiveRequest;
 use super::choice::ResponseKind;
-use super::generate::ActiveRequest;
 
 /// Returns the response of `job` as an event stream.
 pub(super) fn stream_response(job: ActiveRequest) -> Response {
@@ -70,20 +70,20 @@ impl EventStream {
     }
 
     /// Queues the chunks of an update from the engine.
-    fn handle_update(&mut self, index: u32, update: Update) {
+    fn handle_update(&mut self, index: u32, update: RequestUpdate) {
         let choice = &mut self.job.choices[index as usize];
         match update {
             // Logprobs are sent with the next text.
-            Update::Sampled(sampled) | Update::Prompt(sampled) => {
+            RequestUpdate::Sampled(sampled) | RequestUpdate::Prompt(sampled) => {
                 choice.push_token(&self.job.node.tokenizer, &sampled);
             }
-            Update::Text(text) => {
+            RequestUpdate::Text(text) => {
                 for delta in choice.push(&text) {
                     self.queue_chunk(index, delta, None);
                 }
             }
-            Update::Embedding(_) => {}
-            Update::Finished { reason, completion_tokens, cached_tokens } => {
+            RequestUpdate::Embedding(_) => {}
+            RequestUpdate::Finished { reason, completion_tokens, cached_tokens } => {
                 self.job.counts.add_finished(completion_tokens, cached_tokens);
                 let (deltas, reason) = choice.finish(reason);
                 for delta in deltas {
@@ -93,7 +93,7 @@ impl EventStream {
                 node.metrics.record_finished(&node.name, reason, self.job.started.elapsed());
                 self.queue_chunk(index, Delta::default(), Some(reason.to_owned()));
             }
-            Update::Failed(reason) => {
+            RequestUpdate::Failed(reason) => {
                 let node = &self.job.node;
                 node.metrics.record_finished(&node.name, "failed", self.job.started.elapsed());
                 let body = ErrorBody::new(reason, "server_error", None, Some("engine_stopped"));

@@ -9,7 +9,7 @@ use axum::extract::State;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use potstill_engine::EngineError;
-use potstill_engine::scheduler::{Goal, Pooling, Request, Update};
+use potstill_engine::scheduler::{OutputKind, Pooling, Request, RequestUpdate};
 use potstill_shared::openai::{ChatMessage, Prompt};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -61,13 +61,14 @@ pub(super) async fn embeddings(
         return Err(invalid_field("input", format!("must hold 1 to {MAX_INPUTS} texts")));
     }
     let tokens: usize = inputs.iter().map(Vec::len).sum();
-    let goal = Goal::Embed(pooling);
-    let requests = inputs.into_iter().map(|prompt| Request { prompt, goal, ..Request::default() }).collect();
+    let goal = OutputKind::Embed(pooling);
+    let requests =
+        inputs.into_iter().map(|prompt| Request { prompt, output: goal, ..Request::default() }).collect();
     let mut data = Vec::new();
     for (index, mut updates) in node.engine.submit_all(requests)?.into_iter().enumerate() {
         let mut vector = match updates.recv().await {
-            Some(Update::Embedding(vector)) => vector,
-            Some(Update::Failed(reason)) => return Err(EngineError::Stopped(reason).into()),
+            Some(RequestUpdate::Embedding(vector)) => vector,
+            Some(RequestUpdate::Failed(reason)) => return Err(EngineError::Stopped(reason).into()),
             _ => return Err(EngineError::Stopped("it gave no embedding".to_owned()).into()),
         };
         if let Some(dimensions) = request.dimensions {
@@ -112,10 +113,10 @@ pub(super) async fn tokenize(
         _ => return Err(invalid_field("prompt", "or else `messages` must be given")),
     };
     let tokens = node.tokenizer.encode(&text)?;
-    let context = node.engine.context();
+    let context = node.engine.max_context_tokens();
     let mut answer = json!({"count": tokens.len(), "max_model_len": context, "tokens": tokens});
     if request.return_token_strs {
-        let text = |id: &u32| String::from_utf8_lossy(&node.tokenizer.bytes(*id)).into_owned();
+        let text = |id: &u32| String::from_utf8_lossy(&node.tokenizer.token_bytes(*id)).into_owned();
         answer["token_strs"] = tokens.iter().map(text).collect();
     }
     Ok(Json(answer))
@@ -133,7 +134,7 @@ pub(super) async fn detokenize(
     body: Bytes,
 ) -> Result<Json<Value>, NodeError> {
     let request: DetokenizeRequest = parse_body(&body)?;
-    let bytes: Vec<u8> = request.tokens.iter().flat_map(|id| node.tokenizer.bytes(*id)).collect();
+    let bytes: Vec<u8> = request.tokens.iter().flat_map(|id| node.tokenizer.token_bytes(*id)).collect();
     Ok(Json(json!({"prompt": String::from_utf8_lossy(&bytes)})))
 }
 
@@ -142,8 +143,8 @@ pub(super) async fn detokenize(
 pub(super) async fn tokenizer_info(State(node): State<Arc<ServedModel>>) -> Json<Value> {
     let text = |text: &str| if text.is_empty() { Value::Null } else { json!(text) };
     Json(json!({
-        "bos_token": text(node.template.bos()),
-        "eos_token": text(node.template.eos()),
+        "bos_token": text(node.template.bos_token()),
+        "eos_token": text(node.template.eos_token()),
         "chat_template": node.template.source(),
         "vocab_size": node.vocabulary.0,
     }))

@@ -7,78 +7,22 @@
 //!
 //! Deliberately absent: identities of functions, except for powers and logarithms.
 
+mod form;
 mod functions;
 mod polynomial;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use num_bigint::BigInt;
-use num_rational::{BigRational, Ratio};
+use num_rational::BigRational;
 use num_traits::{One, ToPrimitive, Zero};
 
+use self::form::{Atom, Exponent, MAX_TRIAL_DIVISOR, Monomial, Polynomial};
+pub use self::form::{AtomTable, FormComparison, NormalForm};
 pub use self::functions::substitute;
 use self::polynomial::{clear_denominators, constant_form, multiply, one};
 use crate::effort::{spend, spend_fractions};
 use crate::expr::{Constant, Expr, is_integer, parse_in_base};
-
-/// Largest number of terms in a polynomial.
-const MAX_TERMS: usize = 600;
-/// Largest size of an integer power in bits.
-const MAX_POWER_BITS: u64 = 200_000;
-/// Largest exponent for the expansion of a polynomial with several terms.
-const MAX_EXPANDED_EXPONENT: i64 = 40;
-/// Largest trial divisor of factorizations.
-const MAX_TRIAL_DIVISOR: u64 = 20_000;
-
-/// Rational exponent of an atom.
-type Exponent = Ratio<i64>;
-/// Atom numbers in ascending order, with their exponents.
-type Monomial = Vec<(u32, Exponent)>;
-
-/// Nonzero coefficients by monomial.
-type Polynomial = BTreeMap<Monomial, BigRational>;
-
-/// Quotient of two polynomials.
-#[derive(Debug, Clone)]
-pub struct NormalForm {
-    /// Numerator.
-    top: Polynomial,
-    /// Denominator, which is not zero.
-    bottom: Polynomial,
-}
-
-/// Indivisible part of a form.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum Atom {
-    Symbol(String),
-    Pi,
-    E,
-    I,
-    /// Prime, or a factor without small prime divisors, with an exponent between 0 and 1.
-    Prime(BigInt),
-    /// Any other expression, identified by the text of its normal form.
-    Opaque(String),
-}
-
-/// Numbering of the atoms. Forms are comparable only with the same numbering.
-#[derive(Default)]
-pub struct AtomTable {
-    /// Atoms by number.
-    list: Vec<Atom>,
-    /// Numbers by atom.
-    index: HashMap<Atom, u32>,
-}
-
-/// Result of comparing two forms.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FormComparison {
-    /// Proven equal.
-    Same,
-    /// Proven different.
-    Different,
-    /// Neither equal nor different by normal forms.
-    Open,
-}
 
 impl AtomTable {
     /// Returns the number of an atom; a new atom gets the next number.

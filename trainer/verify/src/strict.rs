@@ -6,6 +6,7 @@
 //!
 //! Deliberately absent: extraction of the answer from a completion (see [`crate::extract`]).
 
+mod comparison;
 mod relations;
 
 use std::collections::BTreeSet;
@@ -13,7 +14,9 @@ use std::collections::BTreeSet;
 use num_rational::BigRational;
 use num_traits::{Signed, Zero};
 
-use self::relations::compare_relations;
+pub use self::comparison::Comparison;
+use self::comparison::{comparison, is_container};
+use self::relations::{Comparers, compare_relations};
 use crate::effort::{WORK_BUDGET_UNITS, spend, with_work_budget};
 use crate::exact::{AtomTable, substitute};
 use crate::expr::{Constant, Expr, IntervalBound};
@@ -21,20 +24,6 @@ use crate::numeric::{SamplePoint, evaluate};
 use crate::parser::{LetterMode, parse};
 use crate::scalar::{Domain, ValueComparison, compare_values};
 use crate::units;
-
-/// Result of comparing two answers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Comparison {
-    /// True for equal, false for different, `None` for unverifiable.
-    pub equal: Option<bool>,
-    /// Rule behind the result.
-    pub why: String,
-}
-
-/// Returns a verdict.
-fn comparison(equal: impl Into<Option<bool>>, why: impl Into<String>) -> Comparison {
-    Comparison { equal: equal.into(), why: why.into() }
-}
 
 /// Compares two final answers without surrounding text, within the work budget.
 ///
@@ -249,7 +238,9 @@ fn compare_exprs(gold: &Expr, answer: &Expr) -> Comparison {
     match (gold, answer) {
         (Expr::Quantity(..), _) | (_, Expr::Quantity(..)) => compare_quantities(gold, answer),
         (Expr::Text(_), _) | (_, Expr::Text(_)) => comparison(None, "words against a value"),
-        (Expr::Relation(..), _) | (_, Expr::Relation(..)) => compare_relations(gold, answer),
+        (Expr::Relation(..), _) | (_, Expr::Relation(..)) => {
+            compare_relations(gold, answer, Comparers { exprs: compare_exprs, scalars: compare_scalars })
+        }
         (Expr::Matrix(_), _) | (_, Expr::Matrix(_)) => compare_matrices(gold, answer),
         _ if is_container(gold) || is_container(answer) => compare_containers(gold, answer),
         (Expr::Ratio(_), _) | (_, Expr::Ratio(_)) => compare_ratios(gold, answer),
@@ -406,11 +397,6 @@ fn compare_ratios(gold: &Expr, answer: &Expr) -> Comparison {
         },
         _ => compare_scalars(gold, answer),
     }
-}
-
-/// Returns whether an expression is a set, tuple, interval or union.
-fn is_container(expr: &Expr) -> bool {
-    matches!(expr, Expr::Set(_) | Expr::Tuple(_) | Expr::Interval(..) | Expr::Union(_))
 }
 
 /// Combines verdicts: the first difference, or else the last unverifiable verdict, or else equality.

@@ -21,7 +21,7 @@ pub struct ResponsesRequest {
     pub echo: Map<String, Value>,
 }
 
-const ECHOED: [&str; 12] = [
+const ECHOED_FIELDS: [&str; 12] = [
     "instructions",
     "max_output_tokens",
     "metadata",
@@ -37,7 +37,7 @@ const ECHOED: [&str; 12] = [
 ];
 
 /// Fields of the Responses API that have no counterpart in a chat request and are dropped.
-const DROPPED: [&str; 7] = [
+const DROPPED_FIELDS: [&str; 7] = [
     "store",
     "include",
     "truncation",
@@ -48,7 +48,11 @@ const DROPPED: [&str; 7] = [
 ];
 
 fn invalid(message: impl Into<String>, param: &'static str) -> GatewayError {
-    GatewayError::Invalid { message: message.into(), param: Some(param), code: "unsupported_parameter" }
+    GatewayError::InvalidRequest {
+        message: message.into(),
+        param: Some(param),
+        code: "unsupported_parameter",
+    }
 }
 
 /// Translates a request body.
@@ -57,7 +61,7 @@ fn invalid(message: impl Into<String>, param: &'static str) -> GatewayError {
 /// need stored responses or hosted tools.
 pub fn to_chat(body: &Bytes) -> Result<(Bytes, ResponsesRequest), GatewayError> {
     let mut fields: Map<String, Value> =
-        serde_json::from_slice(body).map_err(|error| GatewayError::Invalid {
+        serde_json::from_slice(body).map_err(|error| GatewayError::InvalidRequest {
             message: format!("the request body is not valid: {error}"),
             param: None,
             code: "invalid_json",
@@ -74,7 +78,7 @@ pub fn to_chat(body: &Bytes) -> Result<(Bytes, ResponsesRequest), GatewayError> 
         return Err(invalid("`background` is not supported; use `stream`", "background"));
     }
     let mut echo = Map::new();
-    for name in ECHOED {
+    for name in ECHOED_FIELDS {
         if let Some(value) = fields.get(name).filter(|value| !value.is_null()) {
             echo.insert(name.to_owned(), value.clone());
         }
@@ -93,7 +97,7 @@ pub fn to_chat(body: &Bytes) -> Result<(Bytes, ResponsesRequest), GatewayError> 
             }
         }
         _ => {
-            return Err(GatewayError::Invalid {
+            return Err(GatewayError::InvalidRequest {
                 message: "`input` must be a text or a list of items".to_owned(),
                 param: Some("input"),
                 code: "missing_required_parameter",
@@ -103,7 +107,7 @@ pub fn to_chat(body: &Bytes) -> Result<(Bytes, ResponsesRequest), GatewayError> 
     let mut chat = Map::new();
     for (name, value) in fields {
         match name.as_str() {
-            _ if value.is_null() || DROPPED.contains(&name.as_str()) => {}
+            _ if value.is_null() || DROPPED_FIELDS.contains(&name.as_str()) => {}
             "max_output_tokens" => drop(chat.insert("max_completion_tokens".into(), value)),
             "reasoning" => {
                 if let Some(effort) = value.get("effort").filter(|effort| !effort.is_null()) {
@@ -111,12 +115,12 @@ pub fn to_chat(body: &Bytes) -> Result<(Bytes, ResponsesRequest), GatewayError> 
                 }
             }
             "text" => {
-                if let Some(format) = value.get("format").and_then(format_of) {
+                if let Some(format) = value.get("format").and_then(response_format) {
                     chat.insert("response_format".into(), format);
                 }
             }
-            "tools" => drop(chat.insert("tools".into(), tools(value)?)),
-            "tool_choice" => drop(chat.insert("tool_choice".into(), tool_choice(value))),
+            "tools" => drop(chat.insert("tools".into(), convert_tools(value)?)),
+            "tool_choice" => drop(chat.insert("tool_choice".into(), convert_tool_choice(value))),
             "top_logprobs" => {
                 if value.as_u64().unwrap_or(0) > 0 {
                     chat.insert("logprobs".into(), true.into());
@@ -149,7 +153,7 @@ fn add_item(messages: &mut Vec<Value>, mut item: Value) -> Result<(), GatewayErr
                 role => role.to_owned(),
             };
             let content = match item.get_mut("content").map(Value::take) {
-                Some(Value::Array(parts)) => content_parts(parts)?,
+                Some(Value::Array(parts)) => convert_content(parts)?,
                 Some(content) => content,
                 None => return Err(invalid("a message of `input` has no `content`", "input")),
             };
@@ -183,7 +187,7 @@ fn add_item(messages: &mut Vec<Value>, mut item: Value) -> Result<(), GatewayErr
     Ok(())
 }
 
-fn content_parts(parts: Vec<Value>) -> Result<Value, GatewayError> {
+fn convert_content(parts: Vec<Value>) -> Result<Value, GatewayError> {
     let mut out = Vec::with_capacity(parts.len());
     let mut plain = true;
     for part in parts {
@@ -210,7 +214,7 @@ fn content_parts(parts: Vec<Value>) -> Result<Value, GatewayError> {
     })
 }
 
-fn format_of(format: &Value) -> Option<Value> {
+fn response_format(format: &Value) -> Option<Value> {
     match format["type"].as_str()? {
         "json_object" => Some(json!({"type": "json_object"})),
         "json_schema" => {
@@ -222,7 +226,7 @@ fn format_of(format: &Value) -> Option<Value> {
     }
 }
 
-fn tools(tools: Value) -> Result<Value, GatewayError> {
+fn convert_tools(tools: Value) -> Result<Value, GatewayError> {
     let Value::Array(tools) = tools else { return Err(invalid("`tools` must be a list", "tools")) };
     let one = |tool: Value| match tool {
         Value::Object(mut tool) if tool.get("type").and_then(Value::as_str) == Some("function") => {
@@ -240,7 +244,7 @@ fn tools(tools: Value) -> Result<Value, GatewayError> {
     tools.into_iter().map(one).collect::<Result<Vec<_>, _>>().map(Value::from)
 }
 
-fn tool_choice(choice: Value) -> Value {
+fn convert_tool_choice(choice: Value) -> Value {
     match choice.get("name") {
         Some(name) => json!({"type": "function", "function": {"name": name}}),
         None => choice,
@@ -299,7 +303,7 @@ mod tests {
         ] {
             let error = to_chat(&Bytes::from(request.to_string())).unwrap_err();
             assert!(
-                matches!(error, GatewayError::Invalid { param: Some(found), .. } if found == param),
+                matches!(error, GatewayError::InvalidRequest { param: Some(found), .. } if found == param),
                 "{error}"
             );
         }

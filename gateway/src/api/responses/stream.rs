@@ -11,22 +11,24 @@ use potstill_shared::id::unique_id;
 use serde_json::{Value, json};
 
 use super::request::ResponsesRequest;
-use super::{call_item, message_item, object, outcome, reasoning_item, text_part, usage};
+use super::{
+    call_item, convert_usage, message_item, reasoning_item, response_object, status_and_details, text_part,
+};
 
 /// The output item that is being streamed.
-enum Open {
+enum OpenItem {
     Reasoning { id: String, text: String },
     Message { id: String, text: String },
     Call { id: String, call: String, name: String, arguments: String, index: u64 },
 }
 
 /// Translates chunks to events. Does no I/O.
-struct Writer {
+struct EventTranslator {
     request: ResponsesRequest,
     model: String,
     sequence: u64,
     output: Vec<Value>,
-    open: Option<Open>,
+    open: Option<OpenItem>,
     finish: Option<String>,
     usage: Value,
     begun: bool,
@@ -34,7 +36,7 @@ struct Writer {
     out: BytesMut,
 }
 
-impl Writer {
+impl EventTranslator {
     fn new(request: ResponsesRequest) -> Self {
         Self {
             model: request.model.clone(),
@@ -57,12 +59,12 @@ impl Writer {
         self.out.extend_from_slice(format!("event: {kind}\ndata: {event}\n\n").as_bytes());
     }
 
-    fn response(&self, status: &str, details: Value) -> Value {
-        object(&self.request, &self.model, status, details, &self.output, self.usage.clone())
+    fn response_object(&self, status: &str, details: Value) -> Value {
+        response_object(&self.request, &self.model, status, details, &self.output, self.usage.clone())
     }
 
     /// Translates the data of one chat stream event.
-    fn event(&mut self, data: &[u8]) {
+    fn translate(&mut self, data: &[u8]) {
         if self.ended {
             return;
         }
@@ -76,54 +78,54 @@ impl Writer {
         if let Some(model) = chunk["model"].as_str() {
             model.clone_into(&mut self.model);
         }
-        self.begin();
+        self.emit_created();
         if chunk["usage"].is_object() {
-            self.usage = usage(&chunk["usage"]);
+            self.usage = convert_usage(&chunk["usage"]);
         }
         let choice = &chunk["choices"][0];
         let delta = &choice["delta"];
         if let Some(text) =
             delta["reasoning_content"].as_str().or(delta["reasoning"].as_str()).filter(|t| !t.is_empty())
         {
-            self.thinking(text);
+            self.push_reasoning(text);
         }
         if let Some(text) = delta["content"].as_str().filter(|text| !text.is_empty()) {
-            self.text(text);
+            self.push_text(text);
         }
         for call in delta["tool_calls"].as_array().into_iter().flatten() {
-            self.call(call);
+            self.push_tool_call(call);
         }
         if let Some(reason) = choice["finish_reason"].as_str() {
             self.finish = Some(reason.to_owned());
         }
     }
 
-    fn begin(&mut self) {
+    fn emit_created(&mut self) {
         if !std::mem::replace(&mut self.begun, true) {
-            let response = self.response("in_progress", Value::Null);
+            let response = self.response_object("in_progress", Value::Null);
             self.emit("response.created", json!({"response": response.clone()}));
             self.emit("response.in_progress", json!({"response": response}));
         }
     }
 
-    fn add(&mut self, item: Value) {
+    fn emit_item_added(&mut self, item: Value) {
         let index = self.output.len();
         self.emit("response.output_item.added", json!({"output_index": index, "item": item}));
     }
 
-    fn thinking(&mut self, text: &str) {
-        if !matches!(self.open, Some(Open::Reasoning { .. })) {
-            self.close();
+    fn push_reasoning(&mut self, text: &str) {
+        if !matches!(self.open, Some(OpenItem::Reasoning { .. })) {
+            self.close_item();
             let id = unique_id("rs");
-            self.add(reasoning_item(&id, "in_progress", None));
+            self.emit_item_added(reasoning_item(&id, "in_progress", None));
             let part = json!({"type": "reasoning_text", "text": ""});
             self.emit(
                 "response.content_part.added",
                 json!({"item_id": id, "output_index": self.output.len(), "content_index": 0, "part": part}),
             );
-            self.open = Some(Open::Reasoning { id, text: String::new() });
+            self.open = Some(OpenItem::Reasoning { id, text: String::new() });
         }
-        if let Some(Open::Reasoning { id, text: all }) = &mut self.open {
+        if let Some(OpenItem::Reasoning { id, text: all }) = &mut self.open {
             all.push_str(text);
             let id = id.clone();
             self.emit(
@@ -133,34 +135,34 @@ impl Writer {
         }
     }
 
-    fn text(&mut self, text: &str) {
-        if !matches!(self.open, Some(Open::Message { .. })) {
-            self.close();
+    fn push_text(&mut self, text: &str) {
+        if !matches!(self.open, Some(OpenItem::Message { .. })) {
+            self.close_item();
             let id = unique_id("msg");
-            self.add(message_item(&id, "in_progress", None));
+            self.emit_item_added(message_item(&id, "in_progress", None));
             self.emit("response.content_part.added", json!({"item_id": id, "output_index": self.output.len(), "content_index": 0, "part": text_part("")}));
-            self.open = Some(Open::Message { id, text: String::new() });
+            self.open = Some(OpenItem::Message { id, text: String::new() });
         }
-        if let Some(Open::Message { id, text: all }) = &mut self.open {
+        if let Some(OpenItem::Message { id, text: all }) = &mut self.open {
             all.push_str(text);
             let id = id.clone();
             self.emit("response.output_text.delta", json!({"item_id": id, "output_index": self.output.len(), "content_index": 0, "delta": text, "logprobs": []}));
         }
     }
 
-    fn call(&mut self, call: &Value) {
+    fn push_tool_call(&mut self, call: &Value) {
         let number = call["index"].as_u64().unwrap_or(0);
-        if !matches!(&self.open, Some(Open::Call { index, .. }) if *index == number) {
-            self.close();
+        if !matches!(&self.open, Some(OpenItem::Call { index, .. }) if *index == number) {
+            self.close_item();
             let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
             let (id, name, call) = (unique_id("fc"), text(&call["function"]["name"]), text(&call["id"]));
-            self.add(call_item(&id, "in_progress", &call, &name, ""));
-            self.open = Some(Open::Call { id, call, name, arguments: String::new(), index: number });
+            self.emit_item_added(call_item(&id, "in_progress", &call, &name, ""));
+            self.open = Some(OpenItem::Call { id, call, name, arguments: String::new(), index: number });
         }
         let Some(piece) = call["function"]["arguments"].as_str().filter(|piece| !piece.is_empty()) else {
             return;
         };
-        if let Some(Open::Call { id, arguments, .. }) = &mut self.open {
+        if let Some(OpenItem::Call { id, arguments, .. }) = &mut self.open {
             arguments.push_str(piece);
             let id = id.clone();
             self.emit(
@@ -171,13 +173,13 @@ impl Writer {
     }
 
     /// Emits the closing events of the open item and adds the item to the output.
-    fn close(&mut self) {
+    fn close_item(&mut self) {
         let Some(open) = self.open.take() else { return };
         let index = self.output.len();
         let cut = matches!(self.finish.as_deref(), Some("length" | "content_filter"));
         let status = if cut { "incomplete" } else { "completed" };
         let item = match open {
-            Open::Reasoning { id, text } => {
+            OpenItem::Reasoning { id, text } => {
                 let part = json!({"type": "reasoning_text", "text": text});
                 self.emit(
                     "response.reasoning_text.done",
@@ -189,12 +191,12 @@ impl Writer {
                 );
                 reasoning_item(&id, status, Some(&text))
             }
-            Open::Message { id, text } => {
+            OpenItem::Message { id, text } => {
                 self.emit("response.output_text.done", json!({"item_id": id, "output_index": index, "content_index": 0, "text": text, "logprobs": []}));
                 self.emit("response.content_part.done", json!({"item_id": id, "output_index": index, "content_index": 0, "part": text_part(&text)}));
                 message_item(&id, status, Some(&text))
             }
-            Open::Call { id, call, name, arguments, .. } => {
+            OpenItem::Call { id, call, name, arguments, .. } => {
                 self.emit(
                     "response.function_call_arguments.done",
                     json!({"item_id": id, "output_index": index, "name": name, "arguments": arguments}),
@@ -207,18 +209,18 @@ impl Writer {
     }
 
     fn complete(&mut self) {
-        self.begin();
-        self.close();
-        let (status, details) = outcome(self.finish.as_deref());
-        let response = self.response(status, details);
+        self.emit_created();
+        self.close_item();
+        let (status, details) = status_and_details(self.finish.as_deref());
+        let response = self.response_object(status, details);
         self.emit(&format!("response.{status}"), json!({"response": response}));
         self.ended = true;
     }
 
     fn fail(&mut self, message: &str) {
-        self.begin();
+        self.emit_created();
         self.open = None;
-        let mut response = self.response("failed", Value::Null);
+        let mut response = self.response_object("failed", Value::Null);
         response["error"] = json!({"code": "server_error", "message": message});
         self.emit("response.failed", json!({"response": response}));
         self.ended = true;
@@ -228,13 +230,13 @@ impl Writer {
 /// Body of a streamed response of the Responses API.
 pub struct ResponsesStream<B> {
     inner: B,
-    writer: Writer,
+    writer: EventTranslator,
 }
 
 impl<B> ResponsesStream<B> {
     /// Wraps `inner`, a stream of chat completion chunks.
     pub fn new(inner: B, request: ResponsesRequest) -> Self {
-        Self { inner, writer: Writer::new(request) }
+        Self { inner, writer: EventTranslator::new(request) }
     }
 }
 
@@ -255,7 +257,7 @@ impl<B: Body<Data = Bytes, Error = std::io::Error> + Unpin> Body for ResponsesSt
             // The inner body yields whole events only, with one `data` line each. Comments (heartbeats) are passed on.
             for block in data.split_inclusive(|byte| *byte == b'\n') {
                 if let Some(data) = block.strip_prefix(b"data: ") {
-                    self.writer.event(data.trim_ascii_end());
+                    self.writer.translate(data.trim_ascii_end());
                 } else if block.starts_with(b": ") {
                     self.writer.out.extend_from_slice(block);
                     self.writer.out.extend_from_slice(b"\n");
@@ -276,8 +278,8 @@ mod tests {
     fn run(events: &[&str]) -> Vec<Value> {
         let (_, request) =
             super::super::request::to_chat(&Bytes::from_static(br#"{"model":"m","input":"x"}"#)).unwrap();
-        let mut writer = Writer::new(request);
-        events.iter().for_each(|event| writer.event(event.as_bytes()));
+        let mut writer = EventTranslator::new(request);
+        events.iter().for_each(|event| writer.translate(event.as_bytes()));
         let text = String::from_utf8(writer.out.to_vec()).unwrap();
         text.lines()
             .filter_map(|line| line.strip_prefix("data: "))

@@ -5,14 +5,14 @@ use potstill_shared::id::unique_id;
 use serde_json::Value;
 
 use super::request::ResponsesRequest;
-use super::{call_item, message_item, object, outcome, reasoning_item, usage};
+use super::{call_item, convert_usage, message_item, reasoning_item, response_object, status_and_details};
 
 /// Translates a normalized chat completion. A body that is not JSON is returned unchanged.
 pub fn from_chat(body: &Bytes, request: &ResponsesRequest) -> Bytes {
     let Ok(chat) = serde_json::from_slice::<Value>(body) else { return body.clone() };
     let choice = &chat["choices"][0];
     let message = &choice["message"];
-    let (status, details) = outcome(choice["finish_reason"].as_str());
+    let (status, details) = status_and_details(choice["finish_reason"].as_str());
     let mut output = Vec::new();
     let thinking = message["reasoning_content"].as_str().or(message["reasoning"].as_str());
     if let Some(text) = thinking.filter(|text| !text.is_empty()) {
@@ -29,6 +29,6 @@ pub fn from_chat(body: &Bytes, request: &ResponsesRequest) -> Bytes {
         output.push(call_item(&unique_id("fc"), "completed", &part(&call["id"]), &name, &arguments));
     }
     let model = chat["model"].as_str().unwrap_or(&request.model);
-    let response = object(request, model, status, details, &output, usage(&chat["usage"]));
+    let response = response_object(request, model, status, details, &output, convert_usage(&chat["usage"]));
     serde_json::to_vec(&response).unwrap_or_default().into()
 }

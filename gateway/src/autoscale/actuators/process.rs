@@ -14,7 +14,7 @@ use tokio::process::{Child, Command};
 use crate::autoscale::actuator::{NodeActuator, NodeSupply};
 use crate::config::{ProcessConfig, ScaleConfig};
 use crate::pool::ModelPool;
-use crate::pool::health::check;
+use crate::pool::health::is_healthy;
 use crate::pool::node::{Node, NodeOrigin, NodeSpec, NodeState};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::connect::Connector;
@@ -23,27 +23,27 @@ use crate::upstream::connect::Connector;
 const EXIT_GRACE: Duration = Duration::from_secs(10);
 
 /// Timeout of the health check of a starting node.
-const CHECK: Duration = Duration::from_millis(500);
+const CHECK_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Time for which a node may be unhealthy after it was ready. Then it is killed and replaced.
-const ILL_GRACE: Duration = Duration::from_secs(30);
+const UNHEALTHY_GRACE: Duration = Duration::from_secs(30);
 
 struct Process {
     child: Child,
     node: Arc<Node>,
     gpus: Option<String>,
-    started: Instant,
+    started_at: Instant,
     /// Time at which draining began.
-    draining: Option<Instant>,
+    draining_since: Option<Instant>,
     was_ready: bool,
     /// Time since which the health checks fail.
-    ill_since: Option<Instant>,
-    stopping: Option<Instant>,
+    unhealthy_since: Option<Instant>,
+    stopping_since: Option<Instant>,
 }
 
 impl Process {
     fn is_starting(&self) -> bool {
-        !self.was_ready && self.stopping.is_none()
+        !self.was_ready && self.stopping_since.is_none()
     }
 }
 
@@ -56,25 +56,25 @@ pub struct ProcessActuator {
     processes: Vec<Process>,
     supply: NodeSupply,
     /// Consecutive nodes that were lost before one became ready.
-    losses: u32,
+    consecutive_losses: u32,
     pause_until: Instant,
 }
 
 impl NodeActuator for ProcessActuator {
     async fn step(&mut self, target: Option<usize>) {
-        self.bury_the_dead();
-        self.look_after_starting().await;
+        self.remove_exited();
+        self.check_starting().await;
         self.finish_draining();
         let running = self.processes.iter().filter(|p| p.node.state() != NodeState::Draining).count();
         let target = target.unwrap_or(running);
         for _ in running..target {
             // A draining node is readmitted before a new one is started.
-            if !self.revive() && Instant::now() >= self.pause_until {
-                self.start();
+            if !self.readmit_draining() && Instant::now() >= self.pause_until {
+                self.start_node();
             }
         }
         for _ in target..running {
-            self.drain_emptiest();
+            self.drain_least_loaded();
         }
     }
 
@@ -85,7 +85,7 @@ impl NodeActuator for ProcessActuator {
             match (process.node.state(), process.was_ready) {
                 (NodeState::Draining, _) => supply.draining += 1,
                 (_, true) => supply.ready += 1,
-                (_, false) => supply.starting_age_s.push(process.started.elapsed().as_secs_f64()),
+                (_, false) => supply.starting_age_s.push(process.started_at.elapsed().as_secs_f64()),
             }
         }
         Some(supply)
@@ -120,7 +120,7 @@ impl ProcessActuator {
             config,
             processes: Vec::new(),
             supply: NodeSupply::default(),
-            losses: 0,
+            consecutive_losses: 0,
             pause_until: Instant::now(),
         }
     }
@@ -130,11 +130,11 @@ impl ProcessActuator {
         self.pool.config().scale.clone().unwrap_or_default()
     }
 
-    fn event(&self, event: &str) {
+    fn count_event(&self, event: &str) {
         self.metrics.scale_events.with_label_values(&[&*self.pool.model, event]).inc();
     }
 
-    fn start(&mut self) {
+    fn start_node(&mut self) {
         let taken: Vec<_> = self.processes.iter().filter_map(|process| process.gpus.clone()).collect();
         let gpus = self.config.gpus.iter().find(|gpus| !taken.contains(gpus)).cloned();
         if gpus.is_none() && !self.config.gpus.is_empty() {
@@ -179,17 +179,17 @@ impl ProcessActuator {
                 }) {
                     Ok(node) => {
                         tracing::info!(model = &*self.pool.model, node = node.name, "node started");
-                        self.event("started");
+                        self.count_event("started");
                         let started = Instant::now();
                         self.processes.push(Process {
                             child,
                             node,
                             gpus,
-                            started,
-                            draining: None,
+                            started_at: started,
+                            draining_since: None,
                             was_ready: false,
-                            ill_since: None,
-                            stopping: None,
+                            unhealthy_since: None,
+                            stopping_since: None,
                         });
                     }
                     Err(problem) => tracing::error!(problem, "node left out"),
@@ -197,20 +197,20 @@ impl ProcessActuator {
             }
             Err(error) => {
                 tracing::error!(model = &*self.pool.model, command = ?self.config.command, %error, "cannot start a node");
-                self.lost();
+                self.count_loss();
             }
         }
     }
 
     /// Counts a lost node and delays the next start: by 0.5 s, 1 s, … up to 30 s.
-    fn lost(&mut self) {
-        self.event("lost");
-        let pause = Duration::from_millis(500) * 2u32.saturating_pow(self.losses.min(6));
-        self.losses += 1;
+    fn count_loss(&mut self) {
+        self.count_event("lost");
+        let pause = Duration::from_millis(500) * 2u32.saturating_pow(self.consecutive_losses.min(6));
+        self.consecutive_losses += 1;
         self.pause_until = Instant::now() + pause.min(Duration::from_secs(30));
     }
 
-    fn bury_the_dead(&mut self) {
+    fn remove_exited(&mut self) {
         let mut index = 0;
         while index < self.processes.len() {
             let process = &mut self.processes[index];
@@ -219,8 +219,8 @@ impl ProcessActuator {
                 status => {
                     let process = self.processes.remove(index);
                     self.pool.remove_node(process.node.id);
-                    if process.stopping.is_some() {
-                        self.event("stopped");
+                    if process.stopping_since.is_some() {
+                        self.count_event("stopped");
                     } else {
                         tracing::error!(
                             model = &*self.pool.model,
@@ -229,21 +229,21 @@ impl ProcessActuator {
                             "node died"
                         );
                         if process.was_ready {
-                            self.losses = 0;
+                            self.consecutive_losses = 0;
                         }
-                        self.lost();
+                        self.count_loss();
                     }
                 }
             }
         }
     }
 
-    async fn look_after_starting(&mut self) {
+    async fn check_starting(&mut self) {
         let path = self.pool.config().health.path.clone();
         let longest = Duration::from_secs(self.settings().startup_timeout_s);
         let starting = self.processes.iter().filter(|process| process.is_starting());
         let healthy: Vec<_> = join_all(starting.map(async |process| {
-            check(&self.connector, &process.node, &path, CHECK).await.then_some(process.node.id)
+            is_healthy(&self.connector, &process.node, &path, CHECK_TIMEOUT).await.then_some(process.node.id)
         }))
         .await
         .into_iter()
@@ -252,9 +252,9 @@ impl ProcessActuator {
         for process in &mut self.processes {
             if !process.is_starting() {
                 let ill = process.was_ready && process.node.state() == NodeState::Unhealthy;
-                let since = ill.then(|| process.ill_since.unwrap_or_else(Instant::now));
-                process.ill_since = since;
-                if since.is_some_and(|since| since.elapsed() > ILL_GRACE) {
+                let since = ill.then(|| process.unhealthy_since.unwrap_or_else(Instant::now));
+                process.unhealthy_since = since;
+                if since.is_some_and(|since| since.elapsed() > UNHEALTHY_GRACE) {
                     tracing::error!(
                         model = &*self.pool.model,
                         node = process.node.name,
@@ -266,13 +266,13 @@ impl ProcessActuator {
             }
             if healthy.contains(&process.node.id) {
                 process.was_ready = true;
-                self.losses = 0;
-                let seconds = process.started.elapsed().as_secs_f64();
+                self.consecutive_losses = 0;
+                let seconds = process.started_at.elapsed().as_secs_f64();
                 tracing::info!(model = &*self.pool.model, node = process.node.name, seconds, "node is ready");
                 self.supply.push_cold_start(seconds);
                 self.metrics.cold_start.with_label_values(&[&*self.pool.model]).observe(seconds);
                 self.pool.set_node_state(&process.node, NodeState::Ready);
-            } else if process.started.elapsed() > longest {
+            } else if process.started_at.elapsed() > longest {
                 tracing::error!(
                     model = &*self.pool.model,
                     node = process.node.name,
@@ -283,26 +283,26 @@ impl ProcessActuator {
         }
     }
 
-    fn revive(&mut self) -> bool {
+    fn readmit_draining(&mut self) -> bool {
         let drained = self
             .processes
             .iter_mut()
-            .find(|p| p.was_ready && p.stopping.is_none() && p.node.state() == NodeState::Draining);
+            .find(|p| p.was_ready && p.stopping_since.is_none() && p.node.state() == NodeState::Draining);
         let Some(process) = drained else { return false };
-        process.draining = None;
+        process.draining_since = None;
         self.pool.set_node_state(&process.node, NodeState::Ready);
-        self.event("revived");
+        self.count_event("revived");
         true
     }
 
-    fn drain_emptiest(&mut self) {
+    fn drain_least_loaded(&mut self) {
         let emptiest = self
             .processes
             .iter_mut()
             .filter(|process| process.node.state() != NodeState::Draining)
-            .min_by_key(|process| (process.was_ready, process.node.tokens()));
+            .min_by_key(|process| (process.was_ready, process.node.outstanding_tokens()));
         if let Some(process) = emptiest {
-            process.draining = Some(Instant::now());
+            process.draining_since = Some(Instant::now());
             self.pool.set_node_state(&process.node, NodeState::Draining);
         }
     }
@@ -312,11 +312,11 @@ impl ProcessActuator {
     fn finish_draining(&mut self) {
         let longest = Duration::from_secs(self.settings().drain_timeout_s);
         for process in &mut self.processes {
-            let late = process.draining.is_some_and(|since| since.elapsed() > longest);
+            let late = process.draining_since.is_some_and(|since| since.elapsed() > longest);
             if process.node.state() == NodeState::Draining && (late || process.node.requests() == 0) {
-                match process.stopping {
+                match process.stopping_since {
                     None => {
-                        process.stopping = Some(Instant::now());
+                        process.stopping_since = Some(Instant::now());
                         terminate(&mut process.child);
                     }
                     Some(since) if since.elapsed() > EXIT_GRACE => {

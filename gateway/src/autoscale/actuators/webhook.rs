@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::autoscale::actuator::{NodeActuator, NodeSupply};
 use crate::config::{ScaleConfig, WebhookConfig};
 use crate::pool::ModelPool;
-use crate::pool::health::check;
+use crate::pool::health::is_healthy;
 use crate::pool::node::{Node, NodeOrigin, NodeSpec, NodeState};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::address::AddressPolicy;
@@ -31,14 +31,14 @@ use crate::upstream::read_body::read_full_body;
 use crate::upstream::request::UpstreamRequest;
 
 /// Interval of requests to the program when nothing changes.
-const EVERY: Duration = Duration::from_secs(5);
+const REQUEST_INTERVAL: Duration = Duration::from_secs(5);
 /// Timeout of a request to the program.
-const ANSWER: Duration = Duration::from_secs(10);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout of the health check of a starting node.
-const CHECK: Duration = Duration::from_millis(500);
+const CHECK_TIMEOUT: Duration = Duration::from_millis(500);
 
 #[derive(Serialize)]
-struct Ask<'a> {
+struct ScaleRequest<'a> {
     v: u32,
     model: &'a str,
     wanted: usize,
@@ -46,18 +46,18 @@ struct Ask<'a> {
 }
 
 #[derive(Deserialize)]
-struct Answer {
-    nodes: Vec<AnswerNode>,
+struct ScaleResponse {
+    nodes: Vec<ReportedNode>,
 }
 
 #[derive(Deserialize)]
-struct AnswerNode {
+struct ReportedNode {
     url: String,
     #[serde(alias = "slots")]
     max_concurrency: Option<usize>,
 }
 
-struct Remote {
+struct WebhookNode {
     node: Arc<Node>,
     added: Instant,
     was_ready: bool,
@@ -72,11 +72,11 @@ pub struct WebhookActuator {
     /// Endpoint of the program.
     program: Arc<Endpoint>,
     path: PathAndQuery,
-    nodes: Vec<Remote>,
+    nodes: Vec<WebhookNode>,
     /// Times at which nodes were requested that have not appeared yet.
-    asked: Vec<Instant>,
+    requested_at: Vec<Instant>,
     supply: NodeSupply,
-    last: Option<(Instant, usize, usize)>,
+    last_request: Option<(Instant, usize, usize)>,
 }
 
 impl WebhookActuator {
@@ -104,9 +104,9 @@ impl WebhookActuator {
             program: Arc::new(program),
             path: url.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/")),
             nodes: Vec::new(),
-            asked: Vec::new(),
+            requested_at: Vec::new(),
             supply: NodeSupply::default(),
-            last: None,
+            last_request: None,
         })
     }
 
@@ -114,26 +114,28 @@ impl WebhookActuator {
         self.pool.config().scale.clone().unwrap_or_default()
     }
 
-    fn event(&self, event: &str) {
+    fn count_event(&self, event: &str) {
         self.metrics.scale_events.with_label_values(&[&*self.pool.model, event]).inc();
     }
 
     /// Number of nodes that are not draining.
-    fn staying(&self) -> usize {
+    fn not_draining(&self) -> usize {
         self.nodes.iter().filter(|remote| remote.draining.is_none()).count()
     }
 
-    fn revive_or_drain(&mut self, wanted: usize) {
-        while self.staying() < wanted {
+    fn readmit_or_drain(&mut self, wanted: usize) {
+        while self.not_draining() < wanted {
             let Some(remote) = self.nodes.iter_mut().find(|remote| remote.draining.is_some()) else { break };
             remote.draining = None;
             let state = if remote.was_ready { NodeState::Ready } else { NodeState::Unhealthy };
             self.pool.set_node_state(&remote.node, state);
-            self.event("revived");
+            self.count_event("revived");
         }
-        while self.staying() > wanted {
+        while self.not_draining() > wanted {
             let staying = self.nodes.iter_mut().filter(|remote| remote.draining.is_none());
-            let Some(remote) = staying.min_by_key(|remote| (remote.was_ready, remote.node.tokens())) else {
+            let Some(remote) =
+                staying.min_by_key(|remote| (remote.was_ready, remote.node.outstanding_tokens()))
+            else {
                 break;
             };
             remote.draining = Some(Instant::now());
@@ -141,8 +143,8 @@ impl WebhookActuator {
         }
     }
 
-    async fn ask(&self, wanted: usize, remove: &[String]) -> Result<Answer, String> {
-        let ask = Ask {
+    async fn request_scale(&self, wanted: usize, remove: &[String]) -> Result<ScaleResponse, String> {
+        let ask = ScaleRequest {
             v: 1,
             model: &self.pool.model,
             wanted,
@@ -154,21 +156,27 @@ impl WebhookActuator {
         let request =
             UpstreamRequest { method: Method::POST, path: self.path.clone(), client_headers: headers, body };
         let failed = |error: SendError| error.to_string();
-        let mut answer =
-            send(&self.connector, &self.program, &request, tokio::time::Instant::now(), ANSWER, ANSWER)
-                .await
-                .map_err(failed)?;
+        let mut answer = send(
+            &self.connector,
+            &self.program,
+            &request,
+            tokio::time::Instant::now(),
+            REQUEST_TIMEOUT,
+            REQUEST_TIMEOUT,
+        )
+        .await
+        .map_err(failed)?;
         if !answer.head.status.is_success() {
             return Err(format!("it answered {}", answer.head.status));
         }
-        let until = tokio::time::Instant::now() + ANSWER;
-        let body = read_full_body(&mut answer.body, ANSWER, until).await.map_err(failed)?;
+        let until = tokio::time::Instant::now() + REQUEST_TIMEOUT;
+        let body = read_full_body(&mut answer.body, REQUEST_TIMEOUT, until).await.map_err(failed)?;
         serde_json::from_slice(&body).map_err(|error| format!("its answer is not understood: {error}"))
     }
 
     /// Adds and removes nodes to match the program's response.
-    fn follow(&mut self, answer: Answer) {
-        let gone = |remote: &Remote| !answer.nodes.iter().any(|node| node.url == remote.node.spec.url);
+    fn apply_response(&mut self, answer: ScaleResponse) {
+        let gone = |remote: &WebhookNode| !answer.nodes.iter().any(|node| node.url == remote.node.spec.url);
         for remote in self.nodes.extract_if(.., |remote| gone(remote)) {
             self.pool.remove_node(remote.node.id);
             let event = if remote.draining.is_some() { "stopped" } else { "lost" };
@@ -187,20 +195,24 @@ impl WebhookActuator {
             match self.pool.add_node(spec) {
                 Ok(node) => {
                     tracing::info!(model = &*self.pool.model, node = node.name, "node started");
-                    self.event("started");
-                    let added = if self.asked.is_empty() { Instant::now() } else { self.asked.remove(0) };
-                    self.nodes.push(Remote { node, added, was_ready: false, draining: None });
+                    self.count_event("started");
+                    let added = if self.requested_at.is_empty() {
+                        Instant::now()
+                    } else {
+                        self.requested_at.remove(0)
+                    };
+                    self.nodes.push(WebhookNode { node, added, was_ready: false, draining: None });
                 }
                 Err(problem) => tracing::error!(model = &*self.pool.model, problem, "node left out"),
             }
         }
     }
 
-    async fn look_after_starting(&mut self) {
+    async fn check_starting(&mut self) {
         let path = self.pool.config().health.path.clone();
         for remote in self.nodes.iter_mut().filter(|remote| !remote.was_ready && remote.draining.is_none()) {
             if remote.node.state() == NodeState::Ready
-                || check(&self.connector, &remote.node, &path, CHECK).await
+                || is_healthy(&self.connector, &remote.node, &path, CHECK_TIMEOUT).await
             {
                 let seconds = remote.added.elapsed().as_secs_f64();
                 remote.was_ready = true;
@@ -214,28 +226,28 @@ impl WebhookActuator {
 
 impl NodeActuator for WebhookActuator {
     async fn step(&mut self, target: Option<usize>) {
-        self.look_after_starting().await;
+        self.check_starting().await;
         let Some(wanted) = target else { return };
-        self.revive_or_drain(wanted);
+        self.readmit_or_drain(wanted);
         let longest = Duration::from_secs(self.settings().drain_timeout_s);
-        let empty = |remote: &&Remote| {
+        let empty = |remote: &&WebhookNode| {
             remote.draining.is_some_and(|since| remote.node.requests() == 0 || since.elapsed() > longest)
         };
         let remove: Vec<String> =
             self.nodes.iter().filter(empty).map(|remote| remote.node.spec.url.clone()).collect();
-        let due = self
-            .last
-            .is_none_or(|(at, asked, left)| asked != wanted || left != remove.len() || at.elapsed() > EVERY);
+        let due = self.last_request.is_none_or(|(at, asked, left)| {
+            asked != wanted || left != remove.len() || at.elapsed() > REQUEST_INTERVAL
+        });
         if !due {
             return;
         }
         // Draining nodes with requests must not be stopped, so the requested number includes them.
         let stay = self.nodes.len() - remove.len();
-        let coming = wanted.saturating_sub(self.staying());
-        self.asked.truncate(coming);
-        self.asked.resize_with(coming, Instant::now);
-        match self.ask(stay.max(wanted), &remove).await {
-            Ok(answer) => self.follow(answer),
+        let coming = wanted.saturating_sub(self.not_draining());
+        self.requested_at.truncate(coming);
+        self.requested_at.resize_with(coming, Instant::now);
+        match self.request_scale(stay.max(wanted), &remove).await {
+            Ok(answer) => self.apply_response(answer),
             Err(problem) => {
                 tracing::warn!(
                     model = &*self.pool.model,
@@ -243,16 +255,16 @@ impl NodeActuator for WebhookActuator {
                     problem,
                     "the scaling webhook fails; nodes stay as they are"
                 );
-                self.event("webhook_failed");
+                self.count_event("webhook_failed");
             }
         }
-        self.last = Some((Instant::now(), wanted, remove.len()));
+        self.last_request = Some((Instant::now(), wanted, remove.len()));
     }
 
     fn supply(&mut self) -> Option<NodeSupply> {
         let mut supply =
             NodeSupply { cold_starts_s: self.supply.cold_starts_s.clone(), ..NodeSupply::default() };
-        supply.starting_age_s.extend(self.asked.iter().map(|asked| asked.elapsed().as_secs_f64()));
+        supply.starting_age_s.extend(self.requested_at.iter().map(|asked| asked.elapsed().as_secs_f64()));
         for remote in &self.nodes {
             match (remote.draining, remote.was_ready) {
                 (Some(_), _) => supply.draining += 1,
@@ -268,7 +280,7 @@ impl NodeActuator for WebhookActuator {
         for remote in &self.nodes {
             self.pool.remove_node(remote.node.id);
         }
-        if let Err(problem) = self.ask(0, &all).await {
+        if let Err(problem) = self.request_scale(0, &all).await {
             tracing::warn!(
                 model = &*self.pool.model,
                 problem,

@@ -18,7 +18,7 @@ use crate::autoscale::context::AutoscaleContext;
 use crate::autoscale::coordination::{Coordinator, PeerDemand};
 use crate::config::{Actuator, KubernetesConfig, ScaleConfig};
 use crate::pool::ModelPool;
-use crate::pool::health::check;
+use crate::pool::health::is_healthy;
 use crate::pool::node::{NodeOrigin, NodeSpec, NodeState};
 
 /// Timeout of the health check of a starting node.
@@ -153,7 +153,7 @@ impl KubernetesActuator {
             Ok(true) => self.watch_problem.clear(),
             _ => {}
         }
-        let Some(seen) = connection.pods.seen() else { return };
+        let Some(seen) = connection.pods.pods() else { return };
         let is_gone =
             |name: &String, pod_node: &PodNode| seen.get(name).is_none_or(|pod| pod.uid != pod_node.pod.uid);
         let gone: Vec<String> = self
@@ -247,7 +247,7 @@ impl KubernetesActuator {
             (is_due && pod_node.pod.ready && !pod_node.pod.deleting).then(|| (name.clone(), Arc::clone(node)))
         });
         let healthy = join_all(checks.map(async |(name, node)| {
-            check(&self.context.connector, &node, &path, CHECK_TIMEOUT).await.then_some(name)
+            is_healthy(&self.context.connector, &node, &path, CHECK_TIMEOUT).await.then_some(name)
         }));
         let healthy: Vec<String> = healthy.await.into_iter().flatten().collect();
         for name in healthy {
@@ -323,7 +323,7 @@ impl KubernetesActuator {
                 draining: drain.is_some(),
                 empty: evictable || timed_out || drain.is_some_and(is_drained),
                 is_deletion_candidate: evictable && pod_node.pod.lowest_cost,
-                tokens: pod_node.node.as_ref().map_or(0, |node| node.tokens()),
+                tokens: pod_node.node.as_ref().map_or(0, |node| node.outstanding_tokens()),
             }
         };
         self.staying().iter().map(|(_, pod_node)| view(pod_node)).collect()
@@ -537,7 +537,7 @@ impl NodeActuator for KubernetesActuator {
         self.leads = leads;
         self.check_starting().await;
         self.report();
-        let synced = self.connection.as_ref().is_some_and(|connection| connection.pods.seen().is_some());
+        let synced = self.connection.as_ref().is_some_and(|connection| connection.pods.pods().is_some());
         let (Some(target), true) = (target, leads && synced) else { return };
         if Instant::now() < self.backoff.pause_until {
             return;
@@ -556,7 +556,7 @@ impl NodeActuator for KubernetesActuator {
 
     fn supply(&mut self) -> Option<NodeSupply> {
         let connection = self.connection.as_ref()?;
-        connection.pods.seen()?;
+        connection.pods.pods()?;
         let cold_starts_s = self.cold_starts.cold_starts_s.clone();
         let mut supply = NodeSupply { cold_starts_s, ..NodeSupply::default() };
         for pod_node in self.pods.values() {

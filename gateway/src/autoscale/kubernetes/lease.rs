@@ -118,7 +118,7 @@ struct LeaseState {
 
 /// How far this gateway is on its way out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Leaving {
+enum ShutdownPhase {
     No,
     /// It drains: it does not lead, and still reports its requests.
     Draining,
@@ -293,9 +293,9 @@ impl LeaseCoordinator {
             let duration = Duration::from_secs(config.lease_duration_s.max(1));
             let ending = context.is_shut_down();
             let leaving = match (ending, context.draining.is_set()) {
-                (true, _) => Leaving::Ending,
-                (false, true) => Leaving::Draining,
-                (false, false) => Leaving::No,
+                (true, _) => ShutdownPhase::Ending,
+                (false, true) => ShutdownPhase::Draining,
+                (false, false) => ShutdownPhase::No,
             };
             let problem = self.round(&context, &config.lease_name, duration, leaving).await.err();
             if ending {
@@ -327,7 +327,7 @@ impl LeaseCoordinator {
         context: &AutoscaleContext,
         lease: &str,
         duration: Duration,
-        leaving: Leaving,
+        leaving: ShutdownPhase,
     ) -> Result<(), String> {
         let (client, namespace) = self.client().await?;
         let leases: Api<Lease> = Api::namespaced(client, &namespace);
@@ -336,7 +336,7 @@ impl LeaseCoordinator {
             let begun = Instant::now();
             let found = match call(leases.get_opt(lease)).await {
                 Ok(Some(found)) => found,
-                Ok(None) if leaving == Leaving::Ending => return Ok(()),
+                Ok(None) if leaving == ShutdownPhase::Ending => return Ok(()),
                 Ok(None) => {
                     let new = json!({"metadata": {"name": lease}, "spec": {}});
                     let new: Lease = serde_json::from_value(new).map_err(|error| error.to_string())?;
@@ -372,7 +372,7 @@ impl LeaseCoordinator {
         found: &Lease,
         plans: Vec<SharedPlan>,
         duration: Duration,
-        leaving: Leaving,
+        leaving: ShutdownPhase,
         by_keda: impl Fn(&str) -> bool,
     ) -> Value {
         let spec = found.spec.clone().unwrap_or_default();
@@ -385,13 +385,15 @@ impl LeaseCoordinator {
         let unchanged = state.renewal.as_ref().map_or(Duration::ZERO, |(_, since)| since.elapsed());
         let holder_duration = Duration::from_secs(spec.lease_duration_seconds.unwrap_or(0).max(1) as u64);
         let leads = holder == self.name;
-        let takes = leaving == Leaving::No && (holder.is_empty() || (!leads && unchanged > holder_duration));
+        let takes =
+            leaving == ShutdownPhase::No && (holder.is_empty() || (!leads && unchanged > holder_duration));
         let gone = state.read_peers(found, &self.name, duration);
         state.own.n += 1;
         state.own.plans = plans;
         state.writing = state.actuators.values().flat_map(BTreeMap::keys).copied().collect();
         let mut annotations = serde_json::Map::new();
-        let own = if leaving == Leaving::Ending { Value::Null } else { json!(json!(state.own).to_string()) };
+        let own =
+            if leaving == ShutdownPhase::Ending { Value::Null } else { json!(json!(state.own).to_string()) };
         annotations.insert(format!("{REPORT_PREFIX}{}", self.name), own);
         let mut scales = read_published(found);
         state.to_publish.retain(|model, _| by_keda(model));
@@ -408,7 +410,7 @@ impl LeaseCoordinator {
         if leads || takes {
             annotations.extend(gone.iter().map(|name| (format!("{REPORT_PREFIX}{name}"), Value::Null)));
         }
-        if leaving != Leaving::No {
+        if leaving != ShutdownPhase::No {
             state.leads_until = None;
         }
         json!({
@@ -422,12 +424,12 @@ impl LeaseCoordinator {
         &self,
         spec: &LeaseSpec,
         duration: Duration,
-        leaving: Leaving,
+        leaving: ShutdownPhase,
         leads: bool,
         takes: bool,
     ) -> Value {
         let now = MicroTime(Timestamp::now());
-        match (leaving != Leaving::No, leads, takes) {
+        match (leaving != ShutdownPhase::No, leads, takes) {
             (true, true, _) => json!({"holderIdentity": ""}),
             (false, true, _) => json!({"renewTime": now, "leaseDurationSeconds": duration.as_secs()}),
             (_, _, true) => json!({

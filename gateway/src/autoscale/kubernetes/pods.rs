@@ -67,7 +67,7 @@ impl PodState {
 }
 
 /// Returns whether its containers have ended for good. The object may stay for days.
-fn ended(pod: &Pod) -> bool {
+fn has_ended(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     matches!(phase, Some("Failed" | "Succeeded"))
 }
@@ -101,13 +101,13 @@ impl PodWatch {
                 Ok(Event::Init) => self.listing = Some(BTreeMap::new()),
                 Ok(Event::InitApply(pod)) => {
                     let listing = self.listing.get_or_insert_default();
-                    listing.extend((!ended(&pod)).then(|| named(&pod)));
+                    listing.extend((!has_ended(&pod)).then(|| named(&pod)));
                 }
                 Ok(Event::InitDone) => {
                     self.seen = self.listing.take().unwrap_or_default();
                     self.synced = true;
                 }
-                Ok(Event::Apply(pod)) if !ended(&pod) => self.seen.extend([named(&pod)]),
+                Ok(Event::Apply(pod)) if !has_ended(&pod) => self.seen.extend([named(&pod)]),
                 Ok(Event::Apply(pod) | Event::Delete(pod)) => {
                     self.seen.remove(pod.metadata.name.as_deref().unwrap_or_default());
                 }
@@ -118,7 +118,7 @@ impl PodWatch {
     }
 
     /// Pods by name; `None` before the first list is complete.
-    pub(super) fn seen(&self) -> Option<&BTreeMap<String, PodState>> {
+    pub(super) fn pods(&self) -> Option<&BTreeMap<String, PodState>> {
         self.synced.then_some(&self.seen)
     }
 }
@@ -148,7 +148,7 @@ mod tests {
         assert!(pod.deleting && pod.lowest_cost && !pod.ready && pod.ip.is_none());
         assert_eq!(parse(json!({"metadata": {"name": "cache-12"}})).index, 12);
         let phase =
-            |phase: &str| ended(&serde_json::from_value(json!({"status": {"phase": phase}})).unwrap());
+            |phase: &str| has_ended(&serde_json::from_value(json!({"status": {"phase": phase}})).unwrap());
         assert!(phase("Failed") && phase("Succeeded") && !phase("Running"));
     }
 }

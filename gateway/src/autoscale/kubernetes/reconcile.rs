@@ -35,19 +35,19 @@ pub(super) struct PodView {
 
 impl PodView {
     /// Returns whether its deletion loses no request.
-    fn left(&self) -> bool {
+    fn is_drained(&self) -> bool {
         self.draining && self.empty
     }
 
     /// Returns whether it drains and may have requests that can be saved. A pod that never was ready has none, and one that is
     /// down is deleted first in any case.
-    fn holds(&self) -> bool {
+    fn has_requests(&self) -> bool {
         self.draining && !self.empty && self.ready
     }
 
     /// Returns whether it is among the first to be deleted, and loses no request.
     fn evictable(&self) -> bool {
-        self.left() && self.is_deletion_candidate
+        self.is_drained() && self.is_deletion_candidate
     }
 }
 
@@ -93,7 +93,7 @@ fn by_deletion_cost(input: ReconcileInput, pods: &[PodView], target: usize) -> R
     staying.sort_by_key(|at| (pods[*at].ready, pods[*at].tokens));
     let mut draining = positions(pods, |pod| pod.draining);
     draining.sort_by_key(|at| (pods[*at].evictable(), !pods[*at].ready, pods[*at].empty));
-    let held = draining.iter().filter(|at| pods[**at].holds()).count();
+    let held = draining.iter().filter(|at| pods[**at].has_requests()).count();
     // A rollout creates new pods before it deletes old ones.
     let surge = if input.settled { 0 } else { pods.len().saturating_sub(input.published) };
     // Requests on draining pods never reduce the pods that are ready already: a pod that came back must not stop another.
@@ -121,17 +121,17 @@ fn by_deletion_cost(input: ReconcileInput, pods: &[PodView], target: usize) -> R
         steps.revive.push(warm);
         steps.drain.push(*cold);
     }
-    steps.deletion_candidates = positions(pods, PodView::left);
+    steps.deletion_candidates = positions(pods, PodView::is_drained);
     steps.deletion_candidates.retain(|at| !steps.revive.contains(at));
     // Pods that are not ready are deleted first; the deletion cost counts once the watch has reported it.
-    let cold = pods.iter().any(|pod| !(pod.ready || pod.left()));
+    let cold = pods.iter().any(|pod| !(pod.ready || pod.is_drained()));
     let marked = steps.deletion_candidates.iter().filter(|at| pods[**at].is_deletion_candidate);
     let go = match (input.settled && steps.revive.is_empty(), cold) {
         (false, _) => 0,
         (true, true) => marked.filter(|at| !pods[**at].ready).count(),
         (true, false) => marked.count(),
     };
-    steps.replicas = match pods.iter().any(|pod| pod.down && !pod.left()) {
+    steps.replicas = match pods.iter().any(|pod| pod.down && !pod.is_drained()) {
         // Keep all pods until the choice of Kubernetes is known again. Additional pods of a rollout are not counted.
         true => input.published.max(if input.settled { pods.len() } else { 0 }).max(target),
         false => input.published.min(pods.len() - go).max(target),
@@ -143,7 +143,7 @@ fn by_deletion_cost(input: ReconcileInput, pods: &[PodView], target: usize) -> R
 /// over pods without requests and over pods that do not exist, which would drain from their start.
 fn highest_index(input: ReconcileInput, pods: &[PodView], target: usize) -> ReconcileSteps {
     let most = target.min(input.min_pending_replicas);
-    let held = pods.iter().filter(|pod| !pod.left()).map(|pod| pod.index + 1).max();
+    let held = pods.iter().filter(|pod| !pod.is_drained()).map(|pod| pod.index + 1).max();
     ReconcileSteps {
         revive: positions(pods, |pod| pod.index < most && pod.draining),
         drain: positions(pods, |pod| pod.index >= most && !pod.draining),

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 /// Most counts that are kept; older ones are merged to their minimum.
-const KEPT: usize = 64;
+const MAX_PUBLISHED: usize = 64;
 
 /// A published count.
 #[derive(Debug, Clone, Copy)]
@@ -66,7 +66,7 @@ impl ReplicaHistory {
         }
         self.numbers.push(Published { replicas, until: None, past: false, done: false });
         self.numbers.retain(|number| number.until.is_none_or(|until| now < until));
-        if self.numbers.len() > KEPT {
+        if self.numbers.len() > MAX_PUBLISHED {
             let oldest = self.numbers.remove(0);
             self.numbers[0].replicas = self.numbers[0].replicas.min(oldest.replicas);
         }
@@ -186,6 +186,6 @@ mod tests {
         let now = Instant::now();
         let mut history = ReplicaHistory::begin(1, 1, None, now);
         (2..1000).for_each(|number| history.publish(number, now, ACTS));
-        assert_eq!((history.numbers.len(), history.min_pending_replicas(now)), (KEPT, Some(1)));
+        assert_eq!((history.numbers.len(), history.min_pending_replicas(now)), (MAX_PUBLISHED, Some(1)));
     }
 }

@@ -9,12 +9,12 @@ use std::collections::{BTreeSet, HashMap};
 
 /// Hash over the tokens of a block and of all blocks before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Key([u8; 16]);
+pub(crate) struct BlockHash([u8; 16]);
 
-impl Key {
+impl BlockHash {
     /// Returns the key of a block with `tokens` after the block `parent`. The hash is
     /// cryptographic, so no prompt can be crafted to hit the blocks of another.
-    pub(crate) fn after(parent: Option<Self>, tokens: &[u32]) -> Self {
+    pub(crate) fn chained(parent: Option<Self>, tokens: &[u32]) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&parent.map_or([0; 16], |parent| parent.0));
         for token in tokens {
@@ -29,26 +29,26 @@ impl Key {
 #[derive(Debug, Default)]
 struct Block {
     /// Number of sequences that use the block.
-    users: u32,
+    ref_count: u32,
     /// Key in the prefix cache, if the block is registered.
-    key: Option<Key>,
+    hash: Option<BlockHash>,
     /// Logical time of the last release; 0 if the block holds no reusable content.
-    freed: u64,
+    released_at: u64,
 }
 
 /// All blocks of a cache.
 #[derive(Debug)]
-pub(crate) struct Blocks {
+pub(crate) struct BlockAllocator {
     size: usize,
     blocks: Vec<Block>,
     /// Unused blocks as `(freed, block)`, next to evict first.
     free: BTreeSet<(u64, u32)>,
-    by_key: HashMap<Key, u32>,
+    by_key: HashMap<BlockHash, u32>,
     /// Logical clock: counts releases.
     clock: u64,
 }
 
-impl Blocks {
+impl BlockAllocator {
     /// Creates `count` unused blocks of `size` tokens.
     pub(crate) fn new(size: usize, count: usize) -> Self {
         let blocks = (0..count).map(|_| Block::default()).collect();
@@ -57,45 +57,45 @@ impl Blocks {
     }
 
     /// Tokens per block.
-    pub(crate) fn size(&self) -> usize {
+    pub(crate) fn block_tokens(&self) -> usize {
         self.size
     }
 
     /// Number of all blocks.
-    pub(crate) fn count(&self) -> usize {
+    pub(crate) fn block_count(&self) -> usize {
         self.blocks.len()
     }
 
     /// Number of unused blocks.
-    pub(crate) fn free(&self) -> usize {
+    pub(crate) fn free_count(&self) -> usize {
         self.free.len()
     }
 
     /// Returns how many of the first `keys` are in the prefix cache, and how many of these blocks are
     /// unused. Sharing unused blocks reduces the free ones.
-    pub(crate) fn at_hand(&self, keys: &[Key]) -> (usize, usize) {
+    pub(crate) fn cached_prefix(&self, keys: &[BlockHash]) -> (usize, usize) {
         let found = keys.iter().map_while(|key| self.by_key.get(key));
         found.fold((0, 0), |(all, unused), block| {
-            (all + 1, unused + usize::from(self.blocks[*block as usize].users == 0))
+            (all + 1, unused + usize::from(self.blocks[*block as usize].ref_count == 0))
         })
     }
 
     /// Adds a user to the blocks of `keys` and returns them. All keys must be in the prefix cache.
-    pub(crate) fn share(&mut self, keys: &[Key]) -> Vec<u32> {
+    pub(crate) fn acquire_cached(&mut self, keys: &[BlockHash]) -> Vec<u32> {
         let found: Vec<u32> = keys.iter().map_while(|key| self.by_key.get(key)).copied().collect();
         debug_assert_eq!(found.len(), keys.len());
         for &block in &found {
             let entry = &mut self.blocks[block as usize];
-            if entry.users == 0 {
-                self.free.remove(&(entry.freed, block));
+            if entry.ref_count == 0 {
+                self.free.remove(&(entry.released_at, block));
             }
-            entry.users += 1;
+            entry.ref_count += 1;
         }
         found
     }
 
     /// Takes `count` unused blocks and drops their content. Returns `None` if fewer are free.
-    pub(crate) fn take(&mut self, count: usize) -> Option<Vec<u32>> {
+    pub(crate) fn allocate(&mut self, count: usize) -> Option<Vec<u32>> {
         if self.free.len() < count {
             return None;
         }
@@ -103,8 +103,8 @@ impl Blocks {
         let taken: Vec<u32> = taken.collect();
         for &block in &taken {
             let entry = &mut self.blocks[block as usize];
-            entry.users = 1;
-            if let Some(key) = entry.key.take() {
+            entry.ref_count = 1;
+            if let Some(key) = entry.hash.take() {
                 self.by_key.remove(&key);
             }
         }
@@ -113,20 +113,20 @@ impl Blocks {
 
     /// Registers a full block in the prefix cache. If the key is registered already, the earlier block
     /// stays.
-    pub(crate) fn publish(&mut self, block: u32, key: Key) {
+    pub(crate) fn register_full_block(&mut self, block: u32, key: BlockHash) {
         if let std::collections::hash_map::Entry::Vacant(vacant) = self.by_key.entry(key) {
             vacant.insert(block);
-            self.blocks[block as usize].key = Some(key);
+            self.blocks[block as usize].hash = Some(key);
         }
     }
 
     /// Empties the prefix cache. Blocks in use keep their users.
-    pub(crate) fn forget(&mut self) {
+    pub(crate) fn clear_prefix_cache(&mut self) {
         self.by_key.clear();
         self.free.clear();
         for (entry, number) in self.blocks.iter_mut().zip(0..) {
-            (entry.key, entry.freed) = (None, 0);
-            if entry.users == 0 {
+            (entry.hash, entry.released_at) = (None, 0);
+            if entry.ref_count == 0 {
                 self.free.insert((0, number));
             }
         }
@@ -136,11 +136,11 @@ impl Blocks {
     pub(crate) fn release(&mut self, table: &[u32]) {
         for &block in table.iter().rev() {
             let entry = &mut self.blocks[block as usize];
-            entry.users -= 1;
-            if entry.users == 0 {
+            entry.ref_count -= 1;
+            if entry.ref_count == 0 {
                 self.clock += 1;
-                entry.freed = if entry.key.is_some() { self.clock } else { 0 };
-                self.free.insert((entry.freed, block));
+                entry.released_at = if entry.hash.is_some() { self.clock } else { 0 };
+                self.free.insert((entry.released_at, block));
             }
         }
     }
@@ -152,10 +152,10 @@ mod tests {
 
     use super::*;
 
-    fn chain(tokens: &[u32]) -> Vec<Key> {
+    fn chain(tokens: &[u32]) -> Vec<BlockHash> {
         let mut keys = Vec::new();
         for chunk in tokens.chunks_exact(2) {
-            keys.push(Key::after(keys.last().copied(), chunk));
+            keys.push(BlockHash::chained(keys.last().copied(), chunk));
         }
         keys
     }
@@ -169,14 +169,14 @@ mod tests {
 
     #[test]
     fn evicts_the_last_block_of_a_sequence_first() {
-        let mut blocks = Blocks::new(2, 3);
+        let mut blocks = BlockAllocator::new(2, 3);
         let keys = chain(&[1, 2, 3, 4, 5, 6]);
-        let table = blocks.take(3).unwrap();
-        table.iter().zip(&keys).for_each(|(block, key)| blocks.publish(*block, *key));
+        let table = blocks.allocate(3).unwrap();
+        table.iter().zip(&keys).for_each(|(block, key)| blocks.register_full_block(*block, *key));
         blocks.release(&table);
-        assert_eq!(blocks.at_hand(&keys), (3, 3));
-        let one = blocks.take(1).unwrap();
-        assert_eq!((blocks.at_hand(&keys), one), ((2, 2), vec![table[2]]));
+        assert_eq!(blocks.cached_prefix(&keys), (3, 3));
+        let one = blocks.allocate(1).unwrap();
+        assert_eq!((blocks.cached_prefix(&keys), one), ((2, 2), vec![table[2]]));
     }
 
     proptest! {
@@ -184,7 +184,7 @@ mod tests {
         /// block only with equal tokens.
         #[test]
         fn user_counts_match_the_block_tables(steps in prop::collection::vec((0usize..4, prop::collection::vec(0u32..3, 2..9)), 1..80)) {
-            let mut blocks = Blocks::new(2, 12);
+            let mut blocks = BlockAllocator::new(2, 12);
             let mut held: Vec<(Vec<u32>, Vec<u32>)> = Vec::new();
             for (what, tokens) in steps {
                 if what == 0 && !held.is_empty() {
@@ -192,13 +192,13 @@ mod tests {
                     blocks.release(&table);
                 } else {
                     let keys = chain(&tokens);
-                    let (shared, unused) = blocks.at_hand(&keys);
+                    let (shared, unused) = blocks.cached_prefix(&keys);
                     let needed = tokens.len().div_ceil(2) - shared;
-                    if blocks.free() - unused >= needed {
-                        let mut table = blocks.share(&keys[..shared]);
-                        table.extend(blocks.take(needed).unwrap());
+                    if blocks.free_count() - unused >= needed {
+                        let mut table = blocks.acquire_cached(&keys[..shared]);
+                        table.extend(blocks.allocate(needed).unwrap());
                         for (block, key) in table.iter().zip(&keys) {
-                            blocks.publish(*block, *key);
+                            blocks.register_full_block(*block, *key);
                         }
                         held.push((tokens, table));
                     }
@@ -206,9 +206,9 @@ mod tests {
                 let mut users = vec![0u32; 12];
                 held.iter().flat_map(|(_, table)| table).for_each(|block| users[*block as usize] += 1);
                 for (entry, users) in blocks.blocks.iter().zip(&users) {
-                    prop_assert_eq!(entry.users, *users);
+                    prop_assert_eq!(entry.ref_count, *users);
                 }
-                prop_assert_eq!(blocks.free(), users.iter().filter(|users| **users == 0).count());
+                prop_assert_eq!(blocks.free_count(), users.iter().filter(|users| **users == 0).count());
                 // Two sequences share a block only if all their tokens up to its end are equal.
                 for (tokens, table) in &held {
                     for (other, theirs) in &held {

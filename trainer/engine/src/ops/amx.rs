@@ -9,13 +9,13 @@
 use std::sync::OnceLock;
 
 /// Rows per tile.
-pub(super) const ROWS: usize = 16;
+pub(super) const TILE_ROWS: usize = 16;
 /// Bytes per row of a tile.
-pub(super) const BYTES: usize = 64;
+pub(super) const TILE_ROW_BYTES: usize = 64;
 
 /// Returns whether CPU and operating system support tiles. Linux grants tile registers on request only, because they
 /// enlarge every thread's state by 8 KiB (Documentation/arch/x86/xstate.rst).
-pub(super) fn available() -> bool {
+pub(super) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
         const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
@@ -26,18 +26,18 @@ pub(super) fn available() -> bool {
 }
 
 /// Rows and bytes per row of each tile.
-pub(super) type Shapes = [(usize, usize); 8];
+pub(super) type TileShapes = [(usize, usize); 8];
 
 /// Configured tile registers of this thread; dropping releases them.
-pub(super) struct Tiles(());
+pub(super) struct TileRegisters(());
 
-impl Tiles {
+impl TileRegisters {
     /// Configures the tile registers.
     ///
     /// # Safety
     ///
     /// [`available`] must have returned true.
-    pub(super) unsafe fn new(shapes: Shapes) -> Self {
+    pub(super) unsafe fn configure(shapes: TileShapes) -> Self {
         #[repr(C, align(64))]
         struct Config {
             palette: u8,
@@ -49,7 +49,7 @@ impl Tiles {
         let mut config =
             Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         for (at, (rows, bytes)) in shapes.into_iter().enumerate() {
-            assert!(rows <= ROWS && bytes <= BYTES);
+            assert!(rows <= TILE_ROWS && bytes <= TILE_ROW_BYTES);
             (config.rows[at], config.row_bytes[at]) = (rows as u8, bytes as u16);
         }
         // SAFETY: the caller guarantees that the CPU has the instruction, which reads the 64 bytes of
@@ -61,7 +61,7 @@ impl Tiles {
     }
 }
 
-impl Drop for Tiles {
+impl Drop for TileRegisters {
     fn drop(&mut self) {
         // SAFETY: a `Tiles` value exists only where the CPU has tiles.
         unsafe { std::arch::asm!("tilerelease", options(nostack, nomem, preserves_flags)) };

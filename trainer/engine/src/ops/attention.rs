@@ -10,69 +10,16 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::product::{Matrix, Product};
-use super::tiled::{self, by_head, grouped, tiled, ungrouped};
-use super::{Precision, axpy, dot, fused, softmax, values, with_values};
+pub use super::attention_shape::{AttentionHeads, Segment};
+use super::product::{Matmul, MatrixView};
+use super::tiled::{self, group_queries, split_heads, tiled_attention, ungroup_queries};
+use super::{Precision, axpy, contiguous_values, dot, has_fused_kernel, softmax, with_values};
 
 /// Query rows per tile.
-pub(crate) const TILE: usize = 64;
+pub(crate) const TILE_ROWS: usize = 64;
 /// Largest number of rows for which dot products are faster than a matrix product, which packs its inputs
 /// first.
-pub(crate) const FEW_ROWS: usize = 4;
-
-/// Rows of one sequence in a batch: rows `start .. start + len` are the tokens `past .. past + len`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Segment {
-    /// First row in the batch.
-    pub start: usize,
-    /// Number of rows in the batch.
-    pub len: usize,
-    /// Number of earlier tokens of the sequence, whose keys are in the KV cache.
-    pub past: usize,
-}
-
-impl Segment {
-    /// Splits the rows into parts: the first part has up to `first` rows, the others up to `each`.
-    pub(crate) fn parts(self, each: usize, first: usize) -> impl Iterator<Item = Self> {
-        let begins = std::iter::once(0).chain((first..self.len).step_by(each));
-        begins.filter(move |begin| *begin < self.len).map(move |begin| {
-            let most = if begin == 0 { first } else { each };
-            Self { start: self.start + begin, len: most.min(self.len - begin), past: self.past + begin }
-        })
-    }
-}
-
-/// Numbers and size of attention heads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Heads {
-    /// Number of query heads.
-    pub query: usize,
-    /// Number of key and value heads; divides `query`.
-    pub kv: usize,
-    /// Elements per head.
-    pub dim: usize,
-}
-
-impl Heads {
-    /// Factor on the scores, `1 / sqrt(dim)`.
-    pub(crate) fn scale(self) -> f32 {
-        1.0 / (self.dim as f32).sqrt()
-    }
-
-    pub(crate) fn query_width(self) -> usize {
-        self.query * self.dim
-    }
-
-    fn kv_width(self) -> usize {
-        self.kv * self.dim
-    }
-
-    /// Returns the query heads that share key head `kv`.
-    pub(crate) fn group(self, kv: usize) -> Range<usize> {
-        let size = self.query / self.kv;
-        kv * size..(kv + 1) * size
-    }
-}
+pub(crate) const MAX_DOT_ROWS: usize = 4;
 
 /// Computes attention of every segment over its own rows (`past` = 0), with a backward pass. `q`: `[rows,
 /// query * dim]`; `k` and `v`: `[rows, kv * dim]`; the result has the shape of `q`.
@@ -80,21 +27,25 @@ pub fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    heads: Heads,
+    heads: AttentionHeads,
     segments: &Arc<Vec<Segment>>,
     precision: Precision,
 ) -> Result<Tensor> {
-    if fused(q) {
-        let op = Attention { heads, segments: Arc::clone(segments), precision };
+    if has_fused_kernel(q) {
+        let op = AttentionOp { heads, segments: Arc::clone(segments), precision };
         q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
     } else {
-        stock([q, k, v], heads, segments)
+        unfused_attention([q, k, v], heads, segments)
     }
 }
 
 /// Attention on other devices and types, where no fused form exists. Each segment's rows attend to its
 /// `past + len` keys, which are concatenated by segment in `k` and `v`.
-pub(crate) fn stock([q, k, v]: [&Tensor; 3], heads: Heads, segments: &[Segment]) -> Result<Tensor> {
+pub(crate) fn unfused_attention(
+    [q, k, v]: [&Tensor; 3],
+    heads: AttentionHeads,
+    segments: &[Segment],
+) -> Result<Tensor> {
     #[cfg(feature = "flash-attn")]
     if let Some(out) = super::flash::flash([q, k, v], heads, segments)? {
         return Ok(out);
@@ -104,26 +55,39 @@ pub(crate) fn stock([q, k, v]: [&Tensor; 3], heads: Heads, segments: &[Segment])
     for s in segments {
         let keys = s.past + s.len;
         let (k, v) = (k.narrow(0, first, keys)?, v.narrow(0, first, keys)?);
-        parts.push(tiled(&q.narrow(0, s.start, s.len)?, &k, &v, heads, s.past)?);
+        parts.push(tiled_attention(&q.narrow(0, s.start, s.len)?, &k, &v, heads, s.past)?);
         first += keys;
     }
     Tensor::cat(&parts, 0)
 }
 
 /// Plain form for one sequence; the rows of `q` follow the first `past` keys.
-pub fn plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, past: usize) -> Result<Tensor> {
-    let (q, k, v) = (grouped(q, heads)?, by_head(k, heads)?, by_head(v, heads)?);
-    let probs = tiled::probabilities(&q, &k, heads, past)?.to_dtype(v.dtype())?;
-    ungrouped(&probs.matmul(&v)?, heads)
+pub fn reference_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: AttentionHeads,
+    past: usize,
+) -> Result<Tensor> {
+    let (q, k, v) = (group_queries(q, heads)?, split_heads(k, heads)?, split_heads(v, heads)?);
+    let probs = tiled::causal_softmax(&q, &k, heads, past)?.to_dtype(v.dtype())?;
+    ungroup_queries(&probs.matmul(&v)?, heads)
 }
 
 /// Attention of one sequence's rows over themselves, on the calling thread.
-fn own_rows(q: &[f32], k: &[f32], v: &[f32], heads: Heads, precision: Precision, out: &mut [f32]) {
+fn attend_segment(
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    heads: AttentionHeads,
+    precision: Precision,
+    out: &mut [f32],
+) {
     let (qw, kw) = (heads.query_width(), heads.kv_width());
     let q_rows = q.len() / qw;
     for kv in 0..heads.kv {
         let k0 = kv * heads.dim;
-        for head in heads.group(kv) {
+        for head in heads.query_group(kv) {
             let q0 = head * heads.dim;
             let out = (&mut out[q0..], qw);
             let (q, kv) = ((&q[q0..], qw), (&k[k0..], &v[k0..], kw));
@@ -137,21 +101,21 @@ fn own_rows(q: &[f32], k: &[f32], v: &[f32], heads: Heads, precision: Precision,
 pub(crate) fn attend_head(
     (q, q_stride): (&[f32], usize),
     (k, v, kv_stride): (&[f32], &[f32], usize),
-    heads: Heads,
+    heads: AttentionHeads,
     past: usize,
     rows: usize,
     precision: Precision,
     (out, out_stride): (&mut [f32], usize),
 ) {
     let mut scores = Vec::new();
-    for first in (0..rows).step_by(TILE) {
-        let tile = TILE.min(rows - first);
+    for first in (0..rows).step_by(TILE_ROWS) {
+        let tile = TILE_ROWS.min(rows - first);
         let keys = past + first + tile;
-        let q = Matrix::strided(&q[first * q_stride..], tile, heads.dim, q_stride);
-        probabilities(q, Matrix::strided(k, keys, heads.dim, kv_stride), heads, precision, &mut scores);
-        let v = Matrix::strided(v, keys, heads.dim, kv_stride);
+        let q = MatrixView::strided(&q[first * q_stride..], tile, heads.dim, q_stride);
+        causal_softmax(q, MatrixView::strided(k, keys, heads.dim, kv_stride), heads, precision, &mut scores);
+        let v = MatrixView::strided(v, keys, heads.dim, kv_stride);
         weighted_sum(
-            Matrix::new(&scores, tile, keys),
+            MatrixView::new(&scores, tile, keys),
             v,
             precision,
             &mut out[first * out_stride..],
@@ -162,19 +126,30 @@ pub(crate) fn attend_head(
 
 /// Causal softmax of `q` over `k`, in which the last query row sees all keys. Fills `scores`, `[rows,
 /// keys]`, with zeros above the diagonal.
-fn probabilities(q: Matrix<'_>, k: Matrix<'_>, heads: Heads, precision: Precision, scores: &mut Vec<f32>) {
+fn causal_softmax(
+    q: MatrixView<'_>,
+    k: MatrixView<'_>,
+    heads: AttentionHeads,
+    precision: Precision,
+    scores: &mut Vec<f32>,
+) {
     let (rows, keys) = (q.rows, k.rows);
     scores.clear();
     scores.resize(rows * keys, 0.0);
-    if rows <= FEW_ROWS {
+    if rows <= MAX_DOT_ROWS {
         for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
             let q = q.row(row);
             for (key, score) in scores.iter_mut().enumerate() {
-                *score = heads.scale() * dot(q, k.row(key));
+                *score = heads.score_scale() * dot(q, k.row(key));
             }
         }
     } else {
-        Product::alone(precision).scaled(heads.scale()).run(scores, keys, q, k.t());
+        Matmul::single_threaded(precision).with_scale(heads.score_scale()).multiply_into(
+            scores,
+            keys,
+            q,
+            k.transposed(),
+        );
     }
     for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
         let (seen, unseen) = scores.split_at_mut(keys - rows + row + 1);
@@ -184,8 +159,14 @@ fn probabilities(q: Matrix<'_>, k: Matrix<'_>, heads: Heads, precision: Precisio
 }
 
 /// Computes `out[row] = Σ scores[row][key] * v[key]`.
-fn weighted_sum(scores: Matrix<'_>, v: Matrix<'_>, precision: Precision, out: &mut [f32], out_stride: usize) {
-    if scores.rows <= FEW_ROWS {
+fn weighted_sum(
+    scores: MatrixView<'_>,
+    v: MatrixView<'_>,
+    precision: Precision,
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    if scores.rows <= MAX_DOT_ROWS {
         for row in 0..scores.rows {
             let out = &mut out[row * out_stride..row * out_stride + v.columns];
             out.fill(0.0);
@@ -194,18 +175,18 @@ fn weighted_sum(scores: Matrix<'_>, v: Matrix<'_>, precision: Precision, out: &m
             }
         }
     } else {
-        Product::alone(precision).run(out, out_stride, scores, v);
+        Matmul::single_threaded(precision).multiply_into(out, out_stride, scores, v);
     }
 }
 
-struct Attention {
-    heads: Heads,
+struct AttentionOp {
+    heads: AttentionHeads,
     segments: Arc<Vec<Segment>>,
     precision: Precision,
 }
 
 /// Splits `data` into the rows of each segment. Segments are in order and cover all rows.
-fn by_segment<'a>(data: &'a mut [f32], segments: &[Segment], width: usize) -> Vec<&'a mut [f32]> {
+fn split_by_segment<'a>(data: &'a mut [f32], segments: &[Segment], width: usize) -> Vec<&'a mut [f32]> {
     let mut rest = data;
     let mut parts = Vec::with_capacity(segments.len());
     for segment in segments {
@@ -216,7 +197,7 @@ fn by_segment<'a>(data: &'a mut [f32], segments: &[Segment], width: usize) -> Ve
     parts
 }
 
-impl CustomOp3 for Attention {
+impl CustomOp3 for AttentionOp {
     fn name(&self) -> &'static str {
         "attention"
     }
@@ -230,19 +211,20 @@ impl CustomOp3 for Attention {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (q, k, v) = (values(s1, l1)?, values(s2, l2)?, values(s3, l3)?);
+        let (q, k, v) = (contiguous_values(s1, l1)?, contiguous_values(s2, l2)?, contiguous_values(s3, l3)?);
         let (qw, kw) = (self.heads.query_width(), self.heads.kv_width());
         let mut out = vec![0f32; q.len()];
-        by_segment(&mut out, &self.segments, qw).into_par_iter().zip(self.segments.par_iter()).for_each(
-            |(out, s)| {
+        split_by_segment(&mut out, &self.segments, qw)
+            .into_par_iter()
+            .zip(self.segments.par_iter())
+            .for_each(|(out, s)| {
                 let rows = |data: &'_ [f32], width: usize| -> Range<usize> {
                     debug_assert!((s.start + s.len) * width <= data.len());
                     s.start * width..(s.start + s.len) * width
                 };
                 let (q, k, v) = (&q[rows(q, qw)], &k[rows(k, kw)], &v[rows(v, kw)]);
-                own_rows(q, k, v, self.heads, self.precision, out);
-            },
-        );
+                attend_segment(q, k, v, self.heads, self.precision, out);
+            });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -257,10 +239,10 @@ impl CustomOp3 for Attention {
         let (qw, kw) = (self.heads.query_width(), self.heads.kv_width());
         let (dq, dk, dv) = with_values([q, k, v, grad], |[qd, kd, vd, gd]| {
             let (mut dq, mut dk, mut dv) = (vec![0f32; qd.len()], vec![0f32; kd.len()], vec![0f32; vd.len()]);
-            by_segment(&mut dq, &self.segments, qw)
+            split_by_segment(&mut dq, &self.segments, qw)
                 .into_par_iter()
-                .zip(by_segment(&mut dk, &self.segments, kw))
-                .zip(by_segment(&mut dv, &self.segments, kw))
+                .zip(split_by_segment(&mut dk, &self.segments, kw))
+                .zip(split_by_segment(&mut dv, &self.segments, kw))
                 .zip(self.segments.par_iter())
                 .for_each(|(((dq, dk), dv), s)| {
                     let (qr, kr) =
@@ -278,7 +260,7 @@ impl CustomOp3 for Attention {
     }
 }
 
-impl Attention {
+impl AttentionOp {
     /// Backward pass of one segment. With `P` the probabilities and `g` the gradient of the output: `dV =
     /// Pᵀ g`, `dP = g Vᵀ`, `dS = P ∘ (dP - rowsum(P ∘ dP))`, `dQ = scale dS K`, `dK = scale dSᵀ Q`.
     fn segment_backward(
@@ -292,32 +274,36 @@ impl Attention {
         let heads = self.heads;
         let (qw, kw, dim) = (heads.query_width(), heads.kv_width(), heads.dim);
         let (mut probs, mut dprobs) = (Vec::new(), Vec::new());
-        let how = Product::alone(self.precision);
+        let how = Matmul::single_threaded(self.precision);
         for kv in 0..heads.kv {
             let k0 = kv * dim;
-            for head in heads.group(kv) {
-                for first in (0..rows).step_by(TILE) {
-                    let tile = TILE.min(rows - first);
+            for head in heads.query_group(kv) {
+                for first in (0..rows).step_by(TILE_ROWS) {
+                    let tile = TILE_ROWS.min(rows - first);
                     let keys = first + tile;
                     let q0 = first * qw + head * dim;
-                    let (q, g) =
-                        (Matrix::strided(&q[q0..], tile, dim, qw), Matrix::strided(&g[q0..], tile, dim, qw));
-                    let (k, v) =
-                        (Matrix::strided(&k[k0..], keys, dim, kw), Matrix::strided(&v[k0..], keys, dim, kw));
-                    probabilities(q, k, heads, self.precision, &mut probs);
-                    let p = Matrix::new(&probs, tile, keys);
-                    how.adding(true).run(&mut dv[k0..], kw, p.t(), g);
+                    let (q, g) = (
+                        MatrixView::strided(&q[q0..], tile, dim, qw),
+                        MatrixView::strided(&g[q0..], tile, dim, qw),
+                    );
+                    let (k, v) = (
+                        MatrixView::strided(&k[k0..], keys, dim, kw),
+                        MatrixView::strided(&v[k0..], keys, dim, kw),
+                    );
+                    causal_softmax(q, k, heads, self.precision, &mut probs);
+                    let p = MatrixView::new(&probs, tile, keys);
+                    how.with_accumulate(true).multiply_into(&mut dv[k0..], kw, p.transposed(), g);
                     dprobs.clear();
                     dprobs.resize(tile * keys, 0.0);
-                    how.run(&mut dprobs, keys, g, v.t());
+                    how.multiply_into(&mut dprobs, keys, g, v.transposed());
                     for (p, dp) in probs.chunks_exact(keys).zip(dprobs.chunks_exact_mut(keys)) {
                         let row_sum = dot(p, dp);
                         dp.iter_mut().zip(p).for_each(|(dp, p)| *dp = p * (*dp - row_sum));
                     }
-                    let ds = Matrix::new(&dprobs, tile, keys);
-                    let how = how.scaled(heads.scale());
-                    how.run(&mut dq[q0..], qw, ds, k);
-                    how.adding(true).run(&mut dk[k0..], kw, ds.t(), q);
+                    let ds = MatrixView::new(&dprobs, tile, keys);
+                    let how = how.with_scale(heads.score_scale());
+                    how.multiply_into(&mut dq[q0..], qw, ds, k);
+                    how.with_accumulate(true).multiply_into(&mut dk[k0..], kw, ds.transposed(), q);
                 }
             }
         }

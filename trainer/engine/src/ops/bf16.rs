@@ -11,8 +11,9 @@
 mod amx;
 mod avx512;
 mod layout;
+mod tile;
 
-pub(super) use layout::pairs;
+pub(super) use layout::interleave_bf16;
 
 use std::cell::Cell;
 use std::sync::OnceLock;
@@ -20,20 +21,15 @@ use std::thread::LocalKey;
 
 use rayon::prelude::*;
 
-use super::product::{Matrix, Product};
-
-/// Rows per panel.
-const LANES: usize = 16;
-/// Values of a tile along the sum.
-const DEPTH: usize = 32;
-/// Values per tile.
-const TILE: usize = LANES * DEPTH;
+use self::tile::{OperandView, OutputRect, PANEL_ROWS, TILE_DEPTH, TILE_VALUES};
+use super::cpu_features;
+use super::matrix::{Matmul, MatrixView};
 /// Maximum number of left rows per task.
-const LEFT: usize = 256;
+const MAX_LEFT_ROWS: usize = 256;
 /// Number of right columns packed at a time.
-const RIGHT: usize = 4096;
+const RIGHT_BLOCK_COLUMNS: usize = 4096;
 /// Length of the sums computed at a time.
-const SUM: usize = 1024;
+const SUM_BLOCK_LENGTH: usize = 1024;
 
 /// Instruction sets of the kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,15 +43,12 @@ enum Kernel {
 
 impl Kernel {
     /// Returns the kernels that this CPU supports, fastest last.
-    fn all() -> Vec<Self> {
+    fn supported() -> Vec<Self> {
         let mut all = Vec::new();
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512bf16")
-        {
+        if cpu_features::has_bf16() {
             all.push(Self::Avx512);
             #[cfg(target_os = "linux")]
-            if super::amx::available() {
+            if super::amx::is_available() {
                 all.push(Self::Amx);
             }
         }
@@ -63,19 +56,14 @@ impl Kernel {
     }
 
     /// Returns the fastest kernel of this CPU.
-    fn best() -> Option<Self> {
+    fn fastest() -> Option<Self> {
         static BEST: OnceLock<Option<Kernel>> = OnceLock::new();
-        *BEST.get_or_init(|| Self::all().pop())
+        *BEST.get_or_init(|| Self::supported().pop())
     }
 }
 
-/// Returns whether this CPU has bf16 products.
-pub(super) fn available() -> bool {
-    Kernel::best().is_some()
-}
-
 /// The right side of a product, which packs its own values.
-pub(super) trait Right: Sync {
+pub(super) trait RightOperand: Sync {
     /// Packs a panel of 16 columns from `first` on, with `sum` values from `begin` on, rounded to bf16.
     /// Each tile holds 16 pairs along the sum, with 16 columns per pair. Columns and values beyond the
     /// matrix are zero.
@@ -83,57 +71,35 @@ pub(super) trait Right: Sync {
     /// # Safety
     ///
     /// The CPU must have AVX512-BF16.
-    unsafe fn panel(&self, first: usize, begin: usize, sum: usize, room: &mut [u16]);
+    unsafe fn pack_panel(&self, first: usize, begin: usize, sum: usize, room: &mut [u16]);
 }
 
-/// One side of a product: sizes and strides along the result (`outer`) and along the sum.
-#[derive(Clone, Copy)]
-struct Side<'a> {
-    values: &'a [f32],
-    outer: usize,
-    sum: usize,
-    outer_stride: usize,
-    sum_stride: usize,
-}
-
-impl<'a> From<Matrix<'a>> for Side<'a> {
-    fn from(left: Matrix<'a>) -> Self {
-        Self {
-            values: left.values,
-            outer: left.rows,
-            sum: left.columns,
-            outer_stride: left.row_stride,
-            sum_stride: left.column_stride,
-        }
-    }
-}
-
-impl Right for Side<'_> {
-    unsafe fn panel(&self, first: usize, begin: usize, sum: usize, room: &mut [u16]) {
+impl RightOperand for OperandView<'_> {
+    unsafe fn pack_panel(&self, first: usize, begin: usize, sum: usize, room: &mut [u16]) {
         // SAFETY: the caller guarantees the CPU features.
-        unsafe { layout::panel(*self, layout::Order::Pairs, first, begin, sum, 1.0, room) };
+        unsafe { layout::pack_panel(*self, layout::TileOrder::Pairs, first, begin, sum, 1.0, room) };
     }
 }
 
 // Buffers for tiles, kept between products, because fresh allocations of this size cost page faults. Each
 // side has a buffer, because the thread that packs the right side also packs left rows.
 thread_local! {
-    static LEFT_ROOM: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
-    static RIGHT_ROOM: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
+    static LEFT_BUFFER: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
+    static RIGHT_BUFFER: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
 }
 
 /// Calls `work` with a buffer of `values` values, aligned to a cache line.
-fn with_room<R>(
+fn with_buffer<R>(
     kept: &'static LocalKey<Cell<Vec<u16>>>,
     values: usize,
     work: impl FnOnce(&mut [u16]) -> R,
 ) -> R {
-    const LINE: usize = 32;
+    const CACHE_LINE_VALUES: usize = 32;
     let mut room = kept.take();
-    if room.len() < values + LINE {
-        room.resize(values + LINE, 0);
+    if room.len() < values + CACHE_LINE_VALUES {
+        room.resize(values + CACHE_LINE_VALUES, 0);
     }
-    let skip = room.as_ptr().align_offset(64).min(LINE);
+    let skip = room.as_ptr().align_offset(64).min(CACHE_LINE_VALUES);
     let result = work(&mut room[skip..skip + values]);
     kept.set(room);
     result
@@ -146,74 +112,74 @@ fn with_room<R>(
 ///
 /// `dst` must have room for all rows, must not be accessed by others, and must be initialized if the
 /// product is added.
-pub(super) unsafe fn run(
-    product: &Product,
+pub(super) unsafe fn try_matmul(
+    product: &Matmul,
     dst: *mut f32,
     stride: usize,
-    lhs: Matrix<'_>,
-    rhs: Matrix<'_>,
+    lhs: MatrixView<'_>,
+    rhs: MatrixView<'_>,
 ) -> bool {
-    let Some(kernel) = Kernel::best() else { return false };
-    let (left, right) = (Side::from(lhs), Side::from(rhs.t()));
-    let laid_out = |side: &Side<'_>| side.outer_stride == 1 || side.sum_stride == 1;
+    let Some(kernel) = Kernel::fastest() else { return false };
+    let (left, right) = (OperandView::from(lhs), OperandView::from(rhs.transposed()));
+    let laid_out = |side: &OperandView<'_>| side.outer_stride == 1 || side.sum_stride == 1;
     if !laid_out(&left) || !laid_out(&right) {
         return false;
     }
-    multiply(product, &Target { start: dst, stride }, left, (&right, right.outer), kernel);
+    blocked_matmul(product, &OutputMatrix { start: dst, stride }, left, (&right, right.outer), kernel);
     true
 }
 
 /// Returns `lhs * right` as a new row-major matrix, for a right side of `columns` columns. Returns `None`
 /// if the CPU has no bf16 products.
-pub(super) fn product_with(
-    product: &Product,
-    lhs: Matrix<'_>,
-    right: &impl Right,
+pub(super) fn matmul_with(
+    product: &Matmul,
+    lhs: MatrixView<'_>,
+    right: &impl RightOperand,
     columns: usize,
 ) -> Option<Vec<f32>> {
-    let kernel = Kernel::best()?;
+    let kernel = Kernel::fastest()?;
     assert!(lhs.columns > 0, "product: sums of nothing");
     let mut out = Vec::with_capacity(lhs.rows * columns);
-    let target = Target { start: out.as_mut_ptr(), stride: columns };
-    multiply(&product.adding(false), &target, lhs.into(), (right, columns), kernel);
+    let target = OutputMatrix { start: out.as_mut_ptr(), stride: columns };
+    blocked_matmul(&product.with_accumulate(false), &target, lhs.into(), (right, columns), kernel);
     // SAFETY: the capacity suffices, and the product has written every value.
     unsafe { out.set_len(lhs.rows * columns) };
     Some(out)
 }
 
 /// Computes a product with `n` right columns by blocks of columns and of the sum.
-fn multiply<R: Right>(
-    product: &Product,
-    target: &Target,
-    left: Side<'_>,
+fn blocked_matmul<R: RightOperand>(
+    product: &Matmul,
+    target: &OutputMatrix,
+    left: OperandView<'_>,
     (right, n): (&R, usize),
     kernel: Kernel,
 ) {
     let (m, k) = (left.outer, left.sum);
-    let task = task_rows(m, product.threads);
-    for from in (0..n).step_by(RIGHT) {
-        let columns = RIGHT.min(n - from);
-        for begin in (0..k).step_by(SUM) {
-            let sum = SUM.min(k - begin);
+    let task = rows_per_task(m, product.threads);
+    for from in (0..n).step_by(RIGHT_BLOCK_COLUMNS) {
+        let columns = RIGHT_BLOCK_COLUMNS.min(n - from);
+        for begin in (0..k).step_by(SUM_BLOCK_LENGTH) {
+            let sum = SUM_BLOCK_LENGTH.min(k - begin);
             let add = product.add || begin > 0;
-            let panel = sum.div_ceil(DEPTH) * TILE;
-            with_room(&RIGHT_ROOM, columns.div_ceil(LANES) * panel, |room| {
+            let panel = sum.div_ceil(TILE_DEPTH) * TILE_VALUES;
+            with_buffer(&RIGHT_BUFFER, columns.div_ceil(PANEL_ROWS) * panel, |room| {
                 let lay = |(at, room): (usize, &mut [u16])| {
-                    let first = from + at * LANES;
+                    let first = from + at * PANEL_ROWS;
                     // SAFETY: `Kernel::all` offers a kernel only on CPUs that support its instructions.
-                    unsafe { right.panel(first, begin, sum, room) };
+                    unsafe { right.pack_panel(first, begin, sum, room) };
                 };
                 let rows = |at: usize, right_panels: &[u16]| {
                     let first = at * task;
                     let rows = task.min(m - first);
-                    with_room(&LEFT_ROOM, rows.div_ceil(LANES) * panel, |room| {
+                    with_buffer(&LEFT_BUFFER, rows.div_ceil(PANEL_ROWS) * panel, |room| {
                         for (at, room) in room.chunks_exact_mut(panel).enumerate() {
-                            let first = first + at * LANES;
+                            let first = first + at * PANEL_ROWS;
                             // SAFETY: as above.
                             unsafe {
-                                layout::panel(
+                                layout::pack_panel(
                                     left,
-                                    layout::Order::Rows,
+                                    layout::TileOrder::Rows,
                                     first,
                                     begin,
                                     sum,
@@ -222,8 +188,8 @@ fn multiply<R: Right>(
                                 )
                             };
                         }
-                        let place = Place { row: first, column: from, rows, columns };
-                        panels(target, place, room, right_panels, panel, add, kernel);
+                        let place = ResultRect { row: first, column: from, rows, columns };
+                        multiply_panels(target, place, room, right_panels, panel, add, kernel);
                     });
                 };
                 let tasks = m.div_ceil(task);
@@ -240,13 +206,13 @@ fn multiply<R: Right>(
 }
 
 /// Returns the left rows per task: few enough to occupy all threads, and whole pairs of panels.
-fn task_rows(rows: usize, threads: usize) -> usize {
-    rows.div_ceil(2 * threads.max(1)).next_multiple_of(2 * LANES).min(LEFT)
+fn rows_per_task(rows: usize, threads: usize) -> usize {
+    rows.div_ceil(2 * threads.max(1)).next_multiple_of(2 * PANEL_ROWS).min(MAX_LEFT_ROWS)
 }
 
 /// A rectangle of the result.
 #[derive(Clone, Copy)]
-struct Place {
+struct ResultRect {
     row: usize,
     column: usize,
     rows: usize,
@@ -254,18 +220,18 @@ struct Place {
 }
 
 /// Raw output matrix. Several tasks write, each its own rows.
-struct Target {
+struct OutputMatrix {
     start: *mut f32,
     stride: usize,
 }
 
 // SAFETY: tasks write disjoint rows, and the matrix is read only after all tasks have ended.
-unsafe impl Sync for Target {}
+unsafe impl Sync for OutputMatrix {}
 
 /// Computes all products of the left panels with the right panels.
-fn panels(
-    target: &Target,
-    place: Place,
+fn multiply_panels(
+    target: &OutputMatrix,
+    place: ResultRect,
     left: &[u16],
     right: &[u16],
     panel: usize,
@@ -275,7 +241,7 @@ fn panels(
     // SAFETY: the caller of `run` guarantees the result, `place` lies within, no other task has these rows,
     // and panels are whole tiles.
     unsafe {
-        let part = Part {
+        let part = OutputRect {
             start: target.start.add(place.row * target.stride + place.column),
             stride: target.stride,
             rows: place.rows,
@@ -283,30 +249,22 @@ fn panels(
         };
         match kernel {
             #[cfg(target_os = "linux")]
-            Kernel::Amx => amx::panels(&part, left, right, panel, add),
-            Kernel::Avx512 => avx512::panels(&part, left, right, panel, add),
+            Kernel::Amx => amx::multiply_panels(&part, left, right, panel, add),
+            Kernel::Avx512 => avx512::multiply_panels(&part, left, right, panel, add),
         }
     }
 }
 
-/// A rectangle of the result as raw memory.
-struct Part {
-    start: *mut f32,
-    stride: usize,
-    rows: usize,
-    columns: usize,
-}
-
-impl Part {
+impl OutputRect {
     /// Stores or adds a tile of 16 x 16 sums at `row`, `column`. Sums beyond the rectangle are padding and
     /// are dropped.
     ///
     /// # Safety
     ///
     /// The rectangle must lie within a matrix that no other thread accesses.
-    unsafe fn put(&self, row: usize, column: usize, sums: &[f32; LANES * LANES], add: bool) {
-        let columns = LANES.min(self.columns - column);
-        for (at, sums) in sums.chunks_exact(LANES).take(self.rows - row).enumerate() {
+    unsafe fn store_tile(&self, row: usize, column: usize, sums: &[f32; PANEL_ROWS * PANEL_ROWS], add: bool) {
+        let columns = PANEL_ROWS.min(self.columns - column);
+        for (at, sums) in sums.chunks_exact(PANEL_ROWS).take(self.rows - row).enumerate() {
             // SAFETY: row and columns lie within the rectangle, which is initialized if the sums are added.
             unsafe {
                 let to = self.start.add((row + at) * self.stride + column);
@@ -325,7 +283,7 @@ impl Part {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::noise;
+    use super::super::test_noise;
     use super::*;
     use crate::ops::Precision;
 
@@ -350,19 +308,19 @@ mod tests {
             scale in prop_oneof![Just(1.0f32), Just(0.125), Just(0.3)],
             seed in any::<u64>(),
         ) {
-            let mut next = noise(seed);
+            let mut next = test_noise(seed);
             let gap = 3;
             let left: Vec<f32> = (0..m * k).map(|_| next()).collect();
             let right: Vec<f32> = (0..k * n).map(|_| next()).collect();
             let before: Vec<f32> = (0..m * (n + gap)).map(|_| next()).collect();
-            let lhs = if left_turned { Matrix::new(&left, k, m).t() } else { Matrix::new(&left, m, k) };
-            let rhs = if right_turned { Matrix::new(&right, n, k).t() } else { Matrix::new(&right, k, n) };
-            let product = |threads| Product { scale, add, threads, precision: Precision::Bf16 };
-            for kernel in Kernel::all() {
+            let lhs = if left_turned { MatrixView::new(&left, k, m).transposed() } else { MatrixView::new(&left, m, k) };
+            let rhs = if right_turned { MatrixView::new(&right, n, k).transposed() } else { MatrixView::new(&right, k, n) };
+            let product = |threads| Matmul { scale, add, threads, precision: Precision::Bf16 };
+            for kernel in Kernel::supported() {
                 let [found, shared] = [1, 2].map(|threads| {
                     let mut found = before.clone();
-                    let target = Target { start: found.as_mut_ptr(), stride: n + gap };
-                    multiply(&product(threads), &target, lhs.into(), (&Side::from(rhs.t()), n), kernel);
+                    let target = OutputMatrix { start: found.as_mut_ptr(), stride: n + gap };
+                    blocked_matmul(&product(threads), &target, lhs.into(), (&OperandView::from(rhs.transposed()), n), kernel);
                     found
                 });
                 prop_assert!(found == shared, "threads change the bits");

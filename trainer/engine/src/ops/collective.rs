@@ -29,7 +29,7 @@ impl Collective {
     /// Sums tensors over the devices. `ranks` holds the tensors of each device, with equal shapes and order
     /// on all. Returns the sums on every device. Without NCCL the order of additions is the order of the
     /// devices.
-    pub fn sum(&self, mut ranks: Vec<Vec<Tensor>>) -> Result<Vec<Vec<Tensor>>> {
+    pub fn all_reduce_sum(&self, mut ranks: Vec<Vec<Tensor>>) -> Result<Vec<Vec<Tensor>>> {
         if ranks.len() != self.devices.len() || ranks.iter().any(|rank| rank.len() != ranks[0].len()) {
             candle_core::bail!("a sum over {} devices needs as many tensors of each", self.devices.len());
         }
@@ -127,7 +127,7 @@ mod nccl {
             macro_rules! reduce {
                 ($type:ty) => {{
                     let mut values = storage.as_cuda_slice_mut::<$type>()?.slice_mut(start..end);
-                    self.0.all_reduce_in_place(&mut values, &ReduceOp::Sum).map(drop).map_err(told)
+                    self.0.all_reduce_in_place(&mut values, &ReduceOp::Sum).map(drop).map_err(nccl_error)
                 }};
             }
             match storage.dtype() {
@@ -152,13 +152,13 @@ mod tests {
             let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
             vec![tensor(&[by, 2.0 * by]), tensor(&[-by])]
         };
-        let sums = collective.sum(vec![rank(1.0), rank(10.0), rank(100.0)]).unwrap();
+        let sums = collective.all_reduce_sum(vec![rank(1.0), rank(10.0), rank(100.0)]).unwrap();
         for sum in &sums {
             assert_eq!(sum[0].to_vec1::<f32>().unwrap(), [111.0, 222.0]);
             assert_eq!(sum[1].to_vec1::<f32>().unwrap(), [-111.0]);
         }
         sums[0][0].slice_set(&Tensor::new(&[0f32], &Device::Cpu).unwrap(), 0, 0).unwrap();
         assert_eq!(sums[1][0].to_vec1::<f32>().unwrap(), [111.0, 222.0], "memory of its own");
-        assert!(collective.sum(vec![rank(1.0)]).is_err(), "a device is missing");
+        assert!(collective.all_reduce_sum(vec![rank(1.0)]).is_err(), "a device is missing");
     }
 }

@@ -14,9 +14,9 @@ pub fn exp(x: f32) -> f32 {
     let clamped = x.clamp(-87.0, 88.0);
     // Adding 1.5 * 2^23 rounds to an integer, which then occupies the low bits of the sum. A conversion to
     // `i32` would not vectorize because of its range checks.
-    const WHOLE: f32 = 12_582_912.0;
-    let shifted = clamped * LOG2_E + WHOLE;
-    let n = shifted - WHOLE;
+    const ROUNDING_SHIFT: f32 = 12_582_912.0;
+    let shifted = clamped * LOG2_E + ROUNDING_SHIFT;
+    let n = shifted - ROUNDING_SHIFT;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, clamped));
     let mut p = 1.388_888_9e-3f32;
     p = p.mul_add(r, 8.333_334e-3);

@@ -4,7 +4,7 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 
 /// `backward` receives the inputs and the gradient of the value; returns the gradients of the inputs.
-pub(crate) struct Known<B> {
+pub(crate) struct PrecomputedOp<B> {
     name: &'static str,
     value: Tensor,
     backward: B,
@@ -14,35 +14,35 @@ pub(crate) struct Known<B> {
 type Gradient = Option<Tensor>;
 
 /// Returns a node with one input.
-pub(crate) fn of_one(
+pub(crate) fn unary(
     name: &'static str,
     value: Tensor,
     backward: impl Fn(&Tensor, &Tensor) -> Result<Gradient> + Send + Sync + 'static,
 ) -> impl CustomOp1 + Send + Sync + 'static {
-    Known { name, value, backward }
+    PrecomputedOp { name, value, backward }
 }
 
 /// Returns a node with two inputs.
-pub(crate) fn of_two(
+pub(crate) fn binary(
     name: &'static str,
     value: Tensor,
     backward: impl Fn([&Tensor; 2], &Tensor) -> Result<(Gradient, Gradient)> + Send + Sync + 'static,
 ) -> impl CustomOp2 + Send + Sync + 'static {
-    Known { name, value, backward }
+    PrecomputedOp { name, value, backward }
 }
 
 /// Returns a node with three inputs.
-pub(crate) fn of_three(
+pub(crate) fn ternary(
     name: &'static str,
     value: Tensor,
     backward: impl Fn([&Tensor; 3], &Tensor) -> Result<(Gradient, Gradient, Gradient)> + Send + Sync + 'static,
 ) -> impl CustomOp3 + Send + Sync + 'static {
-    Known { name, value, backward }
+    PrecomputedOp { name, value, backward }
 }
 
-impl<B> Known<B> {
+impl<B> PrecomputedOp<B> {
     /// Returns the value as CPU storage.
-    fn on_cpu(&self) -> Result<(CpuStorage, Shape)> {
+    fn cpu_value(&self) -> Result<(CpuStorage, Shape)> {
         let value = self.value.contiguous()?;
         let (storage, layout) = value.storage_and_layout();
         match (&*storage, layout.start_offset()) {
@@ -63,13 +63,13 @@ impl<B> Known<B> {
     }
 }
 
-impl<B: Fn(&Tensor, &Tensor) -> Result<Gradient>> CustomOp1 for Known<B> {
+impl<B: Fn(&Tensor, &Tensor) -> Result<Gradient>> CustomOp1 for PrecomputedOp<B> {
     fn name(&self) -> &'static str {
         self.name
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.on_cpu()
+        self.cpu_value()
     }
 
     #[cfg(feature = "cuda")]
@@ -86,13 +86,13 @@ impl<B: Fn(&Tensor, &Tensor) -> Result<Gradient>> CustomOp1 for Known<B> {
     }
 }
 
-impl<B: Fn([&Tensor; 2], &Tensor) -> Result<(Gradient, Gradient)>> CustomOp2 for Known<B> {
+impl<B: Fn([&Tensor; 2], &Tensor) -> Result<(Gradient, Gradient)>> CustomOp2 for PrecomputedOp<B> {
     fn name(&self) -> &'static str {
         self.name
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.on_cpu()
+        self.cpu_value()
     }
 
     #[cfg(feature = "cuda")]
@@ -111,7 +111,7 @@ impl<B: Fn([&Tensor; 2], &Tensor) -> Result<(Gradient, Gradient)>> CustomOp2 for
     }
 }
 
-impl<B: Fn([&Tensor; 3], &Tensor) -> Result<(Gradient, Gradient, Gradient)>> CustomOp3 for Known<B> {
+impl<B: Fn([&Tensor; 3], &Tensor) -> Result<(Gradient, Gradient, Gradient)>> CustomOp3 for PrecomputedOp<B> {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -125,7 +125,7 @@ impl<B: Fn([&Tensor; 3], &Tensor) -> Result<(Gradient, Gradient, Gradient)>> Cus
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        self.on_cpu()
+        self.cpu_value()
     }
 
     #[cfg(feature = "cuda")]

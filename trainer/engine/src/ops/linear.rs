@@ -7,31 +7,37 @@ use std::sync::Arc;
 use candle_core::quantized::QTensor;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
 
-use super::product::{Matrix, Product};
-use super::{Precision, fused, known, learns, values, with_values};
+use super::product::{Matmul, MatrixView};
+use super::{Precision, contiguous_values, has_fused_kernel, known, requires_grad, with_values};
 
 /// Computes `x Wᵀ`, `[rows, out]`, for `x`: `[rows, in]` and `weight`: `[out, in]`.
 pub fn linear(x: &Tensor, weight: &Tensor, precision: Precision) -> Result<Tensor> {
-    if fused(x) {
-        x.contiguous()?.apply_op2(weight, Linear { precision })
+    if has_fused_kernel(x) {
+        x.contiguous()?.apply_op2(weight, LinearOp { precision })
     } else {
-        of_stock(x, weight, &Frozen::Dense(weight.detach()), precision)
+        unfused_linear(x, weight, &FrozenWeight::Dense(weight.detach()), precision)
     }
 }
 
 /// Linear layer of candle operations. `frozen` holds the values of the weight; `weight` is the tensor that
 /// may need a gradient.
-fn of_stock(x: &Tensor, weight: &Tensor, frozen: &Frozen, precision: Precision) -> Result<Tensor> {
-    let value = stock(&x.detach(), &frozen.dense(x.device())?.t()?, precision)?;
-    if !learns(x) && !learns(weight) {
+fn unfused_linear(
+    x: &Tensor,
+    weight: &Tensor,
+    frozen: &FrozenWeight,
+    precision: Precision,
+) -> Result<Tensor> {
+    let value = unfused_matmul(&x.detach(), &frozen.dequantized(x.device())?.t()?, precision)?;
+    if !requires_grad(x) && !requires_grad(weight) {
         return Ok(value);
     }
     let frozen = frozen.clone();
     // Gradients as in [`Linear`].
-    let op = known::of_two("linear-stock", value, move |[x, weight], grad| {
+    let op = known::binary("linear-stock", value, move |[x, weight], grad| {
         let grad = grad.detach().contiguous()?;
-        let dx = learns(x).then(|| stock(&grad, &frozen.dense(x.device())?, precision));
-        let dw = learns(weight).then(|| stock(&grad.t()?.contiguous()?, &x.detach(), precision));
+        let dx = requires_grad(x).then(|| unfused_matmul(&grad, &frozen.dequantized(x.device())?, precision));
+        let dw =
+            requires_grad(weight).then(|| unfused_matmul(&grad.t()?.contiguous()?, &x.detach(), precision));
         Ok((dx.transpose()?, dw.transpose()?))
     });
     x.apply_op2(weight, op)
@@ -39,7 +45,7 @@ fn of_stock(x: &Tensor, weight: &Tensor, frozen: &Frozen, precision: Precision) 
 
 /// Matrix product by candle. With `Bf16`, f32 products on a GPU run in bf16, including the result, as in
 /// PyTorch's autocast.
-pub(super) fn stock(x: &Tensor, y: &Tensor, precision: Precision) -> Result<Tensor> {
+pub(super) fn unfused_matmul(x: &Tensor, y: &Tensor, precision: Precision) -> Result<Tensor> {
     if precision == Precision::Bf16 && x.dtype() == DType::F32 && !x.device().is_cpu() {
         return x.to_dtype(DType::BF16)?.matmul(&y.to_dtype(DType::BF16)?)?.to_dtype(DType::F32);
     }
@@ -48,16 +54,16 @@ pub(super) fn stock(x: &Tensor, y: &Tensor, precision: Precision) -> Result<Tens
 
 /// A weight without gradients.
 #[derive(Debug, Clone)]
-pub enum Frozen {
+pub enum FrozenWeight {
     /// An unquantized matrix.
     Dense(Tensor),
     /// A quantized matrix.
     Quantised(Arc<QTensor>),
 }
 
-impl Frozen {
+impl FrozenWeight {
     /// Returns the dequantized matrix.
-    fn dense(&self, device: &Device) -> Result<Tensor> {
+    fn dequantized(&self, device: &Device) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => Ok(weight.detach()),
             Self::Quantised(weight) => weight.dequantize(device),
@@ -67,39 +73,49 @@ impl Frozen {
 
 /// Computes `x Wᵀ + scale (x Aᵀ) Bᵀ`, `[rows, out]`, with a frozen `W`: `[out, in]`, `a`: `[rank, in]` and
 /// `b`: `[out, rank]` (LoRA).
-pub fn linear_adapted(
+pub fn lora_linear(
     x: &Tensor,
-    weight: &Frozen,
+    weight: &FrozenWeight,
     a: &Tensor,
     b: &Tensor,
     scale: f64,
     precision: Precision,
 ) -> Result<Tensor> {
-    if fused(x) {
-        x.contiguous()?.apply_op3(a, b, Adapted { weight: weight.clone(), scale: scale as f32, precision })
+    if has_fused_kernel(x) {
+        x.contiguous()?.apply_op3(
+            a,
+            b,
+            LoraLinearOp { weight: weight.clone(), scale: scale as f32, precision },
+        )
     } else {
         // The operation needs a second graph input; a detached tensor takes the place of the frozen weight.
-        let own = of_stock(x, &a.detach(), weight, precision)?;
+        let own = unfused_linear(x, &a.detach(), weight, precision)?;
         own + (linear(&linear(x, a, precision)?, b, precision)? * scale)?
     }
 }
 
 /// Plain form of [`linear_adapted`].
-pub fn plain_adapted(x: &Tensor, weight: &Frozen, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-    let own = x.matmul(&weight.dense(x.device())?.t()?)?;
+pub fn reference_lora_linear(
+    x: &Tensor,
+    weight: &FrozenWeight,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+) -> Result<Tensor> {
+    let own = x.matmul(&weight.dequantized(x.device())?.t()?)?;
     own + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * scale)?
 }
 
 /// Returns `lhs * rhs` as a new tensor.
-fn multiplied(lhs: Matrix<'_>, rhs: Matrix<'_>, how: Product) -> Result<Tensor> {
-    Tensor::from_vec(how.of(lhs, rhs), (lhs.rows, rhs.columns), &Device::Cpu)
+fn matmul_tensor(lhs: MatrixView<'_>, rhs: MatrixView<'_>, how: Matmul) -> Result<Tensor> {
+    Tensor::from_vec(how.multiply(lhs, rhs), (lhs.rows, rhs.columns), &Device::Cpu)
 }
 
-struct Linear {
+struct LinearOp {
     precision: Precision,
 }
 
-impl CustomOp2 for Linear {
+impl CustomOp2 for LinearOp {
     fn name(&self) -> &'static str {
         "linear"
     }
@@ -116,9 +132,11 @@ impl CustomOp2 for Linear {
         if inner != width {
             candle_core::bail!("linear: rows of {inner} values, but a weight for {width}");
         }
-        let (x, weight) =
-            (Matrix::new(values(s1, l1)?, rows, inner), Matrix::new(values(s2, l2)?, out, inner));
-        let y = Product::shared(self.precision).of(x, weight.t());
+        let (x, weight) = (
+            MatrixView::new(contiguous_values(s1, l1)?, rows, inner),
+            MatrixView::new(contiguous_values(s2, l2)?, out, inner),
+        );
+        let y = Matmul::multi_threaded(self.precision).multiply(x, weight.transposed());
         Ok((CpuStorage::F32(y), Shape::from((rows, out))))
     }
 
@@ -132,24 +150,25 @@ impl CustomOp2 for Linear {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (rows, inner) = x.dims2()?;
         let out = weight.dim(0)?;
-        let how = Product::shared(self.precision);
+        let how = Matmul::multi_threaded(self.precision);
         let (dx, dw) = with_values([x, weight, grad], |[xs, ws, gs]| {
-            let g = Matrix::new(gs, rows, out);
-            let dx = learns(x).then(|| multiplied(g, Matrix::new(ws, out, inner), how));
-            let dw = learns(weight).then(|| multiplied(g.t(), Matrix::new(xs, rows, inner), how));
+            let g = MatrixView::new(gs, rows, out);
+            let dx = requires_grad(x).then(|| matmul_tensor(g, MatrixView::new(ws, out, inner), how));
+            let dw = requires_grad(weight)
+                .then(|| matmul_tensor(g.transposed(), MatrixView::new(xs, rows, inner), how));
             (dx, dw)
         })?;
         Ok((dx.transpose()?, dw.transpose()?))
     }
 }
 
-struct Adapted {
-    weight: Frozen,
+struct LoraLinearOp {
+    weight: FrozenWeight,
     scale: f32,
     precision: Precision,
 }
 
-impl CustomOp3 for Adapted {
+impl CustomOp3 for LoraLinearOp {
     fn name(&self) -> &'static str {
         "linear-adapted"
     }
@@ -166,14 +185,22 @@ impl CustomOp3 for Adapted {
         let (rows, inner) = l1.shape().dims2()?;
         let (rank, _) = l2.shape().dims2()?;
         let (out, _) = l3.shape().dims2()?;
-        let x = Matrix::new(values(s1, l1)?, rows, inner);
-        let (a, b) = (Matrix::new(values(s2, l2)?, rank, inner), Matrix::new(values(s3, l3)?, out, rank));
-        let how = Product::shared(self.precision);
-        let mut y = with_values([&self.weight.dense(&Device::Cpu)?], |[weight]| {
-            how.of(x, Matrix::new(weight, out, inner).t())
+        let x = MatrixView::new(contiguous_values(s1, l1)?, rows, inner);
+        let (a, b) = (
+            MatrixView::new(contiguous_values(s2, l2)?, rank, inner),
+            MatrixView::new(contiguous_values(s3, l3)?, out, rank),
+        );
+        let how = Matmul::multi_threaded(self.precision);
+        let mut y = with_values([&self.weight.dequantized(&Device::Cpu)?], |[weight]| {
+            how.multiply(x, MatrixView::new(weight, out, inner).transposed())
         })?;
-        let low = how.of(x, a.t());
-        how.scaled(self.scale).adding(true).run(&mut y, out, Matrix::new(&low, rows, rank), b.t());
+        let low = how.multiply(x, a.transposed());
+        how.with_scale(self.scale).with_accumulate(true).multiply_into(
+            &mut y,
+            out,
+            MatrixView::new(&low, rows, rank),
+            b.transposed(),
+        );
         Ok((CpuStorage::F32(y), Shape::from((rows, out))))
     }
 
@@ -189,22 +216,23 @@ impl CustomOp3 for Adapted {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (rows, inner) = x.dims2()?;
         let (rank, out) = (a.dim(0)?, b.dim(0)?);
-        let how = Product::shared(self.precision);
-        let weight = if learns(x) { Some(self.weight.dense(&Device::Cpu)?) } else { None };
+        let how = Matmul::multi_threaded(self.precision);
+        let weight = if requires_grad(x) { Some(self.weight.dequantized(&Device::Cpu)?) } else { None };
         let (da, db, h) = with_values([x, a, b, grad], |[xs, aa, bs, gs]| {
-            let (g, x) = (Matrix::new(gs, rows, out), Matrix::new(xs, rows, inner));
-            let u = how.of(x, Matrix::new(aa, rank, inner).t());
-            let h = how.scaled(self.scale).of(g, Matrix::new(bs, out, rank));
-            let da = multiplied(Matrix::new(&h, rows, rank).t(), x, how);
-            let db = multiplied(g.t(), Matrix::new(&u, rows, rank), how.scaled(self.scale));
+            let (g, x) = (MatrixView::new(gs, rows, out), MatrixView::new(xs, rows, inner));
+            let u = how.multiply(x, MatrixView::new(aa, rank, inner).transposed());
+            let h = how.with_scale(self.scale).multiply(g, MatrixView::new(bs, out, rank));
+            let da = matmul_tensor(MatrixView::new(&h, rows, rank).transposed(), x, how);
+            let db =
+                matmul_tensor(g.transposed(), MatrixView::new(&u, rows, rank), how.with_scale(self.scale));
             (da, db, h)
         })?;
         let dx = match weight {
             None => None,
             Some(weight) => Some(with_values([&weight, a, grad], |[ws, aa, gs]| {
-                let mut dx = how.of(Matrix::new(gs, rows, out), Matrix::new(ws, out, inner));
-                let (h, a) = (Matrix::new(&h, rows, rank), Matrix::new(aa, rank, inner));
-                how.adding(true).run(&mut dx, inner, h, a);
+                let mut dx = how.multiply(MatrixView::new(gs, rows, out), MatrixView::new(ws, out, inner));
+                let (h, a) = (MatrixView::new(&h, rows, rank), MatrixView::new(aa, rank, inner));
+                how.with_accumulate(true).multiply_into(&mut dx, inner, h, a);
                 Tensor::from_vec(dx, (rows, inner), &Device::Cpu)
             })??),
         };

@@ -17,195 +17,103 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod form;
+mod kernel;
+mod layout;
 #[cfg(target_arch = "x86_64")]
 mod long;
+mod matrix;
+mod quantize_activations;
 
 use std::ops::Range;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use self::activations::Activations;
-use self::form::{Blocks, Eight, Form, Four, Group, QUADS, round};
+use self::activations::QuantizedActivations;
+use self::form::{GroupView, Int4, Int8, K4_PER_BLOCK, QuantBlocks, QuantFormat, quantize_int8_rows};
 use super::with_values;
 
-pub use self::form::FourBits;
-
-/// Weights per block, which share a scale.
-pub const BLOCK: usize = 32;
-/// Rows side by side in a group.
-const LANES: usize = 16;
-/// Groups per quantization task.
-const BAND: usize = 16;
-/// Maximum number of activation rows per kernel call.
-const TILE: usize = 16;
-/// Minimum number of activation rows for AMX; fewer rows use AVX-512.
+pub use self::form::Int4Block;
+use self::kernel::{Kernel, KernelChoice};
+pub use self::layout::BLOCK_WEIGHTS;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-const AMX_ROWS: usize = 6;
+use self::layout::MIN_AMX_ROWS;
+use self::layout::{GROUP_ROWS, TILE_ROWS};
+pub use self::matrix::QuantizedMatrix;
+use self::matrix::Storage;
+/// Groups per quantization task.
+const BAND_GROUPS: usize = 16;
 /// Minimum number of activation rows for which converting the weights to bf16 pays. Decode steps rarely
 /// have as many.
-const LONG_ROWS: usize = 96;
+const MIN_PREFILL_ROWS: usize = 96;
 /// Minimum number of multiplications (weights times activation rows) per task.
-const TASK_WEIGHTS: usize = 1 << 16;
+const MIN_TASK_PRODUCTS: usize = 1 << 16;
 /// Minimum number of multiplications for more than one thread.
-const PARALLEL_WEIGHTS: usize = 1 << 18;
-
-/// A quantized matrix `[rows, columns]` in 8- or 4-bit blocks.
-#[derive(Debug)]
-pub struct Packed {
-    rows: usize,
-    columns: usize,
-    held: Held,
-}
-
-#[derive(Debug)]
-enum Held {
-    Eight(Blocks<Eight>),
-    Four(Blocks<Four>),
-}
-
-/// Instruction sets of the kernels, slowest first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Kernel {
-    /// Portable code for any CPU.
-    Plain,
-    /// AVX2 with FMA and F16C.
-    Avx2,
-    /// AVX-512 with VNNI.
-    Avx512,
-    /// AVX-512 with VNNI, and AMX-INT8 tiles.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    Amx,
-}
-
-impl Kernel {
-    /// Returns the fastest kernel for this CPU, within the limit of `POTSTILL_KERNEL`.
-    fn best() -> Self {
-        Choice::here().kernel
-    }
-
-    fn has_tiles(self) -> bool {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        return self == Self::Amx;
-        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-        false
-    }
-
-    /// Returns the kernels that this CPU supports.
-    fn all() -> Vec<Self> {
-        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "only x86 has others"))]
-        let mut all = vec![Self::Plain];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("f16c")
-            {
-                all.push(Self::Avx2);
-            }
-            if is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vnni")
-            {
-                all.push(Self::Avx512);
-                #[cfg(target_os = "linux")]
-                if super::amx::available() {
-                    all.push(Self::Amx);
-                }
-            }
-        }
-        all
-    }
-}
-
-/// Kernels in use.
-#[derive(Debug, Clone, Copy)]
-struct Choice {
-    kernel: Kernel,
-    /// Whether prefill converts weights to bf16 tiles.
-    long: bool,
-}
-
-impl Choice {
-    /// Returns the best choice for this CPU. The environment variable `POTSTILL_KERNEL` limits the kernel
-    /// for comparisons (`plain`, `avx2` or `avx512`). The value `bf16` selects bf16 prefill on CPUs without
-    /// AMX too.
-    fn here() -> Self {
-        static HERE: OnceLock<Choice> = OnceLock::new();
-        *HERE.get_or_init(|| {
-            let named = std::env::var("POTSTILL_KERNEL").unwrap_or_default();
-            let most = match named.as_str() {
-                "plain" => Some(Kernel::Plain),
-                "avx2" => Some(Kernel::Avx2),
-                "avx512" => Some(Kernel::Avx512),
-                _ => None,
-            };
-            let usable = |kernel: &Kernel| most.is_none_or(|most| *kernel <= most);
-            let kernel = Kernel::all().into_iter().filter(usable).max().unwrap_or(Kernel::Plain);
-            Self { kernel, long: kernel.has_tiles() || named == "bf16" }
-        })
-    }
-}
+const MIN_PARALLEL_PRODUCTS: usize = 1 << 18;
 
 /// Returns whether quantized products are faster than f32 products on this CPU.
-pub fn is_fast() -> bool {
-    Kernel::best() > Kernel::Plain
+pub fn has_fast_kernel() -> bool {
+    Kernel::fastest() > Kernel::Portable
 }
 
-impl Packed {
+impl QuantizedMatrix {
     /// Quantizes a CPU matrix to 8 bits. Returns `None` unless the columns divide into blocks.
-    pub fn new(weight: &Tensor) -> Result<Option<Self>> {
+    pub fn quantize_int8(weight: &Tensor) -> Result<Option<Self>> {
         let (rows, columns) = weight.dims2()?;
-        Self::from_rows(rows, columns, |some| weight.narrow(0, some.start, some.len())?.to_dtype(DType::F32))
+        Self::quantize_int8_rows(rows, columns, |some| {
+            weight.narrow(0, some.start, some.len())?.to_dtype(DType::F32)
+        })
     }
 
     /// Quantizes a matrix to 8 bits in bands of rows. `some` returns the rows of a range as f32. Each
     /// thread holds one band in f32. Returns `None` unless the columns divide into blocks.
-    pub fn from_rows(
+    pub fn quantize_int8_rows(
         rows: usize,
         columns: usize,
         some: impl Fn(Range<usize>) -> Result<Tensor> + Sync,
     ) -> Result<Option<Self>> {
-        if rows == 0 || columns == 0 || !columns.is_multiple_of(BLOCK) {
+        if rows == 0 || columns == 0 || !columns.is_multiple_of(BLOCK_WEIGHTS) {
             return Ok(None);
         }
-        let mut all = Blocks::<Eight>::new(rows.div_ceil(LANES) * (columns / BLOCK), 128, 0.0);
-        in_bands(&mut all, rows, columns, |band, weights, scales| {
+        let mut all =
+            QuantBlocks::<Int8>::filled(rows.div_ceil(GROUP_ROWS) * (columns / BLOCK_WEIGHTS), 128, 0.0);
+        for_each_band(&mut all, rows, columns, |band, weights, scales| {
             let (count, tensor) = (band.len(), some(band)?);
             if tensor.dims() != [count, columns] {
                 candle_core::bail!("{:?} in place of {count} rows of {columns}", tensor.dims());
             }
-            with_values([&tensor], |[values]| round(values, columns / BLOCK, weights, scales))
+            with_values([&tensor], |[values]| {
+                quantize_int8_rows(values, columns / BLOCK_WEIGHTS, weights, scales)
+            })
         })?;
-        Ok(Some(Self { rows, columns, held: Held::Eight(all) }))
+        Ok(Some(Self { rows, columns, held: Storage::Eight(all) }))
     }
 
     /// Builds a matrix from 4-bit blocks; `row` returns the blocks of a row. Returns `None` unless the
     /// columns divide into blocks and f16 can hold all scales and minimums.
-    pub fn from_four_bits<R: Iterator<Item = FourBits>>(
+    pub fn from_int4_blocks<R: Iterator<Item = Int4Block>>(
         rows: usize,
         columns: usize,
         row: impl Fn(usize) -> R + Sync,
     ) -> Result<Option<Self>> {
-        if rows == 0 || columns == 0 || !columns.is_multiple_of(BLOCK) {
+        if rows == 0 || columns == 0 || !columns.is_multiple_of(BLOCK_WEIGHTS) {
             return Ok(None);
         }
-        let blocks = columns / BLOCK;
-        let mut all = Blocks::<Four>::new(rows.div_ceil(LANES) * blocks, 0, 0);
+        let blocks = columns / BLOCK_WEIGHTS;
+        let mut all = QuantBlocks::<Int4>::filled(rows.div_ceil(GROUP_ROWS) * blocks, 0, 0);
         let held = AtomicBool::new(true);
-        in_bands(&mut all, rows, columns, |band, weights, numbers| {
+        for_each_band(&mut all, rows, columns, |band, weights, numbers| {
             for (at, row) in band.map(&row).enumerate() {
                 let mut count = 0;
                 for four in row {
                     if count == blocks {
                         candle_core::bail!("a row of more than {blocks} blocks");
                     }
-                    let block = at / LANES * blocks + count;
-                    let weights = &mut weights[block * Four::BYTES..][..Four::BYTES];
-                    let numbers = &mut numbers[block * Four::NUMBERS..][..Four::NUMBERS];
-                    if !four.write(at % LANES, weights, numbers) {
+                    let block = at / GROUP_ROWS * blocks + count;
+                    let weights = &mut weights[block * Int4::BLOCK_BYTES..][..Int4::BLOCK_BYTES];
+                    let numbers = &mut numbers[block * Int4::BLOCK_SCALES..][..Int4::BLOCK_SCALES];
+                    if !four.write_lane(at % GROUP_ROWS, weights, numbers) {
                         held.store(false, Ordering::Relaxed);
                     }
                     count += 1;
@@ -216,11 +124,11 @@ impl Packed {
             }
             Ok(())
         })?;
-        Ok(held.into_inner().then_some(Self { rows, columns, held: Held::Four(all) }))
+        Ok(held.into_inner().then_some(Self { rows, columns, held: Storage::Four(all) }))
     }
 
     /// Returns the given rows in f32, `[rows.len(), columns]`: an embedding lookup.
-    pub fn select(&self, rows: &[u32]) -> Result<Tensor> {
+    pub fn lookup_rows(&self, rows: &[u32]) -> Result<Tensor> {
         let mut values = Vec::with_capacity(rows.len() * self.columns);
         for &row in rows {
             let row = row as usize;
@@ -228,8 +136,8 @@ impl Packed {
                 candle_core::bail!("row {row} of a matrix of {}", self.rows);
             }
             match &self.held {
-                Held::Eight(all) => self.append(all, row, &mut values),
-                Held::Four(all) => self.append(all, row, &mut values),
+                Storage::Eight(all) => self.append_row(all, row, &mut values),
+                Storage::Four(all) => self.append_row(all, row, &mut values),
             }
         }
         Tensor::from_vec(values, (rows.len(), self.columns), &Device::Cpu)
@@ -241,21 +149,21 @@ impl Packed {
     }
 
     /// Returns the size in bytes.
-    pub fn bytes(&self) -> usize {
+    pub fn size_bytes(&self) -> usize {
         match &self.held {
-            Held::Eight(all) => all.bytes(),
-            Held::Four(all) => all.bytes(),
+            Storage::Eight(all) => all.size_bytes(),
+            Storage::Four(all) => all.size_bytes(),
         }
     }
 
-    fn append<F: Form>(&self, all: &Blocks<F>, row: usize, values: &mut Vec<f32>) {
-        let of = self.group(row / LANES);
-        all.group(of).blocks().for_each(|block| values.extend(block.row(row % LANES)));
+    fn append_row<F: QuantFormat>(&self, all: &QuantBlocks<F>, row: usize, values: &mut Vec<f32>) {
+        let of = self.group_blocks(row / GROUP_ROWS);
+        all.block_range(of).blocks().for_each(|block| values.extend(block.dequantize_row(row % GROUP_ROWS)));
     }
 
     /// Returns the blocks of a group.
-    fn group(&self, group: usize) -> Range<usize> {
-        let blocks = self.columns / BLOCK;
+    fn group_blocks(&self, group: usize) -> Range<usize> {
+        let blocks = self.columns / BLOCK_WEIGHTS;
         group * blocks..(group + 1) * blocks
     }
 
@@ -274,8 +182,8 @@ impl Packed {
             }
         }
         let outs = with_values([x], |[values]| {
-            long_products(matrices, values, n)
-                .unwrap_or_else(|| products(matrices, values, n, Kernel::best()))
+            prefill_products(matrices, values, n)
+                .unwrap_or_else(|| decode_products(matrices, values, n, Kernel::fastest()))
         })?;
         let shaped = outs.into_iter().zip(matrices).map(|(out, matrix)| (out, (n, matrix.rows)));
         shaped.map(|(out, shape)| Tensor::from_vec(out, shape, x.device())).collect()
@@ -283,77 +191,84 @@ impl Packed {
 
     /// Returns one dequantized weight.
     #[cfg(test)]
-    fn weight(&self, row: usize, column: usize) -> f32 {
+    fn dequantized_weight(&self, row: usize, column: usize) -> f32 {
         let mut values = Vec::new();
         match &self.held {
-            Held::Eight(all) => self.append(all, row, &mut values),
-            Held::Four(all) => self.append(all, row, &mut values),
+            Storage::Eight(all) => self.append_row(all, row, &mut values),
+            Storage::Four(all) => self.append_row(all, row, &mut values),
         }
         values[column]
     }
 
     /// Returns the number of groups of 16 rows.
-    fn groups(&self) -> usize {
-        self.rows.div_ceil(LANES)
+    fn group_count(&self) -> usize {
+        self.rows.div_ceil(GROUP_ROWS)
     }
 }
 
 /// Calls `pack` in parallel for bands of whole groups, with the memory of each band.
-fn in_bands<F: Form>(
-    all: &mut Blocks<F>,
+fn for_each_band<F: QuantFormat>(
+    all: &mut QuantBlocks<F>,
     rows: usize,
     columns: usize,
-    pack: impl Fn(Range<usize>, &mut [u8], &mut [F::Number]) -> Result<()> + Sync,
+    pack: impl Fn(Range<usize>, &mut [u8], &mut [F::Scale]) -> Result<()> + Sync,
 ) -> Result<()> {
-    let blocks = BAND * columns / BLOCK;
-    let weights = all.weights.par_chunks_mut(blocks * F::BYTES);
-    let bands = weights.zip(all.numbers.par_chunks_mut(blocks * F::NUMBERS));
+    let blocks = BAND_GROUPS * columns / BLOCK_WEIGHTS;
+    let weights = all.weights.par_chunks_mut(blocks * F::BLOCK_BYTES);
+    let bands = weights.zip(all.numbers.par_chunks_mut(blocks * F::BLOCK_SCALES));
     bands.enumerate().try_for_each(|(at, (weights, numbers))| {
-        let first = at * BAND * LANES;
-        pack(first..rows.min(first + BAND * LANES), weights, numbers)
+        let first = at * BAND_GROUPS * GROUP_ROWS;
+        pack(first..rows.min(first + BAND_GROUPS * GROUP_ROWS), weights, numbers)
     })
 }
 
 /// Computes the products through bf16 tiles (prefill). Returns `None` if there are too few rows or this
 /// path is off.
-fn long_products(matrices: &[&Packed], values: &[f32], n: usize) -> Option<Vec<Vec<f32>>> {
-    if !Choice::here().long || n < LONG_ROWS {
+fn prefill_products(matrices: &[&QuantizedMatrix], values: &[f32], n: usize) -> Option<Vec<Vec<f32>>> {
+    if !KernelChoice::detect().long || n < MIN_PREFILL_ROWS {
         return None;
     }
     #[cfg(target_arch = "x86_64")]
-    let all = matrices.iter().map(|matrix| long::product(matrix, values, n)).collect();
+    let all = matrices.iter().map(|matrix| long::bf16_product(matrix, values, n)).collect();
     #[cfg(not(target_arch = "x86_64"))]
     let all = None;
     all
 }
 
 /// Computes the products of `n` rows with all matrices, by integer kernels.
-fn products(matrices: &[&Packed], values: &[f32], n: usize, kernel: Kernel) -> Vec<Vec<f32>> {
-    let blocks = matrices.first().map_or(0, |matrix| matrix.columns / BLOCK);
-    let activations = Activations::new(values, n, blocks, kernel);
+fn decode_products(matrices: &[&QuantizedMatrix], values: &[f32], n: usize, kernel: Kernel) -> Vec<Vec<f32>> {
+    let blocks = matrices.first().map_or(0, |matrix| matrix.columns / BLOCK_WEIGHTS);
+    let activations = QuantizedActivations::new(values, n, blocks, kernel);
     let mut outs: Vec<Vec<f32>> = matrices.iter().map(|matrix| Vec::with_capacity(n * matrix.rows)).collect();
-    let target =
-        |(out, matrix): (&mut Vec<f32>, &&Packed)| Columns { start: out.as_mut_ptr(), rows: matrix.rows, n };
-    let targets: Vec<Columns> = outs.iter_mut().zip(matrices).map(target).collect();
-    let group_weights = blocks * LANES * BLOCK;
+    let target = |(out, matrix): (&mut Vec<f32>, &&QuantizedMatrix)| OutputColumns {
+        start: out.as_mut_ptr(),
+        rows: matrix.rows,
+        n,
+    };
+    let targets: Vec<OutputColumns> = outs.iter_mut().zip(matrices).map(target).collect();
+    let group_weights = blocks * GROUP_ROWS * BLOCK_WEIGHTS;
     let work = |mut group: usize| {
         for (matrix, target) in matrices.iter().zip(&targets) {
-            if group < matrix.groups() {
-                let of = matrix.group(group);
+            if group < matrix.group_count() {
+                let of = matrix.group_blocks(group);
                 return match &matrix.held {
-                    Held::Eight(all) => group_product(all.group(of), &activations, n, group, target, kernel),
-                    Held::Four(all) => group_product(all.group(of), &activations, n, group, target, kernel),
+                    Storage::Eight(all) => {
+                        group_product(all.block_range(of), &activations, n, group, target, kernel)
+                    }
+                    Storage::Four(all) => {
+                        group_product(all.block_range(of), &activations, n, group, target, kernel)
+                    }
                 };
             }
-            group -= matrix.groups();
+            group -= matrix.group_count();
         }
     };
-    let groups: usize = matrices.iter().map(|matrix| matrix.groups()).sum();
+    let groups: usize = matrices.iter().map(|matrix| matrix.group_count()).sum();
     // Waking another thread takes longer than a small product.
-    if rayon::current_num_threads() == 1 || groups * group_weights * n < PARALLEL_WEIGHTS {
+    if rayon::current_num_threads() == 1 || groups * group_weights * n < MIN_PARALLEL_PRODUCTS {
         (0..groups).for_each(work);
     } else {
-        let per_task = (TASK_WEIGHTS / (group_weights * n.min(TILE)).max(1)).max(1);
+        let per_task = (MIN_TASK_PRODUCTS / (group_weights * n.min(TILE_ROWS)).max(1)).max(1);
         (0..groups).into_par_iter().with_min_len(per_task).for_each(work);
     }
     for (out, matrix) in outs.iter_mut().zip(matrices) {
@@ -364,47 +279,49 @@ fn products(matrices: &[&Packed], values: &[f32], n: usize, kernel: Kernel) -> V
 }
 
 /// Computes the columns of one group of weight rows, for all activation rows.
-fn group_product<F: Form>(
-    group: Group<'_, F>,
-    activations: &Activations,
+fn group_product<F: QuantFormat>(
+    group: GroupView<'_, F>,
+    activations: &QuantizedActivations,
     n: usize,
     at: usize,
-    target: &Columns,
+    target: &OutputColumns,
     kernel: Kernel,
 ) {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if kernel == Kernel::Amx && n >= AMX_ROWS {
+    if kernel == Kernel::Amx && n >= MIN_AMX_ROWS {
         // SAFETY: `Kernel::all` offers a kernel only on CPUs that support its instructions.
         return unsafe {
-            amx::group(group, activations, n, |first, values| target.write(first, at * LANES, values))
+            amx::multiply_group(group, activations, n, |first, values| {
+                target.write_tile(first, at * GROUP_ROWS, values)
+            })
         };
     }
-    let mut tile = [0f32; TILE * LANES];
-    for first in (0..n).step_by(TILE) {
-        let count = TILE.min(n - first);
-        let tile = &mut tile[..count * LANES];
+    let mut tile = [0f32; TILE_ROWS * GROUP_ROWS];
+    for first in (0..n).step_by(TILE_ROWS) {
+        let count = TILE_ROWS.min(n - first);
+        let tile = &mut tile[..count * GROUP_ROWS];
         tile_product(group, activations, first, tile, kernel);
-        target.write(first, at * LANES, tile);
+        target.write_tile(first, at * GROUP_ROWS, tile);
     }
 }
 
 /// Raw output matrix. Several tasks write, each its own columns.
-struct Columns {
+struct OutputColumns {
     start: *mut f32,
     rows: usize,
     n: usize,
 }
 
 // SAFETY: tasks write disjoint columns, and the matrix is read only after all tasks have ended.
-unsafe impl Sync for Columns {}
+unsafe impl Sync for OutputColumns {}
 
-impl Columns {
+impl OutputColumns {
     /// Writes rows of 16 values from `first` and `column` on. Values beyond the last column are padding and
     /// are dropped.
-    fn write(&self, first: usize, column: usize, values: &[f32]) {
-        assert!(column < self.rows && first + values.len() / LANES <= self.n);
-        let count = LANES.min(self.rows - column);
-        for (row, values) in values.chunks_exact(LANES).enumerate() {
+    fn write_tile(&self, first: usize, column: usize, values: &[f32]) {
+        assert!(column < self.rows && first + values.len() / GROUP_ROWS <= self.n);
+        let count = GROUP_ROWS.min(self.rows - column);
+        for (row, values) in values.chunks_exact(GROUP_ROWS).enumerate() {
             // SAFETY: the assertion and the limit of `count` keep row and columns within the result.
             unsafe {
                 let to = self.start.add((first + row) * self.rows + column);
@@ -415,9 +332,9 @@ impl Columns {
 }
 
 /// Multiplies 16 rows of weights with the activation rows from `first` on, for all rows of `out`.
-fn tile_product<F: Form>(
-    group: Group<'_, F>,
-    activations: &Activations,
+fn tile_product<F: QuantFormat>(
+    group: GroupView<'_, F>,
+    activations: &QuantizedActivations,
     first: usize,
     out: &mut [f32],
     kernel: Kernel,
@@ -425,35 +342,40 @@ fn tile_product<F: Form>(
     match kernel {
         // SAFETY: `Kernel::all` offers a kernel only on CPUs that support its instructions.
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        Kernel::Amx => unsafe { avx512::rows(group, activations, first, out) },
+        Kernel::Amx => unsafe { avx512::multiply_rows(group, activations, first, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kernel::Avx512 => unsafe { avx512::rows(group, activations, first, out) },
+        Kernel::Avx512 => unsafe { avx512::multiply_rows(group, activations, first, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kernel::Avx2 => unsafe { avx2::rows(group, activations, first, out) },
-        Kernel::Plain => plain(group, activations, first, out),
+        Kernel::Avx2 => unsafe { avx2::multiply_rows(group, activations, first, out) },
+        Kernel::Portable => portable_tile(group, activations, first, out),
     }
 }
 
 /// The portable kernel: the same sums in the same order as the other kernels.
-fn plain<F: Form>(group: Group<'_, F>, activations: &Activations, first: usize, out: &mut [f32]) {
-    for (row, out) in out.chunks_exact_mut(LANES).enumerate() {
+fn portable_tile<F: QuantFormat>(
+    group: GroupView<'_, F>,
+    activations: &QuantizedActivations,
+    first: usize,
+    out: &mut [f32],
+) {
+    for (row, out) in out.chunks_exact_mut(GROUP_ROWS).enumerate() {
         let row = first + row;
         out.fill(0.0);
         for (at, block) in (row * activations.blocks..).zip(group.blocks()) {
-            let quads = &activations.quads[at * QUADS..][..QUADS];
+            let quads = &activations.quads[at * K4_PER_BLOCK..][..K4_PER_BLOCK];
             let (scale, sum) = (activations.scales[at], activations.sums[at]);
             for (lane, out) in out.iter_mut().enumerate() {
-                let mut product = if F::FOUR { 0 } else { activations.offsets[at] };
+                let mut product = if F::IS_INT4 { 0 } else { activations.offsets[at] };
                 for (step, quad) in quads.iter().enumerate() {
-                    let weights = F::quad(block.weights, step, lane);
+                    let weights = F::k4(block.weights, step, lane);
                     for (weight, byte) in weights.into_iter().zip(quad.to_le_bytes()) {
                         product += i32::from(weight) * i32::from(byte as i8);
                     }
                 }
-                let (weight_scale, least) = F::numbers(block.numbers, lane);
-                if F::FOUR {
+                let (weight_scale, least) = F::scale_and_min(block.numbers, lane);
+                if F::IS_INT4 {
                     *out = sum.mul_add(least, *out);
                 }
                 *out = (product as f32).mul_add(weight_scale * scale, *out);
@@ -466,25 +388,28 @@ fn plain<F: Form>(group: Group<'_, F>, activations: &Activations, first: usize, 
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::noise;
+    use super::super::test_noise;
     use super::*;
 
     /// Returns a random 8-bit and a random 4-bit matrix.
-    pub(super) fn both(rows: usize, columns: usize, next: &mut impl FnMut() -> f32) -> [Packed; 2] {
+    pub(super) fn both(rows: usize, columns: usize, next: &mut impl FnMut() -> f32) -> [QuantizedMatrix; 2] {
         let weight: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
-        let eight =
-            Packed::new(&Tensor::from_slice(&weight, (rows, columns), &Device::Cpu).unwrap()).unwrap();
-        let four: Vec<FourBits> = weight
-            .chunks_exact(BLOCK)
-            .map(|block| FourBits {
+        let eight = QuantizedMatrix::quantize_int8(
+            &Tensor::from_slice(&weight, (rows, columns), &Device::Cpu).unwrap(),
+        )
+        .unwrap();
+        let four: Vec<Int4Block> = weight
+            .chunks_exact(BLOCK_WEIGHTS)
+            .map(|block| Int4Block {
                 scale: 0.06 * block[0],
                 least: 0.5 * block[1],
                 values: std::array::from_fn(|at| (block[at].abs() * 1000.0) as u8 % 16),
             })
             .collect();
-        let blocks = columns / BLOCK;
-        let four =
-            Packed::from_four_bits(rows, columns, |row| four[row * blocks..][..blocks].iter().copied());
+        let blocks = columns / BLOCK_WEIGHTS;
+        let four = QuantizedMatrix::from_int4_blocks(rows, columns, |row| {
+            four[row * blocks..][..blocks].iter().copied()
+        });
         [eight, four.unwrap()].map(Option::unwrap)
     }
 
@@ -494,40 +419,40 @@ mod tests {
         /// Selected rows equal the rounded rows of the matrix.
         #[test]
         fn select_returns_rounded_rows(rows in 1usize..70, blocks in 1usize..6, seed in any::<u64>()) {
-            let columns = blocks * BLOCK;
-            let mut next = noise(seed);
+            let columns = blocks * BLOCK_WEIGHTS;
+            let mut next = test_noise(seed);
             let weight: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
-            let packed = Packed::new(&Tensor::from_slice(&weight, (rows, columns), &Device::Cpu).unwrap()).unwrap().unwrap();
+            let packed = QuantizedMatrix::quantize_int8(&Tensor::from_slice(&weight, (rows, columns), &Device::Cpu).unwrap()).unwrap().unwrap();
             let wanted: Vec<u32> = (0..rows as u32).rev().collect();
-            let found = packed.select(&wanted).unwrap().to_vec2::<f32>().unwrap();
+            let found = packed.lookup_rows(&wanted).unwrap().to_vec2::<f32>().unwrap();
             for (row, values) in wanted.iter().zip(found) {
                 for (column, value) in values.into_iter().enumerate() {
-                    prop_assert_eq!(value, packed.weight(*row as usize, column));
+                    prop_assert_eq!(value, packed.dequantized_weight(*row as usize, column));
                     prop_assert!((value - weight[*row as usize * columns + column]).abs() < 0.005);
                 }
             }
-            prop_assert!(packed.select(&[rows as u32]).is_err());
+            prop_assert!(packed.lookup_rows(&[rows as u32]).is_err());
         }
 
         /// 4-bit weights are stored without further rounding.
         #[test]
         fn four_bit_weights_are_stored_exactly(rows in 1usize..70, blocks in 1usize..6, seed in any::<u64>()) {
-            let mut next = noise(seed);
+            let mut next = test_noise(seed);
             let half = |x: f32| half::f16::from_f32(x).to_f32();
-            let given: Vec<FourBits> = (0..rows * blocks)
-                .map(|_| FourBits {
+            let given: Vec<Int4Block> = (0..rows * blocks)
+                .map(|_| Int4Block {
                     scale: half(next()),
                     least: half(next()),
                     values: std::array::from_fn(|_| (next().abs() * 1000.0) as u8 % 16),
                 })
                 .collect();
             let row = |row: usize| given[row * blocks..][..blocks].iter().copied();
-            let packed = Packed::from_four_bits(rows, blocks * BLOCK, row).unwrap().unwrap();
-            prop_assert!(matches!(packed.held, Held::Four(_)));
+            let packed = QuantizedMatrix::from_int4_blocks(rows, blocks * BLOCK_WEIGHTS, row).unwrap().unwrap();
+            prop_assert!(matches!(packed.held, Storage::Four(_)));
             for row in 0..rows {
-                let found = packed.select(&[row as u32]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let found = packed.lookup_rows(&[row as u32]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 let blocks = given[row * blocks..][..blocks].iter();
-                let worth = |block: &FourBits| block.values.map(|value| f32::from(value).mul_add(block.scale, block.least));
+                let worth = |block: &Int4Block| block.values.map(|value| f32::from(value).mul_add(block.scale, block.least));
                 prop_assert_eq!(found, blocks.flat_map(worth).collect::<Vec<f32>>());
             }
         }
@@ -536,25 +461,25 @@ mod tests {
         /// weights.
         #[test]
         fn all_kernels_match_the_portable_kernel(rows in 1usize..70, blocks in 1usize..6, n in 1usize..40, seed in any::<u64>()) {
-            let columns = blocks * BLOCK;
-            let mut next = noise(seed);
+            let columns = blocks * BLOCK_WEIGHTS;
+            let mut next = test_noise(seed);
             let matrices = both(rows, columns, &mut next);
             let x: Vec<f32> = (0..n * columns).map(|_| next() * 3.0).collect();
-            let slow = products(&[&matrices[0], &matrices[1]], &x, n, Kernel::Plain);
-            for kernel in Kernel::all() {
-                let found = products(&[&matrices[0], &matrices[1]], &x, n, kernel);
+            let slow = decode_products(&[&matrices[0], &matrices[1]], &x, n, Kernel::Portable);
+            for kernel in Kernel::supported() {
+                let found = decode_products(&[&matrices[0], &matrices[1]], &x, n, kernel);
                 prop_assert!(found == slow, "{kernel:?} has other bits");
             }
             for (matrix, slow) in matrices.iter().zip(&slow) {
                 for (row, out) in slow.chunks_exact(rows).enumerate() {
                     for (column, found) in out.iter().enumerate() {
                         let (mut exact, mut bound) = (0f32, 1e-3);
-                        for (block, x) in x[row * columns..][..columns].chunks_exact(BLOCK).enumerate() {
+                        for (block, x) in x[row * columns..][..columns].chunks_exact(BLOCK_WEIGHTS).enumerate() {
                             // The rounding error of an activation is at most half a step; a step is the
                             // block's maximum divided by 127.
                             let half_a_step = x.iter().fold(0f32, |most, x| most.max(x.abs())) / 254.0;
                             for (at, x) in x.iter().enumerate() {
-                                let weight = matrix.weight(column, block * BLOCK + at);
+                                let weight = matrix.dequantized_weight(column, block * BLOCK_WEIGHTS + at);
                                 exact += weight * x;
                                 bound += weight.abs() * half_a_step;
                             }
@@ -569,10 +494,10 @@ mod tests {
     #[test]
     fn rejects_matrices_that_cannot_be_quantized() {
         let weight = Tensor::zeros((4, 33), DType::F32, &Device::Cpu).unwrap();
-        assert!(Packed::new(&weight).unwrap().is_none());
-        let block = FourBits { scale: 1e6, least: 0.0, values: [1; BLOCK] };
-        assert!(Packed::from_four_bits(4, 32, |_| [block].into_iter()).unwrap().is_none());
-        assert!(Packed::from_four_bits(4, 33, |_| [block].into_iter()).unwrap().is_none());
-        assert!(Packed::from_four_bits(4, 64, |_| [block].into_iter()).is_err());
+        assert!(QuantizedMatrix::quantize_int8(&weight).unwrap().is_none());
+        let block = Int4Block { scale: 1e6, least: 0.0, values: [1; BLOCK_WEIGHTS] };
+        assert!(QuantizedMatrix::from_int4_blocks(4, 32, |_| [block].into_iter()).unwrap().is_none());
+        assert!(QuantizedMatrix::from_int4_blocks(4, 33, |_| [block].into_iter()).unwrap().is_none());
+        assert!(QuantizedMatrix::from_int4_blocks(4, 64, |_| [block].into_iter()).is_err());
     }
 }

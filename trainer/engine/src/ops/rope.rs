@@ -8,17 +8,18 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{ROWS_PER_TASK, filled, fused, values, with_values};
+use super::uninit::fill_uninit;
+use super::{ROWS_PER_TASK, contiguous_values, has_fused_kernel, with_values};
 
 /// Cosines and sines for the rows of one batch, `[rows, dim / 2]` each.
 #[derive(Clone)]
-pub struct Rotary {
+pub struct RotaryTables {
     cos: Arc<Vec<f32>>,
     sin: Arc<Vec<f32>>,
     half: usize,
 }
 
-impl Rotary {
+impl RotaryTables {
     /// Computes the tables for rows at `positions`, with one inverse frequency per pair. `magnitude` scales
     /// the rotated vectors (YaRN).
     pub fn new(positions: &[u32], inverse_frequencies: &[f32], magnitude: f32) -> Self {
@@ -37,15 +38,15 @@ impl Rotary {
 
     /// Rotates every head of `x`: `[rows, heads * dim]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        if fused(x) {
-            x.contiguous()?.apply_op1(Rotate { rotary: self.clone(), sign: 1.0 })
+        if has_fused_kernel(x) {
+            x.contiguous()?.apply_op1(RotateOp { rotary: self.clone(), sign: 1.0 })
         } else {
-            self.plain(x)
+            self.apply_reference(x)
         }
     }
 
     /// Plain form of [`Rotary::apply`].
-    pub fn plain(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn apply_reference(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let heads = width / (2 * self.half);
         let table = |values: &Vec<f32>| {
@@ -60,14 +61,14 @@ impl Rotary {
     }
 }
 
-struct Rotate {
-    rotary: Rotary,
+struct RotateOp {
+    rotary: RotaryTables,
     /// 1 rotates forward; -1 rotates back, which is the gradient.
     sign: f32,
 }
 
-impl Rotate {
-    fn run(&self, x: &[f32], width: usize) -> Vec<f32> {
+impl RotateOp {
+    fn rotate(&self, x: &[f32], width: usize) -> Vec<f32> {
         let half = self.rotary.half;
         assert!(
             x.len().is_multiple_of(width) && width.is_multiple_of(2 * half),
@@ -93,11 +94,11 @@ impl Rotate {
             });
         };
         // SAFETY: rows consist of whole heads, and both halves of each head are written.
-        unsafe { filled(x.len(), fill) }
+        unsafe { fill_uninit(x.len(), fill) }
     }
 }
 
-impl CustomOp1 for Rotate {
+impl CustomOp1 for RotateOp {
     fn name(&self) -> &'static str {
         "rope"
     }
@@ -110,13 +111,13 @@ impl CustomOp1 for Rotate {
                 self.rotary.cos.len() / self.rotary.half
             );
         }
-        Ok((CpuStorage::F32(self.run(values(storage, layout)?, width)), layout.shape().clone()))
+        Ok((CpuStorage::F32(self.rotate(contiguous_values(storage, layout)?, width)), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let width = x.dim(1)?;
-        let back = Rotate { rotary: self.rotary.clone(), sign: -self.sign };
-        let dx = with_values([grad], |[grad]| back.run(grad, width))?;
+        let back = RotateOp { rotary: self.rotary.clone(), sign: -self.sign };
+        let dx = with_values([grad], |[grad]| back.rotate(grad, width))?;
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }

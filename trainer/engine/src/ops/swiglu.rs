@@ -7,24 +7,29 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::exp::sigmoid;
-use super::{filled, fused, values, with_values};
+use super::uninit::fill_uninit;
+use super::{contiguous_values, has_fused_kernel, with_values};
 
 /// Values per parallel task.
-const CHUNK: usize = 1 << 14;
+const VALUES_PER_TASK: usize = 1 << 14;
 
 /// Computes `silu(gate) * up`. Inputs and result have the same shape.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    if fused(gate) { gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu) } else { plain(gate, up) }
+    if has_fused_kernel(gate) {
+        gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGluOp)
+    } else {
+        reference_swiglu(gate, up)
+    }
 }
 
 /// Plain form of [`swiglu`].
-pub fn plain(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+pub fn reference_swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.silu()? * up
 }
 
-struct SwiGlu;
+struct SwiGluOp;
 
-impl CustomOp2 for SwiGlu {
+impl CustomOp2 for SwiGluOp {
     fn name(&self) -> &'static str {
         "swiglu"
     }
@@ -36,12 +41,15 @@ impl CustomOp2 for SwiGlu {
         s2: &CpuStorage,
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (gate, up) = (values(s1, l1)?, values(s2, l2)?);
+        let (gate, up) = (contiguous_values(s1, l1)?, contiguous_values(s2, l2)?);
         if gate.len() != up.len() {
             candle_core::bail!("swiglu: {} values gate {}", gate.len(), up.len());
         }
         let fill = |out: &mut [MaybeUninit<f32>]| {
-            let tasks = out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK));
+            let tasks = out
+                .par_chunks_mut(VALUES_PER_TASK)
+                .zip(gate.par_chunks(VALUES_PER_TASK))
+                .zip(up.par_chunks(VALUES_PER_TASK));
             tasks.for_each(|((out, gate), up)| {
                 for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
                     out.write(g * sigmoid(*g) * u);
@@ -49,7 +57,7 @@ impl CustomOp2 for SwiGlu {
             });
         };
         // SAFETY: inputs and output have the same length, so each value is written.
-        let out = unsafe { filled(gate.len(), fill) };
+        let out = unsafe { fill_uninit(gate.len(), fill) };
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -62,9 +70,12 @@ impl CustomOp2 for SwiGlu {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (dgate, dup) = with_values([gate, up, grad], |[gate, up, grad]| {
             let (mut dgate, mut dup) = (vec![0f32; gate.len()], vec![0f32; gate.len()]);
-            dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK)).enumerate().for_each(
-                |(chunk, (dgate, dup))| {
-                    let start = chunk * CHUNK;
+            dgate
+                .par_chunks_mut(VALUES_PER_TASK)
+                .zip(dup.par_chunks_mut(VALUES_PER_TASK))
+                .enumerate()
+                .for_each(|(chunk, (dgate, dup))| {
+                    let start = chunk * VALUES_PER_TASK;
                     let end = start + dgate.len();
                     let (gate, up, grad) = (&gate[start..end], &up[start..end], &grad[start..end]);
                     for i in 0..gate.len() {
@@ -73,8 +84,7 @@ impl CustomOp2 for SwiGlu {
                         dup[i] = grad[i] * silu;
                         dgate[i] = grad[i] * up[i] * (s + silu * (1.0 - s));
                     }
-                },
-            );
+                });
             (dgate, dup)
         })?;
         Ok((

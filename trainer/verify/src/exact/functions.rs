@@ -10,8 +10,8 @@ use num_integer::Integer;
 use num_rational::BigRational;
 use num_traits::{One, Signed, ToPrimitive, Zero};
 
+use super::form::{Atom, AtomTable, Exponent, MAX_TRIAL_DIVISOR, NormalForm};
 use super::polynomial::{CheckedMulInt, checked_power, constant_form, one, to_big_rational};
-use super::{Atom, AtomTable, Exponent, MAX_TRIAL_DIVISOR, NormalForm};
 use crate::effort::{spend, spend_bits, spend_fractions};
 use crate::expr::{BigOperator, Expr, Function, is_integer};
 

@@ -9,7 +9,7 @@ use num_bigint::BigInt;
 use num_rational::BigRational;
 use num_traits::{One, Zero};
 
-use super::{
+use super::form::{
     Atom, AtomTable, Exponent, MAX_EXPANDED_EXPONENT, MAX_POWER_BITS, MAX_TERMS, Monomial, NormalForm,
     Polynomial,
 };

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use num_traits::Signed;
 
-use super::{Comparison, compare_exprs, compare_scalars, comparison, is_container};
+use super::comparison::{Comparison, comparison, is_container};
 use crate::exact::AtomTable;
 use crate::expr::{Constant, Expr, IntervalBound, Relation};
 
@@ -22,37 +22,46 @@ fn assignment(expr: &Expr) -> Option<(&Expr, &Expr)> {
     (equations && name(&sides[0])).then(|| (&sides[0], &sides[sides.len() - 1]))
 }
 
+/// The comparisons that relations are reduced to.
+#[derive(Clone, Copy)]
+pub(super) struct Comparers {
+    /// Compares any two expressions.
+    pub(super) exprs: fn(&Expr, &Expr) -> Comparison,
+    /// Compares two values that are no containers.
+    pub(super) scalars: fn(&Expr, &Expr) -> Comparison,
+}
+
 /// Compares two values of which at least one is a relation.
-pub(super) fn compare_relations(gold: &Expr, answer: &Expr) -> Comparison {
+pub(super) fn compare_relations(gold: &Expr, answer: &Expr, by: Comparers) -> Comparison {
     match (gold, answer) {
-        (Expr::Relation(..), Expr::Relation(..)) => compare_two_relations(gold, answer),
+        (Expr::Relation(..), Expr::Relation(..)) => compare_two_relations(gold, answer, by),
         (relation @ Expr::Relation(..), other) | (other, relation @ Expr::Relation(..)) => {
             if let Some((_, value)) = assignment(relation) {
                 return if std::ptr::eq(relation, gold) {
-                    compare_exprs(value, other)
+                    (by.exprs)(value, other)
                 } else {
-                    compare_exprs(other, value)
+                    (by.exprs)(other, value)
                 };
             }
             if is_container(other)
                 && let Some(set) = solution_set(relation)
             {
                 return if std::ptr::eq(relation, gold) {
-                    compare_exprs(&set, other)
+                    (by.exprs)(&set, other)
                 } else {
-                    compare_exprs(other, &set)
+                    (by.exprs)(other, &set)
                 };
             }
             // An equation that holds, such as `3 * 4 = 12`, counts as its last side.
             if let Expr::Relation(sides, signs) = relation
                 && signs.iter().all(|sign| *sign == Relation::Equal)
-                && sides.windows(2).all(|pair| compare_exprs(&pair[0], &pair[1]).equal == Some(true))
+                && sides.windows(2).all(|pair| (by.exprs)(&pair[0], &pair[1]).equal == Some(true))
             {
-                return compare_exprs(&sides[sides.len() - 1], other);
+                return (by.exprs)(&sides[sides.len() - 1], other);
             }
             comparison(None, "a relation against a value")
         }
-        _ => compare_scalars(gold, answer),
+        _ => (by.scalars)(gold, answer),
     }
 }
 
@@ -103,11 +112,11 @@ fn solution_set(relation: &Expr) -> Option<Expr> {
 }
 
 /// Compares two relations: as assignments, as solution sets, or by their normal forms.
-fn compare_two_relations(gold: &Expr, answer: &Expr) -> Comparison {
+fn compare_two_relations(gold: &Expr, answer: &Expr, by: Comparers) -> Comparison {
     if let (Some((name, a)), Some((other, b))) = (assignment(gold), assignment(answer)) {
-        let same_name = name == other || compare_exprs(name, other).equal == Some(true);
+        let same_name = name == other || (by.exprs)(name, other).equal == Some(true);
         if same_name {
-            return compare_exprs(a, b);
+            return (by.exprs)(a, b);
         }
         let simple = matches!((name, other), (Expr::Symbol(_), Expr::Symbol(_)));
         if simple && a.is_scalar() && b.is_scalar() {
@@ -126,7 +135,7 @@ fn compare_two_relations(gold: &Expr, answer: &Expr) -> Comparison {
             names
         };
         if variable(gold) == variable(answer) {
-            return compare_exprs(&a, &b);
+            return (by.exprs)(&a, &b);
         }
     }
     let (Expr::Relation(a, s), Expr::Relation(b, t)) = (gold, answer) else {

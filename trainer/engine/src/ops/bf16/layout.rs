@@ -7,11 +7,11 @@ use std::arch::x86_64::{
     _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
-use super::{DEPTH, LANES, Side, TILE};
+use super::tile::{OperandView, PANEL_ROWS, TILE_DEPTH, TILE_VALUES};
 
 /// Order of the values in a tile.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Order {
+pub(super) enum TileOrder {
     /// 16 rows of 32 values.
     Rows,
     /// 16 pairs along the sum, of 16 columns each.
@@ -25,35 +25,35 @@ pub(super) enum Order {
 ///
 /// The CPU must have the features named below. One of the strides of `side` must be 1.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-pub(super) unsafe fn panel(
-    side: Side<'_>,
-    order: Order,
+pub(super) unsafe fn pack_panel(
+    side: OperandView<'_>,
+    order: TileOrder,
     first: usize,
     begin: usize,
     sum: usize,
     scale: f32,
     room: &mut [u16],
 ) {
-    let rows = LANES.min(side.outer - first);
-    assert!(room.len() == sum.div_ceil(DEPTH) * TILE);
+    let rows = PANEL_ROWS.min(side.outer - first);
+    assert!(room.len() == sum.div_ceil(TILE_DEPTH) * TILE_VALUES);
     let last = (first + rows - 1) * side.outer_stride + (begin + sum - 1) * side.sum_stride;
     assert!(last < side.values.len(), "product: an input is too small");
-    for (tile, room) in room.chunks_exact_mut(TILE).enumerate() {
-        let from = begin + tile * DEPTH;
-        let depth = DEPTH.min(begin + sum - from);
+    for (tile, room) in room.chunks_exact_mut(TILE_VALUES).enumerate() {
+        let from = begin + tile * TILE_DEPTH;
+        let depth = TILE_DEPTH.min(begin + sum - from);
         // SAFETY: the assertion above keeps all rows and values within the matrix, and no others are read.
         let mut lines = unsafe {
             let at = side.values.as_ptr().add(first * side.outer_stride + from * side.sum_stride);
             if side.sum_stride == 1 {
-                along_the_sum(at, side.outer_stride, rows, depth, scale)
+                load_row_major(at, side.outer_stride, rows, depth, scale)
             } else {
-                across_the_sum(at, side.sum_stride, rows, depth, scale)
+                load_column_major(at, side.sum_stride, rows, depth, scale)
             }
         };
-        if (side.sum_stride == 1) != (order == Order::Rows) {
-            lines = transpose(lines);
+        if (side.sum_stride == 1) != (order == TileOrder::Rows) {
+            lines = transpose_pairs(lines);
         }
-        for (line, room) in lines.iter().zip(room.chunks_exact_mut(DEPTH)) {
+        for (line, room) in lines.iter().zip(room.chunks_exact_mut(TILE_DEPTH)) {
             // SAFETY: the chunk has room for 64 bytes.
             unsafe { _mm512_storeu_si512(room.as_mut_ptr().cast(), *line) };
         }
@@ -61,37 +61,37 @@ pub(super) unsafe fn panel(
 }
 
 /// Returns a mask of the low `count` bits, at most 16.
-fn first(count: usize) -> u16 {
-    ((1u32 << count.min(LANES)) - 1) as u16
+fn low_mask(count: usize) -> u16 {
+    ((1u32 << count.min(PANEL_ROWS)) - 1) as u16
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn scaled(values: __m512, scale: f32) -> __m512 {
+fn scale_values(values: __m512, scale: f32) -> __m512 {
     if scale == 1.0 { values } else { _mm512_mul_ps(values, _mm512_set1_ps(scale)) }
 }
 
 /// Loads 16 rows of 32 values, for values of a row that are adjacent in memory.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn along_the_sum(
+unsafe fn load_row_major(
     at: *const f32,
     stride: usize,
     rows: usize,
     depth: usize,
     scale: f32,
-) -> [__m512i; LANES] {
-    let (low, high) = (first(depth), first(depth.saturating_sub(LANES)));
-    let mut lines = [_mm512_castps_si512(_mm512_setzero_ps()); LANES];
+) -> [__m512i; PANEL_ROWS] {
+    let (low, high) = (low_mask(depth), low_mask(depth.saturating_sub(PANEL_ROWS)));
+    let mut lines = [_mm512_castps_si512(_mm512_setzero_ps()); PANEL_ROWS];
     for (row, line) in lines.iter_mut().enumerate().take(rows) {
         // SAFETY: only values in the masks are read, and these lie within the matrix.
         *line = unsafe {
             let at = at.add(row * stride);
             let low = _mm512_maskz_loadu_ps(low, at);
-            let high = _mm512_maskz_loadu_ps(high, at.wrapping_add(LANES));
+            let high = _mm512_maskz_loadu_ps(high, at.wrapping_add(PANEL_ROWS));
             std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(
-                scaled(high, scale),
-                scaled(low, scale),
+                scale_values(high, scale),
+                scale_values(low, scale),
             ))
         };
     }
@@ -101,15 +101,15 @@ unsafe fn along_the_sum(
 /// Loads 16 pairs along the sum, of 16 rows each, for values of a column that are adjacent in memory.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn across_the_sum(
+unsafe fn load_column_major(
     at: *const f32,
     stride: usize,
     rows: usize,
     depth: usize,
     scale: f32,
-) -> [__m512i; LANES] {
-    let mask = first(rows);
-    let mut lines = [_mm512_castps_si512(_mm512_setzero_ps()); LANES];
+) -> [__m512i; PANEL_ROWS] {
+    let mask = low_mask(rows);
+    let mut lines = [_mm512_castps_si512(_mm512_setzero_ps()); PANEL_ROWS];
     for (pair, line) in lines.iter_mut().enumerate().take(depth.div_ceil(2)) {
         // SAFETY: only values in the mask are read, and their rows lie within the matrix.
         let (low, high) = unsafe {
@@ -117,7 +117,7 @@ unsafe fn across_the_sum(
             let other = if 2 * pair + 1 < depth { mask } else { 0 };
             (low, _mm512_maskz_loadu_ps(other, at.wrapping_add((2 * pair + 1) * stride)))
         };
-        *line = pairs(scaled(low, scale), scaled(high, scale));
+        *line = interleave_bf16(scale_values(low, scale), scale_values(high, scale));
     }
     lines
 }
@@ -125,7 +125,7 @@ unsafe fn across_the_sum(
 /// Rounds both to bf16 and interleaves: each value of `low` is followed by one of `high`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-pub(in crate::ops) fn pairs(low: __m512, high: __m512) -> __m512i {
+pub(in crate::ops) fn interleave_bf16(low: __m512, high: __m512) -> __m512i {
     // Interleaves words: word `i` of the first 16, then word `i` of the last 16.
     let woven = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18,
@@ -139,7 +139,7 @@ pub(in crate::ops) fn pairs(low: __m512, high: __m512) -> __m512i {
 /// Transposes a matrix of 16 x 16 pairs.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(lines: [__m512i; LANES]) -> [__m512i; LANES] {
+fn transpose_pairs(lines: [__m512i; PANEL_ROWS]) -> [__m512i; PANEL_ROWS] {
     let mut a = lines;
     for pair in 0..8 {
         a[2 * pair] = _mm512_unpacklo_epi32(lines[2 * pair], lines[2 * pair + 1]);
